@@ -1,0 +1,32 @@
+# Two commands do everything on a machine with Python ≥ 3.11, git and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint format clean
+
+demo: $(INSTALLED)
+	$(BIN)/lora-fx demo
+
+test: $(INSTALLED)
+	$(BIN)/pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check lora_fx tests tools
+	$(BIN)/ruff format --check lora_fx tests tools
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix lora_fx tests tools
+	$(BIN)/ruff format lora_fx tests tools
+
+clean:
+	rm -rf $(VENV) demo-output
+
+# torch first and alone: its pin names a CPU build where one is at hand, and nothing that follows may replace it.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[draw,demo,dev]'
+	touch $@

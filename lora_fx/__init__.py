@@ -1,0 +1,28 @@
+"""LoRA as graph surgery: rewrite a PyTorch model with low-rank branches, train it, and fold them back into its weights."""
+
+from lora_fx.errors import ExportError, FoldError, InputError, LoraFxError, PlanError, RuleError, TraceError
+from lora_fx.folding import fold, unload
+from lora_fx.graph_module import TracedGraphModule
+from lora_fx.parameters import ParameterSummary, parameter_summary
+from lora_fx.planning import Plan, plan
+from lora_fx.rewriting import rewrite
+from lora_fx.tracing import trace
+
+__all__ = [
+    "ExportError",
+    "FoldError",
+    "InputError",
+    "LoraFxError",
+    "ParameterSummary",
+    "Plan",
+    "PlanError",
+    "RuleError",
+    "TraceError",
+    "TracedGraphModule",
+    "fold",
+    "parameter_summary",
+    "plan",
+    "rewrite",
+    "trace",
+    "unload",
+]

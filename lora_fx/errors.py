@@ -1,0 +1,45 @@
+"""Every error that lora_fx raises. Each message says where, what was expected, what was found and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+
+class LoraFxError(Exception):
+    """Base class of all errors raised by lora_fx."""
+
+
+class RuleError(LoraFxError):
+    """A rule file is malformed, unknown, or does not fit the model. All problems are reported at once."""
+
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        super().__init__("\n  ".join([f"{source}:", *problems]) if len(problems) != 1 else f"{source}: {problems[0]}")
+
+
+class TraceError(LoraFxError):
+    """The model cannot be brought into a graph that computes what the model computes."""
+
+
+class InputError(LoraFxError):
+    """A graph was called with inputs that its trace does not cover."""
+
+
+class PlanError(LoraFxError):
+    """A plan cannot be carried out on this graph."""
+
+
+class FoldError(LoraFxError):
+    """Branches cannot be folded into weights without changing what the graph computes."""
+
+
+class ExportError(LoraFxError):
+    """A graph cannot be written in the requested format."""
+
+
+def did_you_mean(found: str, known: Iterable[str]) -> str:
+    """Return ``" (did you mean 'x'?)"`` for the nearest known spellings, or an empty string."""
+    near = get_close_matches(found, sorted(known), n=3, cutoff=0.6)
+    return f" (did you mean {' or '.join(repr(name) for name in near)}?)" if near else ""

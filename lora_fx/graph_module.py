@@ -1,0 +1,180 @@
+"""The GraphModule that every function of lora_fx returns: it owns all of the model's tensors and keeps them through copies.
+
+A ``torch.fx.GraphModule`` keeps only the tensors that its nodes name, forgets which buffers are persistent when it is
+copied, and shares ``Parameter`` objects with the module that it was made from. For model surgery none of these will do.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lora_fx.errors import LoraFxError
+
+
+@dataclass(frozen=True)
+class State:
+    """What a graph computes with: tensors by every name they have (ties are one object under several), and leaf modules."""
+
+    tensors: Mapping[str, torch.Tensor]
+    non_persistent: frozenset[str] = frozenset()
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    def with_tensors(self, tensors: Mapping[str, torch.Tensor]) -> State:
+        """Return the state with these tensors added or replaced."""
+        return replace(self, tensors={**self.tensors, **tensors})
+
+    def with_modules(self, modules: Mapping[str, nn.Module]) -> State:
+        """Return the state with these leaf modules added or replaced."""
+        return replace(self, modules={**self.modules, **modules})
+
+    def without(self, names: set[str]) -> State:
+        """Return the state without the tensors and leaf modules of these names."""
+        return State(
+            {name: tensor for name, tensor in self.tensors.items() if name not in names},
+            self.non_persistent - names,
+            {name: module for name, module in self.modules.items() if name not in names},
+        )
+
+    def aliases(self) -> Mapping[str, str]:
+        """Map every tensor name to the first name that the same tensor has."""
+        first: dict[int, str] = {}
+        return {name: first.setdefault(id(tensor), name) for name, tensor in self.tensors.items()}
+
+
+class TracedGraphModule(fx.GraphModule):
+    """A ``torch.fx.GraphModule`` that carries the whole state of its model, also tensors that no node names.
+
+    Made by :func:`assemble`. The graph's dtype is part of it (casts and the minimum values of masks are constants in the
+    graph), so converting it raises; moving it to another device works.
+    """
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TracedGraphModule:
+        for dtype in {p.dtype for p in self.parameters() if p.is_floating_point()}:
+            found = fn(torch.empty(0, dtype=dtype)).dtype
+            if found != dtype:
+                raise LoraFxError(
+                    f"a traced graph keeps its dtype: it has {dtype} weights and constants, and was asked to become {found}. "
+                    f"Convert the model and trace it again, or use torch.autocast."
+                )
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedGraphModule:
+        copied = super().__deepcopy__(memo)
+        assert isinstance(copied, TracedGraphModule)
+        # The base class has deep-copied every tensor into `memo`, and then kept those that the graph names.
+        state = state_of(self)
+        _install(copied, replace(state, tensors={n: memo[id(t)] for n, t in state.tensors.items()}, modules={}))
+        for name, module in self.named_modules():
+            copied.get_submodule(name).training = module.training
+        return copied
+
+
+def state_of(module: nn.Module) -> State:
+    """Return all parameters, buffers and (for a graph) called modules of ``module``; nothing is copied.
+
+    The module tree is not asked for leaf modules unless it is a graph, where the graph says which they are.
+    """
+    tensors: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    tensors.update(module.named_buffers(remove_duplicate=False))
+    return State(tensors, frozenset(_non_persistent_names(module)), dict(_called_modules(module)))
+
+
+def assemble(
+    graph: fx.Graph, state: State, *, meta: Mapping[str, Any], training: bool, trainable: frozenset[str]
+) -> TracedGraphModule:
+    """Make a GraphModule that owns one new ``Parameter`` per distinct parameter of ``state``, over the same storage.
+
+    Args:
+        graph: its ``get_attr`` and ``call_module`` targets are names in ``state``.
+        state: nothing of it is changed, and no storage is copied.
+        meta: becomes ``meta`` of the result.
+        training: the mode of the result.
+        trainable: names of the parameters that get ``requires_grad=True``; all others are frozen.
+    """
+    owned = _owned(state, trainable)
+    # Tensors first, then the graph: its constructor would register them in the order in which nodes name them.
+    module = TracedGraphModule(nn.Module(), fx.Graph(), class_name="GraphModule")
+    _install(module, owned)
+    module.graph = graph
+    module.meta.update(meta)
+    module.train(training)
+    return module
+
+
+def trainable_names(module: nn.Module) -> frozenset[str]:
+    """Return the names (all of them, for tied tensors) of the parameters that require a gradient."""
+    return frozenset(name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad)
+
+
+def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """Return a copy of ``graph`` with the same node names, and the map from its nodes to the copies."""
+    copied = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = copied.graph_copy(graph, mapping)
+    copied.set_codegen(graph._codegen)
+    if output is not None:
+        node = copied.output(output)
+        source = graph.output_node()
+        node.meta = dict(source.meta)
+        mapping[source] = node
+    return copied, mapping
+
+
+def _owned(state: State, trainable: frozenset[str]) -> State:
+    aliases = state.aliases()
+    trained = {aliases[name] for name in trainable}
+    owned: dict[str, torch.Tensor] = {}
+    for name, tensor in state.tensors.items():
+        first = aliases[name]
+        if first in owned:
+            owned[name] = owned[first]
+        elif isinstance(tensor, nn.Parameter):
+            owned[name] = nn.Parameter(tensor.detach(), requires_grad=first in trained)
+        else:
+            owned[name] = tensor.detach()
+    # A leaf module carries its mode, which each graph sets for itself: copied, around the tensors owned above.
+    memo: dict[int, Any] = {id(tensor): owned[name] for name, tensor in state.tensors.items()}
+    return replace(state, tensors=owned, modules={name: copy.deepcopy(m, memo) for name, m in state.modules.items()})
+
+
+def _install(module: nn.Module, state: State) -> None:
+    """Register tensors and modules under their dotted names, making plain containers on the way."""
+    for name, tensor in state.tensors.items():
+        parent, leaf = _parent(module, name)
+        if isinstance(tensor, nn.Parameter):
+            parent.register_parameter(leaf, tensor)
+        else:
+            if leaf in parent._buffers:
+                del parent._buffers[leaf]
+            parent.register_buffer(leaf, tensor, persistent=name not in state.non_persistent)
+    for name, submodule in state.modules.items():
+        parent, leaf = _parent(module, name)
+        parent.add_module(leaf, submodule)
+
+
+def _parent(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    return module, leaf
+
+
+def _non_persistent_names(module: nn.Module) -> Iterator[str]:
+    for prefix, submodule in module.named_modules(remove_duplicate=False):
+        for name in submodule._non_persistent_buffers_set:
+            yield f"{prefix}.{name}" if prefix else name
+
+
+def _called_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(module, fx.GraphModule):
+        for node in module.graph.nodes:
+            if node.op == "call_module":
+                yield str(node.target), module.get_submodule(str(node.target))

@@ -1,0 +1,155 @@
+"""From what ``torch.export`` returns to the normal form: one flat graph of ATen operators, in passes of one concern each.
+
+The passes edit the graph they are given, which belongs to the tracer. In their order:
+
+    inline_regions            wrapped sub-graphs (``no_grad`` and disabled-autocast regions of rotary embeddings)
+    remove_assertions         metadata assertions; what they protect is checked on the inputs
+    remove_inputs             constants of the trace (``use_cache``) that are no longer read
+    use_first_names           one ``get_attr`` a tensor, under its first name; none for unused tensors
+    follow_input_device       device literals → the device of an input
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from lora_fx.errors import TraceError
+from lora_fx.provenance import source_line
+
+aten = torch.ops.aten
+higher_order = torch.ops.higher_order
+
+
+def inline_regions(module: fx.GraphModule) -> None:
+    """Replace calls of wrapped sub-graphs by their nodes.
+
+    What a ``no_grad`` region returns does not require a gradient; a ``detach`` on each result says so in the flat graph.
+
+    Raises:
+        TraceError: a region computes under autocast, or an operator calls sub-graphs in another way.
+    """
+    graph = module.graph
+    for node in list(graph.nodes):
+        if not isinstance(node.target, torch._ops.HigherOrderOperator):
+            continue
+        region, operands, detached = _region(module, node)
+        inline_regions(region)
+        results = _inline(graph, node, region, operands, detached)
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+    for node in list(graph.nodes):
+        if (
+            node.op == "get_attr"
+            and not node.users
+            and isinstance(_attribute(module, str(node.target)), fx.GraphModule)
+        ):
+            graph.erase_node(node)
+
+
+def _region(module: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, tuple[Any, ...], bool]:
+    if node.target is higher_order.wrap_with_set_grad_enabled:
+        enabled, callee, *operands = node.args
+        detached = not enabled
+    elif node.target is higher_order.wrap_with_autocast:
+        _device, _dtype, enabled, _cache, callee, *operands = node.args
+        if enabled:
+            raise TraceError(
+                f"the model computes a part under its own torch.autocast, which a graph cannot hold{source_line(node)}."
+            )
+        detached = False
+    else:
+        raise TraceError(
+            f"the model calls {node.target}, an operator on sub-graphs that rewriting does not see into{source_line(node)}. "
+            "Trace the parts on either side of it as models of their own."
+        )
+    assert isinstance(callee, fx.Node)
+    region = _attribute(module, str(callee.target))
+    assert isinstance(region, fx.GraphModule)
+    return region, tuple(operands), detached
+
+
+def _inline(
+    graph: fx.Graph, call: fx.Node, region: fx.GraphModule, operands: tuple[Any, ...], detached: bool
+) -> list[Any]:
+    values: dict[fx.Node, Any] = dict(zip(region.graph.find_nodes(op="placeholder"), operands, strict=True))
+    with graph.inserting_before(call):
+        for node in region.graph.nodes:
+            if node.op == "output":
+                results: list[Any] = list(fx.map_arg(node.args[0], lambda n: values[n]))
+            elif node.op != "placeholder":
+                values[node] = graph.node_copy(node, lambda n: values[n])
+        return [_detach(graph, result) if detached else result for result in results]
+
+
+def _detach(graph: fx.Graph, value: Any) -> Any:
+    fake = value.meta.get("val") if isinstance(value, fx.Node) else None
+    if not isinstance(fake, torch.Tensor) or not fake.is_floating_point():
+        return value
+    node = graph.call_function(aten.detach.default, (value,))
+    node.meta = {key: value.meta[key] for key in ("val", "nn_module_stack", "stack_trace") if key in value.meta}
+    return node
+
+
+def remove_assertions(graph: fx.Graph) -> None:
+    """Remove assertions on the dtype and device of intermediate values, which follow from those of the inputs."""
+    for node in graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
+        graph.erase_node(node)
+
+
+def remove_inputs(graph: fx.Graph, names: Collection[str]) -> None:
+    """Remove the placeholders of values that were constants of the trace."""
+    for node in graph.find_nodes(op="placeholder"):
+        if node.name in names:
+            if node.users:
+                raise TraceError(
+                    f"input {node.name!r} is not a tensor, and the graph reads it; only tensors can be inputs of a graph."
+                )
+            graph.erase_node(node)
+
+
+def use_first_names(graph: fx.Graph, aliases: Mapping[str, str]) -> None:
+    """Name each tensor once, by the first of its names, and drop tensors that nothing reads."""
+    first: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "get_attr":
+            continue
+        target = aliases[str(node.target)]
+        if target in first:
+            node.replace_all_uses_with(first[target])
+        elif node.users:
+            node.target = target
+            first[target] = node
+            continue
+        graph.erase_node(node)
+
+
+def follow_input_device(graph: fx.Graph) -> None:
+    """Replace every device literal by the device of the first tensor input, so that a graph runs wherever its inputs are."""
+    nodes = [
+        n for n in graph.nodes if any(isinstance(leaf, torch.device) for leaf in pytree.tree_leaves((n.args, n.kwargs)))
+    ]
+    if not nodes:
+        return
+    source = next((n for n in graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), torch.Tensor)), None)
+    if source is None:
+        raise TraceError("the graph makes tensors on a fixed device and has no tensor input to take the device from.")
+    with graph.inserting_before(next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))):
+        device = graph.call_function(getattr, (source, "device"))
+    for node in nodes:
+        node.args, node.kwargs = pytree.tree_map(
+            lambda leaf: device if isinstance(leaf, torch.device) else leaf, (node.args, dict(node.kwargs))
+        )
+
+
+def _attribute(module: fx.GraphModule, target: str) -> object:
+    value: object = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,58 @@
+"""Trace, plan and attach in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lora_fx.attaching import attach
+from lora_fx.graph_module import TracedGraphModule
+from lora_fx.planning import plan_sites
+from lora_fx.ruleset import RuleSet, load
+from lora_fx.sites import sites
+from lora_fx.tracing import Dynamic, trace
+
+
+def rewrite(
+    model: nn.Module,
+    rules: str | Path | Mapping[str, Any] | RuleSet = "auto",
+    *,
+    rank: int | None = None,
+    alpha: float | None = None,
+    dropout: float | None = None,
+    adapter: str = "default",
+    seed: int | None = None,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    dynamic: Dynamic | None = None,
+    inference: bool = False,
+) -> TracedGraphModule:
+    """Return a graph of ``model`` with a low-rank branch beside every call site that the rules select.
+
+    ``y = W x`` becomes ``y = W x + (alpha / rank) · B(A(dropout(x)))``. A starts random, B zero, so the graph computes what
+    the model computes until it is trained. Only the factors A and B require a gradient. The model is not changed.
+
+    Args:
+        model: a module, or a graph of ours, which then gets one more adapter.
+        rules: a built-in name (``"t5"``), ``"auto"``, a path to a ``.toml`` file, a mapping, or a loaded rule set.
+        rank: replaces the rank in the rules' ``[defaults]``.
+        alpha: likewise; the scaling of a branch is ``alpha / rank``.
+        dropout: likewise.
+        adapter: name of the adapter, part of its parameters' names.
+        seed: of the initial factors. Without one they are drawn from torch's current random state, which is put back.
+        example_inputs: see :func:`lora_fx.trace`.
+        dynamic: see :func:`lora_fx.trace`.
+        inference: trace the eval mode only and train nothing.
+
+    Raises:
+        RuleError: the rules are malformed or do not fit the model.
+        TraceError: the model cannot be traced.
+        PlanError: a selected site cannot get such a branch, or the adapter name is taken.
+    """
+    ruleset = load(rules, getattr(getattr(model, "config", None), "model_type", None)).with_overrides(
+        rank, alpha, dropout
+    )
+    graph_module = trace(model, example_inputs, dynamic=dynamic, inference=inference)
+    return attach(graph_module, plan_sites(sites(graph_module), ruleset), adapter=adapter, seed=seed)

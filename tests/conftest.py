@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import fx, nn
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(1234)
+
+
+def set_factors(module: nn.Module, seed: int = 11, scale: float = 0.2) -> None:
+    """Make every B (and A) of a branched graph or a PEFT model a known value that is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(module.named_parameters()):
+            if ".lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+@contextlib.contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Fail unless the block leaves a module as it was: objects, values, requires_grad, modes, graph, random state."""
+    before, random_state = _snapshot(module), torch.get_rng_state()
+    values = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    yield
+    assert _snapshot(module) == before
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, values[name]), name
+
+
+def _snapshot(module: nn.Module) -> object:
+    return (
+        [(name, id(p), p.data_ptr(), p.requires_grad, p.grad is None) for name, p in module.named_parameters()],
+        [(name, id(b), b.data_ptr()) for name, b in module.named_buffers()],
+        [(name, id(m), m.training) for name, m in module.named_modules()],
+        [node.format_node() for node in module.graph.nodes] if isinstance(module, fx.GraphModule) else None,
+        str(getattr(module, "config", None)),
+    )
