@@ -1,5 +1,7 @@
 """LoRA as graph surgery: rewrite a PyTorch model with low-rank branches, train it, and fold them back into its weights."""
 
+from lora_fx import export, huggingface
+from lora_fx.drawing import draw
 from lora_fx.errors import ExportError, FoldError, InputError, LoraFxError, PlanError, RuleError, TraceError
 from lora_fx.folding import fold, unload
 from lora_fx.graph_module import TracedGraphModule
@@ -19,7 +21,10 @@ __all__ = [
     "RuleError",
     "TraceError",
     "TracedGraphModule",
+    "draw",
+    "export",
     "fold",
+    "huggingface",
     "parameter_summary",
     "plan",
     "rewrite",

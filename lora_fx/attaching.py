@@ -17,8 +17,9 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lora_fx.branches import adapters, factor_name, find_branches
+from lora_fx.branches import find_branches
 from lora_fx.errors import PlanError
+from lora_fx.factors import adapters, factor_name
 from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph, state_of, trainable_names
 from lora_fx.lowrank import adapter_dtype, initial_factors
 from lora_fx.planning import Chosen, Plan, check_weights

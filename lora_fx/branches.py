@@ -12,7 +12,6 @@ merely looks like a branch is taken for one: without a nominated factor there is
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,28 +20,11 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import FoldError
+from lora_fx.factors import is_factor
 from lora_fx.provenance import source_line
 from lora_fx.sites import Operands, operands
 
 aten = torch.ops.aten
-
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])\.(?P<adapter>[^.]+)\.weight")
-
-
-def factor_name(module: str, part: str, adapter: str) -> str:
-    """Return the full parameter name of a factor, ``part`` being ``"A"`` or ``"B"``."""
-    return f"{module}.lora_{part}.{adapter}.weight"
-
-
-def is_factor(name: str) -> bool:
-    """Tell whether a parameter name is that of a factor."""
-    return _FACTOR.fullmatch(name) is not None
-
-
-def adapters(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the adapters in a graph, in the order of their first parameters."""
-    matches = (_FACTOR.fullmatch(name) for name, _ in module.named_parameters(remove_duplicate=False))
-    return tuple(dict.fromkeys(match["adapter"] for match in matches if match))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ import ast
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -170,6 +172,44 @@ def as_bound(relation: str) -> tuple[str, int, int, int] | None:
             return (*reference, bound, bound)
         case _:
             return None
+
+
+def references(relation: str) -> set[tuple[str, int]]:
+    """Return the dimensions that a relation speaks of, as (input, dim)."""
+    found = (_as_reference(tree) for tree in ast.walk(ast.parse(relation, mode="eval")) if isinstance(tree, ast.expr))
+    return {reference for reference in found if reference is not None}
+
+
+def holds(relation: str, sizes: Mapping[tuple[str, int], int]) -> bool:
+    """Tell whether a relation holds for these sizes of its dimensions; one that divides by zero does not."""
+
+    def compute(tree: ast.expr) -> Any:
+        reference = _as_reference(tree)
+        if reference is not None:
+            return sizes[reference]
+        match tree:
+            case ast.Constant(value=value):
+                return value
+            case ast.BinOp(left=left, op=op, right=right) | ast.Compare(left=left, ops=[op], comparators=[right]):
+                return _OPERATORS[type(op)](compute(left), compute(right))
+            case ast.UnaryOp(op=op, operand=operand):
+                return _OPERATORS[type(op)](compute(operand))
+            case ast.BoolOp(op=op, values=values):
+                return reduce(_OPERATORS[type(op)], map(compute, values))
+            case ast.Call(func=ast.Name(id=function), args=arguments):
+                return {"min": min, "max": max}[function](*map(compute, arguments))
+        raise TraceError(f"not a relation between sizes: {ast.unparse(tree)}")
+
+    try:
+        return bool(compute(ast.parse(relation, mode="eval").body))
+    except ZeroDivisionError:
+        return False
+
+
+def excludes(relation: str) -> bool:
+    """Tell whether a relation excludes single values: ``… != …``."""
+    tree = ast.parse(relation, mode="eval").body
+    return isinstance(tree, ast.Compare) and len(tree.ops) == 1 and isinstance(tree.ops[0], ast.NotEq)
 
 
 _MIRRORED: Mapping[type[ast.cmpop], ast.cmpop] = {

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx, nn
 
-from lora_fx.branches import FoundBranch, Term, find_branches, is_factor
+from lora_fx.branches import FoundBranch, Term, find_branches
 from lora_fx.errors import FoldError
+from lora_fx.factors import is_factor
 from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph, state_of
 from lora_fx.lowrank import Update, merged_weight
 from lora_fx.sites import Operands, operands

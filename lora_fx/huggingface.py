@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,8 +66,13 @@ def save_pretrained(
         LoraFxError: the directory exists or cannot be written, or the graph was traced from another model.
         FoldError: the branches cannot be folded.
     """
+    config = model.config
     with folded(model, graph_module), replacing(Path(directory), overwrite=overwrite) as beside:
-        model.save_pretrained(beside, **options)
+        model.config = copy.deepcopy(config)  # `save_pretrained` writes the architecture and the dtype into it
+        try:
+            model.save_pretrained(beside, **options)
+        finally:
+            model.config = config
 
 
 def _swap(model: nn.Module, merged: TracedGraphModule) -> dict[str, nn.Parameter]:

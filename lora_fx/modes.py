@@ -26,6 +26,7 @@ from lora_fx.provenance import module_path, source_line
 aten = torch.ops.aten
 
 DROPOUT = aten.dropout.default
+_NAMED = ("placeholder", "get_attr")  # matched by name, wherever they stand
 _IDENTITIES = frozenset({DROPOUT, aten.contiguous.default})
 
 MODE_ARGUMENTS: Mapping[object, str] = {
@@ -71,9 +72,10 @@ def drop_dropout(graph: fx.Graph) -> None:
 
 def _differing_arguments(train: fx.Graph, evaluation: fx.Graph) -> dict[fx.Node, tuple[Any, Any]]:
     """Walk both graphs in order; return the nodes of ``train`` whose mode argument differs, with both values."""
-    walk = _Walk(list(evaluation.nodes))
+    walk = _Walk(train, evaluation)
     for node in train.nodes:
-        walk.step(node)
+        if node.op not in _NAMED:
+            walk.step(node)
     return walk.differing
 
 
@@ -84,10 +86,15 @@ class _Walk:
     strides of the fake tensors ask for it, and those depend on the attention kernel), may be missing on either side.
     """
 
-    def __init__(self, evaluation: list[fx.Node]) -> None:
-        self._evaluation = evaluation
+    def __init__(self, train: fx.Graph, evaluation: fx.Graph) -> None:
+        self._evaluation = [node for node in evaluation.nodes if node.op not in _NAMED]
         self._position = 0
-        self._image: dict[fx.Node, fx.Node] = {}
+        named = {(node.op, node.target): node for node in evaluation.nodes if node.op in _NAMED}
+        self._image: dict[fx.Node, fx.Node] = {
+            node: named[node.op, node.target]
+            for node in train.nodes
+            if node.op in _NAMED and (node.op, node.target) in named
+        }
         self._value: dict[fx.Node, fx.Node] = {}
         self.differing: dict[fx.Node, tuple[Any, Any]] = {}
 

@@ -19,12 +19,22 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from lora_fx.errors import RuleError, did_you_mean
+
+Item = TypeVar("Item")
+
+
+def _not_empty(items: tuple[Item, ...]) -> tuple[Item, ...]:
+    # Runs on valid items only: a minimum length on the tuple itself would also complain of those that are not.
+    if not items:
+        raise ValueError("at least one is required")
+    return items
+
 
 Rank = Annotated[int, Field(strict=True, ge=1)]
 Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -50,7 +60,7 @@ class Defaults(_Strict):
 class Selection(_Strict):
     """One ``[[select]]``: the sites it claims, and what differs from the defaults there."""
 
-    target: Annotated[tuple[DottedSuffix, ...], Field(min_length=1)]
+    target: Annotated[tuple[DottedSuffix, ...], AfterValidator(_not_empty)]
     rank: Rank | None = None
     alpha: Alpha | None = None
     dropout: Dropout | None = None
@@ -66,7 +76,7 @@ class RuleSet(_Strict):
     name: str
     model_types: tuple[str, ...] = ()
     defaults: Defaults = Defaults()
-    select: Annotated[tuple[Selection, ...], Field(min_length=1)]
+    select: Annotated[tuple[Selection, ...], AfterValidator(_not_empty)]
 
     def with_overrides(self, rank: int | None, alpha: float | None, dropout: float | None) -> RuleSet:
         """Return the rules with the given ``[defaults]`` replaced; a selection's own settings keep their precedence.
@@ -166,7 +176,7 @@ def _problem(detail: ErrorDetails) -> str:
         return f"{path}: unknown key{hint}; known here: {', '.join(sorted(known))}"
     if detail["type"] == "missing":
         return f"{path}: required, and missing"
-    return f"{path}: {detail['msg']}, found {detail['input']!r}"
+    return f"{path}: {detail['msg'].removeprefix('Value error, ')}, found {detail['input']!r}"
 
 
 def _keys_at(location: Sequence[int | str]) -> set[str]:

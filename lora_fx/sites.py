@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import fx
 
+from lora_fx.factors import is_factor
 from lora_fx.graph_module import state_of
 from lora_fx.provenance import module_path
 
@@ -66,7 +67,7 @@ def operands(node: fx.Node) -> Operands | None:
 
 
 def sites(graph_module: fx.GraphModule) -> tuple[Site, ...]:
-    """Return every call site of a graph, in the order in which they compute."""
+    """Return every call site of a graph, in the order in which they compute; the factors of branches are none."""
     state = state_of(graph_module)
     aliases: dict[str, list[str]] = {}
     for name, first in state.aliases().items():
@@ -74,7 +75,7 @@ def sites(graph_module: fx.GraphModule) -> tuple[Site, ...]:
     found: list[Site] = []
     for node in graph_module.graph.nodes:
         parts = operands(node)
-        if parts is None:
+        if parts is None or is_factor(str(parts.weight.target)):
             continue
         weight = str(parts.weight.target)
         shape = state.tensors[weight].shape

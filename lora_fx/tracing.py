@@ -22,7 +22,7 @@ from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph,
 from lora_fx.inputs import ExampleInputs
 from lora_fx.inputs import example_inputs as make_inputs
 from lora_fx.modes import drop_dropout, unite_modes
-from lora_fx.probing import covers_size_one
+from lora_fx.probing import without_artefacts
 
 Dynamic = Mapping[str, Sequence[int]]
 
@@ -76,7 +76,7 @@ def trace(
         meta = {"lora_fx": {"inference": inference, "constants": traced.fixed, "model": type(model).__qualname__}}
         unchecked = assemble(traced.graph, state, meta=meta, training=False, trainable=frozenset())
         model.eval()
-        constraints = covers_size_one(model, unchecked, inputs, constraints)
+        constraints = without_artefacts(model, unchecked, inputs, constraints)
     graph, _ = copy_graph(traced.graph)
     checks = add_checks(graph, constraints)
     graph.lint()
@@ -197,7 +197,8 @@ def _take_inputs(graph: fx.Graph, inputs: ExampleInputs, fixed: Mapping[str, Any
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, in_spec, codegen.pytree_info.out_spec)))
 
 
-_FIXED_DIMENSION = re.compile(r"inputs(?P<path>(?:\['?\w+'?\])+)\.shape\[(?P<dim>\d+)\]")
+# torch.export's two ways of naming a dimension: inputs['x'].shape[1], and L['x'].size()[1].
+_FIXED_DIMENSION = re.compile(r"(?:inputs|L)(?P<path>(?:\['?\w+'?\])+)\.(?:shape|size\(\))\[(?P<dim>\d+)\]")
 
 
 def _refusal(model: nn.Module, inputs: ExampleInputs, error: Exception, training: bool) -> TraceError:

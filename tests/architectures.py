@@ -42,7 +42,14 @@ def _t5() -> nn.Module:
 
 def _gpt2() -> nn.Module:
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_positions=64, n_embd=48, n_inner=88, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2
+        vocab_size=VOCABULARY,
+        n_positions=64,
+        n_embd=48,
+        n_inner=88,
+        n_layer=3,
+        n_head=4,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     return transformers.GPT2LMHeadModel(config)
 

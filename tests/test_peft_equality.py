@@ -42,7 +42,12 @@ def pair(request: pytest.FixtureRequest) -> tuple[str, nn.Module, Any, lora_fx.T
     torch.manual_seed(5)
     wrapped = wrap(name, model)
     torch.manual_seed(5)
-    return name, model, wrapped, lora_fx.rewrite(model, rules=ARCHITECTURES[name].rules, rank=RANK, alpha=ALPHA, dropout=0.0)
+    return (
+        name,
+        model,
+        wrapped,
+        lora_fx.rewrite(model, rules=ARCHITECTURES[name].rules, rank=RANK, alpha=ALPHA, dropout=0.0),
+    )
 
 
 def test_initial_factors_equal_those_of_peft_under_the_same_seed(pair: Any) -> None:
@@ -117,19 +122,19 @@ def test_training_is_bit_equal_to_peft_under_one_random_state(pair: Any) -> None
         outputs.append(module.train()(**batch, **constants)[0])
     torch.manual_seed(3)
     undisturbed = graph_module.eval()(**batch)[0]
-    if name in DRAWS_LIKE_EAGER:
-        assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[1], undisturbed)
 
 
-DRAWS_LIKE_EAGER = ("t5", "gpt2", "llama", "bert")
+def test_t5_departs_by_rounding_where_its_position_bias_trains() -> None:
+    """With a position bias that requires a gradient, torch's attention takes another kernel: the cause of 1e-6 between T5 runs.
 
-
-def test_t5_departs_from_a_frozen_model_by_rounding_only_where_the_position_bias_trains() -> None:
-    """With a trainable position bias, torch's attention takes another kernel: the cause of 1e-6 between T5 runs."""
+    PEFT freezes it, and so does a graph; compared with either, an unfrozen eager T5 is a rounding apart.
+    """
     model = build("t5")
     batch = inputs("t5", 3, 11, 5)
     trainable = model(**batch, use_cache=False).logits
     frozen = model.requires_grad_(False)(**batch, use_cache=False).logits
     assert torch.equal(frozen, lora_fx.trace(model)(**batch).logits)
+    assert not torch.equal(trainable, frozen)
     assert torch.allclose(trainable, frozen, rtol=0, atol=1e-5)

@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, SIZES, build, inputs
+from conftest import set_factors, unchanged
+from torch import fx, nn
+
+import lora_fx
+from lora_fx.comparison import first_difference
+
+aten = torch.ops.aten
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in ARCHITECTURES])
+def rewritten(request: pytest.FixtureRequest) -> tuple[str, nn.Module, lora_fx.TracedGraphModule]:
+    model = build(request.param)
+    graph_module = lora_fx.rewrite(model, rules=ARCHITECTURES[request.param].rules, rank=6, alpha=9)
+    set_factors(graph_module)
+    return request.param, model, graph_module
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_folded_computes_what_the_branched_graph_computes(rewritten: Any, size: tuple[int, int, int]) -> None:
+    name, _, graph_module = rewritten
+    batch = inputs(name, *size)
+    with torch.no_grad():
+        branched, folded = graph_module(**batch)[0], lora_fx.fold(graph_module)(**batch)[0]
+    assert torch.allclose(branched, folded, rtol=0, atol=1e-5)
+
+
+def test_fold_and_unload_give_back_the_traced_graph_node_for_node(rewritten: Any) -> None:
+    _, model, graph_module = rewritten
+    base = lora_fx.trace(model)
+    for restored in (lora_fx.fold(graph_module), lora_fx.unload(graph_module), lora_fx.fold(base)):
+        assert first_difference(base, restored) is None
+        assert list(restored.state_dict()) == list(base.state_dict())
+        assert not any("lora" in name for name, _ in restored.named_modules())
+    assert set(base.state_dict()) == set(model.state_dict())
+
+
+def test_unload_gives_back_the_traced_weights(rewritten: Any) -> None:
+    _, model, graph_module = rewritten
+    weights = model.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in lora_fx.unload(graph_module).state_dict().items())
+
+
+def test_folded_weights_load_into_the_model_and_eager_agrees(rewritten: Any) -> None:
+    name, model, graph_module = rewritten
+    folded = lora_fx.fold(graph_module)
+    loaded = copy.deepcopy(model)
+    loaded.load_state_dict(folded.state_dict(), assign=True)
+    batch = inputs(name, 3, 11, 5)
+    with torch.no_grad():
+        eager = loaded(**batch, **ARCHITECTURES[name].constants)[0]
+        assert torch.equal(eager, folded(**batch)[0])
+        assert torch.allclose(eager, graph_module(**batch)[0], rtol=0, atol=1e-5)
+
+
+def test_merged_weights_equal_the_fp64_formula(rewritten: Any) -> None:
+    name, model, graph_module = rewritten
+    factors = dict(graph_module.named_parameters())
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    adapted = 0
+    for key, merged in lora_fx.fold(graph_module).named_parameters(remove_duplicate=False):
+        site = key.removesuffix(".weight")
+        if f"{site}.lora_A.default.weight" in factors:
+            a, b = (factors[f"{site}.lora_{part}.default.weight"].double() for part in "AB")
+            update = 1.5 * b @ a
+            expected = weights[key].double() + (update.T if ARCHITECTURES[name].fan_in_fan_out else update)
+            assert torch.allclose(merged.double(), expected, rtol=0, atol=1e-6)
+            assert not torch.equal(merged, weights[key])
+            adapted += 1
+        else:
+            assert torch.equal(merged, weights[key])
+    assert adapted == len(factors.keys() & {k for k in factors if ".lora_A." in k})
+
+
+def test_public_functions_change_neither_the_model_nor_the_graph(rewritten: Any) -> None:
+    name, model, _ = rewritten
+    rules = ARCHITECTURES[name].rules
+    model.train()
+    model.get_submodule(next(n for n, m in model.named_modules() if isinstance(m, nn.Linear))).eval()
+    with unchanged(model):
+        base = lora_fx.trace(model)
+        graph_module = lora_fx.rewrite(model, rules=rules)
+        lora_fx.plan(model, rules=rules)
+    model.eval()
+    set_factors(graph_module)
+    for graph in (base, graph_module):
+        with unchanged(graph):
+            lora_fx.fold(graph)
+            lora_fx.unload(graph)
+            lora_fx.rewrite(graph, rules=rules, adapter="other")
+            lora_fx.plan(graph, rules=rules)
+            lora_fx.trace(graph)
+            lora_fx.parameter_summary(graph)
+            copy.deepcopy(graph)
+
+
+def test_training_and_moving_a_graph_leave_the_model_alone(rewritten: Any) -> None:
+    name, model, _ = rewritten
+    graph_module = lora_fx.rewrite(model, rules=ARCHITECTURES[name].rules)
+    with unchanged(model):
+        graph_module.requires_grad_(True)
+        graph_module.to("meta")
+    assert all(p.device.type == "cpu" for p in model.parameters())
+
+
+def test_nothing_is_copied_but_the_adapted_weights(rewritten: Any) -> None:
+    _, model, graph_module = rewritten
+    storage = {name: p.data_ptr() for name, p in model.named_parameters(remove_duplicate=False)}
+    shared = {
+        name: p.data_ptr() for name, p in graph_module.named_parameters(remove_duplicate=False) if ".lora_" not in name
+    }
+    assert shared == storage
+    folded = {name: p.data_ptr() for name, p in lora_fx.fold(graph_module).named_parameters(remove_duplicate=False)}
+    changed = {name for name in storage if storage[name] != folded[name]}
+    assert changed == {
+        name.replace(".lora_A.default", "") for name in dict(graph_module.named_parameters()) if ".lora_A." in name
+    }
+
+
+def test_fold_survives_a_deep_copy(rewritten: Any) -> None:
+    _, _, graph_module = rewritten
+    mine, theirs = lora_fx.fold(graph_module), lora_fx.fold(copy.deepcopy(graph_module))
+    assert first_difference(mine, theirs) is None
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in mine.state_dict().items())
+
+
+def test_two_adapters_fold_together() -> None:
+    model = build("gpt2")
+    graph_module = lora_fx.rewrite(model, rules="gpt2", rank=6, alpha=9)
+    graph_module = lora_fx.rewrite(
+        graph_module, rules={"select": [{"target": ["c_attn", "c_fc"]}]}, rank=3, alpha=2, adapter="second"
+    )
+    set_factors(graph_module)
+    batch = inputs("gpt2", 3, 11)
+    folded = lora_fx.fold(graph_module)
+    assert torch.allclose(graph_module(**batch)[0], folded(**batch)[0], rtol=0, atol=1e-5)
+    assert first_difference(lora_fx.trace(model), folded) is None
+
+
+# What must not be folded. Each graph is small enough to be written here.
+
+
+class Tied(nn.Module):
+    """One weight at two sites of two modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.second = nn.Linear(5, 5)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+class Twice(nn.Module):
+    """One module, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.shared(torch.relu(self.shared(x)))
+
+
+class Decoys(nn.Module):
+    """Linear in ``x`` in ways that look like a branch, without being one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main = nn.Linear(5, 5)
+        self.down = nn.Linear(5, 2, bias=False)
+        self.up = nn.Linear(2, 5, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.main(x) + self.up(self.down(x)) * 0.5
+
+
+def small(model: nn.Module, target: str, **settings: Any) -> lora_fx.TracedGraphModule:
+    rules = {"select": [{"target": [target]}]}
+    graph_module = lora_fx.rewrite(
+        model.eval(), rules, example_inputs=(torch.randn(3, 5),), rank=2, alpha=3, **settings
+    )
+    set_factors(graph_module)
+    return graph_module
+
+
+def test_a_weight_with_an_unadapted_use_is_refused() -> None:
+    with pytest.raises(
+        lora_fx.FoldError,
+        match=r"'first.weight' is used 2 times.*need different values.*with a branch.*without a branch",
+    ):
+        lora_fx.fold(small(Tied(), "first"))
+
+
+def test_a_module_called_twice_shares_its_branch_and_folds_once() -> None:
+    model = Twice()
+    graph_module = small(model, "shared")
+    assert sum(".lora_A." in name for name, _ in graph_module.named_parameters()) == 1
+    x = torch.randn(7, 5)
+    folded = lora_fx.fold(graph_module)
+    assert torch.allclose(graph_module(x), folded(x), rtol=0, atol=1e-6)
+    assert not torch.allclose(model(x), folded(x), atol=1e-3)
+    assert [d.site.name for d in lora_fx.plan(graph_module, {"select": [{"target": ["shared"]}]}, rank=2)] == [
+        "shared@1",
+        "shared@2",
+    ]
+
+
+def test_what_only_looks_like_a_branch_is_left_alone() -> None:
+    model = Decoys()
+    example = (torch.randn(3, 5),)
+    base = lora_fx.trace(model, example)
+    assert first_difference(base, lora_fx.fold(base)) is None
+    graph_module = small(model, "main")
+    x = torch.randn(7, 5)
+    folded = lora_fx.fold(graph_module)
+    assert torch.allclose(graph_module(x), folded(x), rtol=0, atol=1e-6)
+    assert torch.equal(folded.up.weight, model.up.weight)
+
+
+def _edit(graph_module: lora_fx.TracedGraphModule, part: str, target: Any, *extra: Any) -> None:
+    """Put another operator behind the node of a branch with this part."""
+    node = next(n for n in graph_module.graph.nodes if n.meta.get("custom", {}).get("lora_fx", {}).get("part") == part)
+    with graph_module.graph.inserting_after(node):
+        new = graph_module.graph.call_function(target, (node, *extra))
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    graph_module.recompile()
+
+
+@pytest.mark.parametrize(
+    ("part", "target", "extra"),
+    [
+        ("A", aten.gelu.default, ()),
+        ("B", aten.relu.default, ()),
+        ("scale", aten.add.Tensor, (1.0,)),
+        ("B", aten.dropout.default, (0.5, True)),
+    ],
+    ids=["gelu", "relu", "shift", "foreign dropout"],
+)
+def test_a_branch_that_computes_something_else_is_refused_by_node(
+    part: str, target: Any, extra: tuple[Any, ...]
+) -> None:
+    graph_module = small(Decoys(), "main")
+    _edit(graph_module, part, target, *extra)
+    with pytest.raises(lora_fx.FoldError, match=rf"a branch cannot be folded: .*{target._schema.name.split('::')[1]}"):
+        lora_fx.fold(graph_module)
+
+
+def test_an_output_that_is_read_before_its_branch_is_added_is_refused() -> None:
+    graph_module = small(Decoys(), "main")
+    site = next(n for n in graph_module.graph.nodes if n.name == "linear")
+    end = next(n for n in graph_module.graph.nodes if n.meta.get("custom", {}).get("lora_fx", {}).get("part") == "add")
+    user = next(iter(end.users))
+    user.replace_input_with(end, site)
+    with graph_module.graph.inserting_after(user):
+        again = graph_module.graph.call_function(aten.add.Tensor, (user, end))
+    user.replace_all_uses_with(again, delete_user_cb=lambda u: u is not again)
+    graph_module.recompile()
+    with pytest.raises(lora_fx.FoldError, match="before all branches are added"):
+        lora_fx.fold(graph_module)
+
+
+def test_meta_weights_and_non_finite_results_are_refused() -> None:
+    with pytest.raises(lora_fx.FoldError, match="meta device"):
+        lora_fx.fold(small(Decoys(), "main").to("meta"))
+    graph_module = small(Decoys(), "main")
+    with torch.no_grad():
+        graph_module.main.lora_B.default.weight[0, 0] = float("nan")
+    with pytest.raises(lora_fx.FoldError, match=r"'main.weight' non-finite"):
+        lora_fx.fold(graph_module)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_half_precision_base_gets_fp32_factors_and_folds_with_one_rounding(dtype: torch.dtype) -> None:
+    model = Decoys().to(dtype)
+    rules = {"select": [{"target": ["main"]}]}
+    graph_module = lora_fx.rewrite(model, rules, example_inputs=(torch.randn(3, 5).to(dtype),), rank=2, alpha=3)
+    set_factors(graph_module)
+    a, b = graph_module.main.lora_A.default.weight, graph_module.main.lora_B.default.weight
+    assert a.dtype == b.dtype == torch.float32
+    folded = lora_fx.fold(graph_module)
+    exact = model.main.weight.double() + 1.5 * b.double() @ a.double()
+    assert torch.equal(folded.main.weight, exact.to(dtype))
+    assert first_difference(lora_fx.trace(model, (torch.randn(3, 5).to(dtype),)), folded) is None
+    x = torch.randn(7, 5).to(dtype)
+    assert graph_module(x).dtype == dtype
+    assert torch.allclose(graph_module(x).float(), folded(x).float(), atol=0.1)
+
+
+def test_a_graph_that_was_copied_by_fx_folds_too() -> None:
+    graph_module = small(Decoys(), "main", inference=True)
+    expected = lora_fx.fold(graph_module)
+    graph_module.graph = fx.Transformer(graph_module).transform().graph
+    graph_module.graph.eliminate_dead_code()
+    x = torch.randn(7, 5)
+    assert torch.equal(lora_fx.fold(graph_module)(x), expected(x))

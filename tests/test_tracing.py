@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, SIZES, build, inputs
+from torch import nn
+
+import lora_fx
+from lora_fx.comparison import first_difference
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in ARCHITECTURES])
+def traced(request: pytest.FixtureRequest) -> tuple[str, nn.Module, lora_fx.TracedGraphModule]:
+    model = build(request.param)
+    return request.param, model, lora_fx.trace(model)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_graph_computes_what_the_model_computes(traced: Any, size: tuple[int, int, int]) -> None:
+    name, model, graph_module = traced
+    model.requires_grad_(False)  # as in the graph: torch's attention chooses its kernel by what requires a gradient
+    batch = inputs(name, *size)
+    expected = model(**batch, **ARCHITECTURES[name].constants)
+    found = graph_module(**batch)
+    assert type(found) is type(expected)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(graph_module(*batch.values())[0], expected[0])
+
+
+def test_dropout_follows_the_mode_also_after_a_copy(traced: Any) -> None:
+    name, model, graph_module = traced
+    model.requires_grad_(False)
+    batch = inputs(name, 3, 11, 5)
+    for graph in (graph_module, copy.deepcopy(graph_module)):
+        for mode in (True, False):
+            torch.manual_seed(3)
+            expected = model.train(mode)(**batch, **ARCHITECTURES[name].constants)[0]
+            torch.manual_seed(3)
+            assert torch.equal(graph.train(mode)(**batch)[0], expected)
+    graph_module.eval()
+
+
+def test_the_graph_is_in_normal_form(traced: Any) -> None:
+    _, model, graph_module = traced
+    attributes = [str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"]
+    assert len(attributes) == len(set(attributes))
+    for node in graph_module.graph.nodes:
+        assert not isinstance(node.target, torch._ops.HigherOrderOperator)
+        assert node.op != "call_module" or type(graph_module.get_submodule(node.target)).__name__ in {
+            "Dropout",
+            "ModeSwitch",
+            "InputCheck",
+            "RelationCheck",
+        }
+        assert not any(isinstance(value, torch.device) for value in (*node.args, *node.kwargs.values()))
+    assert {id(p) for p in graph_module.parameters()}.isdisjoint(id(p) for p in model.parameters())
+    assert not any(p.requires_grad for p in graph_module.parameters())
+    assert graph_module._non_persistent_buffers_set == model._non_persistent_buffers_set
+
+
+def test_ties_are_kept(traced: Any) -> None:
+    _, model, graph_module = traced
+    ties = {
+        (a, b)
+        for a, p in model.named_parameters(remove_duplicate=False)
+        for b, q in model.named_parameters(remove_duplicate=False)
+        if p is q
+    }
+    kept = {
+        (a, b)
+        for a, p in graph_module.named_parameters(remove_duplicate=False)
+        for b, q in graph_module.named_parameters(remove_duplicate=False)
+        if p is q
+    }
+    assert kept == ties
+
+
+def test_meta_and_modes_survive_a_deep_copy(traced: Any) -> None:
+    _, _, graph_module = traced
+    graph_module.train()
+    copied = copy.deepcopy(graph_module)
+    assert copied.meta["lora_fx"] == graph_module.meta["lora_fx"]
+    assert list(copied.state_dict()) == list(graph_module.state_dict())
+    assert [m.training for m in copied.modules()] == [m.training for m in graph_module.modules()]
+    graph_module.eval()
+    assert copied.training
+
+
+def test_converting_the_dtype_is_refused_and_moving_is_not(traced: Any) -> None:
+    _, _, graph_module = traced
+    for convert in (nn.Module.half, nn.Module.double, lambda m: m.to(torch.bfloat16)):
+        with pytest.raises(lora_fx.LoraFxError, match=r"keeps its dtype.*trace it again"):
+            convert(copy.deepcopy(graph_module))
+    copy.deepcopy(graph_module).to("cpu").float()
+
+
+# Constraints: nothing that torch.export assumed is lost.
+
+
+class BranchesOnLength(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.size(1) <= 16 else x * 3
+
+
+class Divides(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.view(x.size(0), x.size(1) // 3, 3, 6).sum(2))
+
+
+class HasMaximum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(12, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.positions.weight[: x.size(1)]
+
+
+class TreatsOneApart(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.size(1) == 1 else x * 3
+
+
+class Pair(nn.Module):
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.cat([a, b], dim=1) + torch.cat([b, a], dim=1)
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["traced", "copied"])
+@pytest.mark.parametrize(
+    ("model", "traced_at", "good", "bad"),
+    [
+        (BranchesOnLength(), 7, (1, 2, 16), (17, 40)),
+        (BranchesOnLength(), 20, (17, 40), (16, 3, 1)),
+        (Divides(), 9, (6, 12), (4, 2, 1)),
+        (HasMaximum(), 7, (1, 5, 12), (13, 40)),
+        (TreatsOneApart(), 7, (2, 40), (1,)),
+    ],
+    ids=["short", "long", "divides", "maximum", "one"],
+)
+def test_inputs_outside_of_the_trace_raise_and_none_is_wrong(
+    model: nn.Module, traced_at: int, good: tuple[int, ...], bad: tuple[int, ...], copied: bool
+) -> None:
+    graph_module = lora_fx.trace(model, (torch.randn(2, traced_at, 6),))
+    graph_module = copy.deepcopy(graph_module) if copied else graph_module
+    for size in good:
+        x = torch.randn(5, size, 6)
+        assert torch.equal(graph_module(x), model(x))
+        assert torch.equal(graph_module(x[:1]), model(x[:1]))
+    for size in bad:
+        with pytest.raises(lora_fx.InputError, match="Trace again with example_inputs"):
+            graph_module(torch.randn(5, size, 6))
+
+
+def test_a_constraint_survives_rewrite_fold_and_scripting(tmp_path: Any) -> None:
+    graph_module = lora_fx.rewrite(
+        Divides(), {"select": [{"target": ["linear"]}]}, rank=2, example_inputs=(torch.randn(2, 9, 6),)
+    )
+    lora_fx.export.torchscript(graph_module, tmp_path / "model.pt")
+    for module in (
+        graph_module,
+        lora_fx.fold(graph_module),
+        lora_fx.unload(graph_module),
+        torch.jit.load(tmp_path / "model.pt"),
+    ):
+        module(torch.randn(4, 6, 6))
+        with pytest.raises((lora_fx.InputError, torch.jit.Error), match=r"size\(1\)"):
+            module(torch.randn(4, 4, 6))
+
+
+def test_dtype_and_rank_of_inputs_are_checked() -> None:
+    graph_module = lora_fx.trace(BranchesOnLength(), {"x": torch.randn(2, 7, 6)})
+    with pytest.raises(
+        lora_fx.InputError, match=r"'x' has dtype torch.float64, and the graph was traced with torch.float32"
+    ):
+        graph_module(torch.randn(2, 7, 6).double())
+    with pytest.raises(lora_fx.InputError, match="'x' has 2 dimensions, and the graph was traced with 3"):
+        graph_module(torch.randn(7, 6))
+
+
+def test_relations_between_inputs_are_checked() -> None:
+    graph_module = lora_fx.trace(Pair(), {"a": torch.randn(2, 7), "b": torch.randn(2, 5)})
+    a, b = torch.randn(3, 4), torch.randn(3, 6)
+    assert torch.equal(graph_module(b=b, a=a), Pair()(a, b))
+    with pytest.raises((lora_fx.InputError, RuntimeError)):
+        graph_module(a, b[:2])
+
+
+class RunsOverLength(nn.Module):
+    """Unrolls over the sequence, as Mamba and RWKV do."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state = x[:, 0]
+        for position in range(x.size(1)):
+            state = self.linear(state) + x[:, position]
+        return state
+
+
+def test_a_dimension_that_the_model_fixes_is_named_and_can_be_given_up() -> None:
+    model, example = RunsOverLength(), {"x": torch.randn(2, 7, 6)}
+    with pytest.raises(lora_fx.TraceError, match=r"fixes dimension 1 of 'x'.*dynamic=\{'x': \(0, 2\)\}"):
+        lora_fx.trace(model, example, dynamic={"x": (0, 1)})
+    graph_module = lora_fx.trace(model, example, dynamic={"x": (0,)})
+    x = torch.randn(4, 7, 6)
+    assert torch.equal(graph_module(x), model(x))
+    with pytest.raises(lora_fx.InputError, match="size 8 in dimension 1, and the trace holds for 7 alone"):
+        graph_module(torch.randn(4, 8, 6))
+
+
+# What cannot be traced says so.
+
+
+class DropsLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            return x * 2
+        return self.linear(x)
+
+
+class ReadsData(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.sum() > 0 else x * 3
+
+
+def test_python_that_branches_on_the_mode_is_refused_for_training_only() -> None:
+    model, example = DropsLayers(), (torch.randn(2, 6),)
+    with pytest.raises(
+        lora_fx.TraceError,
+        match=r"in training than in evaluation.*aten\.mul.*aten\.linear.*test_tracing\.py:\d+.*inference=True",
+    ):
+        lora_fx.trace(model, example)
+    x = torch.randn(5, 6)
+    assert torch.equal(lora_fx.trace(model, example, inference=True)(x), model.eval()(x))
+
+
+def test_a_model_that_cannot_be_traced_names_its_own_line() -> None:
+    with pytest.raises(lora_fx.TraceError, match=r"ReadsData cannot be traced at .*test_tracing\.py:\d+"):
+        lora_fx.trace(ReadsData(), (torch.randn(2, 6),))
+
+
+def test_missing_inputs_of_a_plain_module_are_asked_for() -> None:
+    with pytest.raises(lora_fx.TraceError, match=r"Divides is not a transformers model.*pass example_inputs"):
+        lora_fx.trace(Divides())
+
+
+def test_a_trace_of_a_graph_is_a_copy_of_it() -> None:
+    graph_module = lora_fx.trace(Divides(), (torch.randn(2, 9, 6),))
+    copied = lora_fx.trace(graph_module)
+    assert first_difference(graph_module, copied) is None
+    assert copied is not graph_module
+    assert copied.linear.weight is not graph_module.linear.weight
+
+
+class NoGradient(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            scale = x.abs().mean(-1, keepdim=True)
+        return self.linear(x / scale)
+
+
+def test_a_region_without_gradients_keeps_none() -> None:
+    model, x = NoGradient(), torch.randn(5, 6)
+    graph_module = lora_fx.trace(model, (torch.randn(2, 6),))
+    gradients = []
+    for module in (model, graph_module):
+        leaf = x.clone().requires_grad_()
+        module(leaf).square().sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
