@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import LoraFxError
+from lora_fx.records import GraphRecord, record, restore
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,39 @@ class TracedGraphModule(fx.GraphModule):
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedGraphModule:
-        copied = super().__deepcopy__(memo)
-        assert isinstance(copied, TracedGraphModule)
-        # The base class has deep-copied every tensor into `memo`, and then kept those that the graph names.
         state = state_of(self)
-        _install(copied, replace(state, tensors={n: memo[id(t)] for n, t in state.tensors.items()}, modules={}))
-        for name, module in self.named_modules():
-            copied.get_submodule(name).training = module.training
-        return copied
+        copied = replace(
+            state,
+            tensors={name: copy.deepcopy(tensor, memo) for name, tensor in state.tensors.items()},
+            modules={name: copy.deepcopy(module, memo) for name, module in state.modules.items()},
+        )
+        graph, _ = copy_graph(self.graph)
+        made = _rebuild(graph, copied, copy.deepcopy(self.meta, memo), _modes(self))
+        memo[id(self)] = made
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_from_record, (record(self.graph), state_of(self), self.meta, _modes(self))
+
+
+def _rebuild_from_record(recorded: GraphRecord, *rest: Any) -> TracedGraphModule:
+    return _rebuild(restore(recorded), *rest)
+
+
+def _rebuild(graph: fx.Graph, state: State, meta: dict[str, Any], modes: Mapping[str, bool]) -> TracedGraphModule:
+    """Make a GraphModule around exactly these tensors and modules."""
+    # Tensors first, then the graph: its constructor would register them in the order in which nodes name them.
+    module = TracedGraphModule(nn.Module(), fx.Graph(), class_name="GraphModule")
+    _install(module, state)
+    module.graph = graph
+    module.meta.update(meta)
+    for name, mode in modes.items():
+        module.get_submodule(name).training = mode
+    return module
+
+
+def _modes(module: nn.Module) -> dict[str, bool]:
+    return {name: submodule.training for name, submodule in module.named_modules()}
 
 
 def state_of(module: nn.Module) -> State:
@@ -97,12 +123,7 @@ def assemble(
         training: the mode of the result.
         trainable: names of the parameters that get ``requires_grad=True``; all others are frozen.
     """
-    owned = _owned(state, trainable)
-    # Tensors first, then the graph: its constructor would register them in the order in which nodes name them.
-    module = TracedGraphModule(nn.Module(), fx.Graph(), class_name="GraphModule")
-    _install(module, owned)
-    module.graph = graph
-    module.meta.update(meta)
+    module = _rebuild(graph, _owned(state, trainable), dict(meta), {})
     module.train(training)
     return module
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, SIZES, build, inputs
+from conftest import set_factors
 from torch import nn
 
 import lora_fx
@@ -288,3 +290,27 @@ def test_a_region_without_gradients_keeps_none() -> None:
         module(leaf).square().sum().backward()
         gradients.append(leaf.grad)
     assert torch.equal(*gradients)
+
+
+def test_pickle_and_torch_save_keep_everything(traced: Any, tmp_path: Any) -> None:
+    name, _, _ = traced
+    graph_module = lora_fx.rewrite(build(name), rules=ARCHITECTURES[name].rules, rank=6, alpha=9).train()
+    set_factors(graph_module)
+    torch.save(graph_module, tmp_path / "graph.pt")
+    for copied in (pickle.loads(pickle.dumps(graph_module)), torch.load(tmp_path / "graph.pt", weights_only=False)):
+        assert first_difference(graph_module, copied) is None
+        assert copied.meta["lora_fx"] == graph_module.meta["lora_fx"]
+        assert [n.meta.get("custom") for n in copied.graph.nodes] == [
+            n.meta.get("custom") for n in graph_module.graph.nodes
+        ]
+        assert [m.training for m in copied.modules()] == [m.training for m in graph_module.modules()]
+        assert {n for n, p in copied.named_parameters() if p.requires_grad} == {
+            n for n, p in graph_module.named_parameters() if p.requires_grad
+        }
+        batch = inputs(name, 3, 11, 5)
+        for mode in (True, False):
+            torch.manual_seed(3)
+            expected = graph_module.train(mode)(**batch)[0]
+            torch.manual_seed(3)
+            assert torch.equal(copied.train(mode)(**batch)[0], expected)
+        assert first_difference(lora_fx.fold(graph_module), lora_fx.fold(copied)) is None

@@ -1,0 +1,112 @@
+"""A graph as plain data, for pickling: ``fx.GraphModule`` itself pickles its code and traces that again, losing all metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+_KEPT_META = ("nn_module_stack", "stack_trace", "custom")
+
+
+@dataclass(frozen=True)
+class NodeRecord:
+    """One node; arguments refer to other nodes as :class:`Reference`."""
+
+    name: str
+    op: str
+    target: Any
+    args: Any
+    kwargs: Any
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Stands for a node in the arguments of a record."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Operator:
+    """Stands for an operator of ``torch.ops``, which does not pickle: ``aten.linear.default``."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """All nodes of a graph, and the code generator that gives it its signature."""
+
+    nodes: tuple[NodeRecord, ...]
+    codegen: Any
+
+
+def record(graph: fx.Graph) -> GraphRecord:
+    """Return a graph as data that pickles. Fake values (shapes and dtypes of nodes) are left out."""
+    return GraphRecord(tuple(_record(node) for node in graph.nodes), graph._codegen)
+
+
+def restore(recorded: GraphRecord) -> fx.Graph:
+    """Return the graph that was recorded: same names, operators, arguments and metadata."""
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for item in recorded.nodes:
+        args, kwargs = _map(item.args, nodes), _map(item.kwargs, nodes)
+        node = graph.create_node(item.op, _operator(item.target), args, kwargs, name=item.name)
+        node.meta.update(item.meta)
+        nodes[item.name] = node
+    graph.set_codegen(recorded.codegen)
+    return graph
+
+
+def _record(node: fx.Node) -> NodeRecord:
+    meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
+    if "nn_module_stack" in meta:
+        # Classes as names: those of a model that was defined in a function would not pickle.
+        meta["nn_module_stack"] = {k: (path, _class_name(kind)) for k, (path, kind) in meta["nn_module_stack"].items()}
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: Reference(n.name))  # type: ignore[arg-type, return-value]
+    target = Operator(str(node.target)) if isinstance(node.target, torch._ops.OpOverload) else node.target
+    return NodeRecord(node.name, node.op, target, _plain(args), _plain(kwargs), meta)
+
+
+def _class_name(kind: Any) -> str:
+    return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _plain(value: Any) -> Any:
+    """Turn fx's immutable collections into builtin ones."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, slice):
+        return slice(_plain(value.start), _plain(value.stop), _plain(value.step))
+    return value
+
+
+def _map(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    if isinstance(value, Reference):
+        return nodes[value.name]
+    if isinstance(value, dict):
+        return {key: _map(item, nodes) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map(item, nodes) for item in value)
+    if isinstance(value, slice):
+        return slice(_map(value.start, nodes), _map(value.stop, nodes), _map(value.step, nodes))
+    return value
+
+
+def _operator(target: Any) -> str | Callable[..., Any]:
+    if not isinstance(target, Operator):
+        return target  # type: ignore[no-any-return]
+    found: Any = torch.ops
+    for part in target.name.split("."):
+        found = getattr(found, part)
+    return found  # type: ignore[no-any-return]
