@@ -5,10 +5,12 @@ from lora_fx.drawing import draw
 from lora_fx.errors import ExportError, FoldError, InputError, LoraFxError, PlanError, RuleError, TraceError
 from lora_fx.folding import fold, unload
 from lora_fx.graph_module import TracedGraphModule
+from lora_fx.materializing import materialize
 from lora_fx.parameters import ParameterSummary, parameter_summary
 from lora_fx.planning import Plan, plan
 from lora_fx.rewriting import rewrite
 from lora_fx.tracing import trace
+from lora_fx.transferring import transfer
 
 __all__ = [
     "ExportError",
@@ -25,9 +27,11 @@ __all__ = [
     "export",
     "fold",
     "huggingface",
+    "materialize",
     "parameter_summary",
     "plan",
     "rewrite",
     "trace",
+    "transfer",
     "unload",
 ]

@@ -9,7 +9,8 @@ This is the order of operations of PEFT's layers, so that equal factors give equ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,9 +81,7 @@ def _new_factors(plan: Plan, state: State, adapter: str, seed: int | None) -> di
     modules = {chosen.site.module: chosen for chosen in reversed(plan.chosen)}
     ordered = sorted(modules.values(), key=lambda chosen: position[_own_weight(chosen, state)])
     factors: dict[str, torch.Tensor] = {}
-    with torch.random.fork_rng(devices=[]):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with _seeded(seed):
         for chosen in ordered:
             site = chosen.site
             a, b = initial_factors(
@@ -91,6 +90,34 @@ def _new_factors(plan: Plan, state: State, adapter: str, seed: int | None) -> di
             factors[factor_name(site.module, "A", adapter)] = a
             factors[factor_name(site.module, "B", adapter)] = b
     return factors
+
+
+def new_factors_like(
+    wanted: Mapping[str, torch.Tensor], device: torch.device, seed: int | None
+) -> dict[str, torch.Tensor]:
+    """Return initial values for factors that have none yet.
+
+    Args:
+        wanted: factors by name, in the order of the model's modules, A before B.
+        device: for the values.
+        seed: of the draws. Without one they come from torch's current random state, which is put back.
+    """
+    values: dict[str, torch.Tensor] = {}
+    with _seeded(seed):
+        for name, a in wanted.items():
+            other = name.replace(".lora_A.", ".lora_B.")
+            if other != name:
+                like = torch.empty(0, dtype=a.dtype, device=device)
+                values[name], values[other] = initial_factors(a.shape[1], wanted[other].shape[0], a.shape[0], like)
+    return values
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
 
 
 def _own_weight(chosen: Chosen, state: State) -> str:

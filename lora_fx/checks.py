@@ -44,6 +44,11 @@ class InputCheck(nn.Module):
 
     def forward(self, value: torch.Tensor) -> None:
         """Check ``value``, a tensor whose shape lies within the ranges."""
+        if value is None:
+            raise InputError(
+                f"input '{self.name}' was left out, and the graph was traced with it. Pass it, "
+                "or trace again with example_inputs that leave it out too."
+            )
         if value.dtype != self.dtype:
             raise InputError(
                 f"input '{self.name}' has dtype {value.dtype}, and the graph was traced with {self.dtype_name}. "

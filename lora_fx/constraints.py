@@ -169,6 +169,9 @@ def _as_sympy(tree: ast.expr, equal: _Equalities) -> sympy.Basic | None:
             operands = _as_sympy(left, equal), _as_sympy(right, equal)
         case ast.Compare(left=left, ops=[op], comparators=[right]):
             operands = _as_sympy(left, equal), _as_sympy(right, equal)
+        case ast.BoolOp(op=ast.Or(), values=[left, right]):
+            arms = _as_sympy(left, equal), _as_sympy(right, equal)
+            return sympy.true if sympy.true in arms else None
         case _:
             return None
     if operands[0] is None or operands[1] is None or type(op) not in _SYMPY:

@@ -140,12 +140,14 @@ def _same(mine: object, theirs: object) -> bool:
 
 
 def named_arguments(node: fx.Node) -> dict[str, Any]:
-    """Return the arguments of a node by the names of the operator's schema; by position where it has no schema."""
+    """Return the arguments of a node that are not defaults, by the names of the schema; by position where there is none."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return {**{str(i): value for i, value in enumerate(node.args)}, **node.kwargs}
     names = [argument.name for argument in schema.arguments]
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    defaults = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return {name: value for name, value in given.items() if name not in defaults or not _same(value, defaults[name])}
 
 
 def _express(graph: fx.Graph, differing: Mapping[fx.Node, tuple[Any, Any]]) -> dict[str, nn.Module]:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.checks import UNBOUNDED, Constraints, excludes, holds, references
-from lora_fx.inputs import ExampleInputs
+from lora_fx.inputs import ExampleInputs, graph_inputs
 
 Dimension = tuple[str, int]
 
@@ -111,7 +111,7 @@ class _Prober:
             lambda leaf: _resized(leaf, next(names), sizes) if _is_tensor(leaf) else leaf,
             (self.inputs.args, dict(self.inputs.kwargs)),
         )
-        tensors = {name: value for name, value in kwargs.items() if any(map(_is_tensor, pytree.tree_leaves(value)))}
+        tensors = {name: kwargs[name] for name in graph_inputs(self.inputs)}
         with torch.no_grad():
             try:
                 expected, found = self.model(*args, **kwargs), self.graph_module(*args, **tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,18 +12,19 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from lora_fx import normal_form
 from lora_fx.checks import Constraints, add_checks
 from lora_fx.constraints import constraints_of
 from lora_fx.errors import TraceError
+from lora_fx.gradients import check_gradients, recorded_functions
 from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph, state_of, trainable_names
-from lora_fx.inputs import ExampleInputs
+from lora_fx.inputs import ExampleInputs, config_of
 from lora_fx.inputs import example_inputs as make_inputs
 from lora_fx.modes import drop_dropout, unite_modes
 from lora_fx.probing import without_artefacts
+from lora_fx.signature import argument_names, take_inputs
 
 Dynamic = Mapping[str, Sequence[int]]
 
@@ -65,17 +67,28 @@ def trace(
     with _unchanged(model):
         evaluation = _export(model, state, inputs, dynamic, training=False)
         if inference:
-            traced, modules = evaluation, {}
+            traced, modules, functions = evaluation, {}, []
             drop_dropout(traced.graph)
         else:
-            traced = _export(model, state, inputs, dynamic, training=True)
+            with recorded_functions() as functions:
+                traced = _export(model, state, inputs, dynamic, training=True)
             modules = unite_modes(traced.graph, evaluation.graph)
         constraints = traced.constraints.intersection(evaluation.constraints)
         state = state.with_tensors(traced.constants).with_modules(modules)
         state = State(state.tensors, state.non_persistent | set(traced.constants), state.modules)
-        meta = {"lora_fx": {"inference": inference, "constants": traced.fixed, "model": type(model).__qualname__}}
+        meta = {
+            "lora_fx": {
+                "inference": inference,
+                "constants": traced.fixed,
+                "model_class": type(model),
+                "config": config_of(model),
+            }
+        }
         unchecked = assemble(traced.graph, state, meta=meta, training=False, trainable=frozenset())
+        if functions:
+            check_gradients(model.train(), unchecked.train(), inputs, functions)
         model.eval()
+        unchecked.eval()
         constraints = without_artefacts(model, unchecked, inputs, constraints)
     graph, _ = copy_graph(traced.graph)
     checks = add_checks(graph, constraints)
@@ -120,19 +133,58 @@ def _export(
     normal_form.use_first_names(graph, {**{name: name for name in constants}, **state.aliases()})
     normal_form.follow_input_device(graph)
     graph.eliminate_dead_code()
-    constraints = constraints_of(program, graph, _argument_names(graph))
-    _take_inputs(graph, inputs, fixed)
+    constraints = constraints_of(program, graph, argument_names(graph))
+    take_inputs(graph, inputs.args, inputs.kwargs, fixed)
     return _Trace(graph, constants, constraints, fixed)
 
 
 def _call_export(
     model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | None, training: bool
 ) -> torch.export.ExportedProgram:
-    shapes = _dynamic_shapes(model, inputs, dynamic)
+    with _explicit_arguments(model, inputs), _quiet():
+        shapes = _dynamic_shapes(model, inputs, dynamic)
+        try:
+            return torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False, dynamic_shapes=shapes)
+        except Exception as error:
+            raise _refusal(model, inputs, error, training) from error
+
+
+@contextmanager
+def _explicit_arguments(model: nn.Module, inputs: ExampleInputs) -> Iterator[None]:
+    """Let ``model.forward`` name the inputs that it takes through ``**kwargs``: torch.export mistakes those (2.13)."""
+    original = model.forward
+    signature = inspect.signature(original)
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    extra = [name for name in inputs.kwargs if name not in {p.name for p in named}]
+    if not extra:
+        yield
+        return
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
+    forward.__signature__ = signature.replace(parameters=[*named, *keywords])  # type: ignore[attr-defined]
+    own = vars(model).get("forward")
+    model.forward = forward
     try:
-        return torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False, dynamic_shapes=shapes)
-    except Exception as error:
-        raise _refusal(model, inputs, error, training) from error
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging hundreds of lines about a failure that we report in one."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
 
 
 def _dynamic_shapes(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | None) -> dict[str, Any]:
@@ -179,22 +231,6 @@ def _variadic(model: nn.Module) -> tuple[str, ...]:
 
 def _has_tensor(value: Any) -> bool:
     return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
-
-
-def _argument_names(graph: fx.Graph) -> list[str]:
-    codegen = graph._codegen
-    assert isinstance(codegen, _PyTreeCodeGen)
-    return list(codegen.pytree_info.orig_args)
-
-
-def _take_inputs(graph: fx.Graph, inputs: ExampleInputs, fixed: Mapping[str, Any]) -> None:
-    """Give the graph a ``forward`` that takes the tensor inputs by the model's own names."""
-    codegen = graph._codegen
-    assert isinstance(codegen, _PyTreeCodeGen)
-    kwargs = {name: value for name, value in inputs.kwargs.items() if name not in fixed}
-    names = [name for name in _argument_names(graph) if name not in fixed]
-    in_spec = pytree.tree_flatten((inputs.args, kwargs))[1]
-    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, in_spec, codegen.pytree_info.out_spec)))
 
 
 # torch.export's two ways of naming a dimension: inputs['x'].shape[1], and L['x'].size()[1].

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, SIZES, build, inputs
+from architectures import ARCHITECTURES, PRIMARY, SIZES, build, inputs
 from conftest import set_factors, unchanged
 from torch import nn
 
@@ -18,7 +18,7 @@ import lora_fx
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:DeprecationWarning")
 
 
-@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in ARCHITECTURES])
+@pytest.fixture(scope="module", params=PRIMARY)
 def branched(request: pytest.FixtureRequest) -> tuple[str, lora_fx.TracedGraphModule]:
     graph_module = lora_fx.rewrite(build(request.param), rules=ARCHITECTURES[request.param].rules, rank=6, alpha=9)
     set_factors(graph_module)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, SIZES, build, inputs
+from architectures import ARCHITECTURES, EACH, PRIMARY, SIZES, branched, build, inputs, model, run, traced
 from conftest import set_factors, unchanged
 from torch import fx, nn
 
@@ -15,56 +15,56 @@ from lora_fx.comparison import first_difference
 aten = torch.ops.aten
 
 
-@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in ARCHITECTURES])
+@pytest.fixture(scope="module", params=EACH)
 def rewritten(request: pytest.FixtureRequest) -> tuple[str, nn.Module, lora_fx.TracedGraphModule]:
-    model = build(request.param)
-    graph_module = lora_fx.rewrite(model, rules=ARCHITECTURES[request.param].rules, rank=6, alpha=9)
-    set_factors(graph_module)
-    return request.param, model, graph_module
+    graph_module = branched(request.param).eval()
+    set_factors(graph_module, scale=0.05)
+    return request.param, model(request.param), graph_module
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_folded_computes_what_the_branched_graph_computes(rewritten: Any, size: tuple[int, int, int]) -> None:
     name, _, graph_module = rewritten
-    batch = inputs(name, *size)
     with torch.no_grad():
-        branched, folded = graph_module(**batch)[0], lora_fx.fold(graph_module)(**batch)[0]
-    assert torch.allclose(branched, folded, rtol=0, atol=1e-5)
+        before, after, base = (
+            run(name, module, *size)[0] for module in (graph_module, lora_fx.fold(graph_module), traced(name))
+        )
+    assert torch.allclose(before, after, rtol=0, atol=1e-5)
+    assert not torch.allclose(before, base, rtol=0, atol=1e-4)
 
 
 def test_fold_and_unload_give_back_the_traced_graph_node_for_node(rewritten: Any) -> None:
-    _, model, graph_module = rewritten
-    base = lora_fx.trace(model)
+    name, frozen, graph_module = rewritten
+    base = traced(name)
     for restored in (lora_fx.fold(graph_module), lora_fx.unload(graph_module), lora_fx.fold(base)):
         assert first_difference(base, restored) is None
         assert list(restored.state_dict()) == list(base.state_dict())
         assert not any("lora" in name for name, _ in restored.named_modules())
-    assert set(base.state_dict()) == set(model.state_dict())
+    assert set(base.state_dict()) == set(frozen.state_dict())
 
 
 def test_unload_gives_back_the_traced_weights(rewritten: Any) -> None:
-    _, model, graph_module = rewritten
-    weights = model.state_dict()
+    _, frozen, graph_module = rewritten
+    weights = frozen.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in lora_fx.unload(graph_module).state_dict().items())
 
 
 def test_folded_weights_load_into_the_model_and_eager_agrees(rewritten: Any) -> None:
-    name, model, graph_module = rewritten
+    name, frozen, graph_module = rewritten
     folded = lora_fx.fold(graph_module)
-    loaded = copy.deepcopy(model)
+    loaded = copy.deepcopy(frozen)
     loaded.load_state_dict(folded.state_dict(), assign=True)
-    batch = inputs(name, 3, 11, 5)
     with torch.no_grad():
-        eager = loaded(**batch, **ARCHITECTURES[name].constants)[0]
-        assert torch.equal(eager, folded(**batch)[0])
-        assert torch.allclose(eager, graph_module(**batch)[0], rtol=0, atol=1e-5)
+        eager = run(name, loaded.requires_grad_(False), 3, 11, 5)[0]
+        assert torch.equal(eager, run(name, folded, 3, 11, 5)[0])
+        assert torch.allclose(eager, run(name, graph_module, 3, 11, 5)[0], rtol=0, atol=1e-5)
 
 
 def test_merged_weights_equal_the_fp64_formula(rewritten: Any) -> None:
-    name, model, graph_module = rewritten
+    name, frozen, graph_module = rewritten
     factors = dict(graph_module.named_parameters())
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    adapted = 0
+    weights = dict(frozen.named_parameters(remove_duplicate=False))
+    adapted = set()
     for key, merged in lora_fx.fold(graph_module).named_parameters(remove_duplicate=False):
         site = key.removesuffix(".weight")
         if f"{site}.lora_A.default.weight" in factors:
@@ -73,14 +73,15 @@ def test_merged_weights_equal_the_fp64_formula(rewritten: Any) -> None:
             expected = weights[key].double() + (update.T if ARCHITECTURES[name].fan_in_fan_out else update)
             assert torch.allclose(merged.double(), expected, rtol=0, atol=1e-6)
             assert not torch.equal(merged, weights[key])
-            adapted += 1
+            adapted.add(site)
         else:
             assert torch.equal(merged, weights[key])
-    assert adapted == len(factors.keys() & {k for k in factors if ".lora_A." in k})
+    assert adapted == {key.split(".lora_A.")[0] for key in factors if ".lora_A." in key}
 
 
-def test_public_functions_change_neither_the_model_nor_the_graph(rewritten: Any) -> None:
-    name, model, _ = rewritten
+@pytest.mark.parametrize("name", PRIMARY)
+def test_public_functions_change_neither_the_model_nor_the_graph(name: str) -> None:
+    model = build(name)
     rules = ARCHITECTURES[name].rules
     model.train()
     model.get_submodule(next(n for n, m in model.named_modules() if isinstance(m, nn.Linear))).eval()
@@ -102,17 +103,17 @@ def test_public_functions_change_neither_the_model_nor_the_graph(rewritten: Any)
 
 
 def test_training_and_moving_a_graph_leave_the_model_alone(rewritten: Any) -> None:
-    name, model, _ = rewritten
-    graph_module = lora_fx.rewrite(model, rules=ARCHITECTURES[name].rules)
-    with unchanged(model):
+    name, frozen, _ = rewritten
+    graph_module = branched(name)
+    with unchanged(frozen), unchanged(traced(name)):
         graph_module.requires_grad_(True)
         graph_module.to("meta")
-    assert all(p.device.type == "cpu" for p in model.parameters())
+    assert all(p.device.type == "cpu" for p in frozen.parameters())
 
 
 def test_nothing_is_copied_but_the_adapted_weights(rewritten: Any) -> None:
-    _, model, graph_module = rewritten
-    storage = {name: p.data_ptr() for name, p in model.named_parameters(remove_duplicate=False)}
+    _, frozen, graph_module = rewritten
+    storage = {name: p.data_ptr() for name, p in frozen.named_parameters(remove_duplicate=False)}
     shared = {
         name: p.data_ptr() for name, p in graph_module.named_parameters(remove_duplicate=False) if ".lora_" not in name
     }
@@ -141,7 +142,7 @@ def test_two_adapters_fold_together() -> None:
     batch = inputs("gpt2", 3, 11)
     folded = lora_fx.fold(graph_module)
     assert torch.allclose(graph_module(**batch)[0], folded(**batch)[0], rtol=0, atol=1e-5)
-    assert first_difference(lora_fx.trace(model), folded) is None
+    assert first_difference(traced("gpt2"), folded) is None
 
 
 # What must not be folded. Each graph is small enough to be written here.

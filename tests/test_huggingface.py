@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, build, inputs
+from architectures import ARCHITECTURES, PRIMARY, build, inputs
 from conftest import set_factors, unchanged
 from torch import nn
 
@@ -14,7 +14,7 @@ import lora_fx
 from lora_fx import huggingface
 
 
-@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in ARCHITECTURES])
+@pytest.fixture(scope="module", params=PRIMARY)
 def rewritten(request: pytest.FixtureRequest) -> tuple[str, nn.Module, lora_fx.TracedGraphModule]:
     model = build(request.param)
     graph_module = lora_fx.rewrite(model, rules=ARCHITECTURES[request.param].rules, rank=6, alpha=9)

@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from architectures import ARCHITECTURES, SIZES, build, inputs
+from architectures import ARCHITECTURES, EACH, PRIMARY, SIZES, branched, build, model, run
 from conftest import set_factors
 from torch import nn
 
@@ -19,7 +19,7 @@ RANK, ALPHA = 6, 9  # the scaling 1.5 is not a power of two
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
-def wrap(name: str, model: nn.Module, *, rank: int = RANK, alpha: float = ALPHA, dropout: float = 0.0) -> Any:
+def wrap(name: str, base: nn.Module, *, rank: int = RANK, alpha: float = ALPHA, dropout: float = 0.0) -> Any:
     architecture = ARCHITECTURES[name]
     config = peft.LoraConfig(
         r=rank,
@@ -28,35 +28,27 @@ def wrap(name: str, model: nn.Module, *, rank: int = RANK, alpha: float = ALPHA,
         target_modules=list(architecture.target_modules),
         fan_in_fan_out=architecture.fan_in_fan_out,
     )
-    return peft.get_peft_model(copy.deepcopy(model), config)
+    return peft.get_peft_model(copy.deepcopy(base), config)
 
 
 def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name.removeprefix("base_model.model."): p for name, p in module.named_parameters() if ".lora_" in name}
 
 
-@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in ARCHITECTURES])
+@pytest.fixture(scope="module", params=EACH)
 def pair(request: pytest.FixtureRequest) -> tuple[str, nn.Module, Any, lora_fx.TracedGraphModule]:
+    """Return the name, the frozen model, PEFT's wrapping of it, and its rewrite."""
     name = request.param
-    model = build(name)
-    torch.manual_seed(5)
-    wrapped = wrap(name, model)
-    torch.manual_seed(5)
-    return (
-        name,
-        model,
-        wrapped,
-        lora_fx.rewrite(model, rules=ARCHITECTURES[name].rules, rank=RANK, alpha=ALPHA, dropout=0.0),
-    )
+    return name, model(name), wrap(name, model(name)), branched(name, dropout=0.0)
 
 
 def test_initial_factors_equal_those_of_peft_under_the_same_seed(pair: Any) -> None:
-    name, model, _, _ = pair
+    name, frozen, _, _ = pair
     torch.manual_seed(5)
-    theirs = adapter_parameters(wrap(name, model))
+    theirs = adapter_parameters(wrap(name, frozen))
     torch.manual_seed(5)
-    mine = adapter_parameters(lora_fx.rewrite(model, rules=ARCHITECTURES[name].rules, rank=RANK, alpha=ALPHA))
-    seeded = adapter_parameters(lora_fx.rewrite(model, rules=ARCHITECTURES[name].rules, rank=RANK, alpha=ALPHA, seed=5))
+    mine = adapter_parameters(branched(name))
+    seeded = adapter_parameters(branched(name, seed=5))
     assert set(mine) == set(theirs)
     for key in theirs:
         assert torch.equal(mine[key], theirs[key])
@@ -77,15 +69,11 @@ def test_sites_and_counts_equal_those_of_peft(pair: Any) -> None:
 @pytest.mark.parametrize("gradients", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_evaluation_is_bit_equal_to_peft(pair: Any, size: tuple[int, int, int], gradients: bool) -> None:
-    name, model, wrapped, graph_module = pair
+    name, frozen, wrapped, graph_module = pair
     set_factors(wrapped.base_model.model)
     set_factors(graph_module)
-    batch = inputs(name, *size)
-    constants = ARCHITECTURES[name].constants
     with torch.set_grad_enabled(gradients):
-        theirs = wrapped.eval()(**batch, **constants)
-        mine = graph_module.eval()(**batch)
-        base = model(**batch, **constants)
+        theirs, mine, base = (run(name, module, *size) for module in (wrapped.eval(), graph_module.eval(), frozen))
     assert type(mine) is type(theirs)
     assert torch.equal(mine[0], theirs[0])
     assert not torch.equal(mine[0], base[0])
@@ -95,10 +83,9 @@ def test_gradients_agree_with_peft(pair: Any) -> None:
     name, _, wrapped, graph_module = pair
     set_factors(wrapped.base_model.model)
     set_factors(graph_module)
-    batch = inputs(name, 3, 11, 5)
-    for module, constants in ((wrapped, ARCHITECTURES[name].constants), (graph_module, {})):
+    for module in (wrapped, graph_module):
         module.zero_grad()
-        module.eval()(**batch, **constants)[0].square().sum().backward()
+        run(name, module.eval(), 3, 11, 5)[0].square().sum().backward()
     theirs = adapter_parameters(wrapped)
     for key, parameter in adapter_parameters(graph_module).items():
         assert parameter.grad is not None
@@ -110,20 +97,35 @@ def test_gradients_agree_with_peft(pair: Any) -> None:
 
 def test_training_is_bit_equal_to_peft_under_one_random_state(pair: Any) -> None:
     """Dropout of the model and of the branches draws in the same order, so the same state gives the same masks."""
-    name, model, _, _ = pair
-    wrapped = wrap(name, model, dropout=0.3)
-    graph_module = lora_fx.rewrite(model, rules=ARCHITECTURES[name].rules, rank=RANK, alpha=ALPHA, dropout=0.3)
+    name, frozen, _, _ = pair
+    wrapped = wrap(name, frozen, dropout=0.3)
+    graph_module = branched(name, dropout=0.3)
     set_factors(wrapped.base_model.model)
     set_factors(graph_module)
-    batch = inputs(name, 3, 11, 5)
     outputs = []
-    for module, constants in ((wrapped, ARCHITECTURES[name].constants), (graph_module, {})):
+    for module in (wrapped, graph_module):
         torch.manual_seed(3)
-        outputs.append(module.train()(**batch, **constants)[0])
-    torch.manual_seed(3)
-    undisturbed = graph_module.eval()(**batch)[0]
+        outputs.append(run(name, module.train(), 3, 11, 5)[0])
+    undisturbed = run(name, graph_module.eval(), 3, 11, 5)[0]
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[1], undisturbed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", PRIMARY)
+def test_a_half_precision_base_with_fp32_factors_is_bit_equal_to_peft(name: str, dtype: torch.dtype) -> None:
+    narrow = build(name).to(dtype)
+    wrapped = wrap(name, narrow)
+    graph_module = lora_fx.rewrite(
+        narrow, rules=ARCHITECTURES[name].rules, rank=RANK, alpha=ALPHA, dropout=0.0, inference=True
+    )
+    set_factors(wrapped.base_model.model, scale=0.1)
+    set_factors(graph_module, scale=0.1)
+    assert {p.dtype for p in adapter_parameters(graph_module).values()} == {torch.float32}
+    for size in SIZES:
+        theirs, mine = (run(name, module.eval(), *size)[0] for module in (wrapped, graph_module))
+        assert mine.dtype == dtype
+        assert torch.equal(mine, theirs)
 
 
 def test_t5_departs_by_rounding_where_its_position_bias_trains() -> None:
@@ -131,10 +133,9 @@ def test_t5_departs_by_rounding_where_its_position_bias_trains() -> None:
 
     PEFT freezes it, and so does a graph; compared with either, an unfrozen eager T5 is a rounding apart.
     """
-    model = build("t5")
-    batch = inputs("t5", 3, 11, 5)
-    trainable = model(**batch, use_cache=False).logits
-    frozen = model.requires_grad_(False)(**batch, use_cache=False).logits
-    assert torch.equal(frozen, lora_fx.trace(model)(**batch).logits)
+    eager = build("t5")
+    trainable = run("t5", eager, 3, 11, 5).logits
+    frozen = run("t5", eager.requires_grad_(False), 3, 11, 5).logits
+    assert torch.equal(frozen, run("t5", lora_fx.trace(eager), 3, 11, 5).logits)
     assert not torch.equal(trainable, frozen)
     assert torch.allclose(trainable, frozen, rtol=0, atol=1e-5)

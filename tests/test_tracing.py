@@ -6,47 +6,44 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, SIZES, build, inputs
+from architectures import EACH, SIZES, branched, inputs, model, run, traced
 from conftest import set_factors
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import lora_fx
 from lora_fx.comparison import first_difference
 
 
-@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in ARCHITECTURES])
-def traced(request: pytest.FixtureRequest) -> tuple[str, nn.Module, lora_fx.TracedGraphModule]:
-    model = build(request.param)
-    return request.param, model, lora_fx.trace(model)
+@pytest.fixture(params=EACH)
+def named(request: pytest.FixtureRequest) -> str:
+    return request.param  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_the_graph_computes_what_the_model_computes(traced: Any, size: tuple[int, int, int]) -> None:
-    name, model, graph_module = traced
-    model.requires_grad_(False)  # as in the graph: torch's attention chooses its kernel by what requires a gradient
-    batch = inputs(name, *size)
-    expected = model(**batch, **ARCHITECTURES[name].constants)
-    found = graph_module(**batch)
+def test_the_graph_computes_what_the_model_computes(named: str, size: tuple[int, int, int]) -> None:
+    expected, found = run(named, model(named), *size), run(named, traced(named), *size)
     assert type(found) is type(expected)
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(graph_module(*batch.values())[0], expected[0])
+    leaves = pytree.tree_leaves(found)
+    assert len(leaves) == len(pytree.tree_leaves(expected))
+    assert all(torch.equal(a, b) for a, b in zip(leaves, pytree.tree_leaves(expected), strict=True))
+    batch = inputs(named, *size)
+    by_position = [batch[node.name] for node in traced(named).graph.find_nodes(op="placeholder")]
+    assert torch.equal(traced(named)(*by_position)[0], expected[0])
 
 
-def test_dropout_follows_the_mode_also_after_a_copy(traced: Any) -> None:
-    name, model, graph_module = traced
-    model.requires_grad_(False)
-    batch = inputs(name, 3, 11, 5)
-    for graph in (graph_module, copy.deepcopy(graph_module)):
+def test_dropout_follows_the_mode_also_after_a_copy(named: str) -> None:
+    eager, graph_module = copy.deepcopy(model(named)), copy.deepcopy(traced(named))
+    for graph in (graph_module, copy.deepcopy(graph_module.train())):
         for mode in (True, False):
             torch.manual_seed(3)
-            expected = model.train(mode)(**batch, **ARCHITECTURES[name].constants)[0]
+            expected = run(named, eager.train(mode), 3, 11, 5)[0]
             torch.manual_seed(3)
-            assert torch.equal(graph.train(mode)(**batch)[0], expected)
-    graph_module.eval()
+            assert torch.equal(run(named, graph.train(mode), 3, 11, 5)[0], expected)
 
 
-def test_the_graph_is_in_normal_form(traced: Any) -> None:
-    _, model, graph_module = traced
+def test_the_graph_is_in_normal_form(named: str) -> None:
+    eager, graph_module = model(named), traced(named)
     attributes = [str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"]
     assert len(attributes) == len(set(attributes))
     for node in graph_module.graph.nodes:
@@ -58,41 +55,31 @@ def test_the_graph_is_in_normal_form(traced: Any) -> None:
             "RelationCheck",
         }
         assert not any(isinstance(value, torch.device) for value in (*node.args, *node.kwargs.values()))
-    assert {id(p) for p in graph_module.parameters()}.isdisjoint(id(p) for p in model.parameters())
+    assert {id(p) for p in graph_module.parameters()}.isdisjoint(id(p) for p in eager.parameters())
     assert not any(p.requires_grad for p in graph_module.parameters())
-    assert graph_module._non_persistent_buffers_set == model._non_persistent_buffers_set
+    assert set(graph_module.state_dict()) == set(eager.state_dict())
 
 
-def test_ties_are_kept(traced: Any) -> None:
-    _, model, graph_module = traced
-    ties = {
-        (a, b)
-        for a, p in model.named_parameters(remove_duplicate=False)
-        for b, q in model.named_parameters(remove_duplicate=False)
-        if p is q
-    }
-    kept = {
-        (a, b)
-        for a, p in graph_module.named_parameters(remove_duplicate=False)
-        for b, q in graph_module.named_parameters(remove_duplicate=False)
-        if p is q
-    }
-    assert kept == ties
+def test_ties_are_kept(named: str) -> None:
+    ties = []
+    for module in (model(named), traced(named)):
+        parameters = list(module.named_parameters(remove_duplicate=False))
+        ties.append({(a, b) for a, p in parameters for b, q in parameters if p is q})
+    assert ties[0] == ties[1]
 
 
-def test_meta_and_modes_survive_a_deep_copy(traced: Any) -> None:
-    _, _, graph_module = traced
-    graph_module.train()
+def test_meta_and_modes_survive_a_deep_copy(named: str) -> None:
+    graph_module = branched(named).train()
     copied = copy.deepcopy(graph_module)
-    assert copied.meta["lora_fx"] == graph_module.meta["lora_fx"]
+    assert copied.meta["lora_fx"]["adapters"] == graph_module.meta["lora_fx"]["adapters"]
     assert list(copied.state_dict()) == list(graph_module.state_dict())
     assert [m.training for m in copied.modules()] == [m.training for m in graph_module.modules()]
     graph_module.eval()
     assert copied.training
 
 
-def test_converting_the_dtype_is_refused_and_moving_is_not(traced: Any) -> None:
-    _, _, graph_module = traced
+def test_converting_the_dtype_is_refused_and_moving_is_not() -> None:
+    graph_module = traced("bert")
     for convert in (nn.Module.half, nn.Module.double, lambda m: m.to(torch.bfloat16)):
         with pytest.raises(lora_fx.LoraFxError, match=r"keeps its dtype.*trace it again"):
             convert(copy.deepcopy(graph_module))
@@ -292,26 +279,63 @@ def test_a_region_without_gradients_keeps_none() -> None:
     assert torch.equal(*gradients)
 
 
-def test_pickle_and_torch_save_keep_everything(traced: Any, tmp_path: Any) -> None:
-    name, _, _ = traced
-    graph_module = lora_fx.rewrite(build(name), rules=ARCHITECTURES[name].rules, rank=6, alpha=9).train()
-    set_factors(graph_module)
-    torch.save(graph_module, tmp_path / "graph.pt")
+def test_pickle_and_torch_save_keep_everything(named: str, tmp_path: Any) -> None:
+    graph_module = branched(named)
+    set_factors(graph_module, scale=0.05)
+    trainable = {n for n, p in graph_module.named_parameters() if p.requires_grad}
+    folded = lora_fx.fold(graph_module)
+    torch.save(graph_module.train(), tmp_path / "graph.pt")
     for copied in (pickle.loads(pickle.dumps(graph_module)), torch.load(tmp_path / "graph.pt", weights_only=False)):
         graph_module.train()
         assert first_difference(graph_module, copied) is None
-        assert copied.meta["lora_fx"] == graph_module.meta["lora_fx"]
+        assert copied.meta["lora_fx"]["adapters"] == graph_module.meta["lora_fx"]["adapters"]
         assert [n.meta.get("custom") for n in copied.graph.nodes] == [
             n.meta.get("custom") for n in graph_module.graph.nodes
         ]
         assert [m.training for m in copied.modules()] == [m.training for m in graph_module.modules()]
-        assert {n for n, p in copied.named_parameters() if p.requires_grad} == {
-            n for n, p in graph_module.named_parameters() if p.requires_grad
-        }
-        batch = inputs(name, 3, 11, 5)
+        assert {n for n, p in copied.named_parameters() if p.requires_grad} == trainable
         for mode in (True, False):
             torch.manual_seed(3)
-            expected = graph_module.train(mode)(**batch)[0]
+            expected = run(named, graph_module.train(mode), 3, 11, 5)[0]
             torch.manual_seed(3)
-            assert torch.equal(copied.train(mode)(**batch)[0], expected)
-        assert first_difference(lora_fx.fold(graph_module), lora_fx.fold(copied)) is None
+            assert torch.equal(run(named, copied.train(mode), 3, 11, 5)[0], expected)
+        assert first_difference(folded, lora_fx.fold(copied)) is None
+
+
+def test_an_input_left_out_is_named(named: str) -> None:
+    batch = inputs(named, 3, 11)
+    del batch["attention_mask"]
+    with pytest.raises(
+        lora_fx.InputError, match="input 'attention_mask' was left out, and the graph was traced with it"
+    ):
+        traced(named)(**batch)
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+class Rounds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return StraightThrough.apply(self.linear(x))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def test_a_gradient_that_the_trace_would_lose_is_refused() -> None:
+    example = (torch.randn(2, 6),)
+    with pytest.raises(
+        lora_fx.TraceError,
+        match=r"Rounds applies its own autograd functions \(StraightThrough\).*'linear.weight' another gradient",
+    ):
+        lora_fx.trace(Rounds(), example)
+    rounds, x = Rounds(), torch.randn(4, 6)
+    assert torch.equal(lora_fx.trace(rounds, example, inference=True)(x), rounds(x))

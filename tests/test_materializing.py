@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, PRIMARY, build, inputs
+from conftest import set_factors, unchanged
+from torch import nn
+
+import lora_fx
+
+
+def on_meta(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return ARCHITECTURES[name].build()
+
+
+@pytest.mark.parametrize("name", PRIMARY)
+def test_a_graph_traced_on_meta_runs_on_cpu_with_the_models_bits(name: str) -> None:
+    model = build(name).requires_grad_(False)
+    empty = lora_fx.trace(on_meta(name))
+    with unchanged(model):
+        graph_module = lora_fx.materialize(empty, model.state_dict()).eval()
+    assert not any(tensor.is_meta for tensor in (*graph_module.parameters(), *graph_module.buffers()))
+    assert all(p.is_meta for p in empty.parameters())
+    assert set(graph_module.state_dict()) == set(model.state_dict())
+    batch = inputs(name, 3, 11, 5)
+    expected = model(**batch, **ARCHITECTURES[name].constants)[0]
+    assert torch.equal(graph_module(**batch)[0], expected)
+
+
+def test_factors_are_initialised_or_taken() -> None:
+    model = build("llama")
+    branched = lora_fx.rewrite(model, rules="llama", seed=3)
+    empty = lora_fx.rewrite(on_meta("llama"), rules="llama")
+    assert all(p.is_meta for p in empty.parameters())
+    fresh = lora_fx.materialize(empty, model.state_dict(), seed=3)
+    assert {n for n, p in fresh.named_parameters() if p.requires_grad} == {
+        n for n, p in branched.named_parameters() if p.requires_grad
+    }
+    for name, parameter in branched.named_parameters():
+        assert torch.equal(fresh.get_parameter(name), parameter)
+    set_factors(branched)
+    taken = lora_fx.materialize(empty, branched.state_dict())
+    batch = inputs("llama", 3, 11)
+    assert torch.equal(taken.eval()(**batch)[0], branched.eval()(**batch)[0])
+
+
+def test_a_state_dict_that_does_not_fit_is_refused_with_all_problems() -> None:
+    empty = lora_fx.trace(on_meta("bert"), inference=True)
+    weights: dict[str, Any] = dict(build("bert").state_dict())
+    weights["extra"] = torch.zeros(3)
+    weights["pooler.dense.bias"] = torch.zeros(7)
+    weights["pooler.dense.weight"] = weights["pooler.dense.weight"].half()
+    del weights["embeddings.LayerNorm.bias"]
+    with pytest.raises(lora_fx.LoraFxError) as caught:
+        lora_fx.materialize(empty, weights)
+    for problem in (
+        "'embeddings.LayerNorm.bias' is missing",
+        "'extra' is unknown",
+        "'pooler.dense.bias' is torch.float32 (7,), not torch.float32 (48,)",
+        "'pooler.dense.weight' is torch.float16 (48, 48), not torch.float32 (48, 48)",
+    ):
+        assert problem in str(caught.value)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+        self.register_buffer("scale", torch.arange(5.0), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.scale
+
+
+def test_buffers_of_a_plain_module_come_from_one_like_it() -> None:
+    with torch.device("meta"):
+        empty = lora_fx.trace(Scaled(), (torch.empty(2, 6),))
+    model = Scaled()
+    with pytest.raises(lora_fx.LoraFxError, match="scale have no values: pass like="):
+        lora_fx.materialize(empty, model.state_dict())
+    graph_module = lora_fx.materialize(empty, model.state_dict(), like=model)
+    x = torch.randn(3, 6)
+    assert torch.equal(graph_module(x), model(x))
+    assert "scale" not in graph_module.state_dict()
