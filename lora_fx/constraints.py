@@ -28,7 +28,7 @@ def constraints_of(program: torch.export.ExportedProgram, graph: fx.Graph, argum
         TraceError: torch.export bound the trace by something that is not a condition on input sizes.
     """
     placeholders = {
-        node.name: node.meta["val"]
+        str(node.target): node.meta["val"]
         for node in graph.find_nodes(op="placeholder")
         if isinstance(node.meta.get("val"), torch.Tensor)
     }

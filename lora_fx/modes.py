@@ -6,7 +6,7 @@ may differ only in these ways, each of which a module can express:
     aten.dropout(x, p, train)                      ``nn.Dropout(p)``
     a dropout that the eval trace does not have    ``nn.Dropout(p)``
     ``contiguous`` in one of the two               as in the train trace
-    attention's ``dropout_p``, batch norm's flag   a literal → ``ModeSwitch(train=…, eval=…)``
+    attention's ``dropout_p``                      a literal → ``ModeSwitch(train=…, eval=…)``
 
 Anything else (layer drop, a head that exists in training only) is refused, naming the node.
 """
@@ -31,7 +31,6 @@ _IDENTITIES = frozenset({DROPOUT, aten.contiguous.default})
 
 MODE_ARGUMENTS: Mapping[object, str] = {
     aten.scaled_dot_product_attention.default: "dropout_p",
-    aten.batch_norm.default: "training",
 }
 """Operator → the argument that carries the mode."""
 

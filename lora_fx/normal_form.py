@@ -3,6 +3,7 @@
 The passes edit the graph they are given, which belongs to the tracer. In their order:
 
     inline_regions            wrapped sub-graphs (``no_grad`` and disabled-autocast regions of rotary embeddings)
+    written_names             (nothing is changed) tensors that a model writes to, which is refused
     remove_assertions         metadata assertions; what they protect is checked on the inputs
     remove_inputs             constants of the trace (``use_cache``) that are no longer read
     use_first_names           one ``get_attr`` a tensor, under its first name; none for unused tensors
@@ -103,13 +104,38 @@ def remove_assertions(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
+def written_names(graph: fx.Graph) -> list[str]:
+    """Return the names of the tensors and inputs that a graph writes to, in place or as running statistics."""
+    source: dict[fx.Node, str] = {}
+    written: list[str] = []
+    for node in graph.nodes:
+        if node.op in ("get_attr", "placeholder"):
+            source[node] = str(node.target)
+            continue
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:
+            continue
+        given = {**dict(zip([argument.name for argument in schema.arguments], node.args, strict=False)), **node.kwargs}
+        for argument in schema.arguments:
+            operand = given.get(argument.name)
+            if operand not in source or argument.alias_info is None:
+                continue
+            if argument.alias_info.is_write:
+                written.append(source[operand])
+            source[node] = source[operand]  # what the operator returns is a view of its operand
+        if given.get("training") is True or given.get("use_input_stats") is True:
+            statistics = (given.get(name) for name in ("running_mean", "running_var"))
+            written += [source[operand] for operand in statistics if operand in source]
+    return list(dict.fromkeys(written))
+
+
 def remove_inputs(graph: fx.Graph, names: Collection[str]) -> None:
     """Remove the placeholders of values that were constants of the trace."""
     for node in graph.find_nodes(op="placeholder"):
-        if node.name in names:
+        if node.target in names:
             if node.users:
                 raise TraceError(
-                    f"input {node.name!r} is not a tensor, and the graph reads it; only tensors can be inputs of a graph."
+                    f"input {node.target!r} is not a tensor, and the graph reads it; only tensors can be inputs of a graph."
                 )
             graph.erase_node(node)
 

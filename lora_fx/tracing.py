@@ -111,17 +111,16 @@ def _export(
 ) -> _Trace:
     model.train(training)
     program = _call_export(model, inputs, dynamic, training)
-    mutated = {**program.graph_signature.buffers_to_mutate, **program.graph_signature.user_inputs_to_mutate}
-    if mutated:
-        raise TraceError(
-            f"the model writes to {', '.join(sorted(set(mutated.values())))} while it computes"
-            f"{' in training' if training else ''}; a graph that does so is not supported"
-            f"{'; use inference=True' if training else ''}."
-        )
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     normal_form.inline_regions(module)
     graph, _ = copy_graph(module.graph)
+    written = normal_form.written_names(graph)
+    if written:
+        raise TraceError(
+            f"the model writes to {', '.join(written)} while it computes{' in training' if training else ''}, and a graph would write to "
+            f"the model's own. {'Use inference=True.' if training else 'Such a model is not supported.'}"
+        )
     normal_form.remove_assertions(graph)
     fixed = {name: value for name, value in inputs.kwargs.items() if not _has_tensor(value)}
     normal_form.remove_inputs(graph, fixed)

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from architectures import EACH, SIZES, branched, inputs, model, run, traced
-from conftest import set_factors
+from conftest import set_factors, unchanged
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -339,3 +340,61 @@ def test_a_gradient_that_the_trace_would_lose_is_refused() -> None:
         lora_fx.trace(Rounds(), example)
     rounds, x = Rounds(), torch.randn(4, 6)
     assert torch.equal(lora_fx.trace(rounds, example, inference=True)(x), rounds(x))
+
+
+def test_layer_drop_is_refused_for_training_and_traced_for_inference() -> None:
+    config = transformers.OPTConfig(
+        vocab_size=97,
+        hidden_size=48,
+        ffn_dim=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        word_embed_proj_dim=48,
+        layerdrop=0.3,
+    )
+    eager = transformers.OPTForCausalLM(config).eval().requires_grad_(False)
+    with pytest.raises(
+        lora_fx.TraceError,
+        match=r"OPTForCausalLM cannot be traced in training mode at .*modeling_opt\.py:\d+.*inference=True",
+    ):
+        lora_fx.trace(eager)
+    batch = inputs("opt", 3, 11)
+    assert torch.equal(lora_fx.trace(eager, inference=True)(**batch)[0], eager(**batch, use_cache=False)[0])
+
+
+class Counts(nn.Module):
+    """Writes to its own buffer while it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        return x * self.calls
+
+
+def test_a_model_that_writes_to_its_buffers_is_refused() -> None:
+    model = Counts()
+    with pytest.raises(lora_fx.TraceError, match="the model writes to calls while it computes"):
+        lora_fx.trace(model, (torch.randn(2, 6),))
+    assert model.calls == 0
+
+
+def test_batch_norm_is_refused_for_training_and_traced_for_inference() -> None:
+    model, example = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)).train(), (torch.randn(4, 6),)
+    with unchanged(model):
+        with pytest.raises(
+            lora_fx.TraceError,
+            match=r"writes to 1\.num_batches_tracked, 1\.running_mean, 1\.running_var .* in training.*inference=True",
+        ):
+            lora_fx.trace(model, example)
+        graph_module = lora_fx.trace(model, example, inference=True)
+    x = torch.randn(7, 6)
+    assert torch.equal(graph_module(x), model.eval()(x))
+
+
+def test_a_failed_trace_leaves_the_model_as_it_was() -> None:
+    model, example = ReadsData().train(), (torch.randn(2, 6),)
+    with unchanged(model), pytest.raises(lora_fx.TraceError):
+        lora_fx.trace(model, example)
