@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import InputError, TraceError
+from lora_fx.graph_module import erase_unread
 
 UNBOUNDED = -1
 """Stands for "no upper bound" in a range (TorchScript has no optional list elements)."""
@@ -136,6 +137,29 @@ def add_checks(graph: fx.Graph, constraints: Constraints) -> dict[str, nn.Module
             modules[target] = RelationCheck(relation)
             graph.call_module(target, (emitter.emit(relation),))
     return modules
+
+
+def remove_checks(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Constraints:
+    """Remove the checks from ``graph`` (in place) and return what they checked.
+
+    Args:
+        graph: as :func:`add_checks` left it, or rewritten since.
+        modules: the called modules by name, the checks among them.
+    """
+    ranges: dict[str, tuple[tuple[int, int], ...]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    relations: list[str] = []
+    for node in list(graph.nodes):
+        check = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(check, InputCheck):
+            ranges[check.name] = tuple(zip(check.low, check.high, strict=True))
+            dtypes[check.name] = check.dtype
+        elif isinstance(check, RelationCheck):
+            relations.append(check.relation)
+        else:
+            continue
+        erase_unread(graph, node)
+    return Constraints(ranges, dtypes, tuple(relations))
 
 
 def parse_guard(guard: str, paths: Mapping[str, str]) -> str:

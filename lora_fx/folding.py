@@ -13,7 +13,7 @@ from torch import fx, nn
 from lora_fx.branches import FoundBranch, Term, find_branches
 from lora_fx.errors import FoldError
 from lora_fx.factors import is_factor
-from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph, state_of
+from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph, erase_unread, state_of
 from lora_fx.lowrank import Update, merged_weight
 from lora_fx.sites import Operands, operands
 
@@ -95,20 +95,10 @@ def _without_branches(graph_module: TracedGraphModule, found: Sequence[FoundBran
     graph, copies = copy_graph(graph_module.graph)
     for branch in found:
         copies[branch.end].replace_all_uses_with(copies[branch.site])
-        _erase_unread(graph, copies[branch.end])
+        erase_unread(graph, copies[branch.end])
     graph.lint()
     kept = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     dropped = {name for name in state.tensors if is_factor(name)} | (set(state.modules) - kept)
     own = {key: value for key, value in graph_module.meta["lora_fx"].items() if key != "adapters"}
     meta = {**graph_module.meta, "lora_fx": own}
     return assemble(graph, state.without(dropped), meta=meta, training=graph_module.training, trainable=frozenset())
-
-
-def _erase_unread(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node that nothing reads, and then what only it read."""
-    if node.users or node.op == "placeholder":
-        return
-    inputs = node.all_input_nodes
-    graph.erase_node(node)
-    for source in inputs:
-        _erase_unread(graph, source)

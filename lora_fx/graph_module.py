@@ -147,6 +147,16 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     return copied, mapping
 
 
+def erase_unread(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node that nothing reads, and then what only it read (in place)."""
+    if node.users or node.op == "placeholder":
+        return
+    inputs = node.all_input_nodes
+    graph.erase_node(node)
+    for source in inputs:
+        erase_unread(graph, source)
+
+
 def _owned(state: State, trainable: frozenset[str]) -> State:
     aliases = state.aliases()
     trained = {aliases[name] for name in trainable}

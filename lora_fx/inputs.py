@@ -34,10 +34,13 @@ class ExampleInputs:
     axes: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
 
 
-def example_inputs(model: nn.Module, given: Mapping[str, Any] | tuple[Any, ...] | None) -> ExampleInputs:
+def example_inputs(
+    model: nn.Module, given: Mapping[str, Any] | tuple[Any, ...] | None, device: torch.device | None = None
+) -> ExampleInputs:
     """Return the inputs to trace ``model`` with: the given ones, or made from its config.
 
-    A transformers model is traced without its key-value cache.
+    A transformers model is traced without its key-value cache. Inputs that are made go to ``device``, by default that of the
+    model.
 
     Raises:
         TraceError: none are given, and the model is not one whose inputs follow from a config.
@@ -53,7 +56,7 @@ def example_inputs(model: nn.Module, given: Mapping[str, Any] | tuple[Any, ...] 
             f"{type(model).__name__} is not a transformers model, so its inputs do not follow from a config: "
             "pass example_inputs, a tuple or a mapping of keyword inputs."
         )
-    return _from_config(model)
+    return _from_config(model, device or next(model.parameters()).device)
 
 
 def graph_inputs(inputs: ExampleInputs) -> dict[str, Any]:
@@ -74,7 +77,7 @@ def _is_transformers(model: nn.Module) -> bool:
     return hasattr(model, "config") and hasattr(model, "main_input_name")
 
 
-def _from_config(model: Any) -> ExampleInputs:
+def _from_config(model: Any, device: torch.device) -> ExampleInputs:
     made = {"input_ids": _text, "pixel_values": _image_and_text}.get(model.main_input_name)
     if made is None:
         raise TraceError(
@@ -83,7 +86,6 @@ def _from_config(model: Any) -> ExampleInputs:
     inputs = made(
         model, torch.Generator().manual_seed(0)
     )  # a generator of its own leaves the caller's random state alone
-    device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in inputs.items()}
     return ExampleInputs(kwargs={**inputs, **_constants(model, inputs)}, axes=_axes(inputs))
 

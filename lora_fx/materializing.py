@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from lora_fx.attaching import new_factors_like
-from lora_fx.errors import LoraFxError
+from lora_fx.checks import InputCheck, RelationCheck, add_checks, remove_checks
+from lora_fx.errors import LoraFxError, TraceError
 from lora_fx.factors import is_factor
+from lora_fx.folding import unload
 from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, state_of, trainable_names
+from lora_fx.inputs import example_inputs, graph_inputs
+from lora_fx.probing import without_artefacts
 
 
 def materialize(
@@ -26,8 +34,8 @@ def materialize(
     Args:
         graph_module: traced on the meta device; left as it is.
         state_dict: the model's weights, taken as they are. Factors of branches may be left out, and are then initialised.
-        like: a module with values for the buffers that no state dict has (rotary frequencies, position ids). For a
-            transformers model they are computed from its config.
+        like: a module of the traced class with values for the buffers that no state dict has (rotary frequencies, position
+            ids). A transformers model is made from its config, without weights, and run to find out whether size 1 is covered.
         seed: of the factors that are initialised.
 
     Raises:
@@ -56,27 +64,64 @@ def materialize(
             is_parameter = isinstance(state.tensors[name], nn.Parameter)
             values[name] = owned.setdefault(first, nn.Parameter(given[first], False)) if is_parameter else given[name]
     values |= new_factors_like({n: t for n, t in wanted.items() if n not in given}, device, seed)
-    values |= {
-        name: value.to(device) for name, value in _buffers(graph_module, like).items() if name in state.non_persistent
-    }
+    like = like if like is not None else _traced_class(graph_module)
+    buffers = {} if like is None else {name: b for name, b in like.named_buffers() if not b.is_meta}
+    values |= {name: value.to(device) for name, value in buffers.items() if name in state.non_persistent}
     state = state.with_tensors(values)
     empty = [name for name, tensor in state.tensors.items() if tensor.is_meta]
     if empty:
         raise LoraFxError(f"{', '.join(empty)} have no values: pass like=, a module of the traced class that has them.")
-    graph, _ = copy_graph(graph_module.graph)
-    return assemble(
-        graph, state, meta=graph_module.meta, training=graph_module.training, trainable=trainable_names(graph_module)
+    trainable = trainable_names(graph_module)
+    ready = assemble(
+        copy_graph(graph_module.graph)[0],
+        state,
+        meta=graph_module.meta,
+        training=graph_module.training,
+        trainable=trainable,
     )
+    return ready if like is None else _probed(ready, like, trainable)
 
 
-def _buffers(graph_module: TracedGraphModule, like: nn.Module | None) -> dict[str, torch.Tensor]:
-    if like is None:
-        config, model_class = (graph_module.meta["lora_fx"][key] for key in ("config", "model_class"))
-        if config is None:
-            return {}
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"), _parameters_on_meta():
-            like = model_class(config)
-    return {name: buffer for name, buffer in like.named_buffers() if not buffer.is_meta}
+def _traced_class(graph_module: TracedGraphModule) -> nn.Module | None:
+    """Return a model of the traced class and config, with buffers and without weights; None if it was no transformers model."""
+    config, name = (graph_module.meta["lora_fx"][key] for key in ("config", "model_class"))
+    if config is None:
+        return None
+    module, _, path = name.partition(":")
+    model_class: Any = importlib.import_module(module)
+    for part in path.split("."):
+        model_class = getattr(model_class, part)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), _parameters_on_meta():
+        model: nn.Module = model_class(config)
+    return model
+
+
+def _probed(graph_module: TracedGraphModule, like: nn.Module, trainable: frozenset[str]) -> TracedGraphModule:
+    """Return the graph with the checks that it would have, had it been traced with its weights."""
+    try:
+        inputs = example_inputs(like, None, next(graph_module.parameters()).device)
+    except TraceError:  # not a model whose inputs follow from its config: its checks stay as strict as they are
+        return graph_module
+    state = state_of(graph_module)
+    base = unload(graph_module)
+    base_graph, _ = copy_graph(base.graph)
+    constraints = remove_checks(base_graph, state.modules)
+    if list(constraints.ranges) != list(graph_inputs(inputs)):
+        return graph_module
+    unchecked = assemble(base_graph, state_of(base), meta={}, training=False, trainable=frozenset())
+    tensors = dict(state_of(unchecked).tensors)
+    like.eval()
+    found = without_artefacts(
+        lambda *args, **kwargs: functional_call(like, tensors, args, kwargs), unchecked, inputs, constraints
+    )
+    without_checks, _ = copy_graph(graph_module.graph)
+    remove_checks(without_checks, state.modules)
+    graph, _ = copy_graph(without_checks)  # in which the names of the removed nodes are free again
+    kept = {
+        name: module for name, module in state.modules.items() if not isinstance(module, InputCheck | RelationCheck)
+    }
+    checked = replace(state, modules={**kept, **add_checks(graph, found)})
+    return assemble(graph, checked, meta=graph_module.meta, training=graph_module.training, trainable=trainable)
 
 
 @contextmanager

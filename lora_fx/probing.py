@@ -3,17 +3,16 @@
 torch.export never distinguishes sizes 0 and 1 from constants, so it reports ranges that start at 2, and guards such as
 ``x.size(1) // 3 != 1``, whether or not the model's Python treats those sizes in its own way. Slices of a buffer exclude its
 exact length likewise. So the graph and the model are run at the excluded sizes. Where they agree, the exclusion goes; where
-they do not, or where nothing can be run (meta weights), it stays.
+they do not, it stays. Without weights nothing can be run: then it waits for ``materialize``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.checks import UNBOUNDED, Constraints, excludes, holds, references
@@ -26,18 +25,16 @@ LARGEST, MOST = 4096, 4
 
 
 def without_artefacts(
-    model: nn.Module, graph_module: nn.Module, inputs: ExampleInputs, constraints: Constraints
+    model: Callable[..., Any], graph_module: Callable[..., Any], inputs: ExampleInputs, constraints: Constraints
 ) -> Constraints:
     """Return the constraints without those exclusions under which graph and model agree.
 
     Args:
-        model: the traced model, in eval mode.
+        model: the traced model, in eval mode, with weights.
         graph_module: its graph without input checks, in eval mode.
         inputs: what it was traced with.
         constraints: what torch.export established.
     """
-    if any(tensor.is_meta for tensor in model.parameters()):
-        return constraints
     leaves = filter(_is_tensor, pytree.tree_leaves((inputs.args, dict(inputs.kwargs))))
     prober = _Prober(model, graph_module, inputs, dict(zip(constraints.ranges, leaves, strict=True)))
     return prober.without_points(prober.without_lower_bounds(constraints))
@@ -45,8 +42,8 @@ def without_artefacts(
 
 @dataclass(frozen=True)
 class _Prober:
-    model: nn.Module
-    graph_module: nn.Module
+    model: Callable[..., Any]
+    graph_module: Callable[..., Any]
     inputs: ExampleInputs
     tensors: Mapping[str, torch.Tensor]
 

@@ -80,7 +80,7 @@ def trace(
             "lora_fx": {
                 "inference": inference,
                 "constants": traced.fixed,
-                "model_class": type(model),
+                "model_class": f"{type(model).__module__}:{type(model).__qualname__}",
                 "config": config_of(model),
             }
         }
@@ -89,7 +89,8 @@ def trace(
             check_gradients(model.train(), unchecked.train(), inputs, functions)
         model.eval()
         unchecked.eval()
-        constraints = without_artefacts(model, unchecked, inputs, constraints)
+        if not any(tensor.is_meta for tensor in state.tensors.values()):
+            constraints = without_artefacts(model, unchecked, inputs, constraints)
     graph, _ = copy_graph(traced.graph)
     checks = add_checks(graph, constraints)
     graph.lint()
@@ -285,8 +286,16 @@ def _own_line(error: BaseException) -> str:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back the mode of every module, ``requires_grad`` and the random state."""
+    """Put back the mode of every module, ``requires_grad`` and the random state.
+
+    Inside, all floating-point parameters require a gradient: torch.export records layout operators by what does, and a graph
+    shall not depend on what happened to be frozen.
+    """
     modes = {module: module.training for module in model.modules()}
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in trained:
+        if parameter.is_floating_point() and not parameter.is_inference():
+            parameter.requires_grad_(True)
     devices = sorted({tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         try:
@@ -294,3 +303,6 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+            for parameter, requires_grad in trained.items():
+                if parameter.requires_grad != requires_grad:
+                    parameter.requires_grad_(requires_grad)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, PRIMARY, build, inputs
+from architectures import ARCHITECTURES, PRIMARY, SIZES, build, inputs
 from conftest import set_factors, unchanged
 from torch import nn
 
@@ -25,9 +25,10 @@ def test_a_graph_traced_on_meta_runs_on_cpu_with_the_models_bits(name: str) -> N
     assert not any(tensor.is_meta for tensor in (*graph_module.parameters(), *graph_module.buffers()))
     assert all(p.is_meta for p in empty.parameters())
     assert set(graph_module.state_dict()) == set(model.state_dict())
-    batch = inputs(name, 3, 11, 5)
-    expected = model(**batch, **ARCHITECTURES[name].constants)[0]
-    assert torch.equal(graph_module(**batch)[0], expected)
+    for size in SIZES:
+        batch = inputs(name, *size)
+        expected = model(**batch, **ARCHITECTURES[name].constants)[0]
+        assert torch.equal(graph_module(**batch)[0], expected)
 
 
 def test_factors_are_initialised_or_taken() -> None:

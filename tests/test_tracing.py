@@ -398,3 +398,11 @@ def test_a_failed_trace_leaves_the_model_as_it_was() -> None:
     model, example = ReadsData().train(), (torch.randn(2, 6),)
     with unchanged(model), pytest.raises(lora_fx.TraceError):
         lora_fx.trace(model, example)
+
+
+def test_a_graph_does_not_depend_on_what_is_frozen() -> None:
+    frozen = model("llama")
+    loose = copy.deepcopy(frozen).requires_grad_(True)
+    assert first_difference(lora_fx.trace(loose), traced("llama")) is None
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert all(p.requires_grad for p in loose.parameters())
