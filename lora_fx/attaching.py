@@ -2,14 +2,17 @@
 
 A branch beside a site ``y = x W^T (+ bias)`` is these nodes, in this order (the casts only for half-precision weights)::
 
-    x → [to float32] → [dropout] → linear A → linear B → mul scaling → add y → [to the weight's dtype]
+    x → [to float32] → [dropout] → linear A → linear B → mul scaling → [pad → index_select] → add y → [to the weight's dtype]
 
-This is the order of operations of PEFT's layers, so that equal factors give equal bits.
+This is the order of operations of PEFT's layers, so that equal factors give equal bits. The branch of one part of a fused
+projection has as many outputs as the part has features; a zero is put behind them, and each output feature of the site then
+takes the one that is its own, or the zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import keyword
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +23,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_fx.branches import find_branches
 from lora_fx.errors import PlanError
-from lora_fx.factors import adapters, factor_name
+from lora_fx.factors import adapters, copy_name
 from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph, state_of, trainable_names
 from lora_fx.lowrank import adapter_dtype, initial_factors
-from lora_fx.planning import Chosen, Plan, check_weights
-from lora_fx.sites import operands
+from lora_fx.planning import Branch, Chosen, Plan, check_attachable
+from lora_fx.provenance import module_path
+from lora_fx.sites import biased, operands
 
 aten = torch.ops.aten
 
@@ -32,7 +36,7 @@ aten = torch.ops.aten
 def attach(
     graph_module: TracedGraphModule, plan: Plan, *, adapter: str = "default", seed: int | None = None
 ) -> TracedGraphModule:
-    """Return a new graph with a branch beside every chosen site.
+    """Return a new graph with a branch beside every chosen site, and copies in place of the parameters that train.
 
     Args:
         graph_module: left as it is; the result has parameters of its own over the same storage.
@@ -43,29 +47,43 @@ def attach(
     Raises:
         PlanError: the adapter name is taken or not usable, or a chosen site cannot get a branch.
     """
-    if not adapter.isidentifier():
+    if not adapter.isidentifier() or keyword.iskeyword(adapter) or hasattr(nn.Module(), adapter):
         raise PlanError(
-            f"adapter={adapter!r} cannot be part of a parameter's name: use letters, digits and underscores."
+            f"adapter={adapter!r} cannot be part of a parameter's name: use letters, digits and underscores, and no word that "
+            "Python or torch.nn.Module uses."
         )
     taken = adapters(graph_module)
     if adapter in taken:
         raise PlanError(
             f"the graph already has an adapter {adapter!r}; name the new one differently with adapter=. It has: {', '.join(taken)}."
         )
-    check_weights(plan, graph_module)
+    check_attachable(plan, graph_module)
     state = state_of(graph_module)
-    factors = _new_factors(plan, state, adapter, seed)
-    dropouts = {_dropout_name(c, adapter): nn.Dropout(c.branch.dropout) for c in plan.chosen if c.branch.dropout > 0}
-    state = state.with_tensors(factors)
+    ordered = _in_module_order(plan, state)
+    factors = _new_factors(ordered, state, adapter, seed)
+    places = _places(ordered, state, adapter)
+    dropouts = {
+        branch.names(adapter).dropout: nn.Dropout(branch.setting.dropout)
+        for _, branch in ordered.values()
+        if branch.setting.dropout > 0
+    }
+    copies = _copies(plan, state, adapter)
+    state = state.with_tensors({**factors, **places, **copies})
+    state = State(state.tensors, state.non_persistent | set(places), state.modules)
     ends = {branch.site.name: branch.end.name for branch in find_branches(graph_module)}
     graph, _ = copy_graph(graph_module.graph)
     nodes = {node.name: node for node in graph.nodes}
     for chosen in plan.chosen:
         site = chosen.site.node
-        _Writer(graph, state, chosen, adapter).write(nodes[site], nodes[ends.get(site, site)])
+        end = nodes[ends[site]] if site in ends else _complete(nodes[site])
+        for branch in chosen.branches:
+            end = _Writer(graph, state, chosen, branch, adapter).write(nodes[site], end)
+    for node in graph.find_nodes(op="get_attr"):
+        if copy_name(str(node.target), adapter) in copies:
+            node.target = copy_name(str(node.target), adapter)
     graph.lint()
     inference = graph_module.meta["lora_fx"]["inference"]
-    trainable = trainable_names(graph_module) | (frozenset() if inference else frozenset(factors))
+    trainable = trainable_names(graph_module) | (frozenset() if inference else frozenset({*factors, *copies}))
     return assemble(
         graph,
         state.with_modules(dropouts),
@@ -75,40 +93,76 @@ def attach(
     )
 
 
-def _new_factors(plan: Plan, state: State, adapter: str, seed: int | None) -> dict[str, torch.Tensor]:
-    # Drawn in the order of the model's modules, not of its calls: that is PEFT's order.
+def _complete(site: fx.Node) -> fx.Node:
+    """Return where the output of a site's module is complete: PEFT adds a branch to what the module returns, bias included."""
+    total = biased(site)
+    return total if total is not None and module_path(total) == module_path(site) else site
+
+
+def _in_module_order(plan: Plan, state: State) -> dict[str, tuple[Chosen, Branch]]:
+    """Return every branch once, however many sites share it, in the order of the model's modules: that is PEFT's order."""
     position = {name: index for index, name in enumerate(state.tensors)}
-    modules = {chosen.site.module: chosen for chosen in reversed(plan.chosen)}
-    ordered = sorted(modules.values(), key=lambda chosen: position[_own_weight(chosen, state)])
+    ordered = sorted(plan.chosen, key=lambda chosen: position[_own_weight(chosen, state)])
+    return {branch.key: (chosen, branch) for chosen in ordered for branch in chosen.branches}
+
+
+def _new_factors(
+    ordered: Mapping[str, tuple[Chosen, Branch]], state: State, adapter: str, seed: int | None
+) -> dict[str, torch.Tensor]:
     factors: dict[str, torch.Tensor] = {}
     with _seeded(seed):
-        for chosen in ordered:
-            site = chosen.site
-            a, b = initial_factors(
-                site.in_features, site.out_features, chosen.branch.rank, like=state.tensors[site.weight]
+        for chosen, branch in ordered.values():
+            site, names = chosen.site, branch.names(adapter)
+            out_features = site.out_features if branch.features is None else len(branch.features)
+            factors[names.a], factors[names.b] = initial_factors(
+                site.in_features,
+                out_features,
+                branch.setting.rank,
+                like=state.tensors[site.weight],
+                init=branch.setting.init,
             )
-            factors[factor_name(site.module, "A", adapter)] = a
-            factors[factor_name(site.module, "B", adapter)] = b
     return factors
 
 
+def _copies(plan: Plan, state: State, adapter: str) -> dict[str, torch.Tensor]:
+    """Return copies of the parameters that train: training them in place would change the model they came from."""
+    own = {copy_name(trained.name, adapter): state.tensors[trained.name] for trained in plan.trained}
+    return {name: nn.Parameter(parameter.detach().clone()) for name, parameter in own.items()}
+
+
+def _places(ordered: Mapping[str, tuple[Chosen, Branch]], state: State, adapter: str) -> dict[str, torch.Tensor]:
+    """Return for each branch of a part: for each output feature the row of B that belongs to it, or the number of rows."""
+    places = {}
+    for chosen, branch in ordered.values():
+        if branch.features is not None:
+            weight = state.tensors[chosen.site.weight]
+            rows = torch.full((chosen.site.out_features,), len(branch.features))
+            rows[list(branch.features)] = torch.arange(len(branch.features))
+            # Real even where the weights are not: they follow from the plan.
+            places[branch.names(adapter).places] = rows if weight.is_meta else rows.to(weight.device)
+    return places
+
+
 def new_factors_like(
-    wanted: Mapping[str, torch.Tensor], device: torch.device, seed: int | None
+    wanted: Mapping[str, torch.Tensor], branches: Iterable[tuple[str, Branch]], device: torch.device, seed: int | None
 ) -> dict[str, torch.Tensor]:
     """Return initial values for factors that have none yet.
 
     Args:
         wanted: factors by name, in the order of the model's modules, A before B.
+        branches: adapter and branch, of every branch in the graph.
         device: for the values.
         seed: of the draws. Without one they come from torch's current random state, which is put back.
     """
+    by_name = {branch.names(adapter).a: (branch, branch.names(adapter).b) for adapter, branch in branches}
     values: dict[str, torch.Tensor] = {}
     with _seeded(seed):
         for name, a in wanted.items():
-            other = name.replace(".lora_A.", ".lora_B.")
-            if other != name:
+            if name in by_name:
+                branch, other = by_name[name]
                 like = torch.empty(0, dtype=a.dtype, device=device)
-                values[name], values[other] = initial_factors(a.shape[1], wanted[other].shape[0], a.shape[0], like)
+                rows, init = wanted[other].shape[0], branch.setting.init
+                values[name], values[other] = initial_factors(a.shape[1], rows, a.shape[0], like, init)
     return values
 
 
@@ -125,20 +179,10 @@ def _own_weight(chosen: Chosen, state: State) -> str:
     return own if own in state.tensors else chosen.site.weight
 
 
-def _dropout_name(chosen: Chosen, adapter: str) -> str:
-    return f"{chosen.site.module}.lora_dropout.{adapter}"
-
-
 def _with_adapter(meta: Mapping[str, Any], adapter: str, plan: Plan) -> dict[str, Any]:
     own = dict(meta["lora_fx"])
     record = {
-        chosen.site.module: {
-            "rank": chosen.branch.rank,
-            "alpha": chosen.branch.alpha,
-            "dropout": chosen.branch.dropout,
-            "rule": chosen.rule,
-        }
-        for chosen in plan.chosen
+        branch.key: {"rule": chosen.rule, "branch": branch} for chosen in plan.chosen for branch in chosen.branches
     }
     own["adapters"] = {**own.get("adapters", {}), adapter: record}
     return {**meta, "lora_fx": own}
@@ -151,44 +195,48 @@ class _Writer:
     graph: fx.Graph
     state: State
     chosen: Chosen
+    branch: Branch
     adapter: str
 
-    def write(self, base: fx.Node, end: fx.Node) -> None:
-        """Write the branch of site ``base`` behind ``end``: the site itself, or its last branch so far."""
-        site, branch = self.chosen.site, self.chosen.branch
+    def write(self, base: fx.Node, end: fx.Node) -> fx.Node:
+        """Write the branch of site ``base`` behind ``end``, the site itself or its last branch so far; return the new end."""
+        setting, names = self.branch.setting, self.branch.names(self.adapter)
         parts = operands(base)
         assert parts is not None
-        narrow = self.state.tensors[site.weight].dtype
+        narrow = self.state.tensors[self.chosen.site.weight].dtype
         wide = adapter_dtype(narrow)
-        a, b = (self._factor(part, parts.weight) for part in "AB")
+        a = self._named(names.a, "factor A", parts.weight)
+        b = self._named(names.b, "factor B", a)
+        places = None if self.branch.features is None else self._named(names.places, "places", b)
         users = list(end.users)
         with self.graph.inserting_before(end.next):
             value = parts.input
             if wide != narrow:
                 value = self._call(base, "cast", aten.to.dtype, value, wide)
-            if branch.dropout > 0:
-                value = self._record(
-                    base, "dropout", self.graph.call_module(_dropout_name(self.chosen, self.adapter), (value,))
-                )
+            if setting.dropout > 0:
+                value = self._record(base, "dropout", self.graph.call_module(names.dropout, (value,)))
             value = self._call(base, "A", aten.linear.default, value, a)
             value = self._call(base, "B", aten.linear.default, value, b)
-            value = self._call(base, "scale", aten.mul.Tensor, value, branch.scaling)
+            value = self._call(base, "scale", aten.mul.Tensor, value, setting.scale)
+            if places is not None:
+                value = self._call(base, "pad", aten.constant_pad_nd.default, value, [0, 1])
+                value = self._call(base, "place", aten.index_select.default, value, -1, places)
             value = self._call(base, "add", aten.add.Tensor, end, value)
             if wide != narrow:
                 value = self._call(base, "cast", aten.to.dtype, value, narrow)
         for user in users:
             user.replace_input_with(end, value)
+        return value
 
-    def _factor(self, part: str, weight: fx.Node) -> fx.Node:
+    def _named(self, name: str, part: str, after: fx.Node) -> fx.Node:
         """Return the one ``get_attr`` of a factor; several calls of one module share it."""
-        name = factor_name(self.chosen.site.module, part, self.adapter)
         for known in self.graph.find_nodes(op="get_attr"):
             if known.target == name:
                 assert isinstance(known, fx.Node)
                 return known
-        with self.graph.inserting_after(weight):
+        with self.graph.inserting_after(after):
             node = self.graph.get_attr(name)
-        return self._record(weight, f"factor {part}", node)
+        return self._record(after, part, node)
 
     def _call(self, base: fx.Node, part: str, target: Any, *args: Any) -> fx.Node:
         return self._record(base, part, self.graph.call_function(target, args))

@@ -3,7 +3,8 @@
 A value that depends on a factor must be linear in a site's input, with constant factors, until it is added to that site's
 output. One walk in graph order keeps, for each node that depends on a factor, what it is:
 
-    Delta     Σ scaling · x M₁ᵀ M₂ᵀ …          products with weights, scalings by numbers, casts, sums of deltas
+    Delta     Σ scaling · x M₁ᵀ M₂ᵀ …          products with weights, scalings by numbers, casts, sums of deltas, and
+                                              features put in their places among zeros
     Joined    site + Delta                      the sum with the output of a site, and sums with further deltas
 
 Anything else that touches a ``Delta`` is an error that names the node. So nothing is ever folded in part, and nothing that
@@ -20,9 +21,9 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import FoldError
-from lora_fx.factors import is_factor
+from lora_fx.factors import is_factor, is_places
 from lora_fx.provenance import source_line
-from lora_fx.sites import Operands, operands
+from lora_fx.sites import Operands, biased, operands
 
 aten = torch.ops.aten
 
@@ -35,11 +36,13 @@ class Term:
         source: the node that the first product reads.
         factors: names of M₁, M₂, …, each of shape ``(out, in)``, in the order in which they are applied.
         scaling: product of the constants.
+        places: name of the buffer that says which output feature takes which row of the product; None: each its own.
     """
 
     source: fx.Node
     factors: tuple[str, ...] = ()
     scaling: float = 1.0
+    places: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,13 @@ class FoundBranch:
 
     Attributes:
         site: the site's node.
-        end: the node that the rest of the graph reads in place of the site's.
+        base: what the terms are added to: the site's node, or its sum with a bias.
+        end: the node that the rest of the graph reads in place of ``base``.
         terms: what is added to the site's output.
     """
 
     site: fx.Node
+    base: fx.Node
     end: fx.Node
     terms: tuple[Term, ...]
 
@@ -71,17 +76,19 @@ def find_branches(graph_module: fx.GraphModule) -> tuple[FoundBranch, ...]:
 
 @dataclass(frozen=True)
 class _Delta:
-    """A value that is linear in the sources of its terms."""
+    """A value that is linear in the sources of its terms; ``padded`` if a zero stands behind its last feature."""
 
     terms: tuple[Term, ...]
     dtype: torch.dtype
+    padded: bool = False
 
 
 @dataclass(frozen=True)
 class _Joined:
-    """The output of a site plus deltas; ``previous`` is the site's node, or the ``_Joined`` that this one extends."""
+    """The output of a site plus deltas; ``previous`` is its ``base``, or the ``_Joined`` that this one extends."""
 
     site: fx.Node
+    base: fx.Node
     previous: fx.Node
     terms: tuple[Term, ...]
     dtype: torch.dtype
@@ -105,7 +112,7 @@ class _Walk:
         inputs = node.all_input_nodes
         if any(n in self._factors or isinstance(self._values.get(n), _Delta) for n in inputs):
             compute = _LINEAR.get(node.target)
-            value = compute(self, *node.args, **node.kwargs) if compute is not None else None
+            value = compute(self, *node.args) if compute is not None and not node.kwargs else None
             if value is None:
                 raise _unexpected(
                     node, "a branch must be linear in its site's input until it is added to its site's output"
@@ -132,7 +139,7 @@ class _Walk:
                 )
             if node not in self._next:
                 self._check(node, value)
-                branches.append(FoundBranch(value.site, node, value.terms))
+                branches.append(FoundBranch(value.site, value.base, node, value.terms))
         return tuple(branches)
 
     def multiply(self, value: Any, weight: Any, bias: Any = None) -> _Delta | None:
@@ -141,6 +148,8 @@ class _Walk:
             return None
         name = str(weight.target)
         terms = self._terms(value)
+        if any(term.places is not None for term in terms) or self._is_padded(value):
+            return None
         return _Delta(tuple(replace(term, factors=(*term.factors, name)) for term in terms), self._dtype(name))
 
     def scale(self, value: Any, number: Any) -> _Delta | None:
@@ -150,6 +159,27 @@ class _Walk:
             return None
         return replace(delta, terms=tuple(replace(term, scaling=term.scaling * number) for term in delta.terms))
 
+    def pad(self, value: Any, widths: Any, number: Any = 0) -> _Delta | None:
+        """``aten.constant_pad_nd``: a zero behind the features."""
+        delta = self._values.get(value)
+        if not isinstance(delta, _Delta) or delta.padded or any(term.places is not None for term in delta.terms):
+            return None
+        return replace(delta, padded=True) if list(widths) == [0, 1] and number == 0 else None
+
+    def place(self, value: Any, dim: Any, places: Any) -> _Delta | None:
+        """``aten.index_select`` of padded features: each output feature of the site takes its own, or the zero."""
+        delta = self._values.get(value)
+        if (
+            not self._is_padded(value)
+            or dim != -1
+            or not isinstance(places, fx.Node)
+            or not is_places(str(places.target))
+        ):
+            return None
+        assert isinstance(delta, _Delta)
+        terms = tuple(replace(term, places=str(places.target)) for term in delta.terms)
+        return _Delta(terms, delta.dtype)
+
     def cast(self, value: Any, dtype: torch.dtype) -> _Delta | None:
         """``aten.to.dtype``."""
         delta = self._values.get(value)
@@ -157,19 +187,24 @@ class _Walk:
 
     def add(self, left: Any, right: Any) -> _Delta | _Joined | None:
         """``aten.add`` of two deltas, or of a delta and the output of a site."""
+        if self._is_padded(left) or self._is_padded(right):
+            return None
         mine, theirs = self._values.get(left), self._values.get(right)
         if isinstance(mine, _Delta) and isinstance(theirs, _Delta):
             return _Delta(mine.terms + theirs.terms, torch.promote_types(mine.dtype, theirs.dtype))
         base, joined, delta = (right, theirs, mine) if isinstance(mine, _Delta) else (left, mine, theirs)
         assert isinstance(delta, _Delta)
         if isinstance(joined, _Joined):
-            return _Joined(
-                joined.site, base, joined.terms + delta.terms, torch.promote_types(joined.dtype, delta.dtype)
-            )
-        parts = operands(base) if isinstance(base, fx.Node) else None
-        if parts is None:
+            dtype = torch.promote_types(joined.dtype, delta.dtype)
+            return replace(joined, previous=base, terms=joined.terms + delta.terms, dtype=dtype)
+        site = _site_of(base)
+        if site is None:
             return None
-        return _Joined(base, base, delta.terms, torch.promote_types(self._dtype_of(parts), delta.dtype))
+        return _Joined(site, base, base, delta.terms, torch.promote_types(self._site_dtype(site), delta.dtype))
+
+    def _is_padded(self, value: Any) -> bool:
+        delta = self._values.get(value)
+        return isinstance(delta, _Delta) and delta.padded
 
     def _terms(self, value: Any) -> tuple[Term, ...]:
         delta = self._values.get(value)
@@ -220,9 +255,18 @@ _LINEAR: Mapping[object, Callable[..., _Delta | _Joined | None]] = {
     aten.linear.default: _Walk.multiply,
     aten.mul.Tensor: _Walk.scale,
     aten.to.dtype: _Walk.cast,
+    aten.constant_pad_nd.default: _Walk.pad,
+    aten.index_select.default: _Walk.place,
     aten.add.Tensor: _Walk.add,
 }
 """Operator → what it makes of a ``_Delta``; ``None`` where it is not linear with these arguments."""
+
+
+def _site_of(base: Any) -> fx.Node | None:
+    """Return the site whose output this is, with its bias or without."""
+    if not isinstance(base, fx.Node) or operands(base) is not None:
+        return base if isinstance(base, fx.Node) else None
+    return next((node for node in base.all_input_nodes if operands(node) is not None and biased(node) is base), None)
 
 
 def _unexpected(node: fx.Node, problem: str) -> FoldError:

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Mapping
 
 import sympy
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lora_fx.checks import UNBOUNDED, Constraints, as_bound, parse_guard
+from lora_fx.checks import Constraints
 from lora_fx.errors import TraceError
+from lora_fx.relations import UNBOUNDED, as_bound, check_relation, parse_guard
 
 Range = tuple[int, int]
 
 
-def constraints_of(program: torch.export.ExportedProgram, graph: fx.Graph, arguments: Sequence[str]) -> Constraints:
+def constraints_of(program: torch.export.ExportedProgram, graph: fx.Graph, signature: inspect.Signature) -> Constraints:
     """Return the ranges, equalities and guards under which the trace computes what the model computes.
 
     Args:
         program: the exported program.
         graph: its graph, with the placeholders that remained.
-        arguments: the names of the arguments of ``program.module()``, in order.
+        signature: of the ``forward`` that was exported.
 
     Raises:
         TraceError: torch.export bound the trace by something that is not a condition on input sizes.
@@ -52,9 +54,10 @@ def constraints_of(program: torch.export.ExportedProgram, graph: fx.Graph, argum
             else:
                 derived.append((reference, expression))
     relations += [_derived(reference, expression, source) for reference, expression in derived]
-    paths = _paths(program, arguments)
+    paths = _paths(program, signature)
     relations += [parse_guard(guard, paths) for guard in program._guards_code]
     for relation in relations:
+        check_relation(relation)
         bound = as_bound(relation)
         if bound is not None:
             name, dim, low, high = bound
@@ -91,17 +94,17 @@ def _derived(reference: str, expression: sympy.Expr, source: Mapping[sympy.Expr,
     )
 
 
-def _paths(program: torch.export.ExportedProgram, arguments: Sequence[str]) -> dict[str, str]:
-    """Map the sources that guards speak of (``L['x']``, ``L['y'][0]``, ``L['flat_args'][2]``) to placeholder names."""
-    args, kwargs = program.example_inputs
+def _paths(program: torch.export.ExportedProgram, signature: inspect.Signature) -> dict[str, str]:
+    """Map the sources that guards speak of (``L['x']``, ``L['args'][0]``, ``L['flat_args'][2]``) to placeholder names."""
     names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
-    leaves = pytree.tree_leaves_with_path({**dict(zip(arguments, args, strict=False)), **kwargs})
-    paths: dict[str, str] = {}
-    for index, ((path, _), name) in enumerate(zip(leaves, names, strict=True)):
-        key = pytree.keystr(path)
-        for source in (f"L{key}", f"L['kwargs']{key}", f"L['flat_args'][{index}]"):
-            paths[ast.unparse(ast.parse(source, mode="eval"))] = name
-    return paths
+    leaves, spec = pytree.tree_flatten(program.example_inputs)
+    assert len(leaves) == len(names)
+    args, kwargs = pytree.tree_unflatten(names, spec)
+    paths: dict[str, str] = {f"L['flat_args'][{index}]": name for index, name in enumerate(names)}
+    for arguments in (signature.bind(*args, **kwargs).arguments, {"kwargs": kwargs}, kwargs):
+        for path, name in pytree.tree_leaves_with_path(dict(arguments)):
+            paths[f"L{pytree.keystr(path)}"] = name
+    return {ast.unparse(ast.parse(source, mode="eval")): name for source, name in paths.items()}
 
 
 def _independent(relations: Iterable[str]) -> tuple[str, ...]:

@@ -1,17 +1,58 @@
-"""The names of the factors A and B of low-rank branches, by which branches are nominated."""
+"""The names of what an adapter brings along.
+
+Of a branch these are the factors A and B, by which branches are nominated, and the places where B's rows go. An adapter may also
+have trained copies of the model's own parameters.
+"""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from torch import nn
 
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])\.(?P<adapter>[^.]+)\.weight")
+_FACTOR = re.compile(r".+\.lora_[AB]\.(?P<adapter>[^.]+)(\.[^.]+)?\.weight")
+_COPY = re.compile(r"(?P<module>(.+\.)?)trained\.(?P<adapter>[^.]+)\.(?P<leaf>[^.]+)")
+_PLACES = re.compile(r".+\.lora_places\.(?P<adapter>[^.]+)\.[^.]+")
 
 
-def factor_name(module: str, part: str, adapter: str) -> str:
-    """Return the full parameter name of a factor, ``part`` being ``"A"`` or ``"B"``."""
-    return f"{module}.lora_{part}.{adapter}.weight"
+@dataclass(frozen=True)
+class BranchNames:
+    """The names of one branch.
+
+    Attributes:
+        owner: the module path after which they are named; ``<module path>@n`` where the n-th call has a branch of its own.
+        adapter: the adapter that the branch belongs to.
+        part: of a branch for one part of a fused projection, ``"query"`` for instance.
+    """
+
+    owner: str
+    adapter: str
+    part: str | None = None
+
+    @property
+    def a(self) -> str:
+        """Parameter A, of shape ``(rank, in)``."""
+        return f"{self.owner}.lora_A.{self._suffix}.weight"
+
+    @property
+    def b(self) -> str:
+        """Parameter B, of shape ``(out, rank)``, with as many rows as the part has features."""
+        return f"{self.owner}.lora_B.{self._suffix}.weight"
+
+    @property
+    def places(self) -> str:
+        """Buffer of a part: for each output feature of the site the row of B, or the number of rows for no row."""
+        return f"{self.owner}.lora_places.{self._suffix}"
+
+    @property
+    def dropout(self) -> str:
+        """Module of the branch's dropout."""
+        return f"{self.owner}.lora_dropout.{self._suffix}"
+
+    @property
+    def _suffix(self) -> str:
+        return self.adapter if self.part is None else f"{self.adapter}.{self.part}"
 
 
 def is_factor(name: str) -> bool:
@@ -19,7 +60,30 @@ def is_factor(name: str) -> bool:
     return _FACTOR.fullmatch(name) is not None
 
 
+def is_places(name: str) -> bool:
+    """Tell whether a buffer name is that of the places of a part's features."""
+    return _PLACES.fullmatch(name) is not None
+
+
+def copy_name(parameter: str, adapter: str) -> str:
+    """Return the name of an adapter's trained copy of a parameter: ``head.weight`` → ``head.trained.default.weight``."""
+    path, dot, leaf = parameter.rpartition(".")
+    return f"{path}{dot}trained.{adapter}.{leaf}"
+
+
+def original_name(name: str) -> str | None:
+    """Return the name of the parameter that a trained copy stands in for, or None if this is no name of a copy."""
+    match = _COPY.fullmatch(name)
+    return f"{match['module']}{match['leaf']}" if match else None
+
+
+def is_of_adapter(name: str) -> bool:
+    """Tell whether a tensor name is one that adapters bring along."""
+    return is_factor(name) or is_places(name) or original_name(name) is not None
+
+
 def adapters(module: nn.Module) -> tuple[str, ...]:
     """Return the names of the adapters in a graph, in the order of their first parameters."""
-    matches = (_FACTOR.fullmatch(name) for name, _ in module.named_parameters(remove_duplicate=False))
+    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    matches = (_FACTOR.fullmatch(name) or _COPY.fullmatch(name) for name in names)
     return tuple(dict.fromkeys(match["adapter"] for match in matches if match))

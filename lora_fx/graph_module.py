@@ -7,15 +7,17 @@ copied, and shares ``Parameter`` objects with the module that it was made from. 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import keyword
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, TraceError
 from lora_fx.records import GraphRecord, record, restore
+from lora_fx.signature import InputCodeGen
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,22 @@ class TracedGraphModule(fx.GraphModule):
     graph), so converting it raises; moving it to another device works.
     """
 
+    def recompile(self) -> fx.graph.PythonCode:
+        """Generate ``forward`` anew from the graph, with the signature of the model."""
+        code = super().recompile()
+        if isinstance(self._graph._codegen, InputCodeGen):
+            type(self).forward.__signature__ = self._graph._codegen.signature.shown()  # type: ignore[attr-defined]
+        return code
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # As the last of the hooks that may change the state dict. This method, other than load_state_dict, is also called
+        # where the graph is part of another module.
+        hook = self.register_load_state_dict_pre_hook(_take_values)  # type: ignore[no-untyped-call]
+        try:
+            super()._load_from_state_dict(*args)
+        finally:
+            hook.remove()
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TracedGraphModule:
         for dtype in {p.dtype for p in self.parameters() if p.is_floating_point()}:
             found = fn(torch.empty(0, dtype=dtype)).dtype
@@ -75,10 +93,17 @@ class TracedGraphModule(fx.GraphModule):
         graph, _ = copy_graph(self.graph)
         made = _rebuild(graph, copied, copy.deepcopy(self.meta, memo), _modes(self))
         memo[id(self)] = made
+        for name, module in self.named_modules(remove_duplicate=False):
+            if name not in state.modules:  # those are copied with their hooks
+                hooks = {key: value for key, value in vars(module).items() if key.endswith(_HOOKS)}
+                vars(made.get_submodule(name)).update(copy.deepcopy(hooks, memo))
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild_from_record, (record(self.graph), state_of(self), self.meta, _modes(self))
+
+
+_HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_is_full_backward_hook")
 
 
 def _rebuild_from_record(recorded: GraphRecord, *rest: Any) -> TracedGraphModule:
@@ -147,6 +172,31 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     return copied, mapping
 
 
+def check_names(names: Iterable[str]) -> None:
+    """Raise :class:`TraceError` unless a graph can have tensors of these names."""
+    for name in names:
+        first, *_ = parts = name.split(".")
+        if hasattr(_EMPTY, first):
+            raise TraceError(
+                f"the model has a part named {first!r}, and torch.fx.GraphModule has an attribute of this name. Rename the part, "
+                "or trace a module that holds the model, so that all names begin with another."
+            )
+        unusable = [part for part in parts if not is_usable_part(part)]
+        if unusable:
+            raise TraceError(
+                f"the model has a part named {name!r}, and torch.fx cannot write {unusable[0]!r} into the code of a graph. "
+                "Rename it: no Python keyword, no quotes and no backslash."
+            )
+
+
+def is_usable_part(part: str) -> bool:
+    """Tell whether torch.fx writes valid code for a dotted name with this part: ``self.part``, or ``getattr(self, "part")``."""
+    return not keyword.iskeyword(part) and part.isprintable() and not set(part) & {'"', "\\"}
+
+
+_EMPTY = fx.GraphModule(nn.Module(), fx.Graph())
+
+
 def erase_unread(graph: fx.Graph, node: fx.Node) -> None:
     """Erase a node that nothing reads, and then what only it read (in place)."""
     if node.users or node.op == "placeholder":
@@ -155,6 +205,72 @@ def erase_unread(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
     for source in inputs:
         erase_unread(graph, source)
+
+
+def same_values(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Tell whether two tensors have the same shape, dtype and values, also on different devices; a NaN equals a NaN."""
+    if (left.shape, left.dtype) != (right.shape, right.dtype):
+        return False
+    if left.is_meta or right.is_meta:
+        return left is right
+    if (left.device, left.data_ptr(), left.stride()) == (right.device, right.data_ptr(), right.stride()):
+        return True
+    left, right = left.detach().to(right.device), right.detach()
+    return torch.equal(left, right) or bool(torch.all((left == right) | ((left != left) & (right != right))))
+
+
+def _take_values(
+    module: TracedGraphModule, values: dict[str, Any], prefix: str, options: Mapping[str, Any], *_: Any
+) -> None:
+    """Give the tensors of a graph the values of a state dict, as a pre-hook of loading one.
+
+    Torch would write them into the storage, which is also that of the model, or (``assign=True``) put new parameters in
+    place of the old, a different one under each name of a tied tensor. Here parameters stay the objects that they are and
+    get new storage. Afterwards ``values`` holds the graph's own tensors, so that torch, which goes on from there and
+    reports what is missing, unexpected or of another shape, puts each in its own place.
+    """
+    state = state_of(module)
+    assign = bool(options.get("assign_to_params_buffers", False))
+    groups: dict[str, list[str]] = {}
+    for name, first in state.aliases().items():
+        if name not in state.non_persistent and _fits(values.get(prefix + name), state.tensors[name], assign):
+            groups.setdefault(first, []).append(name)
+    for first, (name, *others) in groups.items():
+        tensor, value = state.tensors[first], values[prefix + name]
+        for other in others:
+            if not same_values(value.reshape(tensor.shape), values[prefix + other].reshape(tensor.shape)):
+                raise LoraFxError(
+                    f"{name!r} and {other!r} are one tensor of the graph, and the state dict has different values for them. "
+                    "Give both the same, or untie them in the model and trace it again."
+                )
+        if assign and value.dtype != tensor.dtype:
+            raise LoraFxError(
+                f"{name!r} is {tensor.dtype} in the graph, which keeps its dtype, and {value.dtype} in the state dict. "
+                "Convert it, or load without assign=True."
+            )
+    for first, names in groups.items():
+        tensor = _with_value(state.tensors[first], values[prefix + names[0]].detach(), assign)
+        if tensor is not state.tensors[first]:
+            tied = {name: tensor for name, of in state.aliases().items() if of == first}
+            _install(module, State(tied, state.non_persistent))
+        values.update({prefix + name: tensor for name in names})
+
+
+def _fits(value: Any, tensor: torch.Tensor, assign: bool) -> bool:
+    """Tell whether torch would load ``value`` into ``tensor``; a tensor of one element also into one without dimensions."""
+    if not isinstance(value, torch.Tensor) or (tensor.is_meta and not assign):
+        return False
+    return value.shape == tensor.shape or (tensor.dim() == 0 and value.shape == (1,))
+
+
+def _with_value(tensor: torch.Tensor, value: torch.Tensor, assign: bool) -> torch.Tensor:
+    value = value.reshape(tensor.shape)
+    if tensor.is_meta != value.is_meta:  # torch has no way from the one to the other within an object
+        return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    tensor.data = value if assign else torch.empty_like(tensor, requires_grad=False).copy_(value)
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)  # a backward over the old value is refused, as after a copy_
+    return tensor
 
 
 def _owned(state: State, trainable: frozenset[str]) -> State:
@@ -176,6 +292,7 @@ def _owned(state: State, trainable: frozenset[str]) -> State:
 
 def _install(module: nn.Module, state: State) -> None:
     """Register tensors and modules under their dotted names, making plain containers on the way."""
+    check_names((*state.tensors, *state.modules))
     for name, tensor in state.tensors.items():
         parent, leaf = _parent(module, name)
         if isinstance(tensor, nn.Parameter):
@@ -193,6 +310,8 @@ def _parent(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     *path, leaf = name.split(".")
     for part in path:
         if part not in module._modules:
+            if hasattr(module, part):
+                raise LoraFxError(f"{name!r} cannot be a name in a graph: {part!r} is something else in it.")
             module.add_module(part, nn.Module())
         module = module.get_submodule(part)
     return module, leaf

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_fx.errors import LoraFxError
 from lora_fx.files import replacing
 from lora_fx.folding import fold
-from lora_fx.graph_module import TracedGraphModule
+from lora_fx.graph_module import TracedGraphModule, same_values, state_of
 
 
 @contextmanager
@@ -28,10 +29,10 @@ def folded(model: nn.Module, graph_module: TracedGraphModule) -> Iterator[nn.Mod
         graph_module: a branched or a folded graph.
 
     Raises:
-        LoraFxError: the graph was traced from another model.
+        LoraFxError: the graph was traced from another model, or from other weights.
         FoldError: the branches cannot be folded.
     """
-    originals = _swap(model, fold(graph_module))
+    originals = _swap(model, graph_module)
     try:
         yield model
     finally:
@@ -47,7 +48,7 @@ def write_back(model: nn.Module, graph_module: TracedGraphModule) -> None:
         LoraFxError: the graph was traced from another model.
         FoldError: the branches cannot be folded.
     """
-    _swap(model, fold(graph_module))
+    _swap(model, graph_module)
 
 
 def save_pretrained(
@@ -75,28 +76,64 @@ def save_pretrained(
             model.config = config
 
 
-def _swap(model: nn.Module, merged: TracedGraphModule) -> dict[str, nn.Parameter]:
+def _swap(model: nn.Module, graph_module: TracedGraphModule) -> dict[str, nn.Parameter]:
     """Put in the parameters whose values fold changed, and return those that were there."""
+    merged = fold(graph_module)
+    _check_traced_from(model, graph_module, merged)
     current = dict(model.named_parameters(remove_duplicate=False))
-    new = dict(merged.named_parameters(remove_duplicate=False))
-    unlike = sorted(set(current) ^ set(new)) or sorted(
-        name for name in current if current[name].shape != new[name].shape
-    )
-    if unlike:
-        raise LoraFxError(
-            f"the graph was not traced from this {type(model).__name__}: they differ in {len(unlike)} parameters, such as {unlike[0]!r}. "
-            "Pass the model that was rewritten."
-        )
-    changed = {name: p for name, p in new.items() if p.data_ptr() != current[name].data_ptr()}
     made: dict[int, nn.Parameter] = {}
-    _put(
-        model,
-        {
-            name: made.setdefault(id(p), nn.Parameter(p.detach(), current[name].requires_grad))
-            for name, p in changed.items()
-        },
-    )
-    return {name: current[name] for name in changed}
+    new: dict[str, nn.Parameter] = {}
+    for name, parameter in merged.named_parameters(remove_duplicate=False):
+        old = current[name]
+        if not same_values(parameter, old):
+            new[name] = made.setdefault(id(old), nn.Parameter(parameter.detach().to(old.device), old.requires_grad))
+    _put(model, new)
+    return {name: current[name] for name in new}
+
+
+def _check_traced_from(model: nn.Module, graph_module: TracedGraphModule, merged: TracedGraphModule) -> None:
+    """Raise unless the model has the tensors that the graph was traced with, or others of the same values and ties.
+
+    Of a graph that is folded already, the merged weights are not compared: their former values are gone.
+    """
+    model_state, graph_state = state_of(model), state_of(graph_module)
+    theirs, mine = model_state.tensors, graph_state.tensors
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    other = {name for name, _ in merged.named_parameters(remove_duplicate=False)} ^ parameters
+    folded_before = graph_module.meta["lora_fx"].get("merged", ())
+    differences = [f"{name!r} is in one of them only" for name in sorted(other | (theirs.keys() - mine.keys()))]
+    differences += [
+        f"{name!r} is {_told(tensor)} in the model and {_told(mine[name])} in the graph"
+        for name, tensor in theirs.items()
+        if name in mine and (tensor.shape, tensor.dtype) != (mine[name].shape, mine[name].dtype)
+    ]
+    differences += [
+        f"{name!r} and {first!r} are one tensor in one of them only"
+        for tied, untied in ((model_state, graph_state), (graph_state, model_state))
+        for name, first in tied.aliases().items()
+        if name != first
+        and {name, first} <= theirs.keys() & mine.keys()
+        and untied.tensors[name] is not untied.tensors[first]
+    ]
+    differences = differences or [
+        f"{name!r} has other values"
+        for name, tensor in theirs.items()
+        if name not in folded_before and not same_values(tensor, mine[name])
+    ]
+    if differences:
+        more = f", and {len(differences) - _MOST} more" if len(differences) > _MOST else ""
+        raise LoraFxError(
+            f"the graph was not traced from this {type(model).__name__}: {'; '.join(differences[:_MOST])}{more}. Pass the model that "
+            "was traced. If only its weights were changed since, give it those of the graph: "
+            "model.load_state_dict(lora_fx.fold(graph).state_dict(), assign=True)."
+        )
+
+
+_MOST = 3
+
+
+def _told(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
 def _put(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:

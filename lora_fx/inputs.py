@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
+from lora_fx.example_rules import rule_inputs
+from lora_fx.ruleset import RuleSet
 
 # Small, distinct, and no divisors of each other, so that a size taken for another shows.
 BATCH, SEQUENCE, TARGET_SEQUENCE = 2, 7, 5
@@ -35,7 +37,9 @@ class ExampleInputs:
 
 
 def example_inputs(
-    model: nn.Module, given: Mapping[str, Any] | tuple[Any, ...] | None, device: torch.device | None = None
+    model: nn.Module,
+    given: Mapping[str, Any] | tuple[Any, ...] | ExampleInputs | None,
+    device: torch.device | None = None,
 ) -> ExampleInputs:
     """Return the inputs to trace ``model`` with: the given ones, or made from its config.
 
@@ -45,6 +49,8 @@ def example_inputs(
     Raises:
         TraceError: none are given, and the model is not one whose inputs follow from a config.
     """
+    if isinstance(given, ExampleInputs):
+        return replace(given, kwargs={**given.kwargs, **_constants(model, given.kwargs)})
     if isinstance(given, tuple):
         return ExampleInputs(args=given, kwargs=_constants(model, {}))
     if given is not None:
@@ -57,6 +63,19 @@ def example_inputs(
             "pass example_inputs, a tuple or a mapping of keyword inputs."
         )
     return _from_config(model, device or next(model.parameters()).device)
+
+
+def inputs_of_rules(model: nn.Module, rules: RuleSet) -> ExampleInputs | None:
+    """Return the example inputs that the ``[inputs]`` of rules describe, or None if there are none or none are needed.
+
+    Raises:
+        RuleError: a size cannot be read from the model's config.
+    """
+    if not rules.inputs or isinstance(model, fx.GraphModule):
+        return None
+    like = next(model.parameters())
+    values, axes = rule_inputs(rules, getattr(model, "config", None), like.dtype, like.device)
+    return ExampleInputs(kwargs=values, axes=axes)
 
 
 def graph_inputs(inputs: ExampleInputs) -> dict[str, Any]:
@@ -78,53 +97,133 @@ def _is_transformers(model: nn.Module) -> bool:
 
 
 def _from_config(model: Any, device: torch.device) -> ExampleInputs:
-    made = {"input_ids": _text, "pixel_values": _image_and_text}.get(model.main_input_name)
-    if made is None:
+    main = model.main_input_name
+    if main not in _MADE:
         raise TraceError(
-            f"{type(model).__name__} takes {model.main_input_name!r}, which is not made from a config yet: pass example_inputs."
+            f"{type(model).__name__} takes {main!r}, which is not made from a config yet: pass example_inputs."
         )
-    inputs = made(
-        model, torch.Generator().manual_seed(0)
-    )  # a generator of its own leaves the caller's random state alone
+    generator = torch.Generator().manual_seed(0)  # one of its own leaves the caller's random state alone
+    inputs: dict[str, torch.Tensor] = {}
+    for name in (main, *_beside(model)):
+        inputs |= _MADE[name](model, generator)
+    if {"input_ids", "pixel_values"} <= inputs.keys() and _has_image_tokens(model.config):
+        inputs |= _with_image_tokens(model, inputs)
+    if model.config.is_encoder_decoder and "decoder_input_ids" in _parameters(model):  # and not the encoder alone
+        inputs["decoder_input_ids"] = _tokens(model, TARGET_SEQUENCE, generator)
     inputs = {name: value.to(device) for name, value in inputs.items()}
     return ExampleInputs(kwargs={**inputs, **_constants(model, inputs)}, axes=_axes(inputs))
 
 
+def _beside(model: Any) -> tuple[str, ...]:
+    """Return what is made beside the main input: the text to an image, and the image to a text.
+
+    A language model that takes images in place of tokens also runs without one, and is traced so where its config does not
+    say how many tokens an image takes.
+    """
+    takes, config = _parameters(model), model.config
+    if model.main_input_name == "pixel_values":
+        return ("input_ids",) if "input_ids" in takes else ()
+    sees = "pixel_values" in takes and getattr(config, "vision_config", None) is not None
+    return ("pixel_values",) if sees and (not _has_image_tokens(config) or _image_tokens(config)) else ()
+
+
 def _text(model: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    config = model.config.get_text_config()
-
-    def tokens(length: int) -> torch.Tensor:
-        return torch.randint(0, config.vocab_size, (BATCH, length), generator=generator)
-
-    inputs = {"input_ids": tokens(SEQUENCE), "attention_mask": torch.ones(BATCH, SEQUENCE, dtype=torch.int64)}
-    if "bbox" in inspect.signature(model.forward).parameters:
-        corner = torch.randint(0, config.max_2d_position_embeddings // 2, (BATCH, SEQUENCE, 2), generator=generator)
+    inputs = {
+        "input_ids": _tokens(model, SEQUENCE, generator),
+        "attention_mask": torch.ones(BATCH, SEQUENCE, dtype=torch.int64),
+    }
+    if "bbox" in _parameters(model):
+        (maximum,) = _read(model, model.config.get_text_config(), "bbox", "max_2d_position_embeddings")
+        corner = torch.randint(0, maximum // 2, (BATCH, SEQUENCE, 2), generator=generator)
         inputs["bbox"] = torch.cat([corner, 2 * corner], dim=-1)  # left, top, right, bottom
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = tokens(TARGET_SEQUENCE)
     return inputs
 
 
-def _image_and_text(model: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Return inputs of a model that replaces the first tokens of its text by the features of an image, as BLIP-2 does."""
+def _images(model: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    config = getattr(model.config, "vision_config", None) or model.config
+    (size,) = _read(model, config, "pixel_values", "image_size")
+    height, width = (size, size) if isinstance(size, int) else size
+    return {"pixel_values": _noise(model, generator, getattr(config, "num_channels", 3), height, width)}
+
+
+def _spectrogram(model: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Return the input of an encoder that takes one length alone and halves it by its second convolution, as Whisper's does."""
+    bins, positions = _read(model, model.config, "input_features", "num_mel_bins", "max_source_positions")
+    return {"input_features": _noise(model, generator, bins, 2 * positions)}
+
+
+def _waveform(model: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Return as many samples as the convolutions of wav2vec 2.0 and its kin make ``SEQUENCE`` frames of."""
+    kernels, strides = _read(model, model.config, "input_values", "conv_kernel", "conv_stride")
+    length = SEQUENCE
+    for kernel, stride in reversed(list(zip(kernels, strides, strict=True))):
+        length = (length - 1) * stride + kernel
+    return {"input_values": _noise(model, generator, length)}
+
+
+_MADE: Mapping[str, Callable[[Any, torch.Generator], dict[str, torch.Tensor]]] = {
+    "input_ids": _text,
+    "pixel_values": _images,
+    "input_features": _spectrogram,
+    "input_values": _waveform,
+}
+"""By the main input of a model: what makes it, and what belongs to it."""
+
+
+_IMAGE_LENGTHS = ("num_query_tokens", "mm_tokens_per_image")  # BLIP-2's and Gemma 3's
+
+
+def _has_image_tokens(config: Any) -> bool:
+    """Tell whether the features of an image take the place of tokens in the text, as in BLIP-2, and not as in CLIP."""
+    return hasattr(config, "image_token_id")
+
+
+def _image_tokens(config: Any) -> tuple[int, int] | None:
+    """Return how many tokens an image takes the place of, and which token stands for it, if the config says so."""
+    lengths = [length for name in _IMAGE_LENGTHS if (length := getattr(config, name, None)) is not None]
+    return (lengths[0], config.image_token_id) if lengths and config.image_token_id is not None else None
+
+
+def _with_image_tokens(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the text with the tokens of one image before it, and nowhere else."""
     config = model.config
-    count, token = (getattr(config, name, None) for name in ("num_query_tokens", "image_token_id"))
-    if count is None or token is None:
+    found = _image_tokens(config)
+    if found is None:
         raise TraceError(
-            f"the config of {type(model).__name__} does not say by num_query_tokens and image_token_id which tokens an image "
-            "takes the place of: pass example_inputs."
+            f"the config of {type(model).__name__} does not say by {' or '.join(_IMAGE_LENGTHS)}, and image_token_id, which tokens "
+            "an image takes the place of: pass example_inputs."
         )
-    inputs = _text(model, generator)
+    count, token = found
     text = inputs["input_ids"].masked_fill(
         inputs["input_ids"] == token, (token + 1) % config.get_text_config().vocab_size
     )
-    inputs["input_ids"] = torch.cat([torch.full((BATCH, count), token), text], dim=1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    size = config.vision_config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    channels = getattr(config.vision_config, "num_channels", 3)
-    pixels = torch.randn(BATCH, channels, height, width, generator=generator)
-    return {"pixel_values": pixels.to(next(model.parameters()).dtype), **inputs}
+    tokens = torch.cat([torch.full((BATCH, count), token), text], dim=1)
+    made = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if "token_type_ids" in _parameters(model):
+        made["token_type_ids"] = (tokens == token).long()  # the tokens of an image attend to each other both ways
+    return made
+
+
+def _tokens(model: Any, length: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(0, model.config.get_text_config().vocab_size, (BATCH, length), generator=generator)
+
+
+def _noise(model: nn.Module, generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randn(BATCH, *shape, generator=generator).to(next(model.parameters()).dtype)
+
+
+def _read(model: nn.Module, config: Any, made: str, *names: str) -> tuple[Any, ...]:
+    """Return attributes of a config that an input is made by."""
+    values = tuple(getattr(config, name, None) for name in names)
+    if None in values:
+        raise TraceError(
+            f"the config of {type(model).__name__} does not say by {' and '.join(names)} what {made!r} is like: pass example_inputs."
+        )
+    return values
+
+
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model.forward).parameters
 
 
 _AXES: Mapping[str, tuple[str | None, ...]] = {
@@ -132,6 +231,8 @@ _AXES: Mapping[str, tuple[str | None, ...]] = {
     **dict.fromkeys(("decoder_input_ids", "decoder_attention_mask"), ("batch", "target_sequence")),
     "bbox": ("batch", "sequence", None),
     "pixel_values": ("batch", None, None, None),
+    "input_features": ("batch", None, None),
+    "input_values": ("batch", "sequence"),
 }
 
 
@@ -140,7 +241,7 @@ def _axes(inputs: Mapping[str, Any]) -> dict[str, tuple[str | None, ...]]:
 
 
 def _constants(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(model.forward).parameters
+    parameters = _parameters(model)
     accepts = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     config: Any = getattr(model, "config", None)
     configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]

@@ -2,6 +2,8 @@
 
 y = x W^T + scaling · dropout(x) A^T B^T        A: (rank, in), B: (out, rank)
 W' = W + scaling · B A                          for W: (out, in); transposed for W: (in, out)
+
+For one part of a fused projection B has a row for each feature of the part, and the rows of W of other features stay.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from functools import reduce
 import torch
 from torch import nn
 
+from lora_fx.vocabulary import Init
+
 
 @dataclass(frozen=True)
 class Update:
@@ -23,21 +27,29 @@ class Update:
     Attributes:
         factors: in the order in which they are applied to ``x``: ``(rank, in)``, then ``(out, rank)``.
         scaling: factor of the product.
+        places: for each output feature the row of the product that is added to it, or the number of rows where none is;
+            None where the product has a row for every feature.
     """
 
     factors: tuple[torch.Tensor, ...]
     scaling: float
+    places: torch.Tensor | None = None
 
     def product(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the update as an ``(out, in)`` matrix, computed in ``dtype``."""
         first, *rest = (factor.detach().to(dtype) for factor in self.factors)
-        return self.scaling * reduce(lambda product, factor: factor @ product, rest, first)
+        product = self.scaling * reduce(lambda product, factor: factor @ product, rest, first)
+        return product if self.places is None else nn.functional.pad(product, (0, 0, 0, 1))[self.places]
+
+    def touched(self) -> torch.Tensor | None:
+        """Return a mask of the output features that the update changes, or None if it changes all."""
+        return None if self.places is None else self.places < self.factors[-1].shape[0]
 
 
 def initial_factors(
-    in_features: int, out_features: int, rank: int, like: torch.Tensor
+    in_features: int, out_features: int, rank: int, like: torch.Tensor, init: Init = "kaiming"
 ) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return A and B of a new branch: A Kaiming-uniform with ``a = √5``, B zero, so that the branch starts as zero.
+    """Return A and B of a new branch: A random, B zero, so that the branch starts as zero.
 
     They are drawn on the CPU from torch's global generator, in the order of draws that PEFT has (each factor is first
     initialised as an ``nn.Linear``, then A once more), so that equal seeds give equal factors.
@@ -48,13 +60,16 @@ def initial_factors(
         rank: of the update.
         like: the weight that the branch goes beside: gives the device, and the dtype unless that is a half-precision
             one, for which the factors are float32.
+        init: of A: Kaiming-uniform with ``a = √5``, or normal with a standard deviation of ``1 / rank``.
 
     Returns:
         A of shape ``(rank, in_features)`` and B of shape ``(out_features, rank)``.
     """
     a, b = torch.empty(rank, in_features), torch.empty(out_features, rank)
-    for factor in (a, b, a):
+    for factor in (a, b, a) if init == "kaiming" else (a, b):
         nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+    if init == "gaussian":
+        nn.init.normal_(a, std=1 / rank)
     dtype = adapter_dtype(like.dtype)
     return nn.Parameter(a.to(like.device, dtype)), nn.Parameter(torch.zeros_like(b, dtype=dtype, device=like.device))
 
@@ -76,4 +91,9 @@ def merged_weight(weight: torch.Tensor, updates: Sequence[Update], *, transposed
     """
     precision = torch.float32 if weight.dtype in (torch.float32, torch.bfloat16) else torch.float64
     total = reduce(operator.add, (update.product(precision) for update in updates))
-    return (weight.detach().to(precision) + (total.T if transposed else total)).to(weight.dtype)
+    merged = (weight.detach().to(precision) + (total.T if transposed else total)).to(weight.dtype)
+    masks = [update.touched() for update in updates]
+    if any(mask is None for mask in masks):
+        return merged
+    touched = reduce(operator.or_, (mask for mask in masks if mask is not None))
+    return torch.where(touched if transposed else touched[:, None], merged, weight.detach())

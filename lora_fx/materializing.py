@@ -15,7 +15,7 @@ from torch.func import functional_call
 from lora_fx.attaching import new_factors_like
 from lora_fx.checks import InputCheck, RelationCheck, add_checks, remove_checks
 from lora_fx.errors import LoraFxError, TraceError
-from lora_fx.factors import is_factor
+from lora_fx.factors import is_of_adapter, is_places, original_name
 from lora_fx.folding import unload
 from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, state_of, trainable_names
 from lora_fx.inputs import example_inputs, graph_inputs
@@ -47,7 +47,7 @@ def materialize(
         **{name: state_dict[first] for name, first in state.aliases().items() if first in state_dict},
         **state_dict,
     }
-    problems = [f"{name!r} is missing" for name in wanted if name not in given and not is_factor(name)]
+    problems = [f"{name!r} is missing" for name in wanted if name not in given and not is_of_adapter(name)]
     problems += [f"{name!r} is unknown" for name in given if name not in wanted]
     problems += [
         f"{name!r} is {tensor.dtype} {tuple(tensor.shape)}, not {wanted[name].dtype} {tuple(wanted[name].shape)}"
@@ -63,7 +63,14 @@ def materialize(
         if name in given:
             is_parameter = isinstance(state.tensors[name], nn.Parameter)
             values[name] = owned.setdefault(first, nn.Parameter(given[first], False)) if is_parameter else given[name]
-    values |= new_factors_like({n: t for n, t in wanted.items() if n not in given}, device, seed)
+    for name in wanted:
+        original = original_name(name)
+        if original is not None and name not in given:
+            values[name] = nn.Parameter(given[original].detach().clone())
+    adapters = graph_module.meta["lora_fx"].get("adapters", {})
+    branches = [(adapter, entry["branch"]) for adapter, record in adapters.items() for entry in record.values()]
+    values |= new_factors_like({n: t for n, t in wanted.items() if n not in given}, branches, device, seed)
+    values |= {name: tensor.to(device) for name, tensor in state.tensors.items() if is_places(name)}
     like = like if like is not None else _traced_class(graph_module)
     buffers = {} if like is None else {name: b for name, b in like.named_buffers() if not b.is_meta}
     values |= {name: value.to(device) for name, value in buffers.items() if name in state.non_persistent}
@@ -111,9 +118,10 @@ def _probed(graph_module: TracedGraphModule, like: nn.Module, trainable: frozens
     unchecked = assemble(base_graph, state_of(base), meta={}, training=False, trainable=frozenset())
     tensors = dict(state_of(unchecked).tensors)
     like.eval()
-    found = without_artefacts(
-        lambda *args, **kwargs: functional_call(like, tensors, args, kwargs), unchecked, inputs, constraints
-    )
+    with torch.random.fork_rng():
+        found = without_artefacts(
+            lambda *args, **kwargs: functional_call(like, tensors, args, kwargs), unchecked, inputs, constraints
+        )
     without_checks, _ = copy_graph(graph_module.graph)
     remove_checks(without_checks, state.modules)
     graph, _ = copy_graph(without_checks)  # in which the names of the removed nodes are free again

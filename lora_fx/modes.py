@@ -3,17 +3,19 @@
 A trace bakes ``model.training`` in. So a model is traced in both modes, and the two graphs are walked side by side. They
 may differ only in these ways, each of which a module can express:
 
-    aten.dropout(x, p, train)                      ``nn.Dropout(p)``
-    a dropout that the eval trace does not have    ``nn.Dropout(p)``
+    a dropout that drops in the train trace only   ``nn.Dropout(p)``
+    a dropout that drops in neither, or is absent  nothing: it is the identity
     ``contiguous`` in one of the two               as in the train trace
     attention's ``dropout_p``                      a literal → ``ModeSwitch(train=…, eval=…)``
 
-Anything else (layer drop, a head that exists in training only) is refused, naming the node.
+A dropout that drops in both stays an operator. Anything else (layer drop, a head that exists in training only, a constant
+with another value) is refused, naming the node.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -21,13 +23,13 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
+from lora_fx.graph_module import same_values
 from lora_fx.provenance import module_path, source_line
 
 aten = torch.ops.aten
 
-DROPOUT = aten.dropout.default
+DROPOUT, CONTIGUOUS = aten.dropout.default, aten.contiguous.default
 _NAMED = ("placeholder", "get_attr")  # matched by name, wherever they stand
-_IDENTITIES = frozenset({DROPOUT, aten.contiguous.default})
 
 MODE_ARGUMENTS: Mapping[object, str] = {
     aten.scaled_dot_product_attention.default: "dropout_p",
@@ -52,37 +54,49 @@ class ModeSwitch(nn.Module):
         return f"train={self.train_value}, eval={self.eval_value}"
 
 
-def unite_modes(train: fx.Graph, evaluation: fx.Graph) -> dict[str, nn.Module]:
+def unite_modes(train: fx.Graph, evaluation: fx.Graph, taken: Collection[str] = ()) -> dict[str, nn.Module]:
     """Make ``train``, the graph of the train trace, serve both modes (in place), and return the modules it now calls.
+
+    Args:
+        train: edited; inactive dropout was removed from both graphs.
+        evaluation: the graph of the eval trace.
+        taken: the names of tensors, which no module may hide.
 
     Raises:
         TraceError: the two graphs differ in a way that no module expresses.
     """
-    return _express(train, _differing_arguments(train, evaluation))
-
-
-def drop_dropout(graph: fx.Graph) -> None:
-    """Remove the dropout nodes of an eval trace, where they are identities (in place)."""
-    for node in list(graph.nodes):
-        if node.target is DROPOUT:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-
-
-def _differing_arguments(train: fx.Graph, evaluation: fx.Graph) -> dict[fx.Node, tuple[Any, Any]]:
-    """Walk both graphs in order; return the nodes of ``train`` whose mode argument differs, with both values."""
     walk = _Walk(train, evaluation)
     for node in train.nodes:
         if node.op not in _NAMED:
             walk.step(node)
-    return walk.differing
+    return _express(train, walk, taken)
+
+
+def check_constants(graph: fx.Graph, train: Mapping[str, torch.Tensor], evaluation: Mapping[str, torch.Tensor]) -> None:
+    """Raise :class:`TraceError` where constants that the model made, and ``graph`` reads, have other values in evaluation."""
+    for node in graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if name in train and name in evaluation and not same_values(train[name], evaluation[name]):
+            raise TraceError(
+                "the model makes a constant that has another value in training than in evaluation"
+                f"{_line(node)}. Such a model cannot be trained as a graph; "
+                "use inference=True to plan, fold and export it."
+            )
+
+
+def remove_inactive_dropout(graph: fx.Graph) -> None:
+    """Remove the dropout nodes that drop nothing in the mode of the trace (in place)."""
+    for node in list(graph.nodes):
+        if node.target is DROPOUT and not node.args[2]:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 class _Walk:
     """The walk of the train graph along the eval graph, and how far it has come.
 
-    A node that is the identity in evaluation (dropout), or on values (``contiguous``, which is recorded only where the
-    strides of the fake tensors ask for it, and those depend on the attention kernel), may be missing on either side.
+    A node that is the identity on values (``contiguous``, which is recorded only where the strides of the fake tensors ask for
+    it, and those depend on the attention kernel) may be missing on either side, and a dropout in the eval graph.
     """
 
     def __init__(self, train: fx.Graph, evaluation: fx.Graph) -> None:
@@ -96,22 +110,27 @@ class _Walk:
         }
         self._value: dict[fx.Node, fx.Node] = {}
         self.differing: dict[fx.Node, tuple[Any, Any]] = {}
+        self.dropouts: set[fx.Node] = set()
 
     def step(self, node: fx.Node) -> None:
         """Match the next node of the train graph."""
         other = self._evaluation[self._position]
-        while other.target in _IDENTITIES and node.target is not other.target:
+        while other.target is CONTIGUOUS and node.target is not CONTIGUOUS:
             self._value[other] = self._value_of(other.args[0])
             self._position += 1
             other = self._evaluation[self._position]
-        if node.target in _IDENTITIES:
-            self._image[node] = self._image[node.args[0]]  # type: ignore[index]
-            if other.target is node.target and self._value_of(other.args[0]) is self._image[node]:
-                self._value[other] = self._image[node]
+        source = self._image.get(node.args[0]) if node.target in (CONTIGUOUS, DROPOUT) else None  # type: ignore[arg-type]
+        if node.target is CONTIGUOUS and source is not None:
+            self._image[node] = source
+            if other.target is CONTIGUOUS and self._value_of(other.args[0]) is source:
+                self._value[other] = source
                 self._position += 1
         elif self._corresponds(node, other):
             self._image[node] = other
             self._position += 1
+        elif node.target is DROPOUT and source is not None:
+            self._image[node] = source
+            self.dropouts.add(node)
         else:
             raise _refusal(node, other)
 
@@ -149,22 +168,22 @@ def named_arguments(node: fx.Node) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in defaults or not _same(value, defaults[name])}
 
 
-def _express(graph: fx.Graph, differing: Mapping[fx.Node, tuple[Any, Any]]) -> dict[str, nn.Module]:
+def _express(graph: fx.Graph, walk: _Walk, taken: Collection[str]) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {}
     for node in list(graph.nodes):
-        if node.target is DROPOUT:
-            target = _unused(modules, _dropout_path(node))
+        if node in walk.dropouts:
+            target = _free(_dropout_path(node), (*taken, *modules))
             modules[target] = nn.Dropout(node.args[1])
             with graph.inserting_before(node):
                 replacement = graph.call_module(target, (node.args[0],))
             replacement.meta = dict(node.meta)
             node.replace_all_uses_with(replacement)
             graph.erase_node(node)
-        elif node in differing:
+        elif node in walk.differing:
             argument = MODE_ARGUMENTS[node.target]
-            target = _unused(modules, f"{module_path(node)}.{argument}".removeprefix("."))
+            target = _free(f"{module_path(node)}.{argument}".removeprefix("."), (*taken, *modules))
             train_value, eval_value = (
-                type(next(v for v in differing[node] if v is not None))(v or 0) for v in differing[node]
+                type(next(v for v in walk.differing[node] if v is not None))(v or 0) for v in walk.differing[node]
             )
             modules[target] = ModeSwitch(train_value, eval_value)
             with graph.inserting_before(node):
@@ -190,16 +209,30 @@ def _dropout_path(node: fx.Node) -> str:
     return own[-1] if own else f"{module_path(node)}.dropout".removeprefix(".")
 
 
-def _unused(taken: Mapping[str, nn.Module], name: str) -> str:
-    candidate, count = name, 1
-    while candidate in taken:
-        candidate, count = f"{name}_{count}", count + 1
-    return candidate
+def _free(name: str, taken: Collection[str]) -> str:
+    """Return a path that neither lies below one that is taken, nor above: modules must not hide each other or tensors."""
+
+    def collides(candidate: str) -> bool:
+        return any(f"{a}.".startswith(f"{b}.") for other in taken for a, b in ((candidate, other), (other, candidate)))
+
+    return next(
+        candidate for count in itertools.count() if not collides(candidate := f"{name}_{count}" if count else name)
+    )
+
+
+def _line(node: fx.Node) -> str:
+    """Return the model's line that recorded a node, or what reads it."""
+    readers = [node]
+    for reader in readers:  # which grows
+        if source_line(reader):
+            return source_line(reader)
+        readers += [user for user in reader.users if user not in readers]
+    return ""
 
 
 def _refusal(node: fx.Node, other: fx.Node) -> TraceError:
     return TraceError(
         f"the model computes something else in training than in evaluation, beyond dropout: the train trace has {node.format_node()}, "
-        f"where the eval trace has {other.format_node()}{source_line(node)}. Such a model cannot be trained as a graph; "
+        f"where the eval trace has {other.format_node()}{_line(node) or _line(other)}. Such a model cannot be trained as a graph; "
         "use inference=True to plan, fold and export it."
     )

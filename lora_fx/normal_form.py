@@ -5,14 +5,13 @@ The passes edit the graph they are given, which belongs to the tracer. In their 
     inline_regions            wrapped sub-graphs (``no_grad`` and disabled-autocast regions of rotary embeddings)
     written_names             (nothing is changed) tensors that a model writes to, which is refused
     remove_assertions         metadata assertions; what they protect is checked on the inputs
-    remove_inputs             constants of the trace (``use_cache``) that are no longer read
     use_first_names           one ``get_attr`` a tensor, under its first name; none for unused tensors
     follow_input_device       device literals → the device of an input
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,20 +25,27 @@ aten = torch.ops.aten
 higher_order = torch.ops.higher_order
 
 
-def inline_regions(module: fx.GraphModule) -> None:
+def inline_regions(module: fx.GraphModule, *, training: bool) -> None:
     """Replace calls of wrapped sub-graphs by their nodes.
 
     What a ``no_grad`` region returns does not require a gradient; a ``detach`` on each result says so in the flat graph.
 
+    Args:
+        module: edited.
+        training: whether gradients matter.
+
     Raises:
-        TraceError: a region computes under autocast, or an operator calls sub-graphs in another way.
+        TraceError: a region computes under autocast, or writes where gradients would not know of it, or an operator calls
+            sub-graphs in another way.
     """
     graph = module.graph
     for node in list(graph.nodes):
         if not isinstance(node.target, torch._ops.HigherOrderOperator):
             continue
         region, operands, detached = _region(module, node)
-        inline_regions(region)
+        inline_regions(region, training=training)
+        if training and detached:
+            _check_writes(region, operands)
         results = _inline(graph, node, region, operands, detached)
         for user in list(node.users):
             user.replace_all_uses_with(results[user.args[1]])
@@ -76,6 +82,18 @@ def _region(module: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, tupl
     return region, tuple(operands), detached
 
 
+def _check_writes(region: fx.GraphModule, operands: tuple[Any, ...]) -> None:
+    """Refuse writes to what a region is given; those to the model's own tensors and inputs are refused anyway."""
+    computed = (node for node in operands if isinstance(node, fx.Node) and node.op not in ("get_attr", "placeholder"))
+    outside = {storage for node in computed if _is_differentiable(node.meta.get("val")) for storage in _storages(node)}
+    for node in region.graph.nodes:
+        if not outside.isdisjoint(_written(node)):
+            raise TraceError(
+                f"the model writes to a tensor under torch.no_grad() that was made outside{source_line(node)}: its gradient passes by "
+                "the write, and that of a graph would not. Write to a copy, or use inference=True."
+            )
+
+
 def _inline(
     graph: fx.Graph, call: fx.Node, region: fx.GraphModule, operands: tuple[Any, ...], detached: bool
 ) -> list[Any]:
@@ -90,12 +108,15 @@ def _inline(
 
 
 def _detach(graph: fx.Graph, value: Any) -> Any:
-    fake = value.meta.get("val") if isinstance(value, fx.Node) else None
-    if not isinstance(fake, torch.Tensor) or not fake.is_floating_point():
+    if not isinstance(value, fx.Node) or not _is_differentiable(value.meta.get("val")):
         return value
     node = graph.call_function(aten.detach.default, (value,))
     node.meta = {key: value.meta[key] for key in ("val", "nn_module_stack", "stack_trace") if key in value.meta}
     return node
+
+
+def _is_differentiable(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def remove_assertions(graph: fx.Graph) -> None:
@@ -106,38 +127,31 @@ def remove_assertions(graph: fx.Graph) -> None:
 
 def written_names(graph: fx.Graph) -> list[str]:
     """Return the names of the tensors and inputs that a graph writes to, in place or as running statistics."""
-    source: dict[fx.Node, str] = {}
-    written: list[str] = []
+    names: dict[object, str] = {}
     for node in graph.nodes:
         if node.op in ("get_attr", "placeholder"):
-            source[node] = str(node.target)
-            continue
-        schema = getattr(node.target, "_schema", None)
-        if schema is None:
-            continue
-        given = {**dict(zip([argument.name for argument in schema.arguments], node.args, strict=False)), **node.kwargs}
-        for argument in schema.arguments:
-            operand = given.get(argument.name)
-            if operand not in source or argument.alias_info is None:
-                continue
-            if argument.alias_info.is_write:
-                written.append(source[operand])
-            source[node] = source[operand]  # what the operator returns is a view of its operand
-        if given.get("training") is True or given.get("use_input_stats") is True:
-            statistics = (given.get(name) for name in ("running_mean", "running_var"))
-            written += [source[operand] for operand in statistics if operand in source]
-    return list(dict.fromkeys(written))
+            names.update(dict.fromkeys(_storages(node), str(node.target)))
+    found = (names[storage] for node in graph.nodes for storage in _written(node) if storage in names)
+    return list(dict.fromkeys(found))
 
 
-def remove_inputs(graph: fx.Graph, names: Collection[str]) -> None:
-    """Remove the placeholders of values that were constants of the trace."""
-    for node in graph.find_nodes(op="placeholder"):
-        if node.target in names:
-            if node.users:
-                raise TraceError(
-                    f"input {node.target!r} is not a tensor, and the graph reads it; only tensors can be inputs of a graph."
-                )
-            graph.erase_node(node)
+def _written(node: fx.Node) -> Iterator[object]:
+    """Yield the storages that an operator writes to. Views share theirs, whatever operators made them."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return
+    given = {**dict(zip([argument.name for argument in schema.arguments], node.args, strict=False)), **node.kwargs}
+    written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    if given.get("training") is True or given.get("use_input_stats") is True:  # schemas do not say so
+        written += ["running_mean", "running_var"]
+    for operand in pytree.tree_leaves([given.get(name) for name in written]):
+        if isinstance(operand, fx.Node):
+            yield from _storages(operand)
+
+
+def _storages(node: fx.Node) -> list[object]:
+    values = pytree.tree_leaves(node.meta.get("val"))
+    return [value.untyped_storage()._cdata for value in values if isinstance(value, torch.Tensor)]
 
 
 def use_first_names(graph: fx.Graph, aliases: Mapping[str, str]) -> None:

@@ -2,51 +2,72 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import fx, nn
 
 from lora_fx.errors import PlanError, RuleError, did_you_mean
+from lora_fx.factors import BranchNames, is_factor, original_name
+from lora_fx.features import Features
 from lora_fx.graph_module import TracedGraphModule
-from lora_fx.ruleset import RuleSet, Selection, load
+from lora_fx.inputs import inputs_of_rules
+from lora_fx.matching import refusal, trains
+from lora_fx.roles import Purpose, purposes
+from lora_fx.ruleset import RuleSet, Selection, Setting, load
 from lora_fx.sites import Site, sites
 from lora_fx.tracing import trace
+from lora_fx.vocabulary import Part
 
 
 @dataclass(frozen=True)
 class Branch:
-    """The settings of one low-rank branch: ``y + scaling · B(A(dropout(x)))`` with ``scaling = alpha / rank``."""
+    """One low-rank branch: ``y + scale · B(A(dropout(x)))``.
 
-    rank: int
-    alpha: float
-    dropout: float
+    Attributes:
+        owner: the path after which its parameters are named: that of the module, or ``<module path>@n`` where the n-th call
+            has a branch of its own.
+        setting: rank, alpha, dropout, scaling, init.
+        part: of a branch for one part of a fused projection.
+        features: the output features of that part; None where the branch writes to all.
+    """
+
+    owner: str
+    setting: Setting
+    part: Part | None = None
+    features: Features | None = None
 
     @property
-    def scaling(self) -> float:
-        """``alpha / rank`` (LoRA, arXiv 2106.09685, section 4.1)."""
-        return self.alpha / self.rank
+    def key(self) -> str:
+        """What tells the branches of one adapter apart."""
+        return self.owner if self.part is None else f"{self.owner}:{self.part}"
+
+    def names(self, adapter: str) -> BranchNames:
+        """Return the names of the branch's parameters in an adapter."""
+        return BranchNames(self.owner, adapter, self.part)
+
+    def parameters(self, site: Site) -> int:
+        """Return the number of parameters: ``rank · (in + out)``, with as many outputs as the branch writes to."""
+        outputs = site.out_features if self.features is None else len(self.features)
+        return self.setting.rank * (site.in_features + outputs)
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A site that gets a branch, and the selection that says so."""
+    """A site that gets a branch, or one for each of several parts, and the selection that says so."""
 
     site: Site
     rule: str
-    branch: Branch
+    branches: tuple[Branch, ...]
+    purpose: Purpose = field(default_factory=Purpose)
 
     @property
     def parameters(self) -> int:
-        """Number of parameters that the branch adds: ``rank · (in + out)``."""
-        return self.branch.rank * (self.site.in_features + self.site.out_features)
+        """Number of parameters that the branches have."""
+        return sum(branch.parameters(self.site) for branch in self.branches)
 
 
 @dataclass(frozen=True)
@@ -55,6 +76,22 @@ class Skipped:
 
     site: Site
     reason: str
+    purpose: Purpose = field(default_factory=Purpose)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A parameter of the model that trains beside the branches, in a copy.
+
+    Attributes:
+        name: its first name.
+        rule: the selection that says so.
+        elements: how many elements it has.
+    """
+
+    name: str
+    rule: str
+    elements: int
 
 
 Decision = Chosen | Skipped
@@ -62,10 +99,17 @@ Decision = Chosen | Skipped
 
 @dataclass(frozen=True)
 class Plan:
-    """One decision for every call site of a graph, in graph order. ``str(plan)`` is a table."""
+    """One decision for every call site of a graph, in graph order. ``str(plan)`` is a table.
+
+    Attributes:
+        rules: the rules that it follows.
+        decisions: one for each call site.
+        trained: parameters of the model that train too.
+    """
 
     rules: RuleSet
     decisions: tuple[Decision, ...]
+    trained: tuple[Trained, ...] = ()
 
     def __iter__(self) -> Iterator[Decision]:
         return iter(self.decisions)
@@ -77,31 +121,14 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters that the plan adds; branches of several calls of one module share theirs."""
-        return sum({chosen.site.module: chosen.parameters for chosen in self.chosen}.values())
+        """Number of parameters that the plan adds; sites that share a branch share its parameters."""
+        branches = {branch.key: branch.parameters(chosen.site) for chosen in self.chosen for branch in chosen.branches}
+        return sum(branches.values())
 
     def __str__(self) -> str:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for heading, justify in (
-            ("site", "left"),
-            ("operator", "left"),
-            ("in", "right"),
-            ("out", "right"),
-            ("rank", "right"),
-            ("added", "right"),
-            ("decision", "left"),
-        ):
-            table.add_column(heading, justify=justify, no_wrap=True, overflow="ignore")  # type: ignore[arg-type]
-        for decision in self.decisions:
-            site = decision.site
-            rank, added, why = _cells(decision)
-            table.add_row(site.name, site.operator, str(site.in_features), str(site.out_features), rank, added, why)
-        console = Console(file=io.StringIO(), width=10_000, color_system=None)
-        console.print(table)
-        assert isinstance(console.file, io.StringIO)
-        lines = [line.rstrip() for line in console.file.getvalue().splitlines() if line.strip()]
-        total = f"{len(self.chosen)} of {len(self.decisions)} sites chosen by rules {self.rules.name!r}, {self.parameters} parameters added"
-        return "\n".join([*lines, total])
+        from lora_fx.reporting import as_text  # which knows plans: the other way round would be a circle
+
+        return as_text(self)
 
 
 def plan(
@@ -127,77 +154,196 @@ def plan(
         RuleError: the rules are malformed, a selection matches nothing, or two claim one site with different settings.
         PlanError: a chosen site cannot get such a branch.
     """
-    graph_module = model if isinstance(model, TracedGraphModule) else trace(model, example_inputs, inference=True)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return plan_sites(sites(graph_module), load(rules, model_type).with_overrides(rank, alpha, dropout))
+    ruleset = load(rules, model_type).with_overrides(rank, alpha, dropout)
+    if isinstance(model, TracedGraphModule):
+        return plan_graph(model, ruleset)
+    inputs = example_inputs if example_inputs is not None else inputs_of_rules(model, ruleset)
+    return plan_graph(trace(model, inputs, inference=True), ruleset)
 
 
-def plan_sites(found: Sequence[Site], rules: RuleSet) -> Plan:
-    """Decide for each site. Raises as :func:`plan` does."""
-    decisions = tuple(_decide(site, rules) for site in found)
-    _every_selection_matches(found, rules)
-    return Plan(rules, decisions)
+def plan_graph(graph_module: fx.GraphModule, rules: RuleSet) -> Plan:
+    """Decide for each site of a graph. Raises as :func:`plan` does."""
+    found = sites(graph_module)
+    read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
+    parameters: dict[nn.Parameter, tuple[str, ...]] = {}
+    for name, parameter in graph_module.named_parameters(remove_duplicate=False):
+        parameters[parameter] = (*parameters.get(parameter, ()), name)
+    own = {names: p.numel() for p, names in parameters.items() if names[0] in read and not is_factor(names[0])}
+    return plan_sites(found, rules, purposes(graph_module, found), own)
 
 
-def check_weights(plan: Plan, graph_module: fx.GraphModule) -> None:
-    """Raise :class:`PlanError` unless every chosen weight is a floating-point one."""
-    for chosen in plan.chosen:
-        dtype = graph_module.get_parameter(chosen.site.weight).dtype
-        if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            raise PlanError(
-                f"site {chosen.site.name!r} has a weight of dtype {dtype}: a branch needs a floating-point one. Dequantise the model first."
-            )
+def plan_sites(
+    found: Sequence[Site],
+    rules: RuleSet,
+    purpose_of: Mapping[str, Purpose] | None = None,
+    parameters: Mapping[tuple[str, ...], int] | None = None,
+) -> Plan:
+    """Decide for each of these sites.
 
+    Args:
+        found: the sites of a graph.
+        rules: what is wanted.
+        purpose_of: what each site is for, by its name.
+        parameters: the parameters that the graph reads, each by all of its names, and their numbers of elements.
 
-def _decide(site: Site, rules: RuleSet) -> Decision:
-    claims = [(index, selection) for index, selection in enumerate(rules.select) if selection.matches(site.module)]
-    if not claims:
-        return Skipped(site, "no selection names it")
-    settings = {index: _branch(selection, rules) for index, selection in claims}
-    first, *others = settings
-    for other in others:
-        if settings[other] != settings[first]:
-            raise RuleError(
-                f"rules {rules.name!r}",
-                [
-                    f"select[{first}] and select[{other}] both claim {site.name!r}, "
-                    f"with {settings[first]} and {settings[other]}; make one of them narrower"
-                ],
-            )
-    branch = settings[first]
-    if branch.rank > min(site.in_features, site.out_features):
-        raise PlanError(
-            f"select[{first}] of rules {rules.name!r} gives site {site.name!r} rank {branch.rank}, which is more than its weight of "
-            f"{site.out_features} × {site.in_features} can have. Choose rank ≤ {min(site.in_features, site.out_features)}."
-        )
-    return Chosen(site, f"{rules.name}:select[{first}]", branch)
-
-
-def _branch(selection: Selection, rules: RuleSet) -> Branch:
-    def setting(name: str) -> Any:
-        own = getattr(selection, name)
-        return own if own is not None else getattr(rules.defaults, name)
-
-    return Branch(setting("rank"), setting("alpha"), setting("dropout"))
-
-
-def _every_selection_matches(found: Sequence[Site], rules: RuleSet) -> None:
-    modules = [site.module for site in found]
-    ends = sorted({module.rpartition(".")[2] for module in modules})
-    problems = [
-        f"select[{index}] matches no call site: target = {list(selection.target)}"
-        f"{''.join(did_you_mean(target.rpartition('.')[2], ends) for target in selection.target)}; "
-        f"the model's sites end in {', '.join(ends) or 'nothing'}"
+    Raises:
+        RuleError: as :func:`plan` does.
+        PlanError: as :func:`plan` does.
+    """
+    known = {site: (purpose_of or {}).get(site.name, Purpose()) for site in found}
+    problems: list[str] = []
+    matched: set[int] = set()
+    decisions: list[Decision] = []
+    branching = [index for index, selection in enumerate(rules.select) if selection.trainable is None]
+    for site, purpose in known.items():
+        refused = {index: refusal(rules.select[index], site, purpose) for index in branching}
+        claims = [index for index, reason in refused.items() if reason is None]
+        matched.update(claims)
+        if claims:
+            decisions.append(_chosen(site, purpose, rules, claims, problems))
+        else:
+            reasons = [reason for reason in refused.values() if reason is not None]
+            nearest = max(reasons, key=lambda reason: reason.agreed, default=None)
+            decisions.append(Skipped(site, nearest.reason if nearest else "no selection adds branches", purpose))
+    trained = _trained(rules, known, parameters or {}, matched)
+    problems += [
+        _matches_nothing(known, rules, index)
         for index, selection in enumerate(rules.select)
-        if not any(selection.matches(module) for module in modules)
+        if index not in matched and not selection.optional
     ]
     if problems:
-        raise RuleError(f"rules {rules.name!r}", problems)
+        raise RuleError(rules.source or f"rules {rules.name!r}", problems)
+    result = Plan(rules, tuple(decisions), trained)
+    _check_ranks(result)
+    return result
 
 
-def _cells(decision: Decision) -> tuple[str, str, str]:
-    match decision:
-        case Chosen(rule=rule, branch=branch):
-            return str(branch.rank), str(decision.parameters), f"chosen: {rule}"
-        case Skipped(reason=reason):
-            return "", "", f"skipped: {reason}"
+def _trained(
+    rules: RuleSet, known: Mapping[Site, Purpose], parameters: Mapping[tuple[str, ...], int], matched: set[int]
+) -> tuple[Trained, ...]:
+    """Return the parameters that selections with ``trainable`` mean, and note which selections those are."""
+    found: dict[str, Trained] = {}
+    for index, selection in enumerate(rules.select):
+        if selection.trainable is None:
+            continue
+        for names, elements in parameters.items():
+            if any(trains(selection, name, known) for name in names):
+                found.setdefault(names[0], Trained(names[0], f"{rules.name}:select[{index}]", elements))
+                matched.add(index)
+    return tuple(found.values())
+
+
+def check_attachable(plan: Plan, graph_module: fx.GraphModule) -> None:
+    """Raise :class:`PlanError` unless every chosen site can get a branch; all that cannot are named."""
+    problems = []
+    tensors = {**dict(graph_module.named_parameters(remove_duplicate=False)), **dict(graph_module.named_buffers())}
+    for chosen in plan.chosen:
+        site, weight = chosen.site, tensors[chosen.site.weight]
+        if site.op != "linear":
+            problems.append(f"site {site.name!r} is {site.op}: branches are inserted at linear sites only, so far")
+        elif not isinstance(weight, nn.Parameter):
+            problems.append(f"site {site.name!r} multiplies by a buffer, {site.weight!r}: make it a parameter")
+        elif weight.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            problems.append(
+                f"site {site.name!r} has a weight of dtype {weight.dtype}: a branch needs a floating-point one. "
+                "Dequantise the model first"
+            )
+    own = dict(graph_module.named_parameters(remove_duplicate=False))
+    adapted = {chosen.site.weight for chosen in plan.chosen}
+    for trained in plan.trained:
+        names = [name for name, parameter in own.items() if parameter is own[trained.name]]
+        if len(names) > 1:
+            problems.append(
+                f"{' and '.join(names)} are one tied parameter, which cannot train at one of its uses alone"
+            )
+        elif original_name(trained.name) is not None:
+            problems.append(f"{original_name(trained.name)!r} trains already, in another adapter")
+        elif trained.name in adapted:
+            problems.append(f"{trained.name!r} would both train and get a branch; leave one of the two out")
+    if problems:
+        raise PlanError("; ".join(problems) + ".")
+
+
+def _chosen(site: Site, purpose: Purpose, rules: RuleSet, claims: Sequence[int], problems: list[str]) -> Chosen:
+    """Return the branches that the claims on a site come to; what cannot be reconciled is added to the problems."""
+    branches: dict[Part | None, tuple[int, Branch]] = {}
+    for index in claims:
+        selection = rules.select[index]
+        for branch in _branches(site, purpose, rules, selection):
+            rivals = [part for part in branches if part == branch.part or part is None or branch.part is None]
+            if any(branches[part][1] != branch for part in rivals) and not selection.override:
+                first, other = branches[rivals[0]]
+                problems.append(
+                    f"{rules.where(first)} and {rules.where(index)} both claim {site.name!r}, with {_told(other)} and "
+                    f"{_told(branch)}; make one of them narrower, or let the later say override = true"
+                )
+            elif selection.override or not rivals:
+                for part in rivals:
+                    del branches[part]
+                branches[branch.part] = (index, branch)
+    named = ", ".join(dict.fromkeys(f"select[{index}]" for index, _ in branches.values()))
+    return Chosen(site, f"{rules.name}:{named}", tuple(branch for _, branch in branches.values()), purpose)
+
+
+def _branches(site: Site, purpose: Purpose, rules: RuleSet, selection: Selection) -> Iterator[Branch]:
+    shared, own = owners_of(site)
+    owner = shared if selection.calls == "all" else own
+    setting = rules.setting_of(selection)
+    if selection.features is None:
+        yield Branch(owner, setting)
+    for part in selection.features or ():
+        yield Branch(owner, setting, part, purpose.parts[part])
+
+
+def owners_of(site: Site) -> tuple[str, str]:
+    """Return the path that names a branch which all calls of the site's module share, and one of this call alone."""
+    path = site.module
+    if path == site.weight:  # the name is the parameter's own: as torch does, beside it
+        parent, _, leaf = path.rpartition(".")
+        path = f"{parent}.parametrizations.{leaf}".removeprefix(".")
+    return path, f"{path}@{site.call}" if site.call else path
+
+
+def _told(branch: Branch) -> str:
+    setting = branch.setting
+    words = [f"rank {setting.rank}", f"alpha {setting.alpha:g}", f"dropout {setting.dropout:g}"]
+    words += [setting.scaling] if setting.scaling != "standard" else []
+    words += [f"init {setting.init}"] if setting.init != "kaiming" else []
+    return ", ".join([*words, f"for {branch.part or 'all'} of {branch.owner!r}"])
+
+
+def _check_ranks(plan: Plan) -> None:
+    problems = []
+    for chosen in plan.chosen:
+        site = chosen.site
+        for branch in chosen.branches:
+            outputs = site.out_features if branch.features is None else len(branch.features)
+            most = min(site.in_features, outputs)
+            if branch.setting.rank > most:
+                problems.append(
+                    f"{chosen.rule} gives site {site.name!r} rank {branch.setting.rank}, which is more than its weight of "
+                    f"{outputs} × {site.in_features} can have. Choose rank ≤ {most}"
+                )
+    if problems:
+        raise PlanError(";\n  ".join(problems) + ".")
+
+
+def _matches_nothing(known: Mapping[Site, Purpose], rules: RuleSet, index: int) -> str:
+    selection = rules.select[index]
+    if selection.trainable is not None:
+        return f"{rules.where(index)} matches no parameter that the model uses; name a module, or a part of its dotted name's end"
+    where = f"{rules.where(index)} matches no call site"
+    named = {site: refusal(selection, site, purpose) for site, purpose in known.items()}
+    near = [(site, reason) for site, reason in named.items() if reason is not None and reason.agreed > 0]
+    if near:
+        site, nearest = max(near, key=lambda pair: pair[1].agreed)
+        return f"{where}: of {site.name!r}, {nearest.reason}. Say optional = true if that is meant"
+    ends = sorted({site.module.rpartition(".")[2] for site in known})
+    asked = [
+        f"{key} = {list(value) if isinstance(value, tuple) else value!r}"
+        for key in ("target", "regex", "layers", "exclude")
+        if (value := getattr(selection, key))
+    ]
+    hint = "".join(did_you_mean(target.rpartition(".")[2], ends) for target in selection.target or ())
+    return f"{where}: {', '.join(asked)}{hint}; the model's sites end in {', '.join(ends) or 'nothing'}"

@@ -9,14 +9,18 @@ they do not, it stays. Without weights nothing can be run: then it waits for ``m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from lora_fx.checks import UNBOUNDED, Constraints, excludes, holds, references
-from lora_fx.inputs import ExampleInputs, graph_inputs
+from lora_fx.checks import Constraints
+from lora_fx.inputs import ExampleInputs
+from lora_fx.relations import UNBOUNDED, excludes, holds, references
+from lora_fx.verifying import GraphFailed, ModelFailed, difference, map_tensors
 
 Dimension = tuple[str, int]
 
@@ -25,7 +29,11 @@ LARGEST, MOST = 4096, 4
 
 
 def without_artefacts(
-    model: Callable[..., Any], graph_module: Callable[..., Any], inputs: ExampleInputs, constraints: Constraints
+    model: Callable[..., Any],
+    graph_module: Callable[..., Any],
+    inputs: ExampleInputs,
+    constraints: Constraints,
+    set_training: Callable[[bool], object] | None = None,
 ) -> Constraints:
     """Return the constraints without those exclusions under which graph and model agree.
 
@@ -34,9 +42,10 @@ def without_artefacts(
         graph_module: its graph without input checks, in eval mode.
         inputs: what it was traced with.
         constraints: what torch.export established.
+        set_training: puts both into train mode, and back; left out, they are run in eval mode alone.
     """
-    leaves = filter(_is_tensor, pytree.tree_leaves((inputs.args, dict(inputs.kwargs))))
-    prober = _Prober(model, graph_module, inputs, dict(zip(constraints.ranges, leaves, strict=True)))
+    leaves = [leaf for leaf in pytree.tree_leaves((inputs.args, dict(inputs.kwargs))) if isinstance(leaf, torch.Tensor)]
+    prober = _Prober(model, graph_module, inputs, dict(zip(constraints.ranges, leaves, strict=True)), set_training)
     return prober.without_points(prober.without_lower_bounds(constraints))
 
 
@@ -46,9 +55,10 @@ class _Prober:
     graph_module: Callable[..., Any]
     inputs: ExampleInputs
     tensors: Mapping[str, torch.Tensor]
+    set_training: Callable[[bool], object] | None
 
     def without_lower_bounds(self, constraints: Constraints) -> Constraints:
-        """Take lower bounds of 2 to 1, for all axes that agree at 1, alone and all together."""
+        """Take lower bounds of 2 to 1, for all axes that agree at 1: alone, by twos, and all together."""
         bounded = {
             (name, dim)
             for name, ranges in constraints.ranges.items()
@@ -57,7 +67,9 @@ class _Prober:
         }
         agreed = [axis for axis in self._axes(bounded) if self._agree(dict.fromkeys(axis, 1))]
         together = {dimension for axis in agreed for dimension in axis}
-        if len(agreed) > 1 and not self._agree(dict.fromkeys(together, 1)):
+        joint = [a | b for a, b in combinations(agreed, 2)]
+        joint += [together] if len(agreed) > 2 else []
+        if not all(self._agree(dict.fromkeys(axes, 1)) for axes in joint):
             return constraints
         ranges = {
             name: tuple((1, high) if (name, dim) in together else (low, high) for dim, (low, high) in enumerate(ranges))
@@ -102,36 +114,54 @@ class _Prober:
         return list(groups.values())
 
     def _agree(self, sizes: Mapping[Dimension, int]) -> bool:
-        """Tell whether model and graph agree on the example inputs, cut or repeated to these sizes."""
-        names = iter(self.tensors)
-        args, kwargs = pytree.tree_map(
-            lambda leaf: _resized(leaf, next(names), sizes) if _is_tensor(leaf) else leaf,
-            (self.inputs.args, dict(self.inputs.kwargs)),
-        )
-        tensors = {name: kwargs[name] for name in graph_inputs(self.inputs)}
+        """Tell whether model and graph agree at these sizes, in every mode of the graph."""
+        if not self._same(sizes):
+            return False
+        if self.set_training is None:
+            return True
+        with ExitStack() as stack:
+            stack.callback(self.set_training, False)
+            self.set_training(True)
+            return self._same(sizes)
+
+    def _same(self, sizes: Mapping[Dimension, int]) -> bool:
+        """Run both on values of their own, and, where the model does not take any values, on those of the example."""
         with torch.no_grad():
-            try:
-                expected, found = self.model(*args, **kwargs), self.graph_module(*args, **tensors)
-            except Exception:  # the model or its graph has no answer at this size: then the trace does not reach it
-                return False
-        return _equal(pytree.tree_leaves(expected), pytree.tree_leaves(found))
+            for values in (_other_values, _example_values):
+                try:
+                    return difference(self.model, self.graph_module, self._resized(sizes, values)) is None
+                except GraphFailed:
+                    return False
+                except ModelFailed:
+                    continue
+        return False
+
+    def _resized(
+        self, sizes: Mapping[Dimension, int], values: Callable[[torch.Tensor, torch.Size], torch.Tensor]
+    ) -> ExampleInputs:
+        names = iter(self.tensors)
+
+        def resize(tensor: torch.Tensor) -> torch.Tensor:
+            name = next(names)
+            return values(tensor, torch.Size(sizes.get((name, dim), size) for dim, size in enumerate(tensor.shape)))
+
+        return map_tensors(resize, self.inputs)
 
 
-def _resized(tensor: torch.Tensor, name: str, sizes: Mapping[Dimension, int]) -> torch.Tensor:
-    for dim in range(tensor.dim()):
-        size = sizes.get((name, dim), tensor.size(dim))
+def _example_values(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return the tensor, cut or repeated to a shape."""
+    for dim, size in enumerate(shape):
         if size != tensor.size(dim):
             tensor = tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.size(dim))
     return tensor
 
 
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor)
-
-
-def _equal(expected: list[Any], found: list[Any]) -> bool:
-    try:
-        torch.testing.assert_close(found, expected, equal_nan=True)
-    except (AssertionError, TypeError):
-        return False
-    return True
+def _other_values(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return noise where the tensor is real (zeros hide what they are multiplied by), and else values between its own."""
+    generator = torch.Generator().manual_seed(0)
+    if tensor.is_floating_point() or tensor.is_complex():
+        return torch.randn(shape, generator=generator, device="cpu").to(tensor)
+    if tensor.dtype is torch.bool or tensor.numel() == 0:
+        return _example_values(tensor, shape)
+    low, high = int(tensor.min()), int(tensor.max())
+    return torch.randint(low, high + 1, shape, generator=generator, device="cpu").to(tensor)

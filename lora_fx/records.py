@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
+
+from lora_fx.operators import size_of
 
 _KEPT_META = ("nn_module_stack", "stack_trace", "custom")
 
@@ -39,6 +42,14 @@ class Operator:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """Stands for the fake value of a node: its dtype, and the sizes that it had in the trace."""
+
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class GraphRecord:
     """All nodes of a graph, and the code generator that gives it its signature."""
 
@@ -47,7 +58,7 @@ class GraphRecord:
 
 
 def record(graph: fx.Graph) -> GraphRecord:
-    """Return a graph as data that pickles. Fake values (shapes and dtypes of nodes) are left out."""
+    """Return a graph as data that pickles. Of the fake values of nodes, the sizes become those of the trace."""
     return GraphRecord(tuple(_record(node) for node in graph.nodes), graph._codegen)
 
 
@@ -59,6 +70,8 @@ def restore(recorded: GraphRecord) -> fx.Graph:
         args, kwargs = _map(item.args, nodes), _map(item.kwargs, nodes)
         node = graph.create_node(item.op, _operator(item.target), args, kwargs, name=item.name)
         node.meta.update(item.meta)
+        if "val" in item.meta:
+            node.meta["val"] = pytree.tree_map_only(Shape, _empty, item.meta["val"])
         nodes[item.name] = node
     graph.set_codegen(recorded.codegen)
     return graph
@@ -69,9 +82,22 @@ def _record(node: fx.Node) -> NodeRecord:
     if "nn_module_stack" in meta:
         # Classes as names: those of a model that was defined in a function would not pickle.
         meta["nn_module_stack"] = {k: (path, _class_name(kind)) for k, (path, kind) in meta["nn_module_stack"].items()}
+    if "val" in node.meta:
+        meta["val"] = pytree.tree_map(_shape, node.meta["val"])
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: Reference(n.name))  # type: ignore[arg-type, return-value]
     target = Operator(str(node.target)) if isinstance(node.target, torch._ops.OpOverload) else node.target
     return NodeRecord(node.name, node.op, target, _plain(args), _plain(kwargs), meta)
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        sizes = tuple(size_of(size) for size in value.shape)
+        return None if None in sizes else Shape(sizes, value.dtype)  # type: ignore[arg-type]
+    return value if isinstance(value, bool | int | float | str) else size_of(value)
+
+
+def _empty(shape: Shape) -> torch.Tensor:
+    return torch.empty(shape.sizes, dtype=shape.dtype, device="meta")
 
 
 def _class_name(kind: Any) -> str:

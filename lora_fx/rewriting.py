@@ -9,11 +9,12 @@ from typing import Any
 from torch import nn
 
 from lora_fx.attaching import attach
+from lora_fx.exporting import Dynamic
 from lora_fx.graph_module import TracedGraphModule
-from lora_fx.planning import plan_sites
+from lora_fx.inputs import inputs_of_rules
+from lora_fx.planning import plan_graph
 from lora_fx.ruleset import RuleSet, load
-from lora_fx.sites import sites
-from lora_fx.tracing import Dynamic, trace
+from lora_fx.tracing import trace
 
 
 def rewrite(
@@ -54,5 +55,6 @@ def rewrite(
     ruleset = load(rules, getattr(getattr(model, "config", None), "model_type", None)).with_overrides(
         rank, alpha, dropout
     )
-    graph_module = trace(model, example_inputs, dynamic=dynamic, inference=inference)
-    return attach(graph_module, plan_sites(sites(graph_module), ruleset), adapter=adapter, seed=seed)
+    inputs = example_inputs if example_inputs is not None else inputs_of_rules(model, ruleset)
+    graph_module = trace(model, inputs, dynamic=dynamic, inference=inference)
+    return attach(graph_module, plan_graph(graph_module, ruleset), adapter=adapter, seed=seed)

@@ -11,72 +11,316 @@ A rule file names the architectures it is for, the defaults of a branch, and one
 
     [[select]]
     target = ["q", "v"]
+
+A selection claims the call sites that all its predicates admit. Whatever a file contains, the outcome is a rule set or a
+:class:`RuleError` that names line and key of every problem.
 """
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping, Sequence
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
+import regex as regexes
+from pydantic import (
+    AfterValidator,
+    Field,
+    SkipValidation,
+)
 
 from lora_fx.errors import RuleError, did_you_mean
+from lora_fx.example_rules import Examples
+from lora_fx.tables import (
+    Bounds,
+    Flag,
+    Items,
+    Natural,
+    Positive,
+    Table,
+    Text,
+    expecting,
+    located,
+    one_of,
+    shown,
+    validated,
+    wrong,
+)
+from lora_fx.toml_lines import KeyPath, read_toml
+from lora_fx.vocabulary import Init, Op, Part, RoleName, Scaling
 
-Item = TypeVar("Item")
+_log = logging.getLogger(__name__)
 
-
-def _not_empty(items: tuple[Item, ...]) -> tuple[Item, ...]:
-    # Runs on valid items only: a minimum length on the tuple itself would also complain of those that are not.
-    if not items:
-        raise ValueError("at least one is required")
-    return items
-
-
-Rank = Annotated[int, Field(strict=True, ge=1)]
-Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Dropout = Annotated[float, Field(ge=0, lt=1)]
-DottedSuffix = Annotated[str, Field(pattern=r"^[^.\s]+(\.[^.\s]+)*$")]
+RULES_PATH = "LORA_FX_RULES"  # environment variable: directories of rule files
+REGEX_SECONDS = 0.1  # to match one name
+REGEX_LENGTH = 100_000  # characters with counted repetitions written out, which is what compiling does
 
 # How other tools spell our keys: an unknown key is an error, and these get a better hint than spelling distance can give.
-FOREIGN_KEYS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target"}
+FOREIGN_KEYS = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "scaling",
+    "init_lora_weights": "init",
+    "target_modules": "target",
+    "exclude_modules": "exclude",
+    "layers_to_transform": "layers",
+    "modules_to_save": "trainable",
+    "bias": "trainable",
+}
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+def _check_regex(pattern: str) -> str:
+    # What a pattern costs to compile is bounded beforehand: ((a{1000}){1000}){1000} would take all memory there is.
+    if re.search(r"\(\?[\w-]*x", pattern):  # where comments can stand in the middle of a number
+        raise wrong(f"expected a pattern without the verbose flag x, found {shown(pattern)}")
+    counts = [int(count[:9]) for braces in re.findall(r"\{[^}]*", pattern) for count in re.findall(r"[0-9]+", braces)]
+    if len(pattern) * math.prod(max(1, count) for count in counts) > REGEX_LENGTH:
+        raise wrong(f"expected a pattern with fewer characters or counted repetitions, found {shown(pattern)}")
+    try:
+        regexes.compile(pattern)
+    except Exception as error:  # also RecursionError and others, by the pattern
+        raise wrong(f"expected a regular expression, found {shown(pattern)}: {error}") from None
+    return pattern
 
 
-class Defaults(_Strict):
+def _check_layers(layers: int | str) -> int | str:
+    if isinstance(layers, str):
+        first, _, last = layers.partition("-")
+        if last and int(last) < int(first):
+            raise wrong(f"expected the first layer before the last, found {layers!r}")
+    return layers
+
+
+Alpha = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), expecting("a finite number > 0")]
+Dropout = Annotated[float, Field(strict=True, ge=0, lt=1), expecting("a number ≥ 0 and < 1")]
+Pattern = Annotated[
+    str,
+    Field(strict=True, pattern=r"^[^.\s]+(\.[^.\s]+)*$"),
+    expecting('a dotted name or its end, such as "self.query" or "layers.*.q_proj"'),
+]
+Patterns = Annotated[tuple[Pattern, ...], Items('["q"]')]
+Regex = Annotated[Text, AfterValidator(_check_regex), Field(json_schema_extra={"format": "regex"})]
+Layers = Annotated[
+    Natural | Annotated[str, Field(strict=True, pattern=r"^[0-9]{1,9}-([0-9]{1,9})?$")],
+    expecting('an integer ≥ 0 or a range such as "4-7" or "4-"'),
+    AfterValidator(_check_layers),
+]
+Calls = Annotated[
+    Literal["all", "each"] | Annotated[tuple[Positive, ...], Items("[1]")],
+    expecting('"all", "each" or a list of different integers ≥ 1'),
+]
+Role = Annotated[RoleName, one_of(RoleName)]
+
+
+class _Table(Table):
+    foreign_keys: ClassVar[Mapping[str, str]] = FOREIGN_KEYS
+
+
+class Defaults(_Table):
     """Settings of every branch that its selection does not override."""
 
-    rank: Rank = 8
+    rank: Positive = 8
+    """Inner dimension of a branch."""
+
     alpha: Alpha = 8.0
+    """Numerator of the scale of a branch."""
+
     dropout: Dropout = 0.0
+    """Probability with which an element of a branch's input is dropped in training."""
+
+    scaling: Annotated[Scaling, one_of(Scaling)] = "standard"
+    """The scale: alpha / rank, or alpha / √rank."""
+
+    init: Annotated[Init, one_of(Init)] = "kaiming"
+    """How the factor A starts; B starts as zero."""
 
 
-class Selection(_Strict):
-    """One ``[[select]]``: the sites it claims, and what differs from the defaults there."""
+PREDICATES = ("target", "regex", "role", "op", "layers", "in_features", "out_features")
+OF_BRANCHES = ("rank", "alpha", "dropout", "scaling", "init", "features", "calls")
 
-    target: Annotated[tuple[DottedSuffix, ...], AfterValidator(_not_empty)]
-    rank: Rank | None = None
+
+class Selection(_Table):
+    """One ``[[select]]``: the call sites it claims, those that all its predicates admit, and what is done there."""
+
+    target: Patterns | None = None
+    """Whole dotted names or their ends, any of them: "q" is the end of "layer.0.q", not of "seq"; * stands for anything within a part."""
+
+    regex: Regex | None = None
+    """A regular expression that matches the whole dotted name."""
+
+    role: Annotated[tuple[Role, ...], Items('["attention.query"]')] | None = None
+    """What a site is for, as the dataflow tells, any of these."""
+
+    op: Annotated[tuple[Annotated[Op, one_of(Op)], ...], Items('["linear"]')] | None = None
+    """What a site computes, any of these."""
+
+    layers: Annotated[tuple[Layers, ...], Items('[0, "4-7"]')] | None = None
+    """Layers, or ranges of them with both ends included. The layer of a name is the first of its parts that is a number."""
+
+    in_features: Bounds | None = None
+    """Width of the input."""
+
+    out_features: Bounds | None = None
+    """Width of the output."""
+
+    exclude: Patterns | None = None
+    """What is left out of all this, as in target."""
+
+    exclude_role: Annotated[tuple[Role, ...], Items('["head"]')] | None = None
+    """What is left out of all this, as in role."""
+
+    calls: Calls = "all"
+    """Whether all calls of a module share one branch, each has its own, or which of them, counted from 1, have their own."""
+
+    features: Annotated[tuple[Annotated[Part, one_of(Part)], ...], Items('["query"]')] | None = None
+    """Parts of a fused projection; each has its own branch."""
+
+    rank: Positive | None = None
+    """In place of the default."""
+
     alpha: Alpha | None = None
+    """In place of the default."""
+
     dropout: Dropout | None = None
+    """In place of the default."""
 
-    def matches(self, name: str) -> bool:
-        """Tell whether the dotted ``name`` ends in one of the targets, part by part: ``"q"`` matches ``"a.q"``, never ``"seq"``."""
-        return any(name == target or name.endswith(f".{target}") for target in self.target)
+    scaling: Annotated[Scaling, one_of(Scaling)] | None = None
+    """In place of the default."""
+
+    init: Annotated[Init, one_of(Init)] | None = None
+    """In place of the default."""
+
+    trainable: Annotated[Literal["bias", "all"], one_of(Literal["bias", "all"])] | None = None
+    """No branch: the biases or all parameters of the modules train themselves."""
+
+    override: Flag = False
+    """Whether this selection takes sites over from those before it."""
+
+    optional: Flag = False
+    """Whether this selection may match nothing."""
+
+    @classmethod
+    def as_a_whole(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Tell whether something is selected, and which settings of branches stand beside ``trainable``."""
+        if not any(key in given for key in PREDICATES):
+            yield "", f"expected at least one of {', '.join(PREDICATES)}, found {', '.join(sorted(given)) or 'none'}"
+        for key in OF_BRANCHES if "trainable" in given else ():
+            if key in given and (key, given[key]) != ("calls", "all"):
+                yield key, f"expected none beside trainable, which adds no branch, found {shown(given[key])}"
+
+    def matches_name(self, name: str, where: str = "a selection") -> bool:
+        """Tell whether the predicates on a dotted name admit it: target, regex, layers and exclude.
+
+        Raises:
+            RuleError: the regular expression takes too long; ``where`` says which selection it is of.
+        """
+        return (
+            (self.target is None or _ends_in(name, self.target))
+            and (self.layers is None or any(_admits(layers, name) for layers in self.layers))
+            and not _ends_in(name, self.exclude or ())
+            and (self.regex is None or _matches(self.regex, name, where))
+        )
 
 
-class RuleSet(_Strict):
-    """A whole rule file."""
+def _ends_in(name: str, patterns: Sequence[str]) -> bool:
+    parts = name.split(".")
+    wanted = [re.sub(r"[?\[]", r"[\g<0>]", pattern).split(".") for pattern in patterns]  # of fnmatch, * alone is ours
+    return any(len(ends) <= len(parts) and all(map(fnmatchcase, parts[-len(ends) :], ends)) for ends in wanted)
+
+
+def _admits(layers: int | str, name: str) -> bool:
+    index = next((int(part) for part in name.split(".") if part.isascii() and part.isdecimal()), None)
+    if index is None or isinstance(layers, int):
+        return index == layers
+    first, _, last = layers.partition("-")
+    return int(first) <= index and (not last or index <= int(last))
+
+
+def _matches(pattern: str, name: str, where: str) -> bool:
+    try:
+        return regexes.fullmatch(pattern, name, timeout=REGEX_SECONDS) is not None
+    except TimeoutError as error:
+        problem = f"regex {pattern!r} took more than {REGEX_SECONDS} s to match {name!r}; simplify it"
+        raise RuleError(where, [problem]) from error
+
+
+class RuleFile(_Table):
+    """Which call sites of a model get a low-rank branch."""
+
+    model_types: Annotated[tuple[Text, ...], Items('["t5"]', least=0)] = ()
+    """The architectures that the file is for, as config.model_type names them."""
+
+    defaults: Defaults = Defaults()
+    """Settings of branches, where a selection has none of its own."""
+
+    select: Annotated[tuple[Selection, ...], Items("tables under [[select]]", distinct=False)]
+    """Which call sites."""
+
+    inputs: Examples = {}  # noqa: RUF012 -- pydantic copies it
+    """Example inputs to trace with, by name, where automatic ones do not fit; what is no table is passed as it is."""
+
+    @classmethod
+    def unknown(cls, key: str) -> str:
+        """Return what is said of a key that the table does not have."""
+        return "unknown key; a rule set is named after its file" if key == "name" else super().unknown(key)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The settings of one branch: ``y + scale · B(A(dropout(x)))``."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    scaling: Scaling = "standard"
+    init: Init = "kaiming"
+
+    @property
+    def scale(self) -> float:
+        """``alpha / rank`` (LoRA, arXiv 2106.09685, section 4.1), or ``alpha / √rank`` (rsLoRA, arXiv 2312.03732)."""
+        return self.alpha / (self.rank if self.scaling == "standard" else math.sqrt(self.rank))
+
+
+class RuleSet(RuleFile):
+    """A rule file with its name. Rule sets are equal if they have the same name and say the same."""
 
     name: str
-    model_types: tuple[str, ...] = ()
-    defaults: Defaults = Defaults()
-    select: Annotated[tuple[Selection, ...], AfterValidator(_not_empty)]
+    """The stem of the file."""
+
+    source: str = Field(default="", exclude=True)
+    """Where it comes from, for messages."""
+
+    lines: Annotated[Mapping[KeyPath, int], SkipValidation] = Field(default={}, exclude=True, repr=False)
+    """The lines of the file on which keys stand."""
+
+    def __eq__(self, other: object) -> bool:
+        said = ("name", *RuleFile.model_fields)
+        return isinstance(other, RuleSet) and all(getattr(self, key) == getattr(other, key) for key in said)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.model_types, self.defaults, self.select))
+
+    def where(self, index: int) -> str:
+        """Return how messages name a selection: ``select[1] (line 12)``."""
+        line = self.lines.get(("select", index))
+        return f"select[{index}] (line {line})" if line else f"select[{index}]"
+
+    def at(self, *path: str | int) -> str:
+        """Return how messages name a key, given by its path: ``line 12: select[1].rank``."""
+        return located(path, self.lines)
+
+    def setting_of(self, selection: Selection) -> Setting:
+        """Return the settings of the branches of a selection: its own, and the defaults for the others."""
+        own = selection.model_dump(include=set(Defaults.model_fields), exclude_none=True)
+        return Setting(**self.defaults.model_dump() | own)
 
     def with_overrides(self, rank: int | None, alpha: float | None, dropout: float | None) -> RuleSet:
         """Return the rules with the given ``[defaults]`` replaced; a selection's own settings keep their precedence.
@@ -86,35 +330,48 @@ class RuleSet(_Strict):
         """
         given = {"rank": rank, "alpha": alpha, "dropout": dropout}
         changed = {key: value for key, value in given.items() if value is not None}
-        if not changed:
-            return self
-        document = self.model_dump(exclude={"name"}, exclude_none=True)
-        document["defaults"].update(changed)
-        return _validate(document, self.name, source=f"arguments to rules {self.name!r}")
+        document = {**self.defaults.model_dump(), **changed}
+        defaults = validated(Defaults, document, f"arguments to rules {self.name!r}", within=("defaults",))
+        return self.model_copy(update={"defaults": defaults})
 
 
-def load(rules: str | Path | Mapping[str, Any] | RuleSet, model_type: str | None = None) -> RuleSet:
+def load(
+    rules: str | Path | Mapping[str, Any] | RuleSet,
+    model_type: str | None = None,
+    directories: Sequence[str | Path] = (),
+) -> RuleSet:
     """Load rules.
 
+    A name is looked for in ``directories``, then in those of the environment variable ``LORA_FX_RULES``, then among the
+    built-in rules; in each of them a file's stem comes before its ``model_types``. A file hides those of the same stem in
+    later directories.
+
     Args:
-        rules: a built-in name (a file's stem or one of its ``model_types``), ``"auto"`` (by ``model_type``), a path to
-            a ``.toml`` file, a mapping with the keys of such a file, or a loaded rule set.
+        rules: the stem of a rule file or one of its ``model_types``, ``"auto"`` (by ``model_type``; the queries and values
+            of attention where there is no file for it), ``"all-linear"`` (every linear but routers and the head over
+            the vocabulary), a path to a ``.toml`` file, a mapping with the keys of such a file, or a loaded rule set.
         model_type: the model's ``config.model_type``, for ``"auto"``.
+        directories: of further rule files.
 
     Raises:
-        RuleError: there is no such rule file, or it is malformed; every problem of the file is named.
+        RuleError: there is no such rule file or directory, or the file is malformed; every problem of the file is named.
     """
     if isinstance(rules, RuleSet):
         return rules
     if isinstance(rules, Mapping):
-        return _validate(dict(rules), "custom", source="rules")
+        return _rule_set(rules, "custom", "rules", {})
     if isinstance(rules, Path) or rules.endswith(".toml"):
         return _read(Path(rules))
-    if rules == "auto":
-        if model_type is None:
-            raise RuleError("rules='auto'", ["the model has no config.model_type; name the rules or give a .toml file"])
-        rules = model_type
-    return _builtin(rules)
+    if rules == "all-linear":
+        return _made(rules, Selection(op=("linear",), exclude_role=("lm_head", "router")))
+    folders = _folders(directories)
+    name = model_type if rules == "auto" else rules
+    found = None if name is None else _find(name, folders)
+    if found is None and rules == "auto":
+        why = f"no rule file is for model type {name!r}" if name else "the model has no config.model_type"
+        _log.info("%s: rules 'auto' select the query and value projections of attention by their role", why)
+        return _made(rules, Selection(role=("attention.query", "attention.value")))
+    return found or _unknown(rules, folders)
 
 
 def directory() -> Path:
@@ -125,61 +382,59 @@ def directory() -> Path:
 
 def builtin() -> Sequence[RuleSet]:
     """Return every built-in rule set, sorted by name."""
-    return [_read(path) for path in sorted(directory().glob("*.toml"))]
+    return [_read(path) for path in _files(directory())]
 
 
-def _builtin(name: str) -> RuleSet:
-    path = directory() / f"{name}.toml"
-    if path.parent == directory() and path.is_file():
-        return _read(path)
-    known = builtin()
-    for rules in known:
-        if name in rules.model_types:
-            return rules
-    names = sorted({rules.name for rules in known} | {kind for rules in known for kind in rules.model_types})
-    raise RuleError(
-        f"rules={name!r}",
-        [
-            f"there are no built-in rules of this name{did_you_mean(name, names)}; built in: {', '.join(names)}; or give the path of a .toml file"
-        ],
+def _folders(directories: Sequence[str | Path]) -> list[Path]:
+    listed = [Path(entry) for entry in os.environ.get(RULES_PATH, "").split(os.pathsep) if entry]
+    for folder in (given := [*map(Path, directories), *listed]):
+        if not folder.is_dir():
+            origin = f"the environment variable {RULES_PATH}" if folder in listed else "directories"
+            raise RuleError(str(folder), [f"is no directory; it is listed in {origin}"])
+    return [*given, directory()]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.toml") if path.is_file())
+
+
+def _find(name: str | None, folders: Sequence[Path]) -> RuleSet | None:
+    hidden: set[str] = set()
+    for folder in folders:
+        paths = {path.stem: path for path in _files(folder) if path.stem not in hidden}
+        if name in paths:
+            return _read(paths[name])
+        found = next((rules for rules in map(_read, paths.values()) if name in rules.model_types), None)
+        if found:
+            return found
+        hidden |= paths.keys()
+    return None
+
+
+def _unknown(name: str, folders: Sequence[Path]) -> NoReturn:
+    names = {
+        folder: sorted({n for path in _files(folder) for n in (path.stem, *_read(path).model_types)})
+        for folder in folders
+    }
+    near = did_you_mean(name, {"auto", "all-linear", *(n for known in names.values() for n in known)})
+    built_in = ", ".join(names.pop(directory()))
+    further = "".join(f"; in {folder}: {', '.join(known)}" for folder, known in names.items())
+    problem = f"there are no built-in rules of this name{near}; built in: {built_in}{further}; or give the path of a .toml file"
+    raise RuleError(f"rules={name!r}", [problem])
+
+
+def _made(name: str, selection: Selection) -> RuleSet:
+    return RuleSet(
+        name=name, source=f"rules={name!r}", defaults=Defaults(rank=8, alpha=32, dropout=0.1), select=(selection,)
     )
 
 
 def _read(path: Path) -> RuleSet:
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RuleError(str(path), [f"cannot be read: {error.strerror}"]) from error
-    except UnicodeDecodeError as error:
-        raise RuleError(str(path), [f"is not UTF-8 text: {error}"]) from error
-    except tomllib.TOMLDecodeError as error:
-        raise RuleError(str(path), [f"is not valid TOML: {error}"]) from error
-    return _validate(document, path.stem, source=str(path))
+    document, lines = read_toml(path)
+    return _rule_set(document, path.stem, str(path), lines)
 
 
-def _validate(document: dict[str, Any], name: str, source: str) -> RuleSet:
-    if "name" in document:
-        raise RuleError(source, ["name: unknown key; a rule set is named after its file"])
-    try:
-        return RuleSet.model_validate({"name": name, **document})
-    except ValidationError as error:
-        raise RuleError(source, [_problem(detail) for detail in error.errors()]) from error
-
-
-def _problem(detail: ErrorDetails) -> str:
-    location = list(detail["loc"])
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
-    if detail["type"] == "extra_forbidden":
-        key = str(location[-1])
-        known = _keys_at(location[:-1])
-        hint = f" (did you mean {FOREIGN_KEYS[key]!r}?)" if FOREIGN_KEYS.get(key) in known else did_you_mean(key, known)
-        return f"{path}: unknown key{hint}; known here: {', '.join(sorted(known))}"
-    if detail["type"] == "missing":
-        return f"{path}: required, and missing"
-    return f"{path}: {detail['msg'].removeprefix('Value error, ')}, found {detail['input']!r}"
-
-
-def _keys_at(location: Sequence[int | str]) -> set[str]:
-    models: dict[str, type[BaseModel]] = {"defaults": Defaults, "select": Selection}
-    model = models[str(location[0])] if location else RuleSet
-    return set(model.model_fields) - {"name"}
+def _rule_set(document: Mapping[str, Any], name: str, source: str, lines: Mapping[KeyPath, int]) -> RuleSet:
+    file = validated(RuleFile, document, source, lines)
+    said = {key: getattr(file, key) for key in RuleFile.model_fields}
+    return RuleSet(name=name, source=source, lines=lines, **said)

@@ -1,44 +1,324 @@
-"""How a graph is called: by the names of the model's own arguments, and back come the model's own output classes."""
+"""How a graph is called: as the model's own ``forward`` is, with what it was traced with; and back come its own output classes.
+
+A trace holds for one structure of inputs. Tensors may vary, within what the checks of the graph allow; all else is a
+constant of it: flags, ``None``, the number of elements of a list, and the defaults of what was left out. A call binds its
+arguments by the signature of the model's ``forward``, and whatever differs from the trace there is refused.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import keyword
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from reprlib import Repr
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+from lora_fx.errors import InputError, TraceError, did_you_mean
+from lora_fx.provenance import source_line
+
+
+class Leaf(Enum):
+    """Stands for a value that a signature does not hold."""
+
+    TENSOR = "a tensor"
+    OTHER = "its default"  # one that does not pickle, or does not compare
+    ABSENT = "nothing"
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of the model's ``forward``.
+
+    Attributes:
+        name: as in the signature.
+        positional: whether it may be given by position.
+        traced: whether it was given in the trace; otherwise it has its default, and keeps it.
+        spec: the structure of its value.
+        leaves: what the structure holds: ``TENSOR`` for a tensor, otherwise the constant.
+    """
+
+    name: str
+    positional: bool
+    traced: bool
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+
+    @property
+    def is_tensors(self) -> bool:
+        """Whether it was traced with tensors alone."""
+        return self.traced and all(leaf is Leaf.TENSOR for leaf in self.leaves)
+
+    def tensors(self, value: Any) -> list[torch.Tensor]:
+        """Return the tensors in ``value``, in the order of the trace; ``ABSENT`` stands for what was traced."""
+        if value is Leaf.ABSENT or (value is None and self.leaves == (Leaf.TENSOR,)):
+            if Leaf.TENSOR in self.leaves:
+                raise InputError(
+                    f"input '{self.name}' was left out, and the graph was traced with it. Pass it, "
+                    "or trace again with example_inputs that leave it out too."
+                )
+            return []
+        found = []
+        for (label, part), leaf in zip(_parts(self.name, value, self.spec), self.leaves, strict=True):
+            if leaf is not Leaf.TENSOR:
+                self._check_constant(label, part, leaf)
+            elif isinstance(part, torch.Tensor):
+                found.append(part)
+            else:
+                raise InputError(
+                    f"input '{label}' is {_shown(part)}, and the graph was traced with a tensor. Pass a torch.Tensor, "
+                    "or trace again with example_inputs that have this value."
+                )
+        return found
+
+    def _check_constant(self, label: str, given: Any, constant: Any) -> None:
+        if given is constant or (not isinstance(given, torch.Tensor) and _is_same(given, constant)):
+            return
+        if not self.traced:
+            raise InputError(
+                f"input '{label}' was left out when the graph was traced, where it is {_shown(constant)}, and is given {_shown(given)}. "
+                "Leave it out, or trace again with example_inputs that have it."
+            )
+        raise InputError(
+            f"input '{label}' is {_shown(given)}, and is a constant of the graph, which was traced with {_shown(constant)}. "
+            "Pass that, or trace again with example_inputs that have this value."
+        )
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The arguments of the model's ``forward``, in its order.
+
+    Attributes:
+        arguments: all of them.
+        inputs: for each tensor among them, the name by which the constraints of the trace speak of it.
+    """
+
+    arguments: tuple[Argument, ...]
+    inputs: tuple[str, ...]
+
+    def tensors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Bind the arguments of a call and return the tensors in them, in the order of ``inputs``.
+
+        Raises:
+            InputError: the arguments are not those of the trace.
+        """
+        positional = [argument.name for argument in self.arguments if argument.positional]
+        if len(args) > len(positional):
+            raise InputError(
+                f"{len(args)} inputs are given by position, and there are {len(positional)}. {self._told()}"
+            )
+        given = dict(zip(positional, args, strict=False))
+        known = [argument.name for argument in self.arguments]
+        for name, value in kwargs.items():
+            if name not in known:
+                raise InputError(f"there is no input '{name}'{did_you_mean(name, known)}. {self._told()}")
+            if name in given:
+                raise InputError(f"input '{name}' is given twice, by position and by name. {self._told()}")
+            given[name] = value
+        return [
+            tensor for argument in self.arguments for tensor in argument.tensors(given.get(argument.name, Leaf.ABSENT))
+        ]
+
+    def shown(self) -> inspect.Signature:
+        """Return what was traced as the signature of a method; behind an argument that was left out, by keyword only."""
+        kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter("self", kind)]
+        for argument in self.arguments:
+            if not (argument.traced and argument.positional):
+                kind = inspect.Parameter.KEYWORD_ONLY
+            if argument.traced and argument.name.isidentifier() and not keyword.iskeyword(argument.name):
+                default = argument.leaves[0] if argument.spec.is_leaf() and not argument.is_tensors else None
+                parameters.append(inspect.Parameter(argument.name, kind, default=default))
+        return inspect.Signature(parameters)
+
+    def _told(self) -> str:
+        traced = (
+            argument.name if argument.is_tensors else f"{argument.name}={_shown(argument)}"
+            for argument in self.arguments
+            if argument.traced
+        )
+        return (
+            f"The graph was traced with: {', '.join(traced)}. Trace again with example_inputs that have other inputs."
+        )
+
 
 class InputCodeGen(_PyTreeCodeGen):
-    """Generates a ``forward`` whose arguments may be left out, so that the graph's own check can say what is missing."""
+    """Generates a ``forward`` that binds its arguments by a :class:`Signature`."""
+
+    def __init__(self, signature: Signature, out_spec: pytree.TreeSpec | None) -> None:
+        in_spec = pytree.tree_flatten(((), dict.fromkeys(signature.inputs)))[1]
+        super().__init__(_PyTreeInfo(list(signature.inputs), in_spec, out_spec))
+        self.signature = signature
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False) -> str:
-        """Return the ``def`` line and the flattening of the inputs."""
-        definition = super().gen_fn_def(free_vars, maybe_return_annotation, expanded_def=expanded_def)
-        required = ", ".join(self.pytree_info.orig_args)
-        optional = ", ".join(f"{name}=None" for name in self.pytree_info.orig_args)
-        return definition.replace(f"forward(self, {required})", f"forward(self, {optional})", 1)
+        """Return the ``def`` line and the binding of the inputs."""
+        del expanded_def
+        names = [variable.split(":")[0].split("#")[0].strip() for variable in free_vars]
+        bound = f"{', '.join(names)}, = " if names else ""
+        # Its own names for the arguments: those of the model might hide what the code below uses (`torch`).
+        return (
+            f"def forward(self, *args, **kwargs){maybe_return_annotation}:\n    {bound}{_GLOBAL}.tensors(args, kwargs)"
+        )
+
+    def additional_globals(self) -> list[tuple[str, Any]]:
+        """Return what the generated code speaks of."""
+        return [*super().additional_globals(), (_GLOBAL, self.signature)]
+
+    def process_inputs(self, *inputs: Any) -> Any:
+        """Return the tensors of a call by position, for ``fx.Interpreter``."""
+        return self.signature.tensors(inputs, {})
 
 
-def argument_names(graph: fx.Graph) -> list[str]:
-    """Return the names of the arguments of a graph's ``forward``, without ``self``."""
+_GLOBAL = "_lora_fx_signature"
+
+
+def _argument_names(graph: fx.Graph) -> list[str]:
+    """Return the names of the arguments of an exported graph's ``forward``, without ``self``."""
     codegen = graph._codegen
     assert isinstance(codegen, _PyTreeCodeGen)
     return [name for name in codegen.pytree_info.orig_args if name != "self"]
 
 
-def take_inputs(graph: fx.Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
-    """Give an exported graph a ``forward`` without the arguments that were constants of the trace.
+def signature_of(graph: fx.Graph) -> Signature:
+    """Return the signature of a graph that :func:`take_inputs` was called on, or a copy of it."""
+    codegen = graph._codegen
+    assert isinstance(codegen, InputCodeGen)
+    return codegen.signature
+
+
+def take_inputs(graph: fx.Graph, forward: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Give an exported graph a ``forward`` that is called as the model's is; its placeholders are the tensors, in that order.
 
     Args:
-        graph: edited.
+        graph: edited; still with one placeholder for each leaf of its inputs.
+        forward: the signature of the model's ``forward``.
         args: the positional example inputs.
         kwargs: the keyword example inputs.
-        fixed: those of ``kwargs`` that are constants.
+
+    Raises:
+        TraceError: the graph reads an input that is not a tensor.
     """
     codegen = graph._codegen
     assert isinstance(codegen, _PyTreeCodeGen)
-    names = [name for name in argument_names(graph) if name not in fixed]
-    in_spec = pytree.tree_flatten((args, {name: value for name, value in kwargs.items() if name not in fixed}))[1]
-    graph.set_codegen(InputCodeGen(_PyTreeInfo(names, in_spec, codegen.pytree_info.out_spec)))
+    by_position = _argument_names(graph)[: len(args)]
+    given = {**dict(zip(by_position, args, strict=True)), **kwargs}
+    nodes = iter(graph.find_nodes(op="placeholder"))
+    in_order = [*by_position, *codegen.pytree_info.in_spec.child(1).context]  # torch.export's order of keywords
+    of_argument = {name: [next(nodes) for _ in pytree.tree_leaves(given[name])] for name in in_order}
+    arguments = tuple(_arguments(forward, by_position, given))
+    kept: list[fx.Node] = []
+    for argument in arguments:
+        for node, leaf in zip(of_argument.get(argument.name, ()), argument.leaves, strict=False):
+            if leaf is Leaf.TENSOR:
+                kept.append(node)
+            else:
+                _erase_constant(graph, node)
+    inputs = tuple(str(node.target) for node in kept)
+    for node in reversed(kept):
+        node.target = node.name  # which is no name that the generated code needs
+        first = next(iter(graph.nodes))
+        if node is not first:
+            first.prepend(node)
+    graph.set_codegen(InputCodeGen(Signature(arguments, inputs), codegen.pytree_info.out_spec))
+
+
+def _erase_constant(graph: fx.Graph, node: fx.Node) -> None:
+    if node.users:
+        raise TraceError(
+            f"input {str(node.target)!r} is not a tensor, and the graph reads it{source_line(next(iter(node.users)))}; "
+            "only tensors can be inputs of a graph."
+        )
+    graph.erase_node(node)
+
+
+def _arguments(forward: inspect.Signature, by_position: Sequence[str], given: Mapping[str, Any]) -> Iterator[Argument]:
+    named = forward.parameters
+    for parameter in named.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            yield from (_traced(name, given[name], True) for name in by_position if name not in named)
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            more = [name for name in given if name not in named and name not in by_position]
+            yield from (_traced(name, given[name], False) for name in more)
+        elif parameter.name in given:
+            yield _traced(parameter.name, given[parameter.name], parameter.kind is not parameter.KEYWORD_ONLY)
+        else:
+            yield _left_out(parameter)
+
+
+def _traced(name: str, value: Any, positional: bool) -> Argument:
+    leaves, spec = pytree.tree_flatten(value)
+    marked = tuple(Leaf.TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+    return Argument(name, positional, True, spec, marked)
+
+
+def _left_out(parameter: inspect.Parameter) -> Argument:
+    leaves, spec = pytree.tree_flatten(parameter.default)
+    if not all(isinstance(leaf, bool | int | float | complex | str | None) for leaf in leaves):
+        leaves, spec = pytree.tree_flatten(Leaf.OTHER)
+    return Argument(parameter.name, parameter.kind is not parameter.KEYWORD_ONLY, False, spec, tuple(leaves))
+
+
+def _parts(label: str, value: Any, spec: pytree.TreeSpec) -> list[tuple[str, Any]]:
+    """Take ``value`` apart along the structure of the trace, each part with a label; refuse another structure.
+
+    The keys of a dictionary may come in another order.
+    """
+    if spec.is_leaf():
+        return [(label, value)]
+    parts, found = pytree.tree_flatten(value, is_leaf=lambda part: part is not value)
+    if found.type is not spec.type:
+        raise _other_structure(label, _kind(found.type, value), _kind(spec.type, None))
+    if isinstance(value, dict) and isinstance(spec.context, list):
+        if set(found.context) != set(spec.context):
+            raise _other_structure(label, f"a mapping of {_listed(found.context)}", f"one of {_listed(spec.context)}")
+        by_key = dict(zip(found.context, parts, strict=True))
+        keys, parts = spec.context, [by_key[key] for key in spec.context]
+    else:
+        if (len(parts), found.context) != (spec.num_children, spec.context):
+            raise _other_structure(label, f"{_kind(found.type, value)} of {len(parts)}", f"one of {spec.num_children}")
+        keys = list(range(len(parts)))
+    nested = zip(keys, parts, spec.children(), strict=True)
+    return [leaf for key, part, inner in nested for leaf in _parts(f"{label}[{key!r}]", part, inner)]
+
+
+def _other_structure(label: str, found: str, expected: str) -> InputError:
+    return InputError(
+        f"input '{label}' is {found}, and the graph was traced with {expected}. "
+        "Pass the same structure, or trace again with example_inputs of this one."
+    )
+
+
+def _kind(kind: Any, value: Any) -> str:
+    return f"a {kind.__name__}" if kind is not None else _shown(value)
+
+
+def _listed(keys: Sequence[Any]) -> str:
+    return ", ".join(repr(key) for key in keys) or "nothing"
+
+
+def _is_same(given: Any, constant: Any) -> bool:
+    """Tell whether two constants are one value: 1 is not True, 0.0 is not -0.0, and NaN is NaN."""
+    if type(given) is not type(constant):
+        return False
+    return repr(given) == repr(constant) if isinstance(constant, float | complex) else bool(given == constant)
+
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Leaf):
+        return value.value
+    if isinstance(value, Argument):
+        return _shown(value.leaves[0]) if value.spec.is_leaf() else f"a {value.spec.type.__name__}"
+    return _SHORT.repr(value)

@@ -1,13 +1,10 @@
-"""From a ``torch.nn.Module`` and inputs to one plain graph in normal form. The only file that calls ``torch.export``."""
+"""From a ``torch.nn.Module`` and inputs to one plain graph in normal form, which was run beside the model."""
 
 from __future__ import annotations
 
 import inspect
-import logging
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,20 +15,21 @@ from lora_fx import normal_form
 from lora_fx.checks import Constraints, add_checks
 from lora_fx.constraints import constraints_of
 from lora_fx.errors import TraceError
-from lora_fx.gradients import check_gradients, recorded_functions
-from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph, state_of, trainable_names
+from lora_fx.exporting import Dynamic, check_inputs, export
+from lora_fx.gradients import check_functions, check_hooks, recorded_interference
+from lora_fx.graph_module import TracedGraphModule, assemble, check_names, copy_graph, state_of, trainable_names
 from lora_fx.inputs import ExampleInputs, config_of
 from lora_fx.inputs import example_inputs as make_inputs
-from lora_fx.modes import drop_dropout, unite_modes
+from lora_fx.modes import check_constants, remove_inactive_dropout, unite_modes
+from lora_fx.preserving import check_modes, preserved, set_mode, stateless
 from lora_fx.probing import without_artefacts
-from lora_fx.signature import argument_names, take_inputs
-
-Dynamic = Mapping[str, Sequence[int]]
+from lora_fx.signature import take_inputs
+from lora_fx.verifying import check_evaluation, check_training, leaving_buffers, map_tensors
 
 
 def trace(
     model: nn.Module,
-    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | ExampleInputs | None = None,
     *,
     dynamic: Dynamic | None = None,
     inference: bool = False,
@@ -55,43 +53,34 @@ def trace(
         A graph in the mode (train or eval) of the model.
 
     Raises:
-        TraceError: the model cannot be traced, or fixes a dimension that should vary; the message says which.
+        TraceError: the model cannot be traced, fixes a dimension that should vary (the message says which), or has a graph
+            that gives other numbers or gradients than it does.
     """
     if isinstance(model, TracedGraphModule):
         graph, _ = copy_graph(model.graph)
         return assemble(
             graph, state_of(model), meta=model.meta, training=model.training, trainable=trainable_names(model)
         )
-    inputs = make_inputs(model, example_inputs)
-    state = state_of(model)
-    with _unchanged(model):
-        evaluation = _export(model, state, inputs, dynamic, training=False)
-        if inference:
-            traced, modules, functions = evaluation, {}, []
-            drop_dropout(traced.graph)
-        else:
-            with recorded_functions() as functions:
-                traced = _export(model, state, inputs, dynamic, training=True)
-            modules = unite_modes(traced.graph, evaluation.graph)
-        constraints = traced.constraints.intersection(evaluation.constraints)
-        state = state.with_tensors(traced.constants).with_modules(modules)
-        state = State(state.tensors, state.non_persistent | set(traced.constants), state.modules)
+    _check_model(model)
+    with preserved(model):
+        inputs = _inputs_of(model, example_inputs)
+        check_inputs(model, inputs, dynamic)
+        check_modes(model)
+        united = _trace(model, inputs, dynamic, training=False) if inference else _trace_both(model, inputs, dynamic)
+        state = state_of(model).with_tensors(united.constants).with_modules(united.modules)
+        state = replace(state, non_persistent=state.non_persistent | set(united.constants))
+        check_names(united.modules)
         meta = {
             "lora_fx": {
                 "inference": inference,
-                "constants": traced.fixed,
+                "constants": {name: value for name, value in inputs.kwargs.items() if not _has_tensor(value)},
                 "model_class": f"{type(model).__module__}:{type(model).__qualname__}",
                 "config": config_of(model),
             }
         }
-        unchecked = assemble(traced.graph, state, meta=meta, training=False, trainable=frozenset())
-        if functions:
-            check_gradients(model.train(), unchecked.train(), inputs, functions)
-        model.eval()
-        unchecked.eval()
-        if not any(tensor.is_meta for tensor in state.tensors.values()):
-            constraints = without_artefacts(model, unchecked, inputs, constraints)
-    graph, _ = copy_graph(traced.graph)
+        unchecked = assemble(united.graph, state, meta=meta, training=False, trainable=frozenset())
+        constraints = _verified(model, unchecked, inputs, united, inference=inference)
+    graph, _ = copy_graph(united.graph)
     checks = add_checks(graph, constraints)
     graph.lint()
     return assemble(graph, state.with_modules(checks), meta=meta, training=model.training, trainable=frozenset())
@@ -99,23 +88,59 @@ def trace(
 
 @dataclass(frozen=True)
 class _Trace:
-    """One export in one mode: a flat graph, and what it holds for."""
+    """A flat graph, what it holds for, the tensors and modules that are not the model's, and its autograd functions."""
 
     graph: fx.Graph
     constants: Mapping[str, torch.Tensor]
     constraints: Constraints
-    fixed: Mapping[str, Any]
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    functions: Set[Any] = frozenset()
 
 
-def _export(
-    model: nn.Module, state: State, inputs: ExampleInputs, dynamic: Dynamic | None, *, training: bool
-) -> _Trace:
-    model.train(training)
-    program = _call_export(model, inputs, dynamic, training)
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(f"a torch.nn.Module in Python is expected, and {model!r} is a {type(model).__name__}.")
+    tensors = state_of(model).tensors
+    check_names(tensors)
+    if any(tensor.is_inference() for tensor in tensors.values()):
+        raise TraceError(
+            f"the tensors of {type(model).__name__} were made under torch.inference_mode(), and can have no gradients: "
+            "make the model outside of it."
+        )
+
+
+def _inputs_of(model: nn.Module, given: Mapping[str, Any] | tuple[Any, ...] | ExampleInputs | None) -> ExampleInputs:
+    if given is not None and not isinstance(given, Mapping | tuple | ExampleInputs):
+        raise TraceError(
+            f"example_inputs are a {type(given).__name__}: a mapping of keyword inputs, or a tuple of positional ones, is expected."
+        )
+    inputs = make_inputs(model, given)
+    return map_tensors(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, inputs)
+
+
+def _trace_both(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | None) -> _Trace:
+    """Trace in both modes, and return one trace that serves both."""
+    check_hooks(model, ())
+    evaluation = _trace(model, inputs, dynamic, training=False)
+    with recorded_interference(model) as found:
+        train = _trace(model, inputs, dynamic, training=True)
+    check_hooks(model, found.lines)
+    check_constants(train.graph, train.constants, evaluation.constants)
+    modules = unite_modes(train.graph, evaluation.graph, [*state_of(model).tensors, *train.constants])
+    constraints = train.constraints.intersection(evaluation.constraints)
+    return replace(train, constraints=constraints, modules=modules, functions=found.functions)
+
+
+def _trace(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | None, *, training: bool) -> _Trace:
+    """Export in one mode, and bring the graph into normal form."""
+    set_mode(model, training)
+    with stateless(model):
+        program = export(model, inputs, dynamic, training=training)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
-    normal_form.inline_regions(module)
+    normal_form.inline_regions(module, training=training)
     graph, _ = copy_graph(module.graph)
+    remove_inactive_dropout(graph)
     written = normal_form.written_names(graph)
     if written:
         raise TraceError(
@@ -123,8 +148,7 @@ def _export(
             f"the model's own. {'Use inference=True.' if training else 'Such a model is not supported.'}"
         )
     normal_form.remove_assertions(graph)
-    fixed = {name: value for name, value in inputs.kwargs.items() if not _has_tensor(value)}
-    normal_form.remove_inputs(graph, fixed)
+    state = state_of(model)
     constants = {
         name: tensor
         for name, tensor in program.constants.items()
@@ -133,176 +157,34 @@ def _export(
     normal_form.use_first_names(graph, {**{name: name for name in constants}, **state.aliases()})
     normal_form.follow_input_device(graph)
     graph.eliminate_dead_code()
-    constraints = constraints_of(program, graph, argument_names(graph))
-    take_inputs(graph, inputs.args, inputs.kwargs, fixed)
-    return _Trace(graph, constants, constraints, fixed)
+    signature = inspect.signature(model.forward)
+    constraints = constraints_of(program, graph, signature)
+    take_inputs(graph, signature, inputs.args, inputs.kwargs)
+    return _Trace(graph, constants, constraints)
 
 
-def _call_export(
-    model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | None, training: bool
-) -> torch.export.ExportedProgram:
-    with _explicit_arguments(model, inputs), _quiet():
-        shapes = _dynamic_shapes(model, inputs, dynamic)
-        try:
-            return torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False, dynamic_shapes=shapes)
-        except Exception as error:
-            raise _refusal(model, inputs, error, training) from error
+def _verified(
+    model: nn.Module, graph_module: TracedGraphModule, inputs: ExampleInputs, traced: _Trace, *, inference: bool
+) -> Constraints:
+    """Run the graph beside the model, and return what it holds for."""
 
+    def set_training(training: bool) -> None:
+        set_mode(model, training)
+        graph_module.train(training)
 
-@contextmanager
-def _explicit_arguments(model: nn.Module, inputs: ExampleInputs) -> Iterator[None]:
-    """Let ``model.forward`` name the inputs that it takes through ``**kwargs``: torch.export mistakes those (2.13)."""
-    original = model.forward
-    signature = inspect.signature(original)
-    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    extra = [name for name in inputs.kwargs if name not in {p.name for p in named}]
-    if not extra:
-        yield
-        return
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return original(*args, **kwargs)
-
-    keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
-    forward.__signature__ = signature.replace(parameters=[*named, *keywords])  # type: ignore[attr-defined]
-    own = vars(model).get("forward")
-    model.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del model.forward
-        else:
-            model.forward = own
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from logging hundreds of lines about a failure that we report in one."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(disabled)
-
-
-def _dynamic_shapes(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | None) -> dict[str, Any]:
-    """Return torch.export's ``dynamic_shapes``: DYNAMIC where a dimension must vary, AUTO where it may."""
-    bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments
-    leaves = {name: value for name, value in bound.items() if name not in _variadic(model)}
-    variadic = {name: bound[name] for name in _variadic(model) if name in bound}
-    unknown = set(dynamic or {}) - set(inputs.kwargs) - set(leaves)
-    if unknown:
-        raise TraceError(f"dynamic= names {', '.join(sorted(unknown))}, and the inputs are {', '.join(leaves)}.")
-
-    def shape(name: str, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            if dynamic is not None:
-                return {dim: _hint(dim in dynamic.get(name, ())) for dim in range(value.dim())}
-            axes = inputs.axes.get(name)
-            if axes is not None:
-                return {dim: _hint(axis is not None) for dim, axis in enumerate(axes)}
-            return dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO)
-        if isinstance(value, Mapping):
-            return {key: shape(name, item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(shape(name, item) for item in value)
-        return None
-
-    shapes = {name: shape(name, value) for name, value in leaves.items()}
-    for name, value in variadic.items():
-        shapes[name] = (
-            {key: shape(key, item) for key, item in value.items()}
-            if isinstance(value, dict)
-            else tuple(shape(name, item) for item in value)
-        )
-    return shapes
-
-
-def _hint(varies: bool) -> Any:
-    return torch.export.Dim.DYNAMIC if varies else torch.export.Dim.STATIC
-
-
-def _variadic(model: nn.Module) -> tuple[str, ...]:
-    parameters = inspect.signature(model.forward).parameters.values()
-    return tuple(p.name for p in parameters if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+    on_meta = any(tensor.is_meta for tensor in state_of(graph_module).tensors.values())
+    if not inference:
+        set_training(True)
+        check_functions(model, lambda: leaving_buffers(model)(*inputs.args, **inputs.kwargs), traced.functions)
+        if not on_meta:
+            check_training(model, graph_module, inputs)
+    set_training(False)
+    if on_meta:
+        return traced.constraints
+    check_evaluation(model, graph_module, inputs)
+    modes = None if inference else set_training
+    return without_artefacts(leaving_buffers(model), graph_module, inputs, traced.constraints, modes)
 
 
 def _has_tensor(value: Any) -> bool:
     return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
-
-
-# torch.export's two ways of naming a dimension: inputs['x'].shape[1], and L['x'].size()[1].
-_FIXED_DIMENSION = re.compile(r"(?:inputs|L)(?P<path>(?:\['?\w+'?\])+)\.(?:shape|size\(\))\[(?P<dim>\d+)\]")
-
-
-def _refusal(model: nn.Module, inputs: ExampleInputs, error: Exception, training: bool) -> TraceError:
-    message = str(error)
-    mode = " in training mode" if training else ""
-    name = type(model).__name__
-    fixed = sorted({(re.findall(r"\w+", m["path"])[0], int(m["dim"])) for m in _FIXED_DIMENSION.finditer(message)})
-    if fixed:
-        axes = ", ".join(f"dimension {dim}{_axis(inputs, path, dim)} of {path!r}" for path, dim in fixed)
-        rest = {
-            key: tuple(
-                d
-                for d in range(value.dim())
-                if (key, d) not in fixed and inputs.axes.get(key, ())[d : d + 1] != (None,)
-            )
-            for key, value in inputs.kwargs.items()
-            if isinstance(value, torch.Tensor)
-        }
-        return TraceError(
-            f"{name} fixes {axes}{mode}: its own code computes something else, or unrolls, for each size. "
-            f"Trace for the sizes of example_inputs alone with dynamic={rest}. torch.export says: {_first_line(message)}"
-        )
-    hint = " If the model does so in training only, inference=True traces the eval mode alone." if training else ""
-    return TraceError(
-        f"{name} cannot be traced{mode}{_own_line(error)}. torch.export says: {_first_line(message)}{hint}"
-    )
-
-
-def _axis(inputs: ExampleInputs, name: str, dim: int) -> str:
-    axes = inputs.axes.get(name)
-    return f" ({axes[dim]})" if axes and axes[dim] else ""
-
-
-def _first_line(message: str) -> str:
-    return next((line.strip() for line in message.splitlines() if line.strip()), "nothing")
-
-
-def _own_line(error: BaseException) -> str:
-    """Return the last line of the model's own code in the traceback, or that of its cause."""
-    found = ""
-    traceback = error.__traceback__
-    while traceback is not None:
-        file = traceback.tb_frame.f_code.co_filename
-        if "/torch/" not in file and "/lora_fx/" not in file and "contextlib" not in file:
-            found = f" at {file}:{traceback.tb_lineno}"
-        traceback = traceback.tb_next
-    return found
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back the mode of every module, ``requires_grad`` and the random state.
-
-    Inside, all floating-point parameters require a gradient: torch.export records layout operators by what does, and a graph
-    shall not depend on what happened to be frozen.
-    """
-    modes = {module: module.training for module in model.modules()}
-    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    for parameter in trained:
-        if parameter.is_floating_point() and not parameter.is_inference():
-            parameter.requires_grad_(True)
-    devices = sorted({tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            for parameter, requires_grad in trained.items():
-                if parameter.requires_grad != requires_grad:
-                    parameter.requires_grad_(requires_grad)

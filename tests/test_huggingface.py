@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_weights_written_back_leave_the_graph_as_it_was() -> None:
 def test_a_graph_of_another_model_is_refused() -> None:
     graph_module = lora_fx.rewrite(build("bert"), rules="bert")
     with pytest.raises(
-        lora_fx.LoraFxError, match=r"not traced from this GPT2LMHeadModel: they differ in \d+ parameters"
+        lora_fx.LoraFxError, match=r"not traced from this GPT2LMHeadModel: .*is in one of them only.*and \d+ more"
     ):
         huggingface.write_back(build("gpt2"), graph_module)
     config = transformers.BertConfig(
@@ -78,6 +79,75 @@ def test_a_graph_of_another_model_is_refused() -> None:
         max_position_embeddings=64,
     )
     with pytest.raises(
-        lora_fx.LoraFxError, match=r"differ in 1 parameters, such as 'embeddings.word_embeddings.weight'"
+        lora_fx.LoraFxError,
+        match=r"'embeddings.word_embeddings.weight' is torch.float32 \(98, 48\) in the model and torch.float32 \(97, 48\)",
     ):
         huggingface.write_back(transformers.BertModel(config), graph_module)
+
+
+@pytest.mark.parametrize("state", ["branched", "folded", "base"])
+def test_a_model_with_other_weights_or_buffers_is_refused(state: str) -> None:
+    model = build("bert")
+    graph_module = lora_fx.rewrite(model, rules="bert")
+    set_factors(graph_module)
+    graph = {"branched": graph_module, "folded": lora_fx.fold(graph_module), "base": lora_fx.trace(model)}[state]
+
+    def refused(other: nn.Module, message: str) -> None:
+        with unchanged(other), unchanged(graph):
+            with pytest.raises(lora_fx.LoraFxError, match=f"not traced from this BertModel: {message}"):
+                huggingface.write_back(other, graph)
+            with pytest.raises(lora_fx.LoraFxError, match=message), huggingface.folded(other, graph):
+                pass
+
+    torch.manual_seed(5)
+    refused(
+        transformers.BertModel(model.config), r"'embeddings.word_embeddings.weight' has other values; .*and \d+ more"
+    )
+    refused(copy.deepcopy(model).half(), r"'.*' is torch.float16 .* in the model and torch.float32")
+    other = copy.deepcopy(model)
+    other.pooler.dense.bias.data[0] += 1
+    refused(other, r"'pooler.dense.bias' has other values. .*load_state_dict")
+    other = copy.deepcopy(model)
+    other.embeddings.position_ids += 1
+    refused(other, "'embeddings.position_ids' has other values")
+    other = copy.deepcopy(model)
+    other.encoder.layer[0].output.LayerNorm.weight = other.encoder.layer[1].output.LayerNorm.weight
+    refused(
+        other, "'encoder.layer.1.output.LayerNorm.weight' and 'encoder.layer.0.output.LayerNorm.weight' are one tensor"
+    )
+
+
+def test_a_copy_of_the_model_is_taken_by_its_values(rewritten: Any) -> None:
+    name, model, graph_module = rewritten
+    other = copy.deepcopy(model)
+    for graph in (graph_module, lora_fx.fold(graph_module)):
+        with unchanged(other), huggingface.folded(other, graph), huggingface.folded(model, graph):
+            assert torch.equal(run(name, other), run(name, model))
+    loaded = copy.deepcopy(graph_module)
+    loaded.load_state_dict(copy.deepcopy(graph_module.state_dict()))
+    with unchanged(model), huggingface.folded(model, loaded), huggingface.folded(other, graph_module):
+        assert torch.equal(run(name, other), run(name, model))
+
+
+def test_ties_of_the_model_are_kept() -> None:
+    class Shares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.c(self.a(x))  # type: ignore[no-any-return]
+
+    model, x = Shares().eval(), torch.randn(3, 4)
+    graph_module = lora_fx.rewrite(model, {"select": [{"target": ["a"], "rank": 2}]}, example_inputs=(x,))
+    set_factors(graph_module)
+    for graph in (graph_module, lora_fx.fold(graph_module)):
+        written = copy.deepcopy(model)
+        huggingface.write_back(written, graph)
+        assert written.a.weight is written.b.weight
+        assert torch.allclose(written(x), graph_module(x), atol=1e-5)
+    untied = copy.deepcopy(model)
+    untied.b.weight = nn.Parameter(untied.a.weight.detach().clone())
+    with pytest.raises(lora_fx.LoraFxError, match=r"'b.weight' and 'a.weight' are one tensor in one of them only"):
+        huggingface.write_back(untied, graph_module)

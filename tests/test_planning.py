@@ -1,20 +1,55 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from architectures import build
 
 import lora_fx
-from lora_fx.planning import Chosen, Skipped, plan_sites
+from lora_fx.features import Features
+from lora_fx.planning import Chosen, Plan, Skipped, plan_sites
+from lora_fx.roles import Purpose
 from lora_fx.ruleset import load
 from lora_fx.sites import Site
+from lora_fx.vocabulary import Op
 
 
-def site(name: str, in_features: int = 12, out_features: int = 8) -> Site:
-    return Site(name, name, name.replace(".", "_"), "linear", f"{name}.weight", "out_in", in_features, out_features)
+def site(name: str, in_features: int = 12, out_features: int = 8, op: Op = "linear", call: int = 0) -> Site:
+    path = name.partition("@")[0]
+    node = name.replace(".", "_").replace("@", "_")
+    return Site(name, path, node, op, op, f"{path}.weight", "out_in", in_features, out_features, call)
 
 
 SITES = (site("layer.0.q"), site("layer.0.seq"), site("layer.1.q", 16, 24))
+
+FUSED = Purpose(
+    ("self_attention.query", "self_attention.key", "self_attention.value"),
+    {"query": Features(((0, 4),)), "key": Features(((4, 6),)), "value": Features(((6, 8),))},
+)
+PURPOSES = {
+    "layer.0.qkv": FUSED,
+    "layer.1.q": Purpose(("cross_attention.query",)),
+    "layer.1.up": Purpose(("mlp.up",)),
+    "lm_head": Purpose(("head", "lm_head")),
+}
+MODEL = (
+    site("embed", 97, 12, op="embedding"),
+    site("layer.0.qkv"),
+    site("layer.1.q", 16, 24),
+    site("layer.1.up", 16, 40),
+    site("shared@1", call=1),
+    site("shared@2", call=2),
+    site("lm_head", 12, 97),
+)
+
+
+def planned(*select: dict[str, Any], **defaults: Any) -> Plan:
+    return plan_sites(MODEL, load({"defaults": {"rank": 2, **defaults}, "select": list(select)}), PURPOSES)
+
+
+def names(*select: dict[str, Any]) -> list[str]:
+    return [chosen.site.name for chosen in planned(*select).chosen]
 
 
 def test_every_site_is_decided_with_its_reason() -> None:
@@ -23,7 +58,7 @@ def test_every_site_is_decided_with_its_reason() -> None:
     assert [type(decision) for decision in plan] == [Chosen, Skipped, Chosen]
     assert [decision.parameters for decision in plan.chosen] == [3 * 20, 3 * 40]
     assert plan.parameters == 3 * 20 + 3 * 40
-    assert plan.chosen[0].branch.scaling == 2
+    assert plan.chosen[0].branches[0].setting.scale == 2
     assert plan.decisions[1] == Skipped(SITES[1], "no selection names it")
 
 
@@ -45,9 +80,94 @@ def test_a_selection_that_matches_nothing_says_what_there_is() -> None:
 def test_two_selections_that_disagree_on_a_site_are_named() -> None:
     with pytest.raises(
         lora_fx.RuleError,
-        match=r"select\[0\] and select\[1\] both claim 'layer\.1\.q', with Branch\(rank=8.*Branch\(rank=2",
+        match=r"select\[0\] and select\[1\] both claim 'layer\.1\.q', with rank 8, .* and rank 2, .* override = true",
     ):
         plan_sites(SITES, load({"select": [{"target": ["q"]}, {"target": ["1.q"], "rank": 2}]}))
+
+
+def test_every_predicate_narrows_a_selection() -> None:
+    assert names({"target": ["q", "up"]}) == ["layer.1.q", "layer.1.up"]
+    assert names({"target": ["layer.*.q*"]}) == ["layer.0.qkv", "layer.1.q"]
+    assert names({"regex": r"layer\.\d\.(q|up)"}) == ["layer.1.q", "layer.1.up"]
+    assert names({"target": ["layer.*.*"], "layers": [0]}) == ["layer.0.qkv"]
+    assert names({"layers": ["1-"]}) == ["layer.1.q", "layer.1.up"]
+    assert names({"layers": ["0-"], "exclude": ["up"]}) == ["layer.0.qkv", "layer.1.q"]
+    assert names({"role": ["attention.query"]}) == ["layer.0.qkv", "layer.1.q"]
+    assert names({"role": ["cross_attention.query"]}) == ["layer.1.q"]
+    assert names({"op": ["linear"], "exclude_role": ["lm_head"], "in_features": {"min": 16}}) == [
+        "layer.1.q",
+        "layer.1.up",
+    ]
+    assert names({"op": ["linear"], "out_features": {"max": 30, "min": 9}}) == ["layer.1.q"]
+    assert names({"op": ["embedding"], "rank": 3}) == ["embed"]
+    assert names({"target": ["shared"], "calls": [2]}) == ["shared@2"]
+    assert names({"layers": ["0-"], "features": ["value"]}) == ["layer.0.qkv"]
+
+
+def test_what_is_skipped_says_which_predicate_came_nearest() -> None:
+    plan = planned(
+        {"target": ["q"], "role": ["attention.query"]},
+        {"role": ["mlp.up"], "in_features": {"max": 8}, "optional": True},
+        {"target": ["shared"], "calls": [2]},
+        {"target": ["qkv"], "features": ["gate"], "optional": True},
+    )
+    reasons = {decision.site.name: decision.reason for decision in plan if isinstance(decision, Skipped)}
+    assert reasons == {
+        "embed": "its role is not known, not mlp.up",
+        "layer.0.qkv": "it has no part 'gate': its parts are query or key or value",
+        "layer.1.up": "its in_features 16 are outside ≤ 8",
+        "shared@1": "it is call 1, not 2",
+        "lm_head": "its role is head or lm_head, not mlp.up",
+    }
+
+
+def test_a_selection_without_a_match_is_an_error_unless_it_is_optional() -> None:
+    with pytest.raises(
+        lora_fx.RuleError, match=r"select\[1\] matches no call site: of 'layer\.1\.up', its role is mlp\.up, not router"
+    ):
+        planned({"target": ["q"]}, {"target": ["up"], "role": ["router"]})
+    assert len(planned({"target": ["q"]}, {"target": ["up"], "role": ["router"], "optional": True}).chosen) == 1
+
+
+def test_a_later_selection_replaces_an_earlier_one_only_if_it_says_so() -> None:
+    plan = planned({"layers": ["0-"]}, {"target": ["q"], "rank": 4, "scaling": "rslora", "alpha": 6, "override": True})
+    settings = {chosen.site.name: chosen.branches[0].setting for chosen in plan.chosen}
+    assert (settings["layer.0.qkv"].rank, settings["layer.1.q"].rank) == (2, 4)
+    assert settings["layer.1.q"].scale == 3
+    same = planned({"layers": ["0-"]}, {"target": ["q"], "rank": 2})
+    assert same.chosen[1].rule == "custom:select[0]"
+
+
+def test_parts_of_one_site_may_have_settings_of_their_own() -> None:
+    plan = planned(
+        {"target": ["qkv"], "features": ["query"], "rank": 3}, {"target": ["qkv"], "features": ["value"], "rank": 1}
+    )
+    (chosen,) = plan.chosen
+    assert [(b.part, b.setting.rank, b.features) for b in chosen.branches] == [
+        ("query", 3, Features(((0, 4),))),
+        ("value", 1, Features(((6, 8),))),
+    ]
+    assert plan.parameters == 3 * (12 + 4) + 1 * (12 + 2)
+    assert "chosen: custom:select[0], select[1], query and value" in str(plan)
+    with pytest.raises(
+        lora_fx.RuleError, match=r"both claim 'layer\.0\.qkv', with rank 2.*for all.* and rank 2.*for query"
+    ):
+        planned({"target": ["qkv"]}, {"target": ["qkv"], "features": ["query"]})
+    with pytest.raises(lora_fx.PlanError, match="rank 3, which is more than its weight of 2 × 12 can have"):
+        planned({"target": ["qkv"], "features": ["value"], "rank": 3})
+
+
+def test_calls_of_one_module_share_a_branch_or_have_one_each() -> None:
+    shared, each = planned({"target": ["shared"]}), planned({"target": ["shared"], "calls": "each"})
+    assert [chosen.branches[0].owner for chosen in shared.chosen] == ["shared", "shared"]
+    assert [chosen.branches[0].owner for chosen in each.chosen] == ["shared@1", "shared@2"]
+    assert (shared.parameters, each.parameters) == (2 * 20, 2 * 2 * 20)
+
+
+def test_all_problems_of_a_plan_are_named_at_once() -> None:
+    with pytest.raises(lora_fx.RuleError) as caught:
+        planned({"target": ["q"]}, {"target": ["q"], "rank": 1}, {"target": ["nowhere"]}, {"target": ["elsewhere"]})
+    assert len(caught.value.problems) == 3
 
 
 def test_a_rank_above_that_of_the_weight_is_refused() -> None:
@@ -77,8 +197,9 @@ def test_the_same_adapter_name_twice_is_refused() -> None:
     graph_module = lora_fx.rewrite(build("bert"), rules="auto")
     with pytest.raises(lora_fx.PlanError, match="already has an adapter 'default'"):
         lora_fx.rewrite(graph_module, rules="bert")
-    with pytest.raises(lora_fx.PlanError, match=r"adapter='a\.b' cannot be part of a parameter's name"):
-        lora_fx.rewrite(graph_module, rules="bert", adapter="a.b")
+    for name in ("a.b", "", "class", "training", "forward", "0"):
+        with pytest.raises(lora_fx.PlanError, match=f"adapter={name!r} cannot be part of a parameter's name"):
+            lora_fx.rewrite(graph_module, rules="bert", adapter=name)
 
 
 def test_a_quantised_weight_is_refused() -> None:

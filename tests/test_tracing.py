@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from typing import Any
 
@@ -28,8 +29,9 @@ def test_the_graph_computes_what_the_model_computes(named: str, size: tuple[int,
     leaves = pytree.tree_leaves(found)
     assert len(leaves) == len(pytree.tree_leaves(expected))
     assert all(torch.equal(a, b) for a, b in zip(leaves, pytree.tree_leaves(expected), strict=True))
-    batch = inputs(named, *size)
-    by_position = [batch[node.name] for node in traced(named).graph.find_nodes(op="placeholder")]
+    batch, parameters = inputs(named, *size), inspect.signature(model(named).forward).parameters
+    last = max(list(parameters).index(name) for name in batch)
+    by_position = [batch.get(name, parameter.default) for name, parameter in list(parameters.items())[: last + 1]]
     assert torch.equal(traced(named)(*by_position)[0], expected[0])
 
 
@@ -335,7 +337,7 @@ def test_a_gradient_that_the_trace_would_lose_is_refused() -> None:
     example = (torch.randn(2, 6),)
     with pytest.raises(
         lora_fx.TraceError,
-        match=r"Rounds applies its own autograd functions \(StraightThrough\).*'linear.weight' another gradient",
+        match=r"Rounds applies its own autograd functions.* StraightThrough is not known to be the derivative",
     ):
         lora_fx.trace(Rounds(), example)
     rounds, x = Rounds(), torch.randn(4, 6)

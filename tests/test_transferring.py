@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from architectures import build, inputs
+from architectures import build, inputs, traced
 from conftest import set_factors, unchanged
 
 import lora_fx
@@ -32,5 +34,22 @@ def test_adapters_that_do_not_fit_are_refused() -> None:
         match=r"adapter 'default' has branches at model\.layers\.0\.self_attn\.q_proj.*which the other graph has not",
     ):
         lora_fx.transfer(trained, onto=lora_fx.trace(build("bert")))
-    with pytest.raises(lora_fx.PlanError, match=r"q_proj\.lora_A\.default\.weight: \(6, 48\) against \(4, 48\)"):
-        lora_fx.transfer(trained, onto=lora_fx.rewrite(build("llama"), rules="llama", rank=4))
+    other = lora_fx.rewrite(build("llama"), rules="llama", rank=4)
+    with pytest.raises(
+        lora_fx.PlanError, match=r"q_proj\.lora_A\.default\.weight: torch\.float32 \(6, 48\) against .* \(4, 48\)"
+    ):
+        lora_fx.transfer(trained, onto=other)
+
+
+@pytest.mark.parametrize(
+    ("rules", "difference"),
+    [
+        ({"defaults": {"alpha": 64}, "select": [{"target": ["q_proj"]}]}, "scale 1, .* against rank 8, scale 8"),
+        ({"select": [{"target": ["q_proj", "v_proj"]}]}, r"self_attn\.v_proj: no branch against rank 8"),
+    ],
+)
+def test_an_adapter_that_computes_something_else_there_is_refused(rules: dict[str, Any], difference: str) -> None:
+    base = traced("llama")
+    trained = lora_fx.rewrite(base, {"select": [{"target": ["q_proj"]}]})
+    with pytest.raises(lora_fx.PlanError, match=difference):
+        lora_fx.transfer(trained, onto=lora_fx.rewrite(base, rules))

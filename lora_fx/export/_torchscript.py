@@ -31,9 +31,9 @@ _COUNTERPARTS: Mapping[object, Callable[..., Any]] = {
 def torchscript(graph_module: TracedGraphModule, path: str | Path, *, overwrite: bool = False) -> None:
     """Write a graph as TorchScript, in evaluation mode.
 
-    The file is loaded by ``torch.jit.load``. It takes the inputs of the graph by name or position, in any size that the
-    trace covers, and returns a dictionary from output names to tensors; values nested in an output are named
-    ``<output>.<index>``.
+    The file is loaded by ``torch.jit.load``. It takes the tensors that the graph was traced with, by name or in the order
+    of the model's arguments, in any size that the trace covers, and returns a dictionary from output names to tensors;
+    values nested in an output are named ``<output>.<index>``.
 
     Args:
         graph_module: base, branched or folded; left as it is.

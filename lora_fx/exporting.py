@@ -1,0 +1,191 @@
+"""The one place that calls ``torch.export``: what it is given, and what its refusals mean to the user of a model."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.errors import TraceError
+from lora_fx.inputs import ExampleInputs
+
+Dynamic = Mapping[str, Sequence[int]]
+
+
+def export(
+    model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | None, *, training: bool
+) -> torch.export.ExportedProgram:
+    """Export ``model`` in the mode that it is in.
+
+    Args:
+        model: called with ``inputs``; ``training`` says which mode it is in.
+        inputs: as :func:`check_inputs` accepted them.
+        dynamic: input name → dimensions that must vary; all others are fixed. ``None``: as ``inputs.axes`` say.
+        training: for messages.
+
+    Raises:
+        TraceError: torch.export refuses; the message names the model's own line, or the dimension that it fixes.
+    """
+    with _explicit_arguments(model, inputs), _quiet():
+        shapes = _dynamic_shapes(model, inputs, dynamic)
+        try:
+            return torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False, dynamic_shapes=shapes)
+        except Exception as error:
+            raise _refusal(model, inputs, error, training) from error
+
+
+def check_inputs(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | None) -> None:
+    """Raise :class:`TraceError` unless ``model.forward`` takes the inputs, and ``dynamic`` names dimensions that they have."""
+    try:
+        known = _by_name(model, inputs)
+    except TypeError as error:
+        raise TraceError(
+            f"{type(model).__name__}.forward cannot be called with these example_inputs: {error}. "
+            f"It takes {inspect.signature(model.forward)}."
+        ) from error
+    for key, dims in (dynamic or {}).items():
+        if key not in known:
+            raise TraceError(f"dynamic= names {key}, and the inputs are {', '.join(known)}.")
+        tensors = [leaf for leaf in pytree.tree_leaves(known[key]) if isinstance(leaf, torch.Tensor)]
+        rank = max((tensor.dim() for tensor in tensors), default=0)
+        if not isinstance(dims, Sequence) or not all(type(dim) is int and 0 <= dim < rank for dim in dims):
+            raise TraceError(
+                f"dynamic= says {dims!r} for {key!r}: a sequence of dimensions is expected, of which it has {rank} (0 to {rank - 1})."
+            )
+
+
+def _by_name(model: nn.Module, inputs: ExampleInputs) -> dict[str, Any]:
+    return {**inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments, **inputs.kwargs}
+
+
+@contextmanager
+def _explicit_arguments(model: nn.Module, inputs: ExampleInputs) -> Iterator[None]:
+    """Let ``model.forward`` name the inputs that it takes through ``**kwargs``: torch.export mistakes those (2.13)."""
+    original = model.forward
+    signature = inspect.signature(original)
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    extra = [name for name in inputs.kwargs if name not in {p.name for p in named}]
+    if not extra:
+        yield
+        return
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
+    forward.__signature__ = signature.replace(parameters=[*named, *keywords])  # type: ignore[attr-defined]
+    own = vars(model).get("forward")
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging hundreds of lines about a failure that we report in one, and from warning of caches."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The tensor attribute")  # which we put back
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _dynamic_shapes(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | None) -> dict[str, Any]:
+    """Return torch.export's ``dynamic_shapes``: DYNAMIC where a dimension must vary, AUTO where it may."""
+    signature = inspect.signature(model.forward)
+    keywords = {p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD}
+
+    def shape(name: str, value: Any) -> Any:
+        def dims(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return None
+            if dynamic is not None:
+                return {dim: _hint(dim in dynamic.get(name, ())) for dim in range(leaf.dim())}
+            axes = inputs.axes.get(name)
+            if axes is not None:
+                return {dim: _hint(axis is not None) for dim, axis in enumerate(axes)}
+            return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO)
+
+        return pytree.tree_map(dims, value, is_leaf=lambda part: not isinstance(part, list | tuple | Mapping))
+
+    bound = signature.bind(*inputs.args, **inputs.kwargs).arguments
+    return {
+        name: {key: shape(key, item) for key, item in value.items()} if name in keywords else shape(name, value)
+        for name, value in bound.items()
+    }
+
+
+def _hint(varies: bool) -> Any:
+    return torch.export.Dim.DYNAMIC if varies else torch.export.Dim.STATIC
+
+
+# torch.export's two ways of naming a dimension: inputs['x'].shape[1], and L['x'].size()[1].
+_FIXED_DIMENSION = re.compile(r"(?:inputs|L)(?P<path>(?:\['?\w+'?\])+)\.(?:shape|size\(\))\[(?P<dim>\d+)\]")
+
+
+def _refusal(model: nn.Module, inputs: ExampleInputs, error: Exception, training: bool) -> TraceError:
+    message = str(error)
+    mode = " in training mode" if training else ""
+    name = type(model).__name__
+    fixed = sorted({(re.findall(r"\w+", m["path"])[0], int(m["dim"])) for m in _FIXED_DIMENSION.finditer(message)})
+    if fixed:
+        axes = ", ".join(f"dimension {dim}{_axis(inputs, path, dim)} of {path!r}" for path, dim in fixed)
+        rest = {
+            key: tuple(
+                d
+                for d in range(value.dim())
+                if (key, d) not in fixed and inputs.axes.get(key, ())[d : d + 1] != (None,)
+            )
+            for key, value in _by_name(model, inputs).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return TraceError(
+            f"{name} fixes {axes}{mode}: its own code computes something else, or unrolls, for each size. "
+            f"Trace for the sizes of example_inputs alone with dynamic={rest}. torch.export says: {_first_line(message)}"
+        )
+    hint = " If the model does so in training only, inference=True traces the eval mode alone." if training else ""
+    return TraceError(
+        f"{name} cannot be traced{mode}{_own_line(error)}. torch.export says: {_first_line(message)}{hint}"
+    )
+
+
+def _axis(inputs: ExampleInputs, name: str, dim: int) -> str:
+    axes = inputs.axes.get(name)
+    return f" ({axes[dim]})" if axes and axes[dim] else ""
+
+
+def _first_line(message: str) -> str:
+    return next((line.strip() for line in message.splitlines() if line.strip()), "nothing")
+
+
+def _own_line(error: BaseException) -> str:
+    """Return the last line of the model's own code in the traceback, or that of its cause."""
+    found = ""
+    traceback = error.__traceback__
+    while traceback is not None:
+        file = traceback.tb_frame.f_code.co_filename
+        if is_model_code(file):
+            found = f" at {file}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return found
+
+
+def is_model_code(file: str) -> bool:
+    """Tell whether a source file is neither torch's, nor ours, nor Python's own plumbing."""
+    return "/torch/" not in file and "/lora_fx/" not in file and "contextlib" not in file

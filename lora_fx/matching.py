@@ -1,0 +1,103 @@
+"""One selection against one call site: every predicate, and the first that refuses; or against a parameter that may train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lora_fx.roles import Purpose
+from lora_fx.ruleset import Selection
+from lora_fx.sites import Site
+from lora_fx.tables import Bounds
+from lora_fx.vocabulary import RoleName, role_is
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a selection does not claim a site.
+
+    Attributes:
+        agreed: how many predicates were asked before this one; the greater, the nearer the selection came.
+        reason: in words.
+    """
+
+    agreed: int
+    reason: str
+
+
+def refusal(selection: Selection, site: Site, purpose: Purpose) -> Refusal | None:
+    """Return why ``selection`` does not claim a site, or None if it does: a selection claims what all its predicates admit."""
+    reasons = (
+        None if selection.matches_name(site.module) else "no selection names it",
+        _op(selection, site),
+        _role(selection, purpose),
+        _bounds(selection.in_features, site.in_features, "in_features"),
+        _bounds(selection.out_features, site.out_features, "out_features"),
+        _excluded(selection, purpose),
+        _call(selection, site),
+        _features(selection, purpose),
+    )
+    return next((Refusal(asked, reason) for asked, reason in enumerate(reasons) if reason is not None), None)
+
+
+def trains(selection: Selection, parameter: str, purpose_of: Mapping[Site, Purpose]) -> bool:
+    """Tell whether a selection that says ``trainable`` means this parameter: one of a module that it selects, or of its parts."""
+    path, _, leaf = parameter.rpartition(".")
+    parts = path.split(".")
+    modules = {".".join(parts[:end]) for end in range(1, len(parts) + 1)} | {parameter}
+    if selection.trainable == "bias" and not leaf.endswith("bias"):
+        return False
+    if selection.exclude is not None and any(Selection(target=selection.exclude).matches_name(m) for m in modules):
+        return False
+    if any((selection.role, selection.op, selection.in_features, selection.out_features, selection.exclude_role)):
+        admitted = selection.model_copy(update={"trainable": None, "target": None, "regex": None, "layers": None})
+        modules &= {site.module for site, purpose in purpose_of.items() if refusal(admitted, site, purpose) is None}
+    if selection.layers is not None and not Selection(layers=selection.layers).matches_name(parameter):
+        return False
+    named = selection.model_copy(update={"layers": None, "exclude": None})
+    return any(named.matches_name(module) for module in modules)
+
+
+def _op(selection: Selection, site: Site) -> str | None:
+    if selection.op is None or site.op in selection.op:
+        return None
+    return f"it is {_one_of([site.op])}, not {_one_of(selection.op)}"
+
+
+def _role(selection: Selection, purpose: Purpose) -> str | None:
+    if selection.role is None or _has_role(purpose, selection.role):
+        return None
+    return f"its role is {_one_of(purpose.roles) or 'not known'}, not {_one_of(selection.role)}"
+
+
+def _excluded(selection: Selection, purpose: Purpose) -> str | None:
+    excluded = [name for name in selection.exclude_role or () if _has_role(purpose, [name])]
+    return f"its role {excluded[0]} is excluded" if excluded else None
+
+
+def _has_role(purpose: Purpose, names: Sequence[RoleName]) -> bool:
+    return any(role_is(role, name) for role in purpose.roles for name in names)
+
+
+def _bounds(bounds: Bounds | None, size: int, key: str) -> str | None:
+    if bounds is None or bounds.admits(size):
+        return None
+    return f"its {key} {size} are outside {bounds}"
+
+
+def _call(selection: Selection, site: Site) -> str | None:
+    if isinstance(selection.calls, str) or max(site.call, 1) in selection.calls:
+        return None
+    return f"it is call {max(site.call, 1)}, not {_one_of(selection.calls)}"
+
+
+def _features(selection: Selection, purpose: Purpose) -> str | None:
+    missing = [part for part in selection.features or () if part not in purpose.parts]
+    if not missing:
+        return None
+    known = f"its parts are {_one_of(tuple(purpose.parts))}" if purpose.parts else "it is not a fused projection"
+    return f"it has no part {missing[0]!r}: {known}"
+
+
+def _one_of(items: Sequence[object]) -> str:
+    return " or ".join(str(item) for item in items)

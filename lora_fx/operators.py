@@ -1,0 +1,124 @@
+"""Kinds of ATen operators, as the search for roles sees them: what they do to positions and features, not what they compute."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+VIEW = _words(
+    """
+    view reshape _unsafe_view view_as reshape_as transpose permute movedim swapaxes swapdims t numpy_T mT unsqueeze squeeze
+    expand expand_as broadcast_to slice select narrow split split_with_sizes chunk unbind tensor_split flatten unflatten alias
+    detach view_as_complex view_as_real getitem
+    """
+)
+"""Return the same storage, so that what is written to the result is written to what they read."""
+
+SHAPE = VIEW | _words(
+    """
+    contiguous clone lift_fresh_copy cat concat stack index index_select gather take_along_dim repeat repeat_interleave roll
+    flip pad constant_pad_nd unsafe_split unsafe_chunk
+    """
+)
+"""Move values about, and leave each as it is."""
+
+POINTWISE = _words(
+    """
+    to _to_copy type_as mul div true_divide add sub rsub neg where masked_fill clamp dropout maximum minimum addcmul copy
+    """
+)
+"""Work value by value, and keep what flows through recognisable."""
+
+EMPTY = _words(
+    """
+    empty new_empty empty_like zeros new_zeros zeros_like ones new_ones ones_like full new_full full_like
+    """
+)
+"""Make a tensor whose values do not depend on what they read."""
+
+ACTIVATION = _words(
+    """
+    gelu relu relu6 silu sigmoid tanh softplus elu leaky_relu mish hardswish hardsigmoid hardtanh selu celu exp erf log_sigmoid
+    softsign
+    """
+)
+"""Nonlinear, value by value."""
+
+NORM = _words("layer_norm rms_norm group_norm native_layer_norm batch_norm instance_norm _fused_rms_norm")
+"""Normalise their first argument."""
+
+STATISTIC = _words("mean var std rsqrt sqrt norm linalg_vector_norm sum amax amin")
+"""Of which norms are made; no path for what they read."""
+
+POWER = _words("pow square")
+
+PRODUCT = _words("matmul bmm baddbmm einsum")
+SOFTMAX = _words("softmax _softmax special_softmax _safe_softmax")
+ATTENTION = "scaled_dot_product_attention"
+
+
+def name_of(node: fx.Node) -> str:
+    """Return the name of a node's operator: ``"linear"``, ``"add"`` also where it adds in place, ``"dropout"`` for that module."""
+    if node.op == "call_module":
+        module = node.graph.owning_module
+        called = module.get_submodule(str(node.target)) if module is not None else None
+        return "dropout" if isinstance(called, nn.modules.dropout._DropoutNd) else str(node.target)
+    if node.target is operator.getitem:
+        return "getitem"
+    return str(getattr(node.target, "_opname", node.op)).rstrip("_")
+
+
+def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes with tensor values of which a node's value is made; sizes are left out."""
+    if name_of(node) in EMPTY:
+        return []
+    read = node.all_input_nodes[1:] if name_of(node) == "copy" else node.all_input_nodes
+    return [source for source in read if is_tensor(source)]
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Tell whether a node's value is a tensor, or a tuple of tensors."""
+    value = node.meta.get("val")
+    return node.op == "get_attr" or isinstance(value, torch.Tensor | tuple | list)
+
+
+def writes(node: fx.Node) -> fx.Node | None:
+    """Return what a node writes to in place, if it does."""
+    schema = getattr(node.target, "_schema", None)
+    first = node.args[0] if node.args else None
+    return first if schema is not None and schema.is_mutable and isinstance(first, fx.Node) else None
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """Return the sizes that a node's value had in the trace, or None if it is no tensor or has a size that is not known."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return None
+    sizes = tuple(size_of(size) for size in value.shape)
+    return None if None in sizes else sizes  # type: ignore[return-value]
+
+
+def size_of(size: Any) -> int | None:
+    """Return the number that a symbolic size stood for in the trace."""
+    if isinstance(size, torch.SymInt):
+        hint = size.node.hint
+        return int(hint) if hint is not None else None
+    return size if isinstance(size, int) else None
+
+
+def flattened(value: Any) -> Iterator[fx.Node]:
+    """Yield the nodes in a (nested) argument."""
+    if isinstance(value, fx.Node):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from flattened(item)

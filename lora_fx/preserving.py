@@ -1,0 +1,203 @@
+"""A trace leaves the model as it was, whatever the model's code did meanwhile; and what that code kept for itself is refused.
+
+A model may cache values in its attributes, count its calls, or draw from Python's random numbers. None of this reaches a
+graph, which would repeat what happened once.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.errors import TraceError
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Put back the mode of every module, ``requires_grad``, attributes and the random state.
+
+    Inside, gradients are on, whatever they are outside, and all floating-point parameters require one: torch.export records
+    regions without gradients and layout operators by that, and a graph shall not depend on where it was traced, nor on what
+    happened to be frozen.
+    """
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    holders = _holders(model)
+    devices = sorted({tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"})
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=devices):
+        for parameter in trained:
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for holder in holders:
+                holder.restore()
+            for parameter, requires_grad in trained.items():
+                if parameter.requires_grad != requires_grad:
+                    parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def stateless(model: nn.Module) -> Iterator[None]:
+    """Put back what the model's Python changes inside, and refuse it where a graph would have to do the same at every call.
+
+    Caches and flags (what has been done already) are just put back: whether a graph does without is found out by running it.
+
+    Raises:
+        TraceError: an attribute counts or measures, or random numbers were drawn from Python or numpy.
+    """
+    holders, drawn = _holders(model), _random_states()
+    changed: dict[str, None] = {}
+
+    def look(*_: Any) -> None:  # where the call ends: torch.export puts some attributes back itself
+        changed.update((name, None) for holder in holders for name in holder.changed_values())
+
+    handle = model.register_forward_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for holder in holders:
+            holder.restore()
+        sources = [source for source, state in _random_states().items() if not _same_states(state, drawn[source])]
+        _set_random_states(drawn)
+    name = type(model).__name__
+    if changed:
+        raise TraceError(
+            f"{name} changes its own {', '.join(changed)} while it computes, and a graph would keep what one call made of it. "
+            "Compute it from the inputs, or hold it in a tensor that is passed in."
+        )
+    if sources:
+        raise TraceError(
+            f"{name} draws random numbers from {' and '.join(sources)} while it computes, and a graph would repeat those of one call. "
+            "Draw them with torch."
+        )
+
+
+def check_modes(model: nn.Module) -> None:
+    """Raise :class:`TraceError` unless the modules are in the modes that ``model.train()`` or ``model.eval()`` gives them.
+
+    A graph has one mode. The modes are left changed.
+    """
+    given = {name: module.training for name, module in model.named_modules()}
+    possible = []
+    for training in (True, False):
+        set_mode(model, training)
+        possible.append({name: module.training for name, module in model.named_modules()})
+    if given not in possible:
+        expected = possible[0] if given[""] else possible[1]
+        others = [name for name, mode in given.items() if mode != expected[name]]
+        raise TraceError(
+            f"the modules of {type(model).__name__} are in different modes, and a graph has one: it is in {_mode(given[''])} mode, "
+            f"and in {_mode(not given[''])} mode {'is' if len(others) == 1 else 'are'} {', '.join(others[:8])}"
+            f"{', …' if len(others) > 8 else ''}. Call model.train() or model.eval() first."
+        )
+
+
+def set_mode(model: nn.Module, training: bool) -> None:
+    """Set the mode of a model.
+
+    Raises:
+        TraceError: it has none, such as what torch.export made.
+    """
+    try:
+        model.train(training)
+    except NotImplementedError as error:
+        raise TraceError(
+            f"{type(model).__name__} has no train and eval mode ({error}): trace the module that it was made from."
+        ) from error
+
+
+def _mode(training: bool) -> str:
+    return "train" if training else "eval"
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """A dict or list that holds attributes, and what it held."""
+
+    name: str
+    items: Any
+    former: Any
+
+    def restore(self) -> None:
+        """Put back what it held."""
+        if self._changed() and isinstance(self.items, list):
+            self.items[:] = self.former.values()
+        elif self._changed():  # all anew, for their order
+            self.items.clear()
+            self.items.update(self.former)
+
+    def changed_values(self) -> list[str]:
+        """Return the names of the plain values that have changed, or took the place of something else."""
+        now = _as_dict(self.items)
+        plain = [key for key in self._changed() if _is_plain(self.former.get(key)) or _is_plain(now.get(key))]
+        return [f"{self.name}.{key}".removeprefix(".") for key in plain]
+
+    def _changed(self) -> list[Any]:
+        now = _as_dict(self.items)
+        return [key for key in {**self.former, **now} if not _same(self.former.get(key), now.get(key))]
+
+
+def _holders(model: nn.Module) -> list[_Holder]:
+    """Find what holds the attributes of all modules, and of the containers and objects that they have as attributes."""
+    found: dict[int, _Holder] = {}
+
+    def hold(name: str, items: Any) -> None:
+        found.setdefault(id(items), _Holder(name, items, _as_dict(items)))
+
+    for name, module in model.named_modules():
+        hold(name, vars(module))
+        for key, value in list(vars(module).items()):
+            own = f"{name}.{key}".removeprefix(".")
+            if isinstance(value, MutableMapping | list):
+                hold(own, value)
+            elif hasattr(value, "__dict__") and not isinstance(value, _OPAQUE):
+                hold(own, vars(value))
+    return list(found.values())
+
+
+_OPAQUE = (nn.Module, torch.Tensor, FunctionType, ModuleType, type)
+
+
+def _as_dict(items: Any) -> dict[Any, Any]:
+    return dict(enumerate(items)) if isinstance(items, list) else dict(items)
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether a value is a number or a text, or a tuple of those."""
+    if isinstance(value, tuple):
+        return bool(value) and all(map(_is_plain, value))
+    return isinstance(value, int | float | str | torch.SymInt | torch.SymFloat) and not isinstance(value, bool)
+
+
+def _same(before: Any, after: Any) -> bool:
+    """Compare plain values by value, and all others by identity."""
+    return before is after or (
+        type(before) is type(after) and _is_plain(before) and _is_plain(after) and bool(before == after)
+    )
+
+
+def _random_states() -> dict[str, tuple[Any, ...]]:
+    states: dict[str, tuple[Any, ...]] = {"random": random.getstate()}
+    numpy: Any = sys.modules.get("numpy")
+    return states if numpy is None else {**states, "numpy.random": numpy.random.get_state()}
+
+
+def _set_random_states(states: Mapping[str, tuple[Any, ...]]) -> None:
+    random.setstate(states["random"])
+    if "numpy.random" in states:
+        sys.modules["numpy"].random.set_state(states["numpy.random"])
+
+
+def _same_states(state: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Compare element by element, of which numpy's is an array."""
+    return all(bool((a == b).all()) if hasattr(a, "all") else a == b for a, b in zip(state, other, strict=True))

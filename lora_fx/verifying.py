@@ -1,0 +1,243 @@
+"""A graph is run beside its model before it is handed out: what torch.export overlooked shows in numbers or in gradients.
+
+A trace bakes in what the model's Python found out about anything but sizes: that it is being compiled, whether gradients are
+on, what kind of tensor it was given. So model and graph are run on the example inputs: in eval mode without gradients, on
+contiguous and on strided inputs, and in train mode with gradients, which are compared too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_fx.errors import TraceError
+from lora_fx.inputs import ExampleInputs
+
+TOLERANCE = 1e-4
+"""Largest relative difference between the gradients of graph and model that is taken for rounding, in single precision."""
+
+NOISE = 1e-6
+"""What may be rounding alone, as a part of the largest gradient: that of a key's bias in attention is zero in theory."""
+
+MOST_ELEMENTS = 2**24
+"""Gradients are compared for the smallest parameters, up to this many elements: all norms and biases of a large model."""
+
+
+class ModelFailed(Exception):  # noqa: N818  # whether it is an error is up to the caller
+    """The model itself takes no such inputs."""
+
+
+class GraphFailed(Exception):  # noqa: N818
+    """The model takes such inputs, and its graph does not."""
+
+
+class OwnStreams(TorchDispatchMode):
+    """Gives every random operator a stream of its own, so that neither their order nor their number matters."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            torch.manual_seed(0)  # the tracer puts the random state back
+        return func(*args, **(kwargs or {}))
+
+
+def difference(model: Callable[..., Any], graph: Callable[..., Any], inputs: ExampleInputs) -> str | None:
+    """Return how the outputs of a graph differ from those of its model, or None where they agree.
+
+    Raises:
+        ModelFailed, GraphFailed: one of them has no answer.
+    """
+    with OwnStreams():
+        try:
+            expected = model(*inputs.args, **inputs.kwargs)
+        except Exception as error:
+            raise ModelFailed(str(error)) from error
+        try:
+            found = graph(*inputs.args, **inputs.kwargs)
+        except Exception as error:
+            raise GraphFailed(f"{type(error).__name__}: {error}") from error
+    return _difference(expected, found)
+
+
+def check_evaluation(model: nn.Module, graph_module: fx.GraphModule, inputs: ExampleInputs) -> None:
+    """Raise :class:`TraceError` unless graph and model, both in eval mode, agree on the example inputs."""
+    name = type(model).__name__
+    with torch.no_grad():
+        with _explained(name, "evaluation"):
+            _check(name, difference(leaving_buffers(model), graph_module, inputs), "evaluation")
+        try:
+            found = difference(leaving_buffers(model), graph_module, map_tensors(_strided, inputs))
+        except (ModelFailed, GraphFailed):  # a refusal is no wrong number
+            return
+    if found is not None:
+        raise TraceError(
+            f"the graph of {name} computes something else than the model in a second call, on inputs that are not contiguous: {found}. "
+            "The model asks for the layout of its inputs, or remembers its first call."
+        )
+
+
+def check_training(model: nn.Module, graph_module: fx.GraphModule, inputs: ExampleInputs) -> None:
+    """Raise :class:`TraceError` unless graph and model, both in train mode, agree in outputs and gradients.
+
+    Args:
+        model: its parameters require a gradient.
+        graph_module: its parameters require one afterwards.
+        inputs: run on.
+    """
+    for name, parameter in model.named_parameters():
+        graph_module.get_parameter(name).requires_grad_(parameter.requires_grad)
+    with _explained(type(model).__name__, "training"):
+        try:
+            _check_gradients(model, graph_module, map_tensors(_leaf, inputs))
+        except ModelFailed:  # which may take no inputs that require a gradient
+            _check_gradients(model, graph_module, inputs)
+
+
+def _check_gradients(model: nn.Module, graph_module: fx.GraphModule, inputs: ExampleInputs) -> None:
+    names = [*_smallest(dict(model.named_parameters())), *_tensors(inputs)]
+    derivatives: list[list[torch.Tensor]] = []
+
+    def differentiated(module: nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            output = call(*args, **kwargs)
+            leaves = {**dict(module.named_parameters()), **_tensors(inputs)}
+            derivatives.append(gradients(output, [leaves[name] for name in names]))
+            return output
+
+        return run
+
+    run = differentiated(model, leaving_buffers(model))
+    _check(type(model).__name__, difference(run, differentiated(graph_module, graph_module), inputs), "training")
+    wrong = _wrong_gradient(names, *derivatives)
+    if wrong is not None:
+        raise TraceError(
+            f"a graph of {type(model).__name__} would give {wrong!r} another gradient: the model interferes with its backward "
+            "(an autograd function of its own, a hook, torch.inference_mode). Write it with operators and detach(), or use inference=True."
+        )
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], inputs: ExampleInputs) -> ExampleInputs:
+    """Return the inputs with a function applied to every tensor, in the order of placeholders."""
+    args, kwargs = pytree.tree_map_only(torch.Tensor, function, (inputs.args, dict(inputs.kwargs)))
+    return ExampleInputs(args, kwargs, inputs.axes)
+
+
+def leaving_buffers(model: nn.Module) -> Callable[..., Any]:
+    """Return what calls a model with copies of its buffers: it may write to them where a trace does not see it."""
+    return lambda *args, **kwargs: torch.func.functional_call(model, _copied_buffers(model), args, kwargs)
+
+
+def _copied_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+@contextmanager
+def _explained(name: str, mode: str) -> Iterator[None]:
+    try:
+        yield
+    except ModelFailed as error:
+        hint = " If it cannot be trained, use inference=True." if mode == "training" else ""
+        raise TraceError(f"{name} itself fails on the example inputs in {mode}: {error}.{hint}") from error
+    except GraphFailed as error:
+        raise TraceError(
+            f"the graph of {name} fails on the example inputs in {mode}, and the model does not: {error}"
+        ) from error
+
+
+def _check(name: str, found: str | None, mode: str) -> None:
+    if found is not None:
+        raise TraceError(
+            f"the graph of {name} computes something else than the model on the example inputs in {mode}: {found}. The model's "
+            "Python asks for something that a trace does not have, such as whether it is being compiled, gradients are on, or of "
+            "what class a tensor is."
+        )
+
+
+def _leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().requires_grad_(tensor.is_floating_point() or tensor.is_complex())
+
+
+def _strided(tensor: torch.Tensor) -> torch.Tensor:
+    """Return an equal tensor that is not contiguous, where it has elements enough."""
+    return torch.stack([tensor, tensor], dim=-1)[..., 0]
+
+
+def _difference(expected: Any, found: Any) -> str | None:
+    mine, my_spec = pytree.tree_flatten(expected)
+    theirs, their_spec = pytree.tree_flatten(found)
+    if my_spec != their_spec:
+        return f"it returns {their_spec}, and the model {my_spec}"
+    for index, (value, other) in enumerate(zip(mine, theirs, strict=True)):
+        which = f"output {index}" if len(mine) > 1 else "the output"
+        if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor):
+            try:
+                torch.testing.assert_close(other, value, equal_nan=True)
+            except AssertionError as error:
+                return f"{which}: {' '.join(str(error).split())}"
+        elif type(value) is not type(other) or value != other:
+            return f"{which} is {other!r}, and that of the model {value!r}"
+    return None
+
+
+def _smallest(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    chosen: dict[str, torch.Tensor] = {}
+    total = 0
+    for name, parameter in sorted(parameters.items(), key=lambda item: item[1].numel()):
+        total += parameter.numel()
+        if parameter.requires_grad and total <= MOST_ELEMENTS:
+            chosen[name] = parameter
+    return chosen
+
+
+def _tensors(inputs: ExampleInputs) -> dict[str, torch.Tensor]:
+    found = pytree.tree_leaves_with_path({**dict(enumerate(inputs.args)), **inputs.kwargs})
+    return {
+        f"inputs{pytree.keystr(path)}": leaf
+        for path, leaf in found
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+    }
+
+
+def gradients(results: Any, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the gradients of a random linear function of all results; zeros where there is none."""
+    generator = torch.Generator().manual_seed(0)
+    sources, weights = [], []
+    for value in pytree.tree_leaves(results):
+        if isinstance(value, torch.Tensor):
+            weight = torch.randn(
+                value.shape, generator=generator, device="cpu"
+            )  # for every result, whether or not it has a gradient
+            if value.requires_grad:
+                sources.append(value)
+                weights.append(weight.to(value.device, value.dtype))
+    found = torch.autograd.grad(sources, leaves, weights, allow_unused=True) if sources else [None] * len(leaves)
+    return [torch.zeros_like(leaf) if value is None else value for leaf, value in zip(leaves, found, strict=True)]
+
+
+def agree(expected: torch.Tensor, found: torch.Tensor, noise: float = 0.0) -> bool:
+    """Tell whether two gradients are finite in the same places and the same there, up to rounding and some noise."""
+    finite = expected.isfinite()
+    tolerance = max(TOLERANCE, 8 * torch.finfo(expected.dtype).eps)
+    return torch.equal(finite, found.isfinite()) and (
+        _norm(expected[finite] - found[finite]) <= tolerance * _norm(expected) + noise
+    )
+
+
+def _wrong_gradient(
+    names: Iterable[str], expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]
+) -> str | None:
+    noise = NOISE * max(map(_norm, expected), default=0.0)
+    pairs = zip(names, expected, found, strict=True)
+    return next((name for name, mine, theirs in pairs if not agree(mine, theirs, noise)), None)
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    return float(tensor[tensor.isfinite()].abs().double().norm())

@@ -1,0 +1,58 @@
+"""The words of rule files: operators, roles, and the parts of a fused projection. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Op = Literal["linear", "conv1d", "conv2d", "conv3d", "embedding", "expert"]
+"""What a call site is: a product with a matrix in either layout, a convolution, a look-up, a product with stacked matrices."""
+
+Role = Literal[
+    "self_attention.query",
+    "self_attention.key",
+    "self_attention.value",
+    "self_attention.output",
+    "cross_attention.query",
+    "cross_attention.key",
+    "cross_attention.value",
+    "cross_attention.output",
+    "mlp.gate",
+    "mlp.up",
+    "mlp.down",
+    "expert.gate",
+    "expert.up",
+    "expert.down",
+    "router",
+    "embedding",
+    "head",
+    "lm_head",
+]
+"""What a call site is for, as the dataflow tells."""
+
+RoleName = Literal[
+    Role,
+    "attention.query",
+    "attention.key",
+    "attention.value",
+    "attention.output",
+]
+"""What a rule may say: a role, or one of attention without telling self from cross."""
+
+Part = Literal["query", "key", "value", "gate", "up"]
+"""A part of the output features of a fused projection."""
+
+Scaling = Literal["standard", "rslora"]
+"""alpha / rank (LoRA, arXiv 2106.09685), or alpha / √rank (rsLoRA, arXiv 2312.03732)."""
+
+Init = Literal["kaiming", "gaussian"]
+"""How A starts: uniform with a = √5, or normal with standard deviation 1 / rank. B starts as zero."""
+
+OPS: tuple[Op, ...] = get_args(Op)
+ROLES: tuple[Role, ...] = get_args(Role)
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+def role_is(role: Role, name: RoleName) -> bool:
+    """Tell whether a role is meant by a rule's name for it: ``attention.query`` means that of self- and of cross-attention."""
+    kind, _, part = role.partition(".")
+    return role == name or (kind.endswith("_attention") and name == f"attention.{part}")

@@ -1,0 +1,403 @@
+"""Build, trace, rewrite and fold a small model of every architecture of transformers that can be built small, and tabulate.
+
+Example:  python tools/survey.py --write
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import multiprocessing as mp
+import os
+import queue
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from torch import nn
+from torch.utils import _pytree as pytree
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+from small_models import model_types, small_model  # noqa: E402
+
+import lora_fx  # noqa: E402
+from lora_fx.comparison import first_difference  # noqa: E402
+from lora_fx.graph_module import TracedGraphModule  # noqa: E402
+from lora_fx.inputs import ExampleInputs, example_inputs, graph_inputs  # noqa: E402
+from lora_fx.sites import sites  # noqa: E402
+
+TABLE = ROOT / "tools" / "survey.md"
+LARGEST, SECONDS, MEMORY = 5_000_000, 150, 12 << 30
+RENEWED = 40  # types after which a process ends: torch.export keeps something of each
+TOLERANCE = 1e-5
+HEADER = (
+    "| model type | model class | parameters | traces | equal to eager | roles | folds back |",
+    "|---|---|---:|---|---|---|---|",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What was found of one type; ``"yes"`` or the reason why not, and empty where it did not come to that.
+
+    Attributes:
+        model_type: as in a config.
+        model_class: the class that is taken for it.
+        parameters: of the small model.
+        built: whether it could be built small.
+        traces: whether ``lora_fx.trace`` takes it.
+        equal: whether its graph computes what the model computes.
+        roles: that its call sites have.
+        folds: whether a branch folds away and gives the trace back.
+        seconds: that it took.
+        place: last line of ours in the traceback of a failure.
+    """
+
+    model_type: str
+    model_class: str
+    parameters: int = 0
+    built: str = ""
+    traces: str = ""
+    equal: str = ""
+    roles: str = ""
+    folds: str = ""
+    seconds: float = 0
+    place: str = ""
+
+    def failed(self, reason: str, place: str = "") -> Row:
+        """Return the row with a reason in the first column that has nothing yet."""
+        column = next(name for name in ("built", "traces", "equal", "folds") if not getattr(self, name))
+        return dataclasses.replace(self, **{column: reason}, place=place)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        traces = self.traces or f"cannot be built small: {self.built}"
+        cells = (
+            self.model_type,
+            self.model_class,
+            str(self.parameters or ""),
+            traces,
+            self.equal,
+            self.roles,
+            self.folds,
+        )
+        return f"| {' | '.join(cell.replace('|', '¦') for cell in cells)} |"
+
+
+def survey(model_type: str, model_class: str) -> Iterator[Row]:
+    """Yield the row of one type after each step, so that the last one tells how far it came."""
+    row = Row(model_type, model_class)
+    try:
+        for step in _steps(row):
+            yield (row := step)
+    except Exception as error:
+        yield row.failed(_reason(error), _place(error))
+
+
+def _steps(row: Row) -> Iterator[Row]:
+    model = small_model(row.model_type, row.model_class, LARGEST)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    yield (row := dataclasses.replace(row, parameters=parameters, built="yes"))
+    inputs = example_inputs(model, None)
+    _eager(model, inputs)
+    graph = lora_fx.trace(model, inference=True)
+    yield (row := dataclasses.replace(row, traces="yes"))
+    yield (row := dataclasses.replace(row, equal=equality(model, graph, inputs)))
+    yield (row := dataclasses.replace(row, roles=roles_of(graph)))
+    yield dataclasses.replace(row, folds=folding(graph, rewritten(graph, model), inputs))
+
+
+def equality(model: nn.Module, graph: TracedGraphModule, inputs: ExampleInputs) -> str:
+    """Compare a graph with its model on the example inputs and at another size."""
+    found = []
+    for words, case in (("", inputs), ("at another size: ", other_size(inputs))):
+        if case is None:
+            continue
+        try:
+            expected = _eager(model, case)
+        except EagerError:
+            if case is inputs:
+                raise
+            continue  # such as a second image where the text has the tokens of one
+        difference = _difference(expected, _run(graph, case))
+        if difference != 0:
+            again = _difference(expected, _eager(model, case))
+            found.append(
+                f"{words}{difference:.0e}" + (" (eager itself differs from call to call)" if again != 0 else "")
+            )
+    return "; ".join(found) or "bit-equal"
+
+
+def roles_of(graph: TracedGraphModule) -> str:
+    """Return the roles that the call sites of a graph have."""
+    del graph
+    return ""
+
+
+def rewritten(graph: TracedGraphModule, model: nn.Module) -> TracedGraphModule:
+    """Return the graph with branches that compute something."""
+    del model
+    linear = [site for site in sites(graph) if site.op == "linear"]
+    if not linear:
+        raise lora_fx.PlanError("the graph has no linear call site.")
+    name = re.search(
+        r"[^.]*[^.\d][^.]*(\.\d+)*$", linear[0].module
+    )  # the last part that is no number, and what follows
+    target = name[0] if name else linear[0].module
+    like = [site for site in linear if f".{site.module}".endswith(f".{target}")]
+    rank = min(4, *(min(site.in_features, site.out_features) for site in like))
+    rules = {"defaults": {"rank": rank}, "select": [{"target": [target]}]}
+    branched = lora_fx.rewrite(graph, rules=rules)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in branched.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return branched
+
+
+def folding(graph: TracedGraphModule, branched: TracedGraphModule, inputs: ExampleInputs) -> str:
+    """Fold the branches and compare with what was there before, in numbers and in nodes."""
+    folded = lora_fx.fold(branched)
+    unlike = first_difference(graph, folded)
+    if unlike is not None:
+        return f"another graph: {_shortened(unlike)}"
+    difference = _difference(_run(branched, inputs), _run(folded, inputs), relative=True)
+    return "yes" if difference <= TOLERANCE else f"differs by {difference:.0e}, relatively"
+
+
+def other_size(inputs: ExampleInputs) -> ExampleInputs | None:
+    """Return inputs with one more in the batch and a longer sequence, or None where some input does not say its axes."""
+    tensors = {name: value for name, value in inputs.kwargs.items() if isinstance(value, torch.Tensor)}
+    if not tensors or any(name not in inputs.axes for name in tensors):
+        return None
+    # A waveform must grow by more than one frame; text must not, lest the tokens of its image are repeated.
+    samples = {axis for name, value in tensors.items() if value.is_floating_point() for axis in inputs.axes[name]}
+
+    def grown(name: str, value: torch.Tensor) -> torch.Tensor:
+        for dim, axis in enumerate(inputs.axes[name]):
+            size = value.shape[dim]
+            more = 0 if axis is None else 1 if axis == "batch" else size // 2 if axis in samples else min(4, size)
+            value = value.index_select(dim, torch.tensor([*range(size), *range(size - more, size)]))
+        return value
+
+    return dataclasses.replace(
+        inputs, kwargs={**inputs.kwargs, **{name: grown(name, t) for name, t in tensors.items()}}
+    )
+
+
+class EagerError(Exception):
+    """The model itself does not compute on the inputs."""
+
+
+def _eager(model: nn.Module, inputs: ExampleInputs) -> Any:
+    try:
+        return _run(model, inputs)
+    except Exception as error:
+        raise EagerError(
+            f"eager itself fails: {type(error).__name__}: {_shortened(str(error))}{_line(error)}"
+        ) from error
+
+
+def _run(module: nn.Module, inputs: ExampleInputs) -> Any:
+    kwargs = graph_inputs(inputs) if isinstance(module, TracedGraphModule) else inputs.kwargs
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return module(*inputs.args, **kwargs)
+
+
+def _difference(expected: Any, found: Any, *, relative: bool = False) -> float:
+    """Return the largest difference between outputs, 0 only if they are the same bit for bit."""
+    left, right = (
+        [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)] for value in (expected, found)
+    )
+    if [(t.shape, t.dtype) for t in left] != [(t.shape, t.dtype) for t in right]:
+        return float("inf")
+    largest = 0.0
+    for mine, theirs in zip(left, right, strict=True):
+        if torch.equal(mine, theirs) or torch.allclose(mine, theirs, rtol=0, atol=0, equal_nan=True):
+            continue
+        difference = (
+            (mine.to(torch.complex128) - theirs.to(torch.complex128)).abs().nan_to_num(float("inf")).max().item()
+        )
+        scale = mine.abs().nan_to_num(0).max().item() if relative else 1
+        largest = max(largest, difference / scale if scale else float("inf"))
+    return largest
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, EagerError | lora_fx.LoraFxError):
+        return _shortened(str(error), 300)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    message = lines[-1] if "Validation" in type(error).__name__ else lines[0]
+    return f"{type(error).__name__}: {_shortened(message)}"
+
+
+def _shortened(message: str, length: int = 200) -> str:
+    message = re.sub(r"\S*/(site-packages|lora_fx)/", "", " ".join(message.split()))
+    return message if len(message) <= length else message[: length - 1] + "…"
+
+
+def _frames(error: BaseException) -> list[tuple[str, int]]:
+    frames, traceback = [], error.__traceback__
+    while traceback is not None:
+        frames.append((traceback.tb_frame.f_code.co_filename, traceback.tb_lineno))
+        traceback = traceback.tb_next
+    return frames
+
+
+def _line(error: BaseException) -> str:
+    """Return the last line of transformers in a traceback."""
+    found = [f"{Path(file).name}:{line}" for file, line in _frames(error) if "/transformers/models/" in file]
+    return f" ({found[-1]})" if found else ""
+
+
+def _place(error: BaseException) -> str:
+    """Return the last line of lora_fx in a traceback, and the last line of all."""
+    frames = [f"{Path(file).name}:{line}" for file, line in _frames(error)]
+    ours = [f"{Path(file).name}:{line}" for file, line in _frames(error) if "/lora_fx/" in file]
+    return f"{ours[-1] if ours else 'not in lora_fx'} → {frames[-1]}"
+
+
+def _work(connection: Connection, memory: int) -> None:
+    """Survey types in a process of their own until there are none, sending every row as far as it came."""
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    os.dup2(
+        os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno()
+    )  # torch.export prints whole graphs, into the progress bar
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    while (task := connection.recv()) is not None:
+        for row in survey(*task):
+            connection.send(row)
+        connection.send(None)
+
+
+class _Worker:
+    """A process that is started anew after a crash or when it takes too long."""
+
+    def __init__(self) -> None:
+        self._process: Any = None
+        self._connection: Any = None
+        self._count = 0
+
+    def row(self, model_type: str, model_class: str) -> Row:
+        row, start = Row(model_type, model_class), time.monotonic()
+        if self._count == RENEWED:
+            self.stop()
+        if self._process is None:
+            self._start()
+        self._count += 1
+        self._connection.send((model_type, model_class))
+        while True:
+            try:
+                if not self._connection.poll(max(0, start + SECONDS - time.monotonic())):
+                    row = row.failed(f"takes more than {SECONDS} s")
+                    self.stop(kill=True)
+                    break
+                received = self._connection.recv()
+            except (EOFError, ConnectionResetError):
+                self._process.join()
+                row = row.failed(f"the process ended with code {self._process.exitcode}")
+                self.stop(kill=True)
+                break
+            if received is None:
+                break
+            row = received
+        return dataclasses.replace(row, seconds=round(time.monotonic() - start, 1))
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs, MEMORY), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._count = 0
+
+    def stop(self, *, kill: bool = False) -> None:
+        if self._process is None:
+            return
+        if kill:
+            self._process.kill()
+        else:
+            self._connection.send(None)
+        self._process.join()
+        self._process = None
+
+
+def walk(types: Mapping[str, str], jobs: int) -> Iterator[Row]:
+    """Survey types, ``jobs`` at a time, and yield their rows as they come."""
+    workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    everyone = [_Worker() for _ in range(jobs)]
+    for worker in everyone:
+        workers.put(worker)
+
+    def one(task: tuple[str, str]) -> Row:
+        worker = workers.get()
+        try:
+            return worker.row(*task)
+        finally:
+            workers.put(worker)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for future in as_completed([pool.submit(one, task) for task in types.items()]):
+                yield future.result()
+        finally:
+            for worker in everyone:
+                worker.stop()
+
+
+def summary(rows: list[Row]) -> str:
+    """Return the line below the table."""
+    built, traced, equal, folded = (
+        sum(getattr(row, column) == good for row in rows)
+        for column, good in (("built", "yes"), ("traces", "yes"), ("equal", "bit-equal"), ("folds", "yes"))
+    )
+    return f"{len(rows)} types tried, {built} built, {traced} trace, {equal} bit-equal, {folded} fold back"
+
+
+def main(
+    write: Annotated[bool, typer.Option(help="Write the table to tools/survey.md instead of printing it.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Survey these model types alone.")] = None,
+    jobs: Annotated[int, typer.Option(help="Number of processes.")] = 1,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the rows here, as JSON lines.")] = None,
+) -> None:
+    """Build, trace, rewrite and fold a small model of every architecture of transformers, and tabulate."""
+    types = model_types()
+    if only:
+        types = {model_type: types[model_type] for model_type in only}
+    progress = tqdm(walk(types, jobs), total=len(types), disable=not sys.stderr.isatty())
+    order = {model_type: index for index, model_type in enumerate(sorted(types))}
+    rows = []
+    with Path(json_path or os.devnull).open("w", encoding="utf-8") as lines:  # line by line: a walk takes long
+        for row in progress:
+            print(json.dumps(dataclasses.asdict(row)), file=lines, flush=True)
+            rows.append(row)
+    rows.sort(key=lambda row: order[row.model_type])
+    table = "\n".join([*HEADER, *map(str, rows), "", f"{summary(rows)}."])
+    if not write:
+        print(table)
+        return
+    head = (
+        "# Survey of transformers\n\n"
+        f"Made by `python tools/survey.py --write` with torch {torch.__version__} and transformers {transformers.__version__} "
+        f"on {datetime.datetime.now(datetime.UTC).date()}. Every model is small, and its weights are random.\n"
+    )
+    TABLE.write_text(f"{head}\n{table}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
