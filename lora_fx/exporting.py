@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
 from lora_fx.inputs import ExampleInputs
+from lora_fx.masking import broadcast_masks
 
 Dynamic = Mapping[str, Sequence[int]]
 
@@ -34,7 +35,7 @@ def export(
     Raises:
         TraceError: torch.export refuses; the message names the model's own line, or the dimension that it fixes.
     """
-    with _explicit_arguments(model, inputs), _quiet():
+    with _explicit_arguments(model, inputs), broadcast_masks(), _quiet():
         shapes = _dynamic_shapes(model, inputs, dynamic)
         try:
             return torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False, dynamic_shapes=shapes)

@@ -20,6 +20,7 @@ from lora_fx.folding import unload
 from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, state_of, trainable_names
 from lora_fx.inputs import example_inputs, graph_inputs
 from lora_fx.probing import without_artefacts
+from lora_fx.verifying import difference
 
 
 def materialize(
@@ -118,10 +119,18 @@ def _probed(graph_module: TracedGraphModule, like: nn.Module, trainable: frozens
     unchecked = assemble(base_graph, state_of(base), meta={}, training=False, trainable=frozenset())
     tensors = dict(state_of(unchecked).tensors)
     like.eval()
+
+    def model(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(like, tensors, args, kwargs)
+
     with torch.random.fork_rng():
-        found = without_artefacts(
-            lambda *args, **kwargs: functional_call(like, tensors, args, kwargs), unchecked, inputs, constraints
-        )
+        unlike = difference(model, unchecked, inputs)
+        if unlike is not None:
+            raise LoraFxError(
+                f"with its weights, the graph does not compute what {type(like).__name__} does: {unlike}. "
+                "Trace the model with its weights instead."
+            )
+        found = without_artefacts(model, unchecked, inputs, constraints)
     without_checks, _ = copy_graph(graph_module.graph)
     remove_checks(without_checks, state.modules)
     graph, _ = copy_graph(without_checks)  # in which the names of the removed nodes are free again

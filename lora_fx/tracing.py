@@ -114,8 +114,16 @@ def _inputs_of(model: nn.Module, given: Mapping[str, Any] | tuple[Any, ...] | Ex
         raise TraceError(
             f"example_inputs are a {type(given).__name__}: a mapping of keyword inputs, or a tuple of positional ones, is expected."
         )
-    inputs = make_inputs(model, given)
-    return map_tensors(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, inputs)
+    seen: set[torch.Tensor] = set()
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor, or a copy where torch.export would take it for another input, or could not use it."""
+        if tensor in seen or tensor.is_inference():
+            return tensor.clone()
+        seen.add(tensor)
+        return tensor
+
+    return map_tensors(own, make_inputs(model, given))
 
 
 def _trace_both(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | None) -> _Trace:

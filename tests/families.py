@@ -15,6 +15,8 @@ import torch
 import transformers
 from torch import nn
 
+import lora_fx
+
 VOCABULARY = 97
 IMAGE_SIZE, IMAGE_TOKEN, IMAGE_TOKENS = 12, 95, 4
 
@@ -383,3 +385,15 @@ def build(name: str, seed: int = 0) -> nn.Module:
                 if parameter.dim() == 1 or bool((parameter == parameter.flatten()[0]).all()):
                     parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
+
+
+@functools.cache
+def model(name: str) -> nn.Module:
+    """Return the one model of a family in this process, frozen. Not to be changed."""
+    return build(name).requires_grad_(False)
+
+
+@functools.cache
+def traced(name: str) -> lora_fx.TracedGraphModule:
+    """Return the one trace of :func:`model`, for inference. Not to be changed."""
+    return lora_fx.trace(model(name), inference=True, dynamic=FAMILIES[name].dynamic)

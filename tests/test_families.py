@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 from typing import Any
 
@@ -41,17 +40,12 @@ NOT_CALLED = {
 }
 
 
-@functools.cache
 def model(name: str) -> nn.Module:
-    if name in architectures.ARCHITECTURES:
-        return architectures.model(name)
-    return families.build(name).requires_grad_(False)
+    return architectures.model(name) if name in architectures.ARCHITECTURES else families.model(name)
 
 
-@functools.cache
 def traced(name: str) -> lora_fx.TracedGraphModule:
-    family = families.FAMILIES.get(name)
-    return lora_fx.trace(model(name), inference=True, dynamic=family.dynamic if family else None)
+    return architectures.traced(name) if name in architectures.ARCHITECTURES else families.traced(name)
 
 
 def wrap(name: str, target_modules: Any, *, fan_in_fan_out: bool = False) -> Any:
@@ -97,8 +91,9 @@ def test_all_linear_is_that_of_peft(name: str) -> None:
     }
     never_called = theirs - used
     assert all(isinstance(model(name).get_submodule(n), nn.Linear) for n in never_called)
-    routers = {d.site.module for d in plan if "router" in d.purpose.roles}
-    assert mine == theirs - never_called - routers
+    routers = {decision.site.module for decision in plan if "router" in decision.purpose.roles}
+    bare = {decision.site.module for decision in plan if decision.site.module == decision.site.weight}
+    assert mine - bare == theirs - never_called - routers
 
 
 def test_auto_falls_back_on_roles_where_there_is_no_file(caplog: pytest.LogCaptureFixture) -> None:

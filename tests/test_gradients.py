@@ -127,7 +127,7 @@ def test_hooks_on_gradients_are_refused() -> None:
             h.register_hook(lambda gradient: gradient.clamp(-100, 100))
         return h
 
-    refused(module(hooking), r"hooks the gradients of .*test_refusals\.py:\d+.*inference=True")
+    refused(module(hooking), r"hooks the gradients of .*test_gradients\.py:\d+.*inference=True")
     agrees(module(hooking), inference=True)
     for register in ("register_hook", "register_post_accumulate_grad_hook"):
         model = module(lambda self, x: self.lin(x))
@@ -145,7 +145,7 @@ def test_a_write_without_gradients_to_what_has_one_is_refused() -> None:
             h.view(-1).clamp_(min=0)
         return h
 
-    refused(module(forward), r"writes to a tensor under torch\.no_grad\(\).*test_refusals\.py:\d+")
+    refused(module(forward), r"writes to a tensor under torch\.no_grad\(\).*test_gradients\.py:\d+")
     agrees(module(forward), inference=True)
 
 

@@ -334,3 +334,10 @@ def test_what_is_no_module_of_its_own_is_refused() -> None:
     exported = torch.export.export(module(lambda self, x: self.lin(x)), (X,)).module()
     with pytest.raises(lora_fx.TraceError, match=r"no train and eval mode.*trace the module that it was made from"):
         lora_fx.trace(exported, (X,))
+
+
+def test_one_tensor_for_two_inputs_is_two_inputs() -> None:
+    model = module(lambda self, x, a, b: self.lin(x) * a + b)
+    graph_module = lora_fx.trace(model, {"x": X, "a": X, "b": X})
+    other = (torch.randn(5, 4), torch.randn(5, 4), torch.randn(5, 4))
+    assert torch.equal(graph_module(*other), model(*other))

@@ -45,13 +45,11 @@ GATED = {
 
 
 def build(name: str) -> nn.Module:
-    return architectures.model(name) if name in architectures.ARCHITECTURES else families.build(name)
+    return architectures.model(name) if name in architectures.ARCHITECTURES else families.model(name)
 
 
-@functools.cache
 def traced(name: str) -> lora_fx.TracedGraphModule:
-    family = families.FAMILIES.get(name)
-    return lora_fx.trace(build(name), inference=True, dynamic=family.dynamic if family else None)
+    return architectures.traced(name) if name in architectures.ARCHITECTURES else families.traced(name)
 
 
 @functools.cache

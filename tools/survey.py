@@ -37,15 +37,18 @@ import lora_fx  # noqa: E402
 from lora_fx.comparison import first_difference  # noqa: E402
 from lora_fx.graph_module import TracedGraphModule  # noqa: E402
 from lora_fx.inputs import ExampleInputs, example_inputs, graph_inputs  # noqa: E402
+from lora_fx.roles import purposes  # noqa: E402
+from lora_fx.ruleset import load  # noqa: E402
 from lora_fx.sites import sites  # noqa: E402
+from lora_fx.vocabulary import ROLES  # noqa: E402
 
 TABLE = ROOT / "tools" / "survey.md"
 LARGEST, SECONDS, MEMORY = 5_000_000, 150, 12 << 30
 RENEWED = 40  # types after which a process ends: torch.export keeps something of each
 TOLERANCE = 1e-5
 HEADER = (
-    "| model type | model class | parameters | traces | equal to eager | roles | folds back |",
-    "|---|---|---:|---|---|---|---|",
+    "| model type | model class | parameters | traces | equal to eager | roles | rules | folds back |",
+    "|---|---|---:|---|---|---|---|---|",
 )
 
 
@@ -61,6 +64,7 @@ class Row:
         traces: whether ``lora_fx.trace`` takes it.
         equal: whether its graph computes what the model computes.
         roles: that its call sites have.
+        rules: what ``rules="auto"`` comes to: a file, or roles.
         folds: whether a branch folds away and gives the trace back.
         seconds: that it took.
         place: last line of ours in the traceback of a failure.
@@ -73,6 +77,7 @@ class Row:
     traces: str = ""
     equal: str = ""
     roles: str = ""
+    rules: str = ""
     folds: str = ""
     seconds: float = 0
     place: str = ""
@@ -91,6 +96,7 @@ class Row:
             traces,
             self.equal,
             self.roles,
+            self.rules,
             self.folds,
         )
         return f"| {' | '.join(cell.replace('|', '¦') for cell in cells)} |"
@@ -116,7 +122,9 @@ def _steps(row: Row) -> Iterator[Row]:
     yield (row := dataclasses.replace(row, traces="yes"))
     yield (row := dataclasses.replace(row, equal=equality(model, graph, inputs)))
     yield (row := dataclasses.replace(row, roles=roles_of(graph)))
-    yield dataclasses.replace(row, folds=folding(graph, rewritten(graph, model), inputs))
+    rules, branched = rewritten(graph, model)
+    yield (row := dataclasses.replace(row, rules=rules))
+    yield dataclasses.replace(row, folds=folding(graph, branched, inputs))
 
 
 def equality(model: nn.Module, graph: TracedGraphModule, inputs: ExampleInputs) -> str:
@@ -141,31 +149,37 @@ def equality(model: nn.Module, graph: TracedGraphModule, inputs: ExampleInputs) 
 
 
 def roles_of(graph: TracedGraphModule) -> str:
-    """Return the roles that the call sites of a graph have."""
-    del graph
-    return ""
+    """Return the roles that the call sites of a graph have, shortly: ``self q k v o · mlp up down · head``."""
+    found: dict[str, list[str]] = {}
+    roles = {role for purpose in purposes(graph).values() for role in purpose.roles}
+    for role in (role for role in ROLES if role in roles):
+        kind, _, part = role.partition(".")
+        short = {"query": "q", "key": "k", "value": "v", "output": "o"}.get(part, part)
+        found.setdefault(kind.removesuffix("_attention"), []).extend([short] if short else [])
+    return " · ".join(" ".join((kind, *parts)) for kind, parts in found.items()) or "none"
 
 
-def rewritten(graph: TracedGraphModule, model: nn.Module) -> TracedGraphModule:
-    """Return the graph with branches that compute something."""
-    del model
-    linear = [site for site in sites(graph) if site.op == "linear"]
-    if not linear:
-        raise lora_fx.PlanError("the graph has no linear call site.")
-    name = re.search(
-        r"[^.]*[^.\d][^.]*(\.\d+)*$", linear[0].module
-    )  # the last part that is no number, and what follows
-    target = name[0] if name else linear[0].module
-    like = [site for site in linear if f".{site.module}".endswith(f".{target}")]
-    rank = min(4, *(min(site.in_features, site.out_features) for site in like))
-    rules = {"defaults": {"rank": rank}, "select": [{"target": [target]}]}
-    branched = lora_fx.rewrite(graph, rules=rules)
+def rewritten(graph: TracedGraphModule, model: Any) -> tuple[str, TracedGraphModule]:
+    """Return which rules ``"auto"`` comes to, and the graph with branches that compute something.
+
+    Where the model has nothing that those rules select, the branch is beside its last linear.
+    """
+    rules = load("auto", model.config.model_type)
+    name = rules.name if rules.name != "auto" else "roles"
+    try:
+        branched = lora_fx.rewrite(graph, rules=rules, rank=1)
+    except lora_fx.RuleError:
+        linear = [site for site in sites(graph) if site.op == "linear"]
+        if not linear:
+            raise lora_fx.PlanError("the graph has no linear call site.") from None
+        name = "none of its sites"
+        branched = lora_fx.rewrite(graph, rules={"select": [{"target": [linear[-1].module], "rank": 1}]})
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in branched.named_parameters():
-            if ".lora_B." in name:
+        for parameter_name, parameter in branched.named_parameters():
+            if ".lora_B." in parameter_name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return branched
+    return name, branched
 
 
 def folding(graph: TracedGraphModule, branched: TracedGraphModule, inputs: ExampleInputs) -> str:
