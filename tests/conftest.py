@@ -8,6 +8,9 @@ import torch
 from torch import fx, nn
 
 
+torch.set_num_threads(1)  # the suite has a process for each core; the models are small
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(1234)

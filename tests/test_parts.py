@@ -252,3 +252,28 @@ def test_scaling_and_start_are_those_of_peft(scaling: str, init: str) -> None:
     set_factors(theirs)
     batch = inputs("bert", 3, 11)
     assert torch.equal(graph_module.eval()(**batch)[0], theirs.eval()(**batch)[0])
+
+
+def test_the_calls_of_alberts_one_layer_share_their_adapters_or_train_apart() -> None:
+    base = families.traced("albert")
+    shared = lora_fx.rewrite(base, {"select": [{"role": ["attention.query"], "rank": 2}]})
+    layer = "encoder.albert_layer_groups.0.albert_layers.0.attention.query"
+    factors = [name for name, _ in shared.named_parameters() if ".lora_" in name]
+    assert factors == [f"{layer}.lora_{part}.default.weight" for part in "AB"]
+    each = lora_fx.rewrite(base, {"select": [{"role": ["attention.query"], "rank": 2, "calls": "each"}]})
+    own = [name for name, _ in each.named_parameters() if ".lora_A." in name]
+    assert own == [f"{layer}@{call}.lora_A.default.weight" for call in (1, 2, 3)]
+    batch = {
+        key: value
+        for key, value in example_inputs(families.model("albert"), None).kwargs.items()
+        if isinstance(value, torch.Tensor)
+    }
+    set_factors(shared)
+    assert torch.allclose(lora_fx.fold(shared)(**batch)[0], shared(**batch)[0], atol=1e-5)
+    set_factors(each)
+    for parameter in each.parameters():
+        parameter.requires_grad_(True)
+    each(**batch)[0].square().mean().backward()
+    gradients = [each.get_parameter(name).grad for name in own]
+    assert not torch.equal(gradients[0], gradients[1])
+    assert not torch.equal(gradients[1], gradients[2])
