@@ -98,9 +98,10 @@ def _is_transformers(model: nn.Module) -> bool:
 
 def _from_config(model: Any, device: torch.device) -> ExampleInputs:
     main = model.main_input_name
-    if main not in _MADE:
+    if not isinstance(main, str) or main not in _MADE or main not in _parameters(model):
         raise TraceError(
-            f"{type(model).__name__} takes {main!r}, which is not made from a config yet: pass example_inputs."
+            f"{type(model).__name__} takes {', '.join(_parameters(model))}, and its main input {main!r} is not made from a config "
+            "yet: pass example_inputs."
         )
     generator = torch.Generator().manual_seed(0)  # one of its own leaves the caller's random state alone
     inputs: dict[str, torch.Tensor] = {}
@@ -205,7 +206,12 @@ def _with_image_tokens(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[s
 
 
 def _tokens(model: Any, length: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.randint(0, model.config.get_text_config().vocab_size, (BATCH, length), generator=generator)
+    try:
+        config = model.config.get_text_config()
+    except ValueError as error:  # a config of several texts, of which transformers cannot tell the main one
+        raise TraceError(f"{type(model).__name__} has several text configs: pass example_inputs. {error}") from error
+    (vocabulary,) = _read(model, config, "input_ids", "vocab_size")
+    return torch.randint(0, vocabulary, (BATCH, length), generator=generator)
 
 
 def _noise(model: nn.Module, generator: torch.Generator, *shape: int) -> torch.Tensor:

@@ -249,6 +249,14 @@ def check_attachable(plan: Plan, graph_module: fx.GraphModule) -> None:
                 f"site {site.name!r} has a weight of dtype {weight.dtype}: a branch needs a floating-point one. "
                 "Dequantise the model first"
             )
+    shapes: dict[str, tuple[int, int]] = {}
+    for chosen in plan.chosen:
+        shape = chosen.site.in_features, chosen.site.out_features
+        if any(shapes.setdefault(branch.key, shape) != shape for branch in chosen.branches):
+            problems.append(
+                f"the calls of {chosen.site.module!r} multiply by its weight in both layouts, and can share no branch: "
+                'say calls = "each"'
+            )
     own = dict(graph_module.named_parameters(remove_duplicate=False))
     adapted = {chosen.site.weight for chosen in plan.chosen}
     for trained in plan.trained:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Mapping
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -91,30 +91,44 @@ def references(relation: str) -> set[tuple[str, int]]:
 
 def holds(relation: str, sizes: Mapping[tuple[str, int], int]) -> bool:
     """Tell whether a relation holds for these sizes of its dimensions; one that divides by zero does not."""
-
-    def compute(tree: ast.expr) -> Any:
-        reference = as_reference(tree)
-        if reference is not None:
-            return sizes[reference]
-        match tree:
-            case ast.Constant(value=value):
-                return value
-            case ast.BinOp(left=left, op=op, right=right) | ast.Compare(left=left, ops=[op], comparators=[right]):
-                return OPERATORS[type(op)](compute(left), compute(right))
-            case ast.UnaryOp(op=op, operand=operand):
-                return OPERATORS[type(op)](compute(operand))
-            case ast.BoolOp(op=op, values=values):
-                return reduce(OPERATORS[type(op)], map(compute, values))
-            case ast.Call(func=ast.Name(id=function), args=arguments):
-                return {"min": min, "max": max}[function](*map(compute, arguments))
-        raise TraceError(f"not a relation between sizes: {ast.unparse(tree)}")
-
     try:
-        return bool(compute(ast.parse(relation, mode="eval").body))
+        return bool(_compiled(relation)(sizes))
     except ZeroDivisionError:
         return False
 
 
+Compute = Callable[[Mapping[tuple[str, int], int]], Any]
+
+
+@cache  # asked of many sizes
+def _compiled(relation: str) -> Compute:
+    return _function(ast.parse(relation, mode="eval").body)
+
+
+def _function(tree: ast.expr) -> Compute:
+    """Return what computes an expression from the sizes of its dimensions."""
+    reference = as_reference(tree)
+    if reference is not None:
+        return operator.itemgetter(reference)
+    match tree:
+        case ast.Constant(value=value):
+            return lambda _: value
+        case ast.BinOp(left=left, op=op, right=right) | ast.Compare(left=left, ops=[op], comparators=[right]):
+            combine, first, second = OPERATORS[type(op)], _function(left), _function(right)
+            return lambda sizes: combine(first(sizes), second(sizes))
+        case ast.UnaryOp(op=op, operand=operand):
+            apply, inner = OPERATORS[type(op)], _function(operand)
+            return lambda sizes: apply(inner(sizes))
+        case ast.BoolOp(op=op, values=values):
+            join, parts = OPERATORS[type(op)], [_function(value) for value in values]
+            return lambda sizes: reduce(join, (part(sizes) for part in parts))
+        case ast.Call(func=ast.Name(id=function), args=arguments):
+            choose, operands = {"min": min, "max": max}[function], [_function(argument) for argument in arguments]
+            return lambda sizes: choose(operand(sizes) for operand in operands)
+    raise TraceError(f"not a relation between sizes: {ast.unparse(tree)}")
+
+
+@cache
 def excludes(relation: str) -> bool:
     """Tell whether a relation excludes single values: ``… != …``."""
     tree = ast.parse(relation, mode="eval").body

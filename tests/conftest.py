@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import fx, nn
 
-
 torch.set_num_threads(1)  # the suite has a process for each core; the models are small
 
 

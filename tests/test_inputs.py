@@ -113,7 +113,7 @@ class TakesPatches(transformers.ViTModel):  # type: ignore[misc]
     ("model", "message"),
     [
         (lambda: nn.Linear(2, 2), "Linear is not a transformers model"),
-        (lambda: TakesPatches(build("vit").config), "TakesPatches takes 'flattened_patches', which is not made"),
+        (lambda: TakesPatches(build("vit").config), "its main input 'flattened_patches' is not made"),
         (_resnet, "config of ResNetModel does not say by image_size what 'pixel_values' is like"),
         (_siglip_2, "config of Siglip2Model does not say by image_size what 'pixel_values' is like"),
         (_speech_to_text, "by num_mel_bins and max_source_positions what 'input_features' is like"),

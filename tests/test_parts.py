@@ -277,3 +277,22 @@ def test_the_calls_of_alberts_one_layer_share_their_adapters_or_train_apart() ->
     gradients = [each.get_parameter(name).grad for name in own]
     assert not torch.equal(gradients[0], gradients[1])
     assert not torch.equal(gradients[1], gradients[2])
+
+
+def test_a_weight_that_is_used_both_ways_has_no_shared_branch() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(6, 4, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lin(x) @ self.lin.weight
+
+    x = torch.randn(5, 6)
+    base = lora_fx.trace(Both(), (x,))
+    with pytest.raises(lora_fx.PlanError, match="the calls of 'lin' multiply by its weight in both layouts"):
+        lora_fx.rewrite(base, {"select": [{"target": ["lin"], "rank": 2}]})
+    each = lora_fx.rewrite(base, {"select": [{"target": ["lin"], "rank": 2, "calls": "each"}]})
+    assert torch.equal(each(x), base(x))
+    assert each.get_parameter("lin@1.lora_A.default.weight").shape == (2, 6)
+    assert each.get_parameter("lin@2.lora_A.default.weight").shape == (2, 4)
