@@ -55,7 +55,7 @@ def plan(
         list[Path] | None,
         typer.Option(help="Directory of further rule files, searched first. May be repeated; see also LORA_FX_RULES."),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Replaces the rank of the rules' [defaults].")] = None,
+    rank: Annotated[int | None, typer.Option(help="Replaces the default rank of the rules.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Likewise; a branch is scaled by alpha / rank.")] = None,
     dropout: Annotated[float | None, typer.Option(help="Likewise.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
