@@ -186,7 +186,8 @@ def _find_attention(graph: _Graph, found: _Found) -> None:
                 graph.push(site, max((value for _, value in parts), key=graph.position.__getitem__)) if fused else None
             )
             for part, value in parts:
-                found.add(site, kind, part, push[value].features if push is not None else None)
+                # What was written in place is reached at the write, and not at the views of it.
+                found.add(site, kind, part, push[value].features if push is not None and value in push else None)
     for node, kind in _readers(graph, kinds):
         found.add(node, kind, "output")
 

@@ -301,3 +301,25 @@ def test_a_hand_written_attention_and_mlp() -> None:
         "a": "cross_attention.query", "b": "cross_attention.key", "c": "cross_attention.value", "d": "cross_attention.output",
         "up": "mlp.up", "down": "mlp.down", "other": "",
     }  # fmt: skip
+
+
+def test_parts_that_are_written_into_a_buffer_are_found() -> None:
+    class Written(nn.Module):
+        """Writes its keys into a tensor that it made before, and reads a view of that."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(6, 24), nn.Linear(8, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+            keys = torch.empty_like(k.transpose(1, 2))
+            keys[..., :] = k.transpose(1, 2)
+            return self.out(nn.functional.scaled_dot_product_attention(q, keys.transpose(1, 2), v))
+
+    purpose = purposes(lora_fx.trace(Written(), (torch.randn(2, 5, 6),)))["qkv"]
+    assert {part: features.ranges for part, features in purpose.parts.items()} == {
+        "query": ((0, 8),),
+        "key": ((8, 16),),
+        "value": ((16, 24),),
+    }
