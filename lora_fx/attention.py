@@ -113,6 +113,8 @@ class _Scores:
 
     def _add(self, product: fx.Node, axis: int) -> None:
         nodes = list(flattened(product.args))
+        if len(nodes) < 2:  # an einsum of one operand is no product
+            return
         left, right = nodes[-2:]  # baddbmm has a summand in front
         if any(node.op == "get_attr" for node in (left, right)) or (_rank(left) or 0) < 3:
             return

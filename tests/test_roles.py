@@ -323,3 +323,17 @@ def test_parts_that_are_written_into_a_buffer_are_found() -> None:
         "key": ((8, 16),),
         "value": ((16, 24),),
     }
+
+
+def test_an_einsum_of_one_operand_is_no_product() -> None:
+    class Permuted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(6, 6) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scores = torch.einsum("bqk->bqk", self.q(x) @ self.k(x).mT)
+            return torch.einsum("bqk->bqk", scores).softmax(-1) @ self.v(x)
+
+    known = purposes(lora_fx.trace(Permuted(), (torch.randn(2, 5, 6),)))
+    assert known["v"].parts == {}
