@@ -113,10 +113,9 @@ def _new_factors(
     with _seeded(seed):
         for chosen, branch in ordered.values():
             site, names = chosen.site, branch.names(adapter)
-            out_features = site.out_features if branch.features is None else len(branch.features)
             factors[names.a], factors[names.b] = initial_factors(
                 site.in_features,
-                out_features,
+                branch.outputs(site),
                 branch.setting.rank,
                 like=state.tensors[site.weight],
                 init=branch.setting.init,

@@ -6,7 +6,7 @@ product. Of ``softmax(Q Kᵀ) V``, with the softmax over the keys, the operand t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -41,13 +41,13 @@ class Attention:
     result: fx.Node
 
 
-def attentions(graph: fx.Graph) -> Iterator[Attention]:
-    """Yield every attention of a graph, in its order."""
-    flow = nx.DiGraph((source, node) for node in graph.nodes if is_tensor(node) for source in tensor_inputs(node))
-    for node in graph.nodes:
+def attentions(nodes: Sequence[fx.Node]) -> Iterator[Attention]:
+    """Yield every attention among the nodes of a graph, in their order."""
+    flow = nx.DiGraph((source, node) for node in nodes if is_tensor(node) for source in tensor_inputs(node))
+    for node in nodes:
         name = name_of(node)
         if name == ATTENTION:
-            query, key, value = node.args[:3]
+            query, key, value = flattened(node.args[:3])
             yield Attention((query,), (key,), (value,), node)
         elif name in SOFTMAX:
             found = _written_out(flow, node)

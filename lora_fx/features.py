@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.graph_module import state_of
 from lora_fx.operators import ACTIVATION, POINTWISE, POWER, SHAPE, name_of, shape_of, size_of, tensor_inputs
 from lora_fx.sites import Operands, operands
 
@@ -72,8 +71,10 @@ class Pushed:
 class Push:
     """The features of one site in every value that they reach, up to the next sites."""
 
-    def __init__(self, module: fx.GraphModule, source: fx.Node, parts: Operands, out_features: int) -> None:
-        self._constants = state_of(module).tensors
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], source: fx.Node, parts: Operands, out_features: int
+    ) -> None:
+        self._constants = tensors
         self._values: dict[fx.Node, Pushed] = {source: self._start(source, parts, out_features)}
 
     @staticmethod

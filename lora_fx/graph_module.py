@@ -49,6 +49,13 @@ class State:
         first: dict[int, str] = {}
         return {name: first.setdefault(id(tensor), name) for name, tensor in self.tensors.items()}
 
+    def names(self) -> Mapping[str, tuple[str, ...]]:
+        """Map the first name of every tensor to all that it has."""
+        names: dict[str, list[str]] = {}
+        for name, first in self.aliases().items():
+            names.setdefault(first, []).append(name)
+        return {first: tuple(every) for first, every in names.items()}
+
 
 class TracedGraphModule(fx.GraphModule):
     """A ``torch.fx.GraphModule`` that carries the whole state of its model, also tensors that no node names.
@@ -205,6 +212,11 @@ def erase_unread(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
     for source in inputs:
         erase_unread(graph, source)
+
+
+def described(tensor: torch.Tensor) -> str:
+    """Return dtype and shape of a tensor for messages."""
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
 def same_values(left: torch.Tensor, right: torch.Tensor) -> bool:

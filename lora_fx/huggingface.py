@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lora_fx.errors import LoraFxError
 from lora_fx.files import replacing
 from lora_fx.folding import fold
-from lora_fx.graph_module import TracedGraphModule, same_values, state_of
+from lora_fx.graph_module import TracedGraphModule, described, same_values, state_of
 
 
 @contextmanager
@@ -103,7 +102,7 @@ def _check_traced_from(model: nn.Module, graph_module: TracedGraphModule, merged
     folded_before = graph_module.meta["lora_fx"].get("merged", ())
     differences = [f"{name!r} is in one of them only" for name in sorted(other | (theirs.keys() - mine.keys()))]
     differences += [
-        f"{name!r} is {_told(tensor)} in the model and {_told(mine[name])} in the graph"
+        f"{name!r} is {described(tensor)} in the model and {described(mine[name])} in the graph"
         for name, tensor in theirs.items()
         if name in mine and (tensor.shape, tensor.dtype) != (mine[name].shape, mine[name].dtype)
     ]
@@ -130,10 +129,6 @@ def _check_traced_from(model: nn.Module, graph_module: TracedGraphModule, merged
 
 
 _MOST = 3
-
-
-def _told(tensor: torch.Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
 def _put(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:

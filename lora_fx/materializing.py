@@ -17,7 +17,7 @@ from lora_fx.checks import InputCheck, RelationCheck, add_checks, remove_checks
 from lora_fx.errors import LoraFxError, TraceError
 from lora_fx.factors import is_of_adapter, is_places, original_name
 from lora_fx.folding import unload
-from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, state_of, trainable_names
+from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, described, state_of, trainable_names
 from lora_fx.inputs import example_inputs, graph_inputs
 from lora_fx.probing import without_artefacts
 from lora_fx.verifying import difference
@@ -48,15 +48,7 @@ def materialize(
         **{name: state_dict[first] for name, first in state.aliases().items() if first in state_dict},
         **state_dict,
     }
-    problems = [f"{name!r} is missing" for name in wanted if name not in given and not is_of_adapter(name)]
-    problems += [f"{name!r} is unknown" for name in given if name not in wanted]
-    problems += [
-        f"{name!r} is {tensor.dtype} {tuple(tensor.shape)}, not {wanted[name].dtype} {tuple(wanted[name].shape)}"
-        for name, tensor in given.items()
-        if name in wanted and (tensor.shape, tensor.dtype) != (wanted[name].shape, wanted[name].dtype)
-    ]
-    if problems:
-        raise LoraFxError(f"the state dict does not fit the graph: {'; '.join(problems)}.")
+    _check_fit(wanted, given)
     device = next((tensor.device for tensor in given.values()), torch.device("cpu"))
     owned: dict[str, nn.Parameter] = {}
     values: dict[str, torch.Tensor] = {}
@@ -88,6 +80,19 @@ def materialize(
         trainable=trainable,
     )
     return ready if like is None else _probed(ready, like, trainable)
+
+
+def _check_fit(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
+    """Raise unless the given tensors are those that are wanted, with all problems; what adapters have may be left out."""
+    problems = [f"{name!r} is missing" for name in wanted if name not in given and not is_of_adapter(name)]
+    problems += [f"{name!r} is unknown" for name in given if name not in wanted]
+    problems += [
+        f"{name!r} is {described(tensor)}, not {described(wanted[name])}"
+        for name, tensor in given.items()
+        if name in wanted and described(tensor) != described(wanted[name])
+    ]
+    if problems:
+        raise LoraFxError(f"the state dict does not fit the graph: {'; '.join(problems)}.")
 
 
 def _traced_class(graph_module: TracedGraphModule) -> nn.Module | None:

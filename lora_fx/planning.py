@@ -13,7 +13,7 @@ from torch import fx, nn
 from lora_fx.errors import PlanError, RuleError, did_you_mean
 from lora_fx.factors import BranchNames, is_factor, original_name
 from lora_fx.features import Features
-from lora_fx.graph_module import TracedGraphModule
+from lora_fx.graph_module import TracedGraphModule, state_of
 from lora_fx.inputs import inputs_of_rules
 from lora_fx.matching import refusal, trains
 from lora_fx.roles import Purpose, purposes
@@ -51,8 +51,11 @@ class Branch:
 
     def parameters(self, site: Site) -> int:
         """Return the number of parameters: ``rank · (in + out)``, with as many outputs as the branch writes to."""
-        outputs = site.out_features if self.features is None else len(self.features)
-        return self.setting.rank * (site.in_features + outputs)
+        return self.setting.rank * (site.in_features + self.outputs(site))
+
+    def outputs(self, site: Site) -> int:
+        """Return the number of output features that the branch writes to."""
+        return site.out_features if self.features is None else len(self.features)
 
 
 @dataclass(frozen=True)
@@ -166,10 +169,12 @@ def plan_graph(graph_module: fx.GraphModule, rules: RuleSet) -> Plan:
     """Decide for each site of a graph. Raises as :func:`plan` does."""
     found = sites(graph_module)
     read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
-    parameters: dict[nn.Parameter, tuple[str, ...]] = {}
-    for name, parameter in graph_module.named_parameters(remove_duplicate=False):
-        parameters[parameter] = (*parameters.get(parameter, ()), name)
-    own = {names: p.numel() for p, names in parameters.items() if names[0] in read and not is_factor(names[0])}
+    state = state_of(graph_module)
+    own = {
+        names: state.tensors[first].numel()
+        for first, names in state.names().items()
+        if first in read and isinstance(state.tensors[first], nn.Parameter) and not is_factor(first)
+    }
     return plan_sites(found, rules, purposes(graph_module, found), own)
 
 
@@ -237,9 +242,9 @@ def _trained(
 def check_attachable(plan: Plan, graph_module: fx.GraphModule) -> None:
     """Raise :class:`PlanError` unless every chosen site can get a branch; all that cannot are named."""
     problems = []
-    tensors = {**dict(graph_module.named_parameters(remove_duplicate=False)), **dict(graph_module.named_buffers())}
+    state = state_of(graph_module)
     for chosen in plan.chosen:
-        site, weight = chosen.site, tensors[chosen.site.weight]
+        site, weight = chosen.site, state.tensors[chosen.site.weight]
         if site.op != "linear":
             problems.append(f"site {site.name!r} is {site.op}: branches are inserted at linear sites only, so far")
         elif not isinstance(weight, nn.Parameter):
@@ -257,10 +262,9 @@ def check_attachable(plan: Plan, graph_module: fx.GraphModule) -> None:
                 f"the calls of {chosen.site.module!r} multiply by its weight in both layouts, and can share no branch: "
                 'say calls = "each"'
             )
-    own = dict(graph_module.named_parameters(remove_duplicate=False))
-    adapted = {chosen.site.weight for chosen in plan.chosen}
+    adapted, tied = {chosen.site.weight for chosen in plan.chosen}, state.names()
     for trained in plan.trained:
-        names = [name for name, parameter in own.items() if parameter is own[trained.name]]
+        names = tied[trained.name]
         if len(names) > 1:
             problems.append(
                 f"{' and '.join(names)} are one tied parameter, which cannot train at one of its uses alone"
@@ -326,7 +330,7 @@ def _check_ranks(plan: Plan) -> None:
     for chosen in plan.chosen:
         site = chosen.site
         for branch in chosen.branches:
-            outputs = site.out_features if branch.features is None else len(branch.features)
+            outputs = branch.outputs(site)
             most = min(site.in_features, outputs)
             if branch.setting.rank > most:
                 problems.append(

@@ -103,7 +103,7 @@ class _Graph:
     """A graph, its sites, and what its values are made of."""
 
     def __init__(self, graph_module: fx.GraphModule, known: tuple[Site, ...]) -> None:
-        self.module = graph_module
+        self.tensors = state_of(graph_module).tensors
         self.nodes = list(graph_module.graph.nodes)
         self.position = {node: index for index, node in enumerate(self.nodes)}
         by_name = {node.name: node for node in self.nodes}
@@ -144,7 +144,7 @@ class _Graph:
 
     def push(self, source: fx.Node, last: fx.Node) -> Push:
         """Push the features of a site up to the node ``last``."""
-        push = Push(self.module, source, self.operands[source], self.sites[source].out_features)
+        push = Push(self.tensors, source, self.operands[source], self.sites[source].out_features)
         for node in self.nodes[self.position[source] + 1 : self.position[last] + 1]:
             push.step(node)
         return push
@@ -153,8 +153,7 @@ class _Graph:
         """Tell whether a site multiplies each position by a matrix, in whatever way."""
         op = self.operands[node].op
         if op == "conv1d":
-            weight = state_of(self.module).tensors[self.sites[node].weight]
-            return weight.shape[-1] == 1
+            return self.tensors[self.sites[node].weight].shape[-1] == 1
         return op in ("linear", "expert")
 
 
@@ -165,7 +164,7 @@ Sources = frozenset[fx.Node]
 def _find_attention(graph: _Graph, found: _Found) -> None:
     made_of, streams = _projections(graph), _streams(graph)
     kinds: dict[fx.Node, str] = {}
-    for attention in attentions(graph.module.graph):
+    for attention in attentions(graph.nodes):
         values_of: dict[Part, list[fx.Node]] = {
             "query": graph.at(attention.result, attention.queries),
             "key": graph.at(attention.result, attention.keys),
@@ -399,9 +398,8 @@ def _is_number(node: fx.Node) -> bool:
 
 def _find_routers(graph: _Graph, found: _Found) -> None:
     """A router's scores choose among as many experts as some stack of matrices has."""
-    state = state_of(graph.module)
     stacks = {
-        state.tensors[graph.sites[n].weight].shape[0] for n, parts in graph.operands.items() if parts.op == "expert"
+        graph.tensors[graph.sites[n].weight].shape[0] for n, parts in graph.operands.items() if parts.op == "expert"
     }
     if not stacks:
         return

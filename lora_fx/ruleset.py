@@ -25,6 +25,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
@@ -232,8 +233,13 @@ class Selection(_Table):
 
 def _ends_in(name: str, patterns: Sequence[str]) -> bool:
     parts = name.split(".")
-    wanted = [re.sub(r"[?\[]", r"[\g<0>]", pattern).split(".") for pattern in patterns]  # of fnmatch, * alone is ours
+    wanted = map(_ends, patterns)
     return any(len(ends) <= len(parts) and all(map(fnmatchcase, parts[-len(ends) :], ends)) for ends in wanted)
+
+
+@lru_cache(1024)  # asked for every name
+def _ends(pattern: str) -> list[str]:
+    return re.sub(r"[?\[]", r"[\g<0>]", pattern).split(".")  # of fnmatch, * alone is ours
 
 
 def _admits(layers: int | str, name: str) -> bool:

@@ -7,7 +7,7 @@ other. The layout of its weight is read off the operator and the transposes befo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -101,9 +101,7 @@ def biased(site: fx.Node) -> fx.Node | None:
 def sites(graph_module: fx.GraphModule) -> tuple[Site, ...]:
     """Return every call site of a graph, in the order in which they compute; the factors of branches are none."""
     state = state_of(graph_module)
-    aliases: dict[str, list[str]] = {}
-    for name, first in state.aliases().items():
-        aliases.setdefault(first, []).append(name)
+    names = state.names()
     found: list[Site] = []
     for node in graph_module.graph.nodes:
         parts = operands(node)
@@ -112,7 +110,7 @@ def sites(graph_module: fx.GraphModule) -> tuple[Site, ...]:
         weight = str(parts.weight.target)
         in_features, out_features = _features(parts, tuple(state.tensors[weight].shape))
         original = original_name(weight)
-        name = _name(node, aliases[weight] if original is None else [original])
+        name = _name(node, names[weight] if original is None else (original,))
         operator = node.target._opname
         found.append(Site(name, name, node.name, parts.op, operator, weight, parts.layout, in_features, out_features))
     return _numbered(found)
@@ -125,7 +123,7 @@ def _features(parts: Operands, shape: tuple[int, ...]) -> tuple[int, int]:
     return (rows, columns) if parts.layout == "in_out" else (columns, rows)
 
 
-def _name(node: fx.Node, names: list[str]) -> str:
+def _name(node: fx.Node, names: Sequence[str]) -> str:
     path = module_path(node)
     return path if f"{path}.weight" in names else names[0].removesuffix(".weight")
 

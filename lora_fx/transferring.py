@@ -9,7 +9,7 @@ import torch
 from lora_fx.attaching import attach
 from lora_fx.errors import PlanError
 from lora_fx.factors import adapters, copy_name, is_of_adapter, original_name
-from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, state_of, trainable_names
+from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, described, state_of, trainable_names
 from lora_fx.planning import Branch, Chosen, Decision, Plan, Skipped, Trained, owners_of
 from lora_fx.ruleset import RuleSet, Selection
 from lora_fx.sites import sites
@@ -38,7 +38,7 @@ def transfer(graph_module: TracedGraphModule, *, onto: TracedGraphModule) -> Tra
             unlike += _differences(_branches(graph_module, adapter), _branches(result, adapter))
     state = state_of(result)
     unlike += [
-        f"{name}: {tensor.dtype} {tuple(tensor.shape)} against {_told(state.tensors.get(name))}"
+        f"{name}: {described(tensor)} against {_told(state.tensors.get(name))}"
         for name, tensor in factors.items()
         if _told(state.tensors.get(name)) != _told(tensor)
     ]
@@ -57,7 +57,7 @@ def transfer(graph_module: TracedGraphModule, *, onto: TracedGraphModule) -> Tra
 
 
 def _told(tensor: torch.Tensor | None) -> str:
-    return "no such site" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+    return "no such site" if tensor is None else described(tensor)
 
 
 def _branches(graph_module: TracedGraphModule, adapter: str) -> dict[str, Branch]:

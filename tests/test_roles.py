@@ -215,7 +215,9 @@ def arguments(name: str) -> list[torch.Tensor]:
 def operands_behind(graph_module: fx.GraphModule, site: str) -> dict[str, list[str]]:
     """Return the names of the operands of the first attention behind a site."""
     order = [node.name for node in graph_module.graph.nodes]
-    first = next(a for a in attentions(graph_module.graph) if order.index(a.result.name) > order.index(site))
+    first = next(
+        a for a in attentions(list(graph_module.graph.nodes)) if order.index(a.result.name) > order.index(site)
+    )
     parts = {"query": first.queries, "key": first.keys, "value": first.values}
     return {part: [node.name for node in nodes] for part, nodes in parts.items()}
 
