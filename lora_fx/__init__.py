@@ -2,8 +2,18 @@
 
 from lora_fx import export, huggingface
 from lora_fx.drawing import draw
-from lora_fx.errors import ExportError, FoldError, InputError, LoraFxError, PlanError, RuleError, TraceError
-from lora_fx.folding import fold, unload
+from lora_fx.errors import (
+    ExportError,
+    FoldError,
+    InputError,
+    LoraFxError,
+    PlanError,
+    RuleError,
+    TraceError,
+    VerifyError,
+)
+from lora_fx.fold_report import FoldReport, fold_report
+from lora_fx.folding import fold, recipe, unload
 from lora_fx.graph_module import TracedGraphModule
 from lora_fx.materializing import materialize
 from lora_fx.parameters import ParameterSummary, parameter_summary
@@ -11,10 +21,12 @@ from lora_fx.planning import Plan, plan
 from lora_fx.rewriting import rewrite
 from lora_fx.tracing import trace
 from lora_fx.transferring import transfer
+from lora_fx.verification import verify
 
 __all__ = [
     "ExportError",
     "FoldError",
+    "FoldReport",
     "InputError",
     "LoraFxError",
     "ParameterSummary",
@@ -23,15 +35,19 @@ __all__ = [
     "RuleError",
     "TraceError",
     "TracedGraphModule",
+    "VerifyError",
     "draw",
     "export",
     "fold",
+    "fold_report",
     "huggingface",
     "materialize",
     "parameter_summary",
     "plan",
+    "recipe",
     "rewrite",
     "trace",
     "transfer",
     "unload",
+    "verify",
 ]

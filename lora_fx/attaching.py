@@ -2,9 +2,10 @@
 
 A branch beside a site ``y = x W^T (+ bias)`` is these nodes, in this order (the casts only for half-precision weights)::
 
-    x → [to float32] → [dropout] → linear A → linear B → mul scaling → [pad → index_select] → add y → [to the weight's dtype]
+    x → [to float32] → [dropout] → A → B → mul scaling → [pad → index_select] → add y → [to the weight's dtype]
 
-This is the order of operations of PEFT's layers, so that equal factors give equal bits. The branch of one part of a fused
+A and B are products of the kind that the site is. This is the order of operations of PEFT's layers, so that equal factors
+give equal bits (experts excepted: PEFT adds the update to all of their weights in every pass). The branch of one part of a fused
 projection has as many outputs as the part has features; a zero is put behind them, and each output feature of the site then
 takes the one that is its own, or the zero.
 """
@@ -15,6 +16,7 @@ import keyword
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +29,10 @@ from lora_fx.factors import adapters, copy_name
 from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph, state_of, trainable_names
 from lora_fx.lowrank import adapter_dtype, initial_factors
 from lora_fx.planning import Branch, Chosen, Plan, check_attachable
+from lora_fx.products import low_rank, operands
 from lora_fx.provenance import module_path
-from lora_fx.sites import biased, operands
+from lora_fx.sites import biased
+from lora_fx.states import checked
 
 aten = torch.ops.aten
 
@@ -65,32 +69,29 @@ def attach(
     dropouts = {
         branch.names(adapter).dropout: nn.Dropout(branch.setting.dropout)
         for _, branch in ordered.values()
-        if branch.setting.dropout > 0
+        if branch.setting.dropout > 0 and branch.op != "embedding"  # indices cannot be dropped
     }
     copies = _copies(plan, state, adapter)
-    state = state.with_tensors({**factors, **places, **copies})
+    state = state.with_tensors({**factors, **places, **copies}).with_modules(dropouts)
     state = State(state.tensors, state.non_persistent | set(places), state.modules)
     ends = {branch.site.name: branch.end.name for branch in find_branches(graph_module)}
     graph, _ = copy_graph(graph_module.graph)
     nodes = {node.name: node for node in graph.nodes}
+    named = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
     for chosen in plan.chosen:
         site = chosen.site.node
         end = nodes[ends[site]] if site in ends else _complete(nodes[site])
         for branch in chosen.branches:
-            end = _Writer(graph, state, chosen, branch, adapter).write(nodes[site], end)
+            end = _Writer(graph, state, named, chosen, branch, adapter).write(nodes[site], end)
     for node in graph.find_nodes(op="get_attr"):
         if copy_name(str(node.target), adapter) in copies:
             node.target = copy_name(str(node.target), adapter)
     graph.lint()
     inference = graph_module.meta["lora_fx"]["inference"]
     trainable = trainable_names(graph_module) | (frozenset() if inference else frozenset({*factors, *copies}))
-    return assemble(
-        graph,
-        state.with_modules(dropouts),
-        meta=_with_adapter(graph_module.meta, adapter, plan),
-        training=graph_module.training,
-        trainable=trainable,
-    )
+    meta = _with_adapter(graph_module.meta, adapter, plan)
+    attached = assemble(graph, state, meta=meta, training=graph_module.training, trainable=trainable)
+    return checked(attached, "branched")
 
 
 def _complete(site: fx.Node) -> fx.Node:
@@ -114,10 +115,11 @@ def _new_factors(
         for chosen, branch in ordered.values():
             site, names = chosen.site, branch.names(adapter)
             factors[names.a], factors[names.b] = initial_factors(
-                site.in_features,
-                branch.outputs(site),
+                branch.shapes(site),
                 branch.setting.rank,
                 like=state.tensors[site.weight],
+                computed=site.cast,
+                op=site.op,
                 init=branch.setting.init,
             )
     return factors
@@ -160,8 +162,10 @@ def new_factors_like(
             if name in by_name:
                 branch, other = by_name[name]
                 like = torch.empty(0, dtype=a.dtype, device=device)
-                rows, init = wanted[other].shape[0], branch.setting.init
-                values[name], values[other] = initial_factors(a.shape[1], rows, a.shape[0], like, init)
+                shapes, setting = (a.shape, wanted[other].shape), branch.setting
+                values[name], values[other] = initial_factors(
+                    shapes, setting.rank, like, op=branch.op, init=setting.init
+                )
     return values
 
 
@@ -189,10 +193,11 @@ def _with_adapter(meta: Mapping[str, Any], adapter: str, plan: Plan) -> dict[str
 
 @dataclass(frozen=True)
 class _Writer:
-    """Writes one branch into a graph."""
+    """Writes one branch into a graph; ``named`` has the ``get_attr`` of every tensor, and grows."""
 
     graph: fx.Graph
     state: State
+    named: dict[str, fx.Node]
     chosen: Chosen
     branch: Branch
     adapter: str
@@ -202,7 +207,7 @@ class _Writer:
         setting, names = self.branch.setting, self.branch.names(self.adapter)
         parts = operands(base)
         assert parts is not None
-        narrow = self.state.tensors[self.chosen.site.weight].dtype
+        narrow = parts.dtype or self.state.tensors[self.chosen.site.weight].dtype
         wide = adapter_dtype(narrow)
         a = self._named(names.a, "factor A", parts.weight)
         b = self._named(names.b, "factor B", a)
@@ -210,12 +215,11 @@ class _Writer:
         users = list(end.users)
         with self.graph.inserting_before(end.next):
             value = parts.input
-            if wide != narrow:
+            if wide != narrow and parts.op != "embedding":
                 value = self._call(base, "cast", aten.to.dtype, value, wide)
-            if setting.dropout > 0:
+            if names.dropout in self.state.modules:
                 value = self._record(base, "dropout", self.graph.call_module(names.dropout, (value,)))
-            value = self._call(base, "A", aten.linear.default, value, a)
-            value = self._call(base, "B", aten.linear.default, value, b)
+            value = low_rank(base, value, a, b, setting.rank, partial(self._call, base))
             value = self._call(base, "scale", aten.mul.Tensor, value, setting.scale)
             if places is not None:
                 value = self._call(base, "pad", aten.constant_pad_nd.default, value, [0, 1])
@@ -229,13 +233,11 @@ class _Writer:
 
     def _named(self, name: str, part: str, after: fx.Node) -> fx.Node:
         """Return the one ``get_attr`` of a factor; several calls of one module share it."""
-        for known in self.graph.find_nodes(op="get_attr"):
-            if known.target == name:
-                assert isinstance(known, fx.Node)
-                return known
-        with self.graph.inserting_after(after):
-            node = self.graph.get_attr(name)
-        return self._record(after, part, node)
+        if name not in self.named:
+            with self.graph.inserting_after(after):
+                node = self.graph.get_attr(name)
+            self.named[name] = self._record(after, part, node)
+        return self.named[name]
 
     def _call(self, base: fx.Node, part: str, target: Any, *args: Any) -> fx.Node:
         return self._record(base, part, self.graph.call_function(target, args))

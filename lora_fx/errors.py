@@ -35,6 +35,18 @@ class FoldError(LoraFxError):
     """Branches cannot be folded into weights without changing what the graph computes."""
 
 
+class VerifyError(LoraFxError):
+    """A folded graph computes something else than the graph that it was made from; ``node`` is the first that departs."""
+
+    def __init__(self, message: str, node: str = "") -> None:
+        self.node = node
+        super().__init__(message)
+
+
+class StateError(LoraFxError):
+    """A pass left a graph that is not legal in the state it should be in: a fault of lora_fx."""
+
+
 class ExportError(LoraFxError):
     """A graph cannot be written in the requested format."""
 

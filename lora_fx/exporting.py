@@ -8,10 +8,11 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
@@ -43,6 +44,17 @@ def export(
             raise _refusal(model, inputs, error, training) from error
 
 
+def tie(model: nn.Module) -> None:
+    """Make tensors that are one in memory one object again under all their names (in place): a saved program forgets that."""
+    first: dict[object, Any] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and tensor.numel() and not tensor.is_meta:
+                    place = type(tensor), tensor.dtype, tensor.data_ptr(), tensor.shape, tensor.stride()
+                    held[name] = first.setdefault(place, tensor)
+
+
 def check_inputs(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | None) -> None:
     """Raise :class:`TraceError` unless ``model.forward`` takes the inputs, and ``dynamic`` names dimensions that they have."""
     try:
@@ -61,6 +73,21 @@ def check_inputs(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | Non
             raise TraceError(
                 f"dynamic= says {dims!r} for {key!r}: a sequence of dimensions is expected, of which it has {rank} (0 to {rank - 1})."
             )
+
+
+def in_order(model: nn.Module, inputs: ExampleInputs) -> ExampleInputs:
+    """Return the inputs as torch.export must have those of a GraphModule, which it runs by position, whatever the keywords.
+
+    That is in the order of ``forward``, with the defaults of what was left out between them.
+    """
+    if not isinstance(model, fx.GraphModule):
+        return inputs
+    bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
+    given = set(bound.arguments)
+    bound.apply_defaults()
+    names = list(bound.arguments)
+    last = max((index for index, name in enumerate(names) if name in given), default=-1)
+    return replace(inputs, kwargs={name: bound.arguments[name] for name in names[len(inputs.args) : last + 1]})
 
 
 def _by_name(model: nn.Module, inputs: ExampleInputs) -> dict[str, Any]:

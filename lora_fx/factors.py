@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-_FACTOR = re.compile(r".+\.lora_[AB]\.(?P<adapter>[^.]+)(\.[^.]+)?\.weight")
+_FACTOR = re.compile(r"(.+\.)?lora_[AB]\.(?P<adapter>[^.]+)(\.[^.]+)?\.weight")
+_EMBEDDING_FACTOR = re.compile(
+    r"(.+\.)?lora_embedding_[AB]\.(?P<adapter>[^.]+)"
+)  # as PEFT names those of its own layers
 _COPY = re.compile(r"(?P<module>(.+\.)?)trained\.(?P<adapter>[^.]+)\.(?P<leaf>[^.]+)")
 _PLACES = re.compile(r".+\.lora_places\.(?P<adapter>[^.]+)\.[^.]+")
 
@@ -57,7 +60,7 @@ class BranchNames:
 
 def is_factor(name: str) -> bool:
     """Tell whether a parameter name is that of a factor."""
-    return _FACTOR.fullmatch(name) is not None
+    return any(pattern.fullmatch(name) for pattern in (_FACTOR, _EMBEDDING_FACTOR))
 
 
 def is_places(name: str) -> bool:
@@ -85,5 +88,6 @@ def is_of_adapter(name: str) -> bool:
 def adapters(module: nn.Module) -> tuple[str, ...]:
     """Return the names of the adapters in a graph, in the order of their first parameters."""
     names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-    matches = (_FACTOR.fullmatch(name) or _COPY.fullmatch(name) for name in names)
-    return tuple(dict.fromkeys(match["adapter"] for match in matches if match))
+    patterns = (_FACTOR, _EMBEDDING_FACTOR, _COPY)
+    matches = (match for name in names for pattern in patterns if (match := pattern.fullmatch(name)))
+    return tuple(dict.fromkeys(match["adapter"] for match in matches))

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from lora_fx.operators import ACTIVATION, POINTWISE, POWER, SHAPE, name_of, shape_of, size_of, tensor_inputs
-from lora_fx.sites import Operands, operands
+from lora_fx.products import Operands, operands
 
 _NO_FEATURE = -1
 
@@ -83,7 +83,7 @@ class Push:
         everything = Features(((0, out_features),))
         if shape is None:
             return Pushed(everything)
-        axis = 1 if parts.op.startswith("conv") else len(shape) - 1
+        axis = parts.feature_dim % len(shape)
         line = torch.arange(out_features).view([-1 if dim == axis else 1 for dim in range(len(shape))])
         return Pushed(everything, line.expand(shape))
 

@@ -1,118 +1,230 @@
 """Branches → merged weights, and back to the graph as it was before the rewrite.
 
 W' = W + Σ scaling · B A        (transposed for weights that are laid out (in, out))
+
+First it is found out what is to be done to which weight, without touching any: the recipe. All that can be refused is
+refused before anything is computed, and all weights are looked at before the first error is raised.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
 
-from lora_fx.branches import FoundBranch, Term, find_branches
+from lora_fx.branches import FoundBranch, Nominate, find_branches
 from lora_fx.errors import FoldError
-from lora_fx.factors import is_of_adapter, original_name
+from lora_fx.factors import is_factor, is_of_adapter, original_name
+from lora_fx.fold_report import FoldedWeight
 from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph, erase_unread, state_of
-from lora_fx.lowrank import Update, merged_weight
-from lora_fx.sites import Operands, operands, uses
+from lora_fx.lowrank import Merge, merge_into
+from lora_fx.sharing import Value, separate, values_of
+from lora_fx.states import checked
 
 
-def fold(graph_module: TracedGraphModule) -> TracedGraphModule:
+def fold(
+    graph_module: fx.GraphModule, *, branches: Nominate = is_factor, unshare: bool = False, inplace: bool = False
+) -> TracedGraphModule:
     """Return the graph without its branches, with their product merged into the weights of their sites.
 
     The result computes what ``graph_module`` computes in evaluation, has the graph that the model was traced to, and the
-    model's ``state_dict`` keys. ``graph_module`` stays usable; only adapted weights are new tensors. Their names are in
-    ``meta["lora_fx"]["merged"]``.
+    model's ``state_dict`` keys. ``graph_module`` stays usable; only adapted weights are new tensors. What was done to each
+    of them is told by :func:`~lora_fx.fold_report.fold_report`.
+
+    A branch is found by the names of its factors and folded if it is linear, with constant factors, from its input to an
+    addend of its site's output. Products are summed in float32 for float32 and bfloat16 weights and in float64 for others,
+    and rounded once.
+
+    Args:
+        graph_module: of ATen operators: made by lora_fx, a copy of such, or a trace of a model with branches of its own.
+        branches: tells by a parameter's name whether it is a factor of a branch. By default the names that lora_fx and
+            PEFT give: ``<module>.lora_A.<adapter>.weight``, ``….lora_embedding_A.<adapter>``, and so for B.
+        unshare: where uses of one weight need different values, un-tie them. A value keeps those names of the weight whose
+            module uses it; one that has none is called ``<module>@<n>.weight``, for the n-th call.
+        inplace: write into the weights themselves, without a second copy of any. ``graph_module`` and the model that it was
+            traced from are of no use afterwards. Where uses are un-tied, a weight is still copied.
 
     Raises:
-        FoldError: a branch is not linear, a weight would need different values at its uses, or a tensor is on the meta
-            device.
+        FoldError: a branch is not linear, a weight would need different values at its uses, or would become non-finite, or
+            a tensor is on the meta device. Nothing was changed.
     """
-    found = find_branches(graph_module)
+    _check(graph_module)
+    found = find_branches(graph_module, branches)
+    values = values_of(graph_module, found, unshare=unshare)
     state = state_of(graph_module)
+    merges = [value.merge for value in values if value.updates]
+    _check_foldable(merges, state)
+    copied = _copied_weights(values, state) if inplace else {merge.weight for merge in merges}
     merged: dict[str, torch.Tensor] = {}
-    for weight, branches in _by_weight(found).items():
-        parts = _site(branches[0])
-        _all_uses_alike(parts.weight, branches)
-        updates = [_update(term, state) for term in branches[0].terms]
-        for name, tensor in [
-            (weight, state.tensors[weight]),
-            *((n, state.tensors[n]) for t in branches[0].terms for n in t.factors),
-        ]:
-            if tensor.is_meta:
-                raise FoldError(f"{name!r} is on the meta device and has no values to fold. Load the weights first.")
-        value = merged_weight(state.tensors[weight], updates, transposed=parts.layout == "in_out")
-        if not torch.isfinite(value).all():
-            raise FoldError(
-                f"folding makes {weight!r} non-finite: the weight or an adapter has a NaN, an infinity, or too large a value."
-            )
-        parameter = nn.Parameter(value, requires_grad=False)
-        merged.update({name: parameter for name, first in state.aliases().items() if first == weight})
-    for name, tensor in {**state.tensors, **merged}.items():
-        original = original_name(name)
-        if original is not None:
-            # A copy that trains on must not change what was folded.
-            merged[original] = merged.get(name, nn.Parameter(tensor.detach().clone(), requires_grad=False))
-    folded = _without_branches(graph_module, found, state.with_tensors(merged))
+    report: list[FoldedWeight] = []
+    for merge in merges:
+        weight = state.tensors[merge.weight]
+        out = torch.empty_like(weight, requires_grad=False) if merge.weight in copied else None
+        merged_into = merge_into(weight, merge, state.tensors, out)
+        report.append(FoldedWeight(merge, merged_into, str(weight.dtype).removeprefix("torch.")))
+        if out is not None:
+            tensor = nn.Parameter(out, requires_grad=False) if isinstance(weight, nn.Parameter) else out
+            merged.update(dict.fromkeys(merge.names, tensor))
+    merged.update(
+        {name: state.tensors[v.weight] for v in values for name in v.names if name not in {**state.tensors, **merged}}
+    )
+    _check_finite(report)
+    for merge in merges:
+        if merge.weight not in copied:
+            merge_into(state.tensors[merge.weight], merge, state.tensors, state.tensors[merge.weight])
+            torch.autograd.graph.increment_version(state.tensors[merge.weight])
+    merged = {**_trained(state, merged), **merged}
+    folded = _without_branches(graph_module, found, values, state.with_tensors(merged), branches)
     own = folded.meta["lora_fx"]
-    own["merged"] = (*own.get("merged", ()), *(name for name in merged if not is_of_adapter(name)))
+    own["folded"] = tuple(report)
+    names = (name for merge in merges for name in merge.names)
+    own["merged"] = tuple(dict.fromkeys((*own.get("merged", ()), *merged, *names)))
+    if inplace:
+        _consume(graph_module)
     return folded
 
 
-def unload(graph_module: TracedGraphModule) -> TracedGraphModule:
+def unload(graph_module: fx.GraphModule, *, branches: Nominate = is_factor) -> TracedGraphModule:
     """Return the graph as it was before the rewrite: its branches dropped, its weights unchanged.
+
+    Args:
+        graph_module: see :func:`fold`.
+        branches: see :func:`fold`.
 
     Raises:
         FoldError: a branch cannot be taken out without changing something else.
     """
-    return _without_branches(graph_module, find_branches(graph_module), state_of(graph_module))
+    _check(graph_module)
+    return _without_branches(graph_module, find_branches(graph_module, branches), (), state_of(graph_module), branches)
 
 
-def _by_weight(found: Sequence[FoundBranch]) -> dict[str, list[FoundBranch]]:
-    groups: dict[str, list[FoundBranch]] = {}
-    for branch in found:
-        groups.setdefault(str(_site(branch).weight.target), []).append(branch)
-    return groups
+def recipe(graph_module: fx.GraphModule, *, branches: Nominate = is_factor, unshare: bool = False) -> tuple[Merge, ...]:
+    """Return what :func:`fold` would do to each weight, as data: factors by their names, scalings, layouts.
+
+    No tensor is read, so that the graph may be on the meta device: ``lowrank.merge_into`` carries a recipe out on tensors from
+    wherever they are.
+
+    Args:
+        graph_module: see :func:`fold`.
+        branches: see :func:`fold`.
+        unshare: see :func:`fold`.
+
+    Raises:
+        FoldError: see :func:`fold`.
+    """
+    _check(graph_module)
+    values = values_of(graph_module, find_branches(graph_module, branches), unshare=unshare)
+    return tuple(value.merge for value in values if value.updates)
 
 
-def _site(branch: FoundBranch) -> Operands:
-    parts = operands(branch.site)
-    assert parts is not None
-    return parts
+def _check(graph_module: fx.GraphModule) -> None:
+    if not isinstance(graph_module, fx.GraphModule):
+        raise FoldError(
+            f"a graph is expected, and this is a {type(graph_module).__name__}: make one with lora_fx.rewrite or lora_fx.trace."
+        )
+    if graph_module.meta.get("lora_fx", {}).get("consumed"):
+        raise FoldError(
+            "this graph was folded in place: its weights hold its branches already. Use the graph that fold returned."
+        )
 
 
-def _update(term: Term, state: State) -> Update:
-    places = state.tensors[term.places] if term.places is not None else None
-    return Update(tuple(state.tensors[name] for name in term.factors), term.scaling, places)
+def _check_foldable(merges: Sequence[Merge], state: State) -> None:
+    problems = []
+    for merge in merges:
+        weight = state.tensors[merge.weight]
+        tensors = {name: state.tensors[name] for update in merge.updates for name in (merge.weight, *update.names)}
+        problems += [f"{name!r} is on the meta device" for name, tensor in tensors.items() if tensor.is_meta]
+        if not weight.is_floating_point():
+            problems.append(f"{merge.weight!r} is {weight.dtype}, and only floating-point weights can be added to")
+    if problems:
+        raise FoldError(
+            f"there is nothing to fold with: {'; '.join(dict.fromkeys(problems))}. Load or dequantise the weights first; "
+            "lora_fx.recipe says what would be folded."
+        )
 
 
-def _all_uses_alike(weight: fx.Node, branches: Sequence[FoundBranch]) -> None:
-    """Raise unless every use of a weight is a site with the same updates: a merged weight has one value for all of them."""
-    updates: Mapping[fx.Node, frozenset[tuple[tuple[str, ...], float, str | None]]] = {
-        branch.site: frozenset((term.factors, term.scaling, term.places) for term in branch.terms)
-        for branch in branches
+def _copied_weights(values: Sequence[Value], state: State) -> set[str]:
+    """Return the weights that a fold in place cannot write to, since something needs the old value; refuse shared memory."""
+    names = [value.weight for value in values]
+    copied = {name for name, count in Counter(names).items() if count > 1}
+    spans: dict[object, list[str]] = {}
+    for first in state.names():
+        tensor = state.tensors[first]
+        if not tensor.is_meta:
+            spans.setdefault((tensor.device, tensor.untyped_storage().data_ptr()), []).append(first)
+    for group in spans.values():
+        written = [name for name in group if name in names and name not in copied]
+        if written and len(group) > 1:
+            raise FoldError(
+                f"{' and '.join(map(repr, group))} share memory: folding {written[0]!r} in place would change them all. "
+                "Fold without inplace=True."
+            )
+    return copied
+
+
+def _check_finite(report: Sequence[FoldedWeight]) -> None:
+    bad = [entry for entry in report if entry.merged.non_finite]
+    if bad:
+        listed = "; ".join(
+            f"folding makes {e.merge.weight!r} non-finite in {e.merged.non_finite} elements" for e in bad
+        )
+        raise FoldError(f"{listed}: the weight or an adapter has a NaN, an infinity, or too large a value.")
+
+
+def _trained(state: State, merged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return values for the parameters for which an adapter has a trained copy: a copy of that, since it may train on."""
+    return {
+        original: nn.Parameter(tensor.detach().clone(), requires_grad=False)
+        for name, tensor in state.tensors.items()
+        if (original := original_name(name)) is not None and original not in merged
     }
-    readers = list(uses(weight))
-    if set(updates) == set(readers) and len(set(updates.values())) == 1:
-        return
-    named = "; ".join(f"{user.name} ({'with' if user in updates else 'without'} a branch)" for user in readers)
-    raise FoldError(
-        f"{weight.target!r} is used {len(readers)} times, and its uses need different values after folding: {named}. "
-        "Adapt all uses alike, or give the model separate weights before the rewrite."
-    )
 
 
-def _without_branches(graph_module: TracedGraphModule, found: Sequence[FoundBranch], state: State) -> TracedGraphModule:
+def _without_branches(
+    graph_module: fx.GraphModule,
+    found: Sequence[FoundBranch],
+    values: Sequence[Value],
+    state: State,
+    nominate: Nominate,
+) -> TracedGraphModule:
     graph, copies = copy_graph(graph_module.graph)
     for branch in found:
         copies[branch.end].replace_all_uses_with(copies[branch.base])
         erase_unread(graph, copies[branch.end])
     for node in graph.find_nodes(op="get_attr"):
         node.target = original_name(str(node.target)) or node.target
+    separate(graph, values, copies)
     graph.lint()
-    kept = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    dropped = {name for name in state.tensors if is_of_adapter(name)} | (set(state.modules) - kept)
-    own = {key: value for key, value in graph_module.meta["lora_fx"].items() if key != "adapters"}
-    meta = {**graph_module.meta, "lora_fx": own}
-    return assemble(graph, state.without(dropped), meta=meta, training=graph_module.training, trainable=frozenset())
+    aliases, read = (
+        state.aliases(),
+        {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")},
+    )
+    of_branches = {aliases[name] for branch in found for update in branch.updates for name in update.names}
+    dropped = {
+        name
+        for name, first in aliases.items()
+        if first not in read and (first in of_branches or is_of_adapter(name) or nominate(name))
+    }
+    dropped |= set(state.modules) - read
+    own = {**_FOREIGN, **graph_module.meta.get("lora_fx", {})}
+    meta = {**graph_module.meta, "lora_fx": {key: value for key, value in own.items() if key != "adapters"}}
+    plain = assemble(graph, state.without(dropped), meta=meta, training=graph_module.training, trainable=frozenset())
+    return checked(plain, "folded")
+
+
+_FOREIGN: Mapping[str, Any] = {"inference": True, "constants": {}, "model_class": "", "config": None}
+"""What is known of a graph that lora_fx did not trace."""
+
+
+def _consume(graph_module: fx.GraphModule) -> None:
+    """Make a graph whose weights are overwritten refuse to compute."""
+
+    def forward(*_args: Any, **_kwargs: Any) -> Any:
+        _check(graph_module)
+
+    graph_module.meta.setdefault("lora_fx", {})
+    graph_module.meta["lora_fx"] = {**graph_module.meta["lora_fx"], "consumed": True}
+    graph_module.forward = forward

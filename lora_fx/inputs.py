@@ -229,7 +229,9 @@ def _read(model: nn.Module, config: Any, made: str, *names: str) -> tuple[Any, .
 
 
 def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(model.forward).parameters
+    """Return the arguments of the transformers model that ``model`` is, or wraps: a wrapper passes all on by ``**kwargs``."""
+    own = (module for module in model.modules() if hasattr(type(module), "main_input_name"))
+    return inspect.signature(next(own, model).forward).parameters
 
 
 _AXES: Mapping[str, tuple[str | None, ...]] = {

@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lora_fx.attaching import new_factors_like
+from lora_fx.beside import difference
 from lora_fx.checks import InputCheck, RelationCheck, add_checks, remove_checks
 from lora_fx.errors import LoraFxError, TraceError
 from lora_fx.factors import is_of_adapter, is_places, original_name
@@ -20,7 +21,7 @@ from lora_fx.folding import unload
 from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, described, state_of, trainable_names
 from lora_fx.inputs import example_inputs, graph_inputs
 from lora_fx.probing import without_artefacts
-from lora_fx.verifying import difference
+from lora_fx.states import checked
 
 
 def materialize(
@@ -79,7 +80,7 @@ def materialize(
         training=graph_module.training,
         trainable=trainable,
     )
-    return ready if like is None else _probed(ready, like, trainable)
+    return checked(ready if like is None else _probed(ready, like, trainable), "branched" if adapters else "base")
 
 
 def _check_fit(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
@@ -142,8 +143,8 @@ def _probed(graph_module: TracedGraphModule, like: nn.Module, trainable: frozens
     kept = {
         name: module for name, module in state.modules.items() if not isinstance(module, InputCheck | RelationCheck)
     }
-    checked = replace(state, modules={**kept, **add_checks(graph, found)})
-    return assemble(graph, checked, meta=graph_module.meta, training=graph_module.training, trainable=trainable)
+    with_checks = replace(state, modules={**kept, **add_checks(graph, found)})
+    return assemble(graph, with_checks, meta=graph_module.meta, training=graph_module.training, trainable=trainable)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ higher_order = torch.ops.higher_order
 def inline_regions(module: fx.GraphModule, *, training: bool) -> None:
     """Replace calls of wrapped sub-graphs by their nodes.
 
-    What a ``no_grad`` region returns does not require a gradient; a ``detach`` on each result says so in the flat graph.
+    What a ``no_grad`` region computes does not require a gradient; a ``detach`` on each result says so in the flat graph.
 
     Args:
         module: edited.
@@ -39,6 +39,7 @@ def inline_regions(module: fx.GraphModule, *, training: bool) -> None:
             sub-graphs in another way.
     """
     graph = module.graph
+    _remove_writes_to_itself(graph)
     for node in list(graph.nodes):
         if not isinstance(node.target, torch._ops.HigherOrderOperator):
             continue
@@ -57,6 +58,14 @@ def inline_regions(module: fx.GraphModule, *, training: bool) -> None:
             and not node.users
             and isinstance(_attribute(module, str(node.target)), fx.GraphModule)
         ):
+            graph.erase_node(node)
+
+
+def _remove_writes_to_itself(graph: fx.Graph) -> None:
+    """Remove ``x.set_(x)``: with that begins a parametrization, which a model may register for the length of a call."""
+    for node in graph.find_nodes(op="call_function", target=aten.set_.source_Tensor):
+        if node.args[0] is node.args[1]:
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
 
@@ -104,7 +113,7 @@ def _inline(
                 results: list[Any] = list(fx.map_arg(node.args[0], lambda n: values[n]))
             elif node.op != "placeholder":
                 values[node] = graph.node_copy(node, lambda n: values[n])
-        return [_detach(graph, result) if detached else result for result in results]
+        return [_detach(graph, result) if detached and result not in operands else result for result in results]
 
 
 def _detach(graph: fx.Graph, value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from lora_fx.roles import Purpose, purposes
 from lora_fx.ruleset import RuleSet, Selection, Setting, load
 from lora_fx.sites import Site, sites
 from lora_fx.tracing import trace
-from lora_fx.vocabulary import Part
+from lora_fx.vocabulary import Op, Part
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class Branch:
         setting: rank, alpha, dropout, scaling, init.
         part: of a branch for one part of a fused projection.
         features: the output features of that part; None where the branch writes to all.
+        op: what kind of site it is beside.
     """
 
     owner: str
     setting: Setting
     part: Part | None = None
     features: Features | None = None
+    op: Op = "linear"
 
     @property
     def key(self) -> str:
@@ -49,9 +52,23 @@ class Branch:
         """Return the names of the branch's parameters in an adapter."""
         return BranchNames(self.owner, adapter, self.part)
 
+    def shapes(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B beside a site.
+
+        ``(rank, in)`` and ``(out, rank)``, with as many outputs as the branch writes to. Of a convolution A has the kernel, with
+        ``in / groups`` channels, and B is pointwise with ``rank / groups``. Of experts they are ``(experts · rank, in)`` and
+        ``(out, rank · experts)``, as PEFT has them.
+        """
+        rank, outputs = self.setting.rank, self.outputs(site)
+        if site.kernel:
+            ones = (1,) * len(site.kernel)
+            a = (rank, site.in_features // site.matrices, *site.kernel)
+            return a, (outputs, rank // site.matrices, *ones)
+        return (site.matrices * rank, site.in_features), (outputs, rank * site.matrices)
+
     def parameters(self, site: Site) -> int:
-        """Return the number of parameters: ``rank · (in + out)``, with as many outputs as the branch writes to."""
-        return self.setting.rank * (site.in_features + self.outputs(site))
+        """Return the number of parameters of A and B."""
+        return sum(math.prod(shape) for shape in self.shapes(site))
 
     def outputs(self, site: Site) -> int:
         """Return the number of output features that the branch writes to."""
@@ -241,13 +258,12 @@ def _trained(
 
 def check_attachable(plan: Plan, graph_module: fx.GraphModule) -> None:
     """Raise :class:`PlanError` unless every chosen site can get a branch; all that cannot are named."""
-    problems = []
+    problems: list[str] = []
     state = state_of(graph_module)
     for chosen in plan.chosen:
         site, weight = chosen.site, state.tensors[chosen.site.weight]
-        if site.op != "linear":
-            problems.append(f"site {site.name!r} is {site.op}: branches are inserted at linear sites only, so far")
-        elif not isinstance(weight, nn.Parameter):
+        problems += _unfit(chosen)
+        if not isinstance(weight, nn.Parameter):
             problems.append(f"site {site.name!r} multiplies by a buffer, {site.weight!r}: make it a parameter")
         elif weight.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             problems.append(
@@ -277,6 +293,22 @@ def check_attachable(plan: Plan, graph_module: fx.GraphModule) -> None:
         raise PlanError("; ".join(problems) + ".")
 
 
+def _unfit(chosen: Chosen) -> Iterator[str]:
+    """Yield why branches cannot be at a site of this kind."""
+    site = chosen.site
+    for branch in chosen.branches:
+        rank = branch.setting.rank
+        if site.kernel and branch.features is not None:
+            yield f"site {site.name!r} is {site.op}: a part of its output features alone can get no branch"
+        if site.kernel and rank % site.matrices:
+            yield (
+                f"site {site.name!r} has {site.matrices} groups, each with a low-rank update of its own, and rank {rank} cannot be "
+                "divided among them"
+            )
+        if site.operator == "_grouped_mm" and rank % 4:
+            yield f"site {site.name!r} multiplies by {site.operator}, which takes ranks that are multiples of 4, not {rank}"
+
+
 def _chosen(site: Site, purpose: Purpose, rules: RuleSet, claims: Sequence[int], problems: list[str]) -> Chosen:
     """Return the branches that the claims on a site come to; what cannot be reconciled is added to the problems."""
     branches: dict[Part | None, tuple[int, Branch]] = {}
@@ -303,9 +335,9 @@ def _branches(site: Site, purpose: Purpose, rules: RuleSet, selection: Selection
     owner = shared if selection.calls == "all" else own
     setting = rules.setting_of(selection)
     if selection.features is None:
-        yield Branch(owner, setting)
+        yield Branch(owner, setting, op=site.op)
     for part in selection.features or ():
-        yield Branch(owner, setting, part, purpose.parts[part])
+        yield Branch(owner, setting, part, purpose.parts[part], site.op)
 
 
 def owners_of(site: Site) -> tuple[str, str]:
@@ -330,12 +362,12 @@ def _check_ranks(plan: Plan) -> None:
     for chosen in plan.chosen:
         site = chosen.site
         for branch in chosen.branches:
-            outputs = branch.outputs(site)
-            most = min(site.in_features, outputs)
+            outputs, inputs = branch.outputs(site), site.in_features * math.prod(site.kernel)
+            most = min(inputs, outputs)
             if branch.setting.rank > most:
                 problems.append(
                     f"{chosen.rule} gives site {site.name!r} rank {branch.setting.rank}, which is more than its weight of "
-                    f"{outputs} × {site.in_features} can have. Choose rank ≤ {most}"
+                    f"{outputs} × {inputs} can have. Choose rank ≤ {most}"
                 )
     if problems:
         raise PlanError(";\n  ".join(problems) + ".")

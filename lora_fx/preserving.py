@@ -82,12 +82,18 @@ def stateless(model: nn.Module) -> Iterator[None]:
         )
 
 
-def check_modes(model: nn.Module) -> None:
-    """Raise :class:`TraceError` unless the modules are in the modes that ``model.train()`` or ``model.eval()`` gives them.
+def mode_of(model: nn.Module, *, inference: bool) -> bool:
+    """Return whether a model is in train mode, and not in eval mode. The modes of its modules are left changed.
 
-    A graph has one mode. The modes are left changed.
+    What torch.export made is taken to be in eval mode.
+
+    Raises:
+        TraceError: the modules are in other modes than ``model.train()`` or ``model.eval()`` gives them, and a graph has one;
+            or there is no train mode, and ``inference`` does not do without.
     """
-    given = {name: module.training for name, module in model.named_modules()}
+    given: dict[str, bool] = {name: module.training for name, module in model.named_modules()}
+    if inference and is_exported(model):
+        return False
     possible = []
     for training in (True, False):
         set_mode(model, training)
@@ -100,20 +106,34 @@ def check_modes(model: nn.Module) -> None:
             f"and in {_mode(not given[''])} mode {'is' if len(others) == 1 else 'are'} {', '.join(others[:8])}"
             f"{', …' if len(others) > 8 else ''}. Call model.train() or model.eval() first."
         )
+    return given[""]
 
 
 def set_mode(model: nn.Module, training: bool) -> None:
     """Set the mode of a model.
 
     Raises:
-        TraceError: it has none, such as what torch.export made.
+        TraceError: there is no train mode, as in what torch.export made.
     """
     try:
         model.train(training)
     except NotImplementedError as error:
-        raise TraceError(
-            f"{type(model).__name__} has no train and eval mode ({error}): trace the module that it was made from."
-        ) from error
+        if training:
+            raise TraceError(
+                f"{type(model).__name__} is or holds an exported program, which has no train and eval mode ({error}): it computes as it did "
+                "when it was exported. Trace it with inference=True; to train it, trace the module that it was made from."
+            ) from error
+        for module in model.modules():
+            module.training = False
+
+
+def is_exported(model: nn.Module) -> bool:
+    """Tell whether a model is, or holds, what torch.export made, which has no modes. The modes are left changed."""
+    try:
+        model.train()
+    except NotImplementedError:
+        return True
+    return False
 
 
 def _mode(training: bool) -> str:

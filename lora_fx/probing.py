@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from lora_fx.beside import GraphFailed, ModelFailed, difference, map_tensors
 from lora_fx.checks import Constraints
 from lora_fx.inputs import ExampleInputs
 from lora_fx.relations import UNBOUNDED, excludes, holds, references
-from lora_fx.verifying import GraphFailed, ModelFailed, difference, map_tensors
 
 Dimension = tuple[str, int]
 

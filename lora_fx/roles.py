@@ -36,7 +36,8 @@ from lora_fx.operators import (
     tensor_inputs,
     writes,
 )
-from lora_fx.sites import Operands, Site, operands, sites
+from lora_fx.products import Operands, operands
+from lora_fx.sites import Site, sites
 from lora_fx.vocabulary import ROLES, Part, Role
 
 _SUMS = frozenset({"add", "sub", "rsub"})

@@ -172,7 +172,9 @@ class InputCodeGen(_PyTreeCodeGen):
         return [*super().additional_globals(), (_GLOBAL, self.signature)]
 
     def process_inputs(self, *inputs: Any) -> Any:
-        """Return the tensors of a call by position, for ``fx.Interpreter``."""
+        """Return the tensors of a call by position, for ``fx.Interpreter``; torch.export gives them alone, and by position."""
+        if len(inputs) == len(self.signature.inputs) and all(isinstance(value, torch.Tensor) for value in inputs):
+            return list(inputs)
         return self.signature.tensors(inputs, {})
 
 

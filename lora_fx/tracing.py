@@ -12,23 +12,24 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx import normal_form
+from lora_fx.beside import check_evaluation, check_training, leaving_buffers, map_tensors
 from lora_fx.checks import Constraints, add_checks
 from lora_fx.constraints import constraints_of
 from lora_fx.errors import TraceError
-from lora_fx.exporting import Dynamic, check_inputs, export
+from lora_fx.exporting import Dynamic, check_inputs, export, in_order, tie
 from lora_fx.gradients import check_functions, check_hooks, recorded_interference
 from lora_fx.graph_module import TracedGraphModule, assemble, check_names, copy_graph, state_of, trainable_names
 from lora_fx.inputs import ExampleInputs, config_of
 from lora_fx.inputs import example_inputs as make_inputs
 from lora_fx.modes import check_constants, remove_inactive_dropout, unite_modes
-from lora_fx.preserving import check_modes, preserved, set_mode, stateless
+from lora_fx.preserving import is_exported, mode_of, preserved, set_mode, stateless
 from lora_fx.probing import without_artefacts
 from lora_fx.signature import take_inputs
-from lora_fx.verifying import check_evaluation, check_training, leaving_buffers, map_tensors
+from lora_fx.states import checked
 
 
 def trace(
-    model: nn.Module,
+    model: nn.Module | torch.export.ExportedProgram,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | ExampleInputs | None = None,
     *,
     dynamic: Dynamic | None = None,
@@ -41,16 +42,19 @@ def trace(
     of the model's; the model is not changed. Inputs that the trace does not cover raise :class:`~lora_fx.errors.InputError`.
 
     Args:
-        model: any module that ``torch.export`` takes; a graph of ours is copied.
+        model: any module that ``torch.export`` takes, also one that PEFT wraps, and a ``GraphModule`` of any kind; a graph of
+            ours is copied. An ``ExportedProgram`` (a loaded ``.pt2``), or the module of one, has only the mode in which it was
+            exported, and needs ``inference=True``. Its parameters keep their names, and its guards become input checks.
         example_inputs: keyword inputs as a mapping, or positional ones as a tuple. Made from the config of a transformers
-            model when left out. Values that are not tensors become constants of the graph.
+            model when left out; those of the program for an ``ExportedProgram``. Values that are not tensors become constants
+            of the graph.
         dynamic: input name → dimensions that may vary. By default batch and sequence of a transformers model must, and
             every other dimension may wherever the model allows.
         inference: trace the eval mode only. The graph has no dropout and cannot be trained; for models whose training
             cannot be traced.
 
     Returns:
-        A graph in the mode (train or eval) of the model.
+        A graph in the mode (train or eval) of the model; in eval mode for an exported program.
 
     Raises:
         TraceError: the model cannot be traced, fixes a dimension that should vary (the message says which), or has a graph
@@ -61,13 +65,20 @@ def trace(
         return assemble(
             graph, state_of(model), meta=model.meta, training=model.training, trainable=trainable_names(model)
         )
+    if isinstance(model, torch.export.ExportedProgram):
+        if example_inputs is None and model.example_inputs is not None:
+            example_inputs = ExampleInputs(*model.example_inputs)
+        model = model.module()
     _check_model(model)
     with preserved(model):
         inputs = _inputs_of(model, example_inputs)
         check_inputs(model, inputs, dynamic)
-        check_modes(model)
+        inputs = in_order(model, inputs)
+        training = mode_of(model, inference=inference)
+        if is_exported(model):
+            tie(model)
         united = _trace(model, inputs, dynamic, training=False) if inference else _trace_both(model, inputs, dynamic)
-        state = state_of(model).with_tensors(united.constants).with_modules(united.modules)
+        state = replace(state_of(model), modules=united.modules).with_tensors(united.constants)
         state = replace(state, non_persistent=state.non_persistent | set(united.constants))
         check_names(united.modules)
         meta = {
@@ -83,7 +94,8 @@ def trace(
     graph, _ = copy_graph(united.graph)
     checks = add_checks(graph, constraints)
     graph.lint()
-    return assemble(graph, state.with_modules(checks), meta=meta, training=model.training, trainable=frozenset())
+    traced = assemble(graph, state.with_modules(checks), meta=meta, training=training, trainable=frozenset())
+    return checked(traced, "base")
 
 
 @dataclass(frozen=True)

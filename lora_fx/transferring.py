@@ -13,6 +13,7 @@ from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, descri
 from lora_fx.planning import Branch, Chosen, Decision, Plan, Skipped, Trained, owners_of
 from lora_fx.ruleset import RuleSet, Selection
 from lora_fx.sites import sites
+from lora_fx.states import checked
 
 
 def transfer(graph_module: TracedGraphModule, *, onto: TracedGraphModule) -> TracedGraphModule:
@@ -47,13 +48,14 @@ def transfer(graph_module: TracedGraphModule, *, onto: TracedGraphModule) -> Tra
             f"the adapters do not fit the graph they are transferred onto: {'; '.join(unlike)}. Use the same model and rules."
         )
     graph, _ = copy_graph(result.graph)
-    return assemble(
+    moved = assemble(
         graph,
         state.with_tensors(factors),
         meta=result.meta,
         training=result.training,
         trainable=trainable_names(result),
     )
+    return checked(moved, "branched")
 
 
 def _told(tensor: torch.Tensor | None) -> str:

@@ -7,6 +7,9 @@ from typing import Literal, get_args
 Op = Literal["linear", "conv1d", "conv2d", "conv3d", "embedding", "expert"]
 """What a call site is: a product with a matrix in either layout, a convolution, a look-up, a product with stacked matrices."""
 
+Layout = Literal["out_in", "in_out"]
+"""Whether a weight is ``(out, in)``, as in ``nn.Linear``, or ``(in, out)``, as in GPT-2's ``Conv1D``."""
+
 Role = Literal[
     "self_attention.query",
     "self_attention.key",

@@ -1,0 +1,210 @@
+"""Weights with several uses: which of these need one value after a fold, and under which names.
+
+The uses of a weight are counted before it is changed. Those with equal updates go on to share a value; where that is not
+all of them, the weight is un-tied if that was asked for, and refused otherwise. Names after un-tying:
+
+1. a name that the weight has in the module that uses it (``lm_head.weight`` for the head, of an embedding and a head);
+2. else, for the first of the values, all names that nobody else claims;
+3. else a new one: the site's name and the parameter's own, ``shared@2.weight`` for the second call of ``shared``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from lora_fx.branches import FoundBranch
+from lora_fx.errors import FoldError
+from lora_fx.factors import original_name
+from lora_fx.graph_module import State, state_of
+from lora_fx.lowrank import Merge, Update
+from lora_fx.products import operands, readers
+from lora_fx.provenance import module_path
+from lora_fx.sites import sites
+from lora_fx.views import View
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a weight.
+
+    Attributes:
+        reader: the node that computes with it.
+        weight: the ``get_attr`` by which it does; None for a module that holds it.
+        between: the transposes and casts between the two.
+        site: name of the site that it is; the module path, if it is none.
+        updates: those of the branches beside it.
+    """
+
+    reader: fx.Node
+    weight: fx.Node | None
+    between: tuple[fx.Node, ...]
+    site: str
+    updates: tuple[Update, ...]
+
+    @property
+    def view(self) -> View:
+        """Of the weight, at a site."""
+        parts = operands(self.reader)
+        return View() if parts is None else parts.view
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value that a weight has after folding: all uses of it that have equal updates.
+
+    Attributes:
+        weight: first name of the weight.
+        uses: that read it.
+        names: in the state dict.
+    """
+
+    weight: str
+    uses: tuple[Use, ...]
+    names: tuple[str, ...] = ()
+
+    @property
+    def updates(self) -> tuple[Update, ...]:
+        """What is added to the weight."""
+        return self.uses[0].updates
+
+    @property
+    def merge(self) -> Merge:
+        """The same as data."""
+        return Merge(self.weight, self.names, self.updates, self.uses[0].view)
+
+
+def values_of(graph_module: fx.GraphModule, found: Sequence[FoundBranch], *, unshare: bool) -> tuple[Value, ...]:
+    """Return the values of every weight that has a branch at one of its uses.
+
+    Raises:
+        FoldError: uses of a weight need different values, and ``unshare`` is not set, or it cannot be told which name is
+            whose. All weights of which this is so are named.
+    """
+    state = state_of(graph_module)
+    names = state.names()
+    problems: list[str] = []
+    values: list[Value] = []
+    for weight, uses in _uses(graph_module, found, state).items():
+        groups: dict[object, list[Use]] = {}
+        for use in uses:
+            view = use.view if use.updates else None
+            groups.setdefault((frozenset(Counter(use.updates).items()), view), []).append(use)
+        parted = [Value(weight, tuple(group)) for group in groups.values()]
+        if len(parted) > 1 and not unshare:
+            problems.append(
+                f"{weight!r} is used {len(uses)} times, and its uses need different values after folding: {_listed(uses)}. "
+                "Adapt all uses alike, give the model separate weights before the rewrite, or un-tie them with unshare=True."
+            )
+        else:
+            values += _named(parted, original_names(names[weight]), state.tensors.keys(), problems)
+    if problems:
+        raise FoldError(" ".join(problems))
+    return tuple(values)
+
+
+def original_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the model's parameters for those of copies that stand in for them."""
+    return tuple(original_name(name) or name for name in names)
+
+
+def separate(graph: fx.Graph, values: Sequence[Value], copies: Mapping[fx.Node, fx.Node]) -> None:
+    """Give every value of an un-tied weight a ``get_attr`` of its own (in place).
+
+    Args:
+        graph: a copy of the graph that the values are of.
+        values: of every weight that has a branch.
+        copies: nodes of that graph → nodes of ``graph``.
+    """
+    parted = Counter(value.weight for value in values)
+    for value in values:
+        if parted[value.weight] == 1:
+            continue
+        for use in value.uses:
+            if use.weight is None or value.names[0] in original_names([str(use.weight.target)]):
+                continue
+            path = [copies[node] for node in (use.weight, *use.between)]
+            reader = copies[use.reader]
+            reader.replace_input_with(path[-1], _copied(graph, path, value.names[0]))
+            for node in reversed(path):
+                if not node.users:
+                    graph.erase_node(node)
+
+
+def _copied(graph: fx.Graph, path: Sequence[fx.Node], name: str) -> fx.Node:
+    """Return the end of a path from a ``get_attr``, copied for another tensor; what was copied before is used again."""
+    first, *between = path
+    known = next((node for node in graph.find_nodes(op="get_attr") if node.target == name), None)
+    with graph.inserting_after(first):
+        node: Any = known or graph.get_attr(name)
+    if known is None:
+        node.meta = dict(first.meta)
+    for original in between:
+        with graph.inserting_after(original):
+            copied = graph.node_copy(original, lambda n, last=node: last if n in path else n)  # type: ignore[misc]
+        node = copied
+    return node  # type: ignore[no-any-return]
+
+
+def _uses(graph_module: fx.GraphModule, found: Sequence[FoundBranch], state: State) -> dict[str, list[Use]]:
+    """Return all uses of every weight that has a branch at one of them, in the order of the graph."""
+    aliases, at = state.aliases(), {branch.site: branch for branch in found}
+    name_of = {site.node: site.name for site in sites(graph_module)}
+    adapted = [aliases[str(parts.weight.target)] for node in at if (parts := operands(node)) is not None]
+    uses: dict[str, list[Use]] = {weight: [] for weight in adapted}
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr" and aliases.get(str(node.target)) in uses:
+            for reader, between in readers(node):
+                updates = at[reader].updates if reader in at else ()
+                site = name_of.get(reader.name, module_path(reader))
+                uses[aliases[str(node.target)]].append(Use(reader, node, between, site, updates))
+        elif node.op == "call_module":
+            held = {aliases[name] for name in state.tensors if name.startswith(f"{node.target}.")}
+            for weight in held & uses.keys():
+                uses[weight].append(Use(node, None, (), str(node.target), ()))
+    order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
+    return {weight: sorted(each, key=lambda use: order[use.reader]) for weight, each in uses.items()}
+
+
+def _named(values: Sequence[Value], names: tuple[str, ...], taken: Collection[str], problems: list[str]) -> list[Value]:
+    """Return the values of one weight with their names."""
+    if len(values) == 1:
+        return [replace(values[0], names=names)]
+    owner: dict[str, int] = {}
+    for index, value in enumerate(values):
+        paths = {module_path(use.reader) for use in value.uses}
+        for name in names:
+            if name.rpartition(".")[0] in paths:
+                owner.setdefault(name, index)
+    if len(names) > 1 and not owner:
+        problems.append(
+            f"{' and '.join(names)} are one tensor, and the graph no longer says which module uses it where, so that un-tying cannot "
+            "tell whose value is whose. Fold the graph that lora_fx made, not a copy without metadata."
+        )
+    plain = next((index for index, value in enumerate(values) if not value.updates), 0)
+    first = plain if plain not in owner.values() else 0
+    for name in names:
+        owner.setdefault(name, first)
+    owned = [tuple(name for name in names if owner[name] == index) for index in range(len(values))]
+    return [
+        replace(value, names=own or (_new_name(value.uses[0].site, names[0], taken),))
+        for value, own in zip(values, owned, strict=True)
+    ]
+
+
+def _new_name(site: str, name: str, taken: Collection[str]) -> str:
+    """Return the name of a value that none of the weight's names is left for: the site's, and the parameter's own."""
+    module, _, call = site.partition("@")
+    own = "" if module == name else f".{name.rpartition('.')[2]}"
+    first = int(call or 1)
+    candidates = (f"{module}@{number}{own}" for number in itertools.count(first))
+    return next(candidate for candidate in candidates if candidate not in taken)
+
+
+def _listed(uses: Sequence[Use]) -> str:
+    return "; ".join(f"{use.reader.name} ({use.site}, {'with' if use.updates else 'without'} a branch)" for use in uses)

@@ -1,0 +1,364 @@
+"""A folded graph is run beside the graph that it was made from, node by node, to find the first value that departs.
+
+Folding takes the nodes of branches out and leaves the names of all others. So the two graphs correspond by name: each node of
+the folded graph to the node of the same name, or, where a branch is added to it, to the sum. Both compute with values of their
+own: what a graph writes to in place is not the other's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.beside import OwnStreams
+from lora_fx.branches import Nominate, find_branches
+from lora_fx.errors import InputError, LoraFxError, VerifyError
+from lora_fx.factors import is_factor
+from lora_fx.graph_module import described, state_of
+from lora_fx.provenance import module_path, source_line
+from lora_fx.signature import InputCodeGen
+from lora_fx.views import stored
+
+aten = torch.ops.aten
+
+TOLERANCES: Mapping[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest difference that is taken for rounding, as a part of the largest value."""
+
+COARSE = 5e-2
+"""The same for half precision, and for whatever has fewer bits."""
+
+_UNINITIALIZED = frozenset(
+    {aten.empty, aten.empty_like, aten.empty_strided, aten.empty_permuted, aten.new_empty, aten.new_empty_strided}
+)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What was found out about two graphs that agree.
+
+    Attributes:
+        nodes: the number of nodes whose values were compared.
+        largest: the largest difference, as a part of the largest value of its node.
+        node: where that is; empty if there is none.
+    """
+
+    nodes: int
+    largest: float
+    node: str
+
+
+def verify(
+    graph_module: fx.GraphModule,
+    merged: fx.GraphModule,
+    inputs: Mapping[str, Any] | tuple[Any, ...],
+    *,
+    branches: Nominate = is_factor,
+    tolerance: float | None = None,
+) -> Agreement:
+    """Run a folded graph beside the graph that it was made from, in evaluation, and compare the value of every node.
+
+    What depends on weights alone is not compared. Neither the graphs nor the inputs are changed, and values are held only
+    as long as they are read.
+
+    Args:
+        graph_module: with branches, or without.
+        merged: what ``fold`` made of it.
+        inputs: what both are called with, by keyword (a mapping) or by position (a tuple).
+        branches: tells by a parameter's name whether it is a factor of a branch, as for ``fold``.
+        tolerance: the largest difference, as a part of the largest value of a node. By default 1e-9, 1e-4 or 0.05, by the
+            lowest precision that went into a node: double, single or half. More is due on a GPU that multiplies in TF32.
+
+    Raises:
+        VerifyError: a value departs, or ``merged`` was not made from ``graph_module``. The message names the first such
+            node, and so does ``node`` of the error.
+        InputError: the graphs do not take these inputs.
+        FoldError: ``graph_module`` cannot be folded.
+        LoraFxError: a tensor is on the meta device.
+    """
+    _check_values(graph_module, merged)
+    pairs = _pairs(graph_module, merged, branches)
+    branched = _Run(graph_module, _bound(graph_module, inputs), pairs)
+    folded = _Run(merged, _bound(merged, inputs), pairs.values())
+    agreement = Agreement(len(pairs), 0.0, "")
+    with _evaluating(graph_module, merged), _repeatable():
+        for node, twin in pairs.items():
+            expected, found = branched.value_of(node), folded.value_of(twin)
+            allowed = folded.tolerances[twin] if tolerance is None else tolerance
+            largest, departure = _compare(expected, found, allowed)
+            if departure is not None:
+                raise _departed(node, twin, departure)
+            if largest > agreement.largest:
+                agreement = Agreement(len(pairs), largest, twin.name)
+    return agreement
+
+
+class _Interpreter(fx.Interpreter):
+    """Reads copies of buffers: operators may write to them."""
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return value if isinstance(value, nn.Parameter) else _copied(value)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+class _Run:
+    """A graph that is run as far as it is asked for values; it holds those that are yet to be read or asked for.
+
+    Attributes:
+        tolerances: by node, that of the lowest precision that went into its value.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, inputs: Iterable[Any], wanted: Collection[fx.Node]) -> None:
+        self.tolerances: dict[fx.Node, float] = {}
+        self._interpreter = _Interpreter(graph_module)
+        self._interpreter.args_iter = map(_copied, inputs)
+        self._rest = iter(graph_module.graph.nodes)
+        self._written = 0.0
+        self._wanted = frozenset(wanted)
+        self._ready: dict[fx.Node, Any] = {}
+
+    def value_of(self, node: fx.Node) -> Any:
+        """Return the value of a wanted node, once."""
+        while node not in self._ready:
+            self._step(next(self._rest))
+        return self._ready.pop(node)
+
+    def _step(self, node: fx.Node) -> None:
+        held = self._interpreter.env
+        value = self._interpreter.run_node(node)
+        self.tolerances[node] = self._tolerance(node, value)
+        if node.users:
+            held[node] = value
+        for source in self._interpreter.user_to_last_uses.get(node, ()):
+            del held[source]
+        if node in self._wanted:
+            self._ready[node] = value
+
+    def _tolerance(self, node: fx.Node, value: Any) -> float:
+        if node.op == "placeholder":  # the same in both graphs, to the last bit
+            return 0.0
+        before = [self.tolerances[source] for source in node.all_input_nodes]
+        found = max([_tolerance(value), self._written, *before])
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            self._written = found  # whatever shares that memory has it from now on
+        return found
+
+
+class _Repeatable(OwnStreams):
+    """Also makes memory that an operator leaves as it was zero."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        return result.zero_() if getattr(func, "overloadpacket", None) in _UNINITIALIZED else result
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """Make operators that draw or leave out values give the same in both graphs; put the random state back."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), _Repeatable():
+        yield
+
+
+@contextmanager
+def _evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Put modules into evaluation mode, and each of their parts back into its own."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for part, _ in modes:
+            part.training = False  # eval() is refused by what torch.export makes, and may do more
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _check_values(graph_module: fx.GraphModule, merged: fx.GraphModule) -> None:
+    for which, module in (("graph", graph_module), ("folded graph", merged)):
+        empty = next((name for name, tensor in state_of(module).tensors.items() if tensor.is_meta), None)
+        if empty is not None:
+            raise LoraFxError(
+                f"{empty!r} of the {which} is on the meta device, so that there are no values to compare. "
+                "Load the weights first, with materialize."
+            )
+
+
+def _bound(graph_module: fx.GraphModule, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Sequence[Any]:
+    """Return what the placeholders of a graph take when it is called with these inputs."""
+    if not isinstance(inputs, Mapping | tuple):
+        raise InputError(
+            f"the inputs of verify are of type {type(inputs).__name__}. Pass a mapping of keyword inputs, or a tuple."
+        )
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+    codegen = graph_module.graph._codegen
+    if isinstance(codegen, InputCodeGen):
+        return codegen.signature.tensors(args, kwargs)
+    try:
+        bound = inspect.signature(graph_module.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(f"the graph does not take these inputs: {error}.") from error
+    bound.apply_defaults()
+    return tuple(graph_module.graph.process_inputs(*bound.arguments.values()))
+
+
+def _pairs(graph_module: fx.GraphModule, merged: fx.GraphModule, branches: Nominate) -> dict[fx.Node, fx.Node]:
+    """Map nodes of a graph to those of the folded graph that have the same value, in the order of the graph."""
+    kept = find_branches(merged, branches)
+    if kept:
+        raise VerifyError(
+            f"the folded graph has a branch at {kept[0].end.name!r}. Pass what lora_fx.fold returns.", kept[0].end.name
+        )
+    ends = {branch.base.name: branch.end for branch in find_branches(graph_module, branches)}
+    position = {node: index for index, node in enumerate(graph_module.graph.nodes)}
+    named = {node.name: node for node in position}
+    constants = _constants(merged.graph)
+    pairs: dict[fx.Node, fx.Node] = {}
+    previous: fx.Node | None = None
+    for twin in merged.graph.nodes:
+        if twin in constants or stored(twin) is not None:  # weights, also those of chosen experts, differ on purpose
+            continue
+        node = named.get(twin.name)
+        if node is None:
+            raise _foreign(twin, "which the graph does not have")
+        if (node.op, node.target) != (twin.op, twin.target):
+            raise _foreign(twin, f"where the graph has {node.format_node()}")
+        if previous is not None and position[node] < position[previous]:
+            raise _foreign(twin, f"behind {previous.name}, and the graph before that")
+        pairs[ends.get(twin.name, node)] = twin
+        previous = node
+    return dict(sorted(pairs.items(), key=lambda pair: position[pair[0]]))
+
+
+def _constants(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Return the nodes that depend on weights alone, apart from the device that they are on."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = [source for source in node.all_input_nodes if source.target is not getattr]
+        computed = node.op == "call_function" and node.target is not getattr and inputs and found.issuperset(inputs)
+        if node.op == "get_attr" or computed:
+            found.add(node)
+    return frozenset(found)
+
+
+def _tolerance(value: Any) -> float:
+    """Return the tolerance for the lowest precision in a value; 0 where there are no reals in it."""
+    found = 0.0
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, torch.Tensor) and _is_real(leaf):
+            found = max(found, TOLERANCES.get(leaf.dtype.to_real(), COARSE))
+        elif isinstance(leaf, float):
+            found = max(found, TOLERANCES[torch.float64])
+    return found
+
+
+def _is_real(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _compare(expected: Any, found: Any, tolerance: float) -> tuple[float, str | None]:
+    """Return the largest relative difference of two values, and in words how they depart, if they do."""
+    mine, my_spec = pytree.tree_flatten_with_path(expected)
+    theirs, their_spec = pytree.tree_flatten_with_path(found)
+    if my_spec != their_spec:
+        return torch.inf, f"its structure is {their_spec}, and in the graph {my_spec}"
+    largest = 0.0
+    for (path, value), (_, other) in zip(mine, theirs, strict=True):
+        difference, departure = _compare_leaves(value, other, tolerance)
+        if departure is not None:
+            return difference, f"in part {pytree.keystr(path)} of it {departure}" if path else departure
+        largest = max(largest, difference)
+    return largest, None
+
+
+def _compare_leaves(expected: Any, found: Any, tolerance: float) -> tuple[float, str | None]:
+    if isinstance(expected, float) and isinstance(found, float):
+        return _compare_reals(_scalar(expected), _scalar(found), tolerance)
+    if isinstance(expected, torch.Tensor) and isinstance(found, torch.Tensor):
+        if described(expected) != described(found):
+            return torch.inf, f"the value is {described(found)}, and in the graph {described(expected)}"
+        if _is_real(expected):
+            return _compare_reals(expected, found, tolerance)
+        return _compare_exactly(expected, found)
+    if type(expected) is type(found) and expected == found:
+        return 0.0, None
+    return torch.inf, f"the value is {found!r}, and in the graph {expected!r}"
+
+
+def _scalar(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _compare_exactly(expected: torch.Tensor, found: torch.Tensor) -> tuple[float, str | None]:
+    if torch.equal(expected, found):
+        return 0.0, None
+    differing = (expected != found).nonzero()
+    first = tuple(differing[0].tolist())
+    return torch.inf, (
+        f"{len(differing)} of {expected.numel()} values differ, which have to be equal; the first is {found[first].item()}"
+        f"{_place(first)}, and in the graph {expected[first].item()}"
+    )
+
+
+def _compare_reals(expected: torch.Tensor, found: torch.Tensor, tolerance: float) -> tuple[float, str | None]:
+    if torch.equal(expected, found):
+        return 0.0, None
+    mine, theirs = _widened(expected), _widened(found)
+    same = (mine == theirs) | (mine.isnan() & theirs.isnan())
+    if bool(same.all()):
+        return 0.0, None
+    gaps = (mine - theirs).abs().masked_fill(same, 0.0).nan_to_num(nan=torch.inf)
+    scale = float(mine.abs().masked_fill(~mine.isfinite(), 0.0).max())
+    gap = float(gaps.max())
+    relative = gap / scale if scale else torch.inf
+    if gap <= tolerance * scale:
+        return relative, None
+    worst = tuple(int(index) for index in torch.unravel_index(gaps.argmax(), gaps.shape))
+    return relative, (
+        f"the largest difference is {gap:.3g}{_place(worst)}, where the value is {found[worst].item():.6g}, and in the graph "
+        f"{expected[worst].item():.6g}; the tolerance is {tolerance:.3g} of the largest value, {scale:.3g}"
+    )
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that can be subtracted without leaving its range: half precision as single."""
+    return tensor if tensor.is_complex() or tensor.dtype in TOLERANCES else tensor.float()
+
+
+def _place(index: tuple[int, ...]) -> str:
+    return f" at {index}" if index else ""
+
+
+def _departed(node: fx.Node, twin: fx.Node, departure: str) -> VerifyError:
+    path = module_path(twin)
+    details = [
+        _operator(twin),
+        f"in {path}" if path else "",
+        f"with branches {node.name}" if node.name != twin.name else "",
+    ]
+    return VerifyError(
+        f"the folded graph departs first at {twin.name} ({', '.join(filter(None, details))}){source_line(twin)}: {departure}. "
+        "Fold again if the graph has been trained or loaded since; else keep it unfolded, or pass a tolerance that you can accept.",
+        twin.name,
+    )
+
+
+def _foreign(twin: fx.Node, problem: str) -> VerifyError:
+    return VerifyError(
+        f"the folded graph was not made from this graph: it has {twin.format_node()}{source_line(twin)}, {problem}. "
+        "Pass the graph that was folded and what lora_fx.fold returned, both as they were.",
+        twin.name,
+    )
+
+
+def _operator(node: fx.Node) -> str:
+    return str(node.target) if not callable(node.target) or hasattr(node.target, "_schema") else node.target.__name__
