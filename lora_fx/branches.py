@@ -8,6 +8,8 @@ output. One walk in graph order keeps, for each node that depends on a factor, w
                                               features put in their places among zeros
     Joined    site + Delta                      the sum with the output of a site, and sums with further deltas
 
+A product of factors alone is a delta too, of a weight: it may be added to that weight itself, as PEFT does for stacked experts.
+
 Anything else that touches one of the first two is an error that names the node. So nothing is ever folded in part, and
 nothing that merely looks like a branch is taken for one: without a nominated factor there is no ``Delta``.
 """
@@ -28,7 +30,7 @@ from lora_fx.lowrank import Factor, Update
 from lora_fx.products import Operands, is_pointwise, operands
 from lora_fx.provenance import source_line
 from lora_fx.sites import biased, is_site
-from lora_fx.views import cast_of, shows, stored
+from lora_fx.views import SWAP, Stored, View, cast_of, shows, stored
 from lora_fx.vocabulary import Op
 
 aten = torch.ops.aten
@@ -43,14 +45,14 @@ class Term:
 
     Attributes:
         source: the node that the first product reads.
-        op: what kind of product that is.
+        op: what kind of product that is; None if it is one of factors alone, without any input.
         geometry: which features of the source belong together, as the first product says.
         kernel: that of the first product, if it is a convolution.
         update: the factors and the scaling.
     """
 
     source: fx.Node
-    op: Op
+    op: Op | None
     geometry: tuple[Any, ...]
     kernel: tuple[int, ...]
     update: Update
@@ -61,16 +63,20 @@ class FoundBranch:
     """All branches beside one site.
 
     Attributes:
-        site: the site's node.
-        base: what the terms are added to: the site's node, its sum with a bias, or a reshape of either.
+        site: the site's node; where terms are added to the weight itself, the node that does that.
+        base: what the terms are added to: the site's node, its sum with a bias, or a reshape of either; or the weight.
         end: the node that the rest of the graph reads in place of ``base``.
-        terms: what is added to the site's output.
+        terms: what is added.
+        weight: the ``get_attr`` of the weight.
+        view: of the weight, in which the updates are.
     """
 
     site: fx.Node
     base: fx.Node
     end: fx.Node
     terms: tuple[Term, ...]
+    weight: fx.Node
+    view: View
 
     @property
     def updates(self) -> tuple[Update, ...]:
@@ -107,6 +113,10 @@ class _Delta:
     reshaped: bool = False
 
     @property
+    def is_weight(self) -> bool:
+        return self.terms[0].op is None
+
+    @property
     def is_placed(self) -> bool:
         return self.padded or any(term.update.places is not None for term in self.terms)
 
@@ -119,13 +129,18 @@ class _Delta:
 
 @dataclass(frozen=True)
 class _Joined:
-    """The output of a site plus deltas; ``previous`` is its ``base``, or the node of the ``_Joined`` that this one extends."""
+    """The output of a site, or a weight, plus deltas.
+
+    ``previous`` is its ``base``, or the node of the ``_Joined`` that this one extends; ``narrow`` is the dtype of the base.
+    """
 
     site: fx.Node
     base: fx.Node
     previous: fx.Node
     terms: tuple[Term, ...]
     dtype: torch.dtype
+    narrow: torch.dtype
+    weight: Stored
     reshaped: bool = False
 
 
@@ -180,7 +195,8 @@ class _Walk:
                 )
             if node not in self._next:
                 self._check(node, value)
-                branches.append(FoundBranch(value.site, value.base, node, value.terms))
+                stored, branch = value.weight, (value.site, value.base, node, value.terms)
+                branches.append(FoundBranch(*branch, stored.node, stored.view))
         return tuple(branches)
 
     # What an operator makes of a delta: None where it is not linear in it, or not known to be.
@@ -188,7 +204,7 @@ class _Walk:
     def _value(self, node: fx.Node) -> _Delta | _Joined | None:
         parts = operands(node)
         if parts is not None:
-            return self._product(parts)
+            return self._product(node, parts)
         compute = _LINEAR.get(node.target)
         if compute is None or node.kwargs.keys() - {"alpha"} or not self._has_number(node):
             return self._same_features(node)
@@ -197,7 +213,7 @@ class _Walk:
     def _has_number(self, node: fx.Node) -> bool:
         return isinstance(node.kwargs.get("alpha", 1), int | float)
 
-    def _product(self, parts: Operands) -> _Delta | _Joined | None:
+    def _product(self, node: fx.Node, parts: Operands) -> _Delta | _Joined | None:
         """A product with a weight, to which an ``addmm`` adds something."""
         name = str(parts.weight.target)
         tensor = self._tensors[name]
@@ -210,13 +226,23 @@ class _Walk:
                 return None
             made = delta.updated(lambda update: replace(update, factors=(*update.factors, factor)))
             made = replace(made, dtype=dtype)
+        elif self._is_factor(parts.weight) and parts.input in self._factors:
+            made = self._weight_delta(parts)
         elif self._is_factor(parts.weight):
             kernel = tuple(tensor.shape[2:]) if parts.op.startswith("conv") else ()
             made = _Delta((Term(parts.input, parts.op, parts.geometry, kernel, Update((factor,))),), dtype)
         else:
             return None  # it is the addend that depends on a factor, or the choice of an expert
         made = made if parts.alpha == 1 else made.scaled(parts.alpha)
-        return made if parts.addend is None else self._sum(parts.addend, made)
+        return made if parts.addend is None else self._sum(node, parts.addend, made)
+
+    def _weight_delta(self, parts: Operands) -> _Delta:
+        """A product of two factors: the right one is applied first."""
+        left, right = stored(parts.input), Factor(str(parts.weight.target), parts.view.then(SWAP))
+        assert left is not None
+        dtype = left.dtype or self._tensors[str(left.node.target)].dtype
+        update = Update((right, Factor(str(left.node.target), left.view)))
+        return _Delta((Term(parts.input, None, (), (), update),), dtype)
 
     def _is_factor(self, weight: fx.Node) -> bool:
         return weight in self._factors
@@ -281,23 +307,44 @@ class _Walk:
         alpha = -alpha if node.target in (aten.sub.Tensor, aten.sub_.Tensor) else alpha
         mine, theirs = self._values.get(left), self._values.get(right)  # type: ignore[arg-type]
         if isinstance(theirs, _Delta):
-            return self._sum(left, theirs if alpha == 1 else theirs.scaled(alpha))
-        return self._sum(right, mine) if isinstance(mine, _Delta) and alpha == 1 else None
+            return self._sum(node, left, theirs if alpha == 1 else theirs.scaled(alpha))
+        return self._sum(node, right, mine) if isinstance(mine, _Delta) and alpha == 1 else None
 
-    def _sum(self, base: Any, delta: _Delta) -> _Delta | _Joined | None:
-        """A delta plus another one, or plus the output of a site."""
+    def _sum(self, node: fx.Node, base: Any, delta: _Delta) -> _Delta | _Joined | None:
+        """A delta plus another one, or plus the output of a site, or plus a weight."""
         other = self._values.get(base)
         if delta.padded or not isinstance(base, fx.Node):
             return None
         if isinstance(other, _Delta):
-            return None if other.padded else _together(other, delta)
+            return None if other.padded or other.is_weight != delta.is_weight else _together(other, delta)
         if isinstance(other, _Joined):
+            if delta.is_weight != (other.base is other.weight.node):
+                return None
             return replace(_together(other, delta), previous=base)
+        if delta.is_weight:
+            return self._summed_weight(node, base, delta)
         site = self._site_of(base)
         if site is None:
             return None
+        parts = operands(site)
+        assert parts is not None
+        narrow, weight = self._site_dtype(site), Stored(parts.weight, parts.view)
         reshaped = base is not site and base is not biased(site)
-        return _together(_Joined(site, base, base, (), self._site_dtype(site), reshaped), delta)
+        return _together(_Joined(site, base, base, (), narrow, narrow, weight, reshaped), delta)
+
+    def _summed_weight(self, node: fx.Node, base: fx.Node, delta: _Delta) -> _Joined | None:
+        """A weight as it is stored, plus products of factors of its shape."""
+        if base.op != "get_attr" or base in self._factors:
+            return None
+        tensor = self._tensors[str(base.target)]
+        if any(self._shape(term.update) != tensor.shape for term in delta.terms):
+            return None
+        return _together(_Joined(node, base, base, (), tensor.dtype, tensor.dtype, Stored(base)), delta)
+
+    def _shape(self, update: Update) -> torch.Size:
+        """Return the shape of a product of two factors."""
+        right, left = (factor.view.apply(self._tensors[factor.name]) for factor in update.factors)
+        return torch.Size([*left.shape[:-1], right.shape[-1]])
 
     def _same_features(self, node: fx.Node) -> _Delta | None:
         """A cast, or a reshape that keeps the features together."""
@@ -331,13 +378,17 @@ class _Walk:
 
     def _cast_back(self, node: fx.Node, joined: _Joined) -> dict[fx.Node, _Delta | _Joined]:
         """Take a cast for part of a branch if the sum has another dtype than its site alone has."""
-        narrow = self._site_dtype(joined.site)
-        ours = joined.dtype != narrow and cast_of(node) == narrow
-        return {node: replace(joined, previous=node.args[0], dtype=narrow)} if ours else {}  # type: ignore[arg-type]
+        ours = joined.dtype != joined.narrow and cast_of(node) == joined.narrow
+        return {node: replace(joined, previous=node.args[0], dtype=joined.narrow)} if ours else {}  # type: ignore[arg-type]
 
     def _check(self, node: fx.Node, value: _Joined) -> None:
+        if value.dtype != value.narrow:
+            raise _unexpected(
+                node, f"the sum has dtype {value.dtype} and must be cast back to {value.narrow}, that of its site"
+            )
         parts = operands(value.site)
-        assert parts is not None
+        if value.base is value.weight.node or parts is None:
+            return
         weight = self._tensors[str(parts.weight.target)]
         kernel = tuple(weight.shape[2:]) if parts.op.startswith("conv") else ()
         for term in value.terms:
@@ -351,11 +402,6 @@ class _Walk:
                 )
             if (reached or value.reshaped) and not _same_shapes(value.base, node):
                 raise _unexpected(node, f"it adds values of other positions to {value.base}, or of positions not known")
-        narrow = self._site_dtype(value.site)
-        if value.dtype != narrow:
-            raise _unexpected(
-                node, f"the sum has dtype {value.dtype} and must be cast back to {narrow}, that of its site"
-            )
 
     def _reaches(self, source: fx.Node, wanted: fx.Node) -> bool | None:
         """Tell whether two nodes have the same values once folded, and whether a reshape lies between; None if they differ."""
@@ -437,6 +483,8 @@ def _prefixes(name: str) -> Iterator[str]:
 
 def _continues(term: Term, parts: Operands, shape: torch.Size) -> bool:
     """Tell whether a product goes on where a term is: it acts on each position by itself, as the term's own products do."""
+    if term.op is None:
+        return False
     if term.op == "embedding":
         return parts.op == "linear"
     if term.op.startswith("conv"):
@@ -472,9 +520,9 @@ def _same_shapes(left: fx.Node, right: fx.Node) -> bool:
     return [str(size) for size in mine.shape] == [str(size) for size in theirs.shape]
 
 
-def _told(op: Op, geometry: tuple[Any, ...], kernel: tuple[int, ...]) -> str:
+def _told(op: Op | None, geometry: tuple[Any, ...], kernel: tuple[int, ...]) -> str:
     more = [f"kernel {kernel}"] * bool(kernel) + [f"{geometry}"] * bool(geometry)
-    return f"{op} ({', '.join(more)})" if more else op
+    return f"{op} ({', '.join(more)})" if more else str(op)
 
 
 def _unexpected(node: fx.Node, problem: str) -> FoldError:

@@ -174,6 +174,14 @@ def _addmm(node: fx.Node) -> Operands | None:
     return _product("linear", given["mat1"], _named(given["mat2"], swapped=True), 2, **more)
 
 
+def _baddbmm(node: fx.Node) -> Operands | None:
+    given = _arguments(node)
+    if given["beta"] != 1 or not isinstance(given["alpha"], int | float):
+        return None
+    more = {"addend": given["self"], "alpha": given["alpha"], "geometry": ("right", None)}
+    return _product("expert", given["batch1"], _named(given["batch2"], swapped=True), 3, **more)
+
+
 def _matmul(node: fx.Node) -> Operands | None:
     value, weight = node.args[:2]
     return _product("linear", value, _named(weight, swapped=True), 2) or _batched(node)
@@ -237,6 +245,7 @@ _READ: Mapping[str, Callable[[fx.Node], Operands | None]] = {
     "aten::mm": _matmul,
     "aten::matmul": _matmul,
     "aten::bmm": _batched,
+    "aten::baddbmm": _baddbmm,
     "aten::_grouped_mm": _grouped,
     "transformers::grouped_mm_fallback": _grouped,
     "aten::conv1d": _convolution("conv1d"),

@@ -23,10 +23,10 @@ from lora_fx.errors import FoldError
 from lora_fx.factors import original_name
 from lora_fx.graph_module import State, state_of
 from lora_fx.lowrank import Merge, Update
-from lora_fx.products import operands, readers
+from lora_fx.products import readers
 from lora_fx.provenance import module_path
 from lora_fx.sites import sites
-from lora_fx.views import View
+from lora_fx.views import AS_STORED, View
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,15 @@ class Use:
         between: the transposes and casts between the two.
         site: name of the site that it is; the module path, if it is none.
         updates: those of the branches beside it.
+        view: of the weight, in which these are.
     """
 
     reader: fx.Node
     weight: fx.Node | None
     between: tuple[fx.Node, ...]
     site: str
-    updates: tuple[Update, ...]
-
-    @property
-    def view(self) -> View:
-        """Of the weight, at a site."""
-        parts = operands(self.reader)
-        return View() if parts is None else parts.view
+    updates: tuple[Update, ...] = ()
+    view: View = AS_STORED
 
 
 @dataclass(frozen=True)
@@ -93,8 +89,7 @@ def values_of(graph_module: fx.GraphModule, found: Sequence[FoundBranch], *, uns
     for weight, uses in _uses(graph_module, found, state).items():
         groups: dict[object, list[Use]] = {}
         for use in uses:
-            view = use.view if use.updates else None
-            groups.setdefault((frozenset(Counter(use.updates).items()), view), []).append(use)
+            groups.setdefault((frozenset(Counter(use.updates).items()), use.view), []).append(use)
         parted = [Value(weight, tuple(group)) for group in groups.values()]
         if len(parted) > 1 and not unshare:
             problems.append(
@@ -155,18 +150,19 @@ def _uses(graph_module: fx.GraphModule, found: Sequence[FoundBranch], state: Sta
     """Return all uses of every weight that has a branch at one of them, in the order of the graph."""
     aliases, at = state.aliases(), {branch.site: branch for branch in found}
     name_of = {site.node: site.name for site in sites(graph_module)}
-    adapted = [aliases[str(parts.weight.target)] for node in at if (parts := operands(node)) is not None]
-    uses: dict[str, list[Use]] = {weight: [] for weight in adapted}
+    uses: dict[str, list[Use]] = {aliases[str(branch.weight.target)]: [] for branch in found}
     for node in graph_module.graph.nodes:
         if node.op == "get_attr" and aliases.get(str(node.target)) in uses:
             for reader, between in readers(node):
-                updates = at[reader].updates if reader in at else ()
                 site = name_of.get(reader.name, module_path(reader))
-                uses[aliases[str(node.target)]].append(Use(reader, node, between, site, updates))
+                use = Use(reader, node, between, site)
+                if reader in at:
+                    use = replace(use, updates=at[reader].updates, view=at[reader].view)
+                uses[aliases[str(node.target)]].append(use)
         elif node.op == "call_module":
             held = {aliases[name] for name in state.tensors if name.startswith(f"{node.target}.")}
             for weight in held & uses.keys():
-                uses[weight].append(Use(node, None, (), str(node.target), ()))
+                uses[weight].append(Use(node, None, (), str(node.target)))
     order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     return {weight: sorted(each, key=lambda use: order[use.reader]) for weight, each in uses.items()}
 

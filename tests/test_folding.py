@@ -288,7 +288,7 @@ def test_an_adapter_on_a_tied_head_is_refused_where_peft_merges_it_into_the_embe
     assert not torch.allclose(run("gpt2", wrapped.merge_and_unload(), 3, 11)[0], branched_logits, atol=1e-2)
     with pytest.raises(
         lora_fx.FoldError,
-        match=r"'transformer.wte.weight' is used 2 times.*embedding \(without a branch\); linear \(with a branch\)",
+        match=r"'transformer.wte.weight' is used 2 times.*embedding \(transformer.wte, without a branch\); linear \(lm_head, with a branch\)",
     ):
         lora_fx.fold(graph_module)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import families
 import peft
 import pytest
 import torch
@@ -13,6 +14,7 @@ from test_peft_equality import wrap
 from torch import nn
 
 import lora_fx
+from lora_fx.inputs import example_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -122,3 +124,64 @@ def test_variants_that_are_no_low_rank_update_are_refused_by_node(settings: dict
     graph_module = lora_fx.trace(wrapped_small(**settings), (INDEX,), inference=True)
     with unchanged(graph_module), pytest.raises(lora_fx.FoldError, match=rf"a branch cannot be folded.*{node}"):
         lora_fx.fold(graph_module)
+
+
+def test_adapters_of_stacked_experts_fold_to_the_weights_that_peft_merges() -> None:
+    model = families.build("mixtral").eval()
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=[], target_parameters=["experts.down_proj"])
+    wrapped = peft.get_peft_model(model, config).eval()
+    set_factors(wrapped)
+    graph_module = lora_fx.trace(wrapped, inference=True)
+    folded = lora_fx.fold(graph_module)
+    values = example_inputs(families.model("mixtral"), None).kwargs
+    batch = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
+    assert torch.allclose(folded(**batch)[0], graph_module(**batch)[0], rtol=0, atol=2e-6)
+    lora_fx.verify(graph_module, folded, batch)
+    mine = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): p for name, p in folded.named_parameters()
+    }
+    theirs = dict(wrapped.merge_and_unload().named_parameters())
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert len(lora_fx.fold_report(folded)) == 3
+
+
+class Parametrized(nn.Module):
+    """``W + s · B A``, written by hand."""
+
+    def __init__(self, wrong: str = "") -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 5))
+        self.b, self.a = nn.Parameter(torch.randn(8, 2)), nn.Parameter(torch.randn(2, 5))
+        self.wrong = wrong
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        delta = 0.5 * (self.b @ self.a) - torch.mm(self.b, self.a)
+        if self.wrong == "squared":
+            delta = delta * delta
+        if self.wrong == "row":
+            delta = (self.b @ self.a)[:1]
+        return nn.functional.linear(x, self.weight + delta)
+
+
+def is_factor(name: str) -> bool:
+    return name in ("a", "b")
+
+
+def test_a_sum_of_a_weight_and_a_product_of_factors_folds() -> None:
+    x, model = torch.randn(3, 5), Parametrized()
+    graph_module = lora_fx.trace(model, (x,), inference=True)
+    folded = lora_fx.fold(graph_module, branches=is_factor)
+    assert list(folded.state_dict()) == ["weight"]
+    assert torch.allclose(folded.weight, model.weight - 0.5 * model.b @ model.a, rtol=0, atol=1e-6)
+    assert torch.allclose(folded(x), model(x), rtol=0, atol=1e-5)
+    assert [node.name for node in folded.graph.nodes if node.op == "call_function"] == ["linear"]
+    bare = lora_fx.unload(graph_module, branches=is_factor)
+    assert torch.equal(bare(x), nn.functional.linear(x, model.weight))
+
+
+@pytest.mark.parametrize("wrong", ["squared", "row"])
+def test_a_weight_that_depends_on_factors_in_another_way_is_refused(wrong: str) -> None:
+    graph_module = lora_fx.trace(Parametrized(wrong), (torch.randn(3, 5),), inference=True)
+    with unchanged(graph_module), pytest.raises(lora_fx.FoldError, match="a branch cannot be folded"):
+        lora_fx.fold(graph_module, branches=is_factor)
