@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo test mutate lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/lora-fx demo
 
 test: $(INSTALLED)
 	$(BIN)/pytest
+
+# Are the tests of the arithmetic sharp? Minutes; fails on mutants that survive and are not in tests/mutants_allowed.toml.
+mutate: $(INSTALLED)
+	$(BIN)/python tools/mutate.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check lora_fx tests tools
@@ -22,7 +26,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format lora_fx tests tools
 
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) demo-output mutants
 
 # torch first and alone: its pin names a CPU build where one is at hand, and nothing that follows may replace it.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -9,7 +9,7 @@ refused before anything is computed, and all weights are looked at before the fi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from lora_fx.errors import FoldError
 from lora_fx.factors import is_factor, is_of_adapter, original_name
 from lora_fx.fold_report import FoldedWeight
 from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph, erase_unread, state_of
-from lora_fx.lowrank import Merge, merge_into
+from lora_fx.lowrank import FOLDABLE, Merge, merge_into
 from lora_fx.sharing import Value, separate, values_of
 from lora_fx.states import checked
 
@@ -58,33 +58,48 @@ def fold(
     merges = [value.merge for value in values if value.updates]
     _check_foldable(merges, state)
     copied = _copied_weights(values, state) if inplace else {merge.weight for merge in merges}
+    merged, report = _merged(merges, state, copied)
+    for value in values:  # those of an un-tied weight that keep it as it is may have a new name too
+        merged.update(
+            {name: state.tensors[value.weight] for name in value.names if name not in {**state.tensors, **merged}}
+        )
+    merged = {**_trained(state, merged), **merged}
+    folded = _without_branches(graph_module, found, values, state.with_tensors(merged), branches)
+    own = folded.meta["lora_fx"]
+    own["folded"] = report
+    names = (name for merge in merges for name in merge.names)
+    own["merged"] = tuple(dict.fromkeys((*own.get("merged", ()), *merged, *names)))
+    if inplace:
+        _write(merges, state, copied)
+        _consume(graph_module)
+    return folded
+
+
+def _merged(
+    merges: Sequence[Merge], state: State, copied: Collection[str]
+) -> tuple[dict[str, torch.Tensor], tuple[FoldedWeight, ...]]:
+    """Return new tensors for the weights to be copied, and what there is to report of all; refuse what is not finite."""
     merged: dict[str, torch.Tensor] = {}
     report: list[FoldedWeight] = []
     for merge in merges:
         weight = state.tensors[merge.weight]
         out = torch.empty_like(weight, requires_grad=False) if merge.weight in copied else None
-        merged_into = merge_into(weight, merge, state.tensors, out)
-        report.append(FoldedWeight(merge, merged_into, str(weight.dtype).removeprefix("torch.")))
+        outcome = merge_into(weight, merge, state.tensors, out)
+        report.append(FoldedWeight(merge, outcome, str(weight.dtype).removeprefix("torch.")))
         if out is not None:
             tensor = nn.Parameter(out, requires_grad=False) if isinstance(weight, nn.Parameter) else out
             merged.update(dict.fromkeys(merge.names, tensor))
-    merged.update(
-        {name: state.tensors[v.weight] for v in values for name in v.names if name not in {**state.tensors, **merged}}
-    )
     _check_finite(report)
+    return merged, tuple(report)
+
+
+def _write(merges: Sequence[Merge], state: State, copied: Collection[str]) -> None:
+    """Merge into the weights themselves: all was computed once before, so that nothing can be refused any more."""
     for merge in merges:
         if merge.weight not in copied:
-            merge_into(state.tensors[merge.weight], merge, state.tensors, state.tensors[merge.weight])
-            torch.autograd.graph.increment_version(state.tensors[merge.weight])
-    merged = {**_trained(state, merged), **merged}
-    folded = _without_branches(graph_module, found, values, state.with_tensors(merged), branches)
-    own = folded.meta["lora_fx"]
-    own["folded"] = tuple(report)
-    names = (name for merge in merges for name in merge.names)
-    own["merged"] = tuple(dict.fromkeys((*own.get("merged", ()), *merged, *names)))
-    if inplace:
-        _consume(graph_module)
-    return folded
+            weight = state.tensors[merge.weight]
+            merge_into(weight, merge, state.tensors, weight)
+            torch.autograd.graph.increment_version(weight)  # a backward over the old value is refused
 
 
 def unload(graph_module: fx.GraphModule, *, branches: Nominate = is_factor) -> TracedGraphModule:
@@ -137,8 +152,8 @@ def _check_foldable(merges: Sequence[Merge], state: State) -> None:
         weight = state.tensors[merge.weight]
         tensors = {name: state.tensors[name] for update in merge.updates for name in (merge.weight, *update.names)}
         problems += [f"{name!r} is on the meta device" for name, tensor in tensors.items() if tensor.is_meta]
-        if not weight.is_floating_point():
-            problems.append(f"{merge.weight!r} is {weight.dtype}, and only floating-point weights can be added to")
+        if weight.dtype not in FOLDABLE:
+            problems.append(f"{merge.weight!r} is {weight.dtype}, to which nothing can be added")
     if problems:
         raise FoldError(
             f"there is nothing to fold with: {'; '.join(dict.fromkeys(problems))}. Load or dequantise the weights first; "

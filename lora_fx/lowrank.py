@@ -143,8 +143,9 @@ def merge_into(
         old = source[index, rows]
         parts = (product.block(index, rows, merge.layout) for product in products)
         delta = reduce(operator.add, parts)
-        new = torch.where(delta == 0, old, rounded(old.to(precision) + delta, weight.dtype))
-        total += _measured(old, delta, new)
+        still = delta == 0
+        new = torch.where(still, old, rounded(old.to(precision) + delta, weight.dtype))
+        total += _measured(old, delta, new, int(still.count_nonzero()))
         if result is not None:
             result[index, rows] = new
     if out is not None and result is not None and result.data_ptr() != out.data_ptr():
@@ -152,8 +153,8 @@ def merge_into(
     return total
 
 
-BLOCK_ELEMENTS = 2**19
-"""How many elements of a weight are merged at a time."""
+BLOCK_ELEMENTS = 2**18
+"""How many elements of a weight are merged at a time: what is computed from them stays in the cache."""
 
 
 @dataclass(frozen=True)
@@ -196,15 +197,28 @@ def _blocks(stack: torch.Tensor) -> Iterator[tuple[int, slice]]:
             yield index, slice(start, start + height)
 
 
-def _measured(old: torch.Tensor, delta: torch.Tensor, new: torch.Tensor) -> Merged:
-    reached = delta != 0
+def _measured(old: torch.Tensor, delta: torch.Tensor, new: torch.Tensor, still: int) -> Merged:
+    """Return what to report; ``still`` elements have no update, and are the same bits before and after."""
+    same = int((new.view(_BITS[new.dtype]) == old.view(_BITS[old.dtype])).count_nonzero())
+    finite = torch.isfinite(new.sum(dtype=delta.dtype))  # only if that is not, each is looked at
     return Merged(
-        elements=int(reached.sum()),
-        unchanged=int((reached & (new == old)).sum()),
-        non_finite=int((~torch.isfinite(new)).sum()),
+        elements=old.numel() - still,
+        unchanged=same - still,
+        non_finite=0 if finite else int((~torch.isfinite(new)).count_nonzero()),
         update_norm=float(torch.linalg.vector_norm(delta)),
         weight_norm=float(torch.linalg.vector_norm(old, dtype=delta.dtype)),
     )
+
+
+_BITS: Mapping[torch.dtype, torch.dtype] = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+
+FOLDABLE = frozenset(_BITS)
+"""Dtypes of the weights that can be merged into."""
 
 
 def rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
