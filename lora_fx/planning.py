@@ -12,8 +12,9 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import PlanError, RuleError, did_you_mean
-from lora_fx.factors import BranchNames, is_factor, original_name
+from lora_fx.factors import BranchNames, adapters, is_factor, original_name
 from lora_fx.features import Features
+from lora_fx.folding import unload
 from lora_fx.graph_module import TracedGraphModule, state_of
 from lora_fx.inputs import inputs_of_rules
 from lora_fx.matching import refusal, trains
@@ -192,7 +193,10 @@ def plan_graph(graph_module: fx.GraphModule, rules: RuleSet) -> Plan:
         for first, names in state.names().items()
         if first in read and isinstance(state.tensors[first], nn.Parameter) and not is_factor(first)
     }
-    return plan_sites(found, rules, purposes(graph_module, found), own)
+    plain = (
+        unload(graph_module) if adapters(graph_module) else graph_module
+    )  # in which roles are not hidden by branches
+    return plan_sites(found, rules, purposes(plain, sites(plain)), own)
 
 
 def plan_sites(

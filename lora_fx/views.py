@@ -145,7 +145,12 @@ def dims_of(node: fx.Node) -> int | None:
     value = node.meta.get("val")
     if value is None and node.op == "get_attr" and node.graph.owning_module is not None:
         value = _attribute(node.graph.owning_module, str(node.target))
-    return value.dim() if isinstance(value, torch.Tensor) else None
+    if isinstance(value, torch.Tensor):
+        return value.dim()
+    if node.target in _SIZED or node.target is aten.permute.default:
+        return len(node.args[1])  # type: ignore[arg-type]
+    source = node.args[0] if node.target in (*_ORDERED, *_CASTS) else None
+    return dims_of(source) if isinstance(source, fx.Node) else None
 
 
 def _attribute(module: Any, name: str) -> Any:
@@ -165,16 +170,18 @@ def step_of(node: fx.Node) -> Step | None:
         return _reshape(tuple(value.shape)) if isinstance(value, torch.Tensor) else None
     if node.target in (aten.t.default, aten.mT.default):
         return SWAP
+    given: Any = node.args[1:]
+    if node.target is aten.transpose.int and set(given) == {-2, -1}:
+        return SWAP
     dim = dims_of(node)
     if node.target not in _ORDERED or dim is None:
         return None
-    order, given = list(range(dim)), node.args[1:]
-    positions: Any = given if node.target is aten.transpose.int else given[0] if given else ()
+    order = list(range(dim))
     if node.target is aten.transpose.int:
-        first, second = (position % dim for position in positions)
+        first, second = (position % dim for position in given)
         order[first], order[second] = order[second], order[first]
     elif node.target is aten.permute.default:
-        order = [position % dim for position in positions]
+        order = [position % dim for position in given[0]]
     else:
         order.reverse()
     return SWAP if order == [*range(dim - 2), dim - 1, dim - 2] else Step("permute", tuple(order))

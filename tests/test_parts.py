@@ -296,3 +296,14 @@ def test_a_weight_that_is_used_both_ways_has_no_shared_branch() -> None:
     assert torch.equal(each(x), base(x))
     assert each.get_parameter("lin@1.lora_A.default.weight").shape == (2, 6)
     assert each.get_parameter("lin@2.lora_A.default.weight").shape == (2, 4)
+
+
+def test_roles_and_parts_of_a_graph_that_has_branches_are_those_of_its_base() -> None:
+    base = traced("gpt2")
+    first = lora_fx.rewrite(base, {"select": [{"target": ["c_attn", "c_fc"], "rank": 4}]})
+    bare, branched = lora_fx.plan(base, rules=RULES), lora_fx.plan(first, rules=RULES)
+    assert [(d.site.name, d.purpose) for d in branched] == [(d.site.name, d.purpose) for d in bare]
+    second = lora_fx.rewrite(first, rules=RULES, adapter="second")
+    set_factors(second)
+    assert len(lora_fx.fold_report(lora_fx.fold(second))) == 6
+    assert torch.allclose(own("gpt2", lora_fx.fold(second)), own("gpt2", second.eval()), rtol=0, atol=1e-5)
