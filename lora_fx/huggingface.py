@@ -100,6 +100,17 @@ def _check_traced_from(model: nn.Module, graph_module: TracedGraphModule, merged
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     other = {name for name, _ in merged.named_parameters(remove_duplicate=False)} ^ parameters
     folded_before = graph_module.meta["lora_fx"].get("merged", ())
+    untied = [
+        (first, name)
+        for name, first in model_state.aliases().items()
+        if name != first and {name, first} <= mine.keys() and mine[name] is not mine[first]
+    ]
+    if any(folded_before.count(name) for pair in untied for name in pair):
+        first, name = untied[0]
+        raise LoraFxError(
+            f"{first!r} and {name!r} are one parameter of {type(model).__name__}, and were un-tied by fold. Un-tie them in the model too: "
+            "config.tie_word_embeddings = False and a parameter of its own for each, then trace that model, and fold."
+        )
     differences = [f"{name!r} is in one of them only" for name in sorted(other | (theirs.keys() - mine.keys()))]
     differences += [
         f"{name!r} is {described(tensor)} in the model and {described(mine[name])} in the graph"
