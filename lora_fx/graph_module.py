@@ -206,7 +206,7 @@ _EMPTY = fx.GraphModule(nn.Module(), fx.Graph())
 
 def erase_unread(graph: fx.Graph, node: fx.Node) -> None:
     """Erase a node that nothing reads, and then what only it read (in place)."""
-    if node.users or node.op == "placeholder":
+    if node.users or node.op == "placeholder" or node._erased:
         return
     inputs = node.all_input_nodes
     graph.erase_node(node)

@@ -1,0 +1,300 @@
+"""What a branch has computed so far: a value that is linear in the input of a site, with constant factors.
+
+    Delta     Σ scaling · … M₂ M₁ x            products with weights, scalings by constants, casts, reshapes that keep features
+                                              together, sums of deltas, and features put in their places among zeros
+
+A product of factors alone is a delta too, of a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from lora_fx.factors import is_places
+from lora_fx.lowrank import Factor, Update
+from lora_fx.positions import COPIES, keeps_last
+from lora_fx.products import CONVOLUTIONS, Operands, is_pointwise, operands
+from lora_fx.views import SWAP, Stored, cast_of, shows, stored
+from lora_fx.vocabulary import Op
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Term:
+    """One update, and the input that it is applied to.
+
+    Attributes:
+        source: the node that the first product reads.
+        op: what kind of product that is; None if it is one of factors alone, without any input.
+        geometry: which features of the source belong together, as the first product says.
+        kernel: that of the first product, if it is a convolution.
+        product: the node of the first product.
+        update: the factors and the scaling.
+    """
+
+    source: fx.Node
+    op: Op | None
+    geometry: tuple[Any, ...]
+    kernel: tuple[int, ...]
+    product: fx.Node
+    update: Update
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A value that is linear in the sources of its terms.
+
+    Attributes:
+        terms: of which it is the sum.
+        dtype: of the value.
+        padded: whether a zero stands behind its last feature.
+        reshaped: whether its positions are no longer laid out as those of a source.
+    """
+
+    terms: tuple[Term, ...]
+    dtype: torch.dtype
+    padded: bool = False
+    reshaped: bool = False
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is a product of factors alone, to be added to a weight."""
+        return self.terms[0].op is None
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether its features are on the way to places of their own, or there."""
+        return self.padded or any(term.update.places is not None for term in self.terms)
+
+    def updated(self, change: Callable[[Update], Update]) -> Delta:
+        """Return it with another update in each of its terms."""
+        return replace(self, terms=tuple(replace(term, update=change(term.update)) for term in self.terms))
+
+    def scaled(self, number: float) -> Delta:
+        """Return it times a number."""
+        return self.updated(lambda update: replace(update, scaling=update.scaling * number))
+
+
+@dataclass(frozen=True)
+class Addition:
+    """The sum of a delta and something that is none."""
+
+    base: fx.Node
+    delta: Delta
+
+
+class Deltas:
+    """The nodes of a graph that are deltas, or factors, as far as it has been walked through.
+
+    Args:
+        tensors: of the graph, by name.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._factors: set[fx.Node] = set()
+        self._values: dict[fx.Node, Delta] = {}
+
+    def add_factor(self, node: fx.Node) -> None:
+        """Take the ``get_attr`` of a factor."""
+        self._factors.add(node)
+
+    def is_factor(self, node: fx.Node) -> bool:
+        """Tell whether a node is a factor, or a view of one."""
+        return node in self._factors
+
+    def is_product(self, node: fx.Node) -> bool:
+        """Tell whether a node multiplies by a factor."""
+        parts = operands(node)
+        return parts is not None and parts.weight in self._factors
+
+    def touches(self, node: fx.Node) -> bool:
+        """Tell whether a node depends on a factor, and not by way of a finished branch alone. A view of a factor is one, too."""
+        inputs = node.all_input_nodes
+        if shows(node) and inputs[0] in self._factors:
+            self._factors.add(node)
+            return False
+        return any(source in self._factors or source in self._values for source in inputs)
+
+    def step(self, node: fx.Node) -> Delta | Addition | None:
+        """Return what a node that touches a factor makes of it; None where that is not linear, or not known to be."""
+        value = self._value(node)
+        if isinstance(value, Delta):
+            self._values[node] = value
+        return value
+
+    def _value(self, node: fx.Node) -> Delta | Addition | None:
+        parts = operands(node)
+        if parts is not None:
+            return self._product(node, parts)
+        compute = _LINEAR.get(node.target)
+        if compute is None or node.kwargs.keys() - {"alpha"} or not self._has_number(node):
+            return self._same_features(node)
+        return compute(self, node)
+
+    def _has_number(self, node: fx.Node) -> bool:
+        return isinstance(node.kwargs.get("alpha", 1), int | float)
+
+    def _product(self, node: fx.Node, parts: Operands) -> Delta | Addition | None:
+        """A product with a weight, to which an ``addmm`` adds something."""
+        name = str(parts.weight.target)
+        tensor = self._tensors[name]
+        if not tensor.is_floating_point():
+            return None
+        delta, factor = self._values.get(parts.input), Factor(name, parts.view)
+        dtype = parts.dtype or tensor.dtype
+        if isinstance(delta, Delta):
+            if delta.is_placed or not all(_continues(term, parts, tensor.shape) for term in delta.terms):
+                return None
+            made = delta.updated(lambda update: replace(update, factors=(*update.factors, factor)))
+            made = replace(made, dtype=dtype)
+        elif self.is_factor(parts.weight) and parts.input in self._factors:
+            left = stored(parts.input)
+            if left is None or left.chosen is not None or parts.geometry not in ((), ("right", None)):
+                return None
+            made = self._weight_delta(node, left, parts)
+        elif self.is_factor(parts.weight):
+            kernel = tuple(tensor.shape[2:]) if parts.op in CONVOLUTIONS else ()
+            made = Delta((Term(parts.input, parts.op, parts.geometry, kernel, node, Update((factor,))),), dtype)
+        else:
+            return None  # it is the addend that depends on a factor, or the choice of an expert
+        made = made if parts.alpha == 1 else made.scaled(parts.alpha)
+        return made if parts.addend is None else self._sum(parts.addend, made)
+
+    def _weight_delta(self, node: fx.Node, left: Stored, parts: Operands) -> Delta:
+        """A product of two factors: the right one is applied first."""
+        right = Factor(str(parts.weight.target), parts.view.then(SWAP))
+        dtype = left.dtype or self._tensors[str(left.node.target)].dtype
+        update = Update((right, Factor(str(left.node.target), left.view)))
+        return Delta((Term(parts.input, None, (), (), node, update),), dtype)
+
+    def _scale(self, node: fx.Node) -> Delta | None:
+        """A product with a number, or with a constant of one element; a quotient by a number."""
+        left, right = node.args[:2]
+        delta, other = (left, right) if isinstance(self._values.get(left), Delta) else (right, left)  # type: ignore[arg-type]
+        value = self._values.get(delta)  # type: ignore[arg-type]
+        if not isinstance(value, Delta):
+            return None
+        if isinstance(other, bool) or not isinstance(other, int | float):
+            scale = self._constant(other, value.dtype)
+            divides = node.target not in (aten.mul.Tensor, aten.mul.Scalar)
+            if scale is None or divides:
+                return None
+            name, dtype = scale
+            return replace(value.updated(lambda update: replace(update, scales=(*update.scales, name))), dtype=dtype)
+        if node.target in (aten.div.Tensor, aten.div.Scalar):
+            return value.scaled(1 / other) if delta is left and other != 0 else None
+        return value.scaled(other)
+
+    def _constant(self, value: Any, dtype: torch.dtype) -> tuple[str, torch.dtype] | None:
+        """Return the name of a tensor with one element and at most one dimension, and the dtype of a product with it."""
+        found = stored(value)
+        if found is None:
+            return None
+        tensor = self._tensors[str(found.node.target)]
+        if tensor.numel() != 1 or found.dims not in (0, 1) or not tensor.is_floating_point():
+            return None
+        other = found.dtype or tensor.dtype
+        return str(found.node.target), torch.promote_types(dtype, other) if found.dims == 1 else dtype
+
+    def _negate(self, node: fx.Node) -> Delta | None:
+        value = self._values.get(node.args[0])  # type: ignore[arg-type]
+        return value.scaled(-1) if isinstance(value, Delta) else None
+
+    def _pad(self, node: fx.Node) -> Delta | None:
+        """A zero behind the features."""
+        value, widths, *number = node.args
+        delta = self._values.get(value)  # type: ignore[arg-type]
+        if not isinstance(delta, Delta) or delta.is_placed or number not in ([], [0], [0.0]):
+            return None
+        return replace(delta, padded=True) if list(widths) == [0, 1] and _by_last(delta) else None  # type: ignore[arg-type]
+
+    def _place(self, node: fx.Node) -> Delta | None:
+        """Padded features: each output feature of the site takes its own, or the zero."""
+        value, dim, places = node.args
+        delta = self._values.get(value)  # type: ignore[arg-type]
+        named = isinstance(places, fx.Node) and places.op == "get_attr" and is_places(str(places.target))
+        if not isinstance(delta, Delta) or not delta.padded or dim != -1 or not named:
+            return None
+        return replace(delta, padded=False).updated(lambda update: replace(update, places=str(places.target)))  # type: ignore[union-attr]
+
+    def _add(self, node: fx.Node) -> Delta | Addition | None:
+        """``left + alpha · right``, or ``left - alpha · right``; in place only where nothing else reads ``left``."""
+        left, right = node.args[:2]
+        in_place = node.target in (aten.add_.Tensor, aten.sub_.Tensor)
+        if in_place and (not isinstance(left, fx.Node) or len(left.users) > 1):
+            return None
+        alpha = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
+        alpha = -alpha if node.target in (aten.sub.Tensor, aten.sub_.Tensor) else alpha
+        mine, theirs = self._values.get(left), self._values.get(right)  # type: ignore[arg-type]
+        if isinstance(theirs, Delta):
+            return self._sum(left, theirs if alpha == 1 else theirs.scaled(alpha))
+        return self._sum(right, mine) if isinstance(mine, Delta) and alpha == 1 else None
+
+    def _sum(self, base: Any, delta: Delta) -> Delta | Addition | None:
+        """A delta plus another one, or plus something else."""
+        if delta.padded or not isinstance(base, fx.Node):
+            return None
+        other = self._values.get(base)
+        if other is None:
+            return Addition(base, delta)
+        if other.padded or other.is_weight != delta.is_weight:
+            return None
+        dtype = torch.promote_types(other.dtype, delta.dtype)
+        reshaped = other.reshaped or delta.reshaped
+        return replace(other, terms=other.terms + delta.terms, dtype=dtype, reshaped=reshaped)
+
+    def _same_features(self, node: fx.Node) -> Delta | None:
+        """A cast, or a reshape that keeps the features together."""
+        value = self._values.get(node.args[0]) if node.args else None  # type: ignore[arg-type]
+        if not isinstance(value, Delta):
+            return None
+        dtype = cast_of(node)
+        if dtype is not None:
+            return replace(value, dtype=dtype)
+        if node.target in COPIES and len(node.all_input_nodes) == 1:
+            return value
+        return replace(value, reshaped=True) if _by_last(value) and keeps_last(node) else None
+
+
+_LINEAR: Mapping[object, Callable[[Deltas, fx.Node], Delta | Addition | None]] = {
+    aten.mul.Tensor: Deltas._scale,
+    aten.mul.Scalar: Deltas._scale,
+    aten.div.Tensor: Deltas._scale,
+    aten.div.Scalar: Deltas._scale,
+    aten.neg.default: Deltas._negate,
+    aten.constant_pad_nd.default: Deltas._pad,
+    aten.index_select.default: Deltas._place,
+    aten.add.Tensor: Deltas._add,
+    aten.add_.Tensor: Deltas._add,
+    aten.sub.Tensor: Deltas._add,
+    aten.sub_.Tensor: Deltas._add,
+}
+"""Operator → what it makes of a ``Delta``."""
+
+
+def _continues(term: Term, parts: Operands, shape: torch.Size) -> bool:
+    """Tell whether a product goes on where a term is: it acts on each position by itself, as the term's own products do."""
+    if term.op is None:
+        return False
+    if term.op == "embedding":
+        return parts.op == "linear"
+    if term.op in CONVOLUTIONS:
+        return parts.op == term.op and parts.groups == term.geometry[-1] and is_pointwise(parts, shape)
+    return (term.op, term.geometry) == (parts.op, parts.geometry)
+
+
+def _by_last(delta: Delta) -> bool:
+    """Tell whether the features of a delta are its last dimension, and all others are positions."""
+    return all(is_by_last(term.op, term.geometry) for term in delta.terms)
+
+
+def is_by_last(op: Op | None, geometry: tuple[Any, ...]) -> bool:
+    """Tell whether the features that a product makes are its last dimension, and all others are positions."""
+    return op in ("linear", "embedding") or geometry[:1] == ("grouped",)

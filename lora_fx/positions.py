@@ -1,0 +1,99 @@
+"""Which values of a graph are equal once its branches are folded, and which are laid out alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import fx, nn
+
+from lora_fx.operators import VIEW, name_of, writes
+from lora_fx.views import cast_of, is_view
+
+aten = torch.ops.aten
+
+COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default)
+"""Return what they read."""
+
+_RESHAPES = (
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.flatten.using_ints,
+)
+
+
+class Flow:
+    """What is known of the values of a graph, node by node in its order.
+
+    Args:
+        graph_module: the graph.
+        in_branch: tells whether a node is a product with a factor: what drops out for such alone is a branch's own.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, in_branch: Callable[[fx.Node], bool]) -> None:
+        self._graph_module = graph_module
+        self._in_branch = in_branch
+        self._position = {node: index for index, node in enumerate(graph_module.graph.nodes)}
+        self._memory: dict[fx.Node, fx.Node] = {}
+        self._writers: dict[fx.Node, list[fx.Node]] = {}
+
+    def note(self, node: fx.Node) -> None:
+        """Note of the next node of whose memory a node's value is a view, and whether the node writes to that."""
+        target = writes(node)
+        source = target if target is not None else next(iter(node.all_input_nodes), None)
+        if source is not None and (target is not None or name_of(node) in VIEW or is_view(node)):
+            self._memory[node] = self._memory.get(source, source)
+            if target is not None:
+                self._writers.setdefault(self._memory[node], []).append(node)
+
+    def reaches(self, source: fx.Node, wanted: fx.Node) -> bool | None:
+        """Tell whether two nodes have the same values once folded, and whether a reshape lies between; None if they differ."""
+        mine, theirs = (dict(self._identities(node)) for node in (source, wanted))
+        met = next((node for node in mine if node in theirs), None)
+        return None if met is None else mine[met] or theirs[met]
+
+    def written_between(self, one: fx.Node, other: fx.Node, read: tuple[fx.Node, ...]) -> fx.Node | None:
+        """Return a node between two that writes in place to something that they read."""
+        memory = {self._memory.get(node, node) for start in read for node, _ in self._identities(start)}
+        first, last = sorted((self._position[one], self._position[other]))
+        written = (node for place in memory for node in self._writers.get(place, ()))
+        return next((node for node in written if first < self._position[node] < last), None)
+
+    def _identities(self, node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
+        """Yield a node and what it is a copy of, once folded: through dropout, casts, and reshapes, which it says."""
+        reshaped = False
+        while True:
+            yield node, reshaped
+            if not self._is_identity(node) and not keeps_last(node):
+                return
+            reshaped = reshaped or keeps_last(node)
+            node = node.all_input_nodes[0]
+
+    def _is_identity(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self._graph_module.get_submodule(str(node.target)), nn.modules.dropout._DropoutNd)
+        if node.target is aten.dropout.default:
+            return not node.args[2] or all(self._in_branch(user) for user in node.users)
+        return cast_of(node) is not None or node.target in COPIES
+
+
+def keeps_last(node: fx.Node) -> bool:
+    """Tell whether a node is a reshape that leaves the last dimension alone: positions keep their order in memory."""
+    if node.target not in _RESHAPES or not isinstance(node.args[0], fx.Node):
+        return False
+    before, after = (each.meta.get("val") for each in (node.args[0], node))
+    if not (isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor) and before.dim() and after.dim()):
+        return False
+    last = before.shape[-1], after.shape[-1]
+    return all(type(size) is int for size in last) and last[0] == last[1]
+
+
+def same_shapes(left: fx.Node, right: fx.Node) -> bool:
+    """Tell whether two values have the same shape in the trace, and whatever sizes it is run with."""
+    mine, theirs = (node.meta.get("val") for node in (left, right))
+    if not isinstance(mine, torch.Tensor) or not isinstance(theirs, torch.Tensor) or mine.dim() != theirs.dim():
+        return False
+    return [str(size) for size in mine.shape] == [str(size) for size in theirs.shape]
