@@ -79,10 +79,11 @@ def attach(
     nodes = {node.name: node for node in graph.nodes}
     named = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
     for chosen in plan.chosen:
-        site = chosen.site.node
-        end = nodes[ends[site]] if site in ends else _complete(nodes[site])
+        site = nodes[chosen.site.node]
+        end = nodes[ends[site.name]] if site.name in ends else _complete(site, state)
         for branch in chosen.branches:
-            end = _Writer(graph, state, named, chosen, branch, adapter).write(nodes[site], end)
+            behind = site if end in (site, biased(site)) else _added(end)
+            end = _Writer(graph, state, named, chosen, branch, adapter).write(site, end, behind)
     for node in graph.find_nodes(op="get_attr"):
         if copy_name(str(node.target), adapter) in copies:
             node.target = copy_name(str(node.target), adapter)
@@ -94,10 +95,21 @@ def attach(
     return checked(attached, "branched")
 
 
-def _complete(site: fx.Node) -> fx.Node:
+def _complete(site: fx.Node, state: State) -> fx.Node:
     """Return where the output of a site's module is complete: PEFT adds a branch to what the module returns, bias included."""
-    total = biased(site)
-    return total if total is not None and module_path(total) == module_path(site) else site
+    total, parts = biased(site), operands(site)
+    if total is None or parts is None or module_path(total) != module_path(site):
+        return site
+    bias = next(node for node in total.all_input_nodes if node is not site)
+    dtype = parts.dtype or state.tensors[str(parts.weight.target)].dtype
+    return total if state.tensors[str(bias.target)].dtype == dtype else site
+
+
+def _added(end: fx.Node) -> fx.Node:
+    """Return what the last branch at a site adds: the second summand of its sum, which may be cast back."""
+    total = end if end.target is aten.add.Tensor else end.args[0]
+    added = total.args[1] if isinstance(total, fx.Node) and total.target is aten.add.Tensor else None
+    return added if isinstance(added, fx.Node) else end
 
 
 def _in_module_order(plan: Plan, state: State) -> dict[str, tuple[Chosen, Branch]]:
@@ -202,8 +214,14 @@ class _Writer:
     branch: Branch
     adapter: str
 
-    def write(self, base: fx.Node, end: fx.Node) -> fx.Node:
-        """Write the branch of site ``base`` behind ``end``, the site itself or its last branch so far; return the new end."""
+    def write(self, base: fx.Node, end: fx.Node, behind: fx.Node) -> fx.Node:
+        """Write the branch of a site, and return the node that the rest of the graph reads from now on.
+
+        Args:
+            base: the site's node.
+            end: what the branch is added to: the site itself, its sum with a bias, or its last branch so far.
+            behind: the node behind which it reads what the site does, which may be overwritten later.
+        """
         setting, names = self.branch.setting, self.branch.names(self.adapter)
         parts = operands(base)
         assert parts is not None
@@ -212,8 +230,8 @@ class _Writer:
         a = self._named(names.a, "factor A", parts.weight)
         b = self._named(names.b, "factor B", a)
         places = None if self.branch.features is None else self._named(names.places, "places", b)
-        users = list(end.users)
-        with self.graph.inserting_before(end.next):
+        users, following = list(end.users), behind.next
+        with self.graph.inserting_before(following):
             value = parts.input
             if wide != narrow and parts.op != "embedding":
                 value = self._call(base, "cast", aten.to.dtype, value, wide)
@@ -224,6 +242,7 @@ class _Writer:
             if places is not None:
                 value = self._call(base, "pad", aten.constant_pad_nd.default, value, [0, 1])
                 value = self._call(base, "place", aten.index_select.default, value, -1, places)
+        with self.graph.inserting_before(following if behind is end else end.next):
             value = self._call(base, "add", aten.add.Tensor, end, value)
             if wide != narrow:
                 value = self._call(base, "cast", aten.to.dtype, value, narrow)

@@ -177,6 +177,10 @@ class _Walk:
         if site is None or parts is None:
             return None
         narrow = parts.dtype or self._tensors[str(parts.weight.target)].dtype
+        total = biased(site)
+        if total is not None and base is not site:  # the sum with a bias of a wider type has that type
+            bias = next(each for each in total.all_input_nodes if each is not site)
+            narrow = torch.promote_types(narrow, self._tensors[str(bias.target)].dtype)
         reshaped = base is not site and base is not biased(site)
         weight = Stored(parts.weight, parts.view)
         return _Joined(site, base, base, (), narrow, narrow, weight, reshaped).plus(delta, base)
@@ -212,6 +216,10 @@ class _Walk:
             raise _unexpected(
                 node, f"the sum has dtype {value.dtype} and must be cast back to {value.narrow}, that of its site"
             )
+        names = {str(value.weight.node.target), *(name for term in value.terms for name in term.update.names)}
+        writer = self._flow.writer_of(names)
+        if writer is not None:
+            raise _unexpected(writer, "it writes to a weight or a factor while the graph computes")
         if not value.is_weight:
             self._check_input(node, value)
         wanted = tuple(self._seen(str(value.weight.node.target), value.weight.view))
@@ -230,7 +238,7 @@ class _Walk:
             reached = self._flow.reaches(term.source, parts.input)
             if reached is None:
                 raise _unexpected(node, f"it adds a branch that reads {term.source} to a site that reads {parts.input}")
-            written = self._flow.written_between(value.site, term.product, (term.source, parts.input))
+            written = self._flow.written_between({value.site: parts.input, term.product: term.source})
             if written is not None:
                 raise _unexpected(written, f"it writes to what {value.site} and {term.product} read, between the two")
             if (term.op, term.geometry, term.kernel) != (parts.op, parts.geometry, kernel):

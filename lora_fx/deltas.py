@@ -17,7 +17,7 @@ from torch import fx
 
 from lora_fx.factors import is_places
 from lora_fx.lowrank import Factor, Update
-from lora_fx.positions import COPIES, keeps_last
+from lora_fx.positions import COPIES, keeps_last, may_share
 from lora_fx.products import CONVOLUTIONS, Operands, is_pointwise, operands
 from lora_fx.views import SWAP, Stored, cast_of, shows, stored
 from lora_fx.vocabulary import Op
@@ -145,8 +145,8 @@ class Deltas:
         """A product with a weight, to which an ``addmm`` adds something."""
         name = str(parts.weight.target)
         tensor = self._tensors[name]
-        if not tensor.is_floating_point():
-            return None
+        if not tensor.is_floating_point() or (parts.op in CONVOLUTIONS and parts.layout is None):
+            return None  # of a kernel that was reshaped, the places are not known
         delta, factor = self._values.get(parts.input), Factor(name, parts.view)
         dtype = parts.dtype or tensor.dtype
         if isinstance(delta, Delta):
@@ -225,10 +225,10 @@ class Deltas:
         return replace(delta, padded=False).updated(lambda update: replace(update, places=str(places.target)))  # type: ignore[union-attr]
 
     def _add(self, node: fx.Node) -> Delta | Addition | None:
-        """``left + alpha · right``, or ``left - alpha · right``; in place only where nothing else reads ``left``."""
+        """``left + alpha · right``, or ``left - alpha · right``; in place only where nothing else sees ``left``."""
         left, right = node.args[:2]
         in_place = node.target in (aten.add_.Tensor, aten.sub_.Tensor)
-        if in_place and (not isinstance(left, fx.Node) or len(left.users) > 1):
+        if in_place and (not isinstance(left, fx.Node) or len(left.users) > 1 or may_share(left)):
             return None
         alpha = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
         alpha = -alpha if node.target in (aten.sub.Tensor, aten.sub_.Tensor) else alpha

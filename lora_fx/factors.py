@@ -15,7 +15,7 @@ _FACTOR = re.compile(r"(.+\.)?lora_[AB]\.(?P<adapter>[^.]+)(\.[^.]+)?\.weight")
 _EMBEDDING_FACTOR = re.compile(
     r"(.+\.)?lora_embedding_[AB]\.(?P<adapter>[^.]+)"
 )  # as PEFT names those of its own layers
-_COPY = re.compile(r"(?P<module>(.+\.)?)trained\.(?P<adapter>[^.]+)\.(?P<leaf>[^.]+)")
+_COPY = re.compile(r"(?P<module>(.+\.)?)trained_copy\.(?P<adapter>[^.]+)\.(?P<leaf>[^.]+)")
 _PLACES = re.compile(r".+\.lora_places\.(?P<adapter>[^.]+)\.[^.]+")
 
 
@@ -60,7 +60,7 @@ class BranchNames:
 
 def is_factor(name: str) -> bool:
     """Tell whether a parameter name is that of a factor."""
-    return any(pattern.fullmatch(name) for pattern in (_FACTOR, _EMBEDDING_FACTOR))
+    return original_name(name) is None and any(p.fullmatch(name) for p in (_FACTOR, _EMBEDDING_FACTOR))
 
 
 def is_places(name: str) -> bool:
@@ -69,9 +69,9 @@ def is_places(name: str) -> bool:
 
 
 def copy_name(parameter: str, adapter: str) -> str:
-    """Return the name of an adapter's trained copy of a parameter: ``head.weight`` → ``head.trained.default.weight``."""
+    """Return the name of an adapter's trained copy of a parameter: ``head.weight`` → ``head.trained_copy.default.weight``."""
     path, dot, leaf = parameter.rpartition(".")
-    return f"{path}{dot}trained.{adapter}.{leaf}"
+    return f"{path}{dot}trained_copy.{adapter}.{leaf}"
 
 
 def original_name(name: str) -> str | None:

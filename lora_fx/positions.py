@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import fx, nn
@@ -41,13 +41,18 @@ class Flow:
         self._writers: dict[fx.Node, list[fx.Node]] = {}
 
     def note(self, node: fx.Node) -> None:
-        """Note of the next node of whose memory a node's value is a view, and whether the node writes to that."""
-        target = writes(node)
-        source = target if target is not None else next(iter(node.all_input_nodes), None)
-        if source is not None and (target is not None or name_of(node) in VIEW or is_view(node)):
+        """Note of the next node whose memory its value may share, and to whose memory it writes."""
+        targets = self._written(node)
+        source = next(iter(targets or node.all_input_nodes), None)
+        if source is not None and (targets or may_share(node)):
             self._memory[node] = self._memory.get(source, source)
-            if target is not None:
-                self._writers.setdefault(self._memory[node], []).append(node)
+        for target in targets:
+            self._writers.setdefault(self._memory.get(target, target), []).append(node)
+
+    def writer_of(self, names: Collection[str]) -> fx.Node | None:
+        """Return a node that writes to one of the graph's own tensors of these names."""
+        own = ((place, nodes) for place, nodes in self._writers.items() if place.op == "get_attr")
+        return next((nodes[0] for place, nodes in own if str(place.target) in names), None)
 
     def reaches(self, source: fx.Node, wanted: fx.Node) -> bool | None:
         """Tell whether two nodes have the same values once folded, and whether a reshape lies between; None if they differ."""
@@ -55,12 +60,31 @@ class Flow:
         met = next((node for node in mine if node in theirs), None)
         return None if met is None else mine[met] or theirs[met]
 
-    def written_between(self, one: fx.Node, other: fx.Node, read: tuple[fx.Node, ...]) -> fx.Node | None:
-        """Return a node between two that writes in place to something that they read."""
-        memory = {self._memory.get(node, node) for start in read for node, _ in self._identities(start)}
-        first, last = sorted((self._position[one], self._position[other]))
+    def written_between(self, read: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
+        """Return a node that writes to a value after it was read, or copied, the first time and before the last.
+
+        Args:
+            read: reader → what it reads; all of these are copies of one value.
+        """
+        chains = [[node for node, _ in self._identities(source)] for source in read.values()]
+        met = next(node for node in chains[0] if all(node in chain for chain in chains))
+        apart = {node for chain in chains for node in chain[: chain.index(met)]}
+        events = [self._position[node] for node in (*apart, *read)]
+        memory = {self._memory.get(node, node) for node in (*apart, met)}
         written = (node for place in memory for node in self._writers.get(place, ()))
-        return next((node for node in written if first < self._position[node] < last), None)
+        return next((node for node in written if min(events) < self._position[node] < max(events)), None)
+
+    def _written(self, node: fx.Node) -> list[fx.Node]:
+        """Return what a node may write to: what its operator says, and all that it reads where nobody says."""
+        if isinstance(node.target, torch._ops.OpOverload):
+            target = writes(node)
+            return [] if target is None else [target]
+        if node.op == "call_module":
+            called = self._graph_module.get_submodule(str(node.target))
+            drops = isinstance(called, nn.modules.dropout._DropoutNd) and not called.inplace
+            return [] if drops or type(called).__module__.startswith("lora_fx.") else node.all_input_nodes
+        computes = node.op == "call_method" or (node.op == "call_function" and not _is_pure(node.target))
+        return node.all_input_nodes if computes else []
 
     def _identities(self, node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
         """Yield a node and what it is a copy of, once folded: through dropout, casts, and reshapes, which it says."""
@@ -78,6 +102,41 @@ class Flow:
         if node.target is aten.dropout.default:
             return not node.args[2] or all(self._in_branch(user) for user in node.users)
         return cast_of(node) is not None or node.target in COPIES
+
+
+def _is_pure(function: object) -> bool:
+    """Tell whether a function of Python, of those that compute with sizes, leaves its arguments as they are."""
+    module, name = str(getattr(function, "__module__", "")), str(getattr(function, "__name__", ""))
+    if module == "_operator":
+        return not (name.startswith("i") and name[1:] in _IN_PLACE) and name not in ("setitem", "delitem")
+    return module in ("builtins", "math") or (module == "torch" and name.startswith("sym_"))
+
+
+_IN_PLACE = frozenset(
+    [
+        "add",
+        "and",
+        "concat",
+        "floordiv",
+        "lshift",
+        "matmul",
+        "mod",
+        "mul",
+        "or",
+        "pow",
+        "rshift",
+        "sub",
+        "truediv",
+        "xor",
+    ]
+)
+
+
+def may_share(node: fx.Node) -> bool:
+    """Tell whether a node's value may lie in the memory of something else."""
+    computed = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+    copies = node.target in COPIES and node.target is not aten.clone.default
+    return not computed or name_of(node) in VIEW or is_view(node) or copies or node.target is aten.dropout.default
 
 
 def keeps_last(node: fx.Node) -> bool:

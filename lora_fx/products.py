@@ -132,9 +132,10 @@ def _by_expert(site: fx.Node, parts: Operands, value: fx.Node, stack: fx.Node, p
         return emit(part, site.target, value, emit(part, aten.transpose.int, stack, -2, -1), chosen)
     if chosen is not None:
         stack = emit(part, aten.index.Tensor, stack, [chosen])
+    product = aten.matmul.default if site.target is aten.matmul.default else aten.bmm.default  # which broadcasts
     if how == "left":
-        return emit(part, aten.bmm.default, stack, value)
-    return emit(part, aten.bmm.default, value, emit(part, aten.transpose.int, stack, -2, -1))
+        return emit(part, product, stack, value)
+    return emit(part, product, value, emit(part, aten.transpose.int, stack, -2, -1))
 
 
 _POINTWISE: Mapping[Op, Any] = {

@@ -23,10 +23,11 @@ from lora_fx.errors import FoldError
 from lora_fx.factors import original_name
 from lora_fx.graph_module import State, state_of
 from lora_fx.lowrank import Merge, Update
+from lora_fx.operators import flattened
 from lora_fx.products import readers
 from lora_fx.provenance import module_path
 from lora_fx.sites import sites
-from lora_fx.views import AS_STORED, View
+from lora_fx.views import AS_STORED, View, stored
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,12 @@ def values_of(graph_module: fx.GraphModule, found: Sequence[FoundBranch], *, uns
         for use in uses:
             groups.setdefault((frozenset(Counter(use.updates).items()), use.view), []).append(use)
         parted = [Value(weight, tuple(group)) for group in groups.values()]
-        if len(parted) > 1 and not unshare:
+        twice = next((use for use in uses if use.updates and _reads(use.reader, weight, state.aliases()) > 1), None)
+        if twice is not None:
+            problems.append(
+                f"{twice.reader.name} reads {weight!r} twice, and only once with a branch. Give the model two weights, or adapt neither use."
+            )
+        elif len(parted) > 1 and not unshare:
             problems.append(
                 f"{weight!r} is used {len(uses)} times, and its uses need different values after folding: {_listed(uses)}. "
                 "Adapt all uses alike, give the model separate weights before the rewrite, or un-tie them with unshare=True."
@@ -156,8 +162,9 @@ def _uses(graph_module: fx.GraphModule, found: Sequence[FoundBranch], state: Sta
             for reader, between in readers(node):
                 site = name_of.get(reader.name, module_path(reader))
                 use = Use(reader, node, between, site)
-                if reader in at:
-                    use = replace(use, updates=at[reader].updates, view=at[reader].view)
+                branch = at.get(reader)
+                if branch is not None and aliases[str(branch.weight.target)] == aliases[str(node.target)]:
+                    use = replace(use, updates=branch.updates, view=branch.view)
                 uses[aliases[str(node.target)]].append(use)
         elif node.op == "call_module":
             held = {aliases[name] for name in state.tensors if name.startswith(f"{node.target}.")}
@@ -195,11 +202,17 @@ def _named(values: Sequence[Value], names: tuple[str, ...], taken: Collection[st
 
 def _new_name(site: str, name: str, taken: Collection[str]) -> str:
     """Return the name of a value that none of the weight's names is left for: the site's, and the parameter's own."""
-    module, _, call = site.partition("@")
+    module, _, call = (site or name).partition("@")
     own = "" if module == name else f".{name.rpartition('.')[2]}"
-    first = int(call or 1)
+    first = int(call or 2)
     candidates = (f"{module}@{number}{own}" for number in itertools.count(first))
     return next(candidate for candidate in candidates if candidate not in taken)
+
+
+def _reads(reader: fx.Node, weight: str, aliases: Mapping[str, str]) -> int:
+    """Return how many arguments of a node are a weight, or a view of it."""
+    found = [stored(argument) for argument in flattened((reader.args, list(reader.kwargs.values())))]
+    return sum(each is not None and aliases.get(str(each.node.target)) == weight for each in found)
 
 
 def _listed(uses: Sequence[Use]) -> str:

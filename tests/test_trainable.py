@@ -82,7 +82,7 @@ def test_what_trains_is_a_copy_that_fold_keeps_and_unload_drops() -> None:
     model = classifier()
     ours = rewritten(model, {"target": ["classifier"], "trainable": "all"})
     own = [name for name, p in ours.named_parameters() if p.requires_grad and ".lora_" not in name]
-    assert own == ["classifier.trained.default.weight", "classifier.trained.default.bias"]
+    assert own == ["classifier.trained_copy.default.weight", "classifier.trained_copy.default.bias"]
     with unchanged(model):
         logits = trained(ours)
     base = lora_fx.trace(model, inference=True)
