@@ -251,8 +251,11 @@ class _Walk:
                 raise _unexpected(node, f"it adds values of other positions to {value.base}, or of positions not known")
 
     def _shape(self, update: Update) -> tuple[int, ...]:
-        """Return the shape of an update."""
-        first, *_, last = [self._seen(factor.name, factor.view) for factor in (update.factors[0], *update.factors)]
+        """Return the shape of an update; none if its factors do not go together."""
+        shapes = [self._seen(factor.name, factor.view) for factor in update.factors]
+        first, last = shapes[0], shapes[-1]
+        if any(shape[:-2] != first[:-2] for shape in shapes):
+            return ()  # of stacks that are not alike
         rows = last[-2] if update.places is None else self._tensors[update.places].numel()
         return (*first[:-2], rows, first[-1])
 

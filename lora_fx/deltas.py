@@ -195,7 +195,7 @@ class Deltas:
     def _constant(self, value: Any, dtype: torch.dtype) -> tuple[str, torch.dtype] | None:
         """Return the name of a tensor with one element and at most one dimension, and the dtype of a product with it."""
         found = stored(value)
-        if found is None:
+        if found is None or found.chosen is not None:
             return None
         tensor = self._tensors[str(found.node.target)]
         if tensor.numel() != 1 or found.dims not in (0, 1) or not tensor.is_floating_point():

@@ -23,6 +23,7 @@ from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph,
 from lora_fx.lowrank import FOLDABLE, Merge, merge_into
 from lora_fx.sharing import Value, separate, values_of
 from lora_fx.states import checked
+from lora_fx.views import shows
 
 
 def fold(
@@ -98,8 +99,10 @@ def _write(merges: Sequence[Merge], state: State, copied: Collection[str]) -> No
     for merge in merges:
         if merge.weight not in copied:
             weight = state.tensors[merge.weight]
-            merge_into(weight, merge, state.tensors, weight)
-            torch.autograd.graph.increment_version(weight)  # a backward over the old value is refused
+            with torch.inference_mode(weight.is_inference()):
+                merge_into(weight, merge, state.tensors, weight)
+            if not weight.is_inference():
+                torch.autograd.graph.increment_version(weight)  # a backward over the old value is refused
 
 
 def unload(graph_module: fx.GraphModule, *, branches: Nominate = is_factor) -> TracedGraphModule:
@@ -206,12 +209,18 @@ def _without_branches(
     nominate: Nominate,
 ) -> TracedGraphModule:
     graph, copies = copy_graph(graph_module.graph)
-    for branch in found:
-        copies[branch.end].replace_all_uses_with(copies[branch.base])
-        erase_unread(graph, copies[branch.end])
     for node in graph.find_nodes(op="get_attr"):
         node.target = original_name(str(node.target)) or node.target
     separate(graph, values, copies)
+    for branch in found:
+        base = copies[branch.base]
+        if branch.base is branch.weight:  # which the sum may read under another name by now
+            base = copies[branch.site].all_input_nodes[branch.site.all_input_nodes.index(branch.base)]
+        copies[branch.end].replace_all_uses_with(base)
+        erase_unread(graph, copies[branch.end])
+    for node in graph.find_nodes(op="get_attr"):
+        if nominate(str(node.target)):
+            _erase_dead(graph, node)
     graph.lint()
     aliases, read = (
         state.aliases(),
@@ -228,6 +237,15 @@ def _without_branches(
     meta = {**graph_module.meta, "lora_fx": {key: value for key, value in own.items() if key != "adapters"}}
     plain = assemble(graph, state.without(dropped), meta=meta, training=graph_module.training, trainable=frozenset())
     return checked(plain, "folded")
+
+
+def _erase_dead(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a factor, and the views of it, that nothing reads."""
+    for user in list(node.users):
+        if shows(user):
+            _erase_dead(graph, user)
+    if not node.users:
+        graph.erase_node(node)
 
 
 _FOREIGN: Mapping[str, Any] = {"inference": True, "constants": {}, "model_class": "", "config": None}

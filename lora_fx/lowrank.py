@@ -149,7 +149,7 @@ def merge_into(
         if result is not None:
             result[index, rows] = new
     if out is not None and result is not None and result.data_ptr() != out.data_ptr():
-        out.copy_(result.view(out.shape))
+        out.detach().copy_(result.view(out.shape))
     return total
 
 

@@ -21,7 +21,7 @@ from torch import fx
 from lora_fx.branches import FoundBranch
 from lora_fx.errors import FoldError
 from lora_fx.factors import original_name
-from lora_fx.graph_module import State, state_of
+from lora_fx.graph_module import State, erase_unread, state_of
 from lora_fx.lowrank import Merge, Update
 from lora_fx.operators import flattened
 from lora_fx.products import readers
@@ -123,6 +123,7 @@ def separate(graph: fx.Graph, values: Sequence[Value], copies: Mapping[fx.Node, 
         copies: nodes of that graph → nodes of ``graph``.
     """
     parted = Counter(value.weight for value in values)
+    left: dict[fx.Node, None] = {}
     for value in values:
         if parted[value.weight] == 1:
             continue
@@ -132,9 +133,9 @@ def separate(graph: fx.Graph, values: Sequence[Value], copies: Mapping[fx.Node, 
             path = [copies[node] for node in (use.weight, *use.between)]
             reader = copies[use.reader]
             reader.replace_input_with(path[-1], _copied(graph, path, value.names[0]))
-            for node in reversed(path):
-                if not node.users:
-                    graph.erase_node(node)
+            left.update(dict.fromkeys(reversed(path)))
+    for node in left:  # what was copied for some uses may be read by others still
+        erase_unread(graph, node)
 
 
 def _copied(graph: fx.Graph, path: Sequence[fx.Node], name: str) -> fx.Node:
