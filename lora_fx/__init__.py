@@ -14,6 +14,7 @@ from lora_fx.errors import (
 )
 from lora_fx.fold_report import FoldReport, fold_report
 from lora_fx.folding import fold, recipe, unload
+from lora_fx.fusion import fuse
 from lora_fx.graph_module import TracedGraphModule
 from lora_fx.materializing import materialize
 from lora_fx.parameters import ParameterSummary, parameter_summary
@@ -40,6 +41,7 @@ __all__ = [
     "export",
     "fold",
     "fold_report",
+    "fuse",
     "huggingface",
     "materialize",
     "parameter_summary",

@@ -20,6 +20,7 @@ from lora_fx.errors import FoldError
 from lora_fx.factors import is_factor, is_of_adapter, original_name
 from lora_fx.fold_report import FoldedWeight
 from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph, erase_unread, state_of
+from lora_fx.lowering import lower
 from lora_fx.lowrank import FOLDABLE, Merge, merge_into
 from lora_fx.sharing import Value, separate, values_of
 from lora_fx.states import checked
@@ -52,10 +53,10 @@ def fold(
         FoldError: a branch is not linear, a weight would need different values at its uses, or would become non-finite, or
             a tensor is on the meta device. Nothing was changed.
     """
-    _check(graph_module)
-    found = find_branches(graph_module, branches)
-    values = values_of(graph_module, found, unshare=unshare)
-    state = state_of(graph_module)
+    plain = _checked(graph_module)
+    found = find_branches(plain, branches)
+    values = values_of(plain, found, unshare=unshare)
+    state = state_of(plain)
     merges = [value.merge for value in values if value.updates]
     _check_foldable(merges, state)
     copied = _copied_weights(values, state) if inplace else {merge.weight for merge in merges}
@@ -65,7 +66,7 @@ def fold(
             {name: state.tensors[value.weight] for name in value.names if name not in {**state.tensors, **merged}}
         )
     merged = {**_trained(state, merged), **merged}
-    folded = _without_branches(graph_module, found, values, state.with_tensors(merged), branches)
+    folded = _without_branches(plain, found, values, state.with_tensors(merged), branches)
     own = folded.meta["lora_fx"]
     own["folded"] = report
     names = (name for merge in merges for name in merge.names)
@@ -115,8 +116,8 @@ def unload(graph_module: fx.GraphModule, *, branches: Nominate = is_factor) -> T
     Raises:
         FoldError: a branch cannot be taken out without changing something else.
     """
-    _check(graph_module)
-    return _without_branches(graph_module, find_branches(graph_module, branches), (), state_of(graph_module), branches)
+    plain = _checked(graph_module)
+    return _without_branches(plain, find_branches(plain, branches), (), state_of(plain), branches)
 
 
 def recipe(graph_module: fx.GraphModule, *, branches: Nominate = is_factor, unshare: bool = False) -> tuple[Merge, ...]:
@@ -133,12 +134,13 @@ def recipe(graph_module: fx.GraphModule, *, branches: Nominate = is_factor, unsh
     Raises:
         FoldError: see :func:`fold`.
     """
-    _check(graph_module)
-    values = values_of(graph_module, find_branches(graph_module, branches), unshare=unshare)
+    plain = _checked(graph_module)
+    values = values_of(plain, find_branches(plain, branches), unshare=unshare)
     return tuple(value.merge for value in values if value.updates)
 
 
-def _check(graph_module: fx.GraphModule) -> None:
+def _checked(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Return a graph that can be folded, its branches as plain nodes."""
     if not isinstance(graph_module, fx.GraphModule):
         raise FoldError(
             f"a graph is expected, and this is a {type(graph_module).__name__}: make one with lora_fx.rewrite or lora_fx.trace."
@@ -147,6 +149,7 @@ def _check(graph_module: fx.GraphModule) -> None:
         raise FoldError(
             "this graph was folded in place: its weights hold its branches already. Use the graph that fold returned."
         )
+    return lower(graph_module)
 
 
 def _check_foldable(merges: Sequence[Merge], state: State) -> None:
@@ -256,7 +259,7 @@ def _consume(graph_module: fx.GraphModule) -> None:
     """Make a graph whose weights are overwritten refuse to compute."""
 
     def forward(*_args: Any, **_kwargs: Any) -> Any:
-        _check(graph_module)
+        _checked(graph_module)
 
     graph_module.meta.setdefault("lora_fx", {})
     graph_module.meta["lora_fx"] = {**graph_module.meta["lora_fx"], "consumed": True}

@@ -19,7 +19,9 @@ import torch
 from lora_fx.branches import find_branches
 from lora_fx.errors import StateError
 from lora_fx.factors import is_factor, is_of_adapter
+from lora_fx.fused import add_update, reduce_features
 from lora_fx.graph_module import State, TracedGraphModule, state_of
+from lora_fx.lowering import lower
 
 GraphState = Literal["base", "branched", "fused", "folded"]
 
@@ -45,7 +47,7 @@ def _nodes_are_plain(graph_module: TracedGraphModule, state: State) -> Iterator[
     for node in graph_module.graph.nodes:
         if node.op == "call_module" and str(node.target) not in state.modules:
             yield f"{node.name} calls {node.target!r}, which the graph does not have"
-        elif node.op == "call_function" and not _is_plain(node.target):
+        elif node.op == "call_function" and not (_is_plain(node.target) or _is_fused(node.target)):
             yield f"{node.name} calls {node.target}, which is no operator of torch"
         elif node.op == "call_method":
             yield f"{node.name} calls the method {node.target!r}"
@@ -54,6 +56,16 @@ def _nodes_are_plain(graph_module: TracedGraphModule, state: State) -> Iterator[
 def _is_plain(target: object) -> bool:
     module = str(getattr(target, "__module__", ""))
     return isinstance(target, torch._ops.OpOverload) or module in ("_operator", "builtins", "math", "torch")
+
+
+def _is_fused(target: object) -> bool:
+    return target in (reduce_features, add_update)
+
+
+def _nothing_is_fused(graph_module: TracedGraphModule, _state: State) -> Iterator[str]:
+    for node in graph_module.graph.nodes:
+        if _is_fused(node.target):
+            yield f"{node.name} computes a fused branch"
 
 
 def _tensors_are_named_once(graph_module: TracedGraphModule, state: State) -> Iterator[str]:
@@ -78,7 +90,9 @@ def _all_is_frozen(graph_module: TracedGraphModule, _state: State) -> Iterator[s
 def _factors_are_in_branches(graph_module: TracedGraphModule, state: State) -> Iterator[str]:
     """The branches can be found, and no factor is outside of them."""
     aliases = state.aliases()
-    used = {aliases[name] for found in find_branches(graph_module) for each in found.updates for name in each.names}
+    used = {
+        aliases[name] for found in find_branches(lower(graph_module)) for each in found.updates for name in each.names
+    }
     for name, first in aliases.items():
         if is_factor(name) and first not in used:
             yield f"{name!r} is in no branch"
@@ -96,8 +110,8 @@ Rule = Callable[[TracedGraphModule, State], Iterator[str]]
 
 _PLAIN: tuple[Rule, ...] = (_nodes_are_plain, _tensors_are_named_once)
 _RULES: Mapping[GraphState, tuple[Rule, ...]] = {
-    "base": (*_PLAIN, _all_is_frozen),
-    "branched": (*_PLAIN, _factors_are_in_branches),
+    "base": (*_PLAIN, _nothing_is_fused, _all_is_frozen),
+    "branched": (*_PLAIN, _nothing_is_fused, _factors_are_in_branches),
     "fused": (*_PLAIN, _factors_are_in_branches),
-    "folded": (*_PLAIN, _all_is_frozen, _nothing_is_left),
+    "folded": (*_PLAIN, _nothing_is_fused, _all_is_frozen, _nothing_is_left),
 }

@@ -22,6 +22,7 @@ from lora_fx.branches import Nominate, find_branches
 from lora_fx.errors import InputError, LoraFxError, VerifyError
 from lora_fx.factors import is_factor
 from lora_fx.graph_module import described, state_of
+from lora_fx.lowering import lower
 from lora_fx.provenance import module_path, source_line
 from lora_fx.signature import InputCodeGen
 from lora_fx.views import stored
@@ -82,6 +83,7 @@ def verify(
         FoldError: ``graph_module`` cannot be folded.
         LoraFxError: a tensor is on the meta device.
     """
+    graph_module = lower(graph_module)
     _check_values(graph_module, merged)
     pairs = _pairs(graph_module, merged, branches)
     branched = _Run(graph_module, _bound(graph_module, inputs), pairs)

@@ -60,6 +60,8 @@ COPIES: dict[str, Callable[[Any], fx.GraphModule]] = {
     "dead-code elimination": swept,
     "no metadata": stripped,
     "trace": lora_fx.trace,
+    "fuse": lora_fx.fuse,
+    "a copy of a fused graph": lambda graph_module: pickled(copy.deepcopy(lora_fx.fuse(graph_module))),
     "fx.GraphModule": lambda graph_module: fx.GraphModule(graph_module, copy.deepcopy(graph_module).graph),
     "all of them": lambda graph_module: swept(transformed(pickled(copy.deepcopy(graph_module)))),
 }

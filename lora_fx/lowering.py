@@ -1,0 +1,81 @@
+"""Fused branches written out again as plain operators, which fold, verify and the exporters know."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import fx
+
+from lora_fx.fused import add_update
+from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, erase_unread, state_of, trainable_names
+
+aten = torch.ops.aten
+
+Graph = TypeVar("Graph", bound=fx.GraphModule)
+
+
+def lower(graph_module: Graph) -> Graph | TracedGraphModule:
+    """Return the graph that a fused one was made of, with the same names of nodes; a graph that is not fused, itself.
+
+    Args:
+        graph_module: left as it is; the result has parameters of its own over the same storage.
+    """
+    if not graph_module.graph.find_nodes(op="call_function", target=add_update):
+        return graph_module
+    graph, _ = copy_graph(graph_module.graph)
+    for node in graph.find_nodes(op="call_function", target=add_update):
+        _write_plain(graph, node)
+    return with_graph(graph_module, graph)
+
+
+def with_graph(graph_module: fx.GraphModule, graph: fx.Graph) -> TracedGraphModule:
+    """Return a graph module with another graph and parameters of its own over the same storage."""
+    graph.lint()
+    trainable = trainable_names(graph_module)
+    state, mode = state_of(graph_module), graph_module.training
+    return assemble(graph, state, meta=graph_module.meta, training=mode, trainable=trainable)
+
+
+def describe(node: fx.Node, like: fx.Node, value: Any) -> None:
+    """Give a new node the origin of another one, and a value."""
+    node.meta = {key: like.meta[key] for key in ("nn_module_stack", "stack_trace") if key in like.meta}
+    if value is not None:
+        node.meta["val"] = value
+
+
+def _write_plain(graph: fx.Graph, fused: fx.Node) -> None:
+    """Write a branch out again; its stamp and the names of its nodes are there unless someone's pass lost them."""
+    arguments: Any = fused.args
+    base, part, b, scaling, narrow = arguments
+    reduced, index = part.args
+    x, factors, wide = reduced.args
+    custom = fused.meta.get("custom", {})
+    stamp = dict(custom.get("lora_fx", {}))
+    names = iter(stamp.pop("nodes", ()))
+    stamp.pop("part", None)
+
+    # As the graph has them: to compute them anew, with symbolic sizes, takes a hundred times as long as all else.
+    reads, reduces, adds = (_cast(node, wide) for node in (x, part, fused))
+
+    def emit(part: str, value: Any, target: Any, *args: Any) -> fx.Node:
+        node = graph.create_node("call_function", target, args, name=next(names, None))
+        describe(node, fused, value)
+        node.meta["custom"] = {**custom, "lora_fx": {**stamp, "part": part}}
+        return node
+
+    with graph.inserting_before(part):  # what is read from here may be overwritten before it is added
+        value = x if wide is None else emit("cast", reads, aten.to.dtype, x, wide)
+        value = emit("A", reduces, aten.linear.default, value, factors[index])
+        value = emit("B", adds, aten.linear.default, value, b)
+        value = emit("scale", adds, aten.mul.Tensor, value, scaling)
+    with graph.inserting_before(fused):
+        value = emit("add", adds, aten.add.Tensor, base, value)
+        value = value if narrow is None else emit("cast", fused.meta.get("val"), aten.to.dtype, value, narrow)
+    fused.replace_all_uses_with(value)
+    erase_unread(graph, fused)
+
+
+def _cast(node: fx.Node, dtype: torch.dtype | None) -> Any:
+    value = node.meta.get("val")
+    return value if value is None or dtype is None else value.to(dtype)

@@ -1,0 +1,60 @@
+"""Six ways to get a merge wrong, each of which the unit tests must notice every time. All others: ``make mutate``."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLD = "rounded(old.to(precision) + delta, weight.dtype)"
+BLOCK = "product.block(index, rows, merge.layout) for product in products"
+
+MUTANTS = {
+    "flipped sign": (FOLD, "rounded(old.to(precision) - delta, weight.dtype)"),
+    "dropped scale": ("return self.scaling * (", "return ("),
+    "swapped A and B": ("right, *others = map(_stacked, factors)", "right, *others = map(_stacked, reversed(factors))"),
+    "missing transpose": ("else self.left[index] @ right).T", "else self.left[index] @ right)"),
+    "second adapter ignored": ("delta = reduce(operator.add, parts)", "delta = next(parts)"),
+    "double rounding": (BLOCK, BLOCK.replace("layout)", "layout).to(weight.dtype).to(precision)")),
+}
+
+
+def run(tmp_path: Path, was: str, becomes: str) -> subprocess.CompletedProcess[str]:
+    """Run the unit tests of lowrank.py in a copy of the project in which one line of it is another."""
+    for folder in ("lora_fx", "tests", "rules"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    source = tmp_path / "lora_fx" / "lowrank.py"
+    text = source.read_text(encoding="utf-8")
+    assert was in text
+    source.write_text(text.replace(was, becomes), encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "tests/test_lowrank.py",
+    ]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_merge_that_is_wrong_in_this_way_fails_the_unit_tests(mutant: str, tmp_path: Path) -> None:
+    result = run(tmp_path, *MUTANTS[mutant])
+    assert result.returncode == 1, result.stdout  # 1: tests ran, and one failed
+    assert "1 failed" in result.stdout
+
+
+@pytest.mark.slow
+def test_as_it_is_the_copy_passes_them(tmp_path: Path) -> None:
+    result = run(tmp_path, FOLD, FOLD)
+    assert result.returncode == 0, result.stdout
