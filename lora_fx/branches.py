@@ -98,10 +98,9 @@ class _Joined:
     def is_weight(self) -> bool:
         return self.base is self.weight.node
 
-    def plus(self, delta: Delta, previous: fx.Node) -> _Joined:
+    def plus(self, delta: Delta) -> _Joined:
         return replace(
             self,
-            previous=previous,
             terms=self.terms + delta.terms,
             dtype=torch.promote_types(self.dtype, delta.dtype),
             reshaped=self.reshaped or delta.reshaped,
@@ -118,7 +117,7 @@ class _Walk:
         self._deltas = Deltas(self._tensors)
         self._flow = Flow(graph_module, self._deltas.is_product)
         self._joined: dict[fx.Node, _Joined] = {}
-        self._next: dict[fx.Node, fx.Node] = {}
+        self._extended: set[fx.Node] = set()
 
     def step(self, node: fx.Node) -> None:
         """Take the next node of the graph."""
@@ -142,7 +141,7 @@ class _Walk:
             joined = self._cast_back(node)
         if joined is not None:
             self._joined[node] = joined
-            self._next[joined.previous] = node
+            self._extended.add(joined.previous)
 
     def found(self) -> tuple[FoundBranch, ...]:
         """Return what was found; raise where a branch cannot be taken out without changing something else."""
@@ -155,7 +154,7 @@ class _Walk:
                 raise _unexpected(
                     stray, f"it reads {value.previous}, the output of a site before all branches are added to it"
                 )
-            if node not in self._next:
+            if node not in self._extended:
                 self._check(node, value)
                 weight = value.weight
                 branches.append(FoundBranch(value.site, value.base, node, value.terms, weight.node, weight.view))
@@ -166,16 +165,17 @@ class _Walk:
         base, delta = addition.base, addition.delta
         joined = self._joined.get(base)
         if joined is not None:
-            return joined.plus(delta, base) if joined.is_weight == delta.is_weight else None
+            return replace(joined.plus(delta), previous=base) if joined.is_weight == delta.is_weight else None
         if delta.is_weight:
             if base.op != "get_attr" or self._deltas.is_factor(base):
                 return None
             narrow = self._tensors[str(base.target)].dtype
-            return _Joined(node, base, base, (), narrow, narrow, Stored(base)).plus(delta, base)
+            return _Joined(node, base, base, (), narrow, narrow, Stored(base)).plus(delta)
         site = self._site_of(base)
-        parts = None if site is None else operands(site)
-        if site is None or parts is None:
+        if site is None:
             return None
+        parts = operands(site)
+        assert parts is not None
         narrow = parts.dtype or self._tensors[str(parts.weight.target)].dtype
         total = biased(site)
         if total is not None and base is not site:  # the sum with a bias of a wider type has that type
@@ -183,7 +183,7 @@ class _Walk:
             narrow = torch.promote_types(narrow, self._tensors[str(bias.target)].dtype)
         reshaped = base is not site and base is not biased(site)
         weight = Stored(parts.weight, parts.view)
-        return _Joined(site, base, base, (), narrow, narrow, weight, reshaped).plus(delta, base)
+        return _Joined(site, base, base, (), narrow, narrow, weight, reshaped).plus(delta)
 
     def _site_of(self, base: fx.Node) -> fx.Node | None:
         """Return the site whose output this is, with its bias or without, through reshapes that nothing else reads."""
@@ -199,7 +199,7 @@ class _Walk:
 
     def _is_site(self, node: fx.Node) -> bool:
         parts = operands(node)
-        return is_site(parts) and node not in self._joined and not self._deltas.is_factor(parts.weight)
+        return is_site(parts) and node not in self._joined
 
     def _cast_back(self, node: fx.Node) -> _Joined | None:
         """Take a cast for part of a branch if the sum has another dtype than its site alone has."""

@@ -148,12 +148,10 @@ class Deltas:
         if not tensor.is_floating_point() or (parts.op in CONVOLUTIONS and parts.layout is None):
             return None  # of a kernel that was reshaped, the places are not known
         delta, factor = self._values.get(parts.input), Factor(name, parts.view)
-        dtype = parts.dtype or tensor.dtype
         if isinstance(delta, Delta):
             if delta.is_placed or not all(_continues(term, parts, tensor.shape) for term in delta.terms):
                 return None
             made = delta.updated(lambda update: replace(update, factors=(*update.factors, factor)))
-            made = replace(made, dtype=dtype)
         elif self.is_factor(parts.weight) and parts.input in self._factors:
             left = stored(parts.input)
             if left is None or left.chosen is not None or parts.geometry not in ((), ("right", None)):
@@ -161,10 +159,11 @@ class Deltas:
             made = self._weight_delta(node, left, parts)
         elif self.is_factor(parts.weight):
             kernel = tuple(tensor.shape[2:]) if parts.op in CONVOLUTIONS else ()
-            made = Delta((Term(parts.input, parts.op, parts.geometry, kernel, node, Update((factor,))),), dtype)
+            term = Term(parts.input, parts.op, parts.geometry, kernel, node, Update((factor,)))
+            made = Delta((term,), parts.dtype or tensor.dtype)
         else:
             return None  # it is the addend that depends on a factor, or the choice of an expert
-        made = made if parts.alpha == 1 else made.scaled(parts.alpha)
+        made = made.scaled(parts.alpha)
         return made if parts.addend is None else self._sum(parts.addend, made)
 
     def _weight_delta(self, node: fx.Node, left: Stored, parts: Operands) -> Delta:
@@ -234,7 +233,7 @@ class Deltas:
         alpha = -alpha if node.target in (aten.sub.Tensor, aten.sub_.Tensor) else alpha
         mine, theirs = self._values.get(left), self._values.get(right)  # type: ignore[arg-type]
         if isinstance(theirs, Delta):
-            return self._sum(left, theirs if alpha == 1 else theirs.scaled(alpha))
+            return self._sum(left, theirs.scaled(alpha))
         return self._sum(right, mine) if isinstance(mine, Delta) and alpha == 1 else None
 
     def _sum(self, base: Any, delta: Delta) -> Delta | Addition | None:

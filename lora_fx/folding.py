@@ -85,11 +85,11 @@ def _merged(
     report: list[FoldedWeight] = []
     for merge in merges:
         weight = state.tensors[merge.weight]
-        out = torch.empty_like(weight, requires_grad=False) if merge.weight in copied else None
+        out = torch.empty_like(weight) if merge.weight in copied else None
         outcome = merge_into(weight, merge, state.tensors, out)
         report.append(FoldedWeight(merge, outcome, str(weight.dtype).removeprefix("torch.")))
         if out is not None:
-            tensor = nn.Parameter(out, requires_grad=False) if isinstance(weight, nn.Parameter) else out
+            tensor = nn.Parameter(out) if isinstance(weight, nn.Parameter) else out
             merged.update(dict.fromkeys(merge.names, tensor))
     _check_finite(report)
     return merged, tuple(report)
@@ -102,8 +102,6 @@ def _write(merges: Sequence[Merge], state: State, copied: Collection[str]) -> No
             weight = state.tensors[merge.weight]
             with torch.inference_mode(weight.is_inference()):
                 merge_into(weight, merge, state.tensors, weight)
-            if not weight.is_inference():
-                torch.autograd.graph.increment_version(weight)  # a backward over the old value is refused
 
 
 def unload(graph_module: fx.GraphModule, *, branches: Nominate = is_factor) -> TracedGraphModule:
@@ -198,7 +196,7 @@ def _check_finite(report: Sequence[FoldedWeight]) -> None:
 def _trained(state: State, merged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return values for the parameters for which an adapter has a trained copy: a copy of that, since it may train on."""
     return {
-        original: nn.Parameter(tensor.detach().clone(), requires_grad=False)
+        original: nn.Parameter(tensor.detach().clone())
         for name, tensor in state.tensors.items()
         if (original := original_name(name)) is not None and original not in merged
     }

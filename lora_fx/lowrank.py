@@ -144,7 +144,7 @@ def merge_into(
         parts = (product.block(index, rows, merge.layout) for product in products)
         delta = reduce(operator.add, parts)
         still = delta == 0
-        new = torch.where(still, old, rounded(old.to(precision) + delta, weight.dtype))
+        new = torch.where(still, old, rounded(old + delta, weight.dtype))
         total += _measured(old, delta, new, int(still.count_nonzero()))
         if result is not None:
             result[index, rows] = new

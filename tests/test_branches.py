@@ -1475,3 +1475,109 @@ def test_a_product_of_a_factor_and_a_stack_of_them_is_refused() -> None:
     graph_module = hand.done(hand(aten.bmm.default, hand.input(2, 4, 6), weight))
     with pytest.raises(lora_fx.FoldError, match=r"it adds an update of shape \(\) to a weight of \(2, 6, 5\)"):
         lora_fx.fold(graph_module)
+
+
+# What a run of the mutation tester found untested.
+
+
+@pytest.mark.parametrize("name", ["lin.weight", "lin.scale"])
+def test_a_write_to_a_tensor_of_a_branch_is_refused_wherever_it_stands(name: str) -> None:
+    hand = Hand()
+    total = hand.add(hand.site, hand.mul(hand.delta, hand.get("lin.scale", 1)))
+    write = hand(aten.mul_.Tensor, hand.get(name), 0.5)
+    refused(hand.done(total), write, "it writes to a weight or a factor while the graph computes")
+
+
+@pytest.mark.parametrize("name", [A, B])
+def test_a_write_to_a_factor_is_refused(name: str) -> None:
+    hand = Hand()
+    total = hand.add(hand.site, hand.delta)
+    write = hand(aten.mul_.Tensor, hand.get(name), 0.5)
+    refused(
+        hand.done(total), write, "a branch must be linear in its site's input until it is added to its site's output"
+    )
+
+
+def test_a_write_to_a_tensor_that_is_of_no_branch_is_left_alone() -> None:
+    hand = Hand()
+    other = hand.get("other", 5)
+    total = hand.add(hand.add(hand.site, hand.delta), hand(aten.mul_.Tensor, other, 0.5))
+    assert len(find_branches(hand.done(total))) == 1
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_sum_of_deltas_of_which_one_lost_its_positions_is_refused_where_shapes_differ(first: bool) -> None:
+    hand = Hand()
+    base = hand.linear(hand.flat, hand.w)
+    plain = hand.linear(hand.linear(hand.flat, hand.a), hand.b)
+    spread = hand(aten.unsqueeze.default, plain, 1)
+    total = hand.add(spread, plain) if first else hand.add(plain, spread)
+    graph_module = hand.done(hand.add(base, total))
+    with pytest.raises(lora_fx.FoldError, match="it adds values of other positions to"):
+        lora_fx.fold(graph_module)
+
+
+def test_a_sum_of_deltas_has_the_wider_of_their_types() -> None:
+    hand = Hand()
+    x = hand.input(3, 4, 6, dtype=F32)
+    narrow = hand.linear(hand.linear(x, hand.to(hand.a, F32)), hand.to(hand.b, F32))
+    wide = hand.linear(hand.linear(hand.to(x, F64), hand.a), hand.b)
+    base = hand.linear(x, hand.get("lin.weight", 5, 6, dtype=F32))
+    total = hand.add(base, hand.add(narrow, wide))
+    assert operators(lora_fx.fold(hand.done(hand.to(total, F32)))) == ["linear"]
+    hand = Hand()
+    x = hand.input(3, 4, 6, dtype=F32)
+    narrow = hand.linear(hand.linear(x, hand.to(hand.a, F32)), hand.to(hand.b, F32))
+    wide = hand.linear(hand.linear(hand.to(x, F64), hand.a), hand.b)
+    base = hand.linear(x, hand.get("lin.weight", 5, 6, dtype=F32))
+    graph_module = hand.done(hand.add(base, hand.add(narrow, wide)))
+    with pytest.raises(
+        lora_fx.FoldError, match=r"the sum has dtype torch\.float64 and must be cast back to torch\.float32"
+    ):
+        lora_fx.fold(graph_module)
+
+
+def test_a_delta_of_an_embedding_may_be_reshaped() -> None:
+    hand = Hand()
+    index = hand.input(value=torch.tensor([[0, 3, 1], [2, 2, 4]]))
+    table = hand(aten.t.default, hand.get(A, 2, 7))
+    found = hand.view(hand(aten.embedding.default, table, index), 6, 2)
+    delta = hand.view(hand.linear(found, hand.b), 2, 3, 5)
+    base = hand(aten.embedding.default, hand.get("lin.weight", 7, 5), index)
+    graph_module = hand.done(hand.add(base, delta))
+    folded = lora_fx.fold(graph_module)
+    assert torch.allclose(folded(*hand.inputs), graph_module(*hand.inputs), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_a_factor_alone_under_an_operator_is_refused(by_keyword: bool) -> None:
+    hand = Hand()
+    args, kwargs = ((), {"self": hand.a}) if by_keyword else ((hand.a,), {})
+    node = hand.graph.call_function(aten.neg.default, args, kwargs)
+    node.meta["val"] = -hand.a.meta["val"]
+    graph_module = hand.done(hand.add(hand.site, hand.linear(hand.linear(hand.x, node), hand.b)))
+    with pytest.raises(lora_fx.FoldError, match=f"%{node.name} "):
+        lora_fx.fold(graph_module)
+
+
+@pytest.mark.parametrize("alpha", [2, 1, 0.5])
+def test_the_factor_of_a_fused_sum_scales_the_update(alpha: float) -> None:
+    hand = Hand()
+    base = hand.linear(hand.flat, hand.w)
+    down = hand.linear(hand.flat, hand.a)
+    total = hand(aten.addmm.default, base, down, hand(aten.t.default, hand.b), alpha=alpha)
+    graph_module = hand.done(total)
+    (found,) = find_branches(graph_module)
+    assert [update.scaling for update in found.updates] == [alpha]
+    folded = lora_fx.fold(graph_module)
+    assert torch.allclose(folded(*hand.inputs), graph_module(*hand.inputs), rtol=0, atol=1e-12)
+
+
+def test_unload_takes_what_is_nominated() -> None:
+    hand = Hand()
+    low, high = hand.get("down", 2, 6), hand.get("up", 5, 2)
+    graph_module = hand.done(hand.add(hand.site, hand.linear(hand.linear(hand.x, low), high)))
+    bare = lora_fx.unload(graph_module, branches=lambda name: name in ("down", "up"))
+    assert operators(bare) == ["linear"]
+    assert list(bare.state_dict()) == ["lin.weight"]
+    assert operators(lora_fx.unload(graph_module)) == operators(graph_module)

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLD = "rounded(old.to(precision) + delta, weight.dtype)"
+FOLD = "rounded(old + delta, weight.dtype)"
 BLOCK = "product.block(index, rows, merge.layout) for product in products"
 
 MUTANTS = {
-    "flipped sign": (FOLD, "rounded(old.to(precision) - delta, weight.dtype)"),
+    "flipped sign": (FOLD, "rounded(old - delta, weight.dtype)"),
     "dropped scale": ("return self.scaling * (", "return ("),
     "swapped A and B": ("right, *others = map(_stacked, factors)", "right, *others = map(_stacked, reversed(factors))"),
     "missing transpose": ("else self.left[index] @ right).T", "else self.left[index] @ right)"),
