@@ -28,6 +28,7 @@ from lora_fx.errors import PlanError
 from lora_fx.factors import adapters, copy_name
 from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph, state_of, trainable_names
 from lora_fx.lowrank import adapter_dtype, initial_factors
+from lora_fx.origins import Origin
 from lora_fx.planning import Branch, Chosen, Plan, check_attachable
 from lora_fx.products import low_rank, operands
 from lora_fx.provenance import module_path
@@ -38,7 +39,12 @@ aten = torch.ops.aten
 
 
 def attach(
-    graph_module: TracedGraphModule, plan: Plan, *, adapter: str = "default", seed: int | None = None
+    graph_module: TracedGraphModule,
+    plan: Plan,
+    *,
+    adapter: str = "default",
+    seed: int | None = None,
+    values: Mapping[str, torch.Tensor] | None = None,
 ) -> TracedGraphModule:
     """Return a new graph with a branch beside every chosen site, and copies in place of the parameters that train.
 
@@ -47,6 +53,8 @@ def attach(
         plan: made for this graph.
         adapter: name of the new adapter.
         seed: of the initial factors. Without one they are drawn from torch's current random state, which is put back.
+        values: the adapter's parameters, all of them, by their names in the graph; no initial ones are drawn then. Those
+            train that require a gradient.
 
     Raises:
         PlanError: the adapter name is taken or not usable, or a chosen site cannot get a branch.
@@ -64,14 +72,14 @@ def attach(
     check_attachable(plan, graph_module)
     state = state_of(graph_module)
     ordered = _in_module_order(plan, state)
-    factors = _new_factors(ordered, state, adapter, seed)
+    factors = _new_factors(ordered, state, adapter, seed) if values is None else _given(ordered, adapter, values)
     places = _places(ordered, state, adapter)
     dropouts = {
         branch.names(adapter).dropout: nn.Dropout(branch.setting.dropout)
         for _, branch in ordered.values()
         if branch.setting.dropout > 0 and branch.op != "embedding"  # indices cannot be dropped
     }
-    copies = _copies(plan, state, adapter)
+    copies = _copies(plan, state, adapter, values)
     state = state.with_tensors({**factors, **places, **copies}).with_modules(dropouts)
     state = State(state.tensors, state.non_persistent | set(places), state.modules)
     ends = {branch.site.name: branch.end.name for branch in find_branches(graph_module)}
@@ -89,7 +97,8 @@ def attach(
             node.target = copy_name(str(node.target), adapter)
     graph.lint()
     inference = graph_module.meta["lora_fx"]["inference"]
-    trainable = trainable_names(graph_module) | (frozenset() if inference else frozenset({*factors, *copies}))
+    new = frozenset(name for name, parameter in {**factors, **copies}.items() if parameter.requires_grad)
+    trainable = trainable_names(graph_module) | (frozenset() if inference else new)
     meta = _with_adapter(graph_module.meta, adapter, plan)
     attached = assemble(graph, state, meta=meta, training=graph_module.training, trainable=trainable)
     return checked(attached, "branched")
@@ -137,10 +146,25 @@ def _new_factors(
     return factors
 
 
-def _copies(plan: Plan, state: State, adapter: str) -> dict[str, torch.Tensor]:
+def _given(
+    ordered: Mapping[str, tuple[Chosen, Branch]], adapter: str, values: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    names = (branch.names(adapter) for _, branch in ordered.values())
+    return {name: _parameter(values[name]) for each in names for name in (each.a, each.b)}
+
+
+def _copies(
+    plan: Plan, state: State, adapter: str, values: Mapping[str, torch.Tensor] | None
+) -> dict[str, torch.Tensor]:
     """Return copies of the parameters that train: training them in place would change the model they came from."""
     own = {copy_name(trained.name, adapter): state.tensors[trained.name] for trained in plan.trained}
+    if values is not None:
+        return {name: _parameter(values[name]) for name in own}
     return {name: nn.Parameter(parameter.detach().clone()) for name, parameter in own.items()}
+
+
+def _parameter(value: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(value.detach(), value.requires_grad)
 
 
 def _places(ordered: Mapping[str, tuple[Chosen, Branch]], state: State, adapter: str) -> dict[str, torch.Tensor]:
@@ -200,6 +224,7 @@ def _with_adapter(meta: Mapping[str, Any], adapter: str, plan: Plan) -> dict[str
         branch.key: {"rule": chosen.rule, "branch": branch} for chosen in plan.chosen for branch in chosen.branches
     }
     own["adapters"] = {**own.get("adapters", {}), adapter: record}
+    own["origins"] = {**own.get("origins", {}), adapter: plan.origin or Origin.of(plan.rules)}
     return {**meta, "lora_fx": own}
 
 

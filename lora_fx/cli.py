@@ -75,6 +75,74 @@ def plan(
     typer.echo(json.dumps(as_data(made), indent=2) if as_json else as_text(made))
 
 
+@app.command(
+    epilog="Examples:  lora-fx fold base-model adapter merged   ·   lora-fx fold base-model style facts merged --strength 1 "
+    "--strength 0.5 --verify   ·   lora-fx fold base-model adapter merged --dry-run"
+)
+def fold(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="BASE_DIR ADAPTER_DIR... OUT_DIR",
+            help="A transformers checkpoint (config.json and safetensors files), PEFT adapters, and the directory to be made.",
+            show_default=False,
+        ),
+    ],
+    strength: Annotated[
+        list[float] | None,
+        typer.Option(help="Factor of an adapter's scaling, once for each, in their order. By default all are 1."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT_DIR if it exists, all at once.")] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Read every changed tensor again and compare it with the exact result.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option(help="Refuse a base other than the one that an adapter names as its own.")
+    ] = True,
+    dry_run: Annotated[bool, typer.Option(help="Say what would be done; write nothing.")] = False,
+) -> None:
+    """Merge adapters into a checkpoint on disk, one tensor in memory at a time.
+
+    What is not adapted is copied byte by byte: config, tokenizer, index, shards and their order stay. The result is written beside
+    OUT_DIR and moved into place, so that OUT_DIR is never half-written; after an interrupt, run the same command again.
+    """
+    if len(directories) < 3:
+        raise typer.BadParameter("name the base, one adapter or more, and the directory to be made")
+    base, *adapters, out = directories
+    strengths = strength or [1.0] * len(adapters)
+    if len(strengths) != len(adapters):
+        raise typer.BadParameter(
+            f"{len(adapters)} adapters, and {len(strengths)} strengths: give one for each, or none"
+        )
+
+    from tqdm.auto import tqdm
+
+    from lora_fx.checkpoint_folding import plan_checkpoint_fold
+    from lora_fx.files import check_free
+    from lora_fx.fold_report import FoldReport
+
+    with _reported():
+        if not dry_run:
+            check_free(out, overwrite=overwrite)
+        with errors.status("opening the checkpoint") as status:
+            pairs = list(zip(adapters, strengths, strict=True))
+            planned = plan_checkpoint_fold(base, pairs, strict=strict, step=status.update)
+        if dry_run:
+            typer.echo(str(planned))
+            typer.echo(f"nothing was written; without --dry-run the result goes to {out}")
+            return
+        with tqdm(total=planned.checkpoint.size, desc="folding", unit="B", unit_scale=True) as bar:
+            report = planned.write(out, overwrite=overwrite, verify=verify, progress=bar.update)
+    typer.echo(str(FoldReport(report.weights)))
+    if report.misrounded is not None:
+        typer.echo(
+            f"verified: at most {report.misrounded:.1e} of the elements of a weight are not the exact result rounded once"
+        )
+    if report.skipped:
+        typer.echo(f"not copied: {', '.join(report.skipped)}")
+    typer.echo(f"{out}: {report.merged_bytes} bytes merged, {report.copied_bytes} copied")
+
+
 @contextmanager
 def _reported() -> Iterator[None]:
     """Report our own errors as one message, without a traceback, and exit with 1."""

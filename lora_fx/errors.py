@@ -10,13 +10,21 @@ class LoraFxError(Exception):
     """Base class of all errors raised by lora_fx."""
 
 
-class RuleError(LoraFxError):
-    """A rule file is malformed, unknown, or does not fit the model. All problems are reported at once."""
+class _ProblemsError(LoraFxError):
+    """Something read has problems, all of which are reported at once."""
 
     def __init__(self, source: str, problems: Sequence[str]) -> None:
         self.source = source
         self.problems = tuple(problems)
         super().__init__("\n  ".join([f"{source}:", *problems]) if len(problems) != 1 else f"{source}: {problems[0]}")
+
+
+class RuleError(_ProblemsError):
+    """A rule file is malformed, unknown, or does not fit the model. All problems are reported at once."""
+
+
+class AdapterError(_ProblemsError):
+    """A directory with an adapter is malformed, of a kind that is not supported, or does not fit the graph."""
 
 
 class TraceError(LoraFxError):

@@ -85,9 +85,14 @@ def is_of_adapter(name: str) -> bool:
     return is_factor(name) or is_places(name) or original_name(name) is not None
 
 
+def adapter_of(name: str) -> str | None:
+    """Return the adapter that a tensor of this name belongs to, or None if it belongs to none."""
+    patterns = (_FACTOR, _EMBEDDING_FACTOR, _PLACES, _COPY)
+    match = next((match for pattern in patterns if (match := pattern.fullmatch(name))), None)
+    return match["adapter"] if match else None
+
+
 def adapters(module: nn.Module) -> tuple[str, ...]:
     """Return the names of the adapters in a graph, in the order of their first parameters."""
-    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-    patterns = (_FACTOR, _EMBEDDING_FACTOR, _COPY)
-    matches = (match for name in names for pattern in patterns if (match := pattern.fullmatch(name)))
-    return tuple(dict.fromkeys(match["adapter"] for match in matches))
+    found = (adapter_of(name) for name, _ in module.named_parameters(remove_duplicate=False))
+    return tuple(dict.fromkeys(name for name in found if name is not None))

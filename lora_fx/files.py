@@ -1,39 +1,209 @@
-"""Writing files and directories so that a name never holds half a result."""
+"""Writing files and directories so that a name never holds half a result, whatever ends the writing."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import os
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_fx.errors import LoraFxError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there what a killed process leaves is not looked for
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
 def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a path beside ``target`` to write a file or a directory to; move it into place if the block succeeds.
 
+    All that was written is on the disk before it is moved. At every moment ``target`` is what it was before or what it is
+    to be, also when the process is killed or the machine stops; what is written beside it goes when the block fails, and at
+    the next call for the same ``target`` if the process was killed.
+
     Args:
         target: the final path; its directory is made where it is missing.
         overwrite: replace what is there.
 
     Raises:
-        LoraFxError: something exists at ``target`` and is not to be replaced, or its directory cannot be written.
+        LoraFxError: something exists at ``target`` and is not to be replaced, or something cannot be written, there or
+            within the block.
     """
-    if target.exists() and not overwrite:
-        raise LoraFxError(f"{target} exists already. Choose another name, or remove it first.")
+    check_free(target, overwrite=overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        _remove_abandoned(target)
+        with _scratch(target) as scratch:
+            written = scratch / target.name
+            yield written
+            _flush_tree(scratch)
+            _move(written, target, overwrite=overwrite)
+            _flush_directory(target.parent)
     except OSError as error:
-        raise LoraFxError(f"cannot write {target}: {error.strerror}.") from error
+        raise LoraFxError(_unwritable(target, error)) from error
+
+
+def check_free(target: Path, *, overwrite: bool = False) -> None:
+    """Raise :class:`LoraFxError` if something exists at ``target`` that is not to be replaced."""
+    if os.path.lexists(target) and not overwrite:
+        raise LoraFxError(_exists(target))
+
+
+def write_back_early(file: int, start: int, size: int) -> None:
+    """Let the system begin to write a part of an open file to the disk, where it can be asked to; wait for nothing.
+
+    Args:
+        file: its descriptor.
+        start: first byte of the part.
+        size: of the part; 0 for all that follows.
+    """
+    if _LIBC is not None and hasattr(_LIBC, "sync_file_range"):
+        _LIBC.sync_file_range(file, ctypes.c_int64(start), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE)
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+_AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE, _SYNC_FILE_RANGE_WRITE = -100, 1, 2, 2
+_PREVIOUS = "previous"
+
+
+def _exists(target: Path) -> str:
+    return f"{target} exists already. Choose another name, or remove it first."
+
+
+def _unwritable(target: Path, error: OSError) -> str:
+    advice = _ADVICE.get(error.errno or 0, "See to that, or write elsewhere.")
+    return f"cannot write {target}: {error.strerror or error}. {advice}"
+
+
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space, or write to another disk."),
+    errno.EFBIG: "Files of that size are not allowed there: raise the limit (ulimit -f), or write to another disk.",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Choose a directory that you may write to."),
+    **dict.fromkeys((errno.ENOTDIR, errno.ENAMETOOLONG), "Choose another name."),
+}
+
+
+@contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """Yield a new directory beside ``target``, which is gone afterwards. While it is in use its lock is held."""
+    scratch, lock = _locked_scratch(target)
     try:
-        written = scratch / target.name
-        yield written
-        if overwrite and target.is_dir():
-            target.replace(scratch / "previous")
-        written.replace(target)
+        yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked_scratch(target: Path) -> tuple[Path, int | None]:
+    while True:
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        if fcntl is None:
+            return scratch, None
+        try:
+            lock = _locked(scratch)
+            if os.path.samestat(os.fstat(lock), scratch.stat()):
+                return scratch, lock
+        except (BlockingIOError, FileNotFoundError):  # another process takes what is not locked yet for abandoned
+            continue
+        except OSError:  # a file system without locks
+            return scratch, None
+
+
+def _locked(directory: Path) -> int:
+    """Return a descriptor of a directory under a lock, which ends with the process."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed processes left beside ``target``: their locks went with them."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]+\.partial")
+    found: list[Path] = []
+    if fcntl is not None:
+        with suppress(OSError):  # a directory may be written to and yet not be listed
+            found = [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
+    for scratch in found:
+        with suppress(OSError):  # it is in use, or another user's
+            lock = _locked(scratch)
+            try:
+                if (scratch / _PREVIOUS).exists() and not os.path.lexists(target):
+                    (scratch / _PREVIOUS).rename(target)  # killed between two renames
+                shutil.rmtree(scratch)
+            finally:
+                os.close(lock)
+
+
+def _move(written: Path, target: Path, *, overwrite: bool) -> None:
+    if not overwrite:
+        _move_to_new(written, target)
+    elif not os.path.lexists(target) or not (written.is_dir() or (target.is_dir() and not target.is_symlink())):
+        written.replace(target)
+    elif not _renamed(written, target, _RENAME_EXCHANGE):
+        previous = written.parent / _PREVIOUS
+        target.rename(previous)
+        try:
+            written.rename(target)
+        except BaseException:
+            previous.rename(target)
+            raise
+
+
+def _move_to_new(written: Path, target: Path) -> None:
+    try:
+        if not _renamed(written, target, _RENAME_NOREPLACE):
+            if os.path.lexists(target):
+                raise LoraFxError(_exists(target))
+            written.rename(target)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # it came while the block ran
+            raise LoraFxError(_exists(target)) from error
+        raise
+
+
+def _renamed(source: Path, target: Path, flag: int) -> bool:
+    """Rename in one step, with a flag of Linux; tell whether the system has that."""
+    if _LIBC is None or not hasattr(_LIBC, "renameat2"):
+        return False
+    if _LIBC.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):  # the kernel or the file system is without
+        return False
+    raise OSError(number, os.strerror(number), str(target))
+
+
+def _flush_tree(directory: Path) -> None:
+    """Wait until all below a directory, and its names, are on the disk."""
+    for parent, _, files in os.walk(directory, topdown=False):
+        for file in (Path(parent, name) for name in files):
+            if file.is_file() and not file.is_symlink():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        _flush_directory(Path(parent))
+
+
+def _flush_directory(directory: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has nothing of the kind
+            raise
+    finally:
+        os.close(descriptor)

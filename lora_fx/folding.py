@@ -15,20 +15,24 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.branches import FoundBranch, Nominate, find_branches
+from lora_fx.activating import activate
+from lora_fx.branches import Nominate, find_branches
 from lora_fx.errors import FoldError
-from lora_fx.factors import is_factor, is_of_adapter, original_name
+from lora_fx.factors import is_factor, original_name
 from lora_fx.fold_report import FoldedWeight
-from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph, erase_unread, state_of
-from lora_fx.lowering import lower
+from lora_fx.graph_module import State, TracedGraphModule, state_of
 from lora_fx.lowrank import FOLDABLE, Merge, merge_into
-from lora_fx.sharing import Value, separate, values_of
-from lora_fx.states import checked
-from lora_fx.views import shows
+from lora_fx.sharing import Value, values_of
+from lora_fx.unloading import plain_graph, without_branches
 
 
 def fold(
-    graph_module: fx.GraphModule, *, branches: Nominate = is_factor, unshare: bool = False, inplace: bool = False
+    graph_module: fx.GraphModule,
+    strengths: Mapping[str, float] | None = None,
+    *,
+    branches: Nominate = is_factor,
+    unshare: bool = False,
+    inplace: bool = False,
 ) -> TracedGraphModule:
     """Return the graph without its branches, with their product merged into the weights of their sites.
 
@@ -42,6 +46,8 @@ def fold(
 
     Args:
         graph_module: of ATen operators: made by lora_fx, a copy of such, or a trace of a model with branches of its own.
+        strengths: the adapters to fold, as for :func:`~lora_fx.activating.activate`; the others are dropped. By default all
+            branches are folded as they are.
         branches: tells by a parameter's name whether it is a factor of a branch. By default the names that lora_fx and
             PEFT give: ``<module>.lora_A.<adapter>.weight``, ``….lora_embedding_A.<adapter>``, and so for B.
         unshare: where uses of one weight need different values, un-tie them. A value keeps those names of the weight whose
@@ -52,8 +58,9 @@ def fold(
     Raises:
         FoldError: a branch is not linear, a weight would need different values at its uses, or would become non-finite, or
             a tensor is on the meta device. Nothing was changed.
+        PlanError: ``strengths`` names an adapter that the graph has not.
     """
-    plain = _checked(graph_module)
+    plain = plain_graph(graph_module if strengths is None else activate(graph_module, strengths))
     found = find_branches(plain, branches)
     values = values_of(plain, found, unshare=unshare)
     state = state_of(plain)
@@ -66,7 +73,7 @@ def fold(
             {name: state.tensors[value.weight] for name in value.names if name not in {**state.tensors, **merged}}
         )
     merged = {**_trained(state, merged), **merged}
-    folded = _without_branches(plain, found, values, state.with_tensors(merged), branches)
+    folded = without_branches(plain, found, values, state.with_tensors(merged), branches)
     own = folded.meta["lora_fx"]
     own["folded"] = report
     names = (name for merge in merges for name in merge.names)
@@ -104,21 +111,13 @@ def _write(merges: Sequence[Merge], state: State, copied: Collection[str]) -> No
                 merge_into(weight, merge, state.tensors, weight)
 
 
-def unload(graph_module: fx.GraphModule, *, branches: Nominate = is_factor) -> TracedGraphModule:
-    """Return the graph as it was before the rewrite: its branches dropped, its weights unchanged.
-
-    Args:
-        graph_module: see :func:`fold`.
-        branches: see :func:`fold`.
-
-    Raises:
-        FoldError: a branch cannot be taken out without changing something else.
-    """
-    plain = _checked(graph_module)
-    return _without_branches(plain, find_branches(plain, branches), (), state_of(plain), branches)
-
-
-def recipe(graph_module: fx.GraphModule, *, branches: Nominate = is_factor, unshare: bool = False) -> tuple[Merge, ...]:
+def recipe(
+    graph_module: fx.GraphModule,
+    strengths: Mapping[str, float] | None = None,
+    *,
+    branches: Nominate = is_factor,
+    unshare: bool = False,
+) -> tuple[Merge, ...]:
     """Return what :func:`fold` would do to each weight, as data: factors by their names, scalings, layouts.
 
     No tensor is read, so that the graph may be on the meta device: ``lowrank.merge_into`` carries a recipe out on tensors from
@@ -126,28 +125,17 @@ def recipe(graph_module: fx.GraphModule, *, branches: Nominate = is_factor, unsh
 
     Args:
         graph_module: see :func:`fold`.
+        strengths: see :func:`fold`.
         branches: see :func:`fold`.
         unshare: see :func:`fold`.
 
     Raises:
         FoldError: see :func:`fold`.
+        PlanError: see :func:`fold`.
     """
-    plain = _checked(graph_module)
+    plain = plain_graph(graph_module if strengths is None else activate(graph_module, strengths))
     values = values_of(plain, find_branches(plain, branches), unshare=unshare)
     return tuple(value.merge for value in values if value.updates)
-
-
-def _checked(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Return a graph that can be folded, its branches as plain nodes."""
-    if not isinstance(graph_module, fx.GraphModule):
-        raise FoldError(
-            f"a graph is expected, and this is a {type(graph_module).__name__}: make one with lora_fx.rewrite or lora_fx.trace."
-        )
-    if graph_module.meta.get("lora_fx", {}).get("consumed"):
-        raise FoldError(
-            "this graph was folded in place: its weights hold its branches already. Use the graph that fold returned."
-        )
-    return lower(graph_module)
 
 
 def _check_foldable(merges: Sequence[Merge], state: State) -> None:
@@ -195,69 +183,21 @@ def _check_finite(report: Sequence[FoldedWeight]) -> None:
 
 def _trained(state: State, merged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return values for the parameters for which an adapter has a trained copy: a copy of that, since it may train on."""
+    names, aliases = state.names(), state.aliases()
     return {
-        original: nn.Parameter(tensor.detach().clone())
+        tied: parameter
         for name, tensor in state.tensors.items()
         if (original := original_name(name)) is not None and original not in merged
+        for parameter in (nn.Parameter(tensor.detach().clone()),)
+        for tied in names[aliases[original]]
     }
-
-
-def _without_branches(
-    graph_module: fx.GraphModule,
-    found: Sequence[FoundBranch],
-    values: Sequence[Value],
-    state: State,
-    nominate: Nominate,
-) -> TracedGraphModule:
-    graph, copies = copy_graph(graph_module.graph)
-    for node in graph.find_nodes(op="get_attr"):
-        node.target = original_name(str(node.target)) or node.target
-    separate(graph, values, copies)
-    for branch in found:
-        base = copies[branch.base]
-        if branch.base is branch.weight:  # which the sum may read under another name by now
-            base = copies[branch.site].all_input_nodes[branch.site.all_input_nodes.index(branch.base)]
-        copies[branch.end].replace_all_uses_with(base)
-        erase_unread(graph, copies[branch.end])
-    for node in graph.find_nodes(op="get_attr"):
-        if nominate(str(node.target)):
-            _erase_dead(graph, node)
-    graph.lint()
-    aliases, read = (
-        state.aliases(),
-        {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")},
-    )
-    of_branches = {aliases[name] for branch in found for update in branch.updates for name in update.names}
-    dropped = {
-        name
-        for name, first in aliases.items()
-        if first not in read and (first in of_branches or is_of_adapter(name) or nominate(name))
-    }
-    dropped |= set(state.modules) - read
-    own = {**_FOREIGN, **graph_module.meta.get("lora_fx", {})}
-    meta = {**graph_module.meta, "lora_fx": {key: value for key, value in own.items() if key != "adapters"}}
-    plain = assemble(graph, state.without(dropped), meta=meta, training=graph_module.training, trainable=frozenset())
-    return checked(plain, "folded")
-
-
-def _erase_dead(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a factor, and the views of it, that nothing reads."""
-    for user in list(node.users):
-        if shows(user):
-            _erase_dead(graph, user)
-    if not node.users:
-        graph.erase_node(node)
-
-
-_FOREIGN: Mapping[str, Any] = {"inference": True, "constants": {}, "model_class": "", "config": None}
-"""What is known of a graph that lora_fx did not trace."""
 
 
 def _consume(graph_module: fx.GraphModule) -> None:
     """Make a graph whose weights are overwritten refuse to compute."""
 
     def forward(*_args: Any, **_kwargs: Any) -> Any:
-        _checked(graph_module)
+        plain_graph(graph_module)
 
     graph_module.meta.setdefault("lora_fx", {})
     graph_module.meta["lora_fx"] = {**graph_module.meta["lora_fx"], "consumed": True}

@@ -11,7 +11,6 @@ projection B has a row for each feature of the part, and the rows of W of other 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -138,19 +137,49 @@ def merge_into(
     products = [_Product.of(update, tensors, precision) for update in merge.updates]
     source = merge.stack(weight)
     result = None if out is None else merge.stack(out)
+    space = _Space.of(source, precision)
     total = Merged()
     for index, rows in _blocks(source):
         old = source[index, rows]
-        parts = (product.block(index, rows, merge.layout) for product in products)
-        delta = reduce(operator.add, parts)
-        still = delta == 0
-        new = torch.where(still, old, rounded(old + delta, weight.dtype))
-        total += _measured(old, delta, new, int(still.count_nonzero()))
+        delta, wide = space.delta[: len(old)], space.wide[: len(old)]
+        for number, product in enumerate(products):
+            product.block(index, rows, merge.layout, wide if number else delta)
+            if number:
+                delta += wide
+        still = _zeros(delta, wide)
+        wide.copy_(old)
+        weight_norm = float(torch.linalg.vector_norm(wide))
+        wide += delta
+        new = rounded(wide, weight.dtype) if wide.dtype == torch.float64 else space.new[: len(old)].copy_(wide)
+        if still:
+            new = torch.where(delta == 0, old, new)
+        total += _measured(old, delta, new, still, weight_norm, space.same)
         if result is not None:
             result[index, rows] = new
     if out is not None and result is not None and result.data_ptr() != out.data_ptr():
         out.detach().copy_(result.view(out.shape))
     return total
+
+
+def exact_blocks(
+    weight: torch.Tensor, merge: Merge, tensors: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[int, slice, torch.Tensor]]:
+    """Yield ``W + Σ scaling · B A`` in float64, block by block: of the stack of matrices, which one, which rows, and these.
+
+    Args:
+        weight: see :func:`merge_into`.
+        merge: see :func:`merge_into`.
+        tensors: see :func:`merge_into`.
+    """
+    products = [_Product.of(update, tensors, torch.float64) for update in merge.updates]
+    source = merge.stack(weight)
+    for index, rows in _blocks(source):
+        exact = source[index, rows].double()
+        part, delta = torch.empty_like(exact), torch.zeros_like(exact)
+        for product in products:
+            product.block(index, rows, merge.layout, part)
+            delta += part
+        yield index, rows, exact + delta
 
 
 BLOCK_ELEMENTS = 2**18
@@ -176,13 +205,44 @@ class _Product:
         scaling = math.prod((float(tensors[name]) for name in update.scales), start=update.scaling)
         return _Product(left, right, scaling)
 
-    def block(self, index: int, rows: slice, layout: Layout) -> torch.Tensor:
-        """Return some rows of one matrix of the product, as a weight of this layout has them."""
+    def block(self, index: int, rows: slice, layout: Layout, out: torch.Tensor) -> None:
+        """Write some rows of one matrix of the product, as a weight of this layout has them."""
         right = self.right[index]
-        if layout == "in_out":
-            right = right[:, rows]
-            return self.scaling * (right if self.left is None else self.left[index] @ right).T
-        return self.scaling * (right[rows] if self.left is None else self.left[index, rows] @ right)
+        if self.left is None:
+            out.copy_(right[:, rows].T if layout == "in_out" else right[rows])
+        elif layout == "in_out":
+            out.copy_((self.left[index] @ right[:, rows]).T)
+        else:
+            torch.mm(self.left[index, rows], right, out=out)
+        if self.scaling != 1:
+            out *= self.scaling
+
+
+@dataclass(frozen=True)
+class _Space:
+    """Memory for what is computed of one block, used again for the next one: new memory costs more than the arithmetic.
+
+    Attributes:
+        delta: for the sum of the updates.
+        wide: for the weight in the same precision, and for what else is of that size.
+        new: for the result.
+        same: one integer of the weight's size for each element, in whole words of eight bytes.
+    """
+
+    delta: torch.Tensor
+    wide: torch.Tensor
+    new: torch.Tensor
+    same: torch.Tensor
+
+    @staticmethod
+    def of(stack: torch.Tensor, precision: torch.dtype) -> _Space:
+        _, rows, columns = stack.shape
+        shape = (min(rows, _height(columns)), columns)
+        delta, wide = (torch.empty(shape, dtype=precision, device=stack.device) for _ in range(2))
+        new = torch.empty(shape, dtype=stack.dtype, device=stack.device)
+        lanes = 8 // stack.element_size()
+        size = -(-math.prod(shape) // lanes) * lanes
+        return _Space(delta, wide, new, torch.empty(size, dtype=_BITS[stack.dtype], device=stack.device))
 
 
 def _stacked(matrix: torch.Tensor) -> torch.Tensor:
@@ -191,24 +251,58 @@ def _stacked(matrix: torch.Tensor) -> torch.Tensor:
 
 def _blocks(stack: torch.Tensor) -> Iterator[tuple[int, slice]]:
     matrices, rows, columns = stack.shape
-    height = max(1, BLOCK_ELEMENTS // max(1, columns))
+    height = _height(columns)
     for index in range(matrices):
         for start in range(0, rows, height):
             yield index, slice(start, start + height)
 
 
-def _measured(old: torch.Tensor, delta: torch.Tensor, new: torch.Tensor, still: int) -> Merged:
+def _height(columns: int) -> int:
+    return max(1, BLOCK_ELEMENTS // max(1, columns))
+
+
+def _zeros(delta: torch.Tensor, wide: torch.Tensor) -> int:
+    """Return how many elements are zero; ``wide`` is memory to use. Mostly none is, which is told faster than a number."""
+    some = torch.eq(delta, 0, out=wide).sum()
+    return int((delta == 0).count_nonzero()) if some else 0
+
+
+def _measured(
+    old: torch.Tensor, delta: torch.Tensor, new: torch.Tensor, still: int, weight_norm: float, same: torch.Tensor
+) -> Merged:
     """Return what to report; ``still`` elements have no update, and are the same bits before and after."""
-    same = int((new.view(_BITS[new.dtype]) == old.view(_BITS[old.dtype])).count_nonzero())
-    finite = torch.isfinite(new.sum(dtype=delta.dtype))  # only if that is not, each is looked at
+    update_norm = float(torch.linalg.vector_norm(delta))
+    # No element is larger than its norm. Only where that does not tell, and then the sum does not, each is looked at.
+    small = weight_norm + update_norm < torch.finfo(new.dtype).max / 2
+    finite = small or bool(torch.isfinite(new.sum(dtype=delta.dtype)))
     return Merged(
         elements=old.numel() - still,
-        unchanged=same - still,
+        unchanged=_same_bits(old, new, same) - still,
         non_finite=0 if finite else int((~torch.isfinite(new)).count_nonzero()),
-        update_norm=float(torch.linalg.vector_norm(delta)),
-        weight_norm=float(torch.linalg.vector_norm(old, dtype=delta.dtype)),
+        update_norm=update_norm,
+        weight_norm=weight_norm,
     )
 
+
+def _same_bits(old: torch.Tensor, new: torch.Tensor, same: torch.Tensor) -> int:
+    """Return how many elements have equal bits; ``same`` is memory to use.
+
+    Ones and zeros of the weight's size are added up as words of eight bytes, each of which counts in several lanes at once:
+    several times as fast as ``count_nonzero``.
+    """
+    bits = _BITS[new.dtype]
+    count = new.numel()
+    torch.eq(new.view(bits), old.view(bits), out=same[:count].view(new.shape))
+    lanes = 8 // bits.itemsize
+    words = -(-count // lanes)
+    same[count : words * lanes] = 0
+    sums = [int(part.sum()) for part in same[: words * lanes].view(torch.int64).split(_WORDS)]
+    width = 8 * bits.itemsize
+    return sum(word >> (lane * width) & ((1 << width) - 1) for word in sums for lane in range(lanes))
+
+
+_WORDS = 2**15
+"""How many words are added up at a time, so that no lane flows over."""
 
 _BITS: Mapping[torch.dtype, torch.dtype] = {
     torch.bfloat16: torch.int16,

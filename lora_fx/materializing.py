@@ -17,11 +17,11 @@ from lora_fx.beside import difference
 from lora_fx.checks import InputCheck, RelationCheck, add_checks, remove_checks
 from lora_fx.errors import LoraFxError, TraceError
 from lora_fx.factors import is_of_adapter, is_places, original_name
-from lora_fx.folding import unload
 from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, described, state_of, trainable_names
 from lora_fx.inputs import example_inputs, graph_inputs
 from lora_fx.probing import without_artefacts
 from lora_fx.states import checked
+from lora_fx.unloading import unload
 
 
 def materialize(
@@ -65,7 +65,7 @@ def materialize(
     branches = [(adapter, entry["branch"]) for adapter, record in adapters.items() for entry in record.values()]
     values |= new_factors_like({n: t for n, t in wanted.items() if n not in given}, branches, device, seed)
     values |= {name: tensor.to(device) for name, tensor in state.tensors.items() if is_places(name)}
-    like = like if like is not None else _traced_class(graph_module)
+    like = like if like is not None else traced_class(graph_module)
     buffers = {} if like is None else {name: b for name, b in like.named_buffers() if not b.is_meta}
     values |= {name: value.to(device) for name, value in buffers.items() if name in state.non_persistent}
     state = state.with_tensors(values)
@@ -96,7 +96,7 @@ def _check_fit(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Ten
         raise LoraFxError(f"the state dict does not fit the graph: {'; '.join(problems)}.")
 
 
-def _traced_class(graph_module: TracedGraphModule) -> nn.Module | None:
+def traced_class(graph_module: TracedGraphModule) -> nn.Module | None:
     """Return a model of the traced class and config, with buffers and without weights; None if it was no transformers model."""
     config, name = (graph_module.meta["lora_fx"][key] for key in ("config", "model_class"))
     if config is None:

@@ -147,7 +147,7 @@ def written_names(graph: fx.Graph) -> list[str]:
 def _written(node: fx.Node) -> Iterator[object]:
     """Yield the storages that an operator writes to. Views share theirs, whatever operators made them."""
     schema = getattr(node.target, "_schema", None)
-    if schema is None:
+    if schema is None or node.target is aten.detach_.default:  # which writes for autograd, and no values
         return
     given = {**dict(zip([argument.name for argument in schema.arguments], node.args, strict=False)), **node.kwargs}
     written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]

@@ -14,14 +14,15 @@ from torch import fx, nn
 from lora_fx.errors import PlanError, RuleError, did_you_mean
 from lora_fx.factors import BranchNames, adapters, is_factor, original_name
 from lora_fx.features import Features
-from lora_fx.folding import unload
 from lora_fx.graph_module import TracedGraphModule, state_of
 from lora_fx.inputs import inputs_of_rules
 from lora_fx.matching import refusal, trains
+from lora_fx.origins import Origin
 from lora_fx.roles import Purpose, purposes
 from lora_fx.ruleset import RuleSet, Selection, Setting, load
 from lora_fx.sites import Site, sites
 from lora_fx.tracing import trace
+from lora_fx.unloading import unload
 from lora_fx.vocabulary import Op, Part
 
 
@@ -108,11 +109,13 @@ class Trained:
         name: its first name.
         rule: the selection that says so.
         elements: how many elements it has.
+        whole: whether it is meant under all of its names, if it is tied.
     """
 
     name: str
     rule: str
     elements: int
+    whole: bool = True
 
 
 Decision = Chosen | Skipped
@@ -126,11 +129,13 @@ class Plan:
         rules: the rules that it follows.
         decisions: one for each call site.
         trained: parameters of the model that train too.
+        origin: where the adapter comes from, if that is not these rules.
     """
 
     rules: RuleSet
     decisions: tuple[Decision, ...]
     trained: tuple[Trained, ...] = ()
+    origin: Origin | None = None
 
     def __iter__(self) -> Iterator[Decision]:
         return iter(self.decisions)
@@ -254,8 +259,10 @@ def _trained(
         if selection.trainable is None:
             continue
         for names, elements in parameters.items():
-            if any(trains(selection, name, known) for name in names):
-                found.setdefault(names[0], Trained(names[0], f"{rules.name}:select[{index}]", elements))
+            meant = [trains(selection, name, known) for name in names]
+            if any(meant):
+                rule = f"{rules.name}:select[{index}]"
+                found.setdefault(names[0], Trained(names[0], rule, elements, whole=all(meant)))
                 matched.add(index)
     return tuple(found.values())
 
@@ -285,7 +292,7 @@ def check_attachable(plan: Plan, graph_module: fx.GraphModule) -> None:
     adapted, tied = {chosen.site.weight for chosen in plan.chosen}, state.names()
     for trained in plan.trained:
         names = tied[trained.name]
-        if len(names) > 1:
+        if not trained.whole:
             problems.append(
                 f"{' and '.join(names)} are one tied parameter, which cannot train at one of its uses alone"
             )

@@ -18,6 +18,7 @@ A selection claims the call sites that all its predicates admit. Whatever a file
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -30,7 +31,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
-import regex as regexes
 from pydantic import (
     AfterValidator,
     Field,
@@ -39,6 +39,7 @@ from pydantic import (
 
 from lora_fx.errors import RuleError, did_you_mean
 from lora_fx.example_rules import Examples
+from lora_fx.regexes import matched, problem_of
 from lora_fx.tables import (
     Bounds,
     Flag,
@@ -60,8 +61,6 @@ from lora_fx.vocabulary import Init, Op, Part, RoleName, Scaling
 _log = logging.getLogger(__name__)
 
 RULES_PATH = "LORA_FX_RULES"  # environment variable: directories of rule files
-REGEX_SECONDS = 0.1  # to match one name
-REGEX_LENGTH = 100_000  # characters with counted repetitions written out, which is what compiling does
 
 # How other tools spell our keys: an unknown key is an error, and these get a better hint than spelling distance can give.
 FOREIGN_KEYS = {
@@ -79,16 +78,9 @@ FOREIGN_KEYS = {
 
 
 def _check_regex(pattern: str) -> str:
-    # What a pattern costs to compile is bounded beforehand: ((a{1000}){1000}){1000} would take all memory there is.
-    if re.search(r"\(\?[\w-]*x", pattern):  # where comments can stand in the middle of a number
-        raise wrong(f"expected a pattern without the verbose flag x, found {shown(pattern)}")
-    counts = [int(count[:9]) for braces in re.findall(r"\{[^}]*", pattern) for count in re.findall(r"[0-9]+", braces)]
-    if len(pattern) * math.prod(max(1, count) for count in counts) > REGEX_LENGTH:
-        raise wrong(f"expected a pattern with fewer characters or counted repetitions, found {shown(pattern)}")
-    try:
-        regexes.compile(pattern)
-    except Exception as error:  # also RecursionError and others, by the pattern
-        raise wrong(f"expected a regular expression, found {shown(pattern)}: {error}") from None
+    problem = problem_of(pattern)
+    if problem is not None:
+        raise wrong(problem)
     return pattern
 
 
@@ -252,10 +244,9 @@ def _admits(layers: int | str, name: str) -> bool:
 
 def _matches(pattern: str, name: str, where: str) -> bool:
     try:
-        return regexes.fullmatch(pattern, name, timeout=REGEX_SECONDS) is not None
+        return matched(pattern, name) is not None
     except TimeoutError as error:
-        problem = f"regex {pattern!r} took more than {REGEX_SECONDS} s to match {name!r}; simplify it"
-        raise RuleError(where, [problem]) from error
+        raise RuleError(where, [str(error)]) from error
 
 
 class RuleFile(_Table):
@@ -281,18 +272,22 @@ class RuleFile(_Table):
 
 @dataclass(frozen=True)
 class Setting:
-    """The settings of one branch: ``y + scale · B(A(dropout(x)))``."""
+    """The settings of one branch: ``y + scale · B(A(dropout(x)))``.
+
+    All are of the branch as it trains, but for ``strength``, at which an adapter is active among others.
+    """
 
     rank: int
     alpha: float
     dropout: float
     scaling: Scaling = "standard"
     init: Init = "kaiming"
+    strength: float = 1.0
 
     @property
     def scale(self) -> float:
-        """``alpha / rank`` (LoRA, arXiv 2106.09685, section 4.1), or ``alpha / √rank`` (rsLoRA, arXiv 2312.03732)."""
-        return self.alpha / (self.rank if self.scaling == "standard" else math.sqrt(self.rank))
+        """``alpha / rank`` (LoRA, arXiv 2106.09685, section 4.1), or ``alpha / √rank`` (rsLoRA, arXiv 2312.03732), × strength."""
+        return self.strength * (self.alpha / (self.rank if self.scaling == "standard" else math.sqrt(self.rank)))
 
 
 class RuleSet(RuleFile):
@@ -313,6 +308,12 @@ class RuleSet(RuleFile):
 
     def __hash__(self) -> int:
         return hash((self.name, self.model_types, self.defaults, self.select))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the rules say, as hexadecimal digits; the same for files that say the same."""
+        said = self.model_dump_json(include={"model_types", "defaults", "select"}, exclude_none=True)
+        return hashlib.sha256(said.encode()).hexdigest()
 
     def where(self, index: int) -> str:
         """Return how messages name a selection: ``select[1] (line 12)``."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
+from torch import fx, nn
 
 from lora_fx.attaching import attach
-from lora_fx.errors import PlanError
-from lora_fx.factors import adapters, copy_name, is_of_adapter, original_name
+from lora_fx.errors import PlanError, did_you_mean
+from lora_fx.factors import adapter_of, adapters, copy_name, is_of_adapter, original_name
 from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, described, state_of, trainable_names
+from lora_fx.origins import Origin
 from lora_fx.planning import Branch, Chosen, Decision, Plan, Skipped, Trained, owners_of
 from lora_fx.ruleset import RuleSet, Selection
 from lora_fx.sites import sites
@@ -34,9 +37,10 @@ def transfer(graph_module: TracedGraphModule, *, onto: TracedGraphModule) -> Tra
     unlike = []
     for adapter in adapters(graph_module):
         if adapter not in adapters(result):
-            result = attach(result, _plan(graph_module, result, adapter), adapter=adapter)
+            plan = recorded_plan(graph_module, adapter, result)
+            result = attach(result, plan, adapter=adapter, values=parameters_of(graph_module, adapter))
         else:
-            unlike += _differences(_branches(graph_module, adapter), _branches(result, adapter))
+            unlike += differences(branches_of(graph_module, adapter), branches_of(result, adapter))
     state = state_of(result)
     unlike += [
         f"{name}: {described(tensor)} against {_told(state.tensors.get(name))}"
@@ -62,33 +66,67 @@ def _told(tensor: torch.Tensor | None) -> str:
     return "no such site" if tensor is None else described(tensor)
 
 
-def _branches(graph_module: TracedGraphModule, adapter: str) -> dict[str, Branch]:
-    record = graph_module.meta["lora_fx"]["adapters"][adapter]
-    return {key: entry["branch"] for key, entry in record.items()}
-
-
-def _differences(mine: Mapping[str, Branch], theirs: Mapping[str, Branch]) -> list[str]:
+def differences(mine: Mapping[str, tuple[str, Branch]], theirs: Mapping[str, tuple[str, Branch]]) -> list[str]:
     """Return how branches of one adapter differ where that changes what they compute."""
-    return [
-        f"{key}: {_computes(mine.get(key))} against {_computes(theirs.get(key))}"
-        for key in dict.fromkeys((*mine, *theirs))
-        if _computes(mine.get(key)) != _computes(theirs.get(key))
-    ]
+    told = {key: (_computes(mine.get(key)), _computes(theirs.get(key))) for key in dict.fromkeys((*mine, *theirs))}
+    return [f"{key}: {one} against {other}" for key, (one, other) in told.items() if one != other]
 
 
-def _computes(branch: Branch | None) -> str:
-    if branch is None:
+def _computes(entry: tuple[str, Branch] | None) -> str:
+    if entry is None:
         return "no branch"
+    _, branch = entry
     part = f" for features {branch.features}" if branch.features is not None else ""
     return f"rank {branch.setting.rank}, scale {branch.setting.scale:g}, dropout {branch.setting.dropout:g}{part}"
 
 
-def _plan(graph_module: TracedGraphModule, onto: TracedGraphModule, adapter: str) -> Plan:
-    record = graph_module.meta["lora_fx"]["adapters"][adapter]
-    found = sites(onto)
+def recorded_plan(
+    graph_module: fx.GraphModule, adapter: str, onto: TracedGraphModule, *, strength: float | None = None
+) -> Plan:
+    """Return a plan that gives a graph an adapter of another one.
+
+    Args:
+        graph_module: has the adapter.
+        adapter: its name.
+        onto: a trace of the same model.
+        strength: the strength of the branches, if not that which they have.
+
+    Raises:
+        PlanError: ``onto`` has not all of the sites, or it is not known what made the adapter.
+    """
+    branches = {
+        key: (rule, branch if strength is None else replace(branch, setting=replace(branch.setting, strength=strength)))
+        for key, (rule, branch) in branches_of(graph_module, adapter).items()
+    }
+    return plan_branches(
+        onto, adapter, branches, trained_of(graph_module, adapter), origin=origin_of(graph_module, adapter)
+    )
+
+
+def plan_branches(
+    graph_module: TracedGraphModule,
+    adapter: str,
+    branches: Mapping[str, tuple[str, Branch]],
+    trained: Sequence[Trained],
+    *,
+    origin: Origin,
+) -> Plan:
+    """Return a plan for branches that are known already.
+
+    Args:
+        graph_module: to get them.
+        adapter: name of the adapter, for messages.
+        branches: by their keys: what chose them, and the branch.
+        trained: parameters of the model that train.
+        origin: of the adapter.
+
+    Raises:
+        PlanError: the graph has not all of the sites.
+    """
+    found = sites(graph_module)
     by_owner: dict[str, list[str]] = {}
-    for key, entry in record.items():
-        by_owner.setdefault(entry["branch"].owner, []).append(key)
+    for key, (_, branch) in branches.items():
+        by_owner.setdefault(branch.owner, []).append(key)
     owners = {site.name: next((o for o in owners_of(site) if o in by_owner), None) for site in found}
     missing = sorted(set(by_owner) - set(owners.values()))
     if missing:
@@ -99,12 +137,48 @@ def _plan(graph_module: TracedGraphModule, onto: TracedGraphModule, adapter: str
     for site in found:
         keys = by_owner.get(owners[site.name] or "", [])
         if keys:
-            decisions.append(Chosen(site, record[keys[0]]["rule"], tuple(record[key]["branch"] for key in keys)))
+            decisions.append(Chosen(site, branches[keys[0]][0], tuple(branches[key][1] for key in keys)))
         else:
             decisions.append(Skipped(site, f"adapter {adapter!r} has no branch here"))
-    trained = tuple(
+    return Plan(RuleSet(name=adapter, select=(Selection(regex=".*"),)), tuple(decisions), tuple(trained), origin)
+
+
+def branches_of(graph_module: fx.GraphModule, adapter: str) -> dict[str, tuple[str, Branch]]:
+    """Return the branches of an adapter by their keys, each with the rule that chose it.
+
+    Raises:
+        PlanError: the graph has no such adapter, or it is not known what made it.
+    """
+    known = graph_module.meta.get("lora_fx", {}).get("adapters", {})
+    present = adapters(graph_module)
+    if adapter not in present:
+        raise PlanError(
+            f"the graph has no adapter {adapter!r}{did_you_mean(adapter, present)}; it has: {', '.join(present) or 'none'}."
+        )
+    if adapter not in known:
+        raise PlanError(
+            f"adapter {adapter!r} came with the model that was traced, or its record was lost: lora_fx.fold folds it as it is. "
+            "To choose among adapters, rewrite a model that has none and load them with lora_fx.load_adapter."
+        )
+    return {key: (entry["rule"], entry["branch"]) for key, entry in known[adapter].items()}
+
+
+def trained_of(graph_module: nn.Module, adapter: str) -> tuple[Trained, ...]:
+    """Return the model's parameters of which an adapter has trained copies."""
+    return tuple(
         Trained(original, "transferred", parameter.numel())
         for name, parameter in graph_module.named_parameters()
         if (original := original_name(name)) is not None and name == copy_name(original, adapter)
     )
-    return Plan(RuleSet(name=adapter, select=(Selection(regex=".*"),)), tuple(decisions), trained)
+
+
+def origin_of(graph_module: fx.GraphModule, adapter: str) -> Origin:
+    """Return where an adapter of a graph comes from."""
+    origin = graph_module.meta["lora_fx"]["origins"][adapter]
+    assert isinstance(origin, Origin)
+    return origin
+
+
+def parameters_of(graph_module: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """Return the parameters of an adapter: the factors of its branches, and its trained copies."""
+    return {name: p for name, p in graph_module.named_parameters() if adapter_of(name) == adapter}

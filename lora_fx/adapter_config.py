@@ -1,0 +1,401 @@
+"""``adapter_config.json`` of a PEFT adapter directory, as data: which modules it adapts, and how. Imports no torch.
+
+Read as PEFT 0.21 reads it. What would change the result and is not supported is refused by its name: DoRA, initialisations
+that changed the base weights, and every option that this file does not know and that is switched on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from lora_fx.errors import AdapterError, RuleError
+from lora_fx.regexes import matched, problem_of
+from lora_fx.ruleset import Setting
+from lora_fx.tables import Flag, Natural, Positive, Table, Text, expecting, one_of, plain, shown, validated, wrong
+
+CONFIG_NAME = "adapter_config.json"
+LONGEST = 2**24  # bytes of a config: none that anybody wrote comes near
+
+ALL_LINEAR = "all-linear"
+"""What PEFT's users write for all linear layers but the head; its files have the layers' names instead."""
+
+
+def _check_pattern(pattern: str) -> str:
+    problem = problem_of(pattern)
+    if problem is not None:
+        raise wrong(problem)
+    return pattern
+
+
+def _check_init(init: bool | str) -> bool | str:
+    if init in _CHANGED_BASE or (isinstance(init, str) and init.startswith("pissa_niter")):
+        name = "pissa" if str(init).startswith("pissa") else str(init)
+        raise wrong(
+            f"{_CHANGED_BASE[name]} changed the base weights when the adapter was made, so that its factors do not fit the base "
+            "that you have. Convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…), or fold it there"
+        )
+    if isinstance(init, str) and init not in _SAME_BASE:
+        raise wrong(f"expected true, false or one of {', '.join(map(repr, _SAME_BASE))}, found {shown(init)}")
+    return init
+
+
+_CHANGED_BASE = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
+_SAME_BASE = ("gaussian", "eva", "orthogonal", "mica")
+
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False), expecting("a finite number")]
+Probability = Annotated[float, Field(strict=True, ge=0, lt=1), expecting("a number ≥ 0 and < 1")]
+Pattern = Annotated[Text, AfterValidator(_check_pattern)]
+Names = Annotated[tuple[Text, ...], expecting("a list of names")]
+Bias = Literal["none", "all", "lora_only"]
+
+
+class AdapterConfig(Table):
+    """What an adapter adapts, and how, in PEFT's words."""
+
+    peft_type: Annotated[Literal["LORA"], expecting('"LORA", the only kind of adapter that lora_fx applies')]
+    """The kind of adapter."""
+
+    r: Positive = 8
+    """Rank of the branches that ``rank_pattern`` does not name."""
+
+    lora_alpha: Number = 8
+    """Numerator of the scaling of those that ``alpha_pattern`` does not name."""
+
+    rank_pattern: dict[Pattern, Positive] = {}  # noqa: RUF012 -- pydantic copies it
+    """Regular expression → rank. The first that matches a name, or its end after a dot, counts."""
+
+    alpha_pattern: dict[Pattern, Number] = {}  # noqa: RUF012
+    """Likewise, the numerator of the scaling."""
+
+    use_rslora: Flag = False
+    """Whether the scaling is alpha / √rank, not alpha / rank."""
+
+    lora_dropout: Probability = 0.0
+    """Probability with which an element of a branch's input is dropped in training."""
+
+    target_modules: Annotated[Pattern | Names | None, expecting("a regular expression or a list of names")] = None
+    """A regular expression for whole names, or names and ends of names after a dot."""
+
+    exclude_modules: Annotated[Pattern | Names | None, expecting("a regular expression or a list of names")] = None
+    """Likewise, what is left out."""
+
+    layers_to_transform: Annotated[Natural | tuple[Natural, ...] | None, expecting("an integer or a list of them")] = (
+        None
+    )
+    """Of the modules that are listed by their names, only those in these layers."""
+
+    layers_pattern: Annotated[Pattern | tuple[Pattern, ...] | None, expecting("a name or a list of names")] = None
+    """What stands before the number of a layer."""
+
+    target_parameters: Names | None = None
+    """Parameters that are no module's ``weight``, or ends of their names after a dot."""
+
+    bias: Annotated[Bias, one_of(Bias)] = "none"
+    """Which biases train as well."""
+
+    modules_to_save: Names | None = None
+    """Modules that train as a whole, by the ends of their names."""
+
+    init_lora_weights: Annotated[Flag | Text, AfterValidator(_check_init)] = True
+    """How the factors began."""
+
+    fan_in_fan_out: Flag = False
+    """Whether weights are stored (in, out). Not to be trusted: the operator tells."""
+
+    inference_mode: Flag = False
+    """Whether the factors are frozen once loaded."""
+
+    task_type: Text | None = None
+    """The task that PEFT wraps the model for."""
+
+    auto_mapping: dict[str, Any] | None = None
+    """The class of the model, where there is no task."""
+
+    base_model_name_or_path: Text | None = None
+    """The model that the adapter was trained on."""
+
+    revision: Text | None = None
+    """Of that model."""
+
+    peft_version: Text | None = None
+    """By which the file was written."""
+
+    def selects(self, module: str) -> bool:
+        """Tell whether a module of this name gets a branch; PEFT gives none to what ``modules_to_save`` names.
+
+        Raises:
+            TimeoutError: a regular expression takes too long.
+        """
+        if self.exclude_modules is not None and _named(module, self.exclude_modules):
+            return False
+        if any(f".{saved}." in f".{module}." for saved in self.modules_to_save or ()):
+            return False
+        if self.target_modules is None or not _named(module, self.target_modules):
+            return False
+        return isinstance(self.target_modules, str) or module in self.target_modules or self._admits_layer(module)
+
+    def selects_parameter(self, parameter: str) -> bool:
+        """Tell whether a parameter gets a branch of its own."""
+        return self.target_parameters is not None and _named(parameter, self.target_parameters)
+
+    def saves(self, module: str) -> bool:
+        """Tell whether a module trains as a whole."""
+        return any(module.endswith(name) for name in self.modules_to_save or ())
+
+    def saves_any(self, parameter: str) -> bool:
+        """Tell whether a parameter is in a module that trains as a whole."""
+        return any(self.saves(module) for module in modules_of(parameter))
+
+    def setting_of(self, module: str) -> Setting:
+        """Return the settings of the branch at a module or a parameter.
+
+        Raises:
+            TimeoutError: a regular expression takes too long.
+        """
+        rank = next((r for key, r in self.rank_pattern.items() if _admits(key, module)), self.r)
+        alpha = next((a for key, a in self.alpha_pattern.items() if _admits(key, module)), self.lora_alpha)
+        init: Literal["gaussian", "kaiming"] = "gaussian" if self.init_lora_weights == "gaussian" else "kaiming"
+        return Setting(rank, alpha, self.lora_dropout, "rslora" if self.use_rslora else "standard", init)
+
+    def to_json(self) -> str:
+        """Return the file, with all keys that PEFT 0.21 writes, in its form."""
+        said = {key: value for key, value in self.model_dump(mode="json").items() if key in AdapterConfig.model_fields}
+        for key in ("lora_alpha", "alpha_pattern"):
+            said[key] = _whole(said[key])
+        return json.dumps({**_UNUSED, **said}, indent=2, sort_keys=True)
+
+    def _admits_layer(self, module: str) -> bool:
+        layers = self.layers_to_transform
+        if layers is None or layers == ():
+            return True
+        patterns = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern or ()
+        expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\..*" for pattern in patterns] or [
+            r".*?\.[^.]*\.(?P<idx>\d+)\..*"
+        ]
+        index = next((found for each in expressions if (found := _layer(each, module)) is not None), None)
+        return index is not None and index in ((layers,) if isinstance(layers, int) else layers)
+
+
+_UNUSED: Mapping[str, Any] = {
+    **dict.fromkeys(
+        (
+            "alora_invocation_tokens",
+            "arrow_config",
+            "corda_config",
+            "eva_config",
+            "kasa_config",
+            "layer_replication",
+            "lora_ga_config",
+            "megatron_config",
+            "monteclora_config",
+            "trainable_token_indices",
+            "use_bdlora",
+            "velora_config",
+        )
+    ),
+    "ensure_weight_tying": False,
+    "loftq_config": {},
+    "lora_bias": False,
+    "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
+    "use_dora": False,
+    "use_qalora": False,
+}
+"""What else PEFT writes, as it stands where it is not used."""
+
+_VARIANTS: Mapping[str, str] = {
+    "use_dora": "DoRA",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "lora_bias": "a bias in B",
+    "alora_invocation_tokens": "activated LoRA (aLoRA)",
+    "trainable_token_indices": "trainable tokens",
+    "layer_replication": "replicated layers",
+    "megatron_config": "Megatron's parallel layers",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA, which changes the base weights,",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+    "loftq_config": "LoftQ, which changed the base weights,",
+    "ensure_weight_tying": "one trained copy for tied modules",
+}
+"""What the options are that lora_fx cannot apply."""
+
+_WITHOUT_EFFECT = frozenset({"runtime_config", "megatron_core", "qalora_group_size", "eva_config"})
+"""Keys that say nothing by themselves of what the adapter computes."""
+
+
+def read_config(directory: Path) -> AdapterConfig:
+    """Read the config of an adapter directory.
+
+    Raises:
+        AdapterError: there is none, it is malformed, or it asks for what lora_fx cannot apply; all problems are named.
+    """
+    path = directory / CONFIG_NAME
+    document = _document(path)
+    given: dict[str, Any] = {}
+    problems: list[str] = []
+    for key, value in document.items():
+        if key in AdapterConfig.model_fields:
+            given[key] = value
+        elif key not in _WITHOUT_EFFECT and value not in (None, False, "", [], {}):
+            what = _VARIANTS.get(key)
+            why = f"{what} is not supported" if what else "this option is not known, and is switched on"
+            problems.append(
+                f"{plain(key)}: {why}: found {shown(value)}. Merge the adapter with PEFT, and use the result"
+            )
+    try:
+        config = validated(AdapterConfig, given, str(path))
+    except RuleError as error:
+        raise AdapterError(str(path), [*problems, *error.problems]) from None
+    if problems:
+        raise AdapterError(str(path), problems)
+    return config
+
+
+def patterns(values: Mapping[str, float], default: float) -> dict[str, Any]:
+    """Return ``rank_pattern`` or ``alpha_pattern`` for modules whose value is not the default.
+
+    No two keys match one module: PEFT sorts them when it saves, so that overlapping ones change their meaning.
+
+    Args:
+        values: module → value, for all modules of the adapter.
+        default: of those that no key needs to match.
+    """
+    found: dict[str, Any] = {}
+    by_leaf: dict[str, list[str]] = {}
+    for module in values:
+        by_leaf.setdefault(module.rpartition(".")[2], []).append(module)
+    for leaf, modules in by_leaf.items():
+        wanted = {values[module] for module in modules}
+        if wanted == {default}:
+            continue
+        alike = len(wanted) == 1 and _matched(leaf, values) == set(modules)
+        for module in [leaf] if alike else [m for m in modules if values[m] != default]:
+            key = module if alike or _matched(module, values) == {module} else f"^{re.escape(module)}"
+            found[key] = _whole(values[modules[0]] if alike else values[module])
+    return found
+
+
+def targets(chosen: Sequence[str], others: Sequence[str]) -> tuple[str, ...] | str:
+    """Return ``target_modules`` that select exactly these modules: by the ends of their names where these tell them apart.
+
+    Args:
+        chosen: names of the modules to select.
+        others: names of all other modules, which must not match.
+    """
+    leaves = tuple(sorted({module.rpartition(".")[2] for module in chosen}))
+    if not any(_named(module, leaves) for module in others):
+        return leaves
+    if not any(_named(module, tuple(chosen)) for module in others):
+        return tuple(chosen)
+    return "|".join(re.escape(module) for module in chosen)
+
+
+@dataclass(frozen=True)
+class TrainedParts:
+    """What of the model itself trains, in PEFT's words."""
+
+    bias: Bias
+    modules: tuple[str, ...]
+
+
+def trained_parts(
+    trained: Collection[str], parameters: Sequence[str], unread: Collection[str], adapted: Collection[str]
+) -> TrainedParts:
+    """Say in PEFT's words which of a model's parameters train.
+
+    Args:
+        trained: their names.
+        parameters: the names of all.
+        unread: names of those that the model does not compute with, of which it is all the same whether they train.
+        adapted: names of the modules with a branch.
+
+    Raises:
+        ValueError: it cannot be said; the argument lists the parameters left over.
+    """
+    wanted, either = set(trained), {*trained, *unread}
+    modules: list[str] = []
+    for module in sorted({path for name in trained for path in modules_of(name)}, key=lambda path: path.count(".")):
+        parts = {name for name in parameters if name.startswith(f"{module}.")}
+        named = {path for name in parameters for path in modules_of(name) if path.endswith(module)}
+        covered = any(module.startswith(f"{outer}.") for outer in modules)
+        if not covered and parts <= either and not all(map(_is_bias, parts)) and named == {module}:
+            modules.append(module)
+    rest = {name for name in wanted if not any(name.startswith(f"{module}.") for module in modules)}
+    biases = {name for name in parameters if _is_bias(name)} - (wanted - rest)
+    of_adapted = {name for name in biases if name.rpartition(".")[0] in set(adapted)}
+    kinds: dict[Bias, set[str]] = {"none": set(), "lora_only": of_adapted, "all": biases}
+    bias = next((kind for kind, names in kinds.items() if rest <= names <= rest | set(unread)), None)
+    if bias is None:
+        raise ValueError(", ".join(sorted(rest)))
+    return TrainedParts(bias, tuple(modules))
+
+
+def trains_bias(config: AdapterConfig, parameter: str, adapted: Collection[str]) -> bool:
+    """Tell whether a config lets a parameter train as a bias."""
+    if config.bias == "none" or not _is_bias(parameter):
+        return False
+    return config.bias == "all" or parameter.rpartition(".")[0] in adapted
+
+
+def _is_bias(parameter: str) -> bool:
+    return parameter.rpartition(".")[2] == "bias"
+
+
+def modules_of(parameter: str) -> Iterator[str]:
+    """Yield the paths of the modules that a parameter is in, the outermost first."""
+    parts = parameter.split(".")
+    return (".".join(parts[:end]) for end in range(1, len(parts)))
+
+
+def _matched(key: str, modules: Mapping[str, float]) -> set[str]:
+    return {module for module in modules if _admits(key, module)}
+
+
+def _admits(key: str, module: str) -> bool:
+    return matched(rf"(.*\.)?({key})", module) is not None
+
+
+def _named(module: str, names: str | Sequence[str]) -> bool:
+    if isinstance(names, str):
+        return matched(names, module) is not None
+    return any(f".{module}".endswith(f".{name}") for name in names)
+
+
+def _layer(expression: str, module: str) -> int | None:
+    found = matched(expression, module)
+    return int(found["idx"]) if found else None
+
+
+def _whole(value: Any) -> Any:
+    """Return numbers without a fraction as integers, as PEFT's users write them."""
+    if isinstance(value, dict):
+        return {key: _whole(item) for key, item in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _document(path: Path) -> Mapping[str, Any]:
+    try:
+        with path.open("rb") as file:
+            text = file.read(LONGEST + 1)
+    except OSError as error:
+        raise AdapterError(
+            str(path.parent), [f"expected a PEFT adapter, with {path.name}: {error.strerror}"]
+        ) from error
+    if len(text) > LONGEST:
+        raise AdapterError(str(path), [f"expected a config, found more than {LONGEST} bytes"])
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(str(path), [f"expected JSON: {error}"]) from error
+    if not isinstance(document, dict):
+        raise AdapterError(str(path), [f"expected an object, found {shown(document)}"])
+    return document

@@ -1,0 +1,303 @@
+"""What an adapter directory holds, fitted to a graph.
+
+Reading is strict. What the config selects, what the file holds and what the graph has must agree key by key; all that does
+not is told at once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import fx, nn
+
+from lora_fx.adapter_config import ALL_LINEAR, CONFIG_NAME, AdapterConfig, read_config, trains_bias
+from lora_fx.errors import AdapterError, LoraFxError, did_you_mean
+from lora_fx.factors import copy_name, is_of_adapter
+from lora_fx.graph_module import described, state_of
+from lora_fx.lowrank import adapter_dtype
+from lora_fx.origins import Origin, departures, recorded
+from lora_fx.peft_layout import PREFIX, Slot, base_key, base_name, slots, transposed
+from lora_fx.planning import Branch, Trained, owners_of
+from lora_fx.sites import Site, sites
+from lora_fx.tensor_files import TensorFile
+
+FILE_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter directory that was opened.
+
+    Attributes:
+        directory: where it is.
+        config: what it says of the adapter.
+        file: with the tensors.
+    """
+
+    directory: Path
+    config: AdapterConfig
+    file: TensorFile
+
+
+def read_adapter(directory: Path) -> AdapterFiles:
+    """Open an adapter directory.
+
+    Raises:
+        AdapterError: something is missing or malformed, or of an unsupported kind.
+    """
+    if not (directory / CONFIG_NAME).is_file() and directory.is_dir():
+        inner = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_NAME}"))
+        if inner:
+            problem = f"expected {CONFIG_NAME}, found it in {', '.join(inner)}: give one of these directories"
+            raise AdapterError(str(directory), [problem])
+    config = read_config(directory)
+    path = directory / FILE_NAME
+    if not path.is_file():
+        if (directory / PICKLE_NAME).is_file():
+            convert = f"import torch, safetensors.torch as s; s.save_file(torch.load('{PICKLE_NAME}', weights_only=True), '{FILE_NAME}')"
+            problem = (
+                f"{PICKLE_NAME} is a pickle, which can run code as it is read, and is not read. Convert it, in its directory: "
+                f'python -c "{convert}"'
+            )
+            raise AdapterError(str(directory), [problem])
+        raise AdapterError(str(directory), [f"expected {FILE_NAME}, which is not there"])
+    try:
+        return AdapterFiles(directory, config, TensorFile.open(path))
+    except AdapterError:
+        raise
+    except LoraFxError as error:
+        raise AdapterError(str(directory), [str(error)]) from error
+
+
+def check_base(files: AdapterFiles, found: Mapping[str, str | None], *, strict: bool) -> None:
+    """Compare a base with the one that an adapter was trained on, if its file tells that.
+
+    Args:
+        files: of the adapter.
+        found: fingerprint of the base, see :func:`lora_fx.origins.departures`; empty if its weights are not known.
+        strict: whether a difference is an error, or else a warning.
+
+    Raises:
+        AdapterError: they differ.
+    """
+    trained_on, _ = recorded(files.file.metadata)
+    unlike = list(departures(trained_on, found)) if trained_on and found else []
+    if unlike:
+        source = str(files.directory)
+        if strict:
+            told = [*unlike[:_MOST], *([f"and {len(unlike) - _MOST} more tensors"] if len(unlike) > _MOST else [])]
+            advice = "the adapter was trained on another base; pass that model, or strict=False"
+            raise AdapterError(source, [advice, *told])
+        warnings.warn(f"{source}: the adapter was trained on another base:\n  " + "\n  ".join(unlike), stacklevel=3)
+
+
+_MOST = 10
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a directory says of an adapter, fitted to a graph.
+
+    Attributes:
+        branches: by their keys: what chose them, and the branch.
+        trained: parameters of the model that have trained values.
+        factors: A and B of each branch, by its key.
+        copies: the trained values, by the parameter's name.
+        origin: where it comes from.
+    """
+
+    branches: Mapping[str, tuple[str, Branch]]
+    trained: tuple[Trained, ...]
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    copies: Mapping[str, torch.Tensor]
+    origin: Origin
+
+    def values_of(self, adapter: str, *, inference: bool) -> dict[str, nn.Parameter]:
+        """Return the parameters by the names that they have in a graph."""
+        values: dict[str, nn.Parameter] = {}
+        for key, (a, b) in self.factors.items():
+            names = self.branches[key][1].names(adapter)
+            values |= {names.a: nn.Parameter(a, not inference), names.b: nn.Parameter(b, not inference)}
+        copies = {copy_name(name, adapter): nn.Parameter(value, not inference) for name, value in self.copies.items()}
+        return values | copies
+
+
+def read_contents(files: AdapterFiles, graph_module: fx.GraphModule) -> Contents:
+    """Fit what a directory holds to a graph, which may be on the meta device.
+
+    Raises:
+        AdapterError: config, file and graph do not agree; all problems are named.
+    """
+    return _Reader(files, graph_module).contents()
+
+
+class _Reader:
+    """Reads an adapter for a graph, and collects what is wrong."""
+
+    def __init__(self, files: AdapterFiles, graph_module: fx.GraphModule) -> None:
+        self._files = files
+        self._config = files.config
+        self._keys = dict(files.file.entries)
+        self._state = state_of(graph_module)
+        self._sites = {site.module: site for site in sites(graph_module)}
+        self._graph_module = graph_module
+        self._problems: list[str] = []
+
+    def contents(self) -> Contents:
+        chosen = [site for site in self._sites.values() if self._selected(site)]
+        self._stop_if_wrong()
+        own = {name: tensor for name, tensor in self._state.tensors.items() if not is_of_adapter(name)}
+        self._first = self._state.aliases()
+        placed = slots(chosen, own, transposed(self._graph_module, chosen))
+        branches = {slot: self._branch(slot) for slot in placed.values()}
+        self._stop_if_wrong()
+        factors = {slot: self._factors(slot, branch) for slot, branch in branches.items()}
+        copies = self._copies(own, [slot.name for slot in branches if not slot.is_parameter])
+        self._rest(own, [slot.name for slot in branches])
+        self._stop_if_wrong()
+        read = {slot: self._read_factors(slot, *names) for slot, names in factors.items()}
+        values = {name: self._read(key, own[name]) for name, key in copies.items()}
+        self._check_rest(own, copies)
+        self._stop_if_wrong()
+        _, origin = recorded(self._files.file.metadata)
+        config = self._config
+        return Contents(
+            {branches[slot].key: (CONFIG_NAME, branches[slot]) for slot in branches},
+            tuple(Trained(name, CONFIG_NAME, value.numel()) for name, value in values.items()),
+            {branches[slot].key: pair for slot, pair in read.items()},
+            values,
+            replace(origin, task_type=config.task_type, base=config.base_model_name_or_path, revision=config.revision),
+        )
+
+    def _stop_if_wrong(self) -> None:
+        if self._problems:
+            raise AdapterError(str(self._files.directory), self._problems)
+
+    def _selected(self, site: Site) -> bool:
+        config = self._config
+        try:
+            if site.module == site.weight:
+                return config.selects_parameter(site.weight)
+            if config.target_modules == ALL_LINEAR or (config.target_modules is None and not config.target_parameters):
+                a, _ = Slot(site, site.module, site.module).keys
+                return a in self._keys  # PEFT chose by the model; what it chose is what it wrote
+            return config.selects(site.module)
+        except TimeoutError as error:
+            self._problems.append(f"{CONFIG_NAME}: {error}")
+            return False
+
+    def _branch(self, slot: Slot) -> Branch:
+        try:
+            setting = self._config.setting_of(slot.name)
+        except TimeoutError as error:
+            self._problems.append(f"{CONFIG_NAME}: {error}")
+            setting = AdapterConfig(peft_type="LORA").setting_of(slot.name)
+        return Branch(owners_of(slot.site)[0], setting, op=slot.site.op)
+
+    def _factors(self, slot: Slot, branch: Branch) -> tuple[str, str]:
+        """Take the keys of a branch from those of the file, and check what the header says of them."""
+        for key, shape in zip(slot.keys, slot.shapes(branch), strict=True):
+            rank = branch.setting.rank
+            told = f"rank {rank} at {slot.name}, of {slot.site.in_features} and {slot.site.out_features} features"
+            self._take(key, shape, f"{CONFIG_NAME} selects {slot.name!r}", told)
+        return slot.keys
+
+    def _copies(self, own: Mapping[str, torch.Tensor], adapted: Collection[str]) -> dict[str, str]:
+        """Return the key of each parameter that trains as a whole or as a bias, and take it from those of the file."""
+        taken: dict[str, str] = {}
+        declared: dict[str, list[str]] = {}
+        for name, tensor in own.items():
+            saved = self._config.saves_any(name)
+            if not (saved or trains_bias(self._config, name, adapted)):
+                continue
+            key = base_key(name, () if saved else adapted)
+            why = "modules_to_save" if saved else f"bias={self._config.bias!r}"
+            if not isinstance(tensor, nn.Parameter):
+                continue  # a buffer, which is compared with the model's
+            first = self._first[name]
+            declared.setdefault(first, []).append(name)
+            if first in taken:
+                continue  # another name of a tied parameter, compared with the value under the first
+            self._take(key, tuple(tensor.shape), f"{CONFIG_NAME} says {why}", f"as {name} in the graph")
+            taken[first] = key
+        for first, meant in declared.items():
+            tied = self._state.names()[first]
+            if len(meant) < len(tied):
+                self._problems.append(
+                    f"{' and '.join(tied)}: one tied parameter, of which {' and '.join(meant)} would train alone. Un-tie them in the "
+                    "model first"
+                )
+        return taken
+
+    def _take(self, key: str, shape: tuple[int, ...], why: str, told: str) -> None:
+        entry = self._keys.pop(key, None)
+        if entry is None:
+            self._problems.append(f"{key}: missing in {FILE_NAME}: {why}")
+        elif entry.shape != shape:
+            self._problems.append(f"{key}: expected shape {shape}, {told}, found {entry.shape}")
+
+    def _rest(self, own: Mapping[str, torch.Tensor], chosen: Collection[str]) -> None:
+        """Name every key that nothing asked for, but for copies of the model's own tensors."""
+        for key in list(self._keys):
+            if key.startswith(PREFIX) and base_name(key) in own:
+                continue
+            self._problems.append(f"{key}: {self._why_not(key, chosen)}")
+            del self._keys[key]
+
+    def _why_not(self, key: str, chosen: Collection[str]) -> str:
+        if not key.startswith(PREFIX):
+            return f"expected a key that begins with {PREFIX}"
+        if "lora_magnitude_vector" in key:
+            return "a magnitude of DoRA, which is not supported"
+        module, found, _ = key.removeprefix(PREFIX).partition(".lora_")
+        if not found:
+            return "the model has no such parameter"
+        if key.endswith((".lora_B.bias", ".lora_A.bias")):
+            return "a bias of a factor (lora_bias), which is not supported"
+        if module in chosen:
+            return "the branch has no such factor"
+        if module in self._sites:
+            return f"{CONFIG_NAME} does not select {module!r}"
+        return f"the graph has no call site {module!r}{did_you_mean(module, self._sites)}"
+
+    def _read_factors(self, slot: Slot, key_a: str, key_b: str) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = self._state.tensors[slot.site.weight]
+        like = weight.new_empty(0, dtype=adapter_dtype(slot.site.cast or weight.dtype))
+        return slot.exchanged(self._read(key_a, like), self._read(key_b, like))
+
+    def _read(self, key: str, like: torch.Tensor) -> torch.Tensor:
+        value = self._files.file.read(key)
+        if not value.is_floating_point():
+            if value.dtype != like.dtype:
+                self._problems.append(
+                    f"{key}: expected {like.dtype}, or what converts to it exactly, found {value.dtype}"
+                )
+            return value
+        if not like.is_floating_point() or torch.promote_types(value.dtype, like.dtype) != like.dtype:
+            self._problems.append(f"{key}: expected {like.dtype}, or what converts to it exactly, found {value.dtype}")
+            return value
+        bad = int((~torch.isfinite(value)).count_nonzero())
+        if bad:
+            self._problems.append(f"{key}: expected finite numbers, found {bad} of {value.numel()} that are not")
+        return value.to(like.dtype) if like.is_meta else value.to(like.device, like.dtype)
+
+    def _check_rest(self, own: Mapping[str, torch.Tensor], copies: Mapping[str, str]) -> None:
+        """Compare what the file has of the model's own tensors (PEFT writes adapted embeddings, for instance) with these."""
+        for key, entry in self._keys.items():
+            name = base_name(key)
+            of_copy = ".original_module." not in key and self._first[name] in copies
+            other = self._files.file.read(copies[self._first[name]]) if of_copy else own[name].detach()
+            value = self._files.file.read(key)
+            same = entry.shape == tuple(other.shape) and (
+                other.is_meta or torch.equal(value.to(other.dtype), other.cpu())
+            )
+            if not same:
+                self._problems.append(
+                    f"{key}: another value than the model's {name!r} ({described(other)}), and {CONFIG_NAME} lets neither a bias "
+                    f"nor a module train there. If that is meant, as of a resized embedding, add its module to modules_to_save"
+                )

@@ -1,0 +1,213 @@
+"""An adapter of a graph in PEFT's words: its config, and its tensors under PEFT's keys."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from lora_fx.adapter_config import (
+    AdapterConfig,
+    TrainedParts,
+    modules_of,
+    patterns,
+    targets,
+    trained_parts,
+    trains_bias,
+)
+from lora_fx.errors import AdapterError
+from lora_fx.factors import copy_name, is_of_adapter, original_name
+from lora_fx.graph_module import TracedGraphModule, state_of
+from lora_fx.peft_layout import Slot, base_key, slots, transposed
+from lora_fx.planning import Branch, owners_of
+from lora_fx.sites import Site, sites
+from lora_fx.transferring import branches_of, origin_of, parameters_of, trained_of
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """An adapter as PEFT has it.
+
+    Attributes:
+        config: what it adapts.
+        tensors: by PEFT's keys.
+    """
+
+    config: AdapterConfig
+    tensors: Mapping[str, torch.Tensor]
+
+
+def to_peft(graph_module: TracedGraphModule, adapter: str) -> PeftAdapter:
+    """Return an adapter of a graph as PEFT has it.
+
+    Raises:
+        PlanError: the graph has no such adapter.
+        AdapterError: PEFT has no way to say what it is; all problems are named.
+    """
+    return _Writer(graph_module, adapter).peft_adapter()
+
+
+class _Writer:
+    """Says in PEFT's words what an adapter is, and collects what cannot be said."""
+
+    def __init__(self, graph_module: TracedGraphModule, adapter: str) -> None:
+        self._graph_module, self._adapter = graph_module, adapter
+        self._state = state_of(graph_module)
+        self._first = self._state.aliases()
+        self._own = {name: tensor for name, tensor in self._state.tensors.items() if not is_of_adapter(name)}
+        self._branches: dict[str, list[Branch]] = {}
+        for _, branch in branches_of(graph_module, adapter).values():
+            self._branches.setdefault(branch.owner, []).append(branch)
+        self._problems: list[str] = []
+
+    def peft_adapter(self) -> PeftAdapter:
+        site_of = {owner: site for site in sites(self._graph_module) for owner in owners_of(site)}
+        chosen = [site_of[owner] for owner in self._branches]
+        placed = slots(chosen, self._own, transposed(self._graph_module, chosen))
+        tensors: dict[str, torch.Tensor] = {}
+        settings: dict[str, tuple[int, float]] = {}
+        for owner, branches in self._branches.items():
+            slot = placed[site_of[owner].module]
+            if owner != owners_of(slot.site)[0]:
+                self._problems.append(
+                    f"{owner}: a branch of one of several calls of a module, and PEFT has one branch for all of them"
+                )
+                continue
+            tensors |= dict(zip(slot.keys, slot.exchanged(*self._dense(branches, slot.site)), strict=True))
+            settings[slot.name] = (sum(branch.setting.rank for branch in branches), self._scale(owner))
+        adapted = [slot.name for slot in placed.values() if not slot.is_parameter]
+        parts = self._trained(adapted)
+        if self._problems:
+            raise AdapterError(f"adapter {self._adapter!r} cannot be written for PEFT", self._problems)
+        branches = [branch for each in self._branches.values() for branch in each]
+        config = _config(self._graph_module, self._adapter, branches, placed, settings)
+        config = config.model_copy(update={"bias": parts.bias, "modules_to_save": parts.modules or None})
+        return PeftAdapter(config, {**tensors, **self._copies(config, adapted)})
+
+    def _scale(self, owner: str) -> float:
+        scales = sorted({branch.setting.scale for branch in self._branches[owner]})
+        if len(scales) > 1:
+            told = ", ".join(f"{scale:g}" for scale in scales)
+            self._problems.append(f"{owner}: its parts have the scalings {told}, and PEFT has one for all of a module")
+        return scales[0]
+
+    def _dense(self, branches: Collection[Branch], site: Site) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and B of one branch for all output features that does what those of parts do together."""
+        pairs = []
+        for branch in branches:
+            names = branch.names(self._adapter)
+            a, b = (self._state.tensors[name].detach() for name in (names.a, names.b))
+            if branch.features is not None:
+                rows = b.new_zeros(site.out_features, *b.shape[1:])
+                rows[list(branch.features)] = b
+                b = rows
+            pairs.append((a, b))
+        if len(pairs) == 1:
+            return pairs[0]
+        return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
+
+    def _trained(self, adapted: Collection[str]) -> TrainedParts:
+        trained = {each.name for each in trained_of(self._graph_module, self._adapter)}
+        nodes = self._graph_module.graph.find_nodes(op="get_attr")
+        read = {original_name(str(node.target)) or str(node.target) for node in nodes}
+        names = [name for name, tensor in self._own.items() if isinstance(tensor, nn.Parameter)]
+        unread = {name for name in names if self._first[name] not in read}
+        try:
+            return trained_parts({name for name in names if self._first[name] in trained}, names, unread, adapted)
+        except ValueError as error:
+            self._problems.append(
+                f"{error}: trains, and PEFT trains all biases, those of adapted modules, or whole modules"
+            )
+            return TrainedParts("none", ())
+
+    def _copies(self, config: AdapterConfig, adapted: Collection[str]) -> dict[str, torch.Tensor]:
+        """Return what PEFT keeps of the model's own tensors: trained parameters, and all else in the modules that train."""
+        copies = parameters_of(self._graph_module, self._adapter)
+        kept = {}
+        for name, tensor in self._own.items():
+            saved = config.saves_any(name) and name not in self._state.non_persistent
+            if saved or (isinstance(tensor, nn.Parameter) and trains_bias(config, name, adapted)):
+                key = base_key(name, () if saved else adapted)
+                kept[key] = copies.get(copy_name(self._first[name], self._adapter), tensor)
+        return kept
+
+
+def _config(
+    graph_module: TracedGraphModule,
+    adapter: str,
+    branches: Collection[Branch],
+    placed: Mapping[str, Slot],
+    settings: Mapping[str, tuple[int, float]],
+) -> AdapterConfig:
+    origin = origin_of(graph_module, adapter)
+    rslora = bool(branches) and all(branch.setting.scaling == "rslora" for branch in branches)
+    ranks = {name: float(rank) for name, (rank, _) in settings.items()}
+    alphas = {name: _alpha(rank, scale, rslora=rslora) for name, (rank, scale) in settings.items()}
+    rank, alpha = _most_common(ranks.values(), 8.0), _most_common(alphas.values(), 8.0)
+    dropouts = Counter(branch.setting.dropout for branch in branches)
+    if len(dropouts) > 1:
+        told = ", ".join(f"{dropout:g}" for dropout in sorted(dropouts))
+        warnings.warn(
+            f"adapter {adapter!r} trains with the dropouts {told}; PEFT has one for all, and {max(dropouts):g} is written. What the adapter "
+            "computes in evaluation is the same.",
+            stacklevel=4,
+        )
+    modules = [slot.name for slot in placed.values() if not slot.is_parameter]
+    others = sorted(_module_paths(graph_module) - set(modules))
+    model_class, config = (graph_module.meta["lora_fx"][key] for key in ("model_class", "config"))
+    library, _, class_name = model_class.partition(":")
+    linear = [slot for slot in placed.values() if not slot.is_parameter and slot.site.op == "linear"]
+    gaussian = bool(branches) and all(branch.setting.init == "gaussian" for branch in branches)
+    mapping = {"base_model_class": class_name, "parent_library": library} if class_name else None
+    return AdapterConfig(
+        peft_type="LORA",
+        r=int(rank),
+        lora_alpha=alpha,
+        rank_pattern={name: int(value) for name, value in patterns(ranks, rank).items()},
+        alpha_pattern=patterns(alphas, alpha),
+        use_rslora=rslora,
+        lora_dropout=max(dropouts, default=0.0),
+        target_modules=targets(modules, others) if modules else None,
+        target_parameters=tuple(slot.name for slot in placed.values() if slot.is_parameter) or None,
+        init_lora_weights="gaussian" if gaussian else True,
+        fan_in_fan_out=bool(linear) and all(slot.site.layout == "in_out" for slot in linear),
+        inference_mode=True,
+        task_type=origin.task_type,
+        auto_mapping=None if origin.task_type else mapping,
+        base_model_name_or_path=origin.base or getattr(config, "name_or_path", None) or None,
+        revision=origin.revision,
+        peft_version=PEFT_VERSION,
+    )
+
+
+PEFT_VERSION = "0.21.2"
+"""The version whose format is written."""
+
+
+def _alpha(rank: int, scale: float, *, rslora: bool) -> float:
+    """Return the alpha that gives a scale exactly, if one does."""
+    divisor = rank**0.5 if rslora else float(rank)
+    near = scale * divisor
+    candidates = (near, float(round(near)), *(near * (1 + ulps * 2.0**-52) for ulps in (-2, -1, 1, 2)))
+    return next((alpha for alpha in sorted(candidates, key=_digits) if alpha / divisor == scale), near)
+
+
+def _digits(number: float) -> int:
+    return len(repr(number))
+
+
+def _most_common(values: Collection[float], default: float) -> float:
+    counts = Counter(values)
+    return max(counts, key=lambda value: (counts[value], -value)) if counts else default
+
+
+def _module_paths(graph_module: fx.GraphModule) -> set[str]:
+    """Return the paths of the model's modules, as far as tensors and nodes tell."""
+    paths = {path for name in state_of(graph_module).tensors if not is_of_adapter(name) for path in modules_of(name)}
+    for node in graph_module.graph.nodes:
+        paths |= {path.split("@")[0] for path, _ in (node.meta.get("nn_module_stack") or {}).values()}
+    return paths - {""}

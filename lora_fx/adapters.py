@@ -1,0 +1,148 @@
+"""Adapters in and out of directories, in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lora_fx.adapter_config import CONFIG_NAME
+from lora_fx.adapter_reading import FILE_NAME, Contents, check_base, read_adapter, read_contents
+from lora_fx.adapter_writing import to_peft
+from lora_fx.attaching import attach
+from lora_fx.errors import AdapterError, LoraFxError
+from lora_fx.exporting import Dynamic
+from lora_fx.factors import adapters
+from lora_fx.files import replacing
+from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, state_of, trainable_names
+from lora_fx.origins import fingerprint, metadata
+from lora_fx.states import checked
+from lora_fx.tensor_files import write_tensors
+from lora_fx.tracing import trace
+from lora_fx.transferring import branches_of, differences, origin_of, plan_branches, trained_of
+
+
+def from_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    adapter: str = "default",
+    *,
+    strict: bool = True,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    dynamic: Dynamic | None = None,
+    inference: bool = False,
+) -> TracedGraphModule:
+    """Return a graph of ``model`` with the adapter that a directory holds: its targets, ranks, scalings and values.
+
+    Args:
+        model: a module, or a graph of ours; left as it is.
+        directory: with ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT or :func:`save_adapter` writes them.
+        adapter: name for it in the graph.
+        strict: see :func:`load_adapter`.
+        example_inputs: see :func:`lora_fx.trace`.
+        dynamic: see :func:`lora_fx.trace`.
+        inference: trace the eval mode only and train nothing.
+
+    Raises:
+        AdapterError: see :func:`load_adapter`.
+        TraceError: the model cannot be traced.
+    """
+    read_adapter(Path(directory))  # what is wrong with it alone is told before the model is traced
+    graph_module = trace(model, example_inputs, dynamic=dynamic, inference=inference)
+    return load_adapter(graph_module, directory, adapter, strict=strict)
+
+
+def load_adapter(
+    graph_module: TracedGraphModule, directory: str | Path, adapter: str = "default", *, strict: bool = True
+) -> TracedGraphModule:
+    """Return the graph with the adapter that a directory holds.
+
+    An adapter of this name that the graph has already is given the values; it must have the same branches. Factors are converted
+    to the dtype that they have in the graph, if that loses nothing.
+
+    Args:
+        graph_module: left as it is.
+        directory: see :func:`from_adapter`.
+        adapter: name for it in the graph.
+        strict: whether another base than the one that the adapter was trained on, as far as the file tells, is an error. If
+            not, it is a warning that lists every tensor that differs.
+
+    Raises:
+        AdapterError: the directory is malformed, of an unsupported kind, or does not fit the graph. All problems are named.
+        PlanError: the adapter cannot be in this graph, beside those that it has.
+    """
+    files = read_adapter(Path(directory))
+    check_base(files, fingerprint(state_of(graph_module)), strict=strict)
+    contents = read_contents(files, graph_module)
+    values = contents.values_of(adapter, inference=graph_module.meta["lora_fx"]["inference"])
+    if adapter not in adapters(graph_module):
+        plan = plan_branches(graph_module, adapter, contents.branches, contents.trained, origin=contents.origin)
+        return attach(graph_module, plan, adapter=adapter, values=values)
+    return _with_values(graph_module, adapter, contents, values)
+
+
+def save_adapter(
+    graph_module: TracedGraphModule, directory: str | Path, adapter: str = "default", *, overwrite: bool = False
+) -> None:
+    """Write an adapter as PEFT does: ``PeftModel.from_pretrained(model, directory)`` computes what the graph computes.
+
+    The file's metadata also name the rules, the versions, and a fingerprint of the base, see
+    :func:`lora_fx.origins.fingerprint`. Branches of parts of a fused projection become one for all of its features, whose B
+    has zeros in the rows of the others. It is written beside the target and moved into place.
+
+    Args:
+        graph_module: with the adapter; left as it is.
+        directory: to be made.
+        adapter: its name, which does not appear in the files.
+        overwrite: replace a directory that holds nothing but an adapter.
+
+    Raises:
+        PlanError: the graph has no such adapter.
+        AdapterError: PEFT has no way to say what the adapter is. All problems are named.
+        LoraFxError: the directory exists, or cannot be written.
+    """
+    target = Path(directory)
+    content = to_peft(graph_module, adapter)
+    base = fingerprint(state_of(graph_module))
+    if overwrite and target.is_dir():
+        other = sorted(path.name for path in target.iterdir() if path.name not in (CONFIG_NAME, FILE_NAME, "README.md"))
+        if other:
+            raise LoraFxError(f"{target} holds more than an adapter: {', '.join(other[:5])}. Choose another name.")
+    with replacing(target, overwrite=overwrite) as beside:
+        beside.mkdir()
+        write_tensors(beside / FILE_NAME, content.tensors, metadata(origin_of(graph_module, adapter), base))
+        (beside / CONFIG_NAME).write_text(content.config.to_json())
+
+
+def _with_values(
+    graph_module: TracedGraphModule, adapter: str, contents: Contents, values: Mapping[str, nn.Parameter]
+) -> TracedGraphModule:
+    """Return a graph whose adapter, which must be like that of the directory, has other values."""
+    mine = branches_of(graph_module, adapter)
+    # Dropout is how the graph trains, and no property of the values.
+    dropout = {branch.owner: branch.setting.dropout for _, branch in mine.values()}
+    theirs = {
+        key: (rule, replace(b, setting=replace(b.setting, dropout=dropout.get(b.owner, b.setting.dropout))))
+        for key, (rule, b) in contents.branches.items()
+    }
+    unlike = differences(mine, theirs)
+    trained = {each.name for each in trained_of(graph_module, adapter)}
+    unlike += [
+        f"{name}: trains in one of them only" for name in sorted(trained ^ {each.name for each in contents.trained})
+    ]
+    if unlike:
+        problem = f"the graph's adapter {adapter!r} is another than the directory's; load it under another name, or with from_adapter"
+        raise AdapterError(problem, unlike)
+    kept = {name: nn.Parameter(value.detach()) for name, value in values.items()}
+    graph, _ = copy_graph(graph_module.graph)
+    loaded = assemble(
+        graph,
+        state_of(graph_module).with_tensors(kept),
+        meta=graph_module.meta,
+        training=graph_module.training,
+        trainable=trainable_names(graph_module),
+    )
+    return checked(loaded, "branched")

@@ -1,0 +1,281 @@
+"""Adapters folded into a checkpoint on disk, without a model in memory.
+
+The model is traced on the meta device from its config; the adapters are attached to that graph as they would be to one with
+weights, and the recipe of its fold says what is added to which weight, and in which layout it is stored. So what can be
+refused is refused before a byte is written. Only then are tensors read, one at a time.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from lora_fx.adapter_reading import Contents, check_base, read_adapter, read_contents
+from lora_fx.attaching import attach
+from lora_fx.checkpoints import Changes, Checkpoint, CheckpointReport, write_merged
+from lora_fx.errors import AdapterError, FoldError, LoraFxError
+from lora_fx.factors import original_name
+from lora_fx.folding import recipe
+from lora_fx.graph_module import State, TracedGraphModule, state_of
+from lora_fx.loading import empty_model
+from lora_fx.lowrank import Merge, Update
+from lora_fx.origins import fingerprint_on_disk
+from lora_fx.tracing import trace
+from lora_fx.transferring import plan_branches
+
+
+@dataclass(frozen=True)
+class CheckpointFold:
+    """What a fold of a checkpoint will do.
+
+    Attributes:
+        checkpoint: the base.
+        changes: what is done to which of its tensors.
+        adapters: the directories, each with its strength.
+    """
+
+    checkpoint: Checkpoint
+    changes: Changes
+    adapters: tuple[tuple[Path, float], ...]
+
+    @property
+    def changed_bytes(self) -> int:
+        """Number of bytes of the tensors that change."""
+        changed = {*self.changes.merges, *self.changes.replacements}
+        return sum(self.checkpoint.find(key)[1].size for key in changed)
+
+    def __str__(self) -> str:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for heading in ("tensor", "dtype", "shape", "layout", "what is done"):
+            table.add_column(heading, no_wrap=True)
+        for key, (_, entry) in self.checkpoint.tensors.items():
+            merge = self.changes.merges.get(key)
+            if merge is None and key not in self.changes.replacements:
+                continue
+            done = "replaced" if merge is None else " + ".join(map(self._told, merge.updates))
+            shape = " × ".join(map(str, entry.shape))
+            table.add_row(key, str(entry.dtype).removeprefix("torch."), shape, merge.layout if merge else "", done)
+        console = Console(file=io.StringIO(), width=10_000, color_system=None)
+        console.print(table)
+        assert isinstance(console.file, io.StringIO)
+        lines = [line.rstrip() for line in console.file.getvalue().splitlines() if line.strip()]
+        changed = len(self.changes.merges) + len(self.changes.replacements)
+        copied = len(self.checkpoint.tensors) - changed
+        return "\n".join(
+            [
+                *lines,
+                *(f"adapter {directory} at strength {strength:g}" for directory, strength in self.adapters),
+                f"{changed} tensors, {self.changed_bytes} bytes, change; {copied} tensors, "
+                f"{self.checkpoint.size - self.changed_bytes} bytes with the headers, are copied as they are",
+            ]
+        )
+
+    def _told(self, update: Update) -> str:
+        rank = self.changes.tensors[update.factors[0].name].shape[0]
+        return f"{update.scaling:g} · B A of rank {rank}"
+
+    def write(
+        self,
+        out: str | Path,
+        *,
+        overwrite: bool = False,
+        verify: bool = False,
+        progress: Callable[[int], object] = lambda _: None,
+    ) -> CheckpointReport:
+        """Write the merged checkpoint.
+
+        Args:
+            out: the directory to be made, beside which it is written first.
+            overwrite: replace what is there.
+            verify: read every changed tensor again, and compare it with the exact result.
+            progress: called with the number of bytes that were written since the last call.
+
+        Raises:
+            FoldError: a result is not finite, or not what it should be.
+            LoraFxError: ``out`` exists, or cannot be written. Nothing is left then.
+        """
+        return write_merged(
+            self.checkpoint, self.changes, Path(out), overwrite=overwrite, verify=verify, progress=progress
+        )
+
+
+def plan_checkpoint_fold(
+    base: str | Path,
+    adapters: Sequence[tuple[str | Path, float]],
+    *,
+    strict: bool = True,
+    step: Callable[[str], None] = lambda _: None,
+) -> CheckpointFold:
+    """Find out what folding adapters into a checkpoint does to each of its tensors. None of these is read.
+
+    Args:
+        base: directory with a ``config.json`` and safetensors files.
+        adapters: directories as PEFT or :func:`lora_fx.save_adapter` write them, each with the factor of its scaling.
+        strict: see :func:`lora_fx.load_adapter`.
+        step: called with what is being done, for a display.
+
+    Raises:
+        AdapterError: an adapter is malformed, or does not fit the model.
+        FoldError: a weight would need different values at its uses, or is not stored as the model has it.
+        TraceError: the model cannot be traced.
+        LoraFxError: the directory is no checkpoint of a transformers model.
+    """
+    if not adapters:
+        raise LoraFxError("there is nothing to fold: name at least one adapter directory.")
+    checkpoint = Checkpoint.open(Path(base))
+    opened = [read_adapter(Path(directory)) for directory, _ in adapters]
+    step("reading the config")
+    model = empty_model(Path(base))
+    _check_not_quantised(model, Path(base))
+    step(f"tracing {type(model).__name__}")
+    graph_module = trace(model, inference=True)
+    places = _Places.of(model, checkpoint)
+    step("fitting the adapters")
+    base_told = places.fingerprint(state_of(graph_module))
+    factors: dict[str, torch.Tensor] = {}
+    copies: dict[str, torch.Tensor] = {}
+    for index, (files, (_, strength)) in enumerate(zip(opened, adapters, strict=True)):
+        check_base(files, base_told, strict=strict)
+        contents = read_contents(files, graph_module)
+        if contents.copies and strength != 1:
+            raise AdapterError(
+                str(files.directory),
+                [f"has trained values of {', '.join(contents.copies)}, which have no other strength than 1"],
+            )
+        twice = sorted(copies.keys() & contents.copies.keys())
+        if twice:
+            raise AdapterError(
+                str(files.directory), [f"{name}: another adapter has trained values too" for name in twice]
+            )
+        name = f"adapter_{index}"
+        graph_module = _attached(graph_module, contents, name, strength)
+        factors |= {key: value.detach() for key, value in contents.values_of(name, inference=True).items()}
+        copies |= contents.copies
+    factors = {name: value for name, value in factors.items() if original_name(name) is None}
+    merges = {key: merge for merge in _recipe(graph_module) for key in places.of_names(merge.names)}
+    state = state_of(graph_module)
+    replaced = {
+        key: value for name, value in copies.items() for key in places.of_names(state.names()[state.aliases()[name]])
+    }
+    changes = Changes(merges=merges, replacements=replaced, tensors=factors)
+    return CheckpointFold(checkpoint, changes, tuple((Path(directory), s) for directory, s in adapters))
+
+
+def fold_checkpoint(
+    base: str | Path,
+    adapters: Sequence[tuple[str | Path, float]],
+    out: str | Path,
+    *,
+    strict: bool = True,
+    overwrite: bool = False,
+    verify: bool = False,
+) -> CheckpointReport:
+    """Fold adapters into a checkpoint on disk: :func:`plan_checkpoint_fold`, then :meth:`CheckpointFold.write`."""
+    return plan_checkpoint_fold(base, adapters, strict=strict).write(out, overwrite=overwrite, verify=verify)
+
+
+def _attached(graph_module: TracedGraphModule, contents: Contents, adapter: str, strength: float) -> TracedGraphModule:
+    """Return the graph with an adapter whose values stay outside of it."""
+    branches = {
+        key: (rule, replace(branch, setting=replace(branch.setting, strength=strength)))
+        for key, (rule, branch) in contents.branches.items()
+    }
+    plan = plan_branches(graph_module, adapter, branches, (), origin=contents.origin)
+    values = contents.values_of(adapter, inference=True)
+    empty = {name: nn.Parameter(value.to("meta"), requires_grad=False) for name, value in values.items()}
+    return attach(graph_module, plan, adapter=adapter, values=empty)
+
+
+def _recipe(graph_module: TracedGraphModule) -> tuple[Merge, ...]:
+    try:
+        return recipe(graph_module)
+    except FoldError as error:
+        raise FoldError(
+            f"{error} A checkpoint is un-tied by loading the model, setting config.tie_word_embeddings = False, giving each use a "
+            "parameter of its own, and save_pretrained."
+        ) from error
+
+
+def _check_not_quantised(model: nn.Module, base: Path) -> None:
+    quantisation = getattr(model.config, "quantization_config", None)
+    if quantisation is not None:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+        raise FoldError(
+            f"{base}: its weights are quantised ({method or 'by an unnamed method'}), and nothing can be added to them. Fold into "
+            "the checkpoint that they were made of, and quantise the result."
+        )
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the tensors of a model are in its checkpoint.
+
+    Attributes:
+        checkpoint: it.
+        plain: name in the model → key, of those that are stored as the model has them.
+        converted: name in the model → keys, of those that transformers makes of others as it loads.
+    """
+
+    checkpoint: Checkpoint
+    plain: Mapping[str, str]
+    converted: Mapping[str, tuple[str, ...]]
+
+    @staticmethod
+    def of(model: nn.Module, checkpoint: Checkpoint) -> _Places:
+        """Rename every key as transformers does when it loads it."""
+        transforms = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+        converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        prefix = getattr(model, "base_model_prefix", "") or None
+        state = model.state_dict()
+        made_of: dict[str, list[str]] = {}
+        converts = set()
+        for key in checkpoint.tensors:
+            name, converter = rename_source_key(key, renamings, converters, prefix, state)
+            made_of.setdefault(name, []).append(key)
+            if converter is not None:
+                converts.add(name)
+        plain = {name: keys[0] for name, keys in made_of.items() if len(keys) == 1 and name not in converts}
+        converted = {name: tuple(keys) for name, keys in made_of.items() if name not in plain}
+        return _Places(checkpoint, plain, converted)
+
+    def fingerprint(self, state: State) -> dict[str, str | None]:
+        """Return the fingerprint of the base, see :func:`lora_fx.origins.departures`."""
+        found = {
+            first: next((self.plain[name] for name in names if name in self.plain), None)
+            for first, names in state.names().items()
+            if first not in state.non_persistent
+        }
+        told = fingerprint_on_disk({n: self.checkpoint.find(key) for n, key in found.items() if key is not None})
+        return {name: told.get(name) for name in found}
+
+    def of_names(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return the keys under which a tensor of the model with these names is stored; several where it is stored twice.
+
+        Raises:
+            FoldError: it is not in the checkpoint as the model has it.
+        """
+        keys = tuple(self.plain[name] for name in names if name in self.plain)
+        if keys:
+            return keys
+        made_of = next((self.converted[name] for name in names if name in self.converted), ())
+        if made_of:
+            told = ", ".join(made_of[:3]) + (f" and {len(made_of) - 3} more" if len(made_of) > 3 else "")
+            raise FoldError(
+                f"{self.checkpoint.directory} does not store {names[0]!r} as the model has it: transformers makes it of {told}. Load the model, fold "
+                "with lora_fx.from_adapter and lora_fx.fold, and write it with lora_fx.huggingface.save_pretrained."
+            )
+        raise FoldError(
+            f"{self.checkpoint.directory} has no tensor for {' or '.join(map(repr, names))}, which an adapter changes. Is it the checkpoint of "
+            "another model?"
+        )

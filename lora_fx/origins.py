@@ -1,0 +1,134 @@
+"""Where an adapter comes from: the rules that made it, the base that it was trained on, and what its config said of that."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_fx.factors import is_of_adapter
+from lora_fx.graph_module import State
+from lora_fx.ruleset import RuleSet
+from lora_fx.tensor_files import TensorEntry, TensorFile
+
+SAMPLES = 4096
+"""How many elements of a tensor its fingerprint is made of, at most."""
+
+_KEY = "lora_fx"  # in the metadata of a safetensors file
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is remembered of an adapter besides its branches.
+
+    Attributes:
+        rules: name of the rules that made it.
+        digest: of these rules, see :attr:`lora_fx.ruleset.RuleSet.digest`.
+        task_type: as PEFT names tasks.
+        base: the model that it was trained on, as its config names it.
+        revision: of that model.
+    """
+
+    rules: str = ""
+    digest: str = ""
+    task_type: str | None = None
+    base: str | None = None
+    revision: str | None = None
+
+    @staticmethod
+    def of(rules: RuleSet) -> Origin:
+        """Return the origin of an adapter that rules make."""
+        return Origin(rules.name, rules.digest)
+
+
+def fingerprint(state: State) -> dict[str, str]:
+    """Return for each tensor of a base its dtype, shape and a digest; nothing for a graph without weights.
+
+    The digest is made of up to 4096 elements at equal distances, the first and the last among them, so that it costs next to
+    nothing also beside 70 billion parameters. It tells another checkpoint, another dtype or shape, and any change that reaches
+    most of a tensor. It need not tell a change of a few elements.
+    """
+    return {
+        name: _of_tensor(state.tensors[name])
+        for name in state.names()
+        if not is_of_adapter(name) and name not in state.non_persistent and not state.tensors[name].is_meta
+    }
+
+
+def fingerprint_on_disk(tensors: Mapping[str, tuple[TensorFile, TensorEntry]]) -> dict[str, str]:
+    """Return the same of tensors in files, of which only the sampled parts are read.
+
+    Args:
+        tensors: by their names in the graph: the file of each, and its place there.
+    """
+    opened = {file.path: np.memmap(file.path, dtype=np.uint8, mode="r") for file, _ in tensors.values()}
+    return {name: _of_file(entry, opened[file.path]) for name, (file, entry) in tensors.items()}
+
+
+def _of_file(entry: TensorEntry, content: np.memmap[Any, np.dtype[np.uint8]]) -> str:
+    elements = content[entry.start : entry.end].view(f"V{entry.dtype.itemsize}")
+    return _told(entry.dtype, entry.shape, elements[_samples(len(elements)).numpy()].tobytes())
+
+
+def _of_tensor(tensor: torch.Tensor) -> str:
+    flat = tensor.detach().reshape(-1)
+    chosen = flat[_samples(flat.numel()).to(flat.device)].cpu()
+    return _told(tensor.dtype, tensor.shape, chosen.view(torch.uint8).numpy().tobytes())
+
+
+def _samples(elements: int) -> torch.Tensor:
+    if elements <= SAMPLES:
+        return torch.arange(elements)
+    return torch.linspace(0, elements - 1, SAMPLES, dtype=torch.float64).long()
+
+
+def _told(dtype: torch.dtype, shape: Sequence[int], content: bytes) -> str:
+    """Return the fingerprint of one tensor: ``"bfloat16 4096x1024 9f86d081884c7d65"``."""
+    sizes = "x".join(map(str, shape)) or "scalar"
+    return f"{str(dtype).removeprefix('torch.')} {sizes} {hashlib.sha256(content).hexdigest()[:16]}"
+
+
+def metadata(origin: Origin, base: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata of an adapter's file: what PEFT writes, and where the adapter comes from."""
+    versions = {name: version(name) for name in ("lora_fx", "torch", "transformers")}
+    said = {"base": base, "rules": {"name": origin.rules, "sha256": origin.digest}, "versions": versions}
+    return {"format": "pt", _KEY: json.dumps(said, sort_keys=True)}
+
+
+def recorded(given: Mapping[str, str]) -> tuple[dict[str, str], Origin]:
+    """Return the fingerprint of the base and the origin that a file's metadata name; nothing where lora_fx did not write it."""
+    try:
+        said = json.loads(given.get(_KEY, "{}"))
+    except (ValueError, RecursionError):
+        said = {}
+    base, rules = (_texts(said.get(key)) if isinstance(said, dict) else {} for key in ("base", "rules"))
+    return base, Origin(rules.get("name", ""), rules.get("sha256", ""))
+
+
+def departures(trained_on: Mapping[str, str], found: Mapping[str, str | None]) -> Iterator[str]:
+    """Yield how a base differs from the one that an adapter was trained on, for every tensor that does.
+
+    Args:
+        trained_on: fingerprint of the one.
+        found: that of the other; None for a tensor that is there in another form, which cannot be compared.
+    """
+    unknown = {name for name, told in found.items() if told is None}
+    for name in dict.fromkeys((*trained_on, *found)):
+        if name in unknown:
+            continue
+        was, now = trained_on.get(name), found.get(name)
+        if was is None or now is None:
+            yield f"{name}: {'not in the base that it was trained on' if was is None else 'missing in this one'}"
+        elif was != now:
+            told, telling = was.rpartition(" ")[0], now.rpartition(" ")[0]
+            yield f"{name}: other values" if told == telling else f"{name}: was {told}, is {telling}"
+
+
+def _texts(value: Any) -> dict[str, str]:
+    return {k: v for k, v in value.items() if isinstance(v, str)} if isinstance(value, dict) else {}

@@ -1,0 +1,118 @@
+"""Where PEFT keeps the factors of a branch, and in which form: the keys of ``adapter_model.safetensors``.
+
+    linear, convolution   base_model.model.<module>.lora_A.weight            as here
+    embedding             base_model.model.<module>.lora_embedding_A         as here
+    bare parameter        base_model.model.<parent>.lora_A.weight            of the last parameter of <parent> that is adapted
+                          base_model.model.<parent>.base_layer.lora_A.weight of the one before, and so on
+
+PEFT takes a stack of matrices for ``(experts, out, in)`` unless its module says ``is_transposed``, and a single one for
+``(out, in)``. Where it is mistaken, its A has the outputs and its B the inputs: ``ΔWᵀ = A B`` in place of ``ΔW = B A``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lora_fx.graph_module import TracedGraphModule
+from lora_fx.materializing import traced_class
+from lora_fx.planning import Branch
+from lora_fx.sites import Site
+
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of the factors of one branch in PEFT's files.
+
+    Attributes:
+        site: the call site that the branch is beside.
+        name: what the config calls it: the path of a module, or the full name of a parameter.
+        path: of the layer that PEFT puts there.
+        swapped: whether PEFT's A is on the side of the outputs.
+    """
+
+    site: Site
+    name: str
+    path: str
+    swapped: bool = False
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it is a bare parameter, which the config names under ``target_parameters``."""
+        return self.site.module == self.site.weight
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """The keys of A and B."""
+        if self.site.op == "embedding":
+            return f"{PREFIX}{self.path}.lora_embedding_A", f"{PREFIX}{self.path}.lora_embedding_B"
+        return f"{PREFIX}{self.path}.lora_A.weight", f"{PREFIX}{self.path}.lora_B.weight"
+
+    def shapes(self, branch: Branch) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of PEFT's A and B for a branch."""
+        a, b = branch.shapes(self.site)
+        return ((a[0], b[0]), (a[1], b[1])) if self.swapped else (a, b)
+
+    def exchanged(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return PEFT's factors for ours, or ours for PEFT's: where these differ, each is made of the other one."""
+        if not self.swapped:
+            return a, b
+        matrices = self.site.matrices
+        rows = a.unflatten(0, (matrices, -1)).permute(2, 1, 0).flatten(1)  # (matrices, rank, n) → (n, rank · matrices)
+        columns = b.unflatten(1, (-1, matrices)).permute(2, 1, 0).flatten(0, 1)
+        return columns.contiguous(), rows.contiguous()
+
+
+def slots(chosen: Iterable[Site], order: Iterable[str], transposed: Mapping[str, bool]) -> dict[str, Slot]:
+    """Return the slot of each of these sites, by their modules; calls of one module share it.
+
+    Args:
+        chosen: the sites that an adapter has branches beside.
+        order: the names of all parameters of the model, in its order.
+        transposed: of modules with parameters that are stacks of matrices stored ``(in, out)``: whether they say so.
+    """
+    by_module = {site.module: site for site in chosen}
+    bare = [name for name in order if name in by_module and by_module[name].weight == name]
+    depths: dict[str, int] = {}
+    paths: dict[str, str] = {}
+    for name in reversed(bare):
+        parent = name.rpartition(".")[0]
+        depth = depths[parent] = depths.get(parent, -1) + 1
+        paths[name] = ".".join([parent] * bool(parent) + ["base_layer"] * depth)
+    found = {}
+    for module, site in by_module.items():
+        is_stack = site.op == "expert"
+        says_so = is_stack and transposed.get(module.rpartition(".")[0], False)
+        swapped = module in paths and site.layout == "in_out" and not says_so
+        found[module] = Slot(site, module, paths.get(module, module), swapped)
+    return found
+
+
+def base_key(parameter: str, adapted: Collection[str]) -> str:
+    """Return the key of a parameter of the model itself, which is inside PEFT's layer if its module is adapted."""
+    module, _, leaf = parameter.rpartition(".")
+    return PREFIX + ".".join([module] * bool(module) + ["base_layer"] * (module in adapted) + [leaf])
+
+
+def base_name(key: str) -> str:
+    """Return the name of the parameter of the model that a key stands for, which need not exist."""
+    parts = key.removeprefix(PREFIX).split(".")
+    return ".".join(part for part in parts if part not in ("base_layer", "original_module", "modules_to_save"))
+
+
+def transposed(graph_module: fx.GraphModule, chosen: Collection[Site]) -> dict[str, bool]:
+    """Return for the modules with stacks of matrices that are stored (in, out) whether they say so themselves."""
+    parents = {
+        site.module.rpartition(".")[0]
+        for site in chosen
+        if site.module == site.weight and site.op == "expert" and site.layout == "in_out"
+    }
+    model = traced_class(graph_module) if parents and isinstance(graph_module, TracedGraphModule) else None
+    if model is None:
+        return {}
+    return {parent: bool(getattr(model.get_submodule(parent), "is_transposed", False)) for parent in parents}

@@ -1,0 +1,41 @@
+"""Regular expressions of strangers: what one costs is bounded before it is compiled, and while it matches. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import regex as regexes
+
+from lora_fx.tables import shown
+
+REGEX_SECONDS = 0.1  # to match one name
+REGEX_LENGTH = 100_000  # characters with counted repetitions written out, which is what compiling does
+
+
+def problem_of(pattern: str) -> str | None:
+    """Return why a pattern cannot be used, ``"expected …, found …"``, or None if it can."""
+    # What a pattern costs to compile is bounded beforehand: ((a{1000}){1000}){1000} would take all memory there is.
+    if re.search(r"\(\?[\w-]*x", pattern):  # where comments can stand in the middle of a number
+        return f"expected a pattern without the verbose flag x, found {shown(pattern)}"
+    counts = [int(count[:9]) for braces in re.findall(r"\{[^}]*", pattern) for count in re.findall(r"[0-9]+", braces)]
+    if len(pattern) * math.prod(max(1, count) for count in counts) > REGEX_LENGTH:
+        return f"expected a pattern with fewer characters or counted repetitions, found {shown(pattern)}"
+    try:
+        regexes.compile(pattern)
+    except Exception as error:  # also RecursionError and others, by the pattern
+        return f"expected a regular expression, found {shown(pattern)}: {error}"
+    return None
+
+
+def matched(pattern: str, name: str) -> regexes.Match[str] | None:
+    """Return how a pattern matches a whole name, or None if it does not.
+
+    Raises:
+        TimeoutError: it takes too long; the message is for people.
+    """
+    try:
+        return regexes.fullmatch(pattern, name, timeout=REGEX_SECONDS)
+    except TimeoutError as error:
+        message = f"regex {pattern!r} took more than {REGEX_SECONDS} s to match {name!r}; simplify it"
+        raise TimeoutError(message) from error

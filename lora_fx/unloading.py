@@ -1,0 +1,111 @@
+"""Back to the graph as it was before the rewrite: branches taken out, with what only they had."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from lora_fx.branches import FoundBranch, Nominate, find_branches
+from lora_fx.errors import FoldError
+from lora_fx.factors import is_factor, is_of_adapter, original_name
+from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph, erase_unread, state_of
+from lora_fx.lowering import lower
+from lora_fx.sharing import Value, separate
+from lora_fx.states import checked
+from lora_fx.views import shows
+
+
+def unload(graph_module: fx.GraphModule, *, branches: Nominate = is_factor) -> TracedGraphModule:
+    """Return the graph as it was before the rewrite: its branches dropped, its weights unchanged.
+
+    Args:
+        graph_module: see :func:`fold`.
+        branches: see :func:`fold`.
+
+    Raises:
+        FoldError: a branch cannot be taken out without changing something else.
+    """
+    plain = plain_graph(graph_module)
+    return without_branches(plain, find_branches(plain, branches), (), state_of(plain), branches)
+
+
+def plain_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Return a graph whose branches can be taken out, written out as plain nodes.
+
+    Raises:
+        FoldError: it is no graph, or was folded in place.
+    """
+    if not isinstance(graph_module, fx.GraphModule):
+        raise FoldError(
+            f"a graph is expected, and this is a {type(graph_module).__name__}: make one with lora_fx.rewrite or lora_fx.trace."
+        )
+    if graph_module.meta.get("lora_fx", {}).get("consumed"):
+        raise FoldError(
+            "this graph was folded in place: its weights hold its branches already. Use the graph that fold returned."
+        )
+    return lower(graph_module)
+
+
+def without_branches(
+    graph_module: fx.GraphModule,
+    found: Sequence[FoundBranch],
+    values: Sequence[Value],
+    state: State,
+    nominate: Nominate,
+) -> TracedGraphModule:
+    """Return a graph without these branches, with a state that may have other values for their weights.
+
+    Args:
+        graph_module: of plain nodes.
+        found: all of its branches.
+        values: what becomes of each weight; uses that need different ones are un-tied.
+        state: for the result, which drops what only the branches had.
+        nominate: tells the factors of branches by their names.
+    """
+    graph, copies = copy_graph(graph_module.graph)
+    for node in graph.find_nodes(op="get_attr"):
+        node.target = original_name(str(node.target)) or node.target
+    separate(graph, values, copies)
+    for branch in found:
+        base = copies[branch.base]
+        if branch.base is branch.weight:  # which the sum may read under another name by now
+            base = copies[branch.site].all_input_nodes[branch.site.all_input_nodes.index(branch.base)]
+        copies[branch.end].replace_all_uses_with(base)
+        erase_unread(graph, copies[branch.end])
+    for node in graph.find_nodes(op="get_attr"):
+        if nominate(str(node.target)):
+            _erase_dead(graph, node)
+    graph.lint()
+    aliases, read = (
+        state.aliases(),
+        {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")},
+    )
+    of_branches = {aliases[name] for branch in found for update in branch.updates for name in update.names}
+    dropped = {
+        name
+        for name, first in aliases.items()
+        if first not in read and (first in of_branches or is_of_adapter(name) or nominate(name))
+    }
+    dropped |= set(state.modules) - read
+    own = {**_FOREIGN, **graph_module.meta.get("lora_fx", {})}
+    meta = {**graph_module.meta, "lora_fx": {key: value for key, value in own.items() if key not in _OF_ADAPTERS}}
+    plain = assemble(graph, state.without(dropped), meta=meta, training=graph_module.training, trainable=frozenset())
+    return checked(plain, "folded")
+
+
+def _erase_dead(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a factor, and the views of it, that nothing reads."""
+    for user in list(node.users):
+        if shows(user):
+            _erase_dead(graph, user)
+    if not node.users:
+        graph.erase_node(node)
+
+
+_OF_ADAPTERS = ("adapters", "origins")
+"""What is remembered of adapters."""
+
+_FOREIGN: Mapping[str, Any] = {"inference": True, "constants": {}, "model_class": "", "config": None}
+"""What is known of a graph that lora_fx did not trace."""

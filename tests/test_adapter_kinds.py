@@ -1,0 +1,283 @@
+"""Adapters beside every kind of site, in PEFT's files and back."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from architectures import build, run, traced
+from conftest import set_factors
+from safetensors.torch import load_file
+from torch import nn
+
+import lora_fx
+from lora_fx.adapter_config import AdapterConfig, read_config
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+class Kinds(nn.Module):
+    """A look-up, convolutions of one and two dimensions, projections, and a product with a bare parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(19, 12)
+        self.conv = nn.Conv1d(12, 8, 3, padding=1)
+        self.image = nn.Conv2d(1, 5, (3, 2), padding=(1, 0))
+        self.proj = nn.Linear(5, 6)
+        self.matrix = nn.Parameter(torch.randn(7, 6))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.conv(self.table(ids).transpose(1, 2))
+        x = self.image(x[:, None]).mean(-1).transpose(1, 2)
+        return nn.functional.linear(self.proj(x), self.matrix)
+
+
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5, 8, 9, 7], [9, 3, 2, 3, 8, 4, 6]])
+
+
+def files_equal(left: Path, right: Path) -> None:
+    mine, theirs = (load_file(path / "adapter_model.safetensors") for path in (left, right))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": ["table", "conv", "image", "proj"]}, {"target_modules": [], "target_parameters": ["matrix"]}],
+    ids=["modules", "parameter"],
+)
+def test_every_kind_of_site_comes_back_as_it_was(settings: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    base = Kinds().eval()
+    if "target_parameters" in settings:
+        base = nn.Sequential(base).eval()  # PEFT wraps the module that has the parameter, and cannot wrap the root
+    wrapped = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, lora_alpha=6, **settings))
+    set_factors(wrapped)
+    wrapped.eval().save_pretrained(str(tmp_path / "peft"), save_embedding_layers=False)
+    mine = lora_fx.from_adapter(base, tmp_path / "peft", example_inputs=(IDS,)).eval()
+    assert torch.allclose(mine(IDS), wrapped(IDS), atol=1e-6)
+    assert not torch.allclose(mine(IDS), base(IDS), atol=1e-3)
+    lora_fx.save_adapter(mine, tmp_path / "ours")
+    files_equal(tmp_path / "ours", tmp_path / "peft")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
+    assert torch.allclose(
+        again(IDS), wrapped(IDS), atol=1e-6
+    )  # the kernel of a convolution depends on where its weight lies
+
+
+def test_the_embeddings_that_peft_adds_to_a_file_are_compared_with_the_models(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4
+    )
+    llama = transformers.LlamaForCausalLM(config).eval()
+    wrapped = peft.get_peft_model(
+        copy.deepcopy(llama), peft.LoraConfig(r=3, target_modules=["embed_tokens", "q_proj", "lm_head"])
+    )
+    set_factors(wrapped)
+    with pytest.warns(UserWarning, match="Setting `save_embedding_layers` to `True`"):
+        wrapped.eval().save_pretrained(str(tmp_path))
+    assert any("base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    mine = lora_fx.from_adapter(llama, tmp_path, inference=True)
+    batch = {"input_ids": torch.randint(0, 60, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
+    assert torch.equal(mine(**batch).logits, wrapped(**batch).logits)
+    with torch.no_grad():
+        llama.lm_head.weight[0, 0] += 1
+    with pytest.raises(lora_fx.AdapterError, match=r"another value than the model's 'lm_head\.weight'"):
+        lora_fx.from_adapter(llama, tmp_path, inference=True)
+
+
+def mixtral() -> nn.Module:
+    config = transformers.MixtralConfig(
+        vocab_size=60, hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=3,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config)
+
+
+def llama4() -> nn.Module:
+    config = transformers.Llama4TextConfig(
+        vocab_size=60, hidden_size=24, intermediate_size=20, intermediate_size_mlp=28, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=6, num_local_experts=3, interleave_moe_layer_step=1,
+    )  # fmt: skip
+    return transformers.Llama4ForCausalLM(config)
+
+
+def gpt_oss() -> nn.Module:
+    config = transformers.GptOssConfig(
+        vocab_size=60, hidden_size=24, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=6, num_local_experts=3, num_experts_per_tok=2,
+    )  # fmt: skip
+    return transformers.GptOssForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [mixtral, llama4, gpt_oss])
+def test_stacked_experts_come_back_as_they_were(make: Any, tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    base = make().eval()
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if "experts" in name:
+                parameter.normal_(std=0.1)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+    )
+    wrapped = peft.get_peft_model(copy.deepcopy(base), config)
+    set_factors(wrapped, scale=0.1)
+    wrapped.eval().save_pretrained(str(tmp_path / "peft"))
+    mine = lora_fx.from_adapter(base, tmp_path / "peft", inference=True)
+    batch = {"input_ids": torch.randint(0, 60, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
+    found, expected, before = (each(**batch).logits.detach() for each in (mine, wrapped, base))
+    assert torch.allclose(found, expected, atol=2e-6 * float(expected.abs().max()) + 2e-6)
+    assert not torch.allclose(found, before, atol=1e-3)
+    lora_fx.save_adapter(mine, tmp_path / "ours")
+    files_equal(tmp_path / "ours", tmp_path / "peft")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
+    assert torch.equal(again(**batch).logits, expected)
+    merged = lora_fx.fold(mine).state_dict()
+    theirs = wrapped.merge_and_unload().state_dict()
+    assert all(torch.allclose(merged[key], theirs[key], atol=1e-6) for key in theirs)
+
+
+def test_parts_of_a_projection_are_saved_as_one_branch_with_zeros(tmp_path: Path) -> None:
+    rules = {"select": [{"role": ["attention.query"], "features": ["query", "value"], "rank": 3, "alpha": 4}]}
+    mine = lora_fx.rewrite(traced("gpt2"), rules).eval()
+    set_factors(mine)
+    lora_fx.save_adapter(mine, tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(build("gpt2"), str(tmp_path / "a")).eval()
+    found, expected = (run("gpt2", each, 3, 11)[0] for each in (mine, theirs))
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert not torch.allclose(found, run("gpt2", traced("gpt2").eval(), 3, 11)[0], atol=1e-3)
+    assert read_config(tmp_path / "a").r == 6
+    back = lora_fx.from_adapter(traced("gpt2"), tmp_path / "a").eval()
+    assert torch.allclose(run("gpt2", back, 3, 11)[0], expected, atol=1e-6)
+
+
+def test_what_peft_cannot_say_is_refused_with_all_reasons(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj, self.norm = nn.Linear(6, 6), nn.LayerNorm(6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.proj(self.proj(x)))
+
+    select: list[dict[str, Any]] = [
+        {"target": ["proj"], "rank": 2, "calls": "each"},
+        {"target": ["norm"], "trainable": "bias"},
+    ]
+    graph = lora_fx.rewrite(Twice(), {"select": select}, example_inputs=(torch.randn(3, 6),))
+    with pytest.raises(lora_fx.AdapterError) as caught:
+        lora_fx.save_adapter(graph, tmp_path / "a")
+    assert str(caught.value).splitlines() == [
+        "adapter 'default' cannot be written for PEFT:",
+        "  proj@1: a branch of one of several calls of a module, and PEFT has one branch for all of them",
+        "  proj@2: a branch of one of several calls of a module, and PEFT has one branch for all of them",
+        "  norm.bias: trains, and PEFT trains all biases, those of adapted modules, or whole modules",
+    ]
+    assert list(tmp_path.iterdir()) == []
+    parts = {
+        "select": [
+            {"role": ["attention.query"], "features": ["query"], "rank": 3},
+            {"role": ["attention.query"], "features": ["value"], "rank": 2},
+        ]
+    }
+    with pytest.raises(lora_fx.AdapterError, match=r"its parts have the scalings 2\.66667, 4, and PEFT has one"):
+        lora_fx.save_adapter(lora_fx.rewrite(traced("gpt2"), parts), tmp_path / "b")
+
+
+def test_a_directory_is_only_replaced_if_it_holds_nothing_but_an_adapter(tmp_path: Path) -> None:
+    graph = lora_fx.rewrite(traced("bert"), "bert", rank=3)
+    lora_fx.save_adapter(graph, tmp_path / "a")
+    before = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(lora_fx.LoraFxError, match="exists already"):
+        lora_fx.save_adapter(graph, tmp_path / "a")
+    set_factors(graph)
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    with pytest.raises(lora_fx.LoraFxError, match=r"holds more than an adapter: notes\.txt"):
+        lora_fx.save_adapter(graph, tmp_path / "a", overwrite=True)
+    (tmp_path / "a" / "notes.txt").unlink()
+    lora_fx.save_adapter(graph, tmp_path / "a", overwrite=True)
+    after = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
+    assert after != before
+    lora_fx.save_adapter(graph, tmp_path / "b")
+    assert (tmp_path / "b" / "adapter_model.safetensors").read_bytes() == after
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_where_an_adapter_comes_from_goes_with_it(tmp_path: Path) -> None:
+    base = build("bert")
+    wrapped = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, target_modules=["query"], task_type="FEATURE_EXTRACTION", revision="main")
+    )
+    wrapped.save_pretrained(str(tmp_path / "peft"))
+    lora_fx.save_adapter(lora_fx.from_adapter(traced("bert"), tmp_path / "peft"), tmp_path / "ours")
+    assert read_config(tmp_path / "ours").task_type == "FEATURE_EXTRACTION"
+    assert read_config(tmp_path / "ours").revision == "main"
+    graph = lora_fx.rewrite(traced("bert"), "bert")
+    lora_fx.save_adapter(graph, tmp_path / "a")
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "a" / "adapter_model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    said = json.loads(metadata["lora_fx"])
+    assert metadata["format"] == "pt"
+    assert said["rules"]["name"] == "bert"
+    assert said["versions"].keys() == {"lora_fx", "torch", "transformers"}
+    assert said["base"].keys() == traced("bert").state_dict().keys()
+    again = lora_fx.load_adapter(traced("bert"), tmp_path / "a")
+    assert again.meta["lora_fx"]["origins"]["default"].rules == "bert"
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"a.q": 4.0, "b.q": 4.0, "c.k": 8.0}, {"q": 4}),
+        ({"a.q": 4.0, "b.q": 8.0, "c.k": 8.0}, {"a.q": 4}),
+        ({"q": 4.0, "a.q": 8.0, "x.k": 8.0}, {"^q": 4}),
+        ({"x.a.q": 4.0, "a.q": 5.0, "x.k": 8.0}, {"x.a.q": 4, "^a\\.q": 5}),
+        ({"a+.q": 4.0, "a.q": 8.0, "k": 8.0}, {"^a\\+\\.q": 4}),
+    ],
+)
+def test_patterns_do_not_overlap_and_mean_what_they_should(names: dict[str, float], expected: dict[str, int]) -> None:
+    from peft.utils.other import get_pattern_key
+
+    from lora_fx.adapter_config import patterns
+
+    found = patterns(names, 8.0)
+    assert found == expected
+    for keys in (sorted(found), sorted(found, reverse=True)):
+        for name, value in names.items():
+            assert found.get(get_pattern_key(keys, name), 8) == value
+
+
+def test_configs_are_read_as_peft_reads_them() -> None:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    modules = [
+        f"model.layers.{i}.{m}" for i in range(12) for m in ("attn.q", "attn.seq", "mlp.experts.1.up", "q.inner")
+    ]
+    modules += ["q", "head", "model.q", "layers.1.q", "x.layers.1.attn.q"]
+    for said in (
+        {"target_modules": ["q"]},
+        {"target_modules": ["attn.q", "up"]},
+        {"target_modules": r".*layers\.[13]\..*q"},
+        {"target_modules": ["q"], "exclude_modules": ["attn.q"]},
+        {"target_modules": ["q"], "exclude_modules": ".*[2-9].*"},
+        {"target_modules": ["q", "up"], "layers_to_transform": [1, 11]},
+        {"target_modules": ["q", "up"], "layers_to_transform": 1},
+        {"target_modules": ["q", "up"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {"target_modules": ["q", "up"], "layers_to_transform": [1], "layers_pattern": ["blocks", "experts"]},
+        {"target_modules": ["q", "model.layers.3.attn.q"], "layers_to_transform": [1]},
+        {"target_modules": ["q", "inner"], "modules_to_save": ["q"]},
+        {"target_modules": ["q"], "modules_to_save": ["layers.1"]},
+    ):
+        mine, theirs = AdapterConfig(peft_type="LORA", **said), peft.LoraConfig(**said)  # type: ignore[arg-type]
+        for module in modules:
+            assert mine.selects(module) == bool(check_target_module_exists(theirs, module)), (said, module)
