@@ -75,8 +75,8 @@ class CheckpointFold:
             [
                 *lines,
                 *(f"adapter {directory} at strength {strength:g}" for directory, strength in self.adapters),
-                f"{changed} tensors, {self.changed_bytes} bytes, change; {copied} tensors, "
-                f"{self.checkpoint.size - self.changed_bytes} bytes with the headers, are copied as they are",
+                f"{changed} tensors, {self.changed_bytes / 1e6:.1f} MB, change; {copied} tensors, "
+                f"{(self.checkpoint.size - self.changed_bytes) / 1e6:.1f} MB with the headers, are copied as they are",
             ]
         )
 

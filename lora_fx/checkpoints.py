@@ -24,7 +24,7 @@ import torch
 
 from lora_fx.errors import FoldError, LoraFxError, did_you_mean
 from lora_fx.files import replacing, write_back_early
-from lora_fx.fold_report import FoldedWeight
+from lora_fx.fold_report import FoldedWeight, check_finite
 from lora_fx.lowrank import FOLDABLE, Merge, Merged, Update, exact_blocks, merge_into, rounded
 from lora_fx.tensor_files import TensorEntry, TensorFile, bytes_of, fill
 
@@ -251,7 +251,7 @@ def write_merged(
         for path in copied:
             _copy_file(path, beside / path.name)
         report = _write_files(checkpoint, changes, beside, progress)
-        _check_finite(report)
+        check_finite(report)
         misrounded = _misrounded(checkpoint, changes, beside) if verify else None
     merged_bytes = sum(checkpoint.tensors[key][1].size for key in changed)
     weights = tuple(report[key] for key in checkpoint.tensors if key in changes.merges)
@@ -328,13 +328,6 @@ def _check_apart(checkpoint: Checkpoint, copied: Sequence[Path], out: Path) -> N
     read = [checkpoint.directory, *copied, *(file.path for file in checkpoint.files)]  # may be links to somewhere else
     if any(place in (path.resolve(), *path.resolve().parents) for path in read):
         raise FoldError(f"{out} holds the checkpoint {checkpoint.directory} itself. Write to another directory.")
-
-
-def _check_finite(report: Mapping[str, FoldedWeight]) -> None:
-    bad = {key: entry.merged.non_finite for key, entry in report.items() if entry.merged.non_finite}
-    if bad:
-        listed = "; ".join(f"folding makes {key!r} non-finite in {count} elements" for key, count in bad.items())
-        raise FoldError(f"{listed}: the weight or an adapter has a NaN, an infinity, or too large a value.")
 
 
 # Files beside those with tensors.

@@ -92,19 +92,20 @@ def fold(
         list[float] | None,
         typer.Option(help="Factor of an adapter's scaling, once for each, in their order. By default all are 1."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT_DIR if it exists, all at once.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT_DIR if it exists, all at once.")] = False,
     verify: Annotated[
-        bool, typer.Option(help="Read every changed tensor again and compare it with the exact result.")
+        bool, typer.Option("--verify", help="Read every changed tensor again and compare it with the exact result.")
     ] = False,
     strict: Annotated[
         bool, typer.Option(help="Refuse a base other than the one that an adapter names as its own.")
     ] = True,
-    dry_run: Annotated[bool, typer.Option(help="Say what would be done; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
 ) -> None:
     """Merge adapters into a checkpoint on disk, one tensor in memory at a time.
 
-    What is not adapted is copied byte by byte: config, tokenizer, index, shards and their order stay. The result is written beside
-    OUT_DIR and moved into place, so that OUT_DIR is never half-written; after an interrupt, run the same command again.
+    What is not adapted is copied byte by byte; config, tokenizer, index, shards and their order stay.
+
+    The result is written beside OUT_DIR and moved into place; after an interrupt, run the command again.
     """
     if len(directories) < 3:
         raise typer.BadParameter("name the base, one adapter or more, and the directory to be made")
@@ -140,7 +141,7 @@ def fold(
         )
     if report.skipped:
         typer.echo(f"not copied: {', '.join(report.skipped)}")
-    typer.echo(f"{out}: {report.merged_bytes} bytes merged, {report.copied_bytes} copied")
+    typer.echo(f"{out}: {report.merged_bytes / 1e6:.1f} MB merged, {report.copied_bytes / 1e6:.1f} MB copied")
 
 
 @contextmanager

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lora_fx.errors import FoldError
 from lora_fx.graph_module import TracedGraphModule
 from lora_fx.lowrank import Merge, Merged
 
@@ -32,6 +33,14 @@ class FoldedWeight:
     def unchanged(self) -> float:
         """Share of the elements with an update that kept their value: theirs was less than half a step of the dtype."""
         return self.merged.unchanged / self.merged.elements if self.merged.elements else 0.0
+
+
+def check_finite(weights: Mapping[str, FoldedWeight]) -> None:
+    """Raise :class:`FoldError` if a weight, here by its name, would not be finite."""
+    bad = {name: entry.merged.non_finite for name, entry in weights.items() if entry.merged.non_finite}
+    if bad:
+        listed = "; ".join(f"folding makes {name!r} non-finite in {count} elements" for name, count in bad.items())
+        raise FoldError(f"{listed}: the weight or an adapter has a NaN, an infinity, or too large a value.")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lora_fx.activating import activate
 from lora_fx.branches import Nominate, find_branches
 from lora_fx.errors import FoldError
 from lora_fx.factors import is_factor, original_name
-from lora_fx.fold_report import FoldedWeight
+from lora_fx.fold_report import FoldedWeight, check_finite
 from lora_fx.graph_module import State, TracedGraphModule, state_of
 from lora_fx.lowrank import FOLDABLE, Merge, merge_into
 from lora_fx.sharing import Value, values_of
@@ -98,7 +98,7 @@ def _merged(
         if out is not None:
             tensor = nn.Parameter(out) if isinstance(weight, nn.Parameter) else out
             merged.update(dict.fromkeys(merge.names, tensor))
-    _check_finite(report)
+    check_finite({entry.merge.weight: entry for entry in report})
     return merged, tuple(report)
 
 
@@ -170,15 +170,6 @@ def _copied_weights(values: Sequence[Value], state: State) -> set[str]:
                 "Fold without inplace=True."
             )
     return copied
-
-
-def _check_finite(report: Sequence[FoldedWeight]) -> None:
-    bad = [entry for entry in report if entry.merged.non_finite]
-    if bad:
-        listed = "; ".join(
-            f"folding makes {e.merge.weight!r} non-finite in {e.merged.non_finite} elements" for e in bad
-        )
-        raise FoldError(f"{listed}: the weight or an adapter has a NaN, an infinity, or too large a value.")
 
 
 def _trained(state: State, merged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

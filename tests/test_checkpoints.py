@@ -6,18 +6,18 @@ import errno
 import filecmp
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 import torch
+from killed import check_killed, server
 from safetensors.torch import load_file
 
 from lora_fx import checkpoints
@@ -750,61 +750,17 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-# Killed at any moment. One process imports torch, and then has a child for each trial, which a line on its input asks for.
+# Killed at any moment.
 
-SERVER = """
-    import os, signal, sys, time
-    from pathlib import Path
-    sys.path.insert(0, {tests!r})
-    from test_checkpoints import *
-    torch.set_num_threads(1)
-    checkpoint = Checkpoint.open(Path(sys.argv[1]))
-    changes = changes_for({{key: torch.empty(entry.shape) for key, (_, entry) in checkpoint.tensors.items()}})
-    print("ready", flush=True)
-    for line in sys.stdin:
-        out, overwrite, seconds = line.split()
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.write(writing, b"1")
-            write_merged(checkpoint, changes, Path(out), overwrite=overwrite == "1")
-            os._exit(0)
-        os.read(reading, 1)
-        os.close(reading)
-        os.close(writing)
-        start = time.perf_counter()
-        if float(seconds) >= 0:
-            time.sleep(float(seconds))
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), time.perf_counter() - start, flush=True)
+SETUP = """
+from test_checkpoints import *
+torch.set_num_threads(1)
+checkpoint = Checkpoint.open(Path(sys.argv[1]))
+changes = changes_for({key: torch.empty(entry.shape) for key, (_, entry) in checkpoint.tensors.items()})
+
+def act(out, overwrite):
+    write_merged(checkpoint, changes, out, overwrite=overwrite)
 """
-
-
-class _Server:
-    def __init__(self, base: Path) -> None:
-        script = textwrap.dedent(SERVER).format(tests=str(Path(__file__).parent))
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", script, str(base)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        assert self._output.readline() == "ready\n"
-
-    @property
-    def _output(self) -> IO[str]:
-        assert self.process.stdout is not None
-        return self.process.stdout
-
-    def __call__(self, out: Path, *, overwrite: bool, seconds: float = -1.0) -> tuple[int, float]:
-        """Write, and kill after that time; return the exit code and how long it was."""
-        assert self.process.stdin is not None
-        print(out, int(overwrite), seconds, file=self.process.stdin, flush=True)
-        code, took = self._output.readline().split()
-        return int(code), float(took)
 
 
 @pytest.fixture
@@ -819,14 +775,6 @@ def large(tmp_path: Path) -> Path:
     return write(tmp_path / "base", tensors, 4)
 
 
-@pytest.fixture
-def server(large: Path) -> Iterator[_Server]:
-    made = _Server(large)
-    yield made
-    made.process.kill()
-    made.process.wait()
-
-
 def _same_directories(one: Path, other: Path) -> bool:
     names = sorted(path.name for path in one.iterdir())
     if names != sorted(path.name for path in other.iterdir()):
@@ -834,44 +782,23 @@ def _same_directories(one: Path, other: Path) -> bool:
     return all(filecmp.cmp(one / name, other / name, shallow=False) for name in names)
 
 
-TRIALS = 50
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_process_that_is_killed_leaves_the_old_one_or_the_new_one(
-    tmp_path: Path, large: Path, server: _Server, overwrite: bool
+    tmp_path: Path, large: Path, overwrite: bool
 ) -> None:
     old, new, place = tmp_path / "old", tmp_path / "new", tmp_path / "place"
     write(old, {"a": torch.ones(3)})
     place.mkdir()
-    out = place / "out"
-    times = []
-    for number in range(3):
-        code, took = server(new, overwrite=number > 0)
-        assert code == 0
-        times.append(took)
-    source, longest = random.Random(17), 1.2 * sorted(times)[1]
-    outcomes: list[tuple[int, str]] = []
-    for trial in range(TRIALS):
-        if overwrite and not out.exists():
-            shutil.copytree(old, out)
-        code, _ = server(out, overwrite=overwrite, seconds=longest * (trial + source.random()) / TRIALS)
-        if not out.exists():
-            found = "absent"
-        elif _same_directories(out, new):
-            found = "new"
-        else:
-            assert _same_directories(out, old), f"half a result after {trial} of {TRIALS}"
-            found = "old"
-        outcomes.append((code, found))
-        if found == "new":
-            shutil.rmtree(out)
-    before = "old" if overwrite else "absent"
-    assert {found for _, found in outcomes} <= {before, "new"}
-    assert all(found == "new" for code, found in outcomes if code == 0)
-    assert sum(found == before for _, found in outcomes) >= TRIALS // 3  # killed while it wrote
-    assert server(out, overwrite=overwrite)[0] == 0
-    assert _same_directories(out, new)
-    assert [path.name for path in place.iterdir()] == ["out"]
-    assert _equal(_tensors_in(out), merged(_tensors_in(large), changes_for(_tensors_in(large))))
+    with server(SETUP, large) as act:
+        assert act(new, overwrite=False)[0] == 0
+        check_killed(
+            act,
+            place,
+            overwrite=overwrite,
+            old=lambda out: shutil.copytree(old, out),
+            new=lambda out: _same_directories(out, new),
+            same_as_old=lambda out: _same_directories(out, old),
+            remove=shutil.rmtree,
+        )
+    assert _equal(_tensors_in(place / "out"), merged(_tensors_in(large), changes_for(_tensors_in(large))))

@@ -205,6 +205,18 @@ def test_a_merge_of_any_numbers_is_that_of_numpy_in_float64(name: str) -> None:
     np.testing.assert_allclose(out.numpy(), expected, rtol=0, atol=2e-15 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_exact_blocks_are_the_sums_of_numpy_in_float64(name: str) -> None:
+    weight, merge, tensors, _ = _case(name, torch.float64)
+    numbers = {name: tensor.numpy() for name, tensor in tensors.items()}
+    expected = merge.stack(torch.from_numpy(np.asarray(numbers["w"] + CASES[name][3](numbers))))
+    found = torch.full_like(merge.stack(weight), torch.nan)
+    for index, rows, exact in lowrank.exact_blocks(weight, merge, tensors):
+        assert exact.dtype == torch.float64
+        found[index, rows] = exact
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-15 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("block", [1, 7, 36, 10**6])
 def test_no_block_is_larger_than_asked_but_for_a_single_row(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowrank, "BLOCK_ELEMENTS", block)
