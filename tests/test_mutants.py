@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLD = "rounded(old + delta, weight.dtype)"
-BLOCK = "product.block(index, rows, merge.layout) for product in products"
+FOLD = "        wide += delta\n"
 
 MUTANTS = {
-    "flipped sign": (FOLD, "rounded(old - delta, weight.dtype)"),
-    "dropped scale": ("return self.scaling * (", "return ("),
+    "flipped sign": (FOLD, "        wide -= delta\n"),
+    "dropped scale": ("if self.scaling != 1:", "if self.scaling != self.scaling:"),
     "swapped A and B": ("right, *others = map(_stacked, factors)", "right, *others = map(_stacked, reversed(factors))"),
-    "missing transpose": ("else self.left[index] @ right).T", "else self.left[index] @ right)"),
-    "second adapter ignored": ("delta = reduce(operator.add, parts)", "delta = next(parts)"),
-    "double rounding": (BLOCK, BLOCK.replace("layout)", "layout).to(weight.dtype).to(precision)")),
+    "missing transpose": (
+        "torch.mm(right[:, rows].T, self.left[index].T, out=out)",
+        "torch.mm(self.left[index], right[:, rows], out=out)",
+    ),
+    "second adapter ignored": ("                delta += wide\n", "                pass\n"),
+    "double rounding": (FOLD, "        wide += delta.to(weight.dtype)\n"),
 }
 
 
