@@ -16,10 +16,7 @@ MUTANTS = {
     "flipped sign": (FOLD, "        wide -= delta\n"),
     "dropped scale": ("if self.scaling != 1:", "if self.scaling != self.scaling:"),
     "swapped A and B": ("right, *others = map(_stacked, factors)", "right, *others = map(_stacked, reversed(factors))"),
-    "missing transpose": (
-        "torch.mm(right[:, rows].T, self.left[index].T, out=out)",
-        "torch.mm(self.left[index], right[:, rows], out=out)",
-    ),
+    "missing transpose": ("(self.left[index] @ right[:, rows]).T", "(self.left[index] @ right[:, rows])"),
     "second adapter ignored": ("                delta += wide\n", "                pass\n"),
     "double rounding": (FOLD, "        wide += delta.to(weight.dtype)\n"),
 }
