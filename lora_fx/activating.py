@@ -44,10 +44,14 @@ def ordered(graph_module: fx.GraphModule, strengths: Mapping[str, float]) -> tup
     Raises:
         PlanError: see :func:`activate`.
     """
+    if not isinstance(strengths, Mapping):
+        raise PlanError(
+            f'strengths are given by the names of adapters, as {{"a": 1.0, "b": 0.5}}, and not as {strengths!r}.'
+        )
     for adapter, strength in strengths.items():
         branches_of(graph_module, adapter)
-        if not math.isfinite(strength):
-            raise PlanError(f"adapter {adapter!r} cannot have the strength {strength}: give a finite number.")
+        if not isinstance(strength, int | float) or not math.isfinite(strength):
+            raise PlanError(f"adapter {adapter!r} cannot have the strength {strength!r}: give a finite number.")
         names = ", ".join(trained.name for trained in trained_of(graph_module, adapter))
         if names and strength != 1:
             raise PlanError(

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
 
@@ -22,6 +22,9 @@ from lora_fx.tables import Flag, Natural, Positive, Table, Text, expecting, one_
 
 CONFIG_NAME = "adapter_config.json"
 LONGEST = 2**24  # bytes of a config: none that anybody wrote comes near
+
+DUMMY = "dummy-target-modules"
+"""By what PEFT adapts no module."""
 
 ALL_LINEAR = "all-linear"
 """What PEFT's users write for all linear layers but the head; its files have the layers' names instead."""
@@ -115,7 +118,7 @@ class AdapterConfig(Table):
     task_type: Text | None = None
     """The task that PEFT wraps the model for."""
 
-    auto_mapping: dict[str, Any] | None = None
+    auto_mapping: Annotated[dict[str, Any] | None, expecting("an object")] = None
     """The class of the model, where there is no task."""
 
     base_model_name_or_path: Text | None = None
@@ -159,8 +162,8 @@ class AdapterConfig(Table):
         Raises:
             TimeoutError: a regular expression takes too long.
         """
-        rank = next((r for key, r in self.rank_pattern.items() if _admits(key, module)), self.r)
-        alpha = next((a for key, a in self.alpha_pattern.items() if _admits(key, module)), self.lora_alpha)
+        rank = _of_pattern(self.rank_pattern, module, self.r)
+        alpha = _of_pattern(self.alpha_pattern, module, self.lora_alpha)
         init: Literal["gaussian", "kaiming"] = "gaussian" if self.init_lora_weights == "gaussian" else "kaiming"
         return Setting(rank, alpha, self.lora_dropout, "rslora" if self.use_rslora else "standard", init)
 
@@ -277,20 +280,29 @@ def patterns(values: Mapping[str, float], default: float) -> dict[str, Any]:
         wanted = {values[module] for module in modules}
         if wanted == {default}:
             continue
-        alike = len(wanted) == 1 and _matched(leaf, values) == set(modules)
+        alike = len(wanted) == 1 and bool(_PLAIN.fullmatch(leaf)) and _matched(leaf, values) == set(modules)
         for module in [leaf] if alike else [m for m in modules if values[m] != default]:
-            key = module if alike or _matched(module, values) == {module} else f"^{re.escape(module)}"
+            single = _PLAIN.fullmatch(module) and (alike or _matched(module, values) == {module})
+            key = module if single else f"^{re.escape(module)}"
             found[key] = _whole(values[modules[0]] if alike else values[module])
     return found
+
+
+_PLAIN = re.compile(r"[\w.-]+")
+"""Names that mean themselves as regular expressions, but for the dot."""
 
 
 def targets(chosen: Sequence[str], others: Sequence[str]) -> tuple[str, ...] | str:
     """Return ``target_modules`` that select exactly these modules: by the ends of their names where these tell them apart.
 
+    For no modules it is the word by which PEFT takes an adapter without branches.
+
     Args:
         chosen: names of the modules to select.
         others: names of all other modules, which must not match.
     """
+    if not chosen:
+        return DUMMY
     leaves = tuple(sorted({module.rpartition(".")[2] for module in chosen}))
     if not any(_named(module, leaves) for module in others):
         return leaves
@@ -308,7 +320,11 @@ class TrainedParts:
 
 
 def trained_parts(
-    trained: Collection[str], parameters: Sequence[str], unread: Collection[str], adapted: Collection[str]
+    trained: Collection[str],
+    parameters: Sequence[str],
+    unread: Collection[str],
+    adapted: Collection[str],
+    modules: Collection[str],
 ) -> TrainedParts:
     """Say in PEFT's words which of a model's parameters train.
 
@@ -317,26 +333,28 @@ def trained_parts(
         parameters: the names of all.
         unread: names of those that the model does not compute with, of which it is all the same whether they train.
         adapted: names of the modules with a branch.
+        modules: names of those that can train as a whole, which lists of modules cannot.
 
     Raises:
         ValueError: it cannot be said; the argument lists the parameters left over.
     """
     wanted, either = set(trained), {*trained, *unread}
-    modules: list[str] = []
-    for module in sorted({path for name in trained for path in modules_of(name)}, key=lambda path: path.count(".")):
-        parts = {name for name in parameters if name.startswith(f"{module}.")}
-        named = {path for name in parameters for path in modules_of(name) if path.endswith(module)}
-        covered = any(module.startswith(f"{outer}.") for outer in modules)
-        if not covered and parts <= either and not all(map(_is_bias, parts)) and named == {module}:
-            modules.append(module)
-    rest = {name for name in wanted if not any(name.startswith(f"{module}.") for module in modules)}
+    whole: list[str] = []
+    covered: set[str] = set()
+    candidates = {path for name in trained for path in modules_of(name)} & set(modules)
+    for module in sorted(candidates, key=lambda path: (path.count("."), path)):
+        parts = {n for n in parameters if any(path.endswith(module) for path in modules_of(n))}  # as PEFT matches names
+        if parts <= either and not parts <= covered and not all(map(_is_bias, parts)):
+            whole.append(module)
+            covered |= parts
+    rest = wanted - covered
     biases = {name for name in parameters if _is_bias(name)} - (wanted - rest)
     of_adapted = {name for name in biases if name.rpartition(".")[0] in set(adapted)}
     kinds: dict[Bias, set[str]] = {"none": set(), "lora_only": of_adapted, "all": biases}
     bias = next((kind for kind, names in kinds.items() if rest <= names <= rest | set(unread)), None)
     if bias is None:
         raise ValueError(", ".join(sorted(rest)))
-    return TrainedParts(bias, tuple(modules))
+    return TrainedParts(bias, tuple(whole))
 
 
 def trains_bias(config: AdapterConfig, parameter: str, adapted: Collection[str]) -> bool:
@@ -358,6 +376,14 @@ def modules_of(parameter: str) -> Iterator[str]:
 
 def _matched(key: str, modules: Mapping[str, float]) -> set[str]:
     return {module for module in modules if _admits(key, module)}
+
+
+Value = TypeVar("Value")
+
+
+def _of_pattern(pattern: Mapping[str, Value], module: str, default: Value) -> Value:
+    """Return the value of the first key that matches, else of one that is the name itself, which need not match it."""
+    return next((value for key, value in pattern.items() if _admits(key, module)), pattern.get(module, default))
 
 
 def _admits(key: str, module: str) -> bool:

@@ -16,11 +16,11 @@ from torch import fx, nn
 
 from lora_fx.adapter_config import ALL_LINEAR, CONFIG_NAME, AdapterConfig, read_config, trains_bias
 from lora_fx.errors import AdapterError, LoraFxError, did_you_mean
-from lora_fx.factors import copy_name, is_of_adapter
+from lora_fx.factors import copy_name, is_of_adapter, original_name
 from lora_fx.graph_module import described, state_of
 from lora_fx.lowrank import adapter_dtype
 from lora_fx.origins import Origin, departures, recorded
-from lora_fx.peft_layout import PREFIX, Slot, base_key, base_name, slots, transposed
+from lora_fx.peft_layout import PREFIX, Slot, apart_from_calls, base_key, base_name, slots, transposed
 from lora_fx.planning import Branch, Trained, owners_of
 from lora_fx.sites import Site, sites
 from lora_fx.tensor_files import TensorFile
@@ -151,6 +151,11 @@ class _Reader:
     def contents(self) -> Contents:
         chosen = [site for site in self._sites.values() if self._selected(site)]
         self._stop_if_wrong()
+        self._problems += [
+            f"{module}: {why}; PEFT's branch is beside the call of the module, and would compute something else"
+            for module, why in apart_from_calls(self._graph_module, self._every(chosen)).items()
+        ]
+        self._stop_if_wrong()
         own = {name: tensor for name, tensor in self._state.tensors.items() if not is_of_adapter(name)}
         self._first = self._state.aliases()
         placed = slots(chosen, own, transposed(self._graph_module, chosen))
@@ -174,6 +179,11 @@ class _Reader:
             replace(origin, task_type=config.task_type, base=config.base_model_name_or_path, revision=config.revision),
         )
 
+    def _every(self, chosen: Collection[Site]) -> list[Site]:
+        """Return all sites of the modules of these."""
+        modules = {site.module for site in chosen}
+        return [site for site in sites(self._graph_module) if site.module in modules]
+
     def _stop_if_wrong(self) -> None:
         if self._problems:
             raise AdapterError(str(self._files.directory), self._problems)
@@ -183,7 +193,15 @@ class _Reader:
         try:
             if site.module == site.weight:
                 return config.selects_parameter(site.weight)
-            if config.target_modules == ALL_LINEAR or (config.target_modules is None and not config.target_parameters):
+            if config.selects_parameter(f"{site.module}.weight"):
+                self._problems.append(
+                    f"{CONFIG_NAME}: target_parameters names the weight of the module {site.module!r}, which is supported for bare "
+                    "parameters alone. Merge the adapter with PEFT, and use the result"
+                )
+                return False
+            if str(config.target_modules).lower() == ALL_LINEAR or (
+                config.target_modules is None and not config.target_parameters
+            ):
                 a, _ = Slot(site, site.module, site.module).keys
                 return a in self._keys  # PEFT chose by the model; what it chose is what it wrote
             return config.selects(site.module)
@@ -203,7 +221,14 @@ class _Reader:
         """Take the keys of a branch from those of the file, and check what the header says of them."""
         for key, shape in zip(slot.keys, slot.shapes(branch), strict=True):
             rank = branch.setting.rank
-            told = f"rank {rank} at {slot.name}, of {slot.site.in_features} and {slot.site.out_features} features"
+            groups = (
+                f", in {slot.site.matrices} groups, which PEFT mixes,"
+                if slot.site.kernel and slot.site.matrices > 1
+                else ""
+            )
+            told = (
+                f"rank {rank} at {slot.name}, of {slot.site.in_features} and {slot.site.out_features} features{groups}"
+            )
             self._take(key, shape, f"{CONFIG_NAME} selects {slot.name!r}", told)
         return slot.keys
 
@@ -243,11 +268,32 @@ class _Reader:
 
     def _rest(self, own: Mapping[str, torch.Tensor], chosen: Collection[str]) -> None:
         """Name every key that nothing asked for, but for copies of the model's own tensors."""
+        dead = set()
         for key in list(self._keys):
-            if key.startswith(PREFIX) and base_name(key) in own:
+            if base_name(key, own) is not None:
+                continue
+            module = key.removeprefix(PREFIX).partition(".lora_")[0]
+            if self._is_dead(module, own):
+                dead.add(module)
+                del self._keys[key]
                 continue
             self._problems.append(f"{key}: {self._why_not(key, chosen)}")
             del self._keys[key]
+
+        if dead:
+            warnings.warn(
+                f"{self._files.directory}: has branches at {', '.join(sorted(dead))}, which the model never computes with; they are "
+                "left out.",
+                stacklevel=6,
+            )
+
+    def _is_dead(self, module: str, own: Mapping[str, torch.Tensor]) -> bool:
+        """Tell whether a module that the config selects is one that the graph does not compute with."""
+        weight = f"{module}.weight"
+        if weight not in own or module in self._sites or not self._config.selects(module):
+            return False
+        nodes = self._graph_module.graph.find_nodes(op="get_attr")
+        return self._first[weight] not in {original_name(str(node.target)) or str(node.target) for node in nodes}
 
     def _why_not(self, key: str, chosen: Collection[str]) -> str:
         if not key.startswith(PREFIX):
@@ -259,6 +305,8 @@ class _Reader:
             return "the model has no such parameter"
         if key.endswith((".lora_B.bias", ".lora_A.bias")):
             return "a bias of a factor (lora_bias), which is not supported"
+        if ".base_layer." in f".{module}.":
+            return "inside of a layer of PEFT's own, as it puts into nn.MultiheadAttention; this is not supported"
         if module in chosen:
             return "the branch has no such factor"
         if module in self._sites:
@@ -289,14 +337,20 @@ class _Reader:
     def _check_rest(self, own: Mapping[str, torch.Tensor], copies: Mapping[str, str]) -> None:
         """Compare what the file has of the model's own tensors (PEFT writes adapted embeddings, for instance) with these."""
         for key, entry in self._keys.items():
-            name = base_name(key)
+            name = base_name(key, own)
+            assert name is not None
             of_copy = ".original_module." not in key and self._first[name] in copies
             other = self._files.file.read(copies[self._first[name]]) if of_copy else own[name].detach()
             value = self._files.file.read(key)
             same = entry.shape == tuple(other.shape) and (
                 other.is_meta or torch.equal(value.to(other.dtype), other.cpu())
             )
-            if not same:
+            if not same and not isinstance(own[name], nn.Parameter) and self._config.saves_any(name):
+                self._problems.append(
+                    f"{key}: the buffer {name!r} of a module that trains has changed too (running statistics, for instance), and an "
+                    "adapter keeps the buffers of the model. Give the model these values first"
+                )
+            elif not same:
                 self._problems.append(
                     f"{key}: another value than the model's {name!r} ({described(other)}), and {CONFIG_NAME} lets neither a bias "
                     f"nor a module train there. If that is meant, as of a resized embedding, add its module to modules_to_save"

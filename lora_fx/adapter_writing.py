@@ -22,7 +22,7 @@ from lora_fx.adapter_config import (
 from lora_fx.errors import AdapterError
 from lora_fx.factors import copy_name, is_of_adapter, original_name
 from lora_fx.graph_module import TracedGraphModule, state_of
-from lora_fx.peft_layout import Slot, base_key, slots, transposed
+from lora_fx.peft_layout import Slot, apart_from_calls, base_key, slots, transposed
 from lora_fx.planning import Branch, owners_of
 from lora_fx.sites import Site, sites
 from lora_fx.transferring import branches_of, origin_of, parameters_of, trained_of
@@ -72,6 +72,12 @@ class _Writer:
         settings: dict[str, tuple[int, float]] = {}
         for owner, branches in self._branches.items():
             slot = placed[site_of[owner].module]
+            if slot.site.kernel and slot.site.matrices > 1:
+                self._problems.append(
+                    f"{owner}: a convolution in groups, each with an update of its own, and PEFT's mixes them"
+                )
+            if slot.is_parameter and "." not in slot.name:
+                self._problems.append(f"{owner}: a parameter of the top-level module, at which PEFT has no branches")
             if owner != owners_of(slot.site)[0]:
                 self._problems.append(
                     f"{owner}: a branch of one of several calls of a module, and PEFT has one branch for all of them"
@@ -79,6 +85,12 @@ class _Writer:
                 continue
             tensors |= dict(zip(slot.keys, slot.exchanged(*self._dense(branches, slot.site)), strict=True))
             settings[slot.name] = (sum(branch.setting.rank for branch in branches), self._scale(owner))
+        modules = {site.module for site in chosen}
+        every = [site for site in sites(self._graph_module) if site.module in modules]
+        self._problems += [
+            f"{module}: {why}; PEFT's branch is beside the call of the module, and would compute something else"
+            for module, why in apart_from_calls(self._graph_module, every).items()
+        ]
         adapted = [slot.name for slot in placed.values() if not slot.is_parameter]
         parts = self._trained(adapted)
         if self._problems:
@@ -117,7 +129,9 @@ class _Writer:
         names = [name for name, tensor in self._own.items() if isinstance(tensor, nn.Parameter)]
         unread = {name for name in names if self._first[name] not in read}
         try:
-            return trained_parts({name for name in names if self._first[name] in trained}, names, unread, adapted)
+            own = {name for name in names if self._first[name] in trained}
+            called = _called_modules(self._graph_module) or {path for name in names for path in modules_of(name)}
+            return trained_parts(own, names, unread, adapted, called)
         except ValueError as error:
             self._problems.append(
                 f"{error}: trains, and PEFT trains all biases, those of adapted modules, or whole modules"
@@ -157,6 +171,7 @@ def _config(
             stacklevel=4,
         )
     modules = [slot.name for slot in placed.values() if not slot.is_parameter]
+    parameters = tuple(slot.name for slot in placed.values() if slot.is_parameter)
     others = sorted(_module_paths(graph_module) - set(modules))
     model_class, config = (graph_module.meta["lora_fx"][key] for key in ("model_class", "config"))
     library, _, class_name = model_class.partition(":")
@@ -171,8 +186,8 @@ def _config(
         alpha_pattern=patterns(alphas, alpha),
         use_rslora=rslora,
         lora_dropout=max(dropouts, default=0.0),
-        target_modules=targets(modules, others) if modules else None,
-        target_parameters=tuple(slot.name for slot in placed.values() if slot.is_parameter) or None,
+        target_modules=targets(modules, others) if modules or not parameters else None,
+        target_parameters=parameters or None,
         init_lora_weights="gaussian" if gaussian else True,
         fan_in_fan_out=bool(linear) and all(slot.site.layout == "in_out" for slot in linear),
         inference_mode=True,
@@ -208,6 +223,10 @@ def _most_common(values: Collection[float], default: float) -> float:
 def _module_paths(graph_module: fx.GraphModule) -> set[str]:
     """Return the paths of the model's modules, as far as tensors and nodes tell."""
     paths = {path for name in state_of(graph_module).tensors if not is_of_adapter(name) for path in modules_of(name)}
-    for node in graph_module.graph.nodes:
-        paths |= {path.split("@")[0] for path, _ in (node.meta.get("nn_module_stack") or {}).values()}
-    return paths - {""}
+    return (paths | _called_modules(graph_module)) - {""}
+
+
+def _called_modules(graph_module: fx.GraphModule) -> set[str]:
+    """Return the paths of the modules that recorded nodes."""
+    stacks = (node.meta.get("nn_module_stack") or {} for node in graph_module.graph.nodes)
+    return {path.split("@")[0] for stack in stacks for path, _ in stack.values()} - {""}

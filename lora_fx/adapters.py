@@ -7,17 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from lora_fx.adapter_config import CONFIG_NAME
 from lora_fx.adapter_reading import FILE_NAME, Contents, check_base, read_adapter, read_contents
 from lora_fx.adapter_writing import to_peft
 from lora_fx.attaching import attach
-from lora_fx.errors import AdapterError, LoraFxError
+from lora_fx.errors import AdapterError, LoraFxError, PlanError
 from lora_fx.exporting import Dynamic
 from lora_fx.factors import adapters
 from lora_fx.files import replacing
 from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, state_of, trainable_names
+from lora_fx.lowering import lower
 from lora_fx.origins import fingerprint, metadata
 from lora_fx.states import checked
 from lora_fx.tensor_files import write_tensors
@@ -74,6 +75,7 @@ def load_adapter(
         AdapterError: the directory is malformed, of an unsupported kind, or does not fit the graph. All problems are named.
         PlanError: the adapter cannot be in this graph, beside those that it has.
     """
+    graph_module = _traced(graph_module)
     files = read_adapter(Path(directory))
     check_base(files, fingerprint(state_of(graph_module)), strict=strict)
     contents = read_contents(files, graph_module)
@@ -104,10 +106,13 @@ def save_adapter(
         AdapterError: PEFT has no way to say what the adapter is. All problems are named.
         LoraFxError: the directory exists, or cannot be written.
     """
+    graph_module = _traced(graph_module)
     target = Path(directory)
     content = to_peft(graph_module, adapter)
     base = fingerprint(state_of(graph_module))
-    if overwrite and target.is_dir():
+    if overwrite and target.exists():
+        if not target.is_dir():
+            raise LoraFxError(f"{target} is a file, and an adapter is a directory. Choose another name.")
         other = sorted(path.name for path in target.iterdir() if path.name not in (CONFIG_NAME, FILE_NAME, "README.md"))
         if other:
             raise LoraFxError(f"{target} holds more than an adapter: {', '.join(other[:5])}. Choose another name.")
@@ -115,6 +120,18 @@ def save_adapter(
         beside.mkdir()
         write_tensors(beside / FILE_NAME, content.tensors, metadata(origin_of(graph_module, adapter), base))
         (beside / CONFIG_NAME).write_text(content.config.to_json())
+
+
+def _traced(graph_module: fx.GraphModule) -> TracedGraphModule:
+    """Return a graph of ours as plain nodes with weights, or refuse what is none."""
+    if not isinstance(graph_module, TracedGraphModule):
+        raise PlanError(
+            f"a graph of lora_fx is expected, and this is a {type(graph_module).__name__}: make one with lora_fx.trace, or take a "
+            "model with lora_fx.from_adapter."
+        )
+    if any(parameter.is_meta for parameter in graph_module.parameters()):
+        raise PlanError("the graph is on the meta device, without weights: lora_fx.materialize gives it some.")
+    return lower(graph_module)
 
 
 def _with_values(

@@ -20,7 +20,8 @@ from torch import fx
 from lora_fx.graph_module import TracedGraphModule
 from lora_fx.materializing import traced_class
 from lora_fx.planning import Branch
-from lora_fx.sites import Site
+from lora_fx.provenance import module_path, source_line
+from lora_fx.sites import Site, biased
 
 PREFIX = "base_model.model."
 
@@ -99,10 +100,73 @@ def base_key(parameter: str, adapted: Collection[str]) -> str:
     return PREFIX + ".".join([module] * bool(module) + ["base_layer"] * (module in adapted) + [leaf])
 
 
-def base_name(key: str) -> str:
-    """Return the name of the parameter of the model that a key stands for, which need not exist."""
+def base_name(key: str, names: Collection[str]) -> str | None:
+    """Return which of these parameters of the model a key stands for, if it does for one.
+
+    PEFT may write one of a module that trains as a whole twice, and the second time with the adapter's name behind
+    ``modules_to_save``, whatever that was.
+    """
     parts = key.removeprefix(PREFIX).split(".")
-    return ".".join(part for part in parts if part not in ("base_layer", "original_module", "modules_to_save"))
+    if key.startswith(PREFIX) and "modules_to_save" in parts:
+        place = parts.index("modules_to_save")
+        candidates = [parts[:place] + parts[place + 1 :], parts[:place] + parts[place + 2 :]]
+    else:
+        candidates = [[part for part in parts if part not in ("base_layer", "original_module")]]
+    found = (".".join(candidate) for candidate in (parts, *candidates))
+    return next((name for name in found if name in names), None) if key.startswith(PREFIX) else None
+
+
+def apart_from_calls(graph_module: fx.GraphModule, chosen: Collection[Site]) -> dict[str, str]:
+    """Tell for which of these sites PEFT, whose branches are beside the call of a module, computes something else.
+
+    Returns:
+        By module: why. Of a graph whose nodes do not tell their modules, none.
+    """
+    found = {}
+    frames: dict[str, list[fx.Node]] = {}
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    for node in graph_module.graph.nodes:
+        if "lora_fx" not in node.meta.get("custom", {}):
+            frames.setdefault(_frame(node)[0], []).append(node)
+    for site in chosen:
+        node = nodes[site.node]
+        frame, kind = _frame(node)
+        if site.module == site.weight or not node.meta.get("nn_module_stack"):
+            continue
+        if module_path(node) != site.module:
+            found[site.module] = f"its weight is multiplied with outside of the module{source_line(node)}"
+            continue
+        if site.op == "embedding" and kind.endswith("ScaledWordEmbedding"):
+            continue  # of transformers; PEFT knows of their scale
+        total = biased(node)
+        own = [each for each in frames[frame] if each.op == "call_function" and not _depends_on_weights_alone(each)]
+        more = [each for each in own if each not in (node, total) and not _moves_values(each)]
+        if more:
+            found[site.module] = f"its module computes more than the product, {more[0].target}{source_line(more[0])}"
+    return found
+
+
+def _frame(node: fx.Node) -> tuple[str, str]:
+    """Return the innermost call of a module that recorded a node, and the name of its class."""
+    stack = node.meta.get("nn_module_stack") or {"": ("", "")}
+    call, (_, kind) = next(reversed(stack.items()))
+    return call, kind if isinstance(kind, str) else kind.__qualname__
+
+
+def _depends_on_weights_alone(node: fx.Node) -> bool:
+    return all(each.op == "get_attr" or _depends_on_weights_alone(each) for each in node.all_input_nodes) and bool(
+        node.all_input_nodes
+    )
+
+
+def _moves_values(node: fx.Node) -> bool:
+    name = getattr(node.target, "_opname", "")
+    return name in RESHAPES or not isinstance(node.target, torch._ops.OpOverload) or name.startswith("sym_")
+
+
+RESHAPES = frozenset(
+    {"view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "contiguous", "clone"}
+)
 
 
 def transposed(graph_module: fx.GraphModule, chosen: Collection[Site]) -> dict[str, bool]:

@@ -290,14 +290,16 @@ def check_attachable(plan: Plan, graph_module: fx.GraphModule) -> None:
                 'say calls = "each"'
             )
     adapted, tied = {chosen.site.weight for chosen in plan.chosen}, state.names()
+    copied = {original_name(name) for name in state.tensors} - {None}
     for trained in plan.trained:
         names = tied[trained.name]
         if not trained.whole:
             problems.append(
                 f"{' and '.join(names)} are one tied parameter, which cannot train at one of its uses alone"
             )
-        elif original_name(trained.name) is not None:
-            problems.append(f"{original_name(trained.name)!r} trains already, in another adapter")
+        elif original_name(trained.name) is not None or trained.name in copied:
+            own = original_name(trained.name) or trained.name
+            problems.append(f"{own!r} trains already, in another adapter: a graph computes with one copy of it")
         elif trained.name in adapted:
             problems.append(f"{trained.name!r} would both train and get a branch; leave one of the two out")
     if problems:

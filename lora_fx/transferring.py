@@ -151,6 +151,10 @@ def branches_of(graph_module: fx.GraphModule, adapter: str) -> dict[str, tuple[s
     """
     known = graph_module.meta.get("lora_fx", {}).get("adapters", {})
     present = adapters(graph_module)
+    if not isinstance(adapter, str):
+        raise PlanError(
+            f"the name of an adapter is expected, and this is {adapter!r}; the graph has: {', '.join(present) or 'none'}."
+        )
     if adapter not in present:
         raise PlanError(
             f"the graph has no adapter {adapter!r}{did_you_mean(adapter, present)}; it has: {', '.join(present) or 'none'}."

@@ -243,6 +243,7 @@ def test_where_an_adapter_comes_from_goes_with_it(tmp_path: Path) -> None:
         ({"q": 4.0, "a.q": 8.0, "x.k": 8.0}, {"^q": 4}),
         ({"x.a.q": 4.0, "a.q": 5.0, "x.k": 8.0}, {"x.a.q": 4, "^a\\.q": 5}),
         ({"a+.q": 4.0, "a.q": 8.0, "k": 8.0}, {"^a\\+\\.q": 4}),
+        ({"a(b": 4.0, "k": 8.0}, {"^a\\(b": 4}),
     ],
 )
 def test_patterns_do_not_overlap_and_mean_what_they_should(names: dict[str, float], expected: dict[str, int]) -> None:
@@ -281,3 +282,209 @@ def test_configs_are_read_as_peft_reads_them() -> None:
         mine, theirs = AdapterConfig(peft_type="LORA", **said), peft.LoraConfig(**said)  # type: ignore[arg-type]
         for module in modules:
             assert mine.selects(module) == bool(check_target_module_exists(theirs, module)), (said, module)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+class Bent(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.tanh(x))
+
+
+class Reused(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(super().forward(x))
+
+
+class Louder(nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * 3
+
+
+class Around(nn.Module):
+    def __init__(self, lin: nn.Module, table: nn.Module | None = None) -> None:
+        super().__init__()
+        self.table, self.lin = table or nn.Embedding(19, 6), lin
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.lin(self.table(ids))  # type: ignore[no-any-return]
+
+
+class Outside(Around):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.table(ids), self.lin.weight, self.lin.bias)  # type: ignore[arg-type]
+
+
+class Both(Around):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.lin(self.table(ids)), self.lin.weight)  # type: ignore[arg-type]
+
+
+class Attending(Around):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 6))
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.lin(self.table(ids))
+        return self.attention(x, x, x, need_weights=False)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "problem"),
+    [
+        (Around(Doubled(6, 6)), "lin", r"lin: its module computes more than the product, aten\.mul\.Tensor"),
+        (Around(Bent(6, 6)), "lin", r"lin: its module computes more than the product, aten\.tanh\.default"),
+        (Around(Reused(6, 6)), "lin", r"lin: its module computes more than the product, aten\.linear\.default"),
+        (
+            Around(nn.Linear(6, 6), Louder(19, 6)),
+            "table",
+            r"table: its module computes more than the product, aten\.mul",
+        ),
+        (Outside(nn.Linear(6, 6)), "lin", r"lin: its weight is multiplied with outside of the module"),
+        (Both(nn.Linear(6, 6)), "lin", r"lin: its weight is multiplied with outside of the module"),
+        (Attending(), "out_proj", r"attention\.out_proj: its weight is multiplied with outside of the module"),
+    ],
+    ids=lambda each: type(each).__name__ if isinstance(each, nn.Module) else "",
+)
+def test_where_a_module_is_not_the_product_alone_peft_would_compute_something_else(
+    model: nn.Module, target: str, problem: str, tmp_path: Path
+) -> None:
+    model.eval()
+    ids = IDS[:, :5].clone()
+    mine = lora_fx.rewrite(model, {"select": [{"target": [target], "rank": 2}]}, example_inputs=(ids,))
+    with pytest.raises(lora_fx.AdapterError, match=problem):
+        lora_fx.save_adapter(mine, tmp_path / "ours")
+    peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=[target])).save_pretrained(
+        str(tmp_path / "peft"), save_embedding_layers=False
+    )
+    with pytest.raises(lora_fx.AdapterError, match=problem):
+        lora_fx.load_adapter(lora_fx.trace(model, (ids,)), tmp_path / "peft")
+
+
+def classified(**settings: Any) -> tuple[nn.Module, Any]:
+    config = transformers.RobertaConfig(
+        vocab_size=60, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40, num_labels=3
+    )
+    base = transformers.RobertaForSequenceClassification(config).eval()
+    wrapped = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["query"], **settings))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for _, parameter in sorted(wrapped.named_parameters()):
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return base, wrapped.eval()
+
+
+def test_biases_and_a_container_of_modules_that_train_come_back_together(tmp_path: Path) -> None:
+    base, wrapped = classified(bias="all", task_type="SEQ_CLS")
+    wrapped.save_pretrained(str(tmp_path / "peft"))
+    mine = lora_fx.from_adapter(base, tmp_path / "peft").eval()
+    batch = {"input_ids": torch.randint(2, 60, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
+    assert torch.equal(mine(**batch).logits, wrapped(**batch).logits)
+    lora_fx.save_adapter(mine, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
+    assert torch.equal(mine(**batch).logits, again(**batch).logits)
+
+
+def test_two_adapters_cannot_both_train_one_parameter(tmp_path: Path) -> None:
+    base, first = classified(modules_to_save=["classifier"])
+    first.save_pretrained(str(tmp_path / "a"))
+    graph = lora_fx.from_adapter(base, tmp_path / "a", "a")
+    with pytest.raises(lora_fx.PlanError, match=r"'classifier\.dense\.weight' trains already, in another adapter"):
+        lora_fx.load_adapter(graph, tmp_path / "a", "b")
+    rest = lora_fx.activate(graph, {})
+    assert lora_fx.load_adapter(rest, tmp_path / "a", "b")
+
+
+class Listed(nn.Module):
+    """Modules in a list, two names of which one ends in the other, one that nothing calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.dead = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.extra = nn.ModuleList([nn.Linear(6, 6), nn.LayerNorm(6)])
+        self.head, self.my_head = nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.q(x)
+        for module in self.extra:
+            x = module(x)
+        return self.head(x) + self.my_head(x)  # type: ignore[no-any-return]
+
+
+X = torch.randn(3, 6, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    "select",
+    [
+        [{"target": ["q"], "rank": 2}, {"target": ["extra"], "trainable": "all"}],
+        [{"target": ["q"], "rank": 2}, {"target": ["head", "my_head"], "trainable": "all"}],
+        [{"target": ["head"], "trainable": "all"}, {"target": ["my_head"], "trainable": "all"}],
+    ],
+    ids=["a list", "names alike", "no branch"],
+)
+def test_whatever_trains_is_said_so_that_peft_loads_it(select: list[dict[str, Any]], tmp_path: Path) -> None:
+    base = Listed().eval()
+    mine = lora_fx.rewrite(base, {"select": select}, example_inputs=(X,)).eval()
+    with torch.no_grad():
+        for parameter in mine.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    lora_fx.save_adapter(mine, tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "a")).eval()
+    assert torch.equal(theirs(X), mine(X))
+    assert not torch.equal(mine(X), base(X))
+    assert torch.equal(lora_fx.from_adapter(base, tmp_path / "a", example_inputs=(X,)).eval()(X), mine(X))
+
+
+def test_branches_at_what_the_model_never_computes_with_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    base = Listed().eval()
+    wrapped = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["q", "dead"]))
+    set_factors(wrapped)
+    wrapped.eval().save_pretrained(str(tmp_path))
+    with pytest.warns(UserWarning, match="has branches at dead, which the model never computes with"):
+        mine = lora_fx.from_adapter(base, tmp_path, example_inputs=(X,)).eval()
+    assert torch.equal(mine(X), wrapped(X))
+
+
+def test_fused_graphs_are_taken_and_what_is_no_graph_with_weights_is_refused(tmp_path: Path) -> None:
+    graph = lora_fx.rewrite(traced("bert"), "bert", rank=3)
+    set_factors(graph)
+    lora_fx.save_adapter(lora_fx.fuse(graph), tmp_path / "a")
+    other = lora_fx.rewrite(traced("bert"), "bert", rank=3)
+    loaded = lora_fx.load_adapter(lora_fx.fuse(other), tmp_path / "a")
+    assert torch.equal(run("bert", loaded.eval(), 3, 11)[0], run("bert", graph.eval(), 3, 11)[0])
+    with torch.device("meta"):
+        empty = lora_fx.trace(transformers.BertModel(build("bert").config))  # type: ignore[arg-type]
+    for wrong, problem in (
+        (build("bert"), "a graph of lora_fx is expected"),
+        (empty, "the graph is on the meta device"),
+    ):
+        with pytest.raises(lora_fx.PlanError, match=problem):
+            lora_fx.load_adapter(wrong, tmp_path / "a")  # type: ignore[arg-type]
+        with pytest.raises(lora_fx.PlanError, match=problem):
+            lora_fx.save_adapter(wrong, tmp_path / "b")  # type: ignore[arg-type]
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(lora_fx.LoraFxError, match="is a file, and an adapter is a directory"):
+        lora_fx.save_adapter(graph, tmp_path / "notes.txt", overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_grouped_convolution_and_a_parameter_of_the_root_cannot_be_said(tmp_path: Path) -> None:
+    conv = lora_fx.rewrite(
+        nn.Sequential(nn.Conv1d(4, 6, 3, groups=2)),
+        {"select": [{"op": ["conv1d"], "rank": 2}]},
+        example_inputs=(torch.randn(2, 4, 9),),
+    )
+    with pytest.raises(lora_fx.AdapterError, match="0: a convolution in groups, each with an update of its own"):
+        lora_fx.save_adapter(conv, tmp_path / "a")
+    root = lora_fx.rewrite(nn.Linear(6, 4), {"select": [{"op": ["linear"], "rank": 2}]}, example_inputs=(X,))
+    with pytest.raises(
+        lora_fx.AdapterError, match="a parameter of the top-level module, at which PEFT has no branches"
+    ):
+        lora_fx.save_adapter(root, tmp_path / "a")

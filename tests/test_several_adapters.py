@@ -194,7 +194,7 @@ def test_stacked_experts_are_combined() -> None:
             graph, {"select": [{"role": ["expert.up", "expert.down"], "rank": rank}]}, adapter=adapter
         )
     set_factors(graph, scale=0.05)
-    batch = {"input_ids": torch.randint(0, 60, (2, 9))}
+    batch = {"input_ids": torch.randint(0, 60, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
     combined = lora_fx.combine(graph, {"a": 0.5, "b": 3.0})
     expected = lora_fx.activate(graph, {"a": 0.5, "b": 3.0})
     assert torch.allclose(combined(**batch).logits, expected(**batch).logits, atol=1e-6)
@@ -261,6 +261,11 @@ def test_what_cannot_be_selected_is_refused() -> None:
             lora_fx.PlanError, match=r"trained copies of pooler\.dense\.weight, pooler\.dense\.bias, which have no"
         ):
             call(copies, {"t": 0.5})  # type: ignore[operator]
+    for wrong in ("1", None, torch.tensor(1.0)):
+        with pytest.raises(lora_fx.PlanError, match="cannot have the strength"):
+            lora_fx.activate(both, {"a": wrong})  # type: ignore[dict-item]
+    with pytest.raises(lora_fx.PlanError, match="strengths are given by the names of adapters"):
+        lora_fx.activate(both, ["a"])  # type: ignore[arg-type]
     for problem, settings in (
         (r"method='ties' is none of cat, linear", {"method": "ties"}),
         (r"must have one rank, and those of .* are 3, 5", {"method": "linear"}),
