@@ -130,8 +130,9 @@ class _Writer:
         unread = {name for name in names if self._first[name] not in read}
         try:
             own = {name for name in names if self._first[name] in trained}
-            called = _called_modules(self._graph_module) or {path for name in names for path in modules_of(name)}
-            return trained_parts(own, names, unread, adapted, called)
+            # A list of modules is not called, and has no parameters of its own: PEFT takes what is in it.
+            modules = _called_modules(self._graph_module) | {name.rpartition(".")[0] for name in names}
+            return trained_parts(own, names, unread, adapted, modules)
         except ValueError as error:
             self._problems.append(
                 f"{error}: trains, and PEFT trains all biases, those of adapted modules, or whole modules"
