@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -109,6 +109,8 @@ class Contents:
         factors: A and B of each branch, by its key.
         copies: the trained values, by the parameter's name.
         origin: where it comes from.
+        echoes: what the file has of the model's own tensors, which a graph on the meta device could not be compared with: the
+            key of each, by its name in the graph.
     """
 
     branches: Mapping[str, tuple[str, Branch]]
@@ -116,6 +118,7 @@ class Contents:
     factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     copies: Mapping[str, torch.Tensor]
     origin: Origin
+    echoes: Mapping[str, str] = field(default_factory=dict)
 
     def values_of(self, adapter: str, *, inference: bool) -> dict[str, nn.Parameter]:
         """Return the parameters by the names that they have in a graph."""
@@ -134,6 +137,14 @@ def read_contents(files: AdapterFiles, graph_module: fx.GraphModule) -> Contents
         AdapterError: config, file and graph do not agree; all problems are named.
     """
     return _Reader(files, graph_module).contents()
+
+
+def another_value(key: str, name: str, own: torch.Tensor) -> str:
+    """Return what is said of a tensor in an adapter's file that differs from the model's own."""
+    return (
+        f"{key}: another value than the model's {name!r} ({described(own)}), and {CONFIG_NAME} lets neither a bias nor a module train "
+        "there. If that is meant, as of a resized embedding, add its module to modules_to_save"
+    )
 
 
 class _Reader:
@@ -167,7 +178,7 @@ class _Reader:
         self._stop_if_wrong()
         read = {slot: self._read_factors(slot, *names) for slot, names in factors.items()}
         values = {name: self._read(key, own[name]) for name, key in copies.items()}
-        self._check_rest(own, copies)
+        echoes = self._check_rest(own, copies)
         self._stop_if_wrong()
         _, origin = recorded(self._files.file.metadata)
         config = self._config
@@ -177,6 +188,7 @@ class _Reader:
             {branches[slot].key: pair for slot, pair in read.items()},
             values,
             replace(origin, task_type=config.task_type, base=config.base_model_name_or_path, revision=config.revision),
+            echoes,
         )
 
     def _every(self, chosen: Collection[Site]) -> list[Site]:
@@ -279,7 +291,6 @@ class _Reader:
                 continue
             self._problems.append(f"{key}: {self._why_not(key, chosen)}")
             del self._keys[key]
-
         if dead:
             warnings.warn(
                 f"{self._files.directory}: has branches at {', '.join(sorted(dead))}, which the model never computes with; they are "
@@ -334,13 +345,19 @@ class _Reader:
             self._problems.append(f"{key}: expected finite numbers, found {bad} of {value.numel()} that are not")
         return value.to(like.dtype) if like.is_meta else value.to(like.device, like.dtype)
 
-    def _check_rest(self, own: Mapping[str, torch.Tensor], copies: Mapping[str, str]) -> None:
-        """Compare what the file has of the model's own tensors (PEFT writes adapted embeddings, for instance) with these."""
+    def _check_rest(self, own: Mapping[str, torch.Tensor], copies: Mapping[str, str]) -> dict[str, str]:
+        """Compare what the file has of the model's own tensors (PEFT writes adapted embeddings, for instance) with these.
+
+        Return those that have no values to compare with.
+        """
+        echoes = {}
         for key, entry in self._keys.items():
             name = base_name(key, own)
             assert name is not None
             of_copy = ".original_module." not in key and self._first[name] in copies
             other = self._files.file.read(copies[self._first[name]]) if of_copy else own[name].detach()
+            if other.is_meta:
+                echoes[name] = key
             value = self._files.file.read(key)
             same = entry.shape == tuple(other.shape) and (
                 other.is_meta or torch.equal(value.to(other.dtype), other.cpu())
@@ -351,7 +368,5 @@ class _Reader:
                     "adapter keeps the buffers of the model. Give the model these values first"
                 )
             elif not same:
-                self._problems.append(
-                    f"{key}: another value than the model's {name!r} ({described(other)}), and {CONFIG_NAME} lets neither a bias "
-                    f"nor a module train there. If that is meant, as of a resized embedding, add its module to modules_to_save"
-                )
+                self._problems.append(another_value(key, name, other))
+        return echoes

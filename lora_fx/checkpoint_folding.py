@@ -20,7 +20,7 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from lora_fx.adapter_reading import Contents, check_base, read_adapter, read_contents
+from lora_fx.adapter_reading import AdapterFiles, Contents, another_value, check_base, read_adapter, read_contents
 from lora_fx.attaching import attach
 from lora_fx.checkpoints import Changes, Checkpoint, CheckpointReport, write_merged
 from lora_fx.errors import AdapterError, FoldError, LoraFxError
@@ -157,6 +157,7 @@ def plan_checkpoint_fold(
             raise AdapterError(
                 str(files.directory), [f"{name}: another adapter has trained values too" for name in twice]
             )
+        _check_echoes(files, contents, places, state_of(graph_module))
         name = f"adapter_{index}"
         graph_module = _attached(graph_module, contents, name, strength)
         factors |= {key: value.detach() for key, value in contents.values_of(name, inference=True).items()}
@@ -182,6 +183,18 @@ def fold_checkpoint(
 ) -> CheckpointReport:
     """Fold adapters into a checkpoint on disk: :func:`plan_checkpoint_fold`, then :meth:`CheckpointFold.write`."""
     return plan_checkpoint_fold(base, adapters, strict=strict).write(out, overwrite=overwrite, verify=verify)
+
+
+def _check_echoes(files: AdapterFiles, contents: Contents, places: _Places, state: State) -> None:
+    """Compare what an adapter's file has of the model's own tensors with the checkpoint."""
+    problems = []
+    for name, key in contents.echoes.items():
+        for place in places.of_names(state.names()[state.aliases()[name]]):
+            own = places.checkpoint.read(place)
+            if not torch.equal(files.file.read(key).to(own.dtype), own):
+                problems.append(another_value(key, name, own))
+    if problems:
+        raise AdapterError(str(files.directory), problems)
 
 
 def _attached(graph_module: TracedGraphModule, contents: Contents, adapter: str, strength: float) -> TracedGraphModule:

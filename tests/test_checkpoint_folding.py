@@ -182,6 +182,20 @@ def test_tied_weights_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_the_embeddings_that_peft_adds_to_a_file_are_compared_with_the_checkpoint(
+    base: tuple[nn.Module, Path], tmp_path: Path
+) -> None:
+    model, directory = base
+    adapter(model, tmp_path / "a", target_modules=["embed_tokens"])
+    fold_checkpoint(directory, [(tmp_path / "a", 1.0)], tmp_path / "out")
+    changed = (
+        tensors_of(directory)["model.embed_tokens.weight"] != tensors_of(tmp_path / "out")["model.embed_tokens.weight"]
+    )
+    assert changed.any()
+    with pytest.raises(lora_fx.AdapterError, match=r"another value than the model's 'model\.embed_tokens\.weight'"):
+        fold_checkpoint(tmp_path / "out", [(tmp_path / "a", 1.0)], tmp_path / "twice")
+
+
 def test_another_base_is_refused_or_told(base: tuple[nn.Module, Path], tmp_path: Path) -> None:
     model, directory = base
     graph = lora_fx.rewrite(lora_fx.trace(model), "llama", rank=3)
