@@ -162,10 +162,7 @@ class _Reader:
     def contents(self) -> Contents:
         chosen = [site for site in self._sites.values() if self._selected(site)]
         self._stop_if_wrong()
-        self._problems += [
-            f"{module}: {why}; PEFT's branch is beside the call of the module, and would compute something else"
-            for module, why in apart_from_calls(self._graph_module, self._every(chosen)).items()
-        ]
+        self._problems += apart_from_calls(self._graph_module, {site.module for site in chosen})
         self._stop_if_wrong()
         own = {name: tensor for name, tensor in self._state.tensors.items() if not is_of_adapter(name)}
         self._first = self._state.aliases()
@@ -190,11 +187,6 @@ class _Reader:
             replace(origin, task_type=config.task_type, base=config.base_model_name_or_path, revision=config.revision),
             echoes,
         )
-
-    def _every(self, chosen: Collection[Site]) -> list[Site]:
-        """Return all sites of the modules of these."""
-        modules = {site.module for site in chosen}
-        return [site for site in sites(self._graph_module) if site.module in modules]
 
     def _stop_if_wrong(self) -> None:
         if self._problems:

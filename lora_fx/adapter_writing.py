@@ -85,12 +85,7 @@ class _Writer:
                 continue
             tensors |= dict(zip(slot.keys, slot.exchanged(*self._dense(branches, slot.site)), strict=True))
             settings[slot.name] = (sum(branch.setting.rank for branch in branches), self._scale(owner))
-        modules = {site.module for site in chosen}
-        every = [site for site in sites(self._graph_module) if site.module in modules]
-        self._problems += [
-            f"{module}: {why}; PEFT's branch is beside the call of the module, and would compute something else"
-            for module, why in apart_from_calls(self._graph_module, every).items()
-        ]
+        self._problems += apart_from_calls(self._graph_module, {site.module for site in chosen})
         adapted = [slot.name for slot in placed.values() if not slot.is_parameter]
         parts = self._trained(adapted)
         if self._problems:

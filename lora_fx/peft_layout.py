@@ -11,7 +11,7 @@ PEFT takes a stack of matrices for ``(experts, out, in)`` unless its module says
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from lora_fx.graph_module import TracedGraphModule
 from lora_fx.materializing import traced_class
 from lora_fx.planning import Branch
 from lora_fx.provenance import module_path, source_line
-from lora_fx.sites import Site, biased
+from lora_fx.sites import Site, biased, sites
 
 PREFIX = "base_model.model."
 
@@ -116,25 +116,23 @@ def base_name(key: str, names: Collection[str]) -> str | None:
     return next((name for name in found if name in names), None) if key.startswith(PREFIX) else None
 
 
-def apart_from_calls(graph_module: fx.GraphModule, chosen: Collection[Site]) -> dict[str, str]:
-    """Tell for which of these sites PEFT, whose branches are beside the call of a module, computes something else.
+def apart_from_calls(graph_module: fx.GraphModule, modules: Collection[str]) -> Iterator[str]:
+    """Yield at which of these modules a branch of PEFT's, which is beside the call, computes something else, and why.
 
-    Returns:
-        By module: why. Of a graph whose nodes do not tell their modules, none.
+    Of a graph whose nodes do not tell their modules, nothing is known.
     """
-    found = {}
     frames: dict[str, list[fx.Node]] = {}
     nodes = {node.name: node for node in graph_module.graph.nodes}
     for node in graph_module.graph.nodes:
         if "lora_fx" not in node.meta.get("custom", {}):
             frames.setdefault(_frame(node)[0], []).append(node)
-    for site in chosen:
+    for site in (site for site in sites(graph_module) if site.module in modules):
         node = nodes[site.node]
         frame, kind = _frame(node)
         if site.module == site.weight or not node.meta.get("nn_module_stack"):
             continue
         if module_path(node) != site.module:
-            found[site.module] = f"its weight is multiplied with outside of the module{source_line(node)}"
+            yield f"{site.module}: its weight is multiplied with outside of the module{source_line(node)}{_BESIDE}"
             continue
         if site.op == "embedding" and kind.endswith("ScaledWordEmbedding"):
             continue  # of transformers; PEFT knows of their scale
@@ -142,8 +140,11 @@ def apart_from_calls(graph_module: fx.GraphModule, chosen: Collection[Site]) -> 
         own = [each for each in frames[frame] if each.op == "call_function" and not _depends_on_weights_alone(each)]
         more = [each for each in own if each not in (node, total) and not _moves_values(each)]
         if more:
-            found[site.module] = f"its module computes more than the product, {more[0].target}{source_line(more[0])}"
-    return found
+            told = f"{more[0].target}{source_line(more[0])}"
+            yield f"{site.module}: its module computes more than the product, {told}{_BESIDE}"
+
+
+_BESIDE = "; PEFT's branch is beside the call of the module, and would compute something else"
 
 
 def _frame(node: fx.Node) -> tuple[str, str]:
