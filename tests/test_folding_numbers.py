@@ -732,3 +732,18 @@ def test_a_scale_that_something_else_reads_stays() -> None:
     folded = lora_fx.fold(graph_module)
     assert torch.allclose(folded(*hand.inputs), graph_module(*hand.inputs), rtol=0, atol=1e-12)
     assert set(folded.state_dict()) == {"lin.weight", "scale"}
+
+
+def test_a_selection_of_adapters_is_folded_alone() -> None:
+    graph = lora_fx.trace(nn.Linear(6, 4), (torch.randn(3, 6),))
+    for adapter in ("a", "b"):
+        graph = lora_fx.rewrite(graph, {"select": [{"op": ["linear"], "rank": 2}]}, adapter=adapter)
+    with torch.no_grad():
+        for parameter in graph.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    alone = lora_fx.activate(graph, {"b": 0.5})
+    assert recipe(graph, {"b": 0.5}) == recipe(alone)
+    assert len(recipe(graph, {"b": 0.5})[0].updates) == 1
+    found = lora_fx.fold(graph, {"b": 0.5}).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in lora_fx.fold(alone).state_dict().items())
+    assert not torch.equal(found["weight"], lora_fx.fold(graph).state_dict()["weight"])

@@ -217,6 +217,30 @@ def test_exact_blocks_are_the_sums_of_numpy_in_float64(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-15 * float(expected.abs().max()))
 
 
+def test_exact_blocks_are_exact_for_factors_of_less_precision() -> None:
+    weight, a = torch.randn(5, 7).bfloat16(), torch.randn(5, 7)
+    merge = Merge("w", ("w",), (Update((Factor("a"),), 3.0),))
+    ((_, _, exact),) = lowrank.exact_blocks(weight, merge, {"a": a})
+    assert torch.equal(exact, weight.double() + 3.0 * a.double())
+    (product,) = [
+        lowrank.exact_blocks(
+            weight, Merge("w", ("w",), (Update((Factor("a"), Factor("b"))),)), {"a": a[:2], "b": a[:, :2]}
+        )
+    ]
+    ((_, _, exact),) = product
+    assert torch.equal(exact, weight.double() + a[:, :2].double() @ a[:2].double())
+
+
+def test_one_element_that_overflows_is_seen() -> None:
+    weight = torch.zeros(3, 4, dtype=torch.float16)
+    weight[1, 2] = 60000
+    update = torch.zeros(3, 4)
+    update[1, 2] = 10000
+    merge = Merge("w", ("w",), (Update((Factor("a"),)),))
+    assert merge_into(weight, merge, {"a": update}, None).non_finite == 1
+    assert merge_into(weight, merge, {"a": update / 2}, None).non_finite == 0
+
+
 @pytest.mark.parametrize("block", [1, 7, 36, 10**6])
 def test_no_block_is_larger_than_asked_but_for_a_single_row(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowrank, "BLOCK_ELEMENTS", block)
