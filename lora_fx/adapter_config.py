@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, Field
 
 from lora_fx.errors import AdapterError, RuleError
-from lora_fx.regexes import matched, problem_of
-from lora_fx.ruleset import Setting
+from lora_fx.regexes import matched
+from lora_fx.ruleset import Dropout, Regex, Setting
 from lora_fx.tables import Flag, Natural, Positive, Table, Text, expecting, one_of, plain, shown, validated, wrong
 
 CONFIG_NAME = "adapter_config.json"
@@ -28,13 +28,6 @@ DUMMY = "dummy-target-modules"
 
 ALL_LINEAR = "all-linear"
 """What PEFT's users write for all linear layers but the head; its files have the layers' names instead."""
-
-
-def _check_pattern(pattern: str) -> str:
-    problem = problem_of(pattern)
-    if problem is not None:
-        raise wrong(problem)
-    return pattern
 
 
 def _check_init(init: bool | str) -> bool | str:
@@ -53,8 +46,6 @@ _CHANGED_BASE = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": 
 _SAME_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False), expecting("a finite number")]
-Probability = Annotated[float, Field(strict=True, ge=0, lt=1), expecting("a number ≥ 0 and < 1")]
-Pattern = Annotated[Text, AfterValidator(_check_pattern)]
 Names = Annotated[tuple[Text, ...], expecting("a list of names")]
 Bias = Literal["none", "all", "lora_only"]
 
@@ -71,22 +62,22 @@ class AdapterConfig(Table):
     lora_alpha: Number = 8
     """Numerator of the scaling of those that ``alpha_pattern`` does not name."""
 
-    rank_pattern: dict[Pattern, Positive] = {}  # noqa: RUF012 -- pydantic copies it
+    rank_pattern: dict[Regex, Positive] = {}  # noqa: RUF012 -- pydantic copies it
     """Regular expression → rank. The first that matches a name, or its end after a dot, counts."""
 
-    alpha_pattern: dict[Pattern, Number] = {}  # noqa: RUF012
+    alpha_pattern: dict[Regex, Number] = {}  # noqa: RUF012
     """Likewise, the numerator of the scaling."""
 
     use_rslora: Flag = False
     """Whether the scaling is alpha / √rank, not alpha / rank."""
 
-    lora_dropout: Probability = 0.0
+    lora_dropout: Dropout = 0.0
     """Probability with which an element of a branch's input is dropped in training."""
 
-    target_modules: Annotated[Pattern | Names | None, expecting("a regular expression or a list of names")] = None
+    target_modules: Annotated[Regex | Names | None, expecting("a regular expression or a list of names")] = None
     """A regular expression for whole names, or names and ends of names after a dot."""
 
-    exclude_modules: Annotated[Pattern | Names | None, expecting("a regular expression or a list of names")] = None
+    exclude_modules: Annotated[Regex | Names | None, expecting("a regular expression or a list of names")] = None
     """Likewise, what is left out."""
 
     layers_to_transform: Annotated[Natural | tuple[Natural, ...] | None, expecting("an integer or a list of them")] = (
@@ -94,7 +85,7 @@ class AdapterConfig(Table):
     )
     """Of the modules that are listed by their names, only those in these layers."""
 
-    layers_pattern: Annotated[Pattern | tuple[Pattern, ...] | None, expecting("a name or a list of names")] = None
+    layers_pattern: Annotated[Regex | tuple[Regex, ...] | None, expecting("a name or a list of names")] = None
     """What stands before the number of a layer."""
 
     target_parameters: Names | None = None

@@ -159,10 +159,10 @@ def plan_checkpoint_fold(
             )
         _check_echoes(files, contents, places, state_of(graph_module))
         name = f"adapter_{index}"
-        graph_module = _attached(graph_module, contents, name, strength)
-        factors |= {key: value.detach() for key, value in contents.values_of(name, inference=True).items()}
+        values = contents.values_of(name, inference=True)
+        graph_module = _attached(graph_module, contents, name, strength, values)
+        factors |= {key: value.detach() for key, value in values.items() if original_name(key) is None}
         copies |= contents.copies
-    factors = {name: value for name, value in factors.items() if original_name(name) is None}
     merges = {key: merge for merge in _recipe(graph_module) for key in places.of_names(merge.names)}
     state = state_of(graph_module)
     replaced = {
@@ -197,14 +197,19 @@ def _check_echoes(files: AdapterFiles, contents: Contents, places: _Places, stat
         raise AdapterError(str(files.directory), problems)
 
 
-def _attached(graph_module: TracedGraphModule, contents: Contents, adapter: str, strength: float) -> TracedGraphModule:
+def _attached(
+    graph_module: TracedGraphModule,
+    contents: Contents,
+    adapter: str,
+    strength: float,
+    values: Mapping[str, nn.Parameter],
+) -> TracedGraphModule:
     """Return the graph with an adapter whose values stay outside of it."""
     branches = {
         key: (rule, replace(branch, setting=replace(branch.setting, strength=strength)))
         for key, (rule, branch) in contents.branches.items()
     }
     plan = plan_branches(graph_module, adapter, branches, (), origin=contents.origin)
-    values = contents.values_of(adapter, inference=True)
     empty = {name: nn.Parameter(value.to("meta"), requires_grad=False) for name, value in values.items()}
     return attach(graph_module, plan, adapter=adapter, values=empty)
 
