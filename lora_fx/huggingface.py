@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from torch import nn
 
 from lora_fx.errors import LoraFxError
-from lora_fx.files import replacing
+from lora_fx.files import check_free, replacing
 from lora_fx.folding import fold
 from lora_fx.graph_module import TracedGraphModule, described, same_values, state_of
+from lora_fx.pretrained_writing import DTYPES, check_loads, contents_of, write
 
 
 @contextmanager
@@ -21,7 +23,8 @@ def folded(model: nn.Module, graph_module: TracedGraphModule) -> Iterator[nn.Mod
     """Let ``model`` compute with the folded weights of ``graph_module`` for the length of a ``with`` block.
 
     For everything that needs the model's own Python: ``generate`` with a key-value cache, pipelines, evaluation harnesses.
-    Parameters are swapped for others, never overwritten; the originals are back afterwards, also after an exception.
+    Parameters are swapped for others, never overwritten; the originals are back afterwards, also after an exception. Weights
+    that were folded with ``unshare=True`` are apart in the block, unless something in it ties them (``model.tie_weights()``).
 
     Args:
         model: the model that ``graph_module`` was traced from.
@@ -31,11 +34,13 @@ def folded(model: nn.Module, graph_module: TracedGraphModule) -> Iterator[nn.Mod
         LoraFxError: the graph was traced from another model, or from other weights.
         FoldError: the branches cannot be folded.
     """
-    originals = _swap(model, graph_module)
+    new = _changed(model, _folded_of(model, graph_module))
+    originals = dict(model.named_parameters(remove_duplicate=False))
     try:
+        _put(model, new)
         yield model
     finally:
-        _put(model, originals)
+        _put(model, {name: originals[name] for name in new})
 
 
 def write_back(model: nn.Module, graph_module: TracedGraphModule) -> None:
@@ -44,73 +49,125 @@ def write_back(model: nn.Module, graph_module: TracedGraphModule) -> None:
     Its old parameters are not overwritten: graphs that were traced from it go on with the weights that they had.
 
     Raises:
-        LoraFxError: the graph was traced from another model.
+        LoraFxError: the graph was traced from another model, or fold un-tied weights in it that are one in the model, which
+            would tie them again whenever it is resized, saved or loaded.
         FoldError: the branches cannot be folded.
     """
-    _swap(model, graph_module)
+    merged = _folded_of(model, graph_module)
+    untied = _untied(model, graph_module)
+    if untied:
+        first, name = untied[0]
+        raise LoraFxError(
+            f"{first!r} and {name!r} are one parameter of {type(model).__name__}, and were un-tied by fold. Un-tie them in the model too: "
+            "config.tie_word_embeddings = False and a parameter of its own for each, then trace that model, and fold. "
+            "huggingface.folded and huggingface.save_pretrained take this graph as it is."
+        )
+    _put(model, _changed(model, merged))
 
 
 def save_pretrained(
-    model: Any, graph_module: TracedGraphModule, directory: str | Path, *, overwrite: bool = False, **options: Any
+    model: Any,
+    graph_module: TracedGraphModule,
+    directory: str | Path,
+    *,
+    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+    **options: Any,
 ) -> None:
     """Write a transformers directory with the folded weights, which ``from_pretrained`` loads.
 
+    Weights that were folded with ``unshare=True`` are written each on its own, with ``tie_word_embeddings`` false in the
+    config, so that they are loaded apart; what that un-ties besides is written too. Of T5 and its kin, which tie whatever
+    their config says, and of a model that computes something else without the switch (Switch Transformers, UDOP),
+    ``from_pretrained`` leaves weights apart since their values differ, and says so. Other programs may tie these.
+
     Args:
-        model: the transformers model that ``graph_module`` was traced from; left as it is.
+        model: the transformers model that ``graph_module`` was traced from; nothing in it is changed, at no time.
         graph_module: a branched or a folded graph.
-        directory: to be made.
+        directory: to be made. It is there once it is whole.
         overwrite: replace a directory that exists.
-        options: passed to the model's ``save_pretrained``.
+        dtype: of the weights that are written, float16, bfloat16, float32 or float64; those of the model by default. The
+            merged values are rounded once. What ``from_pretrained(dtype=…)`` leaves in another dtype is written in that.
+        verify: load what was written, before it is moved into place, and compare every parameter and persistent buffer bit
+            for bit. That takes the memory of a second model.
+        options: passed to the model's ``save_pretrained``: ``max_shard_size``, ``variant``.
 
     Raises:
-        LoraFxError: the directory exists or cannot be written, or the graph was traced from another model.
+        LoraFxError: the directory exists or cannot be written, the graph was traced from another model, a weight has a value
+            beyond the range of ``dtype``, or ``from_pretrained`` does not give back what was written.
         FoldError: the branches cannot be folded.
     """
-    config = model.config
-    with folded(model, graph_module), replacing(Path(directory), overwrite=overwrite) as beside:
-        model.config = copy.deepcopy(config)  # `save_pretrained` writes the architecture and the dtype into it
-        try:
-            model.save_pretrained(beside, **options)
-        finally:
-            model.config = config
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise LoraFxError(
+            f"a transformers model is expected, and this is a {type(model).__name__}. Pass the PreTrainedModel that was traced; of "
+            "another module, save the state dict of the folded graph."
+        )
+    if dtype is not None and dtype not in DTYPES:
+        raise LoraFxError(
+            f"weights are written in {', '.join(map(str, DTYPES))}, and not in {dtype}. Choose one of these."
+        )
+    directory = Path(directory)
+    check_free(directory, overwrite=overwrite)
+    values = state_of(_folded_of(model, graph_module)).tensors
+    contents = contents_of(model, values, _untied(model, graph_module), dtype)
+    with replacing(directory, overwrite=overwrite) as beside:
+        write(model, contents, beside, options)
+        if verify:
+            check_loads(type(model), contents, beside, directory, options.get("variant"))
 
 
-def _swap(model: nn.Module, graph_module: TracedGraphModule) -> dict[str, nn.Parameter]:
-    """Put in the parameters whose values fold changed, and return those that were there."""
+def _folded_of(model: nn.Module, graph_module: TracedGraphModule) -> TracedGraphModule:
     merged = fold(graph_module)
     _check_traced_from(model, graph_module, merged)
+    return merged
+
+
+def _changed(model: nn.Module, merged: TracedGraphModule) -> dict[str, nn.Parameter]:
+    """Return new parameters for those whose values fold changed; what is one in the graph is one."""
     current = dict(model.named_parameters(remove_duplicate=False))
     made: dict[int, nn.Parameter] = {}
     new: dict[str, nn.Parameter] = {}
     for name, parameter in merged.named_parameters(remove_duplicate=False):
         old = current[name]
         if not same_values(parameter, old):
-            new[name] = made.setdefault(id(old), nn.Parameter(parameter.detach().to(old.device), old.requires_grad))
-    _put(model, new)
-    return {name: current[name] for name in new}
+            new[name] = made.setdefault(
+                id(parameter), nn.Parameter(parameter.detach().to(old.device), old.requires_grad)
+            )
+    return new
+
+
+def _untied(model: nn.Module, graph_module: TracedGraphModule) -> tuple[tuple[str, str], ...]:
+    """Return the pairs of names that are one tensor in the model, and that fold gave a tensor each."""
+    state, tensors = state_of(model), state_of(graph_module).tensors
+    folded_before = graph_module.meta["lora_fx"].get("merged", ())
+    return tuple(
+        (first, name)
+        for name, first in state.aliases().items()
+        if {name, first} <= tensors.keys()
+        and tensors[name] is not tensors[first]
+        and (name in folded_before or first in folded_before)
+    )
 
 
 def _check_traced_from(model: nn.Module, graph_module: TracedGraphModule, merged: TracedGraphModule) -> None:
     """Raise unless the model has the tensors that the graph was traced with, or others of the same values and ties.
 
-    Of a graph that is folded already, the merged weights are not compared: their former values are gone.
+    Of a graph that is folded already, the merged weights are not compared: their former values are gone. What it un-tied
+    may be one in the model.
     """
     model_state, graph_state = state_of(model), state_of(graph_module)
     theirs, mine = model_state.tensors, graph_state.tensors
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     other = {name for name, _ in merged.named_parameters(remove_duplicate=False)} ^ parameters
     folded_before = graph_module.meta["lora_fx"].get("merged", ())
-    untied = [
-        (first, name)
-        for name, first in model_state.aliases().items()
-        if name != first and {name, first} <= mine.keys() and mine[name] is not mine[first]
-    ]
-    if any(folded_before.count(name) for pair in untied for name in pair):
-        first, name = untied[0]
+    extra = sorted(other.intersection(folded_before))
+    if extra:
         raise LoraFxError(
-            f"{first!r} and {name!r} are one parameter of {type(model).__name__}, and were un-tied by fold. Un-tie them in the model too: "
-            "config.tie_word_embeddings = False and a parameter of its own for each, then trace that model, and fold."
+            f"fold un-tied the calls of one module, and {type(model).__name__} has no parameter for {extra[0]!r}. Adapt all calls "
+            "alike, or give the model a module for each before it is traced."
         )
+    untied_by_fold = set(_untied(model, graph_module))
     differences = [f"{name!r} is in one of them only" for name in sorted(other | (theirs.keys() - mine.keys()))]
     differences += [
         f"{name!r} is {described(tensor)} in the model and {described(mine[name])} in the graph"
@@ -124,6 +181,7 @@ def _check_traced_from(model: nn.Module, graph_module: TracedGraphModule, merged
         if name != first
         and {name, first} <= theirs.keys() & mine.keys()
         and untied.tensors[name] is not untied.tensors[first]
+        and (first, name) not in untied_by_fold
     ]
     differences = differences or [
         f"{name!r} has other values"
