@@ -32,5 +32,5 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[draw,demo,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[onnx,draw,demo,dev]'
 	touch $@

@@ -10,16 +10,16 @@ scripting and compilation, where a closure or a hook would not.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
 
-from lora_fx.errors import InputError, TraceError
+from lora_fx.errors import InputError
 from lora_fx.graph_module import erase_unread
-from lora_fx.relations import FUNCTIONS, OPERATORS, UNBOUNDED, as_reference
+from lora_fx.relations import UNBOUNDED, interpret
 from lora_fx.signature import signature_of
 
 PREFIX = "input_checks"
@@ -157,51 +157,24 @@ def remove_checks(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Constrai
 
 
 class _RelationEmitter:
-    """Emits a relation as nodes; equal sub-expressions are emitted once."""
+    """Emits relations as nodes; equal sub-expressions are emitted once."""
 
     def __init__(self, graph: fx.Graph, placeholders: Mapping[str, fx.Node]) -> None:
         self._graph = graph
         self._placeholders = placeholders
-        self._emitted: dict[str, fx.Node] = {}
+        self._emitted: dict[tuple[Any, ...], fx.Node] = {}
 
-    def emit(self, relation: str) -> fx.node.Argument:
-        return self._expression(ast.parse(relation, mode="eval").body)
+    def emit(self, relation: str) -> Any:
+        return interpret(relation, self._size, int, self._call)
 
-    def _expression(self, tree: ast.expr) -> fx.node.Argument:
-        if isinstance(tree, ast.Constant) and isinstance(tree.value, int):
-            return tree.value
-        source = ast.unparse(tree)
-        if source not in self._emitted:
-            self._emitted[source] = self._compute(tree)
-        return self._emitted[source]
+    def _size(self, name: str, dim: int) -> fx.Node:
+        return self._call(torch.ops.aten.sym_size.int, (self._placeholders[name], dim))
 
-    def _compute(self, tree: ast.expr) -> fx.Node:
-        reference = as_reference(tree)
-        if reference is not None:
-            name, dim = reference
-            return self._graph.call_function(torch.ops.aten.sym_size.int, (self._placeholders[name], dim))
-        match tree:
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-                return self._call(OPERATORS[type(op)], left, right)
-            case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
-                return self._call(OPERATORS[type(op)], operand)
-            case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in OPERATORS:
-                return self._call(OPERATORS[type(op)], left, right)
-            case ast.BoolOp(op=op, values=[first, *rest]):
-                node = self._expression(first)
-                for value in rest:
-                    node = self._graph.call_function(OPERATORS[type(op)], (node, self._expression(value)))
-                assert isinstance(node, fx.Node)
-                return node
-            case ast.Call(func=ast.Name(id=function), args=[left, right], keywords=[]) if function in FUNCTIONS:
-                return self._call(FUNCTIONS[function], left, right)
-        raise TraceError(
-            f"torch.export bound this trace by a condition that cannot be checked in a graph: {ast.unparse(tree)}. "
-            "Trace with dynamic= naming fewer dynamic dimensions."
-        )
-
-    def _call(self, function: Callable[..., object], *operands: ast.expr) -> fx.Node:
-        return self._graph.call_function(function, tuple(self._expression(operand) for operand in operands))
+    def _call(self, function: Callable[..., Any], operands: Sequence[Any]) -> fx.Node:
+        key = (function, *operands)
+        if key not in self._emitted:
+            self._emitted[key] = self._graph.call_function(function, tuple(operands))
+        return self._emitted[key]
 
 
 def _intersect(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:

@@ -36,7 +36,7 @@ def export(
     Raises:
         TraceError: torch.export refuses; the message names the model's own line, or the dimension that it fixes.
     """
-    with _explicit_arguments(model, inputs), broadcast_masks(), _quiet():
+    with _explicit_arguments(model, inputs), broadcast_masks(), quiet():
         shapes = _dynamic_shapes(model, inputs, dynamic)
         try:
             return torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False, dynamic_shapes=shapes)
@@ -122,13 +122,14 @@ def _explicit_arguments(model: nn.Module, inputs: ExampleInputs) -> Iterator[Non
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from logging hundreds of lines about a failure that we report in one, and from warning of caches."""
+def quiet() -> Iterator[None]:
+    """Keep torch from logging hundreds of lines about a failure that we report in one, and from warning of its own doings."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The tensor attribute")  # which we put back
+            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
             yield
     finally:
         logging.disable(disabled)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import io
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
 
 from lora_fx.errors import LoraFxError
 
@@ -29,6 +31,9 @@ def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     to be, also when the process is killed or the machine stops; what is written beside it goes when the block fails, and at
     the next call for the same ``target`` if the process was killed.
 
+    What else the block writes into the directory of that path is moved beside ``target`` first. It should have names that
+    nothing there has, or only the same thing.
+
     Args:
         target: the final path; its directory is made where it is missing.
         overwrite: replace what is there.
@@ -45,7 +50,8 @@ def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             written = scratch / target.name
             yield written
             _flush_tree(scratch)
-            _move(written, target, overwrite=overwrite)
+            with _moved_beside(written, target):
+                _move(written, target, overwrite=overwrite)
             _flush_directory(target.parent)
     except OSError as error:
         raise LoraFxError(_unwritable(target, error)) from error
@@ -162,6 +168,23 @@ def _move(written: Path, target: Path, *, overwrite: bool) -> None:
             raise
 
 
+@contextmanager
+def _moved_beside(written: Path, target: Path) -> Iterator[None]:
+    """Move what was written beside ``written``; what is new among that is gone if the block fails."""
+    new = []
+    try:
+        for companion in written.parent.iterdir():
+            if companion != written:
+                beside = target.with_name(companion.name)
+                new += [] if beside.exists() else [beside]
+                companion.replace(beside)
+        yield
+    except BaseException:
+        for path in new:
+            path.unlink(missing_ok=True)
+        raise
+
+
 def _move_to_new(written: Path, target: Path) -> None:
     try:
         if not _renamed(written, target, _RENAME_NOREPLACE):
@@ -207,3 +230,38 @@ def _flush_directory(directory: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def writable(path: Path) -> Iterator[IO[bytes]]:
+    """Open a new file for a library that turns the system's errors into its own: they are raised as they were.
+
+    Raises:
+        OSError: something could not be written.
+    """
+    with _Recording(path, "xb") as file:
+        try:
+            yield file
+        except Exception:
+            if file.error is not None:
+                raise file.error from None
+            raise
+        if file.error is not None:
+            raise file.error
+
+
+class _Recording(io.FileIO):
+    """A file that writes all of what it is given, and remembers why it could not."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        rest = memoryview(data).cast("B")
+        size = rest.nbytes
+        try:
+            while rest:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.error = error
+            raise
+        return size

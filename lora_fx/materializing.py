@@ -19,7 +19,7 @@ from lora_fx.errors import LoraFxError, TraceError
 from lora_fx.factors import is_of_adapter, is_places, original_name
 from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, described, state_of, trainable_names
 from lora_fx.inputs import example_inputs, graph_inputs
-from lora_fx.probing import without_artefacts
+from lora_fx.probing import examples_of, without_artefacts
 from lora_fx.states import checked
 from lora_fx.unloading import unload
 
@@ -144,7 +144,9 @@ def _probed(graph_module: TracedGraphModule, like: nn.Module, trainable: frozens
         name: module for name, module in state.modules.items() if not isinstance(module, InputCheck | RelationCheck)
     }
     with_checks = replace(state, modules={**kept, **add_checks(graph, found)})
-    return assemble(graph, with_checks, meta=graph_module.meta, training=graph_module.training, trainable=trainable)
+    own = {**graph_module.meta["lora_fx"], "examples": examples_of(inputs, found)}
+    meta = {**graph_module.meta, "lora_fx": own}
+    return assemble(graph, with_checks, meta=meta, training=graph_module.training, trainable=trainable)
 
 
 @contextmanager

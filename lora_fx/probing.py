@@ -8,7 +8,7 @@ they do not, it stays. Without weights nothing can be run: then it waits for ``m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -19,10 +19,9 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.beside import GraphFailed, ModelFailed, difference, map_tensors
 from lora_fx.checks import Constraints
+from lora_fx.examples import Dimension, Examples, cut_or_repeated, other_values
 from lora_fx.inputs import ExampleInputs
 from lora_fx.relations import UNBOUNDED, excludes, holds, references
-
-Dimension = tuple[str, int]
 
 LARGEST, MOST = 4096, 4
 """An exclusion is taken for an artefact only if it excludes at most ``MOST`` sizes, all below ``LARGEST``, and each was run."""
@@ -44,9 +43,14 @@ def without_artefacts(
         constraints: what torch.export established.
         set_training: puts both into train mode, and back; left out, they are run in eval mode alone.
     """
-    leaves = [leaf for leaf in pytree.tree_leaves((inputs.args, dict(inputs.kwargs))) if isinstance(leaf, torch.Tensor)]
-    prober = _Prober(model, graph_module, inputs, dict(zip(constraints.ranges, leaves, strict=True)), set_training)
+    prober = _Prober(model, graph_module, inputs, examples_of(inputs, constraints), set_training)
     return prober.without_points(prober.without_lower_bounds(constraints))
+
+
+def examples_of(inputs: ExampleInputs, constraints: Constraints) -> Examples:
+    """Return the tensors among the inputs of a trace, by the names that its constraints have for them."""
+    leaves = [leaf for leaf in pytree.tree_leaves((inputs.args, dict(inputs.kwargs))) if isinstance(leaf, torch.Tensor)]
+    return Examples(dict(zip(constraints.ranges, [leaf.detach() for leaf in leaves], strict=True)), inputs.axes)
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class _Prober:
     model: Callable[..., Any]
     graph_module: Callable[..., Any]
     inputs: ExampleInputs
-    tensors: Mapping[str, torch.Tensor]
+    examples: Examples
     set_training: Callable[[bool], object] | None
 
     def without_lower_bounds(self, constraints: Constraints) -> Constraints:
@@ -65,7 +69,7 @@ class _Prober:
             for dim, (low, high) in enumerate(ranges)
             if low == 2 != high
         }
-        agreed = [axis for axis in self._axes(bounded) if self._agree(dict.fromkeys(axis, 1))]
+        agreed = [axis for axis in self.examples.together(bounded).values() if self._agree(dict.fromkeys(axis, 1))]
         together = {dimension for axis in agreed for dimension in axis}
         joint = [a | b for a, b in combinations(agreed, 2)]
         joint += [together] if len(agreed) > 2 else []
@@ -86,7 +90,7 @@ class _Prober:
         if not excludes(relation):
             return False
         dynamic = {(name, dim) for name, ranges in constraints.ranges.items() for dim in range(len(ranges))}
-        axes = [axis for axis in self._axes(dynamic) if axis & references(relation)]
+        axes = [axis for axis in self.examples.together(dynamic).values() if axis & references(relation)]
         if len(axes) != 1:
             return False
         sizes = list(self._excluded(relation, axes[0], constraints))
@@ -96,7 +100,9 @@ class _Prober:
 
     def _excluded(self, relation: str, axis: set[Dimension], constraints: Constraints) -> Iterator[int]:
         """Yield the sizes of an axis that this relation excludes and nothing else does."""
-        current = {(name, dim): size for name, tensor in self.tensors.items() for dim, size in enumerate(tensor.shape)}
+        current = {
+            (name, dim): size for name, tensor in self.examples.tensors.items() for dim, size in enumerate(tensor.shape)
+        }
         firm = [other for other in constraints.relations if not excludes(other)]
         low = max(constraints.ranges[name][dim][0] for name, dim in axis)
         highs = [high for name, dim in axis if (high := constraints.ranges[name][dim][1]) != UNBOUNDED]
@@ -104,14 +110,6 @@ class _Prober:
             sizes = {**current, **dict.fromkeys(axis, size)}
             if not holds(relation, sizes) and all(holds(other, sizes) for other in firm):
                 yield size
-
-    def _axes(self, dimensions: Iterable[Dimension]) -> list[set[Dimension]]:
-        """Group dimensions that vary together: those of one axis name, or, without names, of one position and size."""
-        groups: dict[object, set[Dimension]] = {}
-        for name, dim in sorted(dimensions):
-            axes = self.inputs.axes.get(name)
-            groups.setdefault(axes[dim] if axes else (dim, self.tensors[name].size(dim)), set()).add((name, dim))
-        return list(groups.values())
 
     def _agree(self, sizes: Mapping[Dimension, int]) -> bool:
         """Tell whether model and graph agree at these sizes, in every mode of the graph."""
@@ -127,7 +125,7 @@ class _Prober:
     def _same(self, sizes: Mapping[Dimension, int]) -> bool:
         """Run both on values of their own, and, where the model does not take any values, on those of the example."""
         with torch.no_grad():
-            for values in (_other_values, _example_values):
+            for values in (other_values, cut_or_repeated):
                 try:
                     return difference(self.model, self.graph_module, self._resized(sizes, values)) is None
                 except GraphFailed:
@@ -139,29 +137,10 @@ class _Prober:
     def _resized(
         self, sizes: Mapping[Dimension, int], values: Callable[[torch.Tensor, torch.Size], torch.Tensor]
     ) -> ExampleInputs:
-        names = iter(self.tensors)
+        names = iter(self.examples.tensors)
 
         def resize(tensor: torch.Tensor) -> torch.Tensor:
             name = next(names)
             return values(tensor, torch.Size(sizes.get((name, dim), size) for dim, size in enumerate(tensor.shape)))
 
         return map_tensors(resize, self.inputs)
-
-
-def _example_values(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Return the tensor, cut or repeated to a shape."""
-    for dim, size in enumerate(shape):
-        if size != tensor.size(dim):
-            tensor = tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.size(dim))
-    return tensor
-
-
-def _other_values(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Return noise where the tensor is real (zeros hide what they are multiplied by), and else values between its own."""
-    generator = torch.Generator().manual_seed(0)
-    if tensor.is_floating_point() or tensor.is_complex():
-        return torch.randn(shape, generator=generator, device="cpu").to(tensor)
-    if tensor.dtype is torch.bool or tensor.numel() == 0:
-        return _example_values(tensor, shape)
-    low, high = int(tensor.min()), int(tensor.max())
-    return torch.randint(low, high + 1, shape, generator=generator, device="cpu").to(tensor)

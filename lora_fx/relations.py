@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -102,30 +102,66 @@ Compute = Callable[[Mapping[tuple[str, int], int]], Any]
 
 @cache  # asked of many sizes
 def _compiled(relation: str) -> Compute:
-    return _function(ast.parse(relation, mode="eval").body)
+    def apply(function: Callable[..., Any], operands: Sequence[Compute]) -> Compute:
+        if len(operands) == 1:
+            (only,) = operands
+            return lambda sizes: function(only(sizes))
+        first, second = operands
+        return lambda sizes: function(first(sizes), second(sizes))
+
+    def constant(value: int) -> Compute:
+        return lambda _: value
+
+    def size(name: str, dim: int) -> Compute:
+        return operator.itemgetter((name, dim))
+
+    return interpret(relation, size, constant, apply)
 
 
-def _function(tree: ast.expr) -> Compute:
-    """Return what computes an expression from the sizes of its dimensions."""
-    reference = as_reference(tree)
-    if reference is not None:
-        return operator.itemgetter(reference)
-    match tree:
-        case ast.Constant(value=value):
-            return lambda _: value
-        case ast.BinOp(left=left, op=op, right=right) | ast.Compare(left=left, ops=[op], comparators=[right]):
-            combine, first, second = OPERATORS[type(op)], _function(left), _function(right)
-            return lambda sizes: combine(first(sizes), second(sizes))
-        case ast.UnaryOp(op=op, operand=operand):
-            apply, inner = OPERATORS[type(op)], _function(operand)
-            return lambda sizes: apply(inner(sizes))
-        case ast.BoolOp(op=op, values=values):
-            join, parts = OPERATORS[type(op)], [_function(value) for value in values]
-            return lambda sizes: reduce(join, (part(sizes) for part in parts))
-        case ast.Call(func=ast.Name(id=function), args=arguments):
-            choose, operands = {"min": min, "max": max}[function], [_function(argument) for argument in arguments]
-            return lambda sizes: choose(operand(sizes) for operand in operands)
-    raise TraceError(f"not a relation between sizes: {ast.unparse(tree)}")
+T = TypeVar("T")
+
+
+def interpret(
+    relation: str,
+    size: Callable[[str, int], T],
+    constant: Callable[[int], T],
+    apply: Callable[[Callable[..., Any], Sequence[T]], T],
+) -> T:
+    """Compute a relation from its leaves up, whatever its values are: functions, nodes of a graph, values of a runtime.
+
+    Args:
+        relation: of what :func:`check_relation` admits.
+        size: gives the value of the size of a dimension, from (input, dim).
+        constant: that of a number.
+        apply: that of one of ``OPERATORS`` or ``FUNCTIONS``, from its one or two operands.
+
+    Raises:
+        TraceError: the relation is made of something else.
+    """
+
+    def value(tree: ast.expr) -> T:
+        reference = as_reference(tree)
+        if reference is not None:
+            return size(*reference)
+        match tree:
+            case ast.Constant(value=int() as number):
+                return constant(number)
+            case ast.BinOp(left=left, op=op, right=right) | ast.Compare(left=left, ops=[op], comparators=[right]) if (
+                type(op) in OPERATORS
+            ):
+                return apply(OPERATORS[type(op)], [value(left), value(right)])
+            case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
+                return apply(OPERATORS[type(op)], [value(operand)])
+            case ast.BoolOp(op=op, values=values):
+                return reduce(lambda left, right: apply(OPERATORS[type(op)], [left, right]), map(value, values))
+            case ast.Call(func=ast.Name(id=function), args=[left, right], keywords=[]) if function in FUNCTIONS:
+                return apply(FUNCTIONS[function], [value(left), value(right)])
+        raise TraceError(
+            f"torch.export bound this trace by a condition that cannot be checked: {ast.unparse(tree)}. "
+            "Trace with dynamic= naming fewer dynamic dimensions."
+        )
+
+    return value(ast.parse(relation, mode="eval").body)
 
 
 @cache

@@ -23,7 +23,7 @@ from lora_fx.inputs import ExampleInputs, config_of
 from lora_fx.inputs import example_inputs as make_inputs
 from lora_fx.modes import check_constants, remove_inactive_dropout, unite_modes
 from lora_fx.preserving import is_exported, mode_of, preserved, set_mode, stateless
-from lora_fx.probing import without_artefacts
+from lora_fx.probing import examples_of, without_artefacts
 from lora_fx.signature import take_inputs
 from lora_fx.states import checked
 
@@ -85,6 +85,7 @@ def trace(
             "lora_fx": {
                 "inference": inference,
                 "constants": {name: value for name, value in inputs.kwargs.items() if not _has_tensor(value)},
+                "examples": examples_of(inputs, united.constraints),
                 "model_class": f"{type(model).__module__}:{type(model).__qualname__}",
                 "config": config_of(model),
             }

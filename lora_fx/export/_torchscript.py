@@ -1,121 +1,131 @@
-"""TorchScript: a scripted module with dynamic batch and sequence, which runs without lora_fx and without transformers.
+"""TorchScript: a scripted module with dynamic sizes. All of ``torch.jit``, which torch deprecates, is used here.
 
 The graph is written once more as plain Python that TorchScript compiles: operator packets in place of overloads, sizes by
-``aten.size``, arguments by the model's own names, a ``Dict[str, Tensor]`` as result.
+``aten.size``, arguments by the model's own names, a ``Dict[str, Tensor]`` as result. Input checks are scripted with it.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.graph import CodeGen
-from torch.utils import _pytree as pytree
 
 from lora_fx.errors import ExportError
-from lora_fx.files import replacing
-from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, state_of
-from lora_fx.provenance import source_line
+from lora_fx.export._comparing import Loaded
+from lora_fx.export._delivering import Exported, Step, deliver
+from lora_fx.export._experts import compute_experts_by_torch
+from lora_fx.export._exportable import Exportable, explain
+from lora_fx.files import writable
+from lora_fx.graph_module import TracedGraphModule, copy_graph
+
+
+def torchscript(
+    graph_module: TracedGraphModule,
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    verify: bool = True,
+    tolerance: float | None = None,
+    example_inputs: Mapping[str, torch.Tensor] | None = None,
+) -> Exported:
+    """Write a graph as TorchScript, in evaluation mode.
+
+    The file is loaded by ``torch.jit.load``, in Python or C++. It takes the tensors that the graph was traced with, by name
+    or in the order of the model's arguments, in any size that the trace covers, and returns a dictionary from output names
+    to tensors; values nested in an output are named ``<output>.<index>``. Sizes that the trace does not cover raise.
+
+    Args:
+        graph_module: base, branched, fused or folded; left as it is.
+        path: of the file to write.
+        overwrite: replace a file that exists.
+        verify: load what was written and compare it with the graph before it is moved to ``path``.
+        tolerance: the largest difference that is allowed, as a part of the largest value of an output. By default 1e-9,
+            1e-4 or 0.05, by the lowest precision of the weights.
+        example_inputs: compared on these, and on other sizes of them, instead of the inputs of the trace.
+
+    Returns:
+        What was written, and how it compares.
+
+    Raises:
+        ExportError: TorchScript does not take the graph; the message names the operator and the model's line.
+        VerifyError: what was written computes something else.
+        LoraFxError: the path exists or cannot be written.
+    """
+    return deliver(
+        _TorchScript(),
+        graph_module,
+        path,
+        overwrite=overwrite,
+        verify=verify,
+        tolerance=tolerance,
+        example_inputs=example_inputs,
+    )
+
+
+def _not(value: bool) -> bool:
+    return not value
+
 
 _COUNTERPARTS: Mapping[object, Callable[..., Any]] = {
     torch.ops.aten.sym_size.int: torch.ops.aten.size,
     torch.sym_min: min,
     torch.sym_max: max,
+    torch.sym_not: _not,
 }
 
 
-def torchscript(graph_module: TracedGraphModule, path: str | Path, *, overwrite: bool = False) -> None:
-    """Write a graph as TorchScript, in evaluation mode.
+class _TorchScript:
+    name = "TorchScript"
 
-    The file is loaded by ``torch.jit.load``. It takes the tensors that the graph was traced with, by name or in the order
-    of the model's arguments, in any size that the trace covers, and returns a dictionary from output names to tensors;
-    values nested in an output are named ``<output>.<index>``.
+    def write(self, exportable: Exportable, path: Path, step: Step) -> None:
+        step("compiling")
+        graph, _ = copy_graph(exportable.plain.graph)
+        compute_experts_by_torch(graph)
+        for node in graph.nodes:
+            if node.op == "call_function":
+                node.target = _counterpart(node)
+        with _undeprecated():
+            try:
+                scripted = torch.jit.script(fx.GraphModule(exportable.plain, graph).eval())
+            except (RuntimeError, NotImplementedError, torch.jit.frontend.FrontendError) as error:
+                raise ExportError(
+                    f"TorchScript does not take this graph: {_reason(error)}.{explain(exportable, str(error))} "
+                    "Export it to ONNX or pt2, or write that line of the model with other operators."
+                ) from error
+            step("writing")
+            with writable(path) as file:
+                torch.jit.save(scripted, file)
 
-    Args:
-        graph_module: base, branched or folded; left as it is.
-        path: of the file to write.
-        overwrite: replace a file that exists.
+    def load(self, path: Path) -> Loaded:
+        with _undeprecated():
+            loaded = torch.jit.load(str(path))
 
-    Raises:
-        ExportError: TorchScript cannot express an operator, or an output is not a tensor.
-        LoraFxError: the path exists or cannot be written.
-    """
+        def run(inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+            found: Mapping[str, torch.Tensor] = loaded(**inputs)
+            return found
+
+        return run
+
+
+@contextmanager
+def _undeprecated() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*torch\.jit\..* is deprecated", category=DeprecationWarning)
         warnings.filterwarnings(
             "ignore", message=".*instance-level annotations", category=UserWarning
-        )  # of GraphModule itself
-        scripted = _script(graph_module)
-        with replacing(Path(path), overwrite=overwrite) as beside:
-            torch.jit.save(scripted, str(beside))
-
-
-def _script(graph_module: TracedGraphModule) -> torch.jit.ScriptModule:
-    graph = _plain_graph(graph_module)
-    owner = assemble(graph, state_of(graph_module), meta={}, training=False, trainable=frozenset())
-    plain = fx.GraphModule(owner, graph).eval()
-    try:
-        return torch.jit.script(plain)
-    except (RuntimeError, NotImplementedError, torch.jit.frontend.FrontendError) as error:
-        raise ExportError(f"TorchScript does not take this graph: {_reason(error)}.") from error
-
-
-def _plain_graph(graph_module: TracedGraphModule) -> fx.Graph:
-    graph, _ = copy_graph(graph_module.graph)
-    out_spec = graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
-    graph.set_codegen(CodeGen())
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            node.type = torch.Tensor
-        elif node.op == "call_function":
-            node.target = _counterpart(node)
-    output = graph.output_node()
-    output.args = (_named(output.args[0], out_spec),)
-    return graph
+        )  # of GraphModule
+        yield
 
 
 def _counterpart(node: fx.Node) -> Any:
     if node.target in _COUNTERPARTS:
         return _COUNTERPARTS[node.target]
     return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target
-
-
-def _named(leaves: Any, out_spec: pytree.TreeSpec) -> dict[str, fx.Node]:
-    tree = pytree.tree_unflatten([_Leaf(leaf) for leaf in leaves], out_spec)
-    if isinstance(tree, _Leaf):
-        tree = {"output": tree}
-    elif not isinstance(tree, Mapping):
-        tree = (
-            {f"output_{index}": value for index, value in enumerate(tree)}
-            if isinstance(tree, (tuple, list))
-            else {"output": tree}
-        )
-    named: dict[str, fx.Node] = {}
-    for path, leaf in pytree.tree_leaves_with_path(dict(tree)):
-        name = ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
-        if not isinstance(leaf.node, fx.Node) or not isinstance(
-            leaf.node.meta.get("val", torch.empty(0)), torch.Tensor
-        ):
-            raise ExportError(
-                f"output {name!r} is not a tensor but {leaf.node}, and a TorchScript result is a dictionary of tensors{_line(leaf.node)}."
-            )
-        named[name] = leaf.node
-    return named
-
-
-class _Leaf:
-    """Holds a node inside a pytree."""
-
-    def __init__(self, node: Any) -> None:
-        self.node = node
-
-
-def _line(node: Any) -> str:
-    return source_line(node) if isinstance(node, fx.Node) else ""
 
 
 def _reason(error: Exception) -> str:

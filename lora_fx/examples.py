@@ -1,0 +1,59 @@
+"""The inputs that a graph was traced with, and inputs of other sizes made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+Dimension = tuple[str, int]
+"""An input, by the name of its placeholder, and one of its dimensions."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a graph was traced with.
+
+    Attributes:
+        tensors: placeholder → its value.
+        axes: placeholder → the names of its dimensions (``None``: without one); only those that have names.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    axes: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
+
+    def together(self, dimensions: Iterable[Dimension]) -> dict[str, set[Dimension]]:
+        """Group dimensions that vary together, by the name of their axis.
+
+        Without names, those of one position and size do; the first position is then called ``batch``.
+        """
+        groups: dict[object, set[Dimension]] = {}
+        for name, dim in sorted(dimensions):
+            axis = self.axes[name][dim] if name in self.axes else None
+            groups.setdefault(axis or (dim, self.tensors[name].size(dim)), set()).add((name, dim))
+        named: dict[str, set[Dimension]] = {}
+        for key, group in groups.items():
+            first, dim = min(group)
+            label = key if isinstance(key, str) else "batch" if dim == 0 else f"{first}_{dim}"
+            named[label if label not in named else f"{first}_{dim}"] = group
+        return named
+
+
+def cut_or_repeated(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return the tensor, cut or repeated to a shape."""
+    for dim, size in enumerate(shape):
+        if size != tensor.size(dim):
+            tensor = tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.size(dim))
+    return tensor
+
+
+def other_values(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return noise where the tensor is real (zeros hide what they are multiplied by), and else values between its own."""
+    generator = torch.Generator().manual_seed(0)
+    if tensor.is_floating_point() or tensor.is_complex():
+        return torch.randn(shape, generator=generator, device="cpu").to(tensor)
+    if tensor.dtype is torch.bool or tensor.numel() == 0:
+        return cut_or_repeated(tensor, shape)
+    low, high = int(tensor.min()), int(tensor.max())
+    return torch.randint(low, high + 1, shape, generator=generator, device="cpu").to(tensor)

@@ -1,0 +1,235 @@
+"""What every exporter starts from: a graph in evaluation, of plain operators, from names to tensors to names to tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+from lora_fx.checks import Constraints, remove_checks
+from lora_fx.errors import ExportError
+from lora_fx.examples import Examples
+from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, state_of
+from lora_fx.lowering import lower
+from lora_fx.modes import ModeSwitch
+from lora_fx.provenance import source_line
+from lora_fx.relations import UNBOUNDED
+from lora_fx.signature import signature_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """A graph that is about to be written.
+
+    Attributes:
+        graph_module: as it was given, in evaluation, over the same storage.
+        plain: the same as ATen operators and input checks alone. Its ``forward`` takes the inputs by name, or in this order,
+            and returns a dictionary of tensors. It has each tensor that it reads under the first of its names.
+        constraints: what the trace holds for.
+        examples: what it is tried on.
+        outputs: names of the results. What is nested is called ``<output>.<index>`` or ``<output>.<key>``.
+    """
+
+    graph_module: TracedGraphModule
+    plain: fx.GraphModule
+    constraints: Constraints
+    examples: Examples
+    outputs: tuple[str, ...]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the inputs."""
+        return tuple(self.constraints.ranges)
+
+    @property
+    def dynamic(self) -> dict[str, tuple[int, ...]]:
+        """The dimensions that may vary, of each input."""
+        return {
+            name: tuple(dim for dim, (low, high) in enumerate(ranges) if low != high)
+            for name, ranges in self.constraints.ranges.items()
+        }
+
+    @property
+    def axes(self) -> dict[str, dict[int, str]]:
+        """The names of the dimensions that may vary: one name for all that vary together."""
+        dimensions = [(name, dim) for name, dims in self.dynamic.items() for dim in dims]
+        axes: dict[str, dict[int, str]] = {name: {} for name in self.inputs}
+        for axis, group in self.examples.together(dimensions).items():
+            for name, dim in group:
+                axes[name][dim] = axis
+        return axes
+
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return what the graph, as it was given, computes."""
+        in_order = [inputs[name] for name in self.inputs]
+        results = fx.Interpreter(self.graph_module).run(*in_order, enable_io_processing=False)
+        return dict(zip(self.outputs, pytree.tree_leaves(results), strict=True))
+
+
+def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.Tensor] | None = None) -> Exportable:
+    """Return what the exporters write of a graph.
+
+    Args:
+        graph_module: base, branched, fused or folded; left as it is.
+        example_inputs: tried instead of the inputs of the trace.
+
+    Raises:
+        ExportError: this is no such graph, it has no values, there is nothing to try it on, or an output is not a tensor.
+    """
+    if not isinstance(graph_module, TracedGraphModule):
+        raise ExportError(
+            f"a graph that lora_fx.trace, rewrite or fold returned is expected, and this is a {type(graph_module).__name__}. "
+            "Trace it: lora_fx.trace(module, example_inputs)."
+        )
+    empty = [name for name, tensor in state_of(graph_module).tensors.items() if tensor.is_meta]
+    if empty:
+        raise ExportError(
+            f"{empty[0]!r} and {len(empty) - 1} other tensors have no values: the graph was traced on the meta device. "
+            "Give it weights first: lora_fx.materialize(graph, state_dict)."
+        )
+    given = _in_evaluation(graph_module)
+    lowered = _in_evaluation(lower(graph_module))
+    modules = state_of(lowered).modules
+    constraints = remove_checks(copy_graph(lowered.graph)[0], modules)
+    inputs = signature_of(lowered.graph).inputs
+    constraints = Constraints(
+        {name: constraints.ranges[name] for name in inputs}, constraints.dtypes, constraints.relations
+    )
+    graph, _ = copy_graph(lowered.graph)
+    _fix_mode(graph, modules)
+    outputs = _name_outputs(graph)
+    graph.set_codegen(CodeGen())
+    for node in graph.find_nodes(op="placeholder"):
+        node.type = torch.Tensor
+    graph.lint()
+    plain = fx.GraphModule(lowered, graph, class_name="GraphModule").eval()
+    return Exportable(given, plain, constraints, _examples(graph_module, constraints, example_inputs), outputs)
+
+
+def without_checks(plain: fx.GraphModule) -> fx.GraphModule:
+    """Return the plain graph without its input checks, over the same tensors."""
+    graph, _ = copy_graph(plain.graph)
+    remove_checks(graph, dict(plain.named_modules()))
+    return fx.GraphModule(plain, graph, class_name="GraphModule").eval()
+
+
+def explain(exportable: Exportable, message: str) -> str:
+    """Return where the model has the operator that an exporter's message speaks of, or nothing.
+
+    Args:
+        exportable: what was to be written.
+        message: speaks of ``aten.linear.default``, ``aten::linear``, or of the name of a node.
+    """
+    words = set(re.findall(r"[\w:.]+", message.replace("::", ".")))
+    for node in exportable.plain.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):
+            overload, packet = str(node.target), str(node.target.overloadpacket)
+            if words & {overload, packet, f"{overload}."} and source_line(node):
+                return f" The operator is {overload}{source_line(node)}."
+    return ""
+
+
+def _in_evaluation(graph_module: TracedGraphModule) -> TracedGraphModule:
+    graph, _ = copy_graph(graph_module.graph)
+    return assemble(graph, state_of(graph_module), meta=graph_module.meta, training=False, trainable=frozenset())
+
+
+def _fix_mode(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
+    """Replace what follows the mode, or is for gradients alone, by what it is in evaluation (in place)."""
+    for node in list(graph.nodes):
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, nn.modules.dropout._DropoutNd) or node.target is aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif isinstance(module, ModeSwitch):
+            for user in list(node.users):
+                user.args, user.kwargs = pytree.tree_map(
+                    lambda leaf, node=node, value=module.eval_value: value if leaf is node else leaf,
+                    (user.args, dict(user.kwargs)),
+                )
+            graph.erase_node(node)
+
+
+def _name_outputs(graph: fx.Graph) -> tuple[str, ...]:
+    """Let a graph return a dictionary from names to tensors, each of them a node of its own (in place)."""
+    output = graph.output_node()
+    leaves: Sequence[Any] = output.args[0]  # type: ignore[assignment]
+    names = _names(len(leaves), graph._codegen.pytree_info.out_spec)  # type: ignore[attr-defined]
+    seen: set[fx.Node] = set()
+    for name, node in zip(names, leaves, strict=True):
+        if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val", torch.empty(0)), torch.Tensor):
+            where = source_line(node) if isinstance(node, fx.Node) else ""
+            raise ExportError(
+                f"output {name!r} is not a tensor but {node}{where}, and what is exported returns a dictionary of tensors. "
+                "Trace a module that leaves it out."
+            )
+    with graph.inserting_before(output):
+        named: dict[str, fx.Node] = {}
+        for name, node in zip(names, leaves, strict=True):
+            own = node.op not in ("placeholder", "get_attr") and node not in seen
+            named[name] = node if own else graph.call_function(aten.clone.default, (node,))
+            seen.add(node)
+    output.args = (named,)
+    return tuple(names)
+
+
+def _names(count: int, out_spec: pytree.TreeSpec) -> list[str]:
+    tree: Any = pytree.tree_unflatten(list(range(count)), out_spec)
+    if isinstance(tree, int):
+        return ["output"]
+    if not isinstance(tree, Mapping):
+        tree = (
+            {f"output_{index}": value for index, value in enumerate(tree)}
+            if type(tree) in (tuple, list)
+            else {"output": tree}
+        )
+    names = [""] * count
+    for path, index in pytree.tree_leaves_with_path(dict(tree)):
+        names[index] = ".".join(
+            str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path
+        )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ExportError(f"two outputs would be called {twice[0]!r}. Trace a module that names them otherwise.")
+    return names
+
+
+def _examples(
+    graph_module: TracedGraphModule, constraints: Constraints, given: Mapping[str, torch.Tensor] | None
+) -> Examples:
+    found: Examples | None = graph_module.meta.get("lora_fx", {}).get("examples")
+    tensors = dict(given) if given is not None else dict(found.tensors) if found is not None else {}
+    missing = [name for name in constraints.ranges if name not in tensors or tensors[name].is_meta]
+    unknown = [name for name in tensors if name not in constraints.ranges]
+    if missing or unknown:
+        named = ", ".join(map(repr, missing or unknown))
+        what = "there are no example values for" if missing else "example_inputs have, and the graph does not take,"
+        raise ExportError(
+            f"{what} {named}. Pass example_inputs: a mapping from {', '.join(constraints.ranges)} to tensors."
+        )
+    device = next((tensor.device for tensor in state_of(graph_module).tensors.values()), torch.device("cpu"))
+    placed = {name: tensors[name].detach().to(device) for name in constraints.ranges}
+    axes = {} if found is None else {name: axes for name, axes in found.axes.items() if len(axes) == placed[name].dim()}
+    for name, ranges in constraints.ranges.items():
+        _check_example(name, placed[name], ranges, constraints.dtypes[name])
+    return Examples(placed, axes)
+
+
+def _check_example(name: str, tensor: torch.Tensor, ranges: Sequence[tuple[int, int]], dtype: torch.dtype) -> None:
+    fits = tensor.dim() == len(ranges) and all(
+        low <= size and (high == UNBOUNDED or size <= high)
+        for size, (low, high) in zip(tensor.shape, ranges, strict=True)
+    )
+    if not fits or tensor.dtype is not dtype:
+        raise ExportError(
+            f"the example for {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}, which the graph does not take. "
+            "Pass example_inputs of sizes that it was traced for."
+        )

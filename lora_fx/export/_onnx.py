@@ -1,0 +1,235 @@
+"""ONNX: a model with dynamic axes, in which inputs, outputs, axes and weights have the names that they have in the model."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import re
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_fx.errors import ExportError
+from lora_fx.export._comparing import Loaded
+from lora_fx.export._delivering import Exported, Step, deliver
+from lora_fx.export._experts import grouped_products
+from lora_fx.export._exportable import Exportable
+from lora_fx.export._onnx_checks import add_checks
+from lora_fx.export._onnx_experts import grouped_mm
+from lora_fx.export._program import export_plain
+from lora_fx.exporting import quiet
+from lora_fx.files import writable
+from lora_fx.graph_module import TracedGraphModule
+from lora_fx.provenance import source_line
+
+LARGE = 10**9
+"""Weights of more bytes go into a file of their own: protobuf holds two gigabytes at most."""
+
+
+def onnx(
+    graph_module: TracedGraphModule,
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    verify: bool = True,
+    tolerance: float | None = None,
+    example_inputs: Mapping[str, torch.Tensor] | None = None,
+) -> Exported:
+    """Write a graph as an ONNX model, in evaluation mode. Needs the extra ``lora-fx[onnx]``.
+
+    Inputs and outputs have the model's names, weights those of its ``state_dict``, and dimensions that vary the names of
+    their axes (``batch``, ``sequence``). Sizes that the trace does not cover fail a node whose name says what it holds for.
+    Weights of more than 1 GB go into one file beside ``path``, ``<name>.<digest>.data``, which has to stay beside it.
+
+    Args:
+        graph_module: base, branched, fused or folded; left as it is.
+        path: of the file to write.
+        overwrite: replace a file that exists, and its file of weights.
+        verify: run what was written by onnxruntime on the CPU, and compare it with the graph before it is moved to ``path``.
+        tolerance: the largest difference that is allowed, as a part of the largest value of an output. By default 1e-9,
+            1e-4 or 0.05, by the lowest precision of the weights.
+        example_inputs: traced and compared with these, and with other sizes of them, instead of the inputs of the trace.
+
+    Returns:
+        What was written, and how it compares.
+
+    Raises:
+        ExportError: ONNX does not take the graph; the message names the operator and the model's line.
+        VerifyError: what was written computes something else, or onnxruntime does not run it.
+        LoraFxError: the path exists or cannot be written.
+    """
+    for name in ("onnx", "onnx_ir", "onnxscript", *(["onnxruntime"] if verify else [])):
+        _import(name)
+    exported = deliver(
+        _Onnx(),
+        graph_module,
+        path,
+        overwrite=overwrite,
+        verify=verify,
+        tolerance=tolerance,
+        example_inputs=example_inputs,
+    )
+    _remove_other_data(exported)
+    return exported
+
+
+class _Onnx:
+    name = "ONNX"
+
+    def write(self, exportable: Exportable, path: Path, step: Step) -> None:
+        step("exporting")
+        program = export_plain(exportable)
+        step("translating")
+        model = _translate(exportable, program)
+        step("cleaning up")
+        _clean_up(model)
+        add_checks(model, exportable.constraints)
+        step("writing")
+        _write(model, path)
+        try:
+            _import("onnx").checker.check_model(str(path), full_check=True)
+        except Exception as error:
+            raise ExportError(f"onnx.checker refuses what was written: {error}") from error
+
+    def load(self, path: Path) -> Loaded:
+        runtime = _import("onnxruntime")
+        options = runtime.SessionOptions()
+        options.log_severity_level = 4  # what goes wrong is raised, too
+        try:
+            session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise ExportError(
+                f"onnxruntime {runtime.__version__} does not load what was written: {error} "
+                "Where another runtime is to run it: verify=False (--no-verify)."
+            ) from error
+        names = [output.name for output in session.get_outputs()]
+
+        def run(inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+            found = session.run(None, {name: tensor.cpu().numpy() for name, tensor in inputs.items()})
+            return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
+
+        return run
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ExportError(f"{name} is needed to write and check ONNX: pip install 'lora-fx[onnx]'. {error}") from error
+
+
+def _translate(exportable: Exportable, program: torch.export.ExportedProgram) -> Any:
+    table: dict[Any, Callable[..., Any]] = {node.target: grouped_mm for node in grouped_products(program.graph)}
+    try:
+        with quiet():
+            translated = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                # What it optimises loses the names of weights: transposes are folded, equal tensors merged, zeros dropped.
+                optimize=False,
+                output_names=list(exportable.outputs),
+                custom_translation_table=table,
+            )
+    except Exception as error:
+        raise ExportError(
+            f"torch.onnx does not take this graph: {_reasons(error)}{_where(error)} "
+            "Export it to TorchScript or pt2, or write that line of the model with other operators."
+        ) from error
+    assert translated is not None
+    translated.rename_axes(_symbols(exportable, program))
+    return translated.model
+
+
+def _reasons(error: BaseException | None) -> str:
+    """Return the first lines of an error and of what caused it; torch.onnx's own say little."""
+    found: list[str] = []
+    while error is not None:
+        lines = [line.strip() for line in re.sub(r"\x1b\[[\d;]*m", "", str(error)).splitlines() if line.strip()]
+        if lines and not lines[0].startswith(("Failed to", "Error when translating")):
+            found.append(lines[0].rstrip("."))
+        error = error.__cause__
+    return ". ".join(dict.fromkeys(found)) + "."
+
+
+def _where(error: BaseException | None) -> str:
+    """Return the operator, and the model's line, that was translated; only the frames of torch.onnx hold its node."""
+    found = None
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            node = frame.f_locals.get("node")
+            found = node if isinstance(node, torch.fx.Node) else found
+        error = error.__cause__
+    return "" if found is None else f" The operator is {found.target}{source_line(found)}."
+
+
+def _symbols(exportable: Exportable, program: torch.export.ExportedProgram) -> dict[Any, str]:
+    """Map the symbols of the exported sizes to the names of axes."""
+    names: dict[Any, str] = {}
+    placeholders = {str(node.target): node for node in program.graph.find_nodes(op="placeholder")}
+    for name, axes in exportable.axes.items():
+        for dim, axis in axes.items():
+            names.setdefault(str(placeholders[name].meta["val"].shape[dim]), axis)
+    return names
+
+
+def _clean_up(model: Any) -> None:
+    """Compute what is constant, and drop what is computed twice or for nothing (in place). Weights keep names and values."""
+    passes, optimizer = _import("onnx_ir.passes.common"), _import("onnxscript.optimizer")
+    weights = set(model.graph.initializers.values())
+    optimizer.fold_constants(
+        model, should_fold=lambda node: None if weights.isdisjoint(node.inputs) else False, onnx_shape_inference=False
+    )
+    _remove_identities(model)
+    for each in (
+        passes.RemoveUnusedNodesPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.ClearMetadataAndDocStringPass(),
+        passes.NameFixPass(),
+    ):
+        each(model)
+
+
+def _remove_identities(model: Any) -> None:
+    """Let what reads a copy read the original (in place). onnx_ir's own pass loses an output that is a copy of another."""
+    ir = _import("onnx_ir")
+    for node in list(model.graph):
+        if node.op_type == "Identity" and not node.outputs[0].is_graph_output():
+            ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+            model.graph.remove(node, safe=True)
+
+
+def _write(model: Any, path: Path) -> None:
+    ir = _import("onnx_ir")
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    if size <= LARGE:
+        with writable(path) as file:
+            file.write(ir.to_proto(model).SerializeToString(deterministic=True))
+        return
+    data = path.with_name(f"{path.name}.{_digest(model)}.data")
+    ir.save(model, str(path), format="protobuf", external_data=data.name)
+
+
+def _digest(model: Any) -> str:
+    """Return what tells these weights from others: a model never finds those of another under the name that it knows."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.graph.initializers.items()):
+        digest.update(f"{name} {value.dtype} {value.shape}".encode())
+        digest.update(memoryview(value.const_value.numpy()).cast("B"))
+    return digest.hexdigest()[:8]
+
+
+def _remove_other_data(exported: Exported) -> None:
+    """Remove the weights of what stood at the path before."""
+    name = re.compile(rf"{re.escape(exported.path.name)}\.[0-9a-f]{{8}}\.data")
+    for file in exported.path.parent.iterdir():
+        if name.fullmatch(file.name) and file not in exported.files:
+            with suppress(OSError):
+                file.unlink()

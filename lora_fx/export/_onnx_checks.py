@@ -1,0 +1,118 @@
+"""What a trace holds for, as nodes of an ONNX model, which has no assertions: an index that is out of range where it is not.
+
+    Shape(input) ─► … ─► Not ─► Cast ─► Gather([1], ·) ─► Expand(first input, ·)
+
+The gathered 1 is the shape that the first input is expanded to, which leaves it as it is; so nothing is computed where the
+check fails. The runtime's error names the node, and the name of the node says what the trace holds for.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+
+from lora_fx.checks import Constraints
+from lora_fx.relations import UNBOUNDED, interpret
+
+DOUBLE, INT64 = 11, 7
+"""Types, as ONNX numbers them. Sizes are computed with in double precision, which holds all there are."""
+
+
+def add_checks(model: Any, constraints: Constraints) -> None:
+    """Insert checks into an ``onnx_ir`` model (in place). Fixed sizes, dtypes and ranks are part of its inputs already."""
+    relations = [*_bounds(constraints), *constraints.relations]
+    if not relations:
+        return
+    import onnx_ir as ir
+
+    first = model.graph.inputs[0]
+    emitter = _Emitter(ir, {value.name: value for value in model.graph.inputs})
+    shape = reduce(lambda a, b: emitter.op("Mul", [a, b]), [emitter.check(relation) for relation in relations])
+    checked = emitter.op("Expand", [first, shape])
+    checked.type, checked.shape = first.type, first.shape
+    own = set(emitter.nodes)
+    for use in list(first.uses()):
+        if use.node not in own:
+            use.node.replace_input_with(use.idx, checked)
+    for index, node in enumerate(emitter.nodes):
+        model.graph.insert_before(model.graph[index], node)
+
+
+def _bounds(constraints: Constraints) -> Iterator[str]:
+    for name, ranges in constraints.ranges.items():
+        for dim, (low, high) in enumerate(ranges):
+            if low == high:
+                continue
+            if low > 1:
+                yield f"{name}.size({dim}) >= {low}"
+            if high != UNBOUNDED:
+                yield f"{name}.size({dim}) <= {high}"
+
+
+class _Emitter:
+    """Makes the nodes of checks, each value of one element; equal expressions are computed once."""
+
+    def __init__(self, ir: Any, inputs: Mapping[str, Any]) -> None:
+        self._ir = ir
+        self._inputs = inputs
+        self._made: dict[tuple[Any, ...], Any] = {}
+        self.nodes: list[Any] = []
+
+    def check(self, relation: str) -> Any:
+        """Return ``[1]`` where the relation holds; where not, the node that is to compute it fails."""
+        holds = interpret(relation, self._size, self._number, self._apply)
+        index = self.op("Cast", [self.op("Not", [holds])], to=INT64)
+        name = f"the trace holds for {relation}; trace again with example_inputs of these sizes"
+        return self.op("Gather", [self._constant([1], torch.int64), index], name=name)
+
+    def op(self, kind: str, inputs: Sequence[Any], name: str | None = None, **attributes: Any) -> Any:
+        key = (kind, *map(id, inputs), name, *map(str, attributes.items()))
+        if key not in self._made:
+            number = len(self.nodes)
+            node = self._ir.node(kind, inputs, attributes=attributes, name=name or f"input_check_{number}")
+            node.outputs[0].name = f"input_check_value_{number}"
+            self.nodes.append(node)
+            self._made[key] = node.outputs[0]
+        return self._made[key]
+
+    def _size(self, name: str, dim: int) -> Any:
+        return self.op("Cast", [self.op("Shape", [self._inputs[name]], start=dim, end=dim + 1)], to=DOUBLE)
+
+    def _number(self, value: int) -> Any:
+        return self._constant([value], torch.float64)
+
+    def _constant(self, values: list[int], dtype: torch.dtype) -> Any:
+        tensor = torch.tensor(values, dtype=dtype).numpy()
+        return self.op("Constant", [], value=self._ir.tensor(tensor))
+
+    def _apply(self, function: Callable[..., Any], operands: Sequence[Any]) -> Any:
+        if function is operator.floordiv:
+            return self.op("Floor", [self.op("Div", operands)])
+        if function is operator.mod:
+            left, right = operands
+            return self.op("Sub", [left, self.op("Mul", [self._apply(operator.floordiv, operands), right])])
+        if function is operator.ne:
+            return self.op("Not", [self.op("Equal", operands)])
+        return self.op(_OPERATORS[function], operands)
+
+
+_OPERATORS: Mapping[Callable[..., Any], str] = {
+    operator.add: "Add",
+    operator.sub: "Sub",
+    operator.mul: "Mul",
+    operator.truediv: "Div",
+    operator.neg: "Neg",
+    operator.eq: "Equal",
+    operator.lt: "Less",
+    operator.le: "LessOrEqual",
+    operator.gt: "Greater",
+    operator.ge: "GreaterOrEqual",
+    operator.and_: "And",
+    operator.or_: "Or",
+    torch.sym_min: "Min",
+    torch.sym_max: "Max",
+}

@@ -1,0 +1,84 @@
+"""pt2: the archive of ``torch.export``, which a process that imports torch alone loads, compiles or lowers further."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from lora_fx.errors import ExportError
+from lora_fx.export._comparing import Loaded
+from lora_fx.export._delivering import Exported, Step, deliver
+from lora_fx.export._experts import compute_experts_by_torch
+from lora_fx.export._exportable import Exportable
+from lora_fx.export._program import export_plain
+from lora_fx.files import writable
+from lora_fx.graph_module import TracedGraphModule
+
+
+def pt2(
+    graph_module: TracedGraphModule,
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    verify: bool = True,
+    tolerance: float | None = None,
+    example_inputs: Mapping[str, torch.Tensor] | None = None,
+) -> Exported:
+    """Write a graph as an ``ExportedProgram``, in evaluation mode.
+
+    ``torch.export.load(path).module()`` takes the tensors that the graph was traced with by name, in any size that the trace
+    covers, and returns a dictionary from output names to tensors. Sizes that the trace does not cover fail a guard.
+    ``lora_fx.trace(torch.export.load(path), inference=True)`` gives a graph again, in which branches can be folded.
+
+    Args:
+        graph_module: base, branched, fused or folded; left as it is.
+        path: of the file to write; ends in ``.pt2``.
+        overwrite: replace a file that exists.
+        verify: load what was written and compare it with the graph before it is moved to ``path``.
+        tolerance: the largest difference that is allowed, as a part of the largest value of an output. By default 1e-9,
+            1e-4 or 0.05, by the lowest precision of the weights.
+        example_inputs: traced and compared with these, and with other sizes of them, instead of the inputs of the trace.
+
+    Returns:
+        What was written, and how it compares.
+
+    Raises:
+        ExportError: torch.export does not take the graph; the message names the model's line.
+        VerifyError: what was written computes something else.
+        LoraFxError: the path exists or cannot be written.
+    """
+    if Path(path).suffix != ".pt2":
+        raise ExportError(f"{path}: torch.export loads files whose names end in .pt2. Choose such a name.")
+    return deliver(
+        _Pt2(),
+        graph_module,
+        path,
+        overwrite=overwrite,
+        verify=verify,
+        tolerance=tolerance,
+        example_inputs=example_inputs,
+    )
+
+
+class _Pt2:
+    name = "pt2"
+
+    def write(self, exportable: Exportable, path: Path, step: Step) -> None:
+        step("exporting")
+        program = export_plain(exportable)
+        compute_experts_by_torch(program.graph)  # of which torch.export has no fake in single precision
+        step("writing")
+        with writable(path) as file:
+            torch.export.save(program, file)
+
+    def load(self, path: Path) -> Loaded:
+        with path.open("rb") as file:
+            module = torch.export.load(file).module()
+
+        def run(inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+            found: Mapping[str, torch.Tensor] = module(**inputs)
+            return found
+
+        return run
