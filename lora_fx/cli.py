@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -110,11 +111,7 @@ def fold(
     if len(directories) < 3:
         raise typer.BadParameter("name the base, one adapter or more, and the directory to be made")
     base, *adapters, out = directories
-    strengths = strength or [1.0] * len(adapters)
-    if len(strengths) != len(adapters):
-        raise typer.BadParameter(
-            f"{len(adapters)} adapters, and {len(strengths)} strengths: give one for each, or none"
-        )
+    strengths = _strengths(adapters, strength)
 
     from tqdm.auto import tqdm
 
@@ -142,6 +139,100 @@ def fold(
     if report.skipped:
         typer.echo(f"not copied: {', '.join(report.skipped)}")
     typer.echo(f"{out}: {report.merged_bytes / 1e6:.1f} MB merged, {report.copied_bytes / 1e6:.1f} MB copied")
+
+
+class ExportFormat(StrEnum):
+    """What ``lora-fx export`` writes."""
+
+    torchscript = "torchscript"
+    onnx = "onnx"
+    pt2 = "pt2"
+
+
+class Dtype(StrEnum):
+    """What weights are loaded in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.command(
+    epilog="Examples:  lora-fx export model --format onnx model.onnx   ·   lora-fx export base --adapter style --adapter facts "
+    "--strength 1 --strength 0.5 --format torchscript model.pt   ·   lora-fx export base --adapter style --branched --format pt2 model.pt2"
+)
+def export(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL_DIR", help="A transformers model: config.json and safetensors files.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to be made.")],
+    format: Annotated[ExportFormat, typer.Option("--format", "-f", help="What to write.")],
+    adapter: Annotated[
+        list[Path] | None, typer.Option(help="Directory of a PEFT adapter, which is folded in. May be repeated.")
+    ] = None,
+    strength: Annotated[
+        list[float] | None,
+        typer.Option(help="Factor of an adapter's scaling, once for each, in their order. By default all are 1."),
+    ] = None,
+    branched: Annotated[
+        bool, typer.Option("--branched", help="Leave adapters as branches beside their weights; do not fold them.")
+    ] = False,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the weights; auto is that of the files. onnxruntime's CPU kernels want float32.")
+    ] = Dtype.auto,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Load what was written and compare it with the graph before it is moved to OUT.")
+    ] = True,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest difference allowed, as a part of an output's largest value. By default by precision."
+        ),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option(help="Refuse a base other than the one that an adapter names as its own.")
+    ] = True,
+) -> None:
+    """Write a model for another runtime: TorchScript, ONNX, or torch.export's pt2, with dynamic batch and sequence.
+
+    What was written is run at the sizes of the trace and at others, and the largest difference is printed.
+    """
+    adapters = adapter or []
+    strengths = _strengths(adapters, strength)
+
+    import torch
+
+    import lora_fx
+    from lora_fx.files import check_free
+    from lora_fx.loading import load_model
+
+    with _reported():
+        check_free(out, overwrite=overwrite)
+        with errors.status("loading the model") as status:
+            loaded = load_model(model, None if dtype is Dtype.auto else getattr(torch, dtype.value))
+            status.update(f"tracing {type(loaded).__name__}")
+            graph = lora_fx.trace(loaded, inference=True)
+            for number, directory in enumerate(adapters):
+                status.update(f"adding {directory}")
+                graph = lora_fx.load_adapter(graph, directory, f"adapter_{number}", strict=strict)
+            if adapters:
+                chosen = {f"adapter_{number}": factor for number, factor in enumerate(strengths)}
+                status.update("folding")
+                graph = lora_fx.activate(graph, chosen) if branched else lora_fx.fold(graph, chosen)
+        write = {"torchscript": lora_fx.export.torchscript, "onnx": lora_fx.export.onnx, "pt2": lora_fx.export.pt2}
+        exported = write[format.value](graph, out, overwrite=overwrite, verify=verify, tolerance=tolerance)
+    typer.echo(str(exported))
+
+
+def _strengths(adapters: list[Path], given: list[float] | None) -> list[float]:
+    strengths = given or [1.0] * len(adapters)
+    if len(strengths) != len(adapters):
+        raise typer.BadParameter(
+            f"{len(adapters)} adapters, and {len(strengths)} strengths: give one for each, or none"
+        )
+    return strengths
 
 
 @contextmanager

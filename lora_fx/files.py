@@ -81,7 +81,7 @@ _PREVIOUS = "previous"
 
 
 def _exists(target: Path) -> str:
-    return f"{target} exists already. Choose another name, or remove it first."
+    return f"{target} exists already. Choose another name, or replace it: overwrite=True (--overwrite)."
 
 
 def _unwritable(target: Path, error: OSError) -> str:

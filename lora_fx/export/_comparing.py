@@ -12,6 +12,7 @@ from lora_fx.checks import Constraints
 from lora_fx.errors import InputError, VerifyError
 from lora_fx.examples import Dimension, cut_or_repeated, other_values
 from lora_fx.export._exportable import Exportable
+from lora_fx.graph_module import described
 from lora_fx.relations import UNBOUNDED, holds
 from lora_fx.verification import COARSE, TOLERANCES
 
@@ -94,7 +95,12 @@ def _difference(
         raise VerifyError(f"what was written returns {', '.join(found)}, and the graph {', '.join(expected)}.")
     largest = 0.0
     for name, tensor in expected.items():
-        difference = _relative(tensor, found[name])
+        if (tensor.shape, tensor.dtype) != (found[name].shape, found[name].dtype):
+            raise VerifyError(
+                f"what was written gives {name!r} as {described(found[name])} at {at}, and the graph as {described(tensor)}.",
+                name,
+            )
+        difference = _relative(tensor, found[name].to(tensor.device))
         if not difference <= allowed:
             raise VerifyError(
                 f"what was written departs from the graph at {at}: {name!r} differs by {difference:.1e} of its largest value, "
@@ -106,9 +112,6 @@ def _difference(
 
 
 def _relative(expected: torch.Tensor, found: torch.Tensor) -> float:
-    found = found.to(expected.device)
-    if (expected.shape, expected.dtype) != (found.shape, found.dtype):
-        return float("inf")
     if not (expected.is_floating_point() or expected.is_complex()):
         return 0.0 if torch.equal(expected, found) else float("inf")
     same = (expected == found) | (expected.isnan() & found.isnan())

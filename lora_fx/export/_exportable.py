@@ -107,8 +107,7 @@ def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.
     _fix_mode(graph, modules)
     outputs = _name_outputs(graph)
     graph.set_codegen(CodeGen())
-    for node in graph.find_nodes(op="placeholder"):
-        node.type = torch.Tensor
+    _name_inputs(graph, inputs)
     graph.lint()
     plain = fx.GraphModule(lowered, graph, class_name="GraphModule").eval()
     return Exportable(given, plain, constraints, _examples(graph_module, constraints, example_inputs), outputs)
@@ -156,6 +155,20 @@ def _fix_mode(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
                     (user.args, dict(user.kwargs)),
                 )
             graph.erase_node(node)
+
+
+def _name_inputs(graph: fx.Graph, names: Sequence[str]) -> None:
+    """Let ``forward`` have the model's own names for its arguments, whatever the graph calls them (in place)."""
+    for node, name in zip(graph.find_nodes(op="placeholder"), names, strict=True):
+        if name in _NEEDED:
+            raise ExportError(
+                f"an input is called {name!r}, a name that the code of a graph has for something else. "
+                "Trace a module that names it otherwise."
+            )
+        node.target, node.type = name, torch.Tensor
+
+
+_NEEDED = frozenset({"self", "torch", "operator", "math", "device", "getattr", "min", "max", "inf", "nan", "NoneType"})
 
 
 def _name_outputs(graph: fx.Graph) -> tuple[str, ...]:

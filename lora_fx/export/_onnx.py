@@ -16,10 +16,10 @@ import torch
 from lora_fx.errors import ExportError
 from lora_fx.export._comparing import Loaded
 from lora_fx.export._delivering import Exported, Step, deliver
-from lora_fx.export._experts import grouped_products
 from lora_fx.export._exportable import Exportable
 from lora_fx.export._onnx_checks import add_checks
 from lora_fx.export._onnx_experts import grouped_mm
+from lora_fx.export._operators import grouped_products
 from lora_fx.export._program import export_plain
 from lora_fx.exporting import quiet
 from lora_fx.files import writable
@@ -81,6 +81,7 @@ class _Onnx:
     name = "ONNX"
 
     def write(self, exportable: Exportable, path: Path, step: Step) -> None:
+        _check_names(exportable)
         step("exporting")
         program = export_plain(exportable)
         step("translating")
@@ -120,6 +121,16 @@ def _import(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ExportError(f"{name} is needed to write and check ONNX: pip install 'lora-fx[onnx]'. {error}") from error
+
+
+def _check_names(exportable: Exportable) -> None:
+    taken = {*exportable.inputs, *(str(node.target) for node in exportable.plain.graph.find_nodes(op="get_attr"))}
+    for name in exportable.outputs:
+        if name in taken:
+            raise ExportError(
+                f"an output and an input or a weight are both called {name!r}, and in ONNX each value has a name of its own. "
+                "Trace a module that names its output otherwise."
+            )
 
 
 def _translate(exportable: Exportable, program: torch.export.ExportedProgram) -> Any:

@@ -10,8 +10,8 @@ import torch
 from lora_fx.errors import ExportError
 from lora_fx.export._comparing import Loaded
 from lora_fx.export._delivering import Exported, Step, deliver
-from lora_fx.export._experts import compute_experts_by_torch
 from lora_fx.export._exportable import Exportable
+from lora_fx.export._operators import use_torch_alone
 from lora_fx.export._program import export_plain
 from lora_fx.files import writable
 from lora_fx.graph_module import TracedGraphModule
@@ -68,7 +68,7 @@ class _Pt2:
     def write(self, exportable: Exportable, path: Path, step: Step) -> None:
         step("exporting")
         program = export_plain(exportable)
-        compute_experts_by_torch(program.graph)  # of which torch.export has no fake in single precision
+        use_torch_alone(program.graph)  # of which torch.export has no fake in single precision
         step("writing")
         with writable(path) as file:
             torch.export.save(program, file)

@@ -18,8 +18,8 @@ from torch import fx
 from lora_fx.errors import ExportError
 from lora_fx.export._comparing import Loaded
 from lora_fx.export._delivering import Exported, Step, deliver
-from lora_fx.export._experts import compute_experts_by_torch
 from lora_fx.export._exportable import Exportable, explain
+from lora_fx.export._operators import use_torch_alone
 from lora_fx.files import writable
 from lora_fx.graph_module import TracedGraphModule, copy_graph
 
@@ -85,7 +85,7 @@ class _TorchScript:
     def write(self, exportable: Exportable, path: Path, step: Step) -> None:
         step("compiling")
         graph, _ = copy_graph(exportable.plain.graph)
-        compute_experts_by_torch(graph)
+        use_torch_alone(graph)
         for node in graph.nodes:
             if node.op == "call_function":
                 node.target = _counterpart(node)
