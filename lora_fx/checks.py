@@ -108,6 +108,19 @@ class Constraints:
         }
         return Constraints(ranges, self.dtypes, tuple(dict.fromkeys(self.relations + other.relations)))
 
+    def conditions(self) -> tuple[str, ...]:
+        """Return all that holds for sizes as relations, the ranges of dimensions among them."""
+        bounds = []
+        for name, ranges in self.ranges.items():
+            for dim, (low, high) in enumerate(ranges):
+                size = f"{name}.size({dim})"
+                if low == high:
+                    bounds.append(f"{size} == {low}")
+                    continue
+                bounds += [f"{size} >= {low}"] if low > 1 else []
+                bounds += [f"{size} <= {high}"] if high != UNBOUNDED else []
+        return (*bounds, *self.relations)
+
 
 def add_checks(graph: fx.Graph, constraints: Constraints) -> dict[str, nn.Module]:
     """Insert the checks behind the placeholders of ``graph`` (in place) and return the modules to register.

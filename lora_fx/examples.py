@@ -26,15 +26,16 @@ class Examples:
     def together(self, dimensions: Iterable[Dimension]) -> dict[str, set[Dimension]]:
         """Group dimensions that vary together, by the name of their axis.
 
-        Without names, those of one position and size do; the first position is then called ``batch``.
+        Without names, those of one position and size do. The first dimension of the first input is then called ``batch``.
         """
         groups: dict[object, set[Dimension]] = {}
-        for name, dim in sorted(dimensions):
+        order = list(self.tensors)
+        for name, dim in sorted(dimensions, key=lambda dimension: (dimension[1], order.index(dimension[0]))):
             axis = self.axes[name][dim] if name in self.axes else None
             groups.setdefault(axis or (dim, self.tensors[name].size(dim)), set()).add((name, dim))
         named: dict[str, set[Dimension]] = {}
         for key, group in groups.items():
-            first, dim = min(group)
+            first, dim = min(group, key=lambda dimension: (order.index(dimension[0]), dimension[1]))
             label = key if isinstance(key, str) else "batch" if dim == 0 else f"{first}_{dim}"
             named[label if label not in named else f"{first}_{dim}"] = group
         return named

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, reduce
 from typing import Any, TypeVar
@@ -28,6 +29,14 @@ def parse_guard(guard: str, paths: Mapping[str, str]) -> str:
     """
     tree = _SizeReferences(paths).visit(ast.parse(guard, mode="eval"))
     return ast.unparse(ast.fix_missing_locations(tree))
+
+
+def as_guard(relation: str) -> str:
+    """Rewrite a relation into a guard of torch.export, whose sources are the inputs by name."""
+    return _SIZE.sub(r"L['\1'].size()[\2]", relation)
+
+
+_SIZE = re.compile(r"\b(\w+)\.size\((\d+)\)")
 
 
 def check_relation(relation: str) -> None:

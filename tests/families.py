@@ -397,3 +397,21 @@ def model(name: str) -> nn.Module:
 def traced(name: str) -> lora_fx.TracedGraphModule:
     """Return the one trace of :func:`model`, for inference. Not to be changed."""
     return lora_fx.trace(model(name), inference=True, dynamic=FAMILIES[name].dynamic)
+
+
+def inputs(name: str, batch: int, sequence: int, target: int = 3, seed: int = 7) -> dict[str, torch.Tensor]:
+    """Return inputs of other sizes than those of the trace, with a padded attention mask; not for models with image tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = traced(name).meta["lora_fx"]["examples"]
+    sizes = {"batch": batch, "sequence": sequence, "target_sequence": target}
+    made: dict[str, torch.Tensor] = {}
+    for key, tensor in examples.tensors.items():
+        shape = [sizes.get(axis, size) for axis, size in zip(examples.axes[key], tensor.shape, strict=True)]
+        if tensor.is_floating_point():
+            made[key] = torch.randn(shape, generator=generator)
+        elif "mask" in key:
+            made[key] = torch.ones(shape, dtype=torch.int64)
+            made[key][0, shape[1] // 2 + 1 :] = 0
+        else:
+            made[key] = torch.randint(0, VOCABULARY, shape, generator=generator)
+    return made

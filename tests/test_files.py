@@ -92,7 +92,10 @@ def test_what_exists_is_not_replaced_unless_asked(tmp_path: Path, kind: str) -> 
     before = _content(tmp_path)
     with pytest.raises(LoraFxError) as caught, replacing(target):
         pytest.fail("it began")
-    assert str(caught.value) == f"{target} exists already. Choose another name, or replace it: overwrite=True (--overwrite)."
+    assert (
+        str(caught.value)
+        == f"{target} exists already. Choose another name, or replace it: overwrite=True (--overwrite)."
+    )
     assert _content(tmp_path) == before
 
 

@@ -196,6 +196,7 @@ def _clean_up(model: Any) -> None:
         model, should_fold=lambda node: None if weights.isdisjoint(node.inputs) else False, onnx_shape_inference=False
     )
     _remove_identities(model)
+    _write_as_nodes(model, {name: value for name, value in model.graph.initializers.items() if value not in weights})
     for each in (
         passes.RemoveUnusedNodesPass(),
         passes.CommonSubexpressionEliminationPass(),
@@ -215,6 +216,17 @@ def _remove_identities(model: Any) -> None:
         if node.op_type == "Identity" and not node.outputs[0].is_graph_output():
             ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
             model.graph.remove(node, safe=True)
+
+
+def _write_as_nodes(model: Any, constants: Mapping[str, Any]) -> None:
+    """Let constants that were computed be nodes (in place), so that initializers are weights alone."""
+    ir = _import("onnx_ir")
+    for name, value in constants.items():
+        node = ir.node("Constant", [], attributes={"value": value.const_value})
+        model.graph.insert_before(model.graph[0], node)
+        ir.convenience.replace_all_uses_with(value, node.outputs[0])
+        del model.graph.initializers[name]
+        node.outputs[0].name = name
 
 
 def _write(model: Any, path: Path) -> None:

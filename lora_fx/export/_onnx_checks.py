@@ -9,14 +9,14 @@ check fails. The runtime's error names the node, and the name of the node says w
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
 import torch
 
 from lora_fx.checks import Constraints
-from lora_fx.relations import UNBOUNDED, interpret
+from lora_fx.relations import interpret
 
 DOUBLE, INT64 = 11, 7
 """Types, as ONNX numbers them. Sizes are computed with in double precision, which holds all there are."""
@@ -24,14 +24,20 @@ DOUBLE, INT64 = 11, 7
 
 def add_checks(model: Any, constraints: Constraints) -> None:
     """Insert checks into an ``onnx_ir`` model (in place). Fixed sizes, dtypes and ranks are part of its inputs already."""
-    relations = [*_bounds(constraints), *constraints.relations]
-    if not relations:
+    fixed = {
+        f"{name}.size({dim}) == {low}"
+        for name, ranges in constraints.ranges.items()
+        for dim, (low, high) in enumerate(ranges)
+        if low == high
+    }
+    conditions = [condition for condition in constraints.conditions() if condition not in fixed]
+    if not conditions:
         return
     import onnx_ir as ir
 
     first = model.graph.inputs[0]
     emitter = _Emitter(ir, {value.name: value for value in model.graph.inputs})
-    shape = reduce(lambda a, b: emitter.op("Mul", [a, b]), [emitter.check(relation) for relation in relations])
+    shape = reduce(lambda a, b: emitter.op("Mul", [a, b]), [emitter.check(relation) for relation in conditions])
     checked = emitter.op("Expand", [first, shape])
     checked.type, checked.shape = first.type, first.shape
     own = set(emitter.nodes)
@@ -40,17 +46,6 @@ def add_checks(model: Any, constraints: Constraints) -> None:
             use.node.replace_input_with(use.idx, checked)
     for index, node in enumerate(emitter.nodes):
         model.graph.insert_before(model.graph[index], node)
-
-
-def _bounds(constraints: Constraints) -> Iterator[str]:
-    for name, ranges in constraints.ranges.items():
-        for dim, (low, high) in enumerate(ranges):
-            if low == high:
-                continue
-            if low > 1:
-                yield f"{name}.size({dim}) >= {low}"
-            if high != UNBOUNDED:
-                yield f"{name}.size({dim}) <= {high}"
 
 
 class _Emitter:

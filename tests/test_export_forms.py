@@ -1,0 +1,393 @@
+"""What any graph becomes in any format: names, checks, refusals, and the report."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+import lora_fx
+from lora_fx.examples import Examples
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:DeprecationWarning")
+
+FORMATS = ("torchscript", "onnx", "pt2")
+EACH = pytest.mark.parametrize("write", FORMATS)
+Loaded = Callable[..., Mapping[str, torch.Tensor]]
+
+
+def export(write: str, graph: Any, path: Path, **options: Any) -> tuple[lora_fx.export.Exported, Loaded]:
+    """Write a graph and load it as its users do."""
+    target = path / "model.pt2"
+    exported = getattr(lora_fx.export, write)(graph, target, overwrite=True, **options)
+    if write == "onnx":
+        session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
+        names = [value.name for value in session.get_outputs()]
+
+        def run(**batch: torch.Tensor) -> dict[str, torch.Tensor]:
+            found = session.run(None, {key: tensor.numpy() for key, tensor in batch.items()})
+            return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
+
+        return exported, run
+    module: Any = torch.jit.load(target) if write == "torchscript" else torch.export.load(target).module()
+    return exported, module
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x)
+
+
+class Nested(nn.Module):
+    def forward(self, x: torch.Tensor, rest: list[torch.Tensor]) -> dict[str, Any]:
+        doubled = x * 2
+        return {"all": (doubled, {"sum": rest[0].sum()}), "same": doubled, "input": x, "again": x * 2}
+
+
+@EACH
+def test_nested_results_have_names_and_one_tensor_may_be_several(write: str, tmp_path: Path) -> None:
+    graph = lora_fx.trace(Nested(), {"x": torch.randn(2, 7), "rest": [torch.randn(3)]}, inference=True)
+    exported, run = export(write, graph, tmp_path)
+    x, rest = torch.randn(3, 4), torch.randn(6)
+    found = run(x=x, rest_0=rest)
+    assert exported.inputs == {"x": ("batch", "x_1"), "rest_0": ("rest_0_0",)}
+    assert list(found) == list(exported.outputs) == ["all.0", "all.1.sum", "same", "input", "again"]
+    for key, value in {"all.0": x * 2, "all.1.sum": rest.sum(), "same": x * 2, "input": x, "again": x * 2}.items():
+        assert torch.allclose(found[key], value, rtol=0, atol=1e-6), key
+
+
+class Named(nn.Module):
+    def forward(self, input: torch.Tensor, max_length: torch.Tensor, type: torch.Tensor) -> torch.Tensor:
+        return input * max_length + type
+
+
+@EACH
+def test_inputs_keep_names_that_python_has_for_something_else(write: str, tmp_path: Path) -> None:
+    batch = {"input": torch.randn(3, 5), "max_length": torch.randn(5), "type": torch.randn(3, 5)}
+    _, run = export(write, lora_fx.trace(Named(), batch, inference=True), tmp_path)
+    assert torch.allclose(run(**batch)["output"], batch["input"] * batch["max_length"] + batch["type"])
+
+
+class Pair(nn.Module):
+    """Holds for equal lengths between 3 and 9 that are not 7, and whole pairs of rows."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        torch._check(x.size(1) >= 3)
+        torch._check(x.size(1) <= 9)
+        if x.size(1) == 7:
+            return x.view(x.size(0) // 2, 2, -1).sum(1) - y.sum()
+        return x.view(x.size(0) // 2, 2, -1).sum(1) + y.sum(0)
+
+
+@EACH
+def test_sizes_that_the_trace_does_not_cover_are_refused_where_it_is_deployed(write: str, tmp_path: Path) -> None:
+    graph = lora_fx.trace(Pair(), {"x": torch.randn(4, 5), "y": torch.randn(3, 5)}, inference=True)
+    exported, run = export(write, graph, tmp_path)
+    compared = [dict(comparison.sizes) for comparison in exported.comparisons]
+    assert compared[:2] == [{"batch": 4, "y_0": 3, "x_1": 5}, {"batch": 8, "y_0": 7, "x_1": 9}]
+    for rows, length, others in ((2, 3, 3), (8, 9, 6), (6, 8, 1)):
+        x, y = torch.randn(rows, length), torch.randn(others, length)
+        assert torch.allclose(run(x=x, y=y)["output"], graph(x, y), rtol=0, atol=1e-6)
+    refused = {
+        ((4, 2), (3, 2)): r"x\.size\(1\) >= 3|size 2 in dimension 1|x\.size\(\)\[1\] >= 3",
+        ((4, 10), (3, 10)): r"x\.size\(1\) <= 9|size 10 in dimension 1|x\.size\(\)\[1\] <= 9",
+        ((4, 7), (3, 7)): "!= 7",
+        (
+            (4, 5),
+            (3, 6),
+        ): r"x\.size\(1\) == y\.size\(1\)|x\.size\(\)\[1\] == y\.size|y\.size\(\)\[1\] == x\.size",
+        ((3, 5), (3, 5)): "% 2|2 \\*|2\\*",
+    }
+    for (left, right), said in refused.items():
+        with pytest.raises(Exception, match=said):
+            run(x=torch.randn(left), y=torch.randn(right))
+
+
+class Centred(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(0, keepdim=True) if x.size(0) > 1 else x * 2
+
+
+@EACH
+def test_a_single_row_is_refused_where_the_model_does_something_else_with_it(write: str, tmp_path: Path) -> None:
+    graph = lora_fx.trace(Centred(), (torch.randn(3, 5),), inference=True)
+    _, run = export(write, graph, tmp_path)
+    assert torch.allclose(run(x=torch.ones(2, 6))["output"], torch.zeros(2, 6))
+    with pytest.raises(Exception, match=r"size 1 in dimension 0|size\(0\) >= 2|size\(\)\[0\] >= 2"):
+        run(x=torch.ones(1, 6))
+
+
+def test_a_failing_check_of_onnx_says_what_the_trace_holds_for(tmp_path: Path) -> None:
+    graph = lora_fx.trace(Centred(), (torch.randn(3, 5),), inference=True)
+    _, run = export("onnx", graph, tmp_path)
+    with pytest.raises(
+        Exception, match=re.escape("the trace holds for x.size(0) >= 2; trace again with example_inputs")
+    ):
+        run(x=torch.ones(1, 6))
+
+
+class Counts(nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        return {"doubled": x * 2, "length": x.size(1)}
+
+
+@EACH
+def test_what_is_not_a_tensor_is_refused_by_name(write: str, tmp_path: Path) -> None:
+    graph_module = lora_fx.trace(Counts(), (torch.randn(2, 7),), inference=True)
+    with pytest.raises(
+        lora_fx.ExportError, match=r"output 'length' is not a tensor .* Trace a module that leaves it out"
+    ):
+        export(write, graph_module, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Clash(nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"x": x * 2}
+
+
+def test_in_onnx_an_output_cannot_have_the_name_of_an_input(tmp_path: Path) -> None:
+    with pytest.raises(lora_fx.ExportError, match="both called 'x'"):
+        export("onnx", lora_fx.trace(Clash(), (torch.randn(2, 7),), inference=True), tmp_path)
+
+
+class Svd(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.svdvals(x)
+
+
+class Complex(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.view_as_complex(x)
+
+
+@torch.library.custom_op("lora_fx_tests::triple", mutates_args=())
+def triple(x: torch.Tensor) -> torch.Tensor:
+    return x * 3
+
+
+@triple.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class Foreign(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.lora_fx_tests.triple(x)
+
+
+@pytest.mark.parametrize(
+    ("write", "module", "said"),
+    [
+        ("onnx", Svd(), r"aten\._linalg_svd.*torch\.linalg\.svdvals\(x\).*Export it to TorchScript or pt2"),
+        ("onnx", Foreign(), r"lora_fx_tests\.triple.*torch\.ops\.lora_fx_tests\.triple\(x\)"),
+        (
+            "torchscript",
+            Foreign(),
+            r"lora_fx_tests\.triple\.default is not torch's own.*torch\.ops\.lora_fx_tests\.triple\(x\)",
+        ),
+        (
+            "pt2",
+            Foreign(),
+            r"lora_fx_tests\.triple\.default is not torch's own.*torch\.ops\.lora_fx_tests\.triple\(x\)",
+        ),
+    ],
+    ids=["onnx-svd", "onnx-foreign", "torchscript-foreign", "pt2-foreign"],
+)
+def test_an_operator_that_a_format_does_not_have_is_named_with_the_models_line(
+    write: str, module: nn.Module, said: str, tmp_path: Path
+) -> None:
+    graph = lora_fx.trace(module, (torch.randn(3, 2),), inference=True)
+    with pytest.raises(lora_fx.ExportError) as caught:
+        export(write, graph, tmp_path)
+    assert re.search(said, str(caught.value)), str(caught.value)
+    assert f"{Path(__file__)}:" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_complex_results_are_no_results_of_onnx(tmp_path: Path) -> None:
+    graph = lora_fx.trace(Complex(), (torch.randn(3, 2),), inference=True)
+    with pytest.raises(
+        lora_fx.LoraFxError, match=r"'output' as torch\.float32 .* the graph as torch\.complex64|complex"
+    ):
+        export("onnx", graph, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@EACH
+def test_dtypes_are_kept_and_compared_where_a_runtime_has_them(write: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    graph = lora_fx.trace(Linear().to(dtype), (torch.randn(3, 5).to(dtype),), inference=True)
+    x = torch.randn(2, 5).to(dtype)
+    if write == "onnx" and dtype is torch.bfloat16:
+        with pytest.raises(lora_fx.ExportError, match=r"onnxruntime .* does not load .* verify=False"):
+            export(write, graph, tmp_path)
+        exported = lora_fx.export.onnx(graph, tmp_path / "model.onnx", verify=False)
+        assert exported.comparisons == ()
+        assert "not compared" in str(exported)
+        (weight, _) = onnx.load(tmp_path / "model.onnx").graph.initializer
+        assert weight.data_type == onnx.TensorProto.BFLOAT16
+        return
+    exported, run = export(write, graph, tmp_path)
+    found = run(x=x)["output"]
+    assert found.dtype is dtype
+    assert torch.allclose(found, graph(x), rtol=0, atol={torch.float64: 1e-12, torch.float16: 2e-3}.get(dtype, 0))
+    assert exported.largest is not None
+    assert exported.largest < 2e-3
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(ids))
+
+
+@EACH
+def test_tied_weights_are_written_once_under_the_first_name(write: str, tmp_path: Path) -> None:
+    graph = lora_fx.trace(Tied(), (torch.randint(0, 11, (2, 3)),), inference=True)
+    _, run = export(write, graph, tmp_path)
+    ids = torch.randint(0, 11, (4, 7))
+    assert torch.allclose(run(ids=ids)["output"], graph(ids), rtol=0, atol=1e-6)
+    if write == "onnx":
+        names = [tensor.name for tensor in onnx.load(tmp_path / "model.pt2").graph.initializer]
+    else:
+        loaded: Any = torch.jit.load if write == "torchscript" else torch.export.load
+        found = loaded(tmp_path / "model.pt2").state_dict
+        names = list(found if isinstance(found, Mapping) else found())
+    assert names == ["embed.weight"]
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(self.proj(x), 0.5, self.training)
+
+
+@EACH
+def test_what_is_written_is_the_evaluation_mode_of_a_graph_that_trains(write: str, tmp_path: Path) -> None:
+    graph = lora_fx.trace(Dropping().train(), (torch.randn(3, 5),))
+    assert graph.training
+    _, run = export(write, graph, tmp_path)
+    assert graph.training
+    x = torch.randn(2, 5)
+    assert torch.allclose(run(x=x)["output"], F.linear(x, graph.proj.weight, graph.proj.bias), rtol=0, atol=1e-6)
+
+
+@EACH
+def test_a_graph_without_values_is_refused(write: str, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        module = Linear()
+    graph = lora_fx.trace(module, (torch.randn(3, 5, device="meta"),), inference=True)
+    with pytest.raises(lora_fx.ExportError, match=r"'proj\.weight' .* no values.*lora_fx\.materialize"):
+        export(write, graph, tmp_path)
+
+
+@EACH
+def test_what_is_no_graph_is_refused(write: str, tmp_path: Path) -> None:
+    with pytest.raises(lora_fx.ExportError, match=r"this is a Linear\. Trace it"):
+        export(write, Linear(), tmp_path)
+
+
+@EACH
+def test_example_inputs_take_the_place_of_those_of_the_trace(write: str, tmp_path: Path) -> None:
+    graph = lora_fx.trace(Linear(), (torch.randn(3, 5),), inference=True)
+    graph.meta["lora_fx"] = {key: value for key, value in graph.meta["lora_fx"].items() if key != "examples"}
+    with pytest.raises(lora_fx.ExportError, match=r"no example values for 'x'\. Pass example_inputs"):
+        export(write, graph, tmp_path)
+    exported, _ = export(write, graph, tmp_path, example_inputs={"x": torch.randn(8, 5)})
+    assert exported.comparisons[0].sizes == {"batch": 8}
+    for wrong, said in (
+        ({"y": torch.randn(8, 5)}, "no example values for 'x'"),
+        ({"x": torch.randn(8, 5), "y": torch.randn(1)}, "example_inputs have, and the graph does not take, 'y'"),
+        ({"x": torch.randn(8, 6)}, r"the example for 'x' is torch\.float32 of shape \(8, 6\)"),
+        ({"x": torch.randn(8, 5).double()}, r"the example for 'x' is torch\.float64"),
+    ):
+        with pytest.raises(lora_fx.ExportError, match=said):
+            export(write, graph, tmp_path, example_inputs=wrong)
+
+
+def test_axes_have_names_also_where_the_model_has_none() -> None:
+    examples = Examples({"x": torch.zeros(2, 7), "y": torch.zeros(3, 7), "z": torch.zeros(2)})
+    dimensions = [("x", 0), ("x", 1), ("y", 0), ("y", 1), ("z", 0)]
+    assert examples.together(dimensions) == {
+        "batch": {("x", 0), ("z", 0)},
+        "x_1": {("x", 1), ("y", 1)},
+        "y_0": {("y", 0)},
+    }
+
+
+@EACH
+def test_a_report_says_what_was_written_and_compared(write: str, tmp_path: Path) -> None:
+    graph = lora_fx.trace(Linear(), (torch.randn(3, 5),), inference=True)
+    exported, _ = export(write, graph, tmp_path)
+    path = tmp_path / "model.pt2"
+    assert exported.files == {path: path.stat().st_size}
+    assert [dict(comparison.sizes) for comparison in exported.comparisons] == [{"batch": 3}, {"batch": 7}, {"batch": 1}]
+    lines = str(exported).splitlines()
+    assert lines[0].startswith(f"{path}: {exported.format}, 0.0")
+    assert lines[1] == "x (batch, 5) → output"
+    assert re.fullmatch(r"largest difference to the graph: \d\.\de[-+]\d\d of the largest value of an output", lines[2])
+    assert re.fullmatch(r"  \d\.\de[-+]\d\d at batch 7", lines[4])
+
+
+@EACH
+def test_nothing_is_warned_of_and_nothing_logged(write: str, tmp_path: Path) -> None:
+    code = f"""
+import torch, lora_fx
+graph = lora_fx.trace(torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.GELU()), (torch.randn(3, 5),), inference=True)
+lora_fx.export.{write}(graph, "model.pt2")
+"""
+    run = subprocess.run(
+        [sys.executable, "-W", "default", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert (run.stdout, run.stderr) == ("", "")
+
+
+@EACH
+def test_random_operators_are_found_not_to_be_repeatable(write: str, tmp_path: Path) -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.rand_like(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = lora_fx.trace(Noisy(), (torch.randn(3, 5),), inference=True)
+    with pytest.raises(lora_fx.VerifyError, match="departs from the graph at batch 3") as caught:
+        export(write, graph, tmp_path)
+    assert caught.value.node == "output"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.txt", "model"])
+def test_an_onnx_file_is_onnx_whatever_its_name(name: str, tmp_path: Path) -> None:
+    graph = lora_fx.trace(Linear(), (torch.randn(3, 5),), inference=True)
+    lora_fx.export.onnx(graph, tmp_path / name)
+    assert onnx.load(tmp_path / name, format="protobuf").graph.output[0].name == "output"
+
+
+def test_a_pt2_has_a_name_that_torch_loads(tmp_path: Path) -> None:
+    graph = lora_fx.trace(Linear(), (torch.randn(3, 5),), inference=True)
+    with pytest.raises(lora_fx.ExportError, match=r"end in \.pt2"):
+        lora_fx.export.pt2(graph, tmp_path / "model.pt")

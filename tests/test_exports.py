@@ -1,0 +1,191 @@
+"""Every architecture in TorchScript and ONNX, branched and folded, at sizes that it was not traced at."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import architectures
+import families
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import set_factors, unchanged
+
+import lora_fx
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:DeprecationWarning")
+
+OTHERS = ("qwen3", "gemma3_text", "mixtral", "phi3", "whisper", "vit")
+NAMES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in (*architectures.ARCHITECTURES, *OTHERS)]
+FEW = [each for each in NAMES if each.values[0] in ("t5", "gpt2", "llama", "bert", "mixtral")]
+"""Those for which the slower promises are tested."""
+
+
+def traced(name: str) -> lora_fx.TracedGraphModule:
+    return architectures.traced(name) if name in architectures.ARCHITECTURES else families.traced(name)
+
+
+@functools.cache
+def graphs(name: str) -> Mapping[str, lora_fx.TracedGraphModule]:
+    """Return the graph of an architecture in three states. Not to be changed."""
+    rules = (architectures.ARCHITECTURES if name in architectures.ARCHITECTURES else families.FAMILIES)[name].rules
+    branched = lora_fx.rewrite(traced(name), rules=rules, rank=6, alpha=9)
+    set_factors(branched, scale=0.1)
+    return {"base": traced(name), "branched": branched.train(), "folded": lora_fx.fold(branched)}
+
+
+def inputs(name: str, *size: int) -> dict[str, torch.Tensor]:
+    module: Any = architectures if name in architectures.ARCHITECTURES else families
+    made: dict[str, torch.Tensor] = module.inputs(name, *size)
+    return made
+
+
+def outputs(graph_module: lora_fx.TracedGraphModule, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what a graph computes in evaluation, by the names of transformers; nested ones as the exporters call them."""
+    evaluated = lora_fx.trace(graph_module).eval()
+    with torch.no_grad():
+        found = evaluated(**batch)
+    flat: dict[str, torch.Tensor] = {}
+    for key, value in found.items():
+        flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, Mapping) else {key: value}
+    return flat
+
+
+@pytest.mark.parametrize("state", ["branched", "folded"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_computes_the_bits_of_its_graph_at_other_sizes(name: str, state: str, tmp_path: Path) -> None:
+    graph = graphs(name)[state]
+    with unchanged(graph):
+        lora_fx.export.torchscript(graph, tmp_path / "model.pt", verify=False)
+    script, optimised_script = (torch.jit.load(tmp_path / "model.pt") for _ in range(2))
+    for size in architectures.SIZES:
+        batch = inputs(name, *size)
+        expected = outputs(graph, batch)
+        with torch.no_grad():
+            with torch.jit.optimized_execution(False):
+                exact = script(**batch)
+            # TorchScript's run-time optimiser forms some products in another order, from the second call on.
+            optimised = optimised_script(**batch)
+        assert list(exact) == list(expected)
+        assert all(torch.equal(exact[key], expected[key]) for key in exact)
+        assert all(torch.allclose(optimised[key], expected[key], rtol=0, atol=1e-5) for key in exact)
+
+
+@pytest.mark.parametrize("state", ["branched", "folded"])
+@pytest.mark.parametrize("name", NAMES)
+def test_onnxruntime_computes_what_the_graph_computes_at_other_sizes(name: str, state: str, tmp_path: Path) -> None:
+    graph = graphs(name)[state]
+    path = tmp_path / "model.onnx"
+    with unchanged(graph):
+        lora_fx.export.onnx(graph, path, verify=False)
+    onnx.checker.check_model(str(path), full_check=True)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for size in architectures.SIZES:
+        batch = inputs(name, *size)
+        expected = outputs(graph, batch)
+        found = session.run(list(expected), {key: tensor.numpy() for key, tensor in batch.items()})
+        for value, (key, tensor) in zip(found, expected.items(), strict=True):
+            difference = (torch.from_numpy(value) - tensor).abs().max() / tensor.abs().max()
+            assert difference < 2e-6, (size, key)
+    _check_names(onnx.load(path), graph, batch, list(expected))
+
+
+def _check_names(
+    model: onnx.ModelProto, graph: lora_fx.TracedGraphModule, batch: Mapping[str, torch.Tensor], names: list[str]
+) -> None:
+    """Inputs, outputs and axes are called as in the model, and every weight as in its state dict, whose values they have."""
+    axes = graph.meta["lora_fx"]["examples"].axes
+    for value in model.graph.input:
+        named = [dim.dim_param or None for dim in value.type.tensor_type.shape.dim]
+        assert tuple(named) == axes[value.name]
+    assert {value.name for value in model.graph.input} == set(batch)
+    assert [value.name for value in model.graph.output] == names
+    assert all(value.type.tensor_type.shape.dim[0].dim_param == "batch" for value in model.graph.output)
+    state = dict(graph.named_parameters(remove_duplicate=False)) | dict(graph.named_buffers(remove_duplicate=False))
+    weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    assert weights.keys() <= state.keys()
+    assert all(torch.equal(torch.tensor(value), state[key]) for key, value in weights.items())
+    read = {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}
+    assert read == weights.keys()
+
+
+@pytest.mark.parametrize("state", ["branched", "folded"])
+@pytest.mark.parametrize("name", FEW)
+def test_a_pt2_computes_the_bits_of_its_graph_at_other_sizes(name: str, state: str, tmp_path: Path) -> None:
+    graph = graphs(name)[state]
+    with unchanged(graph):
+        lora_fx.export.pt2(graph, tmp_path / "model.pt2", verify=False)
+    module = torch.export.load(tmp_path / "model.pt2").module()
+    for size in architectures.SIZES:
+        batch = inputs(name, *size)
+        expected = outputs(graph, batch)
+        with torch.no_grad():
+            found = module(**batch)
+        assert list(found) == list(expected)
+        assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_a_branched_pt2_comes_back_as_a_graph_that_folds(tmp_path: Path) -> None:
+    lora_fx.export.pt2(graphs("bert")["branched"], tmp_path / "model.pt2", verify=False)
+    loaded = lora_fx.trace(torch.export.load(tmp_path / "model.pt2"), inference=True)
+    folded, expected = lora_fx.fold(loaded), graphs("bert")["folded"]
+    query = "encoder.layer.1.attention.self.query.weight"
+    assert torch.equal(folded.get_parameter(query), expected.get_parameter(query))
+    assert not any("lora_" in key for key in folded.state_dict())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folded_script_has_the_operators_of_the_untouched_model(name: str, tmp_path: Path) -> None:
+    kinds = {}
+    for state, graph in graphs(name).items():
+        lora_fx.export.torchscript(graph, tmp_path / f"{state}.pt", verify=False)
+        script = torch.jit.load(tmp_path / f"{state}.pt")
+        kinds[state] = Counter(node.kind() for node in script.inlined_graph.nodes())
+    assert kinds["folded"] == kinds["base"] != kinds["branched"]
+    assert kinds["branched"]["aten::linear"] > kinds["base"]["aten::linear"]
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_folded_model_in_onnx_and_pt2_has_the_operators_of_the_untouched_model(name: str, tmp_path: Path) -> None:
+    operators, targets = {}, {}
+    for state in ("base", "folded"):
+        lora_fx.export.onnx(graphs(name)[state], tmp_path / f"{state}.onnx", verify=False)
+        operators[state] = Counter(node.op_type for node in onnx.load(tmp_path / f"{state}.onnx").graph.node)
+        lora_fx.export.pt2(graphs(name)[state], tmp_path / f"{state}.pt2", verify=False)
+        program = torch.export.load(tmp_path / f"{state}.pt2")
+        targets[state] = Counter(str(node.target) for node in program.graph.nodes if node.op == "call_function")
+    assert operators["folded"] == operators["base"]
+    assert targets["folded"] == targets["base"]
+    assert operators["base"]["MatMul"] + operators["base"]["Gemm"] > 10
+
+
+@pytest.mark.parametrize("write", ["torchscript", "onnx", "pt2"])
+def test_a_fused_graph_is_written_as_the_branched_one(write: str, tmp_path: Path) -> None:
+    """Names of values differ, so what they compute is compared: bit for bit, since the operators are the same."""
+    branched = graphs("llama")["branched"]
+    reports = [
+        getattr(lora_fx.export, write)(graph, tmp_path / f"{index}.pt2")
+        for index, graph in enumerate((branched, lora_fx.fuse(branched)))
+    ]
+    assert reports[0].outputs == reports[1].outputs == ("logits",)
+    assert reports[0].inputs == reports[1].inputs
+    batch = inputs("llama", 3, 11)
+    first, second = (load(write, report.path)(batch) for report in reports)
+    assert torch.equal(first["logits"], second["logits"])
+
+
+def load(write: str, path: Path) -> Any:
+    if write == "onnx":
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        names = [value.name for value in session.get_outputs()]
+        return lambda batch: {
+            name: torch.from_numpy(value)
+            for name, value in zip(names, session.run(None, {k: v.numpy() for k, v in batch.items()}), strict=True)
+        }
+    module: Any = torch.jit.load(path) if write == "torchscript" else torch.export.load(path).module()
+    return lambda batch: module(**batch)
