@@ -36,8 +36,9 @@ class InputCheck(nn.Module):
         self.name = name
         self.dtype = dtype
         self.dtype_name = str(dtype)
-        self.low = [low for low, _ in ranges]
-        self.high = [high for _, high in ranges]
+        self.rank = len(ranges)
+        self.low = [low for low, _ in ranges] or [0]  # TorchScript cannot tell what an empty list is of
+        self.high = [high for _, high in ranges] or [0]
 
     def forward(self, value: torch.Tensor) -> None:
         """Check ``value``, a tensor whose shape lies within the ranges."""
@@ -46,12 +47,13 @@ class InputCheck(nn.Module):
                 f"input '{self.name}' has dtype {value.dtype}, and the graph was traced with {self.dtype_name}. "
                 "Cast it, or trace again with example_inputs of this dtype."
             )
-        if value.dim() != len(self.low):
+        if value.dim() != self.rank:
             raise InputError(
-                f"input '{self.name}' has {value.dim()} dimensions, and the graph was traced with {len(self.low)}. "
+                f"input '{self.name}' has {value.dim()} dimensions, and the graph was traced with {self.rank}. "
                 "Reshape it, or trace again with example_inputs of this shape."
             )
-        for dim, (low, high) in enumerate(zip(self.low, self.high, strict=False)):  # TorchScript knows no strict=True
+        for dim in range(self.rank):
+            low, high = self.low[dim], self.high[dim]
             size = value.size(dim)
             if size < low or (high != -1 and size > high):
                 covered = f"{low} or more" if high == -1 else f"{low} to {high}" if low != high else f"{low} alone"
@@ -62,7 +64,11 @@ class InputCheck(nn.Module):
 
     def extra_repr(self) -> str:
         """Show what is checked where the module is printed."""
-        return f"{self.name}: {self.dtype_name}, {list(zip(self.low, self.high, strict=True))}"
+        return f"{self.name}: {self.dtype_name}, {list(_ranges(self))}"
+
+
+def _ranges(check: InputCheck) -> tuple[tuple[int, int], ...]:
+    return tuple(zip(check.low, check.high, strict=True))[: check.rank]
 
 
 class RelationCheck(nn.Module):
@@ -117,7 +123,7 @@ class Constraints:
                 if low == high:
                     bounds.append(f"{size} == {low}")
                     continue
-                bounds += [f"{size} >= {low}"] if low > 1 else []
+                bounds.append(f"{size} >= {low}")
                 bounds += [f"{size} <= {high}"] if high != UNBOUNDED else []
         return (*bounds, *self.relations)
 
@@ -159,7 +165,7 @@ def remove_checks(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Constrai
     for node in list(graph.nodes):
         check = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(check, InputCheck):
-            ranges[check.name] = tuple(zip(check.low, check.high, strict=True))
+            ranges[check.name] = _ranges(check)
             dtypes[check.name] = check.dtype
         elif isinstance(check, RelationCheck):
             relations.append(check.relation)

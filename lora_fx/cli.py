@@ -201,6 +201,10 @@ def export(
     """
     adapters = adapter or []
     strengths = _strengths(adapters, strength)
+    if branched and not adapters:
+        raise typer.BadParameter("--branched leaves adapters as branches, and there is none: name one by --adapter")
+    if format is ExportFormat.pt2 and out.suffix != ".pt2":
+        raise typer.BadParameter(f"{out}: torch.export loads files whose names end in .pt2")
 
     import torch
 

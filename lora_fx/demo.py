@@ -10,7 +10,7 @@ import hashlib
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
@@ -76,12 +76,16 @@ def demo(out: Path, console: Console, *, steps: int = STEPS) -> None:
     merged = recall_at_1(folded, tokenizer, corpus)
 
     with console.status("writing the folded model"):
-        directory, script, picture = out / "model", out / "model.torchscript.pt", out / "graph.svg"
+        directory, picture = out / "model", out / "graph.svg"
         huggingface.save_pretrained(model, folded, directory, overwrite=True)
         tokenizer.save_pretrained(directory)
-        export.torchscript(folded, script, overwrite=True)
+        files = {
+            "TorchScript": export.torchscript(folded, out / "model.torchscript.pt", overwrite=True).path,
+            "ONNX": export.onnx(folded, out / "model.onnx", overwrite=True).path,
+            "pt2": export.pt2(folded, out / "model.pt2", overwrite=True).path,
+        }
         draw(base, branched, picture, overwrite=True)
-        differences = compare(branched, folded, script, directory, tokenizer, corpus)
+        differences = compare(branched, folded, files, directory, tokenizer, corpus)
 
     table = Table(title="recall@1 on held-out paragraphs", title_justify="left")
     table.add_column("graph")
@@ -95,10 +99,8 @@ def demo(out: Path, console: Console, *, steps: int = STEPS) -> None:
     console.print(table)
     for name, value in differences.items():
         console.print(f"largest difference to the branched graph, {name}: {value:.2e}")
-    console.print(
-        f"transformers directory: {directory}\nTorchScript: {script}\npicture, before and after: {picture}",
-        soft_wrap=True,
-    )
+    written = {"transformers directory": directory, **files, "picture, before and after": picture}
+    console.print("\n".join(f"{name}: {path}" for name, path in written.items()), soft_wrap=True)
     console.print(f"{time.perf_counter() - started:.0f} s in all")
 
 
@@ -262,21 +264,26 @@ def _embed_all(graph_module: torch.nn.Module, tokenizer: Any, texts: Sequence[st
 def compare(
     branched: TracedGraphModule,
     folded: TracedGraphModule,
-    script: Path,
+    files: Mapping[str, Path],
     directory: Path,
     tokenizer: Any,
     corpus: Corpus,
 ) -> dict[str, float]:
     """Return the largest differences of the hidden states to those of the branched graph, as computed from what was written."""
+    import onnxruntime
     from transformers import AutoModel
 
     texts = [paragraphs[0] for paragraphs in corpus.held_out.values() if paragraphs][:8]
     batch = tokenize(tokenizer, texts)
+    session = onnxruntime.InferenceSession(str(files["ONNX"]), providers=["CPUExecutionProvider"])
+    arrays = {name: tensor.numpy() for name, tensor in batch.items()}
     with torch.no_grad():
         expected = branched(**batch).last_hidden_state
         results = {
             "folded graph": folded(**batch).last_hidden_state,
-            "TorchScript file": torch.jit.load(str(script))(**batch)["last_hidden_state"],
+            "TorchScript file": torch.jit.load(str(files["TorchScript"]))(**batch)["last_hidden_state"],
+            "ONNX file": torch.from_numpy(session.run(["last_hidden_state"], arrays)[0]),
+            "pt2 file": torch.export.load(files["pt2"]).module()(**batch)["last_hidden_state"],
             "transformers directory": AutoModel.from_pretrained(directory, local_files_only=True)
             .eval()(**batch)
             .last_hidden_state,

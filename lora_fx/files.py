@@ -86,7 +86,8 @@ def _exists(target: Path) -> str:
 
 def _unwritable(target: Path, error: OSError) -> str:
     advice = _ADVICE.get(error.errno or 0, "See to that, or write elsewhere.")
-    return f"cannot write {target}: {error.strerror or error}. {advice}"
+    where = f" ({error.filename})" if error.errno in (errno.EEXIST, errno.ENOTDIR) and error.filename else ""
+    return f"cannot write {target}: {error.strerror or error}{where}. {advice}"
 
 
 _ADVICE = {
@@ -180,7 +181,7 @@ def _moved_beside(written: Path, target: Path) -> Iterator[None]:
                 companion.replace(beside)
         yield
     except BaseException:
-        for path in new:
+        for path in new if written.exists() else ():  # and else it is in its place, with what belongs to it
             path.unlink(missing_ok=True)
         raise
 
@@ -222,7 +223,10 @@ def _flush_tree(directory: Path) -> None:
 def _flush_directory(directory: Path) -> None:
     if os.name != "posix":
         return
-    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except PermissionError:  # it may be written to, and not be read
+        return
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -234,7 +238,9 @@ def _flush_directory(directory: Path) -> None:
 
 @contextmanager
 def writable(path: Path) -> Iterator[IO[bytes]]:
-    """Open a new file for a library that turns the system's errors into its own: they are raised as they were.
+    """Open a new file for a library in another language, which an exception within a write would leave in disorder.
+
+    What stops a write, the system or the user, is kept; the library goes on, and it is raised when the block ends.
 
     Raises:
         OSError: something could not be written.
@@ -243,25 +249,24 @@ def writable(path: Path) -> Iterator[IO[bytes]]:
         try:
             yield file
         except Exception:
-            if file.error is not None:
-                raise file.error from None
+            if file.stopped is not None:
+                raise file.stopped from None
             raise
-        if file.error is not None:
-            raise file.error
+        if file.stopped is not None:
+            raise file.stopped
 
 
 class _Recording(io.FileIO):
-    """A file that writes all of what it is given, and remembers why it could not."""
+    """A file that writes all of what it is given, until something stops it."""
 
-    error: OSError | None = None
+    stopped: BaseException | None = None
 
     def write(self, data: Any, /) -> int:
         rest = memoryview(data).cast("B")
         size = rest.nbytes
         try:
-            while rest:
+            while rest and self.stopped is None:
                 rest = rest[super().write(rest) :]
-        except OSError as error:
-            self.error = error
-            raise
+        except BaseException as error:
+            self.stopped = error
         return size

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 
 from lora_fx.errors import LoraFxError
@@ -46,7 +45,13 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     if not (path / "config.json").is_file():
         raise LoraFxError(f"{path}: expected a directory with a config.json and safetensors files.")
     config = _read_config(path)
+    names = getattr(config, "architectures", None)
     model_class = _class_of(config) or transformers.AutoModel
+    if names and model_class is transformers.AutoModel:
+        raise LoraFxError(
+            f"{path}: config.json says architectures {names}, of which transformers {transformers.__version__} has no model; code that "
+            "comes with a model is not run. Name the class of transformers that was saved."
+        )
     options = {"trust_remote_code": False} if model_class is transformers.AutoModel else {}
     try:
         loaded, report = model_class.from_pretrained(
@@ -57,29 +62,54 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise LoraFxError(f"{path}: transformers {transformers.__version__} cannot load this model: {error}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
+    except Exception as error:  # the files are a stranger's, and transformers raises whatever it meets
         raise LoraFxError(
-            f"{path}: the files have no values for {', '.join(missing[:5])}{' and more' if len(missing) > 5 else ''}, which would "
-            f"be random. Let 'architectures' in config.json name the class that was saved; it says {config.architectures}."
+            f"{path}: transformers {transformers.__version__} cannot load this model: {type(error).__name__}: {error}"
+        ) from error
+    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing or (unused and not names):
+        problem = (
+            f"no values for {_some(missing)}, which would be random"
+            if missing
+            else f"values for {_some(unused)}, which would be lost"
+        )
+        raise LoraFxError(
+            f"{path}: the files have {problem}. Let 'architectures' in config.json name the class that was saved; it says {names}."
         )
     assert isinstance(loaded, nn.Module)
     return loaded.eval()
 
 
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:5])}{' and more' if len(names) > 5 else ''}"
+
+
 def _read_config(path: Path) -> Any:
     try:
-        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the file is a stranger's, and transformers raises whatever it meets
         raise LoraFxError(
             f"{path}: transformers {transformers.__version__} cannot read this config: {error}"
         ) from error
+    _check_kernels(config, path)
+    return config
+
+
+def _check_kernels(config: Any, path: Path) -> None:
+    """Refuse a config that names an implementation on a hub, which transformers would download and run."""
+    for key, value in vars(config).items():
+        if isinstance(value, transformers.PreTrainedConfig):
+            _check_kernels(value, path)
+        elif "implementation" in key and "/" in str(value):
+            raise LoraFxError(
+                f"{path}: the config asks for the code {value!r} ({key.strip('_')}), and code that comes with a model is not run. "
+                "Remove that key, or name sdpa or eager."
+            )
 
 
 def _class_of(config: Any) -> Any:
-    names = getattr(config, "architectures", None) or []
+    names = getattr(config, "architectures", None)
+    names = names if isinstance(names, list | tuple) else []
     return next((getattr(transformers, name) for name in names if _is_model(name)), None)
 
 
@@ -87,7 +117,7 @@ def _build(config: Any, path: Path) -> nn.Module:
     model_class = _class_of(config)
     try:
         made = transformers.AutoModel.from_config(config) if model_class is None else model_class(config)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:
         raise LoraFxError(f"{path}: a model cannot be made of this config: {error}") from error
     assert isinstance(made, nn.Module)
     return made

@@ -46,8 +46,10 @@ def test_the_whole_path_runs_on_the_pretrained_model(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "all-MiniLM-L6-v2, pretrained" in result.output
     assert "trainable params: 73728 ||" in result.output
-    assert "largest difference to the branched graph, TorchScript file: " in result.output
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model", "model.torchscript.pt", "graph.svg"}
+    for written in ("TorchScript file", "ONNX file", "pt2 file", "transformers directory"):
+        assert f"largest difference to the branched graph, {written}: " in result.output
+    written = {"model", "model.torchscript.pt", "model.onnx", "model.pt2", "graph.svg"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == written
 
 
 @pytest.mark.slow

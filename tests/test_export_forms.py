@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,135 @@ def test_a_failing_check_of_onnx_says_what_the_trace_holds_for(tmp_path: Path) -
         Exception, match=re.escape("the trace holds for x.size(0) >= 2; trace again with example_inputs")
     ):
         run(x=torch.ones(1, 6))
+
+
+class Attention(nn.Module):
+    """Four heads of queries over two of keys, which are 5 wide, or as many."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if self.kind == "causal":
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) + mask.sum()
+        if self.kind == "none":
+            return F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True) + mask.sum()
+        chosen = mask[:, None] > 0
+        if self.kind == "float":
+            chosen = torch.where(chosen, mask[:, None], -torch.inf)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=chosen, enable_gqa=True)
+
+
+@pytest.mark.parametrize("kind", ["causal", "none", "bool", "float"])
+@EACH
+def test_attention_is_zero_where_all_is_masked(write: str, kind: str, tmp_path: Path) -> None:
+    def batch(rows: int, length: int, source: int) -> dict[str, torch.Tensor]:
+        return {
+            "q": torch.randn(rows, 4, length, 6),
+            "k": torch.randn(rows, 2, source, 6),
+            "v": torch.randn(rows, 2, source, 5),
+            "mask": torch.randn(rows, length, source),
+        }
+
+    dynamic = {"q": (0, 2), "k": (0, 2), "v": (0, 2), "mask": (0, 1, 2)}
+    graph = lora_fx.trace(Attention(kind), batch(3, 7, 5), inference=True, dynamic=dynamic)
+    _, run = export(write, graph, tmp_path)
+    inputs = batch(2, 9, 4)
+    inputs["mask"][0, 2] = inputs["mask"][1, :5, :] = -1.0
+    expected = graph(**inputs)
+    assert torch.allclose(run(**inputs)["output"], expected, rtol=0, atol=2e-6)
+    if kind in ("bool", "float"):
+        assert not expected[0, :, 2].any()
+        assert expected[0, :, 1].all()
+
+
+class Scaled(nn.Module):
+    def forward(self, scale: torch.Tensor, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"scaled": x * scale, "sum": x.sum()}
+
+
+@EACH
+def test_inputs_and_outputs_may_be_without_dimensions(write: str, tmp_path: Path) -> None:
+    graph = lora_fx.trace(Scaled(), (torch.tensor(3.0), torch.randn(2, 7)), inference=True)
+    _, run = export(write, graph, tmp_path)
+    x = torch.randn(3, 5)
+    found = run(scale=torch.tensor(2.0), x=x)
+    assert torch.equal(found["scaled"], x * 2)
+    assert torch.allclose(found["sum"], x.sum())
+    assert found["sum"].shape == ()
+
+
+@EACH
+def test_empty_inputs_and_other_dtypes_are_refused_as_by_the_graph(write: str, tmp_path: Path) -> None:
+    graph = lora_fx.trace(Scaled(), (torch.tensor(3.0), torch.randn(2, 7)), inference=True)
+    _, run = export(write, graph, tmp_path)
+    for x in (torch.randn(0, 5), torch.randn(2, 5).double(), torch.ones(2, 5, dtype=torch.int64), torch.randn(2, 5, 1)):
+        with pytest.raises(Exception, match=r".") as caught:
+            run(scale=torch.tensor(2.0), x=x)
+        assert not isinstance(caught.value, IndexError | TypeError)
+
+
+@EACH
+def test_examples_of_size_1_do_not_fix_it(write: str, tmp_path: Path) -> None:
+    graph = lora_fx.trace(Linear(), (torch.randn(3, 5),), inference=True)
+    _, run = export(write, graph, tmp_path, example_inputs={"x": torch.randn(1, 5)})
+    for rows in (1, 2, 6):
+        x = torch.randn(rows, 5)
+        assert torch.allclose(run(x=x)["output"], graph(x), rtol=0, atol=1e-6)
+
+
+@EACH
+def test_nodes_that_a_user_added_are_exported_too(write: str, tmp_path: Path) -> None:
+    graph = lora_fx.trace(Linear(), (torch.randn(3, 5),), inference=True)
+    output = graph.graph.output_node()
+    (result,) = output.args[0]
+    with graph.graph.inserting_before(output):
+        doubled = graph.graph.call_method("mul", (graph.graph.call_function(torch.add, (result, 1.0)), 2.0))
+    output.args = ((doubled,),)
+    graph.recompile()
+    _, run = export(write, graph, tmp_path)
+    x = torch.randn(2, 5)
+    assert torch.allclose(
+        run(x=x)["output"], (F.linear(x, graph.proj.weight, graph.proj.bias) + 1) * 2, rtol=0, atol=1e-5
+    )
+
+
+@EACH
+def test_a_graph_without_its_input_checks_is_refused(write: str, tmp_path: Path) -> None:
+    graph = lora_fx.trace(Linear(), (torch.randn(3, 5),), inference=True)
+    for node in graph.graph.find_nodes(op="call_module", target="input_checks.input_0"):
+        graph.graph.erase_node(node)
+    graph.recompile()
+    with pytest.raises(lora_fx.ExportError, match="no input check of 'x' any more"):
+        export(write, graph, tmp_path)
+
+
+@EACH
+def test_what_is_on_around_an_export_is_not_in_it(write: str, tmp_path: Path) -> None:
+    graph = lora_fx.trace(Linear(), (torch.randn(3, 5),), inference=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad():
+        _, run = export(write, graph, tmp_path)
+    x = torch.randn(2, 5)
+    assert torch.allclose(run(x=x)["output"], graph(x), rtol=0, atol=1e-6)
+    with torch.device("meta"), pytest.raises(lora_fx.ExportError, match="Leave that block"):
+        export(write, graph, tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [-1.0, float("nan"), float("inf")])
+@EACH
+def test_a_tolerance_is_a_number(write: str, wrong: float, tmp_path: Path) -> None:
+    graph = lora_fx.trace(Linear(), (torch.randn(3, 5),), inference=True)
+    with pytest.raises(lora_fx.ExportError, match="a number of 0 or more is expected"):
+        export(write, graph, tmp_path, tolerance=wrong)
+
+
+@EACH
+def test_graphs_are_exported_from_several_threads(write: str, tmp_path: Path) -> None:
+    graph = lora_fx.trace(Linear(), (torch.randn(3, 5),), inference=True)
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(getattr(lora_fx.export, write), graph, tmp_path / f"{n}.pt2") for n in range(3)]
+    assert [job.result().largest < 1e-6 for job in jobs] == [True] * 3
 
 
 class Counts(nn.Module):
@@ -322,7 +452,9 @@ def test_example_inputs_take_the_place_of_those_of_the_trace(write: str, tmp_pat
         ({"y": torch.randn(8, 5)}, "no example values for 'x'"),
         ({"x": torch.randn(8, 5), "y": torch.randn(1)}, "example_inputs have, and the graph does not take, 'y'"),
         ({"x": torch.randn(8, 6)}, r"the example for 'x' is torch\.float32 of shape \(8, 6\)"),
-        ({"x": torch.randn(8, 5).double()}, r"the example for 'x' is torch\.float64"),
+        ({"x": torch.randn(8, 5).double()}, r"the example for 'x' is torch\.float64 .* in torch\.float32"),
+        ({"x": [1.0]}, "a mapping from x to tensors"),
+        ((torch.randn(8, 5),), "a mapping from x to tensors"),
     ):
         with pytest.raises(lora_fx.ExportError, match=said):
             export(write, graph, tmp_path, example_inputs=wrong)
@@ -366,7 +498,7 @@ lora_fx.export.{write}(graph, "model.pt2")
 
 
 @EACH
-def test_random_operators_are_found_not_to_be_repeatable(write: str, tmp_path: Path) -> None:
+def test_a_graph_that_draws_random_numbers_cannot_be_compared(write: str, tmp_path: Path) -> None:
     class Noisy(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + torch.rand_like(x)
@@ -374,9 +506,8 @@ def test_random_operators_are_found_not_to_be_repeatable(write: str, tmp_path: P
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         graph = lora_fx.trace(Noisy(), (torch.randn(3, 5),), inference=True)
-    with pytest.raises(lora_fx.VerifyError, match="departs from the graph at batch 3") as caught:
+    with pytest.raises(lora_fx.VerifyError, match=r"by aten\.rand_like\.default, at .*rand_like\(x\).*verify=False"):
         export(write, graph, tmp_path)
-    assert caught.value.node == "output"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import Protocol
 
 import torch
 from tqdm.auto import tqdm
 
-from lora_fx.errors import LoraFxError
-from lora_fx.export._comparing import Comparison, Loaded, compare
+from lora_fx.errors import ExportError, LoraFxError
+from lora_fx.export._comparing import Comparison, Loaded, check_tolerance, compare
 from lora_fx.export._exportable import Exportable, prepare
 from lora_fx.files import check_free, replacing
 from lora_fx.graph_module import TracedGraphModule
@@ -33,8 +34,8 @@ class Format(Protocol):
 Step = Callable[[str], None]
 """Tells what an export is about to do."""
 
-STEPS = 6
-"""About how many steps an export has; the bar shows that it goes on."""
+STEPS = 7
+"""So many steps an export has at most."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,14 @@ def deliver(
     """
     path = Path(path)
     check_free(path, overwrite=overwrite)
-    with _progress(format.name) as step:
+    if path.is_dir():
+        raise LoraFxError(f"{path} is a directory, and {format.name} is written to a file. Choose another name.")
+    check_tolerance(tolerance)
+    if torch.get_default_device().type == "meta":
+        raise ExportError(
+            "inside of torch.device('meta') nothing can be computed, and so nothing exported. Leave that block."
+        )
+    with _ONE_AT_A_TIME, _own_precision(), _progress(format.name) as step:
         step("preparing")
         exportable = prepare(graph_module, example_inputs)
         with replacing(path, overwrite=overwrite) as beside, torch.no_grad():
@@ -103,6 +111,20 @@ def deliver(
                 comparisons = compare(exportable, format.load(beside), tolerance)
             step("moving into place")
     return Exported(path, format.name, sizes, _axes(exportable), exportable.outputs, comparisons)
+
+
+_ONE_AT_A_TIME = RLock()
+"""Torch's tracers keep their state in the process."""
+
+
+@contextmanager
+def _own_precision() -> Iterator[None]:
+    """Leave an autocast that is on around the export: what is written runs without."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _axes(exportable: Exportable) -> dict[str, tuple[str | int, ...]]:
@@ -126,5 +148,3 @@ def _progress(name: str) -> Iterator[Step]:
 
 
 _BAR = "{desc}: {bar:20} {elapsed} {postfix}"
-
-__all__ = ["Exported", "Format", "LoraFxError", "Step", "deliver"]

@@ -71,7 +71,10 @@ class Exportable:
         """Return what the graph, as it was given, computes."""
         in_order = [inputs[name] for name in self.inputs]
         results = fx.Interpreter(self.graph_module).run(*in_order, enable_io_processing=False)
-        return dict(zip(self.outputs, pytree.tree_leaves(results), strict=True))
+        tensors = dict(zip(self.outputs, pytree.tree_leaves(results), strict=True))
+        for name, value in tensors.items():
+            _check_tensor(name, value, "")
+        return tensors
 
 
 def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.Tensor] | None = None) -> Exportable:
@@ -100,6 +103,12 @@ def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.
     modules = state_of(lowered).modules
     constraints = remove_checks(copy_graph(lowered.graph)[0], modules)
     inputs = signature_of(lowered.graph).inputs
+    unchecked = [name for name in inputs if name not in constraints.ranges]
+    if unchecked:
+        raise ExportError(
+            f"the graph has no input check of {unchecked[0]!r} any more, and so nothing says for which sizes it holds. "
+            "Do not remove the nodes under 'input_checks' from a graph, or trace the model again."
+        )
     constraints = Constraints(
         {name: constraints.ranges[name] for name in inputs}, constraints.dtypes, constraints.relations
     )
@@ -168,7 +177,9 @@ def _name_inputs(graph: fx.Graph, names: Sequence[str]) -> None:
         node.target, node.type = name, torch.Tensor
 
 
-_NEEDED = frozenset({"self", "torch", "operator", "math", "device", "getattr", "min", "max", "inf", "nan", "NoneType"})
+_NEEDED = frozenset(
+    "_ self torch aten fx_pytree operator math device getattr min max inf nan NoneType".split()  # noqa: SIM905
+)
 
 
 def _name_outputs(graph: fx.Graph) -> tuple[str, ...]:
@@ -178,12 +189,8 @@ def _name_outputs(graph: fx.Graph) -> tuple[str, ...]:
     names = _names(len(leaves), graph._codegen.pytree_info.out_spec)  # type: ignore[attr-defined]
     seen: set[fx.Node] = set()
     for name, node in zip(names, leaves, strict=True):
-        if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val", torch.empty(0)), torch.Tensor):
-            where = source_line(node) if isinstance(node, fx.Node) else ""
-            raise ExportError(
-                f"output {name!r} is not a tensor but {node}{where}, and what is exported returns a dictionary of tensors. "
-                "Trace a module that leaves it out."
-            )
+        computed = node.meta.get("val", _UNKNOWN) if isinstance(node, fx.Node) else node
+        _check_tensor(name, computed, source_line(node) if isinstance(node, fx.Node) else "")
     with graph.inserting_before(output):
         named: dict[str, fx.Node] = {}
         for name, node in zip(names, leaves, strict=True):
@@ -192,6 +199,17 @@ def _name_outputs(graph: fx.Graph) -> tuple[str, ...]:
             seen.add(node)
     output.args = (named,)
     return tuple(names)
+
+
+_UNKNOWN = torch.empty(0)
+
+
+def _check_tensor(name: str, value: object, where: str) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ExportError(
+            f"output {name!r} is not a tensor but {value}{where}, and what is exported returns a dictionary of tensors. "
+            "Trace a module that leaves it out."
+        )
 
 
 def _names(count: int, out_spec: pytree.TreeSpec) -> list[str]:
@@ -219,6 +237,10 @@ def _examples(
     graph_module: TracedGraphModule, constraints: Constraints, given: Mapping[str, torch.Tensor] | None
 ) -> Examples:
     found: Examples | None = graph_module.meta.get("lora_fx", {}).get("examples")
+    if given is not None and not (
+        isinstance(given, Mapping) and all(isinstance(value, torch.Tensor) for value in given.values())
+    ):
+        raise ExportError(f"example_inputs: a mapping from {', '.join(constraints.ranges)} to tensors is expected.")
     tensors = dict(given) if given is not None else dict(found.tensors) if found is not None else {}
     missing = [name for name in constraints.ranges if name not in tensors or tensors[name].is_meta]
     unknown = [name for name in tensors if name not in constraints.ranges]
@@ -244,5 +266,5 @@ def _check_example(name: str, tensor: torch.Tensor, ranges: Sequence[tuple[int, 
     if not fits or tensor.dtype is not dtype:
         raise ExportError(
             f"the example for {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}, which the graph does not take. "
-            "Pass example_inputs of sizes that it was traced for."
+            f"Pass example_inputs in {dtype} and of sizes that it was traced for."
         )

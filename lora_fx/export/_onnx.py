@@ -18,7 +18,7 @@ from lora_fx.export._comparing import Loaded
 from lora_fx.export._delivering import Exported, Step, deliver
 from lora_fx.export._exportable import Exportable
 from lora_fx.export._onnx_checks import add_checks
-from lora_fx.export._onnx_experts import grouped_mm
+from lora_fx.export._onnx_operators import attention, grouped_mm
 from lora_fx.export._operators import grouped_products
 from lora_fx.export._program import export_plain
 from lora_fx.exporting import quiet
@@ -64,6 +64,7 @@ def onnx(
     """
     for name in ("onnx", "onnx_ir", "onnxscript", *(["onnxruntime"] if verify else [])):
         _import(name)
+    former = _data_beside(Path(path))
     exported = deliver(
         _Onnx(),
         graph_module,
@@ -73,7 +74,7 @@ def onnx(
         tolerance=tolerance,
         example_inputs=example_inputs,
     )
-    _remove_other_data(exported)
+    _remove_unnamed(former, exported.path)
     return exported
 
 
@@ -105,7 +106,7 @@ class _Onnx:
         except Exception as error:
             raise ExportError(
                 f"onnxruntime {runtime.__version__} does not load what was written: {error} "
-                "Where another runtime is to run it: verify=False (--no-verify)."
+                "Its CPU kernels want float32 (--dtype float32); where another runtime is to run it: verify=False (--no-verify)."
             ) from error
         names = [output.name for output in session.get_outputs()]
 
@@ -134,7 +135,8 @@ def _check_names(exportable: Exportable) -> None:
 
 
 def _translate(exportable: Exportable, program: torch.export.ExportedProgram) -> Any:
-    table: dict[Any, Callable[..., Any]] = {node.target: grouped_mm for node in grouped_products(program.graph)}
+    table: dict[Any, Callable[..., Any]] = {torch.ops.aten.scaled_dot_product_attention.default: attention}
+    table |= {node.target: grouped_mm for node in grouped_products(program.graph)}
     try:
         with quiet():
             translated = torch.onnx.export(
@@ -161,7 +163,7 @@ def _reasons(error: BaseException | None) -> str:
     found: list[str] = []
     while error is not None:
         lines = [line.strip() for line in re.sub(r"\x1b\[[\d;]*m", "", str(error)).splitlines() if line.strip()]
-        if lines and not lines[0].startswith(("Failed to", "Error when translating")):
+        if lines and not lines[0].startswith(("Failed to", "Error when ", "Error calling ", "Error constructing ")):
             found.append(lines[0].rstrip("."))
         error = error.__cause__
     return ". ".join(dict.fromkeys(found)) + "."
@@ -245,14 +247,27 @@ def _digest(model: Any) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.graph.initializers.items()):
         digest.update(f"{name} {value.dtype} {value.shape}".encode())
-        digest.update(memoryview(value.const_value.numpy()).cast("B"))
+        digest.update(value.const_value.tobytes())
     return digest.hexdigest()[:8]
 
 
-def _remove_other_data(exported: Exported) -> None:
-    """Remove the weights of what stood at the path before."""
-    name = re.compile(rf"{re.escape(exported.path.name)}\.[0-9a-f]{{8}}\.data")
-    for file in exported.path.parent.iterdir():
-        if name.fullmatch(file.name) and file not in exported.files:
+def _data_beside(path: Path) -> set[Path]:
+    """Return the files of weights of models that were written to a path."""
+    name = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{8}}\.data")
+    with suppress(OSError):  # there is no such directory yet, or it may not be listed
+        return {file for file in path.parent.iterdir() if name.fullmatch(file.name)}
+    return set()
+
+
+def _remove_unnamed(files: set[Path], path: Path) -> None:
+    """Remove the files of weights that the model at a path does not name."""
+    if not files:
+        return
+    model = _import("onnx").load(str(path), format="protobuf", load_external_data=False)
+    named = {
+        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
+    for file in files:
+        if file.name not in named:
             with suppress(OSError):
                 file.unlink()

@@ -1,8 +1,8 @@
 """What a trace holds for, as nodes of an ONNX model, which has no assertions: an index that is out of range where it is not.
 
-    Shape(input) ─► … ─► Not ─► Cast ─► Gather([1], ·) ─► Expand(first input, ·)
+    Shape(input) ─► … ─► Not ─► Cast ─► Gather([1], ·) ─► Expand(input, ·)
 
-The gathered 1 is the shape that the first input is expanded to, which leaves it as it is; so nothing is computed where the
+The gathered 1 is the shape that an input is expanded to, which leaves it as it is; so nothing is computed where the
 check fails. The runtime's error names the node, and the name of the node says what the trace holds for.
 """
 
@@ -35,7 +35,7 @@ def add_checks(model: Any, constraints: Constraints) -> None:
         return
     import onnx_ir as ir
 
-    first = model.graph.inputs[0]
+    first = next(value for value in model.graph.inputs if len(value.shape))
     emitter = _Emitter(ir, {value.name: value for value in model.graph.inputs})
     shape = reduce(lambda a, b: emitter.op("Mul", [a, b]), [emitter.check(relation) for relation in conditions])
     checked = emitter.op("Expand", [first, shape])
@@ -68,8 +68,8 @@ class _Emitter:
         key = (kind, *map(id, inputs), name, *map(str, attributes.items()))
         if key not in self._made:
             number = len(self.nodes)
-            node = self._ir.node(kind, inputs, attributes=attributes, name=name or f"input_check_{number}")
-            node.outputs[0].name = f"input_check_value_{number}"
+            node = self._ir.node(kind, inputs, attributes=attributes, name=name or f"input_check.{number}")
+            node.outputs[0].name = f"input_check.value.{number}"
             self.nodes.append(node)
             self._made[key] = node.outputs[0]
         return self._made[key]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import fx
 
 from lora_fx.errors import ExportError, TraceError
 from lora_fx.export._exportable import Exportable, explain
+from lora_fx.export._trying import larger_examples
 from lora_fx.exporting import export
 from lora_fx.inputs import ExampleInputs
 from lora_fx.relations import as_guard
@@ -24,20 +24,23 @@ def export_plain(exportable: Exportable) -> torch.export.ExportedProgram:
     Raises:
         ExportError: torch.export refuses the graph.
     """
-    inputs = ExampleInputs(kwargs=exportable.examples.tensors)
+    inputs = ExampleInputs(kwargs=larger_examples(exportable))
     try:
         with _interpreted(exportable.plain):
             program = export(exportable.plain, inputs, exportable.dynamic, training=False)
     except TraceError as error:
         raise ExportError(f"torch.export does not take this graph: {error}{explain(exportable, str(error))}") from error
-    _check_same(exportable.plain.graph, program.graph)
-    # torch.export takes it for granted that no size is 0 or 1, and has guards that exclude more than the trace does, or less.
-    program._guards_code[:] = map(as_guard, exportable.constraints.conditions())
+    conditions = [as_guard(condition) for condition in exportable.constraints.conditions()]
+    if _same_operators(exportable.plain.graph, program.graph):
+        # Of sizes 0 and 1 torch.export takes for granted that they do not occur: its guards exclude more than the trace does.
+        program._guards_code.clear()
+    ranks = [f"len(L['{name}'].size()) == {len(ranges)}" for name, ranges in exportable.constraints.ranges.items()]
+    program._guards_code.extend([*ranks, *conditions])
     return program
 
 
-def _check_same(plain: fx.Graph, exported: fx.Graph) -> None:
-    """Raise :class:`ExportError` unless both call the same operators; one that a size decided on would need guards of its own."""
+def _same_operators(plain: fx.Graph, exported: fx.Graph) -> bool:
+    """Tell whether both call the same operators. If not, a size may have decided on one, and torch.export's guards hold."""
     mine, theirs = (
         [
             node.target
@@ -46,15 +49,11 @@ def _check_same(plain: fx.Graph, exported: fx.Graph) -> None:
         ]
         for graph in (plain, exported)
     )
-    for ours, found in zip_longest(mine, theirs):
-        if ours is not found:
-            raise ExportError(
-                f"torch.export made {found} of {ours} when it exported the graph once more: what it wrote might hold for other sizes. "
-                "Export to TorchScript, and please report this with the model."
-            )
+    return mine == theirs
 
 
-_BESIDE_VALUES = (torch.ops.aten.sym_size.int, torch.ops.aten._assert_tensor_metadata.default)
+aten = torch.ops.aten
+_BESIDE_VALUES = (aten.sym_size.int, aten._assert_tensor_metadata.default, aten._assert_scalar.default)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from lora_fx.export._delivering import Exported, Step, deliver
 from lora_fx.export._exportable import Exportable
 from lora_fx.export._operators import use_torch_alone
 from lora_fx.export._program import export_plain
+from lora_fx.exporting import quiet
 from lora_fx.files import writable
 from lora_fx.graph_module import TracedGraphModule
 
@@ -69,8 +70,9 @@ class _Pt2:
         step("exporting")
         program = export_plain(exportable)
         use_torch_alone(program.graph)  # of which torch.export has no fake in single precision
+        _check_dtypes(program, exportable)
         step("writing")
-        with writable(path) as file:
+        with writable(path) as file, quiet():
             torch.export.save(program, file)
 
     def load(self, path: Path) -> Loaded:
@@ -82,3 +84,14 @@ class _Pt2:
             return found
 
         return run
+
+
+def _check_dtypes(program: torch.export.ExportedProgram, exportable: Exportable) -> None:
+    """Insert torch.export's own assertions on dtypes (in place): its guards speak of sizes alone."""
+    graph = program.graph
+    inputs = [node for node in graph.find_nodes(op="placeholder") if str(node.target) in exportable.constraints.dtypes]
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        for node in inputs:
+            dtype = exportable.constraints.dtypes[str(node.target)]
+            check = graph.call_function(torch.ops.aten._assert_tensor_metadata.default, (node,), {"dtype": dtype})
+            check.meta = {"val": None}

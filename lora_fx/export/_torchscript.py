@@ -71,11 +71,16 @@ def _not(value: bool) -> bool:
     return not value
 
 
+def _choose(condition: bool, yes: int, no: int) -> int:
+    return yes if condition else no
+
+
 _COUNTERPARTS: Mapping[object, Callable[..., Any]] = {
     torch.ops.aten.sym_size.int: torch.ops.aten.size,
     torch.sym_min: min,
     torch.sym_max: max,
     torch.sym_not: _not,
+    torch.sym_ite: _choose,
 }
 
 

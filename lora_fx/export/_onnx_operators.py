@@ -1,0 +1,109 @@
+"""Operators that are translated to ONNX here: torch.onnx does not have them, or translates them into something else."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Translate ``aten.scaled_dot_product_attention``: ``softmax(scale · Q Kᵀ + mask) V``, and 0 in rows that are masked out.
+
+    torch.onnx masks by the smallest finite number, which leaves the mean of V in such a row: of a batch whose padding is a
+    whole window, or on the left of a causal model.
+
+    Args:
+        query: ``(…, heads, length, width)``.
+        key: ``(…, heads, source, width)``.
+        value: ``(…, heads, source, width of values)``.
+        attn_mask: boolean or real, broadcast to ``(…, heads, length, source)``.
+        dropout_p: 0 in evaluation.
+        is_causal: mask what comes behind a position; then there is no ``attn_mask``.
+        scale: by default ``1 / √width``.
+        enable_gqa: whether key and value may have fewer heads, each for a group of queries.
+    """
+    op: Any = importlib.import_module("onnxscript").opset18
+    ir: Any = importlib.import_module("onnx_ir")
+    if dropout_p:
+        raise ValueError("attention drops at random in evaluation.")
+
+    def number(constant: float) -> Any:
+        return op.Constant(value=ir.tensor(constant, dtype=query.dtype))
+
+    rank = len(query.shape)
+    if enable_gqa and query.shape[-3] != key.shape[-3]:
+        if not isinstance(query.shape[-3], int) or not isinstance(key.shape[-3], int):
+            raise ValueError("the numbers of heads vary: trace with dynamic= that leaves them out.")
+        key, value = (_repeated(op, each, query.shape[-3] // key.shape[-3]) for each in (key, value))
+    transposed = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
+    width = query.shape[-1]
+    if scale is not None or isinstance(width, int):
+        factor = number(1 / math.sqrt(width) if scale is None else scale)
+    else:
+        factor = op.Reciprocal(op.Sqrt(op.CastLike(op.Shape(query, start=rank - 1, end=rank), query)))
+    scaled = op.Mul(query, factor)
+    scores = op.MatMul(scaled, transposed)
+    if is_causal:
+        ends = [op.Shape(each, start=rank - 2, end=rank - 1) for each in (query, key)]
+        ones = op.Expand(op.Constant(value=ir.tensor([[1]])), op.Concat(*ends, axis=0))
+        attn_mask = op.Cast(op.Trilu(ones, upper=0), to=ir.DataType.BOOL)
+    if attn_mask is None:
+        return op.MatMul(op.Softmax(scores, axis=-1), value)
+    infinite = number(-math.inf)
+    masked = (
+        op.Where(attn_mask, scores, infinite)
+        if is_causal or attn_mask.dtype == ir.DataType.BOOL
+        else op.Add(scores, attn_mask)
+    )
+    highest = op.ReduceMax(masked, op.Constant(value_ints=[-1]), keepdims=1)
+    weights = op.Where(op.Equal(highest, infinite), number(0.0), op.Softmax(masked, axis=-1))
+    return op.MatMul(weights, value)
+
+
+def _repeated(op: Any, tensor: Any, times: int) -> Any:
+    """Return ``(batch, heads, …)`` with each head so many times, beside itself."""
+    _, heads, _, width = tensor.shape
+    wide = op.Expand(op.Unsqueeze(tensor, op.Constant(value_ints=[2])), op.Constant(value_ints=[1, 1, times, 1, 1]))
+    return op.Reshape(wide, op.Constant(value_ints=[0, heads * times, -1, width]))
+
+
+def grouped_mm(x: Any, stacked: Any, offsets: Any, bias: Any = None, out_dtype: Any = None) -> Any:
+    """Translate ``aten._grouped_mm``: rows ``offsets[i - 1]`` to ``offsets[i]`` are multiplied with expert ``i``.
+
+    The weight is split once, where a gather by row would copy one weight per token. Rows behind the last offset are zero.
+
+    Args:
+        x: ``(rows, in)``, sorted by expert.
+        stacked: ``(experts, in, out)``.
+        offsets: ``(experts,)``, where the rows of each expert end.
+        bias: is not given.
+        out_dtype: is not given.
+    """
+    op: Any = importlib.import_module("onnxscript").opset18
+    ir: Any = importlib.import_module("onnx_ir")
+    if bias is not None or out_dtype is not None or len(x.shape) != 2 or len(stacked.shape) != 3:
+        raise ValueError("rows of one matrix and a stack of weights are expected, and nothing else.")
+    experts, _, width = stacked.shape
+    zero, one = op.Constant(value_ints=[0]), op.Constant(value_ints=[1])
+    weights = op.Split(stacked, num_outputs=experts, axis=0)
+    ends = op.Split(op.Cast(offsets, to=ir.DataType.INT64), num_outputs=experts, axis=0)
+    products = []
+    start = zero
+    for weight, end in zip(weights, ends, strict=True):
+        products.append(op.MatMul(op.Slice(x, start, end, zero, one), op.Squeeze(weight, zero)))
+        start = end
+    rest = op.Sub(op.Shape(x, start=0, end=1), start)
+    zeros = op.Expand(
+        op.Constant(value=ir.tensor(0.0, dtype=x.dtype)), op.Concat(rest, op.Constant(value_ints=[int(width)]), axis=0)
+    )
+    return op.Concat(*products, zeros, axis=0)

@@ -1,0 +1,146 @@
+"""Inputs that what was written is tried on: the examples of the trace, and others of other sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice, product
+
+import torch
+
+from lora_fx.errors import ExportError, InputError
+from lora_fx.examples import Dimension, cut_or_repeated, other_values
+from lora_fx.export._exportable import Exportable
+from lora_fx.relations import UNBOUNDED, holds
+
+Sizes = Mapping[str, int]
+"""The size of each axis that varies, by name."""
+
+DISTANCES = (4, 3, 2, 1, -1, 0)
+"""How far from that of the trace a size is tried, the best first."""
+
+MOST = 10_000
+"""So many combinations of them are looked at."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Inputs, and what the graph computes of them."""
+
+    sizes: Sizes
+    inputs: Mapping[str, torch.Tensor]
+    expected: Mapping[str, torch.Tensor]
+
+
+def trials(exportable: Exportable) -> Iterator[Trial]:
+    """Yield the examples, inputs of other sizes along every axis, and of size 1 along each and along all.
+
+    Where a mask is all ones, the inputs of other sizes have rows in which it is not.
+    """
+    axes = _Axes(exportable)
+    yield Trial(axes.traced, exportable.examples.tensors, exportable.run(exportable.examples.tensors))
+    others = axes.others()
+    wanted = [] if others is None else [others]
+    wanted += [{**axes.traced, axis: 1} for axis in axes.traced]
+    wanted += [dict.fromkeys(axes.traced, 1)]
+    tried = [axes.traced]
+    for sizes in wanted:
+        if sizes in tried or not axes.cover(sizes):
+            continue
+        tried.append(sizes)
+        for inputs in axes.made(sizes, masked=sizes is others):
+            expected = _answer(exportable, inputs)
+            if expected is not None:
+                yield Trial(sizes, inputs, expected)
+                break
+
+
+def larger_examples(exportable: Exportable) -> Mapping[str, torch.Tensor]:
+    """Return the examples; where an axis that varies has size 1, which torch.export takes for a constant, others."""
+    axes = _Axes(exportable)
+    if 1 not in axes.traced.values():
+        return exportable.examples.tensors
+    others = axes.others(least=2)
+    if others is None:
+        raise ExportError(
+            f"the examples have size 1 along an axis that varies ({', '.join(axes.traced)}). Pass example_inputs of 2 or more."
+        )
+    return axes.resized(others, cut_or_repeated)
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """The axes of a graph that vary, and inputs of any sizes along them."""
+
+    exportable: Exportable
+
+    @cached_property
+    def dimensions(self) -> Mapping[str, set[Dimension]]:
+        dynamic = self.exportable.dynamic
+        return self.exportable.examples.together((name, dim) for name, dims in dynamic.items() for dim in dims)
+
+    @cached_property
+    def traced(self) -> Sizes:
+        tensors = self.exportable.examples.tensors
+        return {axis: tensors[name].size(dim) for axis, group in self.dimensions.items() for name, dim in [min(group)]}
+
+    def others(self, least: int = 1) -> Sizes | None:
+        """Return sizes, as far as possible from those of the trace, that it covers."""
+        candidates = [[size + step for step in DISTANCES if size + step >= least] for size in self.traced.values()]
+        for sizes in islice(product(*candidates), MOST):
+            chosen = dict(zip(self.traced, sizes, strict=True))
+            if chosen != self.traced and self.cover(chosen):
+                return chosen
+        return None
+
+    def cover(self, sizes: Sizes) -> bool:
+        """Tell whether the trace holds for these sizes."""
+        tensors, constraints = self.exportable.examples.tensors, self.exportable.constraints
+        every = {(name, dim): size for name, tensor in tensors.items() for dim, size in enumerate(tensor.shape)}
+        every |= self._by_dimension(sizes)
+        within = all(
+            low <= every[name, dim] and (high == UNBOUNDED or every[name, dim] <= high)
+            for name, ranges in constraints.ranges.items()
+            for dim, (low, high) in enumerate(ranges)
+        )
+        return within and all(holds(relation, every) for relation in constraints.relations)
+
+    def made(self, sizes: Sizes, *, masked: bool) -> Iterator[Mapping[str, torch.Tensor]]:
+        """Yield inputs of these sizes with other values than the examples have, and, for a model that takes none, with theirs."""
+        other = self.resized(sizes, other_values)
+        if masked:
+            yield {name: _masked(tensor) for name, tensor in other.items()}
+        yield other
+        yield self.resized(sizes, cut_or_repeated)
+
+    def resized(
+        self, sizes: Sizes, values: Callable[[torch.Tensor, torch.Size], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Return inputs of these sizes."""
+        by_dimension = self._by_dimension(sizes)
+        return {
+            name: values(tensor, torch.Size(by_dimension.get((name, d), size) for d, size in enumerate(tensor.shape)))
+            for name, tensor in self.exportable.examples.tensors.items()
+        }
+
+    def _by_dimension(self, sizes: Sizes) -> dict[Dimension, int]:
+        return {dimension: sizes[axis] for axis, group in self.dimensions.items() for dimension in group}
+
+
+def _masked(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a mask of ones with a first row of zeros, and a second that begins with zeros; another tensor as it is."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dim() < 2 or not bool((tensor == 1).all()):
+        return tensor
+    masked = tensor.clone()
+    masked[0] = 0
+    masked[1:2, : tensor.size(1) // 2] = 0
+    return masked
+
+
+def _answer(exportable: Exportable, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor] | None:
+    """Return what the graph computes of inputs that were made up, or None where it takes no such values."""
+    try:
+        return exportable.run(inputs)
+    except (InputError, RuntimeError, IndexError, ValueError):
+        return None

@@ -1,0 +1,109 @@
+"""``lora-fx export``: from a directory to a file, and directories of strangers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from architectures import build, inputs
+from conftest import set_factors
+from typer.testing import CliRunner
+
+import lora_fx
+from lora_fx.cli import app
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a model and an adapter of it."""
+    root = tmp_path_factory.mktemp("export")
+    model = build("llama")
+    model.save_pretrained(root / "base")
+    graph = lora_fx.rewrite(model, rules="llama", rank=4, alpha=6)
+    set_factors(graph)
+    lora_fx.save_adapter(graph, root / "adapter")
+    return root
+
+
+def export(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["export", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("format", ["torchscript", "onnx", "pt2"])
+def test_a_directory_is_exported_with_its_adapters_folded(base: Path, format: str, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "model.pt2"
+    adapter = ("--adapter", base / "adapter")
+    strengths = ("--strength", 0.5, "--strength", 0.25)
+    said = export(base / "base", out, "--format", format, *adapter, *adapter, *strengths)
+    assert "input_ids (batch, sequence), attention_mask (batch, sequence) → logits" in said
+    assert "largest difference to the graph: " in said
+    batch = inputs("llama", 3, 11)
+    graph = lora_fx.from_adapter(build("llama"), base / "adapter", "tuned")
+    expected = lora_fx.fold(graph, {"tuned": 0.75}).eval()(**batch).logits
+    if format == "onnx":
+        session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+        found = torch.from_numpy(session.run(None, {key: value.numpy() for key, value in batch.items()})[0])
+    else:
+        loaded: Any = torch.jit.load(out) if format == "torchscript" else torch.export.load(out).module()
+        found = loaded(**batch)["logits"]
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5)
+    assert "exists already" in export(base / "base", out, "--format", format, code=1)
+
+
+def test_branches_stay_where_they_are_asked_for(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.onnx"
+    export(base / "base", out, "-f", "onnx", "--adapter", base / "adapter", "--branched", "--no-verify")
+    names = [tensor.name for tensor in onnx.load(out).graph.initializer]
+    assert "model.layers.1.self_attn.q_proj.lora_A.adapter_0.weight" in names
+
+
+def test_an_export_of_something_else_is_told_apart(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.pt2"
+    assert "--branched leaves adapters" in export(base / "base", out, "-f", "pt2", "--branched", code=2)
+    assert "end in .pt2" in export(base / "base", tmp_path / "model.pt", "-f", "pt2", code=2)
+    assert "give one for each, or none" in export(base / "base", out, "-f", "pt2", "--strength", 1, code=2)
+    assert "a number of 0 or more" in export(base / "base", out, "-f", "pt2", "--tolerance", "nan", code=1)
+    assert "a config.json and safetensors files" in export(tmp_path, out, "-f", "pt2", code=1)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"architectures": ["EvilForCausalLM"]}, "says architectures ['EvilForCausalLM'], of which transformers"),
+        ({"architectures": 5}, "says architectures 5"),
+        ({"architectures": None}, "values for lm_head.weight, which would be lost"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "no values for score.weight, which would be random"),
+        ({"_attn_implementation": "someone/kernel"}, "asks for the code 'someone/kernel'"),
+        ({"attn_implementation": "someone/kernel"}, "asks for the code 'someone/kernel'"),
+        ({"num_attention_heads": 0}, "cannot"),
+        ({"hidden_size": "x"}, "cannot read this config"),
+        ({"vocab_size": 98}, "cannot load this model"),
+    ],
+    ids=lambda value: str(next(iter(value.items()))) if isinstance(value, dict) else "",
+)
+def test_a_config_that_does_not_fit_or_asks_for_code_is_refused(
+    base: Path, tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
+    directory = shutil.copytree(base / "base", tmp_path / "base")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **changed}))
+    assert said in export(directory, tmp_path / "model.onnx", "-f", "onnx", code=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_pickled_weights_are_not_read(base: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(base / "base", tmp_path / "base")
+    (directory / "model.safetensors").unlink()
+    torch.save(build("llama").state_dict(), directory / "pytorch_model.bin")
+    assert "cannot load this model" in export(directory, tmp_path / "model.onnx", "-f", "onnx", code=1)

@@ -1,0 +1,112 @@
+"""Export every small model of the tests to every format, and print what came of it as the README's tables.
+
+Each export is compared with its graph by the exporter itself, at the sizes of the trace, at others, and with each axis at 1.
+
+Example:  python tools/check_exports.py --write
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import track
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+FORMATS = {"TorchScript": "torchscript", "ONNX": "onnx", "pt2": "pt2"}
+STATES = ("branched", "folded")
+START, END = "<!-- made by tools/check_exports.py -->", "<!-- end -->"
+HEADER = (
+    "| model | " + " | ".join(f"{name}, {state}" for name in FORMATS for state in STATES) + " |",
+    "|---" * 7 + "|",
+)
+REFUSED = ("| model | format | reason |", "|---|---|---|")
+
+Row = tuple[str, list[str], list[str]]
+"""A model, a cell for each format and state, and what the formats did not take."""
+
+
+def check(name: str) -> Row:
+    """Export one model in every format and state."""
+    import architectures
+    import families
+    import torch
+    from conftest import set_factors
+
+    import lora_fx
+
+    torch.set_num_threads(1)
+    module = architectures if name in architectures.ARCHITECTURES else families
+    rules = (module.ARCHITECTURES if module is architectures else module.FAMILIES)[name].rules or "auto"
+    branched = lora_fx.rewrite(module.traced(name), rules=rules, rank=6, alpha=9)
+    set_factors(branched, scale=0.1)
+    graphs = {"branched": branched, "folded": lora_fx.fold(branched)}
+    cells, refused = [], []
+    with tempfile.TemporaryDirectory() as directory:
+        for shown, function in FORMATS.items():
+            for state in STATES:
+                try:
+                    exported = getattr(lora_fx.export, function)(
+                        graphs[state], Path(directory) / "model.pt2", overwrite=True
+                    )
+                    cells.append("bit-equal" if exported.largest == 0 else f"{exported.largest:.0e}")
+                except lora_fx.LoraFxError as error:
+                    cells.append("refused")
+                    reason = re.sub(r"at \S*/site-packages/", "at ", str(error)).replace("|", "\\|").replace("\n", " ")
+                    if state == STATES[0]:
+                        refused.append(f"| {name} | {shown} | {reason} |")
+    return name, cells, refused
+
+
+def names() -> tuple[list[str], list[str]]:
+    """Return the models of the mapping, with those that the README promises beside them, and all others."""
+    import architectures
+    import families
+
+    promised = [*architectures.ARCHITECTURES, "qwen3", "gemma3_text", "mixtral", "phi3", "whisper", "vit"]
+    return promised, [name for name in families.FAMILIES if name not in promised]
+
+
+def tables(rows: Iterable[Row], promised: Iterable[str]) -> str:
+    """Return the two tables: what was compared, and what a format does not take."""
+    promised = set(promised)
+    made = list(rows)
+    shown = [f"| {name} | {' | '.join(cells)} |" for name, cells, _ in made if name in promised]
+    refused = [line for _, _, lines in made for line in lines]
+    others = sum(name not in promised for name, _, _ in made)
+    between = f"\nOf {others} more models of the tests, these are the refusals; all else was written and compared:\n"
+    return "\n".join([*HEADER, *shown, between if others else "", *([*REFUSED, *refused] if refused or others else [])])
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help="Just these models. May be repeated.")] = None,
+    write: Annotated[bool, typer.Option("--write", help="Put the tables into README.md; else print them.")] = False,
+    jobs: Annotated[int, typer.Option(help="Number of processes.")] = os.cpu_count() or 1,
+) -> None:
+    """Export every small model of the tests to every format, and print what came of it."""
+    promised, others = names()
+    chosen = only or [*promised, *others]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        rows = list(track(pool.map(check, chosen), total=len(chosen), description="exporting"))
+    made = tables(rows, promised)
+    if not write:
+        typer.echo(made)
+        return
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    pattern = re.compile(rf"{re.escape(START)}\n.*?{re.escape(END)}", flags=re.DOTALL)
+    readme.write_text(pattern.sub(lambda _: f"{START}\n{made}\n{END}", text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
