@@ -262,11 +262,14 @@ class _Recording(io.FileIO):
     stopped: BaseException | None = None
 
     def write(self, data: Any, /) -> int:
-        rest = memoryview(data).cast("B")
-        size = rest.nbytes
         try:
-            while rest and self.stopped is None:
-                rest = rest[super().write(rest) :]
+            if self.stopped is None:
+                self.write_all(data)
         except BaseException as error:
             self.stopped = error
-        return size
+        return memoryview(data).nbytes
+
+    def write_all(self, data: Any) -> None:
+        rest = memoryview(data).cast("B")
+        while rest:
+            rest = rest[super().write(rest) :]

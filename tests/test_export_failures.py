@@ -164,7 +164,11 @@ def test_a_file_in_place_of_the_directory_is_told_before_the_graph_is_written(
     path = tmp_path / "file" / f"{between}{NAMES[format]}"
     with nothing_costly(), pytest.raises(lora_fx.LoraFxError) as caught:
         export(format, heads(), path)
-    said = "Not a directory. Choose another name." if between else "File exists. See to that, or write elsewhere."
+    said = (
+        f"Not a directory ({path.parent}). Choose another name."
+        if between
+        else f"File exists ({path.parent}). See to that, or write elsewhere."
+    )
     assert str(caught.value) == f"cannot write {path}: {said}"
     assert content(tmp_path) == {"file": b"old"}
 
@@ -311,24 +315,24 @@ def at(kind: str, moment: str, blow: Callable[[], None]) -> Any:
 
         return both
 
-    def half(file: Any, data: Any) -> int:
+    def half(file: Any, data: Any) -> None:
         rest = memoryview(data).cast("B")
         if next(writes) == (17 if kind == "pt2" else 0):  # pt2 is written in many pieces
             rest = rest[: rest.nbytes // 2]
             io.FileIO.write(file, rest)
             blow()
             pytest.fail("it went on")
-        return write(file, rest)
+        write(file, rest)
 
     def half_of_the_weights(model: Any, path: str, *, format: str, external_data: str) -> None:
         saved(model, path, format=format, external_data=external_data)
         os.truncate(Path(path).with_name(external_data), 1_000)
         blow()
 
-    format, saved, write, writes = kind.split()[0], onnx_ir.save, files._Recording.write, itertools.count()
+    format, saved, write, writes = kind.split()[0], onnx_ir.save, files._Recording.write_all, itertools.count()
     owner, name, function = {
         "exporting": (torch.jit, "script", instead) if format == "torchscript" else (torch.export, "export", instead),
-        "writing": (onnx_ir, "save", half_of_the_weights) if kind == PAIR else (files._Recording, "write", half),
+        "writing": (onnx_ir, "save", half_of_the_weights) if kind == PAIR else (files._Recording, "write_all", half),
         "loading": {
             "torchscript": (torch.jit, "load", instead),
             "onnx": (onnxruntime, "InferenceSession", instead),
@@ -337,7 +341,7 @@ def at(kind: str, moment: str, blow: Callable[[], None]) -> Any:
         "comparing": (_comparing, "_relative", instead),
         "moving": (files, "_move", instead),
         "moved": (files, "_move", after(files._move)),
-        "cleaning up": (_onnx, "_remove_other_data", instead),
+        "cleaning up": (_onnx, "_remove_unnamed", instead),
     }[moment]
     return mock.patch.object(owner, name, function)
 
@@ -531,14 +535,14 @@ def test_a_last_move_that_fails_leaves_both_old_files_and_no_new_one(tmp_path: P
 
 def test_an_export_does_not_remove_the_weights_of_another_that_came_after_it(tmp_path: Path) -> None:
     """Of two processes that export to one path, as of any two writers, the last wins; what it wrote is whole."""
-    path, cleaned = tmp_path / "model.onnx", _onnx._remove_other_data
+    path, cleaned = tmp_path / "model.onnx", _onnx._remove_unnamed
 
-    def another_first(exported: lora_fx.export.Exported) -> None:
-        with mock.patch.object(_onnx, "_remove_other_data", cleaned):
+    def another_first(former: set[Path], exported: Path) -> None:
+        with mock.patch.object(_onnx, "_remove_unnamed", cleaned):
             export(PAIR, heads(1), path, overwrite=True)
-        cleaned(exported)
+        cleaned(former, exported)
 
-    with mock.patch.object(_onnx, "_remove_other_data", another_first):
+    with mock.patch.object(_onnx, "_remove_unnamed", another_first):
         export(PAIR, heads(), path)
     assert data_of(path).exists()
     assert computes(PAIR, path, heads(1))

@@ -271,6 +271,21 @@ def test_graphs_are_exported_from_several_threads(write: str, tmp_path: Path) ->
     assert [job.result().largest < 1e-6 for job in jobs] == [True] * 3
 
 
+class Divided(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"quotient": x // y, "rest": x % y, "again": x % y}
+
+
+@EACH
+def test_results_of_which_one_is_part_of_another_are_all_there(write: str, tmp_path: Path) -> None:
+    x, y = torch.arange(-6, 6).view(3, 4), torch.tensor([[2, -3, 4, 5]]).expand(3, 4).contiguous()
+    _, run = export(write, lora_fx.trace(Divided(), (x, y), inference=True), tmp_path)
+    found = run(x=x[:2], y=y[:2])
+    assert torch.equal(found["quotient"], x[:2] // y[:2])
+    assert torch.equal(found["rest"], x[:2] % y[:2])
+    assert torch.equal(found["again"], x[:2] % y[:2])
+
+
 class Counts(nn.Module):
     def forward(self, x: torch.Tensor) -> dict[str, Any]:
         return {"doubled": x * 2, "length": x.size(1)}

@@ -95,6 +95,20 @@ def test_onnxruntime_computes_what_the_graph_computes_at_other_sizes(name: str, 
     _check_names(onnx.load(path), graph, batch, list(expected))
 
 
+@pytest.mark.parametrize("write", ["torchscript", "onnx", "pt2"])
+@pytest.mark.parametrize("name", [each for each in NAMES if each.values[0] in ("bert", "gpt2", "llama", "t5")])
+def test_rows_without_anything_to_attend_to_are_those_of_the_graph(name: str, write: str, tmp_path: Path) -> None:
+    """Padding on the left of a causal model, and a row that is nothing but padding."""
+    graph = graphs(name)["folded"]
+    lora_fx.export.__dict__[write](graph, tmp_path / "model.pt2", verify=False)
+    batch = inputs(name, 4, 9, 5)
+    batch["attention_mask"][1, :4] = 0
+    batch["attention_mask"][2] = 0
+    expected, found = outputs(graph, batch), load(write, tmp_path / "model.pt2")(batch)
+    for key, tensor in expected.items():
+        assert (found[key] - tensor).abs().max() < 2e-6 * tensor.abs().max(), key
+
+
 def _check_names(
     model: onnx.ModelProto, graph: lora_fx.TracedGraphModule, batch: Mapping[str, torch.Tensor], names: list[str]
 ) -> None:

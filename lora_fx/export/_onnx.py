@@ -194,6 +194,7 @@ def _clean_up(model: Any) -> None:
     """Compute what is constant, and drop what is computed twice or for nothing (in place). Weights keep names and values."""
     passes, optimizer = _import("onnx_ir.passes.common"), _import("onnxscript.optimizer")
     weights = set(model.graph.initializers.values())
+    described = [(value.type, value.shape) for value in model.graph.outputs]
     optimizer.fold_constants(
         model, should_fold=lambda node: None if weights.isdisjoint(node.inputs) else False, onnx_shape_inference=False
     )
@@ -209,6 +210,8 @@ def _clean_up(model: Any) -> None:
         passes.NameFixPass(),
     ):
         each(model)
+    for value, (type_, shape) in zip(model.graph.outputs, described, strict=True):
+        value.type, value.shape = type_, shape  # which are lost where an output is computed twice
 
 
 def _remove_identities(model: Any) -> None:
