@@ -44,7 +44,10 @@ class FoldError(LoraFxError):
 
 
 class VerifyError(LoraFxError):
-    """A folded graph computes something else than the graph that it was made from; ``node`` is the first that departs."""
+    """What was made of a graph computes something else; ``node`` names the first value that departs.
+
+    That is a node of a folded graph, or an output of a file that was written.
+    """
 
     def __init__(self, message: str, node: str = "") -> None:
         self.node = node

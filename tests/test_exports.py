@@ -62,18 +62,27 @@ def test_a_script_computes_the_bits_of_its_graph_at_other_sizes(name: str, state
     graph = graphs(name)[state]
     with unchanged(graph):
         lora_fx.export.torchscript(graph, tmp_path / "model.pt", verify=False)
-    script, optimised_script = (torch.jit.load(tmp_path / "model.pt") for _ in range(2))
+    script = torch.jit.load(tmp_path / "model.pt")
     for size in architectures.SIZES:
         batch = inputs(name, *size)
         expected = outputs(graph, batch)
+        with torch.no_grad(), torch.jit.optimized_execution(False):
+            found = script(**batch)
+        assert list(found) == list(expected)
+        assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_torchs_optimiser_changes_a_script_by_rounding_at_most(name: str, tmp_path: Path) -> None:
+    """It forms some products in another order, from the second call on."""
+    lora_fx.export.torchscript(graphs(name)["branched"], tmp_path / "model.pt", verify=False)
+    script = torch.jit.load(tmp_path / "model.pt")
+    for size in architectures.SIZES:
+        batch = inputs(name, *size)
         with torch.no_grad():
-            with torch.jit.optimized_execution(False):
-                exact = script(**batch)
-            # TorchScript's run-time optimiser forms some products in another order, from the second call on.
-            optimised = optimised_script(**batch)
-        assert list(exact) == list(expected)
-        assert all(torch.equal(exact[key], expected[key]) for key in exact)
-        assert all(torch.allclose(optimised[key], expected[key], rtol=0, atol=1e-5) for key in exact)
+            found = script(**batch)
+        for key, tensor in outputs(graphs(name)["branched"], batch).items():
+            assert (found[key] - tensor).abs().max() < 2e-6 * tensor.abs().max(), key
 
 
 @pytest.mark.parametrize("state", ["branched", "folded"])

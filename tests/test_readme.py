@@ -35,8 +35,8 @@ def test_the_rule_file_shown_is_the_one_there_is() -> None:
     assert blocks("toml") == [(ROOT / "rules" / "t5.toml").read_text(encoding="utf-8")]
 
 
-def table() -> dict[str, list[str]]:
-    rows = re.search(r"<!-- made by tools/check_architectures.py -->\n(.*?)\n<!-- end -->", README, flags=re.DOTALL)
+def table(tool: str = "check_architectures") -> dict[str, list[str]]:
+    rows = re.search(rf"<!-- made by tools/{tool}\.py -->\n(.*?)\n(?:\n|<!-- end -->)", README, flags=re.DOTALL)
     assert rows is not None
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[1].splitlines()[2:]]
     return {name: rest for name, *rest in cells}
@@ -63,6 +63,27 @@ def test_the_table_is_what_its_command_prints(name: str) -> None:
     assert [cell for i, cell in enumerate(found[1:]) if i not in rounded] == [
         cell for i, cell in enumerate(table()[name]) if i not in rounded
     ]
+
+
+def test_every_format_takes_every_architecture_of_the_mapping() -> None:
+    rows = table("check_exports")
+    assert list(rows) == [*ARCHITECTURES, "qwen3", "gemma3_text", "mixtral", "phi3", "whisper", "vit"]
+    for name, cells in rows.items():
+        torchscript, onnx, pt2 = cells[:2], cells[2:4], cells[4:]
+        assert set(pt2) == {"bit-equal"}, name
+        assert all(cell == "bit-equal" or float(cell) < 1e-6 for cell in torchscript), name
+        assert all(float(cell) < 4e-6 for cell in onnx), name
+
+
+@pytest.mark.xdist_group("bert")
+def test_the_table_of_exports_is_what_its_command_prints() -> None:
+    command = [sys.executable, "tools/check_exports.py", "--only", "bert"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    (row,) = [line for line in printed if line.startswith("| bert |")]
+    found = [cell.strip() for cell in row.strip("|").split("|")][1:]
+    expected = table("check_exports")["bert"]
+    assert [cell for cell in found if cell == "bit-equal"] == [cell for cell in expected if cell == "bit-equal"]
+    assert len(found) == len(expected)
 
 
 def test_every_file_it_names_is_there() -> None:

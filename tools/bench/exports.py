@@ -4,7 +4,7 @@
     python tools/bench/exports.py --write            # puts it into README.md, with the machine and the date
 
 All run the folded weights, in one process, on the threads that torch takes by default, in alternation: each repetition times
-every format once, and the ratio is that of the medians. What is first called at a size is warmed up before.
+every format once, beginning with another, and the ratio is that of the medians. What is first called at a size is warmed up before.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ def formats(model: Any, graph: lora_fx.TracedGraphModule, directory: Path) -> di
     scripted, exported = torch.jit.load(script), torch.export.load(program).module()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads would go on spinning when it is done, and slow down what is timed next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
     return {
         "transformers, eager": (directory / "model", lambda batch: eager(**batch)),
@@ -80,7 +82,8 @@ def latencies(runs: Mapping[str, Run], batch: int, sequence: int, repetitions: i
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in tqdm(range(repetitions + 3), desc=f"batch {batch}, sequence {sequence}", leave=False):
-        for name, run in runs.items():
+        for name in sorted(runs, key=lambda name: (list(runs).index(name) + repetition) % len(runs)):
+            run = runs[name]
             start = time.perf_counter()
             run(inputs)
             if repetition >= 3:
