@@ -48,13 +48,13 @@ def check(name: str) -> Row:
     torch.set_num_threads(1)
     module = architectures if name in architectures.ARCHITECTURES else families
     rules = (module.ARCHITECTURES if module is architectures else module.FAMILIES)[name].rules or "auto"
-    branched = lora_fx.rewrite(module.traced(name), rules=rules, rank=6, alpha=9)
+    branched = lora_fx.rewrite(module.traced(name), rules=rules, rank=8, alpha=9)  # a rank that groups divide
     set_factors(branched, scale=0.1)
     graphs = {"branched": branched, "folded": lora_fx.fold(branched)}
     cells, refused = [], []
     with tempfile.TemporaryDirectory() as directory:
         for shown, function in FORMATS.items():
-            for state in STATES:
+            for state in STATES if name in names()[0] else STATES[1:]:
                 try:
                     exported = getattr(lora_fx.export, function)(
                         graphs[state], Path(directory) / "model.pt2", overwrite=True
@@ -63,7 +63,7 @@ def check(name: str) -> Row:
                 except lora_fx.LoraFxError as error:
                     cells.append("refused")
                     reason = re.sub(r"at \S*/site-packages/", "at ", str(error)).replace("|", "\\|").replace("\n", " ")
-                    if state == STATES[0]:
+                    if state == STATES[1]:
                         refused.append(f"| {name} | {shown} | {reason} |")
     return name, cells, refused
 
@@ -84,7 +84,9 @@ def tables(rows: Iterable[Row], promised: Iterable[str]) -> str:
     shown = [f"| {name} | {' | '.join(cells)} |" for name, cells, _ in made if name in promised]
     refused = [line for _, _, lines in made for line in lines]
     others = sum(name not in promised for name, _, _ in made)
-    between = f"\nOf {others} more models of the tests, these are the refusals; all else was written and compared:\n"
+    between = (
+        f"\nOf {others} more models of the tests, folded, these are the refusals; all else was written and compared:\n"
+    )
     return "\n".join([*HEADER, *shown, between if others else "", *([*REFUSED, *refused] if refused or others else [])])
 
 
