@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from lora_fx.errors import InputError
 from lora_fx.graph_module import erase_unread
-from lora_fx.relations import UNBOUNDED, interpret
+from lora_fx.relations import UNBOUNDED, interpret, renamed
 from lora_fx.signature import signature_of
 
 PREFIX = "input_checks"
@@ -113,6 +113,14 @@ class Constraints:
             for name, dims in self.ranges.items()
         }
         return Constraints(ranges, self.dtypes, tuple(dict.fromkeys(self.relations + other.relations)))
+
+    def renamed(self, names: Mapping[str, str]) -> Constraints:
+        """Return the same for inputs of these names, in their order: all of its inputs, by the names that they had."""
+        return Constraints(
+            {new: self.ranges[old] for old, new in names.items()},
+            {new: self.dtypes[old] for old, new in names.items()},
+            tuple(renamed(relation, names) for relation in self.relations),
+        )
 
     def conditions(self) -> tuple[str, ...]:
         """Return all that holds for sizes as relations, the ranges of dimensions among them."""

@@ -36,6 +36,11 @@ def as_guard(relation: str) -> str:
     return _SIZE.sub(r"L['\1'].size()[\2]", relation)
 
 
+def renamed(relation: str, names: Mapping[str, str]) -> str:
+    """Return the relation with other names for the inputs."""
+    return _SIZE.sub(lambda size: f"{names.get(size[1], size[1])}.size({size[2]})", relation)
+
+
 _SIZE = re.compile(r"\b(\w+)\.size\((\d+)\)")
 
 

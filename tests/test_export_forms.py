@@ -84,6 +84,22 @@ def test_inputs_keep_names_that_python_has_for_something_else(write: str, tmp_pa
     assert torch.allclose(run(**batch)["output"], batch["input"] * batch["max_length"] + batch["type"])
 
 
+class NamedAsCode(nn.Module):
+    def forward(self, torch: Any, getattr: Any) -> Any:
+        return torch * getattr.sum(0)
+
+
+@EACH
+def test_inputs_with_names_that_the_code_needs_get_a_number(write: str, tmp_path: Path) -> None:
+    graph = lora_fx.trace(NamedAsCode(), (torch.randn(3, 5), torch.randn(2, 5)), inference=True)
+    exported, run = export(write, graph, tmp_path)
+    assert list(exported.inputs) == ["torch_1", "getattr_1"]
+    x, y = torch.randn(4, 6), torch.randn(3, 6)
+    assert torch.allclose(run(torch_1=x, getattr_1=y)["output"], x * y.sum(0), rtol=0, atol=1e-5)
+    with pytest.raises(Exception, match=r".*size"):
+        run(torch_1=x, getattr_1=torch.randn(3, 1))
+
+
 class Pair(nn.Module):
     """Holds for equal lengths between 3 and 9 that are not 7, and whole pairs of rows."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count as count_from
 from typing import Any
 
 import torch
@@ -109,17 +110,16 @@ def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.
             f"the graph has no input check of {unchecked[0]!r} any more, and so nothing says for which sizes it holds. "
             "Do not remove the nodes under 'input_checks' from a graph, or trace the model again."
         )
-    constraints = Constraints(
-        {name: constraints.ranges[name] for name in inputs}, constraints.dtypes, constraints.relations
-    )
+    names = _argument_names(inputs)
+    constraints = constraints.renamed(names)
     graph, _ = copy_graph(lowered.graph)
     _fix_mode(graph, modules)
     outputs = _name_outputs(graph)
     graph.set_codegen(CodeGen())
-    _name_inputs(graph, inputs)
+    _name_inputs(graph, constraints.ranges)
     graph.lint()
     plain = fx.GraphModule(lowered, graph, class_name="GraphModule").eval()
-    return Exportable(given, plain, constraints, _examples(graph_module, constraints, example_inputs), outputs)
+    return Exportable(given, plain, constraints, _examples(graph_module, constraints, example_inputs, names), outputs)
 
 
 def without_checks(plain: fx.GraphModule) -> fx.GraphModule:
@@ -166,14 +166,17 @@ def _fix_mode(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
             graph.erase_node(node)
 
 
-def _name_inputs(graph: fx.Graph, names: Sequence[str]) -> None:
-    """Let ``forward`` have the model's own names for its arguments, whatever the graph calls them (in place)."""
+def _argument_names(inputs: Sequence[str]) -> dict[str, str]:
+    """Map the inputs to the names that they have in what is written: their own, but for those that the code needs."""
+    names = {name: name for name in inputs}
+    for name in _NEEDED.intersection(inputs):
+        names[name] = next(free for count in count_from(1) if (free := f"{name}_{count}") not in names.values())
+    return names
+
+
+def _name_inputs(graph: fx.Graph, names: Iterable[str]) -> None:
+    """Let ``forward`` have these names for its arguments, whatever the graph calls them (in place)."""
     for node, name in zip(graph.find_nodes(op="placeholder"), names, strict=True):
-        if name in _NEEDED:
-            raise ExportError(
-                f"an input is called {name!r}, a name that the code of a graph has for something else. "
-                "Trace a module that names it otherwise."
-            )
         node.target, node.type = name, torch.Tensor
 
 
@@ -234,14 +237,18 @@ def _names(count: int, out_spec: pytree.TreeSpec) -> list[str]:
 
 
 def _examples(
-    graph_module: TracedGraphModule, constraints: Constraints, given: Mapping[str, torch.Tensor] | None
+    graph_module: TracedGraphModule,
+    constraints: Constraints,
+    given: Mapping[str, torch.Tensor] | None,
+    names: Mapping[str, str],
 ) -> Examples:
     found: Examples | None = graph_module.meta.get("lora_fx", {}).get("examples")
     if given is not None and not (
         isinstance(given, Mapping) and all(isinstance(value, torch.Tensor) for value in given.values())
     ):
         raise ExportError(f"example_inputs: a mapping from {', '.join(constraints.ranges)} to tensors is expected.")
-    tensors = dict(given) if given is not None else dict(found.tensors) if found is not None else {}
+    values = given if given is not None else found.tensors if found is not None else {}
+    tensors = {names.get(name, name): value for name, value in values.items()}
     missing = [name for name in constraints.ranges if name not in tensors or tensors[name].is_meta]
     unknown = [name for name in tensors if name not in constraints.ranges]
     if missing or unknown:
@@ -252,7 +259,8 @@ def _examples(
         )
     device = next((tensor.device for tensor in state_of(graph_module).tensors.values()), torch.device("cpu"))
     placed = {name: tensors[name].detach().to(device) for name in constraints.ranges}
-    axes = {} if found is None else {name: axes for name, axes in found.axes.items() if len(axes) == placed[name].dim()}
+    axes = {names.get(name, name): axes for name, axes in (found.axes if found is not None else {}).items()}
+    axes = {name: dims for name, dims in axes.items() if len(dims) == placed[name].dim()}
     for name, ranges in constraints.ranges.items():
         _check_example(name, placed[name], ranges, constraints.dtypes[name])
     return Examples(placed, axes)
