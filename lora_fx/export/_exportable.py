@@ -122,13 +122,6 @@ def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.
     return Exportable(given, plain, constraints, _examples(graph_module, constraints, example_inputs, names), outputs)
 
 
-def without_checks(plain: fx.GraphModule) -> fx.GraphModule:
-    """Return the plain graph without its input checks, over the same tensors."""
-    graph, _ = copy_graph(plain.graph)
-    remove_checks(graph, dict(plain.named_modules()))
-    return fx.GraphModule(plain, graph, class_name="GraphModule").eval()
-
-
 def explain(exportable: Exportable, message: str) -> str:
     """Return where the model has the operator that an exporter's message speaks of, or nothing.
 
