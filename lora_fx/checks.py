@@ -122,17 +122,23 @@ class Constraints:
             tuple(renamed(relation, names) for relation in self.relations),
         )
 
+    def fixed_sizes(self) -> tuple[str, ...]:
+        """Return the sizes that do not vary, as relations."""
+        return tuple(
+            f"{name}.size({dim}) == {low}"
+            for name, ranges in self.ranges.items()
+            for dim, (low, high) in enumerate(ranges)
+            if low == high
+        )
+
     def conditions(self) -> tuple[str, ...]:
-        """Return all that holds for sizes as relations, the ranges of dimensions among them."""
+        """Return all that holds for the sizes that vary as relations, their ranges among them."""
         bounds = []
         for name, ranges in self.ranges.items():
             for dim, (low, high) in enumerate(ranges):
-                size = f"{name}.size({dim})"
-                if low == high:
-                    bounds.append(f"{size} == {low}")
-                    continue
-                bounds.append(f"{size} >= {low}")
-                bounds += [f"{size} <= {high}"] if high != UNBOUNDED else []
+                if low != high:
+                    bounds.append(f"{name}.size({dim}) >= {low}")
+                    bounds += [f"{name}.size({dim}) <= {high}"] if high != UNBOUNDED else []
         return (*bounds, *self.relations)
 
 

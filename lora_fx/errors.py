@@ -62,6 +62,11 @@ class ExportError(LoraFxError):
     """A graph cannot be written in the requested format."""
 
 
+def first_line(message: str, otherwise: str) -> str:
+    """Return the first line of a message of others that says something."""
+    return next((line.strip() for line in message.splitlines() if line.strip()), otherwise)
+
+
 def did_you_mean(found: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the nearest known spellings, or an empty string."""
     near = get_close_matches(found, sorted(known), n=3, cutoff=0.6)

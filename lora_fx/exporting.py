@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.errors import TraceError
+from lora_fx.errors import TraceError, first_line
 from lora_fx.inputs import ExampleInputs
 from lora_fx.masking import broadcast_masks
 
@@ -170,6 +170,7 @@ _FIXED_DIMENSION = re.compile(r"(?:inputs|L)(?P<path>(?:\['?\w+'?\])+)\.(?:shape
 
 def _refusal(model: nn.Module, inputs: ExampleInputs, error: Exception, training: bool) -> TraceError:
     message = str(error)
+    said = first_line(message, "nothing")
     mode = " in training mode" if training else ""
     name = type(model).__name__
     fixed = sorted({(re.findall(r"\w+", m["path"])[0], int(m["dim"])) for m in _FIXED_DIMENSION.finditer(message)})
@@ -186,21 +187,15 @@ def _refusal(model: nn.Module, inputs: ExampleInputs, error: Exception, training
         }
         return TraceError(
             f"{name} fixes {axes}{mode}: its own code computes something else, or unrolls, for each size. "
-            f"Trace for the sizes of example_inputs alone with dynamic={rest}. torch.export says: {_first_line(message)}"
+            f"Trace for the sizes of example_inputs alone with dynamic={rest}. torch.export says: {said}"
         )
     hint = " If the model does so in training only, inference=True traces the eval mode alone." if training else ""
-    return TraceError(
-        f"{name} cannot be traced{mode}{_own_line(error)}. torch.export says: {_first_line(message)}{hint}"
-    )
+    return TraceError(f"{name} cannot be traced{mode}{_own_line(error)}. torch.export says: {said}{hint}")
 
 
 def _axis(inputs: ExampleInputs, name: str, dim: int) -> str:
     axes = inputs.axes.get(name)
     return f" ({axes[dim]})" if axes and axes[dim] else ""
-
-
-def _first_line(message: str) -> str:
-    return next((line.strip() for line in message.splitlines() if line.strip()), "nothing")
 
 
 def _own_line(error: BaseException) -> str:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextlib
+import resource
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -34,6 +36,19 @@ def unchanged(module: nn.Module) -> Iterator[None]:
     assert torch.equal(torch.get_rng_state(), random_state)
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, values[name]), name
+
+
+@contextlib.contextmanager
+def limited() -> Iterator[None]:
+    """Let the system refuse larger files, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def _snapshot(module: nn.Module) -> object:

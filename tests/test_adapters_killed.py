@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import filecmp
-import resource
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 from architectures import traced
-from conftest import set_factors
+from conftest import limited, set_factors
 from killed import check_killed, server
 
 import lora_fx
@@ -60,15 +58,8 @@ def test_a_process_that_is_killed_while_it_saves_leaves_no_half_adapter(tmp_path
 def test_a_disk_that_is_full_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     graph = lora_fx.rewrite(traced("bert"), "bert", rank=40)
     set_factors(graph)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the system's own refusal, as of a full disk
-    try:
-        with pytest.raises(lora_fx.LoraFxError, match=r"cannot write .*adapter: File too large"):
-            lora_fx.save_adapter(graph, tmp_path / "adapter")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    with limited(), pytest.raises(lora_fx.LoraFxError, match=r"cannot write .*adapter: File too large"):
+        lora_fx.save_adapter(graph, tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []
     lora_fx.save_adapter(graph, tmp_path / "adapter")
     assert lora_fx.load_adapter(traced("bert"), tmp_path / "adapter")

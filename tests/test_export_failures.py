@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -29,7 +28,7 @@ import onnx_ir
 import onnxruntime
 import pytest
 import torch
-from conftest import set_factors
+from conftest import limited, set_factors
 from killed import Server, server
 from torch import nn
 
@@ -207,19 +206,6 @@ def test_a_directory_that_may_not_be_written_to_is_told_before_the_graph_is_writ
 
 
 # Full disks.
-
-
-@contextlib.contextmanager
-def limited() -> Iterator[None]:
-    """Let the system refuse larger files, as a full disk does."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def export_twice(kind: str, place: Path, limit: Callable[[], Any]) -> tuple[list[str], list[bool]]:

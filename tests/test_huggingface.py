@@ -1,18 +1,15 @@
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import json
 import logging
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES, PRIMARY, VOCABULARY, build, inputs
-from conftest import set_factors, unchanged
+from conftest import limited, set_factors, unchanged
 from safetensors import safe_open
 from torch import nn
 from transformers import modeling_utils
@@ -562,19 +559,6 @@ def test_a_config_that_makes_another_model_is_told_before_anything_is_written(tm
     with unchanged(model), pytest.raises(lora_fx.LoraFxError, match=r"makes another model: 'transformer\.h\.2\."):
         huggingface.save_pretrained(model, folded_of("gpt2"), tmp_path / "out", dtype=torch.bfloat16)
     assert list(tmp_path.iterdir()) == []
-
-
-@contextlib.contextmanager
-def limited() -> Iterator[None]:
-    """Let the system refuse larger files, as a full disk does."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_limit_on_the_size_of_files_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_fx.errors import ExportError, VerifyError
+from lora_fx.errors import ExportError, VerifyError, first_line
 from lora_fx.export._exportable import Exportable
 from lora_fx.export._trying import Sizes, Trial, trials
 from lora_fx.graph_module import described
@@ -82,7 +82,9 @@ def _difference(trial: Trial, loaded: Loaded, allowed: float) -> float:
     try:
         found = loaded(trial.inputs)
     except Exception as error:
-        raise VerifyError(f"what was written does not run at {at}: {_first_line(error)}") from error
+        raise VerifyError(
+            f"what was written does not run at {at}: {first_line(str(error), type(error).__name__)}"
+        ) from error
     if list(found) != list(trial.expected):
         raise VerifyError(f"what was written returns {', '.join(found)}, and the graph {', '.join(trial.expected)}.")
     largest = 0.0
@@ -119,7 +121,3 @@ def _relative(expected: torch.Tensor, found: torch.Tensor) -> float:
 
 def _listed(sizes: Sizes) -> str:
     return ", ".join(f"{axis} {size}" for axis, size in sizes.items()) or "the sizes of the trace"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

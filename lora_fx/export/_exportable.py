@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.checks import Constraints, remove_checks
 from lora_fx.errors import ExportError
-from lora_fx.examples import Examples
+from lora_fx.examples import Dimension, Examples
 from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, state_of
 from lora_fx.lowering import lower
 from lora_fx.modes import ModeSwitch
@@ -59,11 +59,15 @@ class Exportable:
         }
 
     @property
+    def groups(self) -> dict[str, set[Dimension]]:
+        """The dimensions that may vary, by the name of the axis along which they do so together."""
+        return self.examples.together((name, dim) for name, dims in self.dynamic.items() for dim in dims)
+
+    @property
     def axes(self) -> dict[str, dict[int, str]]:
         """The names of the dimensions that may vary: one name for all that vary together."""
-        dimensions = [(name, dim) for name, dims in self.dynamic.items() for dim in dims]
         axes: dict[str, dict[int, str]] = {name: {} for name in self.inputs}
-        for axis, group in self.examples.together(dimensions).items():
+        for axis, group in self.groups.items():
             for name, dim in group:
                 axes[name][dim] = axis
         return axes
@@ -127,7 +131,7 @@ def explain(exportable: Exportable, message: str) -> str:
 
     Args:
         exportable: what was to be written.
-        message: speaks of ``aten.linear.default``, ``aten::linear``, or of the name of a node.
+        message: speaks of ``aten.linear.default`` or of ``aten::linear``.
     """
     words = set(re.findall(r"[\w:.]+", message.replace("::", ".")))
     for node in exportable.plain.graph.nodes:

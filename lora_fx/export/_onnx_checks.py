@@ -24,13 +24,7 @@ DOUBLE, INT64 = 11, 7
 
 def add_checks(model: Any, constraints: Constraints) -> None:
     """Insert checks into an ``onnx_ir`` model (in place). Fixed sizes, dtypes and ranks are part of its inputs already."""
-    fixed = {
-        f"{name}.size({dim}) == {low}"
-        for name, ranges in constraints.ranges.items()
-        for dim, (low, high) in enumerate(ranges)
-        if low == high
-    }
-    conditions = [condition for condition in constraints.conditions() if condition not in fixed]
+    conditions = constraints.conditions()
     if not conditions:
         return
     import onnx_ir as ir

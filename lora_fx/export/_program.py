@@ -30,11 +30,12 @@ def export_plain(exportable: Exportable) -> torch.export.ExportedProgram:
             program = export(exportable.plain, inputs, exportable.dynamic, training=False)
     except TraceError as error:
         raise ExportError(f"torch.export does not take this graph: {error}{explain(exportable, str(error))}") from error
-    conditions = [as_guard(condition) for condition in exportable.constraints.conditions()]
+    constraints = exportable.constraints
+    conditions = map(as_guard, (*constraints.fixed_sizes(), *constraints.conditions()))
     if _same_operators(exportable.plain.graph, program.graph):
         # Of sizes 0 and 1 torch.export takes for granted that they do not occur: its guards exclude more than the trace does.
         program._guards_code.clear()
-    ranks = [f"len(L['{name}'].size()) == {len(ranges)}" for name, ranges in exportable.constraints.ranges.items()]
+    ranks = [f"len(L['{name}'].size()) == {len(ranges)}" for name, ranges in constraints.ranges.items()]
     program._guards_code.extend([*ranks, *conditions])
     return program
 

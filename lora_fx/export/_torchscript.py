@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, first_line
 from lora_fx.export._comparing import Loaded
 from lora_fx.export._delivering import Exported, Step, deliver
 from lora_fx.export._exportable import Exportable, explain
@@ -98,8 +98,9 @@ class _TorchScript:
             try:
                 scripted = torch.jit.script(fx.GraphModule(exportable.plain, graph).eval())
             except (RuntimeError, NotImplementedError, torch.jit.frontend.FrontendError) as error:
+                reason = first_line(str(error), type(error).__name__).rstrip(".:")
                 raise ExportError(
-                    f"TorchScript does not take this graph: {_reason(error)}.{explain(exportable, str(error))} "
+                    f"TorchScript does not take this graph: {reason}.{explain(exportable, str(error))} "
                     "Export it to ONNX or pt2, or write that line of the model with other operators."
                 ) from error
             step("writing")
@@ -131,8 +132,3 @@ def _counterpart(node: fx.Node) -> Any:
     if node.target in _COUNTERPARTS:
         return _COUNTERPARTS[node.target]
     return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".:") if lines else type(error).__name__

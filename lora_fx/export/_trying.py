@@ -12,7 +12,7 @@ import torch
 from lora_fx.errors import ExportError, InputError
 from lora_fx.examples import Dimension, cut_or_repeated, other_values
 from lora_fx.export._exportable import Exportable
-from lora_fx.relations import UNBOUNDED, holds
+from lora_fx.relations import holds
 
 Sizes = Mapping[str, int]
 """The size of each axis that varies, by name."""
@@ -77,8 +77,7 @@ class _Axes:
 
     @cached_property
     def dimensions(self) -> Mapping[str, set[Dimension]]:
-        dynamic = self.exportable.dynamic
-        return self.exportable.examples.together((name, dim) for name, dims in dynamic.items() for dim in dims)
+        return self.exportable.groups
 
     @cached_property
     def traced(self) -> Sizes:
@@ -99,12 +98,7 @@ class _Axes:
         tensors, constraints = self.exportable.examples.tensors, self.exportable.constraints
         every = {(name, dim): size for name, tensor in tensors.items() for dim, size in enumerate(tensor.shape)}
         every |= self._by_dimension(sizes)
-        within = all(
-            low <= every[name, dim] and (high == UNBOUNDED or every[name, dim] <= high)
-            for name, ranges in constraints.ranges.items()
-            for dim, (low, high) in enumerate(ranges)
-        )
-        return within and all(holds(relation, every) for relation in constraints.relations)
+        return all(holds(condition, every) for condition in constraints.conditions())
 
     def made(self, sizes: Sizes, *, masked: bool) -> Iterator[Mapping[str, torch.Tensor]]:
         """Yield inputs of these sizes with other values than the examples have, and, for a model that takes none, with theirs."""
