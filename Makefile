@@ -4,13 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test mutate lint format clean
+.PHONY: demo test browser mutate lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/lora-fx demo
 
-test: $(INSTALLED)
+test: $(INSTALLED) browser
 	$(BIN)/pytest
+
+# The page that pictures are looked at in is tested in a real browser: installed where that takes no question, and else asked for.
+browser:
+	@command -v chromium chromium-browser google-chrome chrome >/dev/null || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; \
+	then apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	else false; fi || \
+	echo "no browser: the tests of the page will be skipped. Install chromium (Debian: apt install chromium)."
 
 # Are the tests of the arithmetic sharp? Minutes; fails on mutants that survive and are not in tests/mutants_allowed.toml.
 mutate: $(INSTALLED)

@@ -29,7 +29,7 @@ from lora_fx.factors import adapters, copy_name
 from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph, state_of, trainable_names
 from lora_fx.lowrank import adapter_dtype, initial_factors
 from lora_fx.origins import Origin
-from lora_fx.planning import Branch, Chosen, Plan, check_attachable
+from lora_fx.planning import Branch, Chosen, Plan, Skipped, check_attachable
 from lora_fx.products import low_rank, operands
 from lora_fx.provenance import module_path
 from lora_fx.sites import biased
@@ -224,6 +224,8 @@ def _with_adapter(meta: Mapping[str, Any], adapter: str, plan: Plan) -> dict[str
         branch.key: {"rule": chosen.rule, "branch": branch} for chosen in plan.chosen for branch in chosen.branches
     }
     own["adapters"] = {**own.get("adapters", {}), adapter: record}
+    reasons = {decision.site.name: decision.reason for decision in plan if isinstance(decision, Skipped)}
+    own["skipped"] = {**own.get("skipped", {}), adapter: reasons}
     own["origins"] = {**own.get("origins", {}), adapter: plan.origin or Origin.of(plan.rules)}
     return {**meta, "lora_fx": own}
 

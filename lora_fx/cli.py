@@ -76,6 +76,89 @@ def plan(
     typer.echo(json.dumps(as_data(made), indent=2) if as_json else as_text(made))
 
 
+class DrawFormat(StrEnum):
+    """What ``lora-fx draw`` writes."""
+
+    html = "html"
+    svg = "svg"
+    png = "png"
+    dot = "dot"
+    json = "json"
+    text = "text"
+
+
+class Show(StrEnum):
+    """What ``lora-fx draw`` shows."""
+
+    before = "before"
+    after = "after"
+    diff = "diff"
+    fold = "fold"
+
+
+DRAW_EXAMPLES = (
+    "Examples:  lora-fx draw path/to/model --rules t5 --out graph.html   ·   lora-fx draw config.json   ·   "
+    "lora-fx draw config.json --rules all-linear --show fold --out graph.svg   ·   lora-fx draw model.pt2 --show before --out graph.html"
+)
+
+
+@app.command(epilog=DRAW_EXAMPLES)
+def draw(
+    model: Annotated[
+        Path,
+        typer.Argument(help="Model directory or config.json (weights are not needed and not read), or a .pt2 file."),
+    ],
+    rules: Annotated[
+        str, typer.Option(help="Name of built-in rules, auto, all-linear, or the path of a .toml file.")
+    ] = "auto",
+    rules_dir: Annotated[
+        list[Path] | None,
+        typer.Option(help="Directory of further rule files, searched first. May be repeated; see also LORA_FX_RULES."),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Replaces the default rank of the rules.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The file to be made. Without one, text, json and dot are printed.")
+    ] = None,
+    format: Annotated[
+        DrawFormat | None,
+        typer.Option("--format", "-f", help="What to write. By default as the name of OUT ends, else text."),
+    ] = None,
+    show: Annotated[
+        Show,
+        typer.Option(
+            help="The model before the rules, after them, the difference, or the difference that folding leaves: none."
+        ),
+    ] = Show.diff,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Draw a model's graph, and what rules change in it.
+
+    html is a page to look around in, which needs no network. text shows which projections of which layers get a branch.
+    """
+    from lora_fx.drawing import FORMATS, describe_model, format_of, in_words, save
+    from lora_fx.files import check_free
+
+    with _reported():
+        name = format.value if format is not None else "text" if out is None else format_of(out)
+        if out is None and name in ("html", "svg", "png"):
+            raise typer.BadParameter(f"--out names the file that the {name} is written to")
+        if out is not None:
+            check_free(out, overwrite=overwrite)
+        with errors.status("reading the model") as status:
+            description = describe_model(
+                model, rules, show.value, directories=rules_dir or (), rank=rank, step=status.update
+            )
+            if out is not None:
+                status.update(f"writing {out}")
+                save(description, out, name, overwrite=overwrite)
+    if out is None:
+        content = FORMATS[name](description)
+        assert isinstance(content, str)
+        typer.echo(content)
+    else:
+        typer.echo(f"{out}: {in_words(description)}")
+
+
 @app.command(
     epilog="Examples:  lora-fx fold base-model adapter merged   ·   lora-fx fold base-model style facts merged --strength 1 "
     "--strength 0.5 --verify   ·   lora-fx fold base-model adapter merged --dry-run"

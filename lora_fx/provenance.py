@@ -13,11 +13,16 @@ def module_path(node: fx.Node) -> str:
 
 def source_line(node: fx.Node) -> str:
     """Return ``", at <file>:<line>: <code>"`` for the model's line that recorded this node, or an empty string."""
+    return f", at {location}" if (location := source_of(node)) else ""
+
+
+def source_of(node: fx.Node) -> str:
+    """Return ``<file>:<line>: <code>`` for the model's line that recorded this node, or an empty string."""
     frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
     for position in range(len(frames) - 1, -1, -1):
         location = frames[position]
         if location.startswith("File ") and "/torch/" not in location:
             code = f": {frames[position + 1]}" if position + 1 < len(frames) else ""
             file, line = location.split('"')[1], location.split("line ")[1].split(",")[0]
-            return f", at {file}:{line}{code}"
+            return f"{file}:{line}{code}"
     return ""

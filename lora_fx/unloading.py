@@ -104,7 +104,7 @@ def _erase_dead(graph: fx.Graph, node: fx.Node) -> None:
         graph.erase_node(node)
 
 
-_OF_ADAPTERS = ("adapters", "origins")
+_OF_ADAPTERS = ("adapters", "origins", "skipped")
 """What is remembered of adapters."""
 
 _FOREIGN: Mapping[str, Any] = {"inference": True, "constants": {}, "model_class": "", "config": None}

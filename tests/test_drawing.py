@@ -1,37 +1,514 @@
+"""The description of graphs: what it finds different, what it takes for alike, and that it says so without any layout."""
+
 from __future__ import annotations
 
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import Any
 
+import families
+import peft
 import pytest
-from architectures import build
+import torch
+from architectures import ARCHITECTURES, EACH, branched, build, traced
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
 
 import lora_fx
+from lora_fx.drawing import describe, describe_graph
+from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, state_of
+
+aten = torch.ops.aten
+GOLDEN = Path(__file__).parent / "golden"
 
 
-def test_the_changed_layer_is_drawn_before_and_after(tmp_path: Path) -> None:
-    model = build("bert")
-    before, after = lora_fx.trace(model), lora_fx.rewrite(model, rules="bert")
-    lora_fx.draw(before, after, tmp_path / "graph.svg")
-    text = "".join(ElementTree.parse(tmp_path / "graph.svg").getroot().itertext())
-    assert "before: encoder.layer.0" in text
-    assert "after: encoder.layer.0" in text
-    assert text.count("+ linear") == 4
-    assert text.count("attention.self.query.lora_A.default.weight") == 1
-    assert "layer.1" not in text
-    lora_fx.draw(before, after, tmp_path / "graph.png")
-    assert (tmp_path / "graph.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+class Layer(nn.Module):
+    """A small residual layer with a constant of its own."""
+
+    def __init__(self, factor: float = 2.0, slope: float = 0.1) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 6)
+        self.act = nn.LeakyReLU(slope)
+        self.register_buffer("factor", torch.full((6,), factor), persistent=False)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.act(self.up(x * self.factor))) * mask
 
 
-def test_nothing_is_marked_where_nothing_changed(tmp_path: Path) -> None:
-    model = build("bert")
-    lora_fx.draw(lora_fx.trace(model), lora_fx.fold(lora_fx.rewrite(model, rules="bert")), tmp_path / "graph.dot")
-    text = (tmp_path / "graph.dot").read_text()
-    assert "before: the whole graph" in text
-    assert "+ " not in text
+class Stack(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Linear(4, 6), nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        mask = mask.sigmoid()
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x.tanh()
+
+
+INPUTS = {"x": torch.randn(3, 5, 4), "mask": torch.randn(3, 5, 6)}
+
+
+def trace(model: nn.Module) -> TracedGraphModule:
+    return lora_fx.trace(model, dict(INPUTS), inference=True)
+
+
+def edited(
+    graph_module: TracedGraphModule, edit: Callable[[fx.Graph, dict[str, fx.Node]], object]
+) -> TracedGraphModule:
+    """Return a copy of a graph, after an edit of it."""
+    graph, _ = copy_graph(graph_module.graph)
+    edit(graph, {node.name: node for node in graph.nodes})
+    graph.lint()
+    return assemble(graph, state_of(graph_module), meta=graph_module.meta, training=False, trainable=frozenset())
+
+
+def differing(description: Mapping[str, Any]) -> dict[str, str]:
+    """Return the operators that differ, by name, with what became of them."""
+    return {node["name"]: node["status"] for node in description["nodes"] if node["status"] != "same"}
+
+
+def named(description: Mapping[str, Any], kind: str) -> list[str]:
+    return [group["name"] for group in description["groups"] if group["kind"] == kind]
+
+
+def node_of(description: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    (node,) = (node for node in description["nodes"] if node["name"] == name)
+    return node
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_a_fold_leaves_nothing_different_and_a_rewrite_adds_branches_alone(name: str) -> None:
+    base, graph = traced(name), branched(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folded = describe(base, lora_fx.fold(graph), show="fold")
+        rewritten = describe(base, graph)
+    assert folded["changes"] == []
+    assert {status: folded["counts"][status] for status in ("added", "removed", "rewired", "changed")} == dict.fromkeys(
+        ("added", "removed", "rewired", "changed"), 0
+    )
+    assert folded["counts"]["nodes"] == describe_graph(base)["counts"]["nodes"]
+    stamped = [node.name for node in graph.graph.nodes if node.op != "get_attr" and "custom" in node.meta]
+    assert {n for n, status in differing(rewritten).items() if status == "added"} == set(stamped)
+    assert set(differing(rewritten).values()) == {"added", "rewired"}
+    plan = lora_fx.plan(base, ARCHITECTURES[name].rules)
+    assert rewritten["counts"]["branches"] == sum(len(chosen.branches) for chosen in plan.chosen)
+    assert {site["name"] for site in rewritten["sites"] if site["state"] == "branch"} == {
+        c.site.name for c in plan.chosen
+    }
+    assert {site["name"] for site in folded["sites"] if site["state"] == "merged"} == {c.site.name for c in plan.chosen}
+    assert json.loads(json.dumps(rewritten)) == rewritten
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_every_group_is_wired_by_itself(name: str) -> None:
+    description = describe(traced(name), branched(name))
+    nodes, groups = description["nodes"], description["groups"]
+    inside: dict[str, set[str]] = {}
+    for index in reversed(range(len(groups))):
+        items = groups[index]["items"]
+        inside[f"g{index}"] = {n for item in items for n in (inside[item] if item[0] == "g" else {item})}
+    assert inside["g0"] == {f"n{index}" for index in range(len(nodes))}
+    for index, group in enumerate(groups):
+        if index:
+            assert f"g{index}" in groups[int(group["parent"][1:])]["items"]
+        within = [inside[item] if item[0] == "g" else {item} for item in group["items"]]
+        wanted = {
+            (a, b)
+            for b, readers in enumerate(within)
+            for a, sources in enumerate(within)
+            if a != b and any(source in sources for n in readers for source in nodes[int(n[1:])].get("inputs", ()))
+        }
+        drawn = {(a, b) for a, b, status in group["edges"] if status != "removed"}
+        stubbed = {
+            (a, b) for stub in group["stubs"] for b in stub["to"] for a, s in enumerate(within) if stub["source"] in s
+        }
+        assert drawn | stubbed == wanted
+        for b, readers in enumerate(within):
+            outside = {s for n in readers for s in nodes[int(n[1:])].get("inputs", ()) if s not in inside[f"g{index}"]}
+            stubs = {stub["source"] for stub in group["stubs"] if b in stub["to"]}
+            assert stubs - {s for a in within for s in a} <= outside
+            if group["items"][b][0] == "n":  # an operator shows all that it reads
+                assert outside <= stubs
+
+
+def test_what_differs_is_told_argument_by_argument() -> None:
+    base = trace(Stack(Layer(), Layer()))
+
+    def edit(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
+        nodes["leaky_relu"].args = (nodes["leaky_relu"].args[0], 0.25)
+        nodes["mul_2"].replace_input_with(nodes["add"], nodes["linear"])
+        with graph.inserting_before(nodes["tanh"]):
+            sign = graph.call_function(aten.sign.default, (nodes["tanh"].args[0],))
+        sign.meta = dict(nodes["tanh"].meta)
+        nodes["tanh"].replace_input_with(nodes["tanh"].args[0], sign)
+
+    names = [node.name for node in base.graph.nodes]
+    assert {"leaky_relu", "mul_2", "add", "linear", "tanh"} <= set(names), names
+    description = describe(base, edited(base, edit))
+    assert differing(description) == {
+        "leaky_relu": "changed",
+        "mul_2": "rewired",
+        "tanh": "rewired",
+        "sign_default": "added",
+    }
+    assert node_of(description, "leaky_relu")["differences"] == [
+        {"what": "argument 1", "before": "0.1", "after": "0.25"}
+    ]
+    assert node_of(description, "mul_2")["differences"] == [{"what": "argument 0", "before": "add", "after": "linear"}]
+    back = describe(edited(base, edit), base)
+    assert differing(back) == {
+        "leaky_relu": "changed",
+        "mul_2": "rewired",
+        "tanh": "rewired",
+        "sign_default": "removed",
+    }
+    by_id = {f"n{index}": node["name"] for index, node in enumerate(back["nodes"])}
+    assert [by_id[source] for source in node_of(back, "tanh")["former"]] == ["sign_default"]
+
+
+def test_another_shape_and_another_weight_are_changes() -> None:
+    wide = Layer()
+    wide.up, wide.down = nn.Linear(6, 12), nn.Linear(12, 6)
+    description = describe(trace(Stack(Layer())), trace(Stack(wide)))
+    changed = differing(description)
+    assert set(changed.values()) == {"changed"}
+    told = {d["what"] for node in description["nodes"] for d in node.get("differences", ())}
+    assert told == {"weight", "value"}
+    rules = {"select": [{"target": ["up"]}, {"target": ["down"], "trainable": "bias"}]}
+    base = trace(Stack(Layer()))
+    trained = describe(base, lora_fx.rewrite(base, rules=rules, rank=2))
+    (down,) = (node for node in trained["nodes"] if node["status"] == "changed")
+    assert down["differences"] == [
+        {
+            "what": "weight",
+            "before": "layers.0.down.bias float32 [6]",
+            "after": "layers.0.down.trained_copy.default.bias float32 [6]",
+        }
+    ]
+
+
+def test_operators_of_one_kind_are_told_apart_by_their_lines() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            x = x.sin() * 2
+            x = x.sin() * 3
+            return x * mask[..., :4]
+
+    base = trace(Twice())
+
+    def edit(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
+        with graph.inserting_after(nodes["x"]):
+            first = graph.call_function(aten.sin.default, (nodes["x"],))
+        first.meta = {key: value for key, value in nodes["sin"].meta.items() if key != "stack_trace"}
+        nodes["sin"].replace_input_with(nodes["x"], first)
+
+    after = edited(base, edit)
+    assert differing(describe(base, after)) == {"sin_default": "added", "sin": "rewired"}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_as_many_operators_are_added_as_were_inserted(data: st.DataObject) -> None:
+    base = trace(Stack(Layer(), Layer()))
+    drawn = [
+        n.name for n in base.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor) and n.op == "call_function"
+    ]
+    places = data.draw(st.lists(st.sampled_from(drawn), unique=True, max_size=5))
+    readers: set[str] = set()
+
+    def edit(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
+        for name in places:
+            node = nodes[name]
+            with graph.inserting_after(node):
+                new = graph.call_function(aten.sign.default, (node,))
+            new.meta = {"val": node.meta["val"], "nn_module_stack": node.meta["nn_module_stack"]}
+            for user in list(node.users):
+                if user is not new:
+                    user.replace_input_with(node, new)
+                    readers.add(user.name)
+
+    after = edited(base, edit)
+    found = describe(base, after)["counts"]
+    assert (found["added"], found["removed"], found["rewired"], found["changed"]) == (len(places), 0, len(readers), 0)
+    back = describe(after, base)["counts"]
+    assert (back["added"], back["removed"], back["rewired"], back["changed"]) == (0, len(places), len(readers), 0)
+
+
+def test_layers_that_are_alike_are_one_group_and_outliers_split_it() -> None:
+    def names(*layers: nn.Module) -> list[str]:
+        return [
+            description["groups"][int(item[1:])]["name"]
+            for description in [describe_graph(trace(Stack(*layers)))]
+            for item in description["groups"][0]["items"]
+            if item[0] == "g"
+        ]
+
+    assert names(Layer(), Layer(), Layer(), Layer()) == ["layers.0–3 ×4"]
+    assert names(Layer(), Layer(), Layer(slope=0.3), Layer(), Layer()) == ["layers.0–1 ×2", "layers.2", "layers.3–4 ×2"]
+    assert names(Layer(), Layer(factor=3.0), Layer()) == ["layers.0", "layers.1", "layers.2"]  # a constant of the code
+
+    class Other(Layer):
+        pass
+
+    assert names(Layer(), Layer(), Other()) == ["layers.0–1 ×2", "layers.2"]
+
+
+def test_layers_that_read_from_elsewhere_are_not_alike() -> None:
+    class Skipping(Stack):
+        def __init__(self, skipping: int) -> None:
+            super().__init__(*(Layer() for _ in range(6)))
+            self.skipping = skipping
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            x = first = self.embed(x)
+            for index, layer in enumerate(self.layers):
+                x = layer(x, first if index == self.skipping else mask if index < 5 else mask.sigmoid())
+            return x
+
+    assert named(describe_graph(trace(Skipping(3))), "repeat") == ["layers.0–2 ×3"]
+    assert named(describe_graph(trace(Skipping(0))), "repeat") == ["layers.1–4 ×4"]
+
+
+def test_a_layer_that_is_read_from_elsewhere_too_is_not_alike() -> None:
+    class Tapped(Layer):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> Any:
+            inner = self.up(x * self.factor)
+            return x + self.down(self.act(inner)) * mask, inner
+
+    class Tapping(Stack):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            x = self.embed(x)
+            kept = x.new_zeros(())
+            for index, layer in enumerate(self.layers):
+                x, inner = layer(x, mask)
+                kept = inner.sum() if index == 2 else kept
+            return x + kept
+
+    layers = [Tapped() for _ in range(5)]
+    assert named(describe_graph(trace(Tapping(*layers))), "repeat") == ["layers.0–1 ×2", "layers.3–4 ×2"]
+
+
+def test_calls_of_one_layer_are_one_group() -> None:
+    description = describe_graph(families.traced("albert"))
+    (name,) = named(description, "repeat")
+    assert name == "albert_layer_groups.0@1–3 ×3"
+
+
+def test_layers_with_and_without_branches_or_of_another_rank_are_parted() -> None:
+    base = trace(Stack(*(Layer() for _ in range(6))))
+    rules = {"select": [{"target": ["up"], "layers": ["0-1"]}, {"target": ["up"], "layers": ["2-3"], "rank": 3}]}
+    description = describe(base, lora_fx.rewrite(base, rules=rules, rank=2))
+    assert {group["name"]: group.get("note") for group in description["groups"] if group["kind"] == "repeat"} == {
+        "layers.0–1 ×2": "LoRA ×2, rank 2",
+        "layers.2–3 ×2": "LoRA ×2, rank 3",
+        "layers.4–5 ×2": None,
+    }
+    (matrix,) = description["coverage"]
+    assert matrix["columns"] == ["up", "down"]
+    ranks = [[description["sites"][cell]["ranks"] for cell in row["cells"]] for row in matrix["rows"]]
+    assert ranks == [[[2], []]] * 2 + [[[3], []]] * 2 + [[[], []]] * 2
+    skipped = description["sites"][matrix["rows"][5]["cells"][1]]
+    assert (skipped["state"], skipped["reason"]) == ("none", "no selection names it")
+    assert [description["sites"][index]["name"] for index in description["elsewhere"]] == ["embed"]
+
+
+def test_layers_on_the_meta_device_are_told_apart_by_what_their_code_computes() -> None:
+    model = build("gpt_neo")  # every second layer has a mask of its own, in a buffer
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    for each in (model, empty):
+        assert named(describe_graph(lora_fx.trace(each, inference=True)), "repeat") == []
+
+
+def test_a_branch_is_one_unit_with_its_settings() -> None:
+    base = traced("gpt2")
+    rules = {"select": [{"target": ["c_attn"], "features": ["query", "value"], "rank": 4, "alpha": 6}]}
+    description = describe(base, lora_fx.rewrite(base, rules=rules, rank=2))
+    branches = [group for group in description["groups"] if group["kind"] == "branch"]
+    assert len(branches) == description["counts"]["branches"] == 6
+    assert [branch["note"] for branch in branches[:2]] == [
+        "rank 4, alpha 6, scaling 1.5, query",
+        "rank 4, alpha 6, scaling 1.5, value",
+    ]
+    first = branches[0]
+    parts = [description["nodes"][int(item[1:])]["part"] for item in first["items"]]
+    assert parts == ["A", "B", "scale", "pad", "place", "add"]
+    assert first["branch"]["site"] == "transformer.h.0.attn.c_attn"
+    assert description["groups"][int(first["parent"][1:])]["path"] == "transformer.h.0.attn.c_attn"
+    assert [change for change in description["changes"] if change[0] == "g"] == [
+        f"g{index}" for index, group in enumerate(description["groups"]) if group["kind"] == "branch"
+    ]
+    assert {site["ranks"] == [4, 4] for site in description["sites"] if site["state"] == "branch"} == {True}
+
+
+def test_branches_of_others_count_too() -> None:
+    config = peft.LoraConfig(r=5, target_modules=["query", "value"])
+    wrapped = peft.get_peft_model(build("bert"), config).eval()
+    graph = lora_fx.trace(wrapped, inference=True)
+    found = {site["name"].rpartition(".layer.")[2]: site["ranks"] for site in describe_graph(graph)["sites"]}
+    assert {name for name, ranks in found.items() if ranks == [5]} == {
+        f"{layer}.attention.self.{which}.base_layer" for layer in range(3) for which in ("query", "value")
+    }
+
+
+def test_what_does_not_fold_is_drawn_all_the_same() -> None:
+    base = trace(Stack(Layer()))
+    graph = lora_fx.rewrite(base, rules={"select": [{"target": ["up"]}]}, rank=2)
+    scale = next(n for n in graph.graph.nodes if n.meta.get("custom", {}).get("lora_fx", {}).get("part") == "scale")
+    with graph.graph.inserting_after(scale):
+        bent = graph.graph.call_function(aten.relu.default, (scale,))
+    scale.replace_all_uses_with(bent, delete_user_cb=lambda user: user is not bent)
+    with pytest.raises(lora_fx.FoldError):
+        lora_fx.fold(graph)
+    description = describe(base, graph)
+    assert [site["ranks"] for site in description["sites"] if site["state"] == "branch"] == [[2]]
+    assert differing(description)["relu_default"] == "added"
+
+
+def test_graphs_without_metadata_are_compared_in_order() -> None:
+    base = trace(Stack(Layer(), Layer()))
+    bare = edited(base, lambda graph, _: [node.meta.clear() for node in graph.nodes])
+    assert differing(describe(base, bare)) == {}
+    restored = pickle.loads(pickle.dumps(lora_fx.rewrite(base, rules={"select": [{"target": ["up"]}]}, rank=2)))
+    counts = describe(bare, restored)["counts"]
+    assert (counts["added"], counts["removed"], counts["rewired"], counts["changed"]) == (8, 0, 2, 0)
+
+
+def test_many_operators_in_one_module_are_parted_into_steps() -> None:
+    graph = fx.Graph()
+    value = graph.placeholder("x")
+    for _ in range(1000):
+        value = graph.call_function(aten.sin.default, (value,))
+    graph.output(value)
+    description = describe_graph(fx.GraphModule(nn.Module(), graph))
+    assert max(len(group["items"]) for group in description["groups"]) <= 120
+    assert named(description, "steps")[:2] == ["steps 1–60", "steps 61–120"]
+
+
+def test_files_are_named_without_the_part_of_the_path_that_differs_between_machines() -> None:
+    lines = describe_graph(traced("bert"))["lines"]
+    assert any(line.startswith("transformers/models/bert/modeling_bert.py:") for line in lines)
+    assert not any("site-packages" in line for line in lines)
+
+
+_TWICE = """
+import hashlib, sys
+sys.path.insert(0, sys.argv[1])
+from architectures import build
+import lora_fx
+from lora_fx.drawing import FORMATS, describe
+base = lora_fx.trace(build("t5"), inference=True)
+description = describe(base, lora_fx.rewrite(base, rules="t5", inference=True))
+for name in ("html", "svg", "dot", "json", "text"):
+    content = FORMATS[name](description)
+    print(name, hashlib.sha256(content if isinstance(content, bytes) else content.encode()).hexdigest())
+"""
+
+
+def test_two_processes_write_the_same_bytes() -> None:
+    def run(seed: str) -> str:
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        return subprocess.run(
+            [sys.executable, "-c", _TWICE, str(Path(__file__).parent)],
+            env=environment, check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+
+    first = run("1")
+    assert len(first.splitlines()) == 5
+    assert run("2") == first
+
+
+def outline(description: Mapping[str, Any]) -> str:
+    """Return a description as lines that a person can compare; of layers that are alike only the first."""
+    marks = {"same": " ", "added": "+", "removed": "-", "rewired": "*", "changed": "~"}
+    nodes, groups = description["nodes"], description["groups"]
+    lines = [f"{description['title']} {description['counts']}", f"changes {len(description['changes'])}"]
+
+    def tell(name: str, depth: int) -> None:
+        group = groups[int(name[1:])]
+        start = "  " * depth
+        lines.append(
+            f"{start}[{group['kind']} {group['name']}] {group.get('type', '')} {group.get('note', '')}".rstrip()
+        )
+        if "alike" in group:
+            return
+        for item in group["items"]:
+            if item[0] == "g":
+                tell(item, depth + 1)
+                continue
+            node = nodes[int(item[1:])]
+            read = ", ".join(nodes[int(source[1:])]["name"] for source in node.get("inputs", ()))
+            weights = "".join(f" {weight['short']}" for weight in node.get("weights", ()))
+            lines.append(
+                f"{start} {marks[node['status']]} {node['name']}: {node['label']}({read}){weights} {node.get('value', '')}"
+            )
+        lines.append(f"{start}   edges {group['edges']}")
+        stubs = [f"{nodes[int(s['source'][1:])]['name']}→{s['to']}{'*' * ('shared' in s)}" for s in group["stubs"]]
+        lines.append(f"{start}   stubs {', '.join(stubs)}")
+
+    tell("g0", 0)
+    for matrix in description["coverage"]:
+        lines.append(f"{matrix['stack']}: {', '.join(matrix['columns'])}")
+        for row in matrix["rows"]:
+            cells = ["" if cell is None else description["sites"][cell]["ranks"] for cell in row["cells"]]
+            lines.append(f"  {row['layer']}: {cells}")
+    lines.append(f"elsewhere {[description['sites'][index]['name'] for index in description['elsewhere']]}")
+    return "\n".join(lines) + "\n"
+
+
+GOLDENS = ("t5", "gpt2", "llama")
+
+
+def drawn(name: str) -> Mapping[str, Any]:
+    base = lora_fx.trace(build(name), inference=True)
+    return describe(base, lora_fx.rewrite(base, rules=ARCHITECTURES[name].rules, seed=0))
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_the_description_is_the_one_that_was_looked_at(name: str) -> None:
+    """Made anew by ``python tests/test_drawing.py``: look at what git says has changed."""
+    assert outline(drawn(name)) == (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("suffix", ["html", "svg", "png", "dot", "json", "txt"])
+def test_each_format_is_written_where_it_is_asked_for(suffix: str, tmp_path: Path) -> None:
+    base, graph = traced("bert"), branched("bert")
+    path = tmp_path / f"graph.{suffix}"
+    lora_fx.draw(base, graph, path)
+    content = path.read_bytes()
+    if suffix == "png":
+        assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    else:
+        assert re.search(r"layer\.0–2 ×3".encode(), content) or b"layer.0\\u20132 \\u00d73" in content
+    with pytest.raises(lora_fx.LoraFxError, match="exists already"):
+        lora_fx.draw(base, graph, path)
+    lora_fx.draw(base, graph, path, show="before", overwrite=True)
+    assert path.read_bytes() != content
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
 def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
-    graph = lora_fx.trace(build("bert"))
-    with pytest.raises(lora_fx.ExportError, match=r"graph.pdf: a picture is one of \.svg, \.png, \.dot"):
+    graph = traced("bert")
+    with pytest.raises(
+        lora_fx.ExportError, match=r"graph.pdf: a picture is one of \.dot, \.html, \.json, \.png, \.svg, \.txt"
+    ):
         lora_fx.draw(graph, graph, tmp_path / "graph.pdf")
+    assert not list(tmp_path.iterdir())
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for each in GOLDENS:
+        (GOLDEN / f"{each}.txt").write_text(outline(drawn(each)), encoding="utf-8")

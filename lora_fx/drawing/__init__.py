@@ -1,0 +1,102 @@
+"""Pictures of graphs, and of what a pass changed in them: a page, SVG, PNG, DOT, JSON, text.
+
+All are written from one description (see :mod:`lora_fx.drawing._describing`), which has no layout; a writer has nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+from torch import fx
+
+from lora_fx.drawing._describing import Description, describe, describe_graph
+from lora_fx.drawing._dot import dot
+from lora_fx.drawing._models import describe_model
+from lora_fx.drawing._page import page
+from lora_fx.drawing._static import render
+from lora_fx.drawing._text import in_words, text
+from lora_fx.errors import ExportError
+from lora_fx.files import replacing
+
+__all__ = [
+    "FORMATS",
+    "Description",
+    "describe",
+    "describe_graph",
+    "describe_model",
+    "draw",
+    "format_of",
+    "in_words",
+    "save",
+]
+
+
+def _json(description: Description) -> str:
+    return json.dumps(description, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+FORMATS: Mapping[str, Callable[[Description], str | bytes]] = {
+    "html": page,
+    "svg": lambda description: render(dot(description), "svg"),
+    "png": lambda description: render(dot(description), "png"),
+    "dot": dot,
+    "json": _json,
+    "text": text,
+}
+"""What can be written, by its name."""
+
+_SUFFIXES = {".txt": "text", **{f".{name}": name for name in FORMATS if name != "text"}}
+
+
+def draw(
+    before: fx.GraphModule,
+    after: fx.GraphModule,
+    path: str | Path,
+    *,
+    show: Literal["before", "after", "diff"] = "diff",
+    overwrite: bool = False,
+) -> None:
+    """Draw two graphs as one, with what differs between them, or one of the two alone.
+
+    Weights stand in the label of the operator that reads them; layers that are exactly alike are one box, ``layers.0–31 ×32``,
+    and a branch is one unit. What was added is blue, thick and has a ``+``; what was removed orange, dashed, ``−``; what reads
+    something else purple, ``⇄``; what has another argument, weight or shape ochre, ``~``.
+
+    Args:
+        before: for instance ``trace(model)``.
+        after: for instance ``rewrite(model)`` or ``fold(…)``.
+        path: of the picture: ``.html`` (a page to look around in, which needs no network), ``.svg``, ``.png``, ``.dot``, ``.json``
+            (the description itself) or ``.txt`` (a tree, and the matrix of which projection of which layer has a branch).
+        show: ``"before"`` or ``"after"`` draws that graph alone.
+        overwrite: replace a file that exists.
+
+    Raises:
+        ExportError: the suffix is not known, or Graphviz (the extra ``draw``) is not installed, fails, or takes too long.
+        LoraFxError: something exists at ``path``, or it cannot be written.
+    """
+    target = Path(path)
+    name = format_of(target)
+    alone = {"before": before, "after": after}
+    description = describe_graph(alone[show], show) if show in alone else describe(before, after)
+    save(description, target, name, overwrite=overwrite)
+
+
+def format_of(path: Path) -> str:
+    """Return the one of the :data:`FORMATS` that the name of a file asks for.
+
+    Raises:
+        ExportError: it asks for none of them.
+    """
+    if path.suffix not in _SUFFIXES:
+        raise ExportError(f"{path.name}: a picture is one of {', '.join(sorted(_SUFFIXES))}.")
+    return _SUFFIXES[path.suffix]
+
+
+def save(description: Description, target: Path, name: str, *, overwrite: bool = False) -> None:
+    """Write a description in one of the :data:`FORMATS`; see :func:`draw`."""
+    content = FORMATS[name](description)
+    with replacing(target, overwrite=overwrite) as beside:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -1,0 +1,169 @@
+"""Which call sites have a branch, of which rank, by which rule or why not; and the matrix layer × projection of that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from lora_fx.branches import find_branches
+from lora_fx.drawing._reading import Reader, stamp_of
+from lora_fx.errors import FoldError
+from lora_fx.factors import adapters
+from lora_fx.graph_module import state_of
+from lora_fx.lowering import lower
+from lora_fx.lowrank import Merge, Update
+from lora_fx.sites import Site, sites
+
+
+@dataclass(frozen=True)
+class Covered:
+    """One call site, and the branches beside it.
+
+    Attributes:
+        site: the site.
+        state: whether it has a branch, or had one that is merged into its weight.
+        ranks: of the branches that it has.
+        rule: that chose it, as far as it is known.
+        reason: for which it was skipped, as far as it is known.
+    """
+
+    site: Site
+    state: Literal["branch", "merged", "none"]
+    ranks: tuple[int, ...] = ()
+    rule: str = ""
+    reason: str = ""
+
+
+def coverage(graph: Reader, merges: Iterable[Merge]) -> tuple[Covered, ...]:
+    """Return all call sites of a graph, in order.
+
+    Args:
+        graph: that has branches, or was folded.
+        merges: what a fold did, or would do, to its weights.
+    """
+    module = graph.graph_module
+    merged = {name for merge in merges if merge.updates for name in merge.names}
+    known = module.meta.get("lora_fx", {})
+    reasons: dict[str, str] = {}
+    for skipped in known.get("skipped", {}).values():
+        reasons.update(skipped)
+    found = sites(module)
+    branched = _branched(graph, found)
+    covered = []
+    for site in found:
+        if site.node in branched:
+            ranks, rule = branched[site.node]
+            covered.append(Covered(site, "branch", ranks, rule))
+        elif site.weight in merged:
+            covered.append(Covered(site, "merged"))
+        else:
+            covered.append(Covered(site, "none", reason=reasons.get(site.name, "")))
+    return tuple(covered)
+
+
+def _branched(graph: Reader, found: Sequence[Site]) -> Mapping[str, tuple[tuple[int, ...], str]]:
+    """Return ranks and rules of the branches at each site, by the name of its node."""
+    module = graph.graph_module
+    if not adapters(module):
+        return {}
+    try:
+        branches = find_branches(lower(module))
+    except FoldError:  # it can be drawn all the same; what lora_fx wrote itself is known by its stamps
+        return _stamped(graph, found)
+    rules = {site: rule for site, (_, rule) in _stamped(graph, found).items()}
+    tensors = state_of(module).tensors
+    return {branch.site.name: (_ranks(branch.updates, tensors), rules.get(branch.site.name, "")) for branch in branches}
+
+
+def _stamped(graph: Reader, found: Sequence[Site]) -> Mapping[str, tuple[tuple[int, ...], str]]:
+    node_of = {site.name: site.node for site in found}
+    ranks: dict[str, tuple[int, ...]] = {}
+    rules: dict[str, list[str]] = {}
+    for branch in branch_settings(graph.graph_module):
+        node = node_of.get(branch["site"])
+        if node is not None:
+            ranks[node] = (*ranks.get(node, ()), *([branch["rank"]] if "rank" in branch else []))
+            rules.setdefault(node, []).append(branch.get("rule", ""))
+    return {node: (found, ", ".join(dict.fromkeys(filter(None, rules[node])))) for node, found in ranks.items()}
+
+
+def branch_settings(module: fx.GraphModule) -> list[dict[str, Any]]:
+    """Return for each branch that lora_fx wrote: its node of A, site, adapter, rule, and its settings as far as they are known."""
+    records: Mapping[str, Any] = module.meta.get("lora_fx", {}).get("adapters", {})
+    by_factor = {
+        (adapter, entry["branch"].names(adapter).a): entry["branch"]
+        for adapter, entries in records.items()
+        for entry in entries.values()
+    }
+    found = []
+    for node in module.graph.nodes:
+        stamp = stamp_of(node)
+        if stamp is None or stamp.get("part") != "A":
+            continue
+        known: dict[str, Any] = {key: stamp[key] for key in ("site", "adapter", "rule") if key in stamp}
+        factors = ((str(known.get("adapter")), str(source.target)) for source in _weights(node))
+        branch = next((by_factor[factor] for factor in factors if factor in by_factor), None)
+        if branch is not None:
+            setting = branch.setting
+            known |= {
+                "rank": setting.rank,
+                "alpha": setting.alpha,
+                "scaling": setting.scale,
+                "dropout": setting.dropout,
+            }
+            known |= {} if branch.part is None else {"part": branch.part}
+        found.append({"node": node, **known})
+    return found
+
+
+def _weights(node: fx.Node) -> Sequence[fx.Node]:
+    """Return the tensors that a node reads, also through views of them."""
+    found: list[fx.Node] = []
+    for source in node.all_input_nodes:
+        if source.op == "get_attr":
+            found.append(source)
+        elif stamp_of(source) is not None and len(source.all_input_nodes) == 1:
+            found += _weights(source)
+    return found
+
+
+def _ranks(updates: Iterable[Update], tensors: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+    ranks = []
+    for update in updates:
+        first = update.factors[0]
+        if first.name in tensors:
+            ranks.append(first.view.apply(tensors[first.name].to("meta")).shape[-2])
+    return tuple(ranks)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The sites in one stack of layers: in each row those of a layer, as positions in the list of all; None where it has none."""
+
+    stack: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[int | None, ...]], ...]
+
+
+def matrices(covered: Sequence[Covered]) -> tuple[tuple[Matrix, ...], tuple[int, ...]]:
+    """Return a matrix for each stack of layers, and the sites that are in none."""
+    stacks: dict[str, dict[str, dict[str, int]]] = {}
+    elsewhere = []
+    for position, each in enumerate(covered):
+        parts = each.site.name.split(".")
+        index = next((place for place, part in enumerate(parts[:-1]) if part.isdigit()), None)
+        if index is None:
+            elsewhere.append(position)
+        else:
+            stack, projection = ".".join(parts[:index]), ".".join(parts[index + 1 :])
+            stacks.setdefault(stack, {}).setdefault(parts[index], {})[projection] = position
+    made = []
+    for stack, layers in stacks.items():
+        columns = tuple(dict.fromkeys(projection for cells in layers.values() for projection in cells))
+        rows = tuple((index, tuple(cells.get(column) for column in columns)) for index, cells in layers.items())
+        made.append(Matrix(stack, columns, rows))
+    return tuple(made), tuple(elsewhere)

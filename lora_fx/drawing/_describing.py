@@ -1,0 +1,321 @@
+"""The neutral description of one graph, or of what differs between two: data for JSON, without any layout.
+
+Every writer reads this and nothing else. Its keys::
+
+    format, title, show, before, after      what it is of
+    counts, changes                         the difference in numbers, and what of it to visit, in graph order
+    nodes                                   operators, in graph order; ``"n<position>"`` names one
+    groups                                  modules, repeats, branches, steps; ``"g<position>"`` names one, ``"g0"`` the model
+    open                                    the groups that a first view shows the inside of
+    sites, coverage, elsewhere              call sites, as a matrix for each stack of layers, and those in no stack
+    lines                                   lines of the model's source, to which nodes refer by position
+
+Keys without a value are left out. Same graphs, same description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from torch import fx
+
+from lora_fx.drawing._coverage import branch_settings, coverage, matrices
+from lora_fx.drawing._difference import Entry, Status, Union, single, unite
+from lora_fx.drawing._hierarchy import Group, Item, gather_steps, inline_single, modules_of
+from lora_fx.drawing._reading import Reader, stamp_of, type_of_root
+from lora_fx.drawing._repeats import collapse
+from lora_fx.drawing._wiring import Wiring, wire
+from lora_fx.lowrank import Merge
+from lora_fx.provenance import module_path, source_of
+
+Description = Mapping[str, Any]
+"""What :func:`describe` returns."""
+
+Show = Literal["before", "after", "diff", "fold"]
+
+FORMAT = 1
+
+_STATUSES: tuple[Status, ...] = ("added", "removed", "rewired", "changed")
+_IN_FIRST_VIEW = 60  # items of all open groups together
+
+
+def describe_graph(graph_module: fx.GraphModule, show: Show = "after") -> Description:
+    """Return the description of one graph alone. See :func:`describe`."""
+    reader = Reader(graph_module)
+    return _description(single(reader), reader, show, _merges(graph_module))
+
+
+def describe(
+    before: fx.GraphModule,
+    after: fx.GraphModule,
+    *,
+    show: Show = "diff",
+    merges: Iterable[Merge] | None = None,
+) -> Description:
+    """Return the description of two graphs as one, with what differs between them.
+
+    Nodes are matched by where they come from: the call of a module, the operator, their order there; those of branches by their
+    stamps. A node that both graphs have is ``changed`` if another argument, weight, shape or dtype was found, and ``rewired`` if it
+    only reads other nodes.
+
+    Args:
+        before: a graph, for instance of ``trace``.
+        after: what a pass made of it, or another trace.
+        show: what is said to be shown.
+        merges: what a fold did to the weights of ``after``; by default what that graph knows of it.
+
+    Returns:
+        Data for JSON, as told at the head of this module.
+    """
+    after_reader = Reader(after)
+    union = unite(Reader(before), after_reader)
+    return _description(union, after_reader, show, _merges(after) if merges is None else merges)
+
+
+def _merges(graph_module: fx.GraphModule) -> tuple[Merge, ...]:
+    folded = graph_module.meta.get("lora_fx", {}).get("folded", ())
+    return tuple(entry.merge for entry in folded)
+
+
+def _description(union: Union, graph: Reader, show: Show, merges: Iterable[Merge]) -> Description:
+    title = type_of_root(graph.graph_module)
+    root = modules_of(union, title)
+    settings = _settings(union)
+    collapse(root, union, {entry: {**known, "site": ""} for entry, known in settings.items()})
+    gather_steps(root)
+    names = inline_single(root)
+    covered = coverage(graph, merges)
+    writer = _Writer(union, root, names, settings, {each.site.node: i for i, each in enumerate(covered)}, graph)
+    stacks, elsewhere = matrices(covered)
+    groups = writer.groups()
+    return _filled(
+        {
+            "format": FORMAT,
+            "title": title,
+            "show": show,
+            "counts": writer.totals(),
+            "open": [writer.ids[group] for group in _first_view(root)],
+            "changes": writer.changes(),
+            "nodes": writer.nodes(),
+            "groups": groups,
+            "lines": list(writer.lines),
+            "sites": [{**_site(each), "node": writer.node_ids[each.site.node]} for each in covered],
+            "coverage": [
+                {
+                    "stack": matrix.stack,
+                    "columns": list(matrix.columns),
+                    "rows": [{"layer": layer, "cells": list(cells)} for layer, cells in matrix.rows],
+                }
+                for matrix in stacks
+            ],
+            "elsewhere": list(elsewhere),
+        },
+        always=_ALWAYS,
+    )
+
+
+_ALWAYS = ("counts", "open", "changes", "nodes", "groups", "lines", "sites", "coverage", "elsewhere")
+
+
+def _settings(union: Union) -> dict[Entry, dict[str, Any]]:
+    """Return the settings of each branch, at its operator A."""
+    entry_of = {entry.node: entry for entry in union.entries}
+    found = {}
+    for reader in dict.fromkeys(entry.reader for entry in union.entries):
+        for branch in branch_settings(reader.graph_module):
+            node = branch.pop("node")
+            if node in entry_of:
+                found[entry_of[node]] = branch
+    return found
+
+
+def _first_view(root: Group) -> Iterator[Group]:
+    """Yield the groups that are open at first: what is around the layers, as long as it can be taken in."""
+    left = _IN_FIRST_VIEW
+    level = [root]
+    while level:
+        following: list[Group] = []
+        for group in level:
+            holds_layers = any(inner.is_layer for inner in group.groups() if inner is not group)
+            if group is not root and (group.is_layer or group.kind != "module" or not holds_layers):
+                continue
+            if group is root or len(group.items) <= left:
+                left -= len(group.items)
+                yield group
+                following += [item for item in group.items if isinstance(item, Group)]
+        level = following
+
+
+def _site(each: Any) -> dict[str, Any]:
+    site = each.site
+    told = {"name": site.name, "op": site.op, "in": site.in_features, "out": site.out_features, "weight": site.weight}
+    told |= {"state": each.state, "decision": each.rule, "reason": each.reason}
+    return {**_filled(told), "ranks": list(each.ranks)}
+
+
+def _filled(data: Mapping[str, Any], always: Sequence[str] = ()) -> dict[str, Any]:
+    """Return data without the keys that have no value."""
+    return {key: value for key, value in data.items() if key in always or value not in (None, "", [], {}, False)}
+
+
+@dataclass
+class _Writer:
+    """Names everything, and writes nodes and groups as data."""
+
+    union: Union
+    root: Group
+    names: Mapping[Entry, str]
+    settings: Mapping[Entry, Mapping[str, Any]]
+    site_of: Mapping[str, int]
+    graph: Reader
+    ids: dict[Item, str] = field(default_factory=dict)
+    node_ids: dict[str, str] = field(default_factory=dict)
+    lines: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._drawn = [entry for entry in self.union.entries if not entry.hidden]
+        self.ids.update({entry: f"n{index}" for index, entry in enumerate(self._drawn)})
+        self._order = {entry: index for index, entry in enumerate(self._drawn)}
+        self._groups = list(self.root.groups())
+        self.ids.update({group: f"g{index}" for index, group in enumerate(self._groups)})
+        self.node_ids.update({e.node.name: self.ids[e] for e in self._drawn if e.reader is self.graph})
+        self._around = {item: group for group in self._groups for item in group.items}
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Return all operators."""
+        return [self._node(entry) for entry in self._drawn]
+
+    def _node(self, entry: Entry) -> dict[str, Any]:
+        node, reader = entry.node, entry.reader
+        operator = reader.operator(node)
+        stamp = stamp_of(node) or {}
+        line = source_of(node)
+        line = line.rpartition("/site-packages/")[2]  # the rest of the path differs between machines
+        path = module_path(node)
+        is_site = reader is self.graph and entry.status != "removed"
+        return _filled(
+            {
+                "name": node.name,
+                "op": operator,
+                "label": self._label(entry, operator),
+                "kind": _KINDS.get(node.op, "operator"),
+                "status": entry.status,
+                "group": self.ids[self._around[entry]],
+                "value": reader.value(node),
+                "args": reader.arguments(node) if node.op != "placeholder" else "",
+                "weights": [
+                    _filled(
+                        {
+                            "name": weight.name,
+                            "short": weight.name.removeprefix(f"{path}.") if path else weight.name,
+                            "value": weight.value,
+                            "trainable": weight.trainable,
+                        }
+                    )
+                    for weight in reader.weights(node)
+                ],
+                "inputs": [self.ids[source] for source in self.union.inputs[entry]],
+                "former": [self.ids[source] for source in self.union.former.get(entry, ())],
+                "line": self.lines.setdefault(line, len(self.lines)) if line else None,
+                "path": path,
+                "part": stamp.get("part"),
+                "differences": [asdict(difference) for difference in entry.differences],
+                "site": self.site_of.get(node.name) if is_site else None,
+            },
+        )
+
+    def _label(self, entry: Entry, operator: str) -> str:
+        if entry.node.op in ("placeholder", "output"):
+            return str(entry.node.target)
+        name = operator.split(".")[1] if operator.startswith("aten.") else operator.rpartition(".")[2]
+        return f"{self.names[entry]} · {name}" if entry in self.names else name
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return all groups, each before those in it."""
+        wirings = wire(self.root, self.union)
+        counts: dict[Group, dict[str, int]] = {}
+        branches: dict[Group, list[Mapping[str, Any]]] = {}
+        for group in reversed(self._groups):  # the inner ones first
+            count = dict.fromkeys(("nodes", *_STATUSES), 0)
+            held: list[Mapping[str, Any]] = []
+            for item in group.items:
+                if isinstance(item, Group):
+                    count = {key: number + counts[item][key] for key, number in count.items()}
+                    held += branches[item]
+                else:
+                    count["nodes"] += 1
+                    if item.status != "same":
+                        count[item.status] += 1
+            if group.kind == "branch":
+                held = [next((self.settings[e] for e in group.entries() if e in self.settings), {})]
+            counts[group], branches[group] = count, held
+        return [self._group(group, wirings[group], counts[group], branches[group]) for group in self._groups]
+
+    def _group(
+        self, group: Group, wiring: Wiring, counts: Mapping[str, int], branches: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        position = {item: index for index, item in enumerate(group.items)}
+        edges = sorted((position[a], position[b], status) for (a, b), status in wiring.edges.items())
+        stubs = sorted(
+            # Not by their sources first, whose order differs between layers that are alike.
+            (sorted(position[item] for item in stub.to), stub.status, stub.shared, self._order[stub.source])
+            for stub in wiring.stubs
+        )
+        around = self._around.get(group)
+        return _filled(
+            {
+                "kind": group.kind,
+                "name": group.name,
+                "path": group.path,
+                "type": group.type,
+                "note": _branch_note(branches[0]) if group.kind == "branch" else _note(branches),
+                "parent": None if around is None else self.ids[around],
+                "counts": dict(counts),
+                "items": [self.ids[item] for item in group.items],
+                "edges": [list(edge) for edge in edges],
+                "stubs": [
+                    _filled({"source": f"n{source}", "to": to, "status": status, "shared": shared})
+                    for to, status, shared, source in stubs
+                ],
+                "copies": group.copies or None,
+                "branch": dict(branches[0]) if group.kind == "branch" else None,
+                "alike": self.ids.get(group.alike) if group.alike is not None else None,
+            },
+            always=("items", "edges", "stubs", "counts", "name"),
+        )
+
+    def totals(self) -> dict[str, int]:
+        """Return how many operators there are of each status, and how many branches."""
+        found = dict.fromkeys(("nodes", *_STATUSES, "same"), 0)
+        found["nodes"] = len(self._drawn)
+        for entry in self._drawn:
+            found[entry.status] += 1
+        return {**found, "branches": sum(group.kind == "branch" for group in self._groups)}
+
+    def changes(self) -> list[str]:
+        """Return what of the difference is visited: whole branches, and operators outside of them."""
+        found: dict[str, None] = {}
+        for entry in self._drawn:
+            if entry.status != "same":
+                around = self._around[entry]
+                found.setdefault(self.ids[around if around.kind == "branch" else entry])
+        return list(found)
+
+
+_KINDS: Mapping[str, str] = {"placeholder": "input", "output": "output", "call_module": "module"}
+
+
+def _note(branches: Sequence[Mapping[str, Any]]) -> str:
+    if not branches:
+        return ""
+    ranks = sorted({branch["rank"] for branch in branches if "rank" in branch})
+    told = f"LoRA ×{len(branches)}"
+    return f"{told}, rank {', '.join(map(str, ranks))}" if ranks else told
+
+
+def _branch_note(branch: Mapping[str, Any]) -> str:
+    words = {key: branch[key] for key in ("rank", "alpha", "scaling") if key in branch}
+    told = [f"{key} {value:g}" for key, value in words.items()]
+    return ", ".join([*told, str(branch["part"])] if "part" in branch else told)

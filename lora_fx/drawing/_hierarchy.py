@@ -1,0 +1,196 @@
+"""The tree of groups around the operators: calls of modules, branches, repeats, and runs of steps where there are too many."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import fx
+
+from lora_fx.drawing._difference import Entry, Union
+from lora_fx.drawing._reading import Frame, stamp_of
+
+GroupKind = Literal["model", "module", "repeat", "branch", "steps"]
+
+_MOST_ITEMS = 120  # that a group shows at once; a chain of layers is easier to lay out, and to read
+_MOST_COPIES = 400
+_STEPS = 60  # in one part of what is more
+_SHORTEST_RUN = 6
+
+_INDEXED = re.compile(r"(?:.*\.)?\d+")
+
+
+@dataclass(eq=False)
+class Group:
+    """A group of operators and further groups.
+
+    Attributes:
+        kind: what holds it together.
+        name: relative to the group around it.
+        path: of the module; empty for the model itself, and where it is no module.
+        type: class of the module.
+        items: what is in it, in graph order.
+        call: of the module, counted from 1.
+        copies: of a repeat, how many there are.
+        alike: the group of an earlier repetition that is exactly like this one.
+    """
+
+    kind: GroupKind
+    name: str
+    path: str = ""
+    type: str = ""
+    items: list[Item] = field(default_factory=list)
+    call: int = 1
+    copies: int = 0
+    alike: Group | None = None
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield all operators in it, at any depth."""
+        for item in self.items:
+            if isinstance(item, Group):
+                yield from item.entries()
+            else:
+                yield item
+
+    def groups(self) -> Iterator[Group]:
+        """Yield it and all groups in it, from the outside."""
+        yield self
+        for item in self.items:
+            if isinstance(item, Group):
+                yield from item.groups()
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is one of several by an index, as layers are."""
+        return self.kind == "repeat" or (
+            self.kind == "module" and _INDEXED.fullmatch(self.name.split("@")[0]) is not None
+        )
+
+
+Item = Entry | Group
+
+
+def modules_of(union: Union, title: str) -> Group:
+    """Return the tree of modules around the operators that are drawn, with the branches in it as groups of their own."""
+    root = Group("model", title)
+    branches = _branches(union)
+    made: dict[tuple[Frame, ...], Group] = {(): root}
+    opened: dict[int, Group] = {}
+    for entry in union.entries:
+        if entry.hidden:
+            continue
+        group = _module(entry, made, root)
+        if entry in branches:
+            number = branches[entry]
+            if number not in opened:
+                stamp = stamp_of(entry.node) or {}
+                opened[number] = Group("branch", f"LoRA {stamp.get('adapter', '')}".strip())
+                group.items.append(opened[number])
+            group = opened[number]
+        group.items.append(entry)
+    return root
+
+
+def _module(entry: Entry, made: dict[tuple[Frame, ...], Group], root: Group) -> Group:
+    key: tuple[Frame, ...] = ()
+    group = root
+    for frame in entry.reader.frames(entry.node):
+        key = (*key, frame)
+        if key not in made:
+            name = frame.path.removeprefix(f"{group.path}.") if group.path else frame.path
+            again = f"@{frame.call}" if frame.call != group.call else ""  # that a module around is called again says it
+            made[key] = Group("module", f"{name}{again}", frame.path, frame.type, call=frame.call)
+            group.items.append(made[key])
+        group = made[key]
+    return group
+
+
+def _branches(union: Union) -> Mapping[Entry, int]:
+    """Number the branches: stamped nodes of one site and adapter that hang together, but by what the branch is added to."""
+    stamped = {
+        entry: (stamp.get("site"), stamp.get("adapter"))
+        for entry in union.entries
+        if not entry.hidden and (stamp := stamp_of(entry.node)) is not None
+    }
+    by_node = {entry.node: entry for entry in stamped}
+    number: dict[Entry, int] = {}
+    merged: dict[int, int] = {}
+
+    def root(index: int) -> int:
+        while merged.get(index, index) != index:
+            index = merged[index]
+        return index
+
+    for index, entry in enumerate(stamped):
+        number[entry] = index
+        for source in _summands(entry.node):
+            other = by_node.get(source)
+            if other is not None and stamped[other] == stamped[entry]:
+                # A source stands before its reader, so it has its number.
+                merged[root(index)] = root(number[other])
+    return {entry: root(index) for entry, index in number.items()}
+
+
+def _summands(node: fx.Node) -> Sequence[fx.Node]:
+    """Return what a node of a branch reads of its own branch: of a sum only the second."""
+    if (stamp_of(node) or {}).get("part") == "add":
+        return [source for source in node.args[1:2] if isinstance(source, fx.Node)]
+    return node.all_input_nodes
+
+
+def inline_single(group: Group) -> Mapping[Entry, str]:
+    """Put operators that are alone in their module in its place (in place); return the names of these modules."""
+    names: dict[Entry, str] = {}
+    for index, item in enumerate(group.items):
+        if not isinstance(item, Group):
+            continue
+        names.update(inline_single(item))
+        if item.kind == "module" and len(item.items) == 1 and isinstance(item.items[0], Entry) and not item.is_layer:
+            entry = item.items[0]
+            names[entry] = item.name
+            group.items[index] = entry
+    return names
+
+
+def gather_steps(group: Group) -> None:
+    """Part what is too much to be seen at once into steps (in place).
+
+    In a module that holds layers, runs of plain operators (of masks and positions) become one group each; anywhere, so do parts of
+    more items than a person or a layout can take in.
+    """
+    for item in group.items:
+        if isinstance(item, Group):
+            gather_steps(item)
+    if any(inner.is_layer for item in group.items if isinstance(item, Group) for inner in item.groups()):
+        group.items = list(_runs(group.items))
+    while len(group.items) > (_MOST_COPIES if group.kind == "repeat" else _MOST_ITEMS):
+        group.items = [
+            Group(
+                "steps",
+                f"steps {start + 1}–{min(start + _STEPS, len(group.items))}",
+                items=group.items[start : start + _STEPS],
+            )
+            for start in range(0, len(group.items), _STEPS)
+        ]
+
+
+def _runs(items: Iterable[Item]) -> Iterator[Item]:
+    run: list[Item] = []
+    for item in items:
+        if isinstance(item, Entry) and item.status == "same" and item.node.op not in ("placeholder", "output"):
+            run.append(item)
+            continue
+        yield from _gathered(run)
+        run = []
+        yield item
+    yield from _gathered(run)
+
+
+def _gathered(run: list[Item]) -> Iterator[Item]:
+    if len(run) < _SHORTEST_RUN:
+        yield from run
+    else:
+        first, last = (item.node.name for item in (run[0], run[-1]) if isinstance(item, Entry))
+        yield Group("steps", f"{first} … {last}", items=run)

@@ -1,0 +1,64 @@
+"""The description of a model in files, and of what rules change in it. Weights are not read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from lora_fx.attaching import attach
+from lora_fx.drawing._describing import Description, Show, describe, describe_graph
+from lora_fx.folding import recipe
+from lora_fx.inputs import inputs_of_rules
+from lora_fx.loading import empty_model
+from lora_fx.planning import plan_graph
+from lora_fx.programs import load_program
+from lora_fx.ruleset import load
+from lora_fx.tracing import trace
+from lora_fx.unloading import unload
+
+
+def describe_model(
+    path: Path,
+    rules: str,
+    show: Show = "diff",
+    *,
+    directories: Sequence[Path] = (),
+    rank: int | None = None,
+    step: Callable[[str], object] = lambda _: None,
+) -> Description:
+    """Return the description of a model, and of what rules change in it.
+
+    Args:
+        path: a model directory or its ``config.json``, of which the structure is made without weights; or a ``.pt2`` file.
+        rules: see :func:`lora_fx.rewrite`.
+        show: the graph before, after, both with their difference, or what a fold of the branches leaves of that: nothing.
+            Without weights nothing is computed; that everything can be folded is checked.
+        directories: with further rule files, searched first.
+        rank: replaces the default rank of the rules.
+        step: told what is being done.
+
+    Raises:
+        LoraFxError: of the kind that reading, tracing, planning and folding raise.
+    """
+    model = load_program(path) if path.suffix == ".pt2" else empty_model(path)
+    ruleset = load(rules, getattr(getattr(model, "config", None), "model_type", None), directories)
+    step(f"tracing {type(model).__name__}")
+    inputs = inputs_of_rules(model, ruleset) if isinstance(model, nn.Module) else None
+    base = trace(model, inputs, inference=True)
+    if show == "before":
+        return {**describe_graph(base, show), "before": f"traced from {path.name}"}
+    step(f"rewriting by rules {ruleset.name}")
+    branched = attach(base, plan_graph(base, ruleset.with_overrides(rank, None, None)), seed=0)
+    captions = {"before": f"traced from {path.name}", "after": f"rewritten by rules {ruleset.name}"}
+    step("comparing")
+    match show:
+        case "after":
+            return {**describe_graph(branched, show), "after": captions["after"]}
+        case "fold":
+            merges = recipe(branched)
+            folded = f"{captions['after']}, and folded"
+            return {**describe(base, unload(branched), show=show, merges=merges), **captions, "after": folded}
+        case _:
+            return {**describe(base, branched), **captions}

@@ -1,0 +1,230 @@
+"""What one graph says of its nodes, as text: values with named sizes, arguments, weights, the calls of modules around a node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import sympy
+import torch
+from torch import fx, nn
+
+from lora_fx.checks import InputCheck, RelationCheck
+from lora_fx.factors import is_factor
+from lora_fx.graph_module import TracedGraphModule, state_of
+from lora_fx.materializing import traced_class
+
+_QUIET = (torch.ops.aten.sym_size.int, torch.ops.aten._assert_scalar.default, getattr)
+_LONGEST = 400  # characters of arguments: a list of a thousand numbers says no more than its beginning
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One call of a module.
+
+    Attributes:
+        path: of the module.
+        type: class of the module.
+        call: which of its calls this is, counted from 1.
+    """
+
+    path: str
+    type: str
+    call: int = 1
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the model that an operator reads, with its dtype and shape as text."""
+
+    name: str
+    value: str
+    trainable: bool
+
+
+class Reader:
+    """Reads the nodes of one graph."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.graph_module = graph_module
+        state = state_of(graph_module)
+        self._tensors, self._constants = state.tensors, state.non_persistent
+        self._axes = _axes(graph_module)
+        self._sizes: dict[Any, str] = {}
+        self._frames: dict[str, Frame | None] = {}
+
+    def frames(self, node: fx.Node) -> tuple[Frame, ...]:
+        """Return the calls of modules around a node, from the outside; the model itself is left out."""
+        stack: Mapping[str, Any] = node.meta.get("nn_module_stack") or {}
+        found: list[Frame] = []
+        for key, (path, kind) in stack.items():
+            known = f"{key}:{path}"
+            if known not in self._frames:
+                self._frames[known] = _frame(key, path, kind)
+            frame = self._frames[known]
+            if frame is not None and frame not in found:
+                found.append(frame)
+        return tuple(found)
+
+    def value(self, node: fx.Node) -> str:
+        """Return dtype and shape of a node's value, or an expression where it is a size; nothing where it is not known."""
+        if node.op == "get_attr":
+            tensor = self._tensors.get(str(node.target))
+            return "" if tensor is None else self._of(tensor)
+        return self._of(node.meta.get("val"))
+
+    def weights(self, node: fx.Node) -> tuple[Weight, ...]:
+        """Return the tensors of the model that a node reads, each once, in the order of its arguments."""
+        names = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
+        return tuple(self._weight(name, self._tensors.get(name)) for name in names)
+
+    def _weight(self, name: str, tensor: torch.Tensor | None) -> Weight:
+        if tensor is None:
+            return Weight(name, "", trainable=False)
+        value = self._of(tensor)
+        if tensor.dim() == 0 and not isinstance(tensor, nn.Parameter) and not tensor.is_meta:
+            value += f" = {tensor.item()}"  # a number in the model's code
+        return Weight(name, value, tensor.requires_grad)
+
+    def constant(self, name: str) -> torch.Tensor | None:
+        """Return the value of a tensor of the model's code, such as a mask or a table of positions; None for weights.
+
+        A graph traced on the meta device has no values. For these its model is made again, with buffers and without weights.
+        """
+        if name not in self._constants:
+            return None
+        tensor = self._tensors[name]
+        return self._computed.get(name, tensor) if tensor.is_meta else tensor
+
+    @cached_property
+    def _computed(self) -> Mapping[str, torch.Tensor]:
+        made = traced_class(self.graph_module) if isinstance(self.graph_module, TracedGraphModule) else None
+        return {} if made is None else dict(made.named_buffers(remove_duplicate=False))
+
+    def operator(self, node: fx.Node) -> str:
+        """Return the operator of a node, or the class of the module that it calls."""
+        if node.op == "call_module":
+            return type(self.graph_module.get_submodule(str(node.target))).__name__
+        if node.op in ("placeholder", "output"):
+            return "input" if node.op == "placeholder" else "output"
+        if isinstance(node.target, str):
+            return node.target
+        if isinstance(node.target, torch._ops.OpOverload):
+            return str(node.target)
+        return f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', node.target)}".lstrip(".")
+
+    def arguments(
+        self, node: fx.Node, name_of: Callable[[fx.Node], str] | None = None, longest: int | None = _LONGEST
+    ) -> str:
+        """Return the arguments of a node as text; sizes are expressions.
+
+        Args:
+            node: of this graph.
+            name_of: what to call the nodes among them; by default by their names, and weights by theirs.
+            longest: number of characters after which the text is cut.
+        """
+        parts = [self.argument(value, name_of) for value in node.args]
+        parts += [f"{key}={self.argument(value, name_of)}" for key, value in node.kwargs.items()]
+        text = ", ".join(parts)
+        return text if longest is None or len(text) <= longest else f"{text[: longest - 1]}…"
+
+    def is_quiet(self, node: fx.Node) -> bool:
+        """Tell whether a node is not drawn as long as both graphs have it: a weight, a size, a check of the inputs."""
+        if node.op in ("placeholder", "output", "call_method"):
+            return False
+        if node.op == "get_attr":
+            return True
+        if node.op == "call_module":
+            return isinstance(self.graph_module.get_submodule(str(node.target)), InputCheck | RelationCheck)
+        if node.target in _QUIET:
+            return True
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor | tuple | list):
+            return False
+        counted = value is not None or not isinstance(node.target, torch._ops.OpOverload)
+        return counted and all(self.is_quiet(source) and source.op != "get_attr" for source in node.all_input_nodes)
+
+    def factor_readers(self) -> Iterable[fx.Node]:
+        """Return the nodes that read a factor of a branch."""
+        factors = (node for node in self.graph_module.graph.find_nodes(op="get_attr") if is_factor(str(node.target)))
+        return [user for node in factors for user in node.users]
+
+    def _name(self, node: fx.Node) -> str:
+        if node.op == "get_attr":
+            return str(node.target)
+        if node.target is getattr:
+            return f"{node.args[0]}.{node.args[1]}"
+        return (self.value(node) or node.name) if self.is_quiet(node) else node.name
+
+    def argument(self, value: Any, name_of: Callable[[fx.Node], str] | None = None) -> str:
+        """Return one argument as text; see :meth:`arguments`."""
+        name_of = name_of or self._name
+        if isinstance(value, fx.Node):
+            return name_of(value)
+        if isinstance(value, list | tuple):
+            inner = ", ".join(self.argument(item, name_of) for item in value)
+            return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{key}: {self.argument(item, name_of)}" for key, item in value.items()) + "}"
+        if isinstance(value, slice):
+            bounds = (value.start, value.stop, value.step)
+            return "slice(" + ", ".join(self.argument(bound, name_of) for bound in bounds) + ")"
+        if isinstance(value, torch.dtype | torch.layout | torch.memory_format):
+            return str(value).removeprefix("torch.")
+        return repr(value)
+
+    def _of(self, value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            shape = ", ".join(self._size(size) for size in value.shape)
+            return f"{str(value.dtype).removeprefix('torch.')} [{shape}]"
+        if isinstance(value, tuple | list):
+            return f"({', '.join(self._of(item) for item in value)})"
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+            return self._size(value)
+        return "" if value is None else repr(value)
+
+    def _size(self, size: Any) -> str:
+        if isinstance(size, int | float):
+            return str(size)
+        expression = size.node.expr
+        if expression not in self._sizes:
+            named = expression.xreplace({symbol: self._axes.get(symbol, symbol) for symbol in expression.free_symbols})
+            self._sizes[expression] = str(named)
+        return self._sizes[expression]
+
+
+def _axes(graph_module: fx.GraphModule) -> dict[Any, Any]:
+    """Return for each symbol that is a dimension of an input the name of its axis."""
+    examples = graph_module.meta.get("lora_fx", {}).get("examples")
+    axes: Mapping[str, tuple[str | None, ...]] = examples.axes if examples is not None else {}
+    named: dict[Any, Any] = {}
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and str(node.target) in axes:
+            for size, axis in zip(value.shape, axes[str(node.target)], strict=False):
+                if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and axis:
+                    named.setdefault(size.node.expr, sympy.Symbol(axis, integer=True, positive=True))
+    return named
+
+
+def _frame(key: str, path: str, kind: Any) -> Frame | None:
+    path = path.split("@")[0]
+    if not path or not key.startswith("L__self__"):
+        return None
+    call = key.rpartition("@")[2] if "@" in key else ""
+    name = kind if isinstance(kind, str) else kind.__qualname__
+    return Frame(path, name.rpartition(".")[2], int(call) + 1 if call.isdigit() else 1)
+
+
+def type_of_root(graph_module: fx.GraphModule) -> str:
+    """Return the class of the model that a graph was traced from, as far as it is known."""
+    name = str(graph_module.meta.get("lora_fx", {}).get("model_class") or "")
+    return name.rpartition(":")[2].rpartition(".")[2] or "GraphModule"
+
+
+def stamp_of(node: fx.Node) -> Mapping[str, str] | None:
+    """Return what lora_fx wrote on a node of a branch: rule, site, adapter and part."""
+    stamp = (node.meta.get("custom") or {}).get("lora_fx")
+    return stamp if isinstance(stamp, Mapping) else None

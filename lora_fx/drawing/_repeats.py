@@ -1,0 +1,258 @@
+"""Layers that are exactly alike become one group: ``layers.0–31 ×32``.
+
+Consecutive siblings are alike if their operators, arguments, shapes, wiring, difference and branches are equal, but for their
+index: what one reads of the layer before it, the next reads of it. A hash finds candidates; equality decides.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+
+from lora_fx.drawing._difference import Entry, Union
+from lora_fx.drawing._hierarchy import Group, Item
+from lora_fx.drawing._reading import Reader, stamp_of
+from lora_fx.graph_module import same_values
+
+_UNBACKED = re.compile(r"\bu\d+\b")  # the sizes that are found as the model computes are numbered through all layers
+_LIFTED = re.compile(r"((?:^|\.)lifted_tensor)_\d+$")
+_INDEX = re.compile(r"(?P<stem>(?:.*\.)?)(?P<index>\d+)")
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A group without its index.
+
+    Attributes:
+        tree: the groups within it.
+        tokens: one for each operator: what it is, and where in the group it reads from.
+        outputs: the positions of the operators whose values are read outside.
+        outside: what it reads from elsewhere, in the order in which it first does.
+        positions: of its operators.
+    """
+
+    tree: Any
+    tokens: tuple[Any, ...]
+    outputs: frozenset[int]
+    outside: tuple[Entry, ...]
+    positions: Mapping[Entry, int]
+
+    @cached_property
+    def content(self) -> tuple[Any, ...]:
+        return self.tree, self.tokens, self.outputs
+
+    @cached_property
+    def digest(self) -> int:
+        return hash(self.content)
+
+
+def collapse(root: Group, union: Union, settings: Mapping[Entry, Mapping[str, Any]]) -> None:
+    """Put runs of groups that are exactly alike into a repeat (in place).
+
+    Args:
+        root: the tree of modules.
+        union: whose operators are in it.
+        settings: what else must be equal of operators: the settings of their branches.
+    """
+    readers: dict[Entry, list[Entry]] = {}
+    for sources in (union.inputs, union.former):
+        for entry, read in sources.items():
+            for source in read:
+                readers.setdefault(source, []).append(entry)
+
+    def form_of(group: Group) -> _Form:
+        return _form(group, union, readers, settings)
+
+    _collapse(root, form_of)
+
+
+def _collapse(group: Group, form_of: Callable[[Group], _Form]) -> None:
+    items: list[Item] = []
+    for run in _runs(group.items, form_of):
+        first = run[0]
+        if isinstance(first, Group) and len(run) > 1:
+            members = [item for item in run if isinstance(item, Group)]
+            for member in members[1:]:
+                _note_alike(first, member)
+            items.append(Group("repeat", _named(members), type=first.type, items=list(members), copies=len(members)))
+        else:
+            items += run
+        for item in run:
+            if isinstance(item, Group):
+                _collapse(item, form_of)
+    group.items = items
+
+
+def _note_alike(first: Group, other: Group) -> None:
+    other.alike = first
+    for mine, theirs in zip(first.items, other.items, strict=True):
+        if isinstance(mine, Group) and isinstance(theirs, Group):
+            _note_alike(mine, theirs)
+
+
+def _runs(items: Sequence[Item], form_of: Callable[[Group], _Form]) -> Iterator[list[Item]]:
+    """Yield the items in order, those together that are alike."""
+    run: list[Item] = []
+    forms: list[_Form] = []
+    for item in items:
+        previous = run[-1] if run else None
+        follows = isinstance(previous, Group) and isinstance(item, Group) and _follows(previous, item)
+        if follows:
+            assert isinstance(previous, Group)
+            assert isinstance(item, Group)
+            forms = forms or [form_of(previous)]
+            form = form_of(item)
+            if _is_alike(forms, form):
+                run.append(item)
+                forms.append(form)
+                continue
+        if run:
+            yield run
+        run = [item]
+        forms = [form] if follows else []
+    if run:
+        yield run
+
+
+def _follows(group: Group, other: Group) -> bool:
+    """Tell whether two groups are neighbours by their index, or two calls of one module after each other."""
+    if group.kind != "module" or other.kind != "module" or group.type != other.type:
+        return False
+    if group.path == other.path:
+        return group.call + 1 == other.call
+    mine, theirs = _index(group), _index(other)
+    return (
+        mine is not None
+        and theirs is not None
+        and (mine[0], mine[1] + 1, group.call) == (theirs[0], theirs[1], other.call)
+    )
+
+
+def _index(group: Group) -> tuple[str, int] | None:
+    match = _INDEX.fullmatch(group.name.partition("@")[0])
+    return (match["stem"], int(match["index"])) if match else None
+
+
+def _named(members: Sequence[Group]) -> str:
+    first, last = members[0], members[-1]
+    name = first.name.partition("@")[0]
+    if first.path == last.path:
+        return f"{name}@{first.call}–{last.call} ×{len(members)}"
+    end = _index(last)
+    assert end is not None
+    return f"{name}–{end[1]} ×{len(members)}"
+
+
+def _is_alike(forms: Sequence[_Form], form: _Form) -> bool:
+    """Tell whether a group goes on with a run of groups that are alike."""
+    last = forms[-1]
+    if form.digest != last.digest or form.content != last.content:
+        return False
+    for mine, theirs in zip(last.outside, form.outside, strict=True):
+        here, there = _source(forms[:-1], mine), _source(forms, theirs)
+        if here == there:
+            continue
+        # What an early one reads from before the run, later ones read from within it, at one distance.
+        if not isinstance(there, tuple) or isinstance(here, tuple) or len(forms) > there[0]:
+            return False
+    return True
+
+
+def _source(forms: Sequence[_Form], entry: Entry) -> Entry | tuple[int, int]:
+    """Return how far back in the run a source is, and its position there; or itself where it is none of the run's."""
+    for distance, form in enumerate(reversed(forms), 1):
+        if entry in form.positions:
+            return distance, form.positions[entry]
+    return entry
+
+
+def _form(
+    group: Group, union: Union, readers: Mapping[Entry, Sequence[Entry]], settings: Mapping[Entry, Mapping[str, Any]]
+) -> _Form:
+    ordered = list(group.entries())
+    positions = {entry: index for index, entry in enumerate(ordered)}
+    outside: dict[Entry, int] = {}
+
+    def place(entry: Entry) -> tuple[str, int]:
+        if entry in positions:
+            return "inside", positions[entry]
+        return "outside", outside.setdefault(entry, len(outside))
+
+    by_node = {
+        source.node: source for entry in ordered for source in (*union.inputs[entry], *union.former.get(entry, ()))
+    }
+    tokens = tuple(_token(entry, group, place, by_node, union, settings.get(entry)) for entry in ordered)
+    outputs = frozenset(
+        position
+        for entry, position in positions.items()
+        if any(reader not in positions for reader in readers.get(entry, ()))
+    )
+    return _Form(_tree(group, top=True), tokens, outputs, tuple(outside), positions)
+
+
+def _tree(group: Group, *, top: bool = False) -> Any:
+    inner = tuple(_tree(item) if isinstance(item, Group) else "" for item in group.items)
+    return group.kind, "" if top else group.name.partition("@")[0], group.type, inner
+
+
+def _token(
+    entry: Entry,
+    group: Group,
+    place: Callable[[Entry], tuple[str, int]],
+    by_node: Mapping[fx.Node, Entry],
+    union: Union,
+    setting: Mapping[str, Any] | None,
+) -> tuple[Any, ...]:
+    """Return all that an operator is, without the index of the group."""
+    reader, node = entry.reader, entry.node
+
+    def name_of(argument: fx.Node) -> str:
+        if argument in by_node:
+            return "%{}:{}".format(*place(by_node[argument]))
+        return "%weight" if argument.op == "get_attr" else reader.value(argument)
+
+    stamp = stamp_of(node) or {}
+    return (
+        reader.operator(node),
+        _UNBACKED.sub("u", reader.arguments(node, name_of, longest=None)),
+        _UNBACKED.sub("u", reader.value(node)),
+        tuple(
+            (_own_name(weight.name, group), weight.value, weight.trainable, _constant(weight.name, group, reader))
+            for weight in reader.weights(node)
+        ),
+        repr(reader.graph_module.get_submodule(str(node.target))) if node.op == "call_module" else "",
+        entry.status,
+        tuple(difference.what for difference in entry.differences),
+        tuple(place(source) for source in union.former.get(entry, ())),
+        (stamp.get("adapter"), stamp.get("part"), stamp.get("rule")),
+        tuple(sorted(setting.items())) if setting else (),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Constant:
+    """A tensor of the model's code; equal to another of equal values, and to none where its values are not known."""
+
+    value: torch.Tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Constant) and same_values(self.value, other.value)
+
+    def __hash__(self) -> int:
+        return hash(self.value.shape)
+
+
+def _constant(weight: str, group: Group, reader: Reader) -> _Constant | None:
+    value = reader.constant(weight) if weight.startswith(f"{group.path}.") else None
+    return None if value is None else _Constant(value)
+
+
+def _own_name(weight: str, group: Group) -> str:
+    """Return the name of a weight within a group, without the running number that torch.export gives to constants in code."""
+    return _LIFTED.sub(r"\1", weight.removeprefix(f"{group.path}."))
