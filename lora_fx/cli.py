@@ -129,13 +129,14 @@ def draw(
             help="The model before the rules, after them, the difference, or the difference that folding leaves: none."
         ),
     ] = Show.diff,
+    module: Annotated[str, typer.Option(help="Path of the module to draw, by default the whole model.")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Draw a model's graph, and what rules change in it.
 
     html is a page to look around in, which needs no network. text shows which projections of which layers get a branch.
     """
-    from lora_fx.drawing import FORMATS, describe_model, format_of, in_words, save
+    from lora_fx.drawing import FORMATS, describe_model, format_of, in_words, save, within
     from lora_fx.files import check_free
 
     with _reported():
@@ -145,8 +146,9 @@ def draw(
         if out is not None:
             check_free(out, overwrite=overwrite)
         with errors.status("reading the model") as status:
-            description = describe_model(
-                model, rules, show.value, directories=rules_dir or (), rank=rank, step=status.update
+            description = within(
+                describe_model(model, rules, show.value, directories=rules_dir or (), rank=rank, step=status.update),
+                module,
             )
             if out is not None:
                 status.update(f"writing {out}")

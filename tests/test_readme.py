@@ -5,9 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from architectures import ARCHITECTURES
+from typer.testing import CliRunner
+
+from lora_fx.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,7 +32,7 @@ def test_the_code_runs_and_prints_what_it_says(
         printed = capsys.readouterr().out
         for line in re.findall(r"^# (.*)$", block, flags=re.MULTILINE):
             assert line in printed
-    assert len(blocks("python")) == 9
+    assert len(blocks("python")) == 10
 
 
 def test_the_rule_file_shown_is_the_one_there_is() -> None:
@@ -91,3 +95,35 @@ def test_every_file_it_names_is_there() -> None:
         assert list((ROOT / "lora_fx").rglob(name)), name
     for command in re.findall(r"pytest (tests/\w+\.py)", README):
         assert (ROOT / command).is_file()
+
+
+PICTURES = ROOT / "tools" / "pictures"
+
+
+def commands() -> list[list[str]]:
+    """Return the arguments of the commands that make the pictures, as the README names them."""
+    return [line.split()[1:] for line in "\n".join(blocks("sh")).splitlines() if line.startswith("lora-fx draw")]
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: command[-1])
+def test_the_pictures_are_what_their_commands_make(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    *arguments, name = command
+    made = tmp_path / name
+    assert CliRunner().invoke(app, [*arguments, str(made)]).exit_code == 0
+    there, here = (ElementTree.parse(path).getroot() for path in (PICTURES / name, made))
+    assert [text.strip() for text in there.itertext() if text.strip()] == [
+        t.strip() for t in here.itertext() if t.strip()
+    ]
+    assert f"({PICTURES.relative_to(ROOT)}/{name})" in README
+
+
+def test_the_matrix_is_what_its_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    shown = re.search(r"<!-- made by tools/visualize\.py -->\n```\n(.*?)```\n<!-- end -->", README, flags=re.DOTALL)
+    assert shown is not None
+    printed = CliRunner().invoke(app, ["draw", "tools/pictures/t5.json"]).stdout
+    assert shown[1] in printed
+    assert shown[1].startswith("encoder.block\n")

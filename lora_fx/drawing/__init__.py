@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import fx
 
-from lora_fx.drawing._describing import Description, describe, describe_graph
+from lora_fx.drawing._describing import Description, describe, describe_graph, within
 from lora_fx.drawing._dot import dot
 from lora_fx.drawing._models import describe_model
 from lora_fx.drawing._page import page
@@ -31,6 +31,7 @@ __all__ = [
     "format_of",
     "in_words",
     "save",
+    "within",
 ]
 
 
@@ -57,6 +58,7 @@ def draw(
     path: str | Path,
     *,
     show: Literal["before", "after", "diff"] = "diff",
+    module: str = "",
     overwrite: bool = False,
 ) -> None:
     """Draw two graphs as one, with what differs between them, or one of the two alone.
@@ -71,17 +73,18 @@ def draw(
         path: of the picture: ``.html`` (a page to look around in, which needs no network), ``.svg``, ``.png``, ``.dot``, ``.json``
             (the description itself) or ``.txt`` (a tree, and the matrix of which projection of which layer has a branch).
         show: ``"before"`` or ``"after"`` draws that graph alone.
+        module: path of the module to draw, by default the whole model.
         overwrite: replace a file that exists.
 
     Raises:
-        ExportError: the suffix is not known, or Graphviz (the extra ``draw``) is not installed, fails, or takes too long.
+        ExportError: the suffix is not known, there is no such module, or Graphviz (the extra ``draw``) is not installed, fails, or takes too long.
         LoraFxError: something exists at ``path``, or it cannot be written.
     """
     target = Path(path)
     name = format_of(target)
     alone = {"before": before, "after": after}
     description = describe_graph(alone[show], show) if show in alone else describe(before, after)
-    save(description, target, name, overwrite=overwrite)
+    save(within(description, module), target, name, overwrite=overwrite)
 
 
 def format_of(path: Path) -> str:

@@ -7,6 +7,7 @@ Every writer reads this and nothing else. Its keys::
     nodes                                   operators, in graph order; ``"n<position>"`` names one
     groups                                  modules, repeats, branches, steps; ``"g<position>"`` names one, ``"g0"`` the model
     open                                    the groups that a first view shows the inside of
+    root                                    the group that a picture is of, if it is not of the whole model
     sites, coverage, elsewhere              call sites, as a matrix for each stack of layers, and those in no stack
     lines                                   lines of the model's source, to which nodes refer by position
 
@@ -27,6 +28,7 @@ from lora_fx.drawing._hierarchy import Group, Item, gather_steps, inline_single,
 from lora_fx.drawing._reading import Reader, stamp_of, type_of_root
 from lora_fx.drawing._repeats import collapse
 from lora_fx.drawing._wiring import Wiring, wire
+from lora_fx.errors import ExportError, did_you_mean
 from lora_fx.lowrank import Merge
 from lora_fx.provenance import module_path, source_of
 
@@ -72,6 +74,27 @@ def describe(
     after_reader = Reader(after)
     union = unite(Reader(before), after_reader)
     return _description(union, after_reader, show, _merges(after) if merges is None else merges)
+
+
+def within(description: Description, module: str) -> Description:
+    """Return a description that is of one module; all else of it stays to be found.
+
+    Raises:
+        ExportError: nothing is drawn of such a module, or it is one operator.
+    """
+    if not module:
+        return description
+    groups = {
+        group["path"]: f"g{index}"
+        for index, group in reversed(list(enumerate(description["groups"])))
+        if "path" in group
+    }
+    if module not in groups:
+        raise ExportError(
+            f"no module {module!r} of several operators is in the graph{did_you_mean(module, groups)}. "
+            "The names are those of model.named_modules(); the text format lists them."
+        )
+    return {**description, "root": groups[module]}
 
 
 def _merges(graph_module: fx.GraphModule) -> tuple[Merge, ...]:

@@ -59,25 +59,47 @@ def text(description: Mapping[str, Any]) -> str:
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
 
 
+def heading(description: Mapping[str, Any]) -> str:
+    """Return the class of the model, and the module of it that is shown, if it is not all."""
+    root = description.get("root")
+    module = f" · {description['groups'][int(root[1:])]['path']}" if root else ""
+    return visible(f"{description['title']}{module}", 120)
+
+
+def counts_of(description: Mapping[str, Any]) -> Mapping[str, int]:
+    """Return how many operators there are of each status, and how many branches, of what is shown."""
+    root = description.get("root")
+    if root is None:
+        counts: Mapping[str, int] = description["counts"]
+        return counts
+    inside = [root]
+    for group in inside:
+        inside += [item for item in description["groups"][int(group[1:])]["items"] if item.startswith("g")]
+    groups = [description["groups"][int(group[1:])] for group in inside]
+    counts = groups[0]["counts"]
+    same = counts["nodes"] - sum(counts.get(status, 0) for status in MARKS)
+    return {**counts, "same": same, "branches": sum(group["kind"] == "branch" for group in groups)}
+
+
 def _title(description: Mapping[str, Any]) -> str:
     sides = captions(description)
-    return f"{visible(description['title'])}{f': {sides}' if sides else ''}"
+    return f"{heading(description)}{f': {sides}' if sides else ''}"
 
 
 def in_words(description: Mapping[str, Any]) -> str:
     """Return the difference in numbers: ``"641 operators: 110 added, 22 rewired, 509 unchanged; 22 branches"``."""
-    counts = description["counts"]
+    counts = counts_of(description)
     differ = {status: counts.get(status, 0) for status in MARKS}
     parts = [f"{count} {status}" for status, count in differ.items() if count]
     if parts:
         same = counts.get("same", counts["nodes"] - sum(differ.values()))
         parts += [f"{same} unchanged"] if same else []
     else:
-        parts = ["nothing differs"]
+        parts = ["nothing differs"] if description.get("show", "diff") in ("diff", "fold") else []
     operators = "1 operator" if counts["nodes"] == 1 else f"{counts['nodes']} operators"
     branches = counts.get("branches", 0)
     tail = f"; {branches} branch{'es' if branches != 1 else ''}" if branches else ""
-    return f"{operators}: {', '.join(parts)}{tail}"
+    return f"{operators}{': ' if parts else ''}{', '.join(parts)}{tail}"
 
 
 def marked(counts: Mapping[str, int]) -> str:
@@ -89,7 +111,7 @@ def _tree(description: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for each group that is shown; of a repeat the content of its first item stands for all."""
     groups, opened = description["groups"], on_the_way(description)
     rows: list[tuple[str, str, str, str, str]] = []
-    waiting = [("g0", 0)]
+    waiting = [(description.get("root", "g0"), 0)]
     while waiting:
         identity, depth = waiting.pop()
         group = groups[int(identity[1:])]

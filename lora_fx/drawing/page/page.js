@@ -18,7 +18,7 @@
   const svg = byId("drawing");
   const stage = byId("stage");
 
-  const open = new Set([ROOT, ...(data.open ?? [])]);
+  const open = new Set([ROOT, ...(data.open ?? []), ...(data.root ? [data.root] : [])]);
   const off = new Set(); // statuses that are dimmed
   const view = { x: 0, y: 0, k: 1 }; // screen = world * k + (x, y)
   const size = { w: 0, h: 0 }; // of the stage
@@ -1732,6 +1732,7 @@
     showDetails();
     measureStage();
     fit();
+    if (data.root) reveal(data.root);
     draw();
     performance.mark("viewer:drawn");
     listen();
