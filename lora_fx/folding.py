@@ -61,6 +61,11 @@ def fold(
         PlanError: ``strengths`` names an adapter that the graph has not.
     """
     plain = plain_graph(graph_module if strengths is None else activate(graph_module, strengths))
+    if plain.meta.get("lora_fx", {}).get("labels"):
+        raise FoldError(
+            "this graph was traced with labels, for training, and would need them when it is used. Carry its adapters over first: "
+            "lora_fx.transfer(graph, onto=lora_fx.rewrite(model, …)), with the same rules and without labels=True."
+        )
     found = find_branches(plain, branches)
     values = values_of(plain, found, unshare=unshare)
     state = state_of(plain)

@@ -64,6 +64,35 @@ class TracedGraphModule(fx.GraphModule):
     graph), so converting it raises; moving it to another device works.
     """
 
+    accepts_loss_kwargs = False
+    """For transformers' ``Trainer``: the loss is a mean over the batch, which the trainer divides by its accumulation steps."""
+
+    is_activation_checkpointing = False
+    _keys_to_ignore_on_save = None
+
+    @property
+    def config(self) -> Any:
+        """The config of the transformers model that the graph was traced from, a copy of its own."""
+        config = self.meta.get("lora_fx", {}).get("config")
+        if config is None:
+            raise AttributeError("the graph has no config: it was not traced from a transformers model")
+        return config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the graph's tensors are: the device of the first."""
+        tensor = next(iter(state_of(self).tensors.values()), None)
+        return torch.device("cpu") if tensor is None else tensor.device
+
+    def gradient_checkpointing_enable(self, *_args: Any, **_kwargs: Any) -> None:
+        """Refuse: a graph has no layers to compute again."""
+        raise LoraFxError(
+            "a traced graph has no activation checkpointing: it is flat, without layers to compute again. Train with a smaller batch and "
+            "gradient accumulation, with a bfloat16 base, or with lora_fx.fuse, which keeps less for the backward pass."
+        )
+
+    activation_checkpointing_enable = gradient_checkpointing_enable
+
     def recompile(self) -> fx.graph.PythonCode:
         """Generate ``forward`` anew from the graph, with the signature of the model."""
         code = super().recompile()
@@ -183,9 +212,9 @@ def check_names(names: Iterable[str]) -> None:
     """Raise :class:`TraceError` unless a graph can have tensors of these names."""
     for name in names:
         first, *_ = parts = name.split(".")
-        if hasattr(_EMPTY, first):
+        if hasattr(_EMPTY, first) or hasattr(TracedGraphModule, first):
             raise TraceError(
-                f"the model has a part named {first!r}, and torch.fx.GraphModule has an attribute of this name. Rename the part, "
+                f"the model has a part named {first!r}, and a traced graph has an attribute of this name. Rename the part, "
                 "or trace a module that holds the model, so that all names begin with another."
             )
         unusable = [part for part in parts if not is_usable_part(part)]

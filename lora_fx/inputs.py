@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
+from transformers.models.auto import modeling_auto
 
 from lora_fx.errors import TraceError
 from lora_fx.example_rules import rule_inputs
@@ -76,6 +77,88 @@ def inputs_of_rules(model: nn.Module, rules: RuleSet) -> ExampleInputs | None:
     like = next(model.parameters())
     values, axes = rule_inputs(rules, getattr(model, "config", None), like.dtype, like.device)
     return ExampleInputs(kwargs=values, axes=axes)
+
+
+def with_labels(model: nn.Module, inputs: ExampleInputs) -> ExampleInputs:
+    """Return example inputs with labels, for which a transformers model returns its loss.
+
+    Labels of a decoder take the place of its ``decoder_input_ids``, which the model makes of them if its config has a
+    ``decoder_start_token_id``. Labels that are there already stay as they are.
+
+    Args:
+        model: a transformers model with a head that has a loss.
+        inputs: keyword inputs.
+
+    Raises:
+        TraceError: the model takes no labels, or what they are like does not follow from its class and config.
+    """
+    if not _is_transformers(model) or not {"labels", "start_positions"} & set(_parameters(model)):
+        raise TraceError(
+            f"{type(model).__name__} takes no labels: leave labels=True out, and compute the loss of its outputs."
+        )
+    if {"labels", "start_positions"} & set(inputs.kwargs):
+        return inputs
+    main = str(model.main_input_name)
+    like = next((name for name in ("decoder_input_ids", "input_ids") if name in inputs.kwargs), main)
+    if like not in inputs.kwargs:
+        raise TraceError(
+            f"labels are made like {like!r}, and example_inputs have no such keyword: let them have labels themselves."
+        )
+    tokens = inputs.kwargs[like]
+    config: Any = model.config
+    shifts = getattr(config, "decoder_start_token_id", None) is not None
+    kept = {name: value for name, value in inputs.kwargs.items() if name != "decoder_input_ids" or not shifts}
+    labels = {name: value.to(tokens.device) for name, value in _labels(model, tokens).items()}
+    axes = inputs.axes.get(like, ("batch",) if inputs.axes else ())
+    named = {name: axes[: value.dim()] for name, value in labels.items() if axes and not value.is_floating_point()}
+    named |= {name: ("batch", None)[: value.dim()] for name, value in labels.items() if value.is_floating_point()}
+    own = {name: of for name, of in inputs.axes.items() if name in kept}
+    return replace(inputs, kwargs={**kept, **labels}, axes={**own, **named} if inputs.axes else {})
+
+
+def _labels(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return labels as the model's class takes them; one of those for tokens is left out of the loss."""
+    kind, config = type(model).__name__, model.config
+    generator = torch.Generator().manual_seed(1)
+
+    def chosen(*shape: int, below: int) -> torch.Tensor:
+        return torch.randint(0, below, shape, generator=generator)
+
+    batch = tokens.size(0)
+    if _is_for(kind, _POSITIONS):
+        return {name: chosen(batch, below=tokens.size(1)) for name in ("start_positions", "end_positions")}
+    if _is_for(kind, _CLASSES):
+        problem = getattr(config, "problem_type", None)
+        if problem == "multi_label_classification":
+            return {"labels": chosen(batch, config.num_labels, below=2).to(next(model.parameters()).dtype)}
+        if problem == "regression" or (problem is None and config.num_labels == 1):
+            several = (config.num_labels,) if config.num_labels > 1 else ()
+            return {"labels": torch.randn(batch, *several, generator=generator).to(next(model.parameters()).dtype)}
+        return {"labels": chosen(batch, below=config.num_labels)}
+    if _is_for(kind, _TOKEN_CLASSES):
+        below = config.num_labels
+    elif _is_for(kind, _TOKENS) or (tokens.dim() == 2 and model.get_output_embeddings() is not None):
+        (below,) = _read(model, config.get_text_config(), "labels", "vocab_size")
+    else:
+        raise TraceError(f"what the labels of {kind} are like is not known: let example_inputs have them.")
+    labels = chosen(*tokens.shape[:2], below=below)
+    labels[0, -1] = _IGNORED
+    return {"labels": labels}
+
+
+_IGNORED = -100  # as transformers marks what is left out of a loss
+_TOKENS = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ")
+_TOKEN_CLASSES = ("TOKEN_CLASSIFICATION",)
+_CLASSES = ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")
+_POSITIONS = ("QUESTION_ANSWERING",)
+
+
+def _is_for(kind: str, tasks: tuple[str, ...]) -> bool:
+    """Tell whether transformers lists a class for one of these tasks."""
+    mappings = (getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}) for task in tasks)
+    return any(
+        kind == name or (isinstance(name, tuple) and kind in name) for names in mappings for name in names.values()
+    )
 
 
 def graph_inputs(inputs: ExampleInputs) -> dict[str, Any]:

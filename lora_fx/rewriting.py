@@ -28,6 +28,7 @@ def rewrite(
     seed: int | None = None,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     dynamic: Dynamic | None = None,
+    labels: bool = False,
     inference: bool = False,
 ) -> TracedGraphModule:
     """Return a graph of ``model`` with a low-rank branch beside every call site that the rules select.
@@ -45,6 +46,7 @@ def rewrite(
         seed: of the initial factors. Without one they are drawn from torch's current random state, which is put back.
         example_inputs: see :func:`lora_fx.trace`.
         dynamic: see :func:`lora_fx.trace`.
+        labels: trace with labels, so that the graph returns the model's loss; see :func:`lora_fx.trace`.
         inference: trace the eval mode only and train nothing.
 
     Raises:
@@ -56,5 +58,5 @@ def rewrite(
         rank, alpha, dropout
     )
     inputs = example_inputs if example_inputs is not None else inputs_of_rules(model, ruleset)
-    graph_module = trace(model, inputs, dynamic=dynamic, inference=inference)
+    graph_module = trace(model, inputs, dynamic=dynamic, labels=labels, inference=inference)
     return attach(graph_module, plan_graph(graph_module, ruleset), adapter=adapter, seed=seed)

@@ -19,7 +19,7 @@ from lora_fx.errors import TraceError
 from lora_fx.exporting import Dynamic, check_inputs, export, in_order, tie
 from lora_fx.gradients import check_functions, check_hooks, recorded_interference
 from lora_fx.graph_module import TracedGraphModule, assemble, check_names, copy_graph, state_of, trainable_names
-from lora_fx.inputs import ExampleInputs, config_of
+from lora_fx.inputs import ExampleInputs, config_of, with_labels
 from lora_fx.inputs import example_inputs as make_inputs
 from lora_fx.modes import check_constants, remove_inactive_dropout, unite_modes
 from lora_fx.preserving import is_exported, mode_of, preserved, set_mode, stateless
@@ -33,6 +33,7 @@ def trace(
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | ExampleInputs | None = None,
     *,
     dynamic: Dynamic | None = None,
+    labels: bool = False,
     inference: bool = False,
 ) -> TracedGraphModule:
     """Trace a model into one plain ``torch.fx.GraphModule`` of ATen operators.
@@ -50,6 +51,9 @@ def trace(
             of the graph.
         dynamic: input name → dimensions that may vary. By default batch and sequence of a transformers model must, and
             every other dimension may wherever the model allows.
+        labels: trace a transformers model with labels, so that the graph returns the model's loss. Where ``example_inputs`` have
+            none, they are made as the model's class takes them. Such a graph is for training: fold and exports ask for
+            :func:`~lora_fx.transfer` to one without.
         inference: trace the eval mode only. The graph has no dropout and cannot be trained; for models whose training
             cannot be traced.
 
@@ -72,9 +76,13 @@ def trace(
     _check_model(model)
     with preserved(model):
         inputs = _inputs_of(model, example_inputs)
+        if labels:
+            inputs = with_labels(model, inputs)
         check_inputs(model, inputs, dynamic)
         inputs = in_order(model, inputs)
         training = mode_of(model, inference=inference)
+        if labels:
+            _check_loss(model, inputs)
         if is_exported(model):
             tie(model)
         united = _trace(model, inputs, dynamic, training=False) if inference else _trace_both(model, inputs, dynamic)
@@ -84,6 +92,7 @@ def trace(
         meta = {
             "lora_fx": {
                 "inference": inference,
+                "labels": labels,
                 "constants": {name: value for name, value in inputs.kwargs.items() if not _has_tensor(value)},
                 "examples": examples_of(inputs, united.constraints),
                 "model_class": f"{type(model).__module__}:{type(model).__qualname__}",
@@ -119,6 +128,22 @@ def _check_model(model: nn.Module) -> None:
         raise TraceError(
             f"the tensors of {type(model).__name__} were made under torch.inference_mode(), and can have no gradients: "
             "make the model outside of it."
+        )
+
+
+def _check_loss(model: nn.Module, inputs: ExampleInputs) -> None:
+    """Raise unless the model returns a loss. In its first call it may choose one by the labels, and note that in its config.
+
+    On the meta device, where models cannot look at their inputs, nothing is checked.
+    """
+    if any(tensor.is_meta for tensor in state_of(model).tensors.values()):
+        return
+    set_mode(model, False)
+    with torch.no_grad():
+        found = leaving_buffers(model)(*inputs.args, **inputs.kwargs)
+    if getattr(found, "loss", None) is None:
+        raise TraceError(
+            f"{type(model).__name__} returns no loss for {', '.join(inputs.kwargs)}: let example_inputs have all labels that it asks for."
         )
 
 

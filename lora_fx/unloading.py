@@ -107,5 +107,5 @@ def _erase_dead(graph: fx.Graph, node: fx.Node) -> None:
 _OF_ADAPTERS = ("adapters", "origins", "skipped")
 """What is remembered of adapters."""
 
-_FOREIGN: Mapping[str, Any] = {"inference": True, "constants": {}, "model_class": "", "config": None}
+_FOREIGN: Mapping[str, Any] = {"inference": True, "labels": False, "constants": {}, "model_class": "", "config": None}
 """What is known of a graph that lora_fx did not trace."""

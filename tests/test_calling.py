@@ -256,7 +256,7 @@ def test_a_module_whose_name_cannot_be_written_is_refused(name: str) -> None:
 def test_a_module_named_like_an_attribute_of_a_graph_is_refused_and_may_lie_deeper(name: str) -> None:
     model = module(lambda self, x: self._modules[name](x), **{name: nn.Linear(4, 4)})
     (x,) = tensors(1)
-    with pytest.raises(lora_fx.TraceError, match=f"a part named '{name}', and torch.fx.GraphModule has an attribute"):
+    with pytest.raises(lora_fx.TraceError, match=f"a part named '{name}', and a traced graph has an attribute"):
         lora_fx.trace(model, (x,))
     outer = module(lambda self, x: self.model(x), model=model)
     assert torch.equal(lora_fx.trace(outer, (x,))(x), model(x))

@@ -43,14 +43,15 @@ def describe_model(
         LoraFxError: of the kind that reading, tracing, planning and folding raise.
     """
     model = load_program(path) if path.suffix == ".pt2" else empty_model(path)
-    ruleset = load(rules, getattr(getattr(model, "config", None), "model_type", None), directories)
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    ruleset = load(rules, model_type, directories).with_overrides(rank, None, None)
     step(f"tracing {type(model).__name__}")
     inputs = inputs_of_rules(model, ruleset) if isinstance(model, nn.Module) else None
     base = trace(model, inputs, inference=True)
     if show == "before":
         return {**describe_graph(base, show), "before": f"traced from {path.name}"}
     step(f"rewriting by rules {ruleset.name}")
-    branched = attach(base, plan_graph(base, ruleset.with_overrides(rank, None, None)), seed=0)
+    branched = attach(base, plan_graph(base, ruleset), seed=0)
     captions = {"before": f"traced from {path.name}", "after": f"rewritten by rules {ruleset.name}"}
     step("comparing")
     match show:

@@ -97,6 +97,11 @@ def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.
             f"a graph that lora_fx.trace, rewrite or fold returned is expected, and this is a {type(graph_module).__name__}. "
             "Trace it: lora_fx.trace(module, example_inputs)."
         )
+    if graph_module.meta["lora_fx"].get("labels"):
+        raise ExportError(
+            "this graph was traced with labels, for training, and would need them when it is used. Carry its adapters over first: "
+            "lora_fx.transfer(graph, onto=lora_fx.rewrite(model, …)), with the same rules and without labels=True."
+        )
     empty = [name for name, tensor in state_of(graph_module).tensors.items() if tensor.is_meta]
     if empty:
         raise ExportError(

@@ -73,9 +73,17 @@ class Looked:
 
 
 def traced(layers: int) -> lora_fx.TracedGraphModule:
-    """Return the trace of a Llama with the widths of 7B and so many layers."""
+    """Return the trace of a Llama with the widths of 8B and so many layers."""
+    config = transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=layers)).eval()
+        model = transformers.LlamaForCausalLM(config).eval()
     return lora_fx.trace(model, inference=True)
 
 
