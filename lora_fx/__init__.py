@@ -21,7 +21,7 @@ from lora_fx.folding import fold, recipe
 from lora_fx.fusion import fuse
 from lora_fx.graph_module import TracedGraphModule
 from lora_fx.materializing import materialize
-from lora_fx.parameters import ParameterSummary, parameter_summary
+from lora_fx.parameters import ParameterSummary, lora_plus_groups, parameter_summary
 from lora_fx.planning import Plan, plan
 from lora_fx.rewriting import rewrite
 from lora_fx.tracing import trace
@@ -53,6 +53,7 @@ __all__ = [
     "fuse",
     "huggingface",
     "load_adapter",
+    "lora_plus_groups",
     "materialize",
     "parameter_summary",
     "plan",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-_FACTOR = re.compile(r"(.+\.)?lora_[AB]\.(?P<adapter>[^.]+)(\.[^.]+)?\.weight")
+_FACTOR = re.compile(r"(.+\.)?lora_(?P<factor>[AB])\.(?P<adapter>[^.]+)(\.[^.]+)?\.weight")
 _EMBEDDING_FACTOR = re.compile(
     r"(.+\.)?lora_embedding_[AB]\.(?P<adapter>[^.]+)"
 )  # as PEFT names those of its own layers
@@ -61,6 +61,17 @@ class BranchNames:
 def is_factor(name: str) -> bool:
     """Tell whether a parameter name is that of a factor."""
     return original_name(name) is None and any(p.fullmatch(name) for p in (_FACTOR, _EMBEDDING_FACTOR))
+
+
+def is_factor_b(name: str) -> bool:
+    """Tell whether a parameter name is that of a factor B, behind the factor A."""
+    match = _FACTOR.fullmatch(name)
+    return match is not None and match["factor"] == "B" and is_factor(name)
+
+
+def is_embedding_factor(name: str) -> bool:
+    """Tell whether a parameter name is one that PEFT gives a factor beside an embedding; ours have those of all factors."""
+    return is_factor(name) and _EMBEDDING_FACTOR.fullmatch(name) is not None
 
 
 def is_places(name: str) -> bool:

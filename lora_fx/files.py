@@ -155,6 +155,8 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def _move(written: Path, target: Path, *, overwrite: bool) -> None:
+    if target.is_dir() and not target.is_symlink() and not written.is_dir():
+        raise LoraFxError(f"{target} is a directory, and a file is not written in place of one. Choose another name.")
     if not overwrite:
         _move_to_new(written, target)
     elif not os.path.lexists(target) or not (written.is_dir() or (target.is_dir() and not target.is_symlink())):

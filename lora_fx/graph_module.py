@@ -169,6 +169,12 @@ def state_of(module: nn.Module) -> State:
     """
     tensors: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
     tensors.update(module.named_buffers(remove_duplicate=False))
+    sharded = next((name for name, tensor in tensors.items() if hasattr(tensor, "device_mesh")), None)
+    if sharded is not None:
+        raise LoraFxError(
+            f"{sharded!r} is sharded over several devices (FSDP), and lora_fx reads whole tensors. Train with "
+            "DistributedDataParallel, or gather the state dict and load it into a graph that is not sharded."
+        )
     return State(tensors, frozenset(_non_persistent_names(module)), dict(_called_modules(module)))
 
 

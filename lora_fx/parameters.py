@@ -1,10 +1,17 @@
-"""Counting the parameters of a graph."""
+"""The parameters of a graph: how many train, and at which rates."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import fx, nn
+
+from lora_fx.errors import LoraFxError
+from lora_fx.factors import is_embedding_factor, is_factor, is_factor_b
+from lora_fx.planning import Branch
 
 
 @dataclass(frozen=True)
@@ -32,3 +39,84 @@ def parameter_summary(module: nn.Module) -> ParameterSummary:
     """Count the parameters of a module, each tensor once."""
     parameters = list(module.parameters())
     return ParameterSummary(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
+
+
+def lora_plus_groups(
+    graph_module: fx.GraphModule,
+    lr: float,
+    ratio: float = 16.0,
+    *,
+    weight_decay: float = 0.0,
+    embedding_lr: float = 1e-6,
+) -> list[dict[str, Any]]:
+    """Return parameter groups for LoRA+ (arXiv 2402.12354): B learns faster than A, by a fixed ratio.
+
+    ::
+
+        A ← A − lr · step(∇A)        B ← B − ratio · lr · step(∇B)
+
+    where ``step`` is the optimizer's. Every parameter that trains is in one group, in the order of ``parameters()``::
+
+        optimizer = torch.optim.AdamW(lora_fx.lora_plus_groups(gm, lr=1e-4))
+
+    Factors have the rates that ``peft.optimizers.create_loraplus_optimizer`` gives them. Trained copies of the model's own
+    parameters learn at ``lr``, of biases and norms too, to which PEFT gives the rate of B.
+
+    Args:
+        graph_module: with an adapter that trains.
+        lr: the rate of A, and of trained copies.
+        ratio: the rate of B over that of A. The authors find about 16; harder tasks gain from more.
+        weight_decay: of all groups, but none of biases and norms. It is said in each group, so the optimizer's own does not count.
+        embedding_lr: the rate of both factors beside an embedding.
+
+    Raises:
+        LoraFxError: nothing trains, or a number makes no sense.
+    """
+    for name, value in (("lr", lr), ("ratio", ratio), ("embedding_lr", embedding_lr)):
+        if not _is_number(value) or value <= 0:
+            raise LoraFxError(f"lora_plus_groups: {name} must be a finite number above 0, and is {value!r}.")
+    if not _is_number(weight_decay) or weight_decay < 0:
+        raise LoraFxError(
+            f"lora_plus_groups: weight_decay must be a finite number, 0 or above, and is {weight_decay!r}."
+        )
+    rates = {"A": lr, "B": lr * ratio, "embedding": embedding_lr, "own": lr, "own vectors": lr}
+    embedding = _embedding_factors(graph_module)
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in graph_module.named_parameters():
+        if parameter.requires_grad:
+            kind = "embedding" if name in embedding else _kind(name, parameter)
+            groups.setdefault(kind, []).append(parameter)
+    if not groups:
+        raise LoraFxError(
+            "lora_plus_groups: no parameter of the graph trains. Give it an adapter with lora_fx.rewrite or lora_fx.from_adapter, "
+            "without inference=True."
+        )
+    return [
+        {"params": members, "lr": rates[kind], "weight_decay": 0.0 if kind == "own vectors" else weight_decay}
+        for kind, members in groups.items()
+    ]
+
+
+def _kind(name: str, parameter: nn.Parameter) -> str:
+    """Tell what a parameter is, as far as its name and shape say."""
+    if is_embedding_factor(name):
+        return "embedding"
+    if is_factor(name):
+        return "B" if is_factor_b(name) else "A"
+    return "own" if parameter.dim() > 1 else "own vectors"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _embedding_factors(graph_module: fx.GraphModule) -> set[str]:
+    """Return the names of the factors beside embeddings, as the graph's record of its adapters tells."""
+    known: Mapping[str, Mapping[str, Any]] = graph_module.meta.get("lora_fx", {}).get("adapters", {})
+    found: set[str] = set()
+    for adapter, record in known.items():
+        branches: list[Branch] = [entry["branch"] for entry in record.values()]
+        for branch in branches:
+            if branch.op == "embedding":
+                found |= {branch.names(adapter).a, branch.names(adapter).b}
+    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import fx
 
 
@@ -18,11 +20,22 @@ def source_line(node: fx.Node) -> str:
 
 def source_of(node: fx.Node) -> str:
     """Return ``<file>:<line>: <code>`` for the model's line that recorded this node, or an empty string."""
+    location, code = _source(node)
+    return f"{location}{f': {code}' if code else ''}"
+
+
+def code_of(node: fx.Node) -> str:
+    """Return the text of that line alone, which is the same wherever the file lies."""
+    return _source(node)[1]
+
+
+def _source(node: fx.Node) -> tuple[str, str]:
     frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
     for position in range(len(frames) - 1, -1, -1):
-        location = frames[position]
-        if location.startswith("File ") and "/torch/" not in location:
-            code = f": {frames[position + 1]}" if position + 1 < len(frames) else ""
-            file, line = location.split('"')[1], location.split("line ")[1].split(",")[0]
-            return f"{file}:{line}{code}"
-    return ""
+        match = _LOCATION.match(frames[position])
+        if match is not None and "/torch/" not in match["file"]:
+            return f"{match['file']}:{match['line']}", frames[position + 1] if position + 1 < len(frames) else ""
+    return "", ""
+
+
+_LOCATION = re.compile(r'File "(?P<file>.*)", line (?P<line>\d+)')

@@ -14,6 +14,7 @@ from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from torch import nn
 
 import lora_fx
+from lora_fx.modes import ModeSwitch
 
 VOCABULARY = 97
 IMAGE_SIZE, IMAGE_TOKEN, IMAGE_TOKENS = 12, 95, 3
@@ -406,3 +407,13 @@ def run(name: str, module: Any, *size: int) -> Any:
     """Return what a graph or a model gives for :func:`inputs` of this size."""
     constants = {} if isinstance(module, lora_fx.TracedGraphModule) else ARCHITECTURES[name].constants
     return module(**inputs(name, *size), **constants)
+
+
+def without_dropout(graph_module: lora_fx.TracedGraphModule) -> lora_fx.TracedGraphModule:
+    """Let a graph drop nothing in training either (in place), and return it."""
+    for module in graph_module.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, ModeSwitch):
+            module.train_value = module.eval_value
+    return graph_module

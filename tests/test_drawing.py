@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -24,6 +25,7 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx.drawing import describe, describe_graph
+from lora_fx.drawing._aligning import aligned
 from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, state_of
 
 aten = torch.ops.aten
@@ -99,7 +101,7 @@ def test_a_fold_leaves_nothing_different_and_a_rewrite_adds_branches_alone(name:
         ("added", "removed", "rewired", "changed"), 0
     )
     assert folded["counts"]["nodes"] == describe_graph(base)["counts"]["nodes"]
-    stamped = [node.name for node in graph.graph.nodes if node.op != "get_attr" and "custom" in node.meta]
+    stamped = [n.name for n in graph.graph.nodes if n.op != "get_attr" and (n.meta.get("custom") or {}).get("lora_fx")]
     assert {n for n, status in differing(rewritten).items() if status == "added"} == set(stamped)
     assert set(differing(rewritten).values()) == {"added", "rewired"}
     plan = lora_fx.plan(base, ARCHITECTURES[name].rules)
@@ -263,6 +265,24 @@ def test_layers_that_are_alike_are_one_group_and_outliers_split_it() -> None:
         pass
 
     assert names(Layer(), Layer(), Other()) == ["layers.0–1 ×2", "layers.2"]
+
+
+def test_layers_whose_output_is_read_by_others_are_not_alike() -> None:
+    class Residual(Stack):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            x, seen = self.embed(x), []
+            for layer in self.layers:
+                x = layer(x, mask)
+                seen.append(x)
+            return x + seen[0]
+
+    assert named(describe_graph(trace(Residual(*(Layer() for _ in range(4))))), "repeat") == ["layers.1–3 ×3"]
+
+
+def test_layers_that_changed_from_something_else_are_not_alike() -> None:
+    after = trace(Stack(Layer(slope=0.3), Layer(slope=0.3)))
+    assert named(describe(trace(Stack(Layer(slope=0.1), Layer(slope=0.2))), after), "repeat") == []
+    assert named(describe(trace(Stack(Layer(slope=0.1), Layer(slope=0.1))), after), "repeat") == ["layers.0–1 ×2"]
 
 
 def test_layers_that_read_from_elsewhere_are_not_alike() -> None:
@@ -442,9 +462,7 @@ def outline(description: Mapping[str, Any]) -> str:
         lines.append(
             f"{start}[{group['kind']} {group['name']}] {group.get('type', '')} {group.get('note', '')}".rstrip()
         )
-        if "alike" in group:
-            return
-        for item in group["items"]:
+        for item in group["items"][: 1 if group["kind"] == "repeat" else None]:
             if item[0] == "g":
                 tell(item, depth + 1)
                 continue
@@ -499,10 +517,110 @@ def test_each_format_is_written_where_it_is_asked_for(suffix: str, tmp_path: Pat
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
+def test_one_module_is_drawn_alone(tmp_path: Path) -> None:
+    base, graph = traced("bert"), branched("bert")
+    lora_fx.draw(base, graph, tmp_path / "graph.dot", module="encoder.layer.1.attention.self")
+    picture = (tmp_path / "graph.dot").read_text(encoding="utf-8")
+    assert "BertModel · encoder.layer.1.attention.self" in picture
+    assert "query" in picture
+    assert "intermediate" not in picture
+    assert "+ 10 added" in picture
+    lora_fx.draw(base, graph, tmp_path / "graph.txt", module="encoder.layer.1.attention.self")
+    assert "25 operators: 10 added, 2 rewired, 13 unchanged; 2 branches" in (tmp_path / "graph.txt").read_text(
+        encoding="utf-8"
+    )
+    with pytest.raises(lora_fx.ExportError, match=r"no module 'encoder.layer.7' .*did you mean 'encoder.layer"):
+        lora_fx.draw(base, graph, tmp_path / "other.dot", module="encoder.layer.7")
+    assert not (tmp_path / "other.dot").exists()
+
+
+def test_a_wrapper_changes_nothing_but_what_it_adds() -> None:
+    config = peft.LoraConfig(r=5, target_modules=["query", "value"])
+    wrapped = lora_fx.trace(peft.get_peft_model(build("bert"), config).eval(), inference=True)
+    description = describe(lora_fx.trace(build("bert"), inference=True), wrapped)
+    counts = description["counts"]
+    assert (counts["added"], counts["removed"], counts["rewired"], counts["changed"]) == (
+        30,
+        0,
+        6,
+        0,
+    )  # A, B, scale, add and a cast of six branches
+
+
+def test_a_branch_of_another_part_is_another_branch() -> None:
+    def rewritten(*parts: str) -> TracedGraphModule:
+        rules = {"select": [{"target": ["c_attn"], "features": list(parts), "rank": 4}]}
+        return lora_fx.rewrite(traced("gpt2"), rules=rules)
+
+    counts = describe(rewritten("value"), rewritten("query", "value"))["counts"]
+    assert (counts["added"], counts["removed"], counts["changed"]) == (18, 0, 0)
+    counts = describe(rewritten("query"), rewritten("value"))["counts"]
+    assert (counts["added"], counts["removed"], counts["changed"], counts["branches"]) == (18, 18, 0, 3)
+
+
+def test_the_order_in_which_weights_are_read_is_seen() -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(2, 4))
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return x @ torch.cat([self.a, self.a, self.b]).T * mask
+
+    base = trace(Joined())
+
+    def edit(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
+        nodes["cat"].args = ([nodes["a"], nodes["b"], nodes["b"]],)
+
+    assert differing(describe(base, edited(base, edit))) == {"cat": "changed"}
+
+
+def test_another_constant_of_the_code_is_a_change() -> None:
+    assert differing(describe(trace(Stack(Layer())), trace(Stack(Layer(factor=3.0))))) == {"mul": "changed"}
+
+
+def test_operators_without_a_module_are_where_their_neighbours_are() -> None:
+    base = trace(Stack(Layer()))
+
+    def edit(graph: fx.Graph, nodes: dict[str, fx.Node]) -> None:
+        with graph.inserting_after(nodes["leaky_relu"]):
+            new = graph.call_function(aten.sign.default, (nodes["leaky_relu"],))
+        nodes["leaky_relu"].replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+    description = describe(base, edited(base, edit))
+    assert description["groups"][int(node_of(description, "sign_default")["group"][1:])]["path"] == "layers.0"
+
+
+def test_what_is_no_graph_is_refused(tmp_path: Path) -> None:
+    graph: Any = traced("bert")
+    with pytest.raises(lora_fx.ExportError, match="graphs are drawn, and this is a BertModel: trace it first"):
+        lora_fx.draw(build("bert"), graph, tmp_path / "graph.txt")  # type: ignore[arg-type]
+    with pytest.raises(lora_fx.ExportError, match="show is 'before', 'after' or 'diff', and not 'fold'"):
+        lora_fx.draw(graph, graph, tmp_path / "graph.txt", show="fold")  # type: ignore[arg-type]
+    (tmp_path / "graph.txt").mkdir()
+    (tmp_path / "graph.txt" / "precious").write_text("kept")
+    with pytest.raises(lora_fx.LoraFxError, match="is a directory, and a file is not written in place of one"):
+        lora_fx.draw(graph, graph, tmp_path / "graph.txt", overwrite=True)
+    assert (tmp_path / "graph.txt" / "precious").read_text() == "kept"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=9), st.lists(st.integers(0, 3), max_size=9))
+def test_an_alignment_is_in_order_and_misses_little(old: list[int], new: list[int]) -> None:
+    pairs = sorted(aligned(old, new))
+    assert all(old[a] == new[b] for a, b in pairs)
+    assert all(a < c and b < d for (a, b), (c, d) in itertools.pairwise(pairs))
+    if old == new:
+        assert len(pairs) == len(old)
+    if len(new) > 2:
+        assert len(list(aligned(new, [*new[:2], 9, *new[2:]]))) == len(new)
+
+
 def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
     graph = traced("bert")
     with pytest.raises(
-        lora_fx.ExportError, match=r"graph.pdf: a picture is one of \.dot, \.html, \.json, \.png, \.svg, \.txt"
+        lora_fx.ExportError,
+        match=r"graph.pdf: a picture is a file, and one of \.dot, \.html, \.json, \.png, \.svg, \.txt",
     ):
         lora_fx.draw(graph, graph, tmp_path / "graph.pdf")
     assert not list(tmp_path.iterdir())

@@ -27,6 +27,8 @@ STATUSES = drawn.statuses()
 def described(name: str) -> drawn.Description:
     if name == "large":
         return drawn.llama(330)
+    if name == "module":
+        return {**LLAMA, "root": group_id("self_attn")}
     return {"llama": LLAMA, "statuses": STATUSES, "hostile": drawn.hostile(), "wide": drawn.wide()}[name]
 
 
@@ -730,3 +732,12 @@ def test_the_side_panel_is_as_wide_as_its_edge_is_dragged(show: Show) -> None:
     panel = page.locator("#panel").bounding_box()
     assert panel is not None
     assert panel["width"] == pytest.approx(500, abs=2)
+
+
+def test_a_page_of_one_module_begins_there(show: Show) -> None:
+    page, target = show("module"), group_id("self_attn")
+    assert state(page)["selected"] == target
+    assert target in state(page)["open"]
+    box = boxes(page)[target]
+    assert 0 < box["x"] + box["w"] / 2 < 1400
+    assert 0 < box["y"] + box["h"] / 2 < 900

@@ -82,7 +82,16 @@ def draw(
     """
     target = Path(path)
     name = format_of(target)
+    for graph in (before, after):
+        if not isinstance(graph, fx.GraphModule):
+            raise ExportError(
+                f"graphs are drawn, and this is a {type(graph).__name__}: trace it first, lora_fx.trace(model)."
+            )
     alone = {"before": before, "after": after}
+    if show != "diff" and show not in alone:
+        raise ExportError(
+            f"show is 'before', 'after' or 'diff', and not {show!r}. Of a fold, draw(base, fold(graph), path)."
+        )
     description = describe_graph(alone[show], show) if show in alone else describe(before, after)
     save(within(description, module), target, name, overwrite=overwrite)
 
@@ -93,9 +102,11 @@ def format_of(path: Path) -> str:
     Raises:
         ExportError: it asks for none of them.
     """
-    if path.suffix not in _SUFFIXES:
-        raise ExportError(f"{path.name}: a picture is one of {', '.join(sorted(_SUFFIXES))}.")
-    return _SUFFIXES[path.suffix]
+    suffix = path.suffix.lower()
+    if suffix not in _SUFFIXES:
+        what = f"{path} is a directory" if path.is_dir() else path.name or "no name"
+        raise ExportError(f"{what}: a picture is a file, and one of {', '.join(sorted(_SUFFIXES))}.")
+    return _SUFFIXES[suffix]
 
 
 def save(description: Description, target: Path, name: str, *, overwrite: bool = False) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import fx
 
 from lora_fx.branches import find_branches
-from lora_fx.drawing._reading import Reader, stamp_of
+from lora_fx.drawing._branching import branches_of, settings_of
+from lora_fx.drawing._reading import Reader
 from lora_fx.errors import FoldError
 from lora_fx.factors import adapters
 from lora_fx.graph_module import state_of
@@ -47,7 +47,7 @@ def coverage(graph: Reader, merges: Iterable[Merge]) -> tuple[Covered, ...]:
     """
     module = graph.graph_module
     merged = {name for merge in merges if merge.updates for name in merge.names}
-    known = module.meta.get("lora_fx", {})
+    known = module.meta.get("lora_fx") or {}
     reasons: dict[str, str] = {}
     for skipped in known.get("skipped", {}).values():
         reasons.update(skipped)
@@ -83,52 +83,13 @@ def _stamped(graph: Reader, found: Sequence[Site]) -> Mapping[str, tuple[tuple[i
     node_of = {site.name: site.node for site in found}
     ranks: dict[str, tuple[int, ...]] = {}
     rules: dict[str, list[str]] = {}
-    for branch in branch_settings(graph.graph_module):
-        node = node_of.get(branch["site"])
-        if node is not None:
-            ranks[node] = (*ranks.get(node, ()), *([branch["rank"]] if "rank" in branch else []))
-            rules.setdefault(node, []).append(branch.get("rule", ""))
+    for branch in dict.fromkeys(branches_of(graph.graph_module).values()):
+        known = settings_of(graph.graph_module, branch)
+        if branch.site in node_of:
+            node = node_of[branch.site]
+            ranks[node] = (*ranks.get(node, ()), *([known["rank"]] if "rank" in known else []))
+            rules.setdefault(node, []).append(known.get("rule", ""))
     return {node: (found, ", ".join(dict.fromkeys(filter(None, rules[node])))) for node, found in ranks.items()}
-
-
-def branch_settings(module: fx.GraphModule) -> list[dict[str, Any]]:
-    """Return for each branch that lora_fx wrote: its node of A, site, adapter, rule, and its settings as far as they are known."""
-    records: Mapping[str, Any] = module.meta.get("lora_fx", {}).get("adapters", {})
-    by_factor = {
-        (adapter, entry["branch"].names(adapter).a): entry["branch"]
-        for adapter, entries in records.items()
-        for entry in entries.values()
-    }
-    found = []
-    for node in module.graph.nodes:
-        stamp = stamp_of(node)
-        if stamp is None or stamp.get("part") != "A":
-            continue
-        known: dict[str, Any] = {key: stamp[key] for key in ("site", "adapter", "rule") if key in stamp}
-        factors = ((str(known.get("adapter")), str(source.target)) for source in _weights(node))
-        branch = next((by_factor[factor] for factor in factors if factor in by_factor), None)
-        if branch is not None:
-            setting = branch.setting
-            known |= {
-                "rank": setting.rank,
-                "alpha": setting.alpha,
-                "scaling": setting.scale,
-                "dropout": setting.dropout,
-            }
-            known |= {} if branch.part is None else {"part": branch.part}
-        found.append({"node": node, **known})
-    return found
-
-
-def _weights(node: fx.Node) -> Sequence[fx.Node]:
-    """Return the tensors that a node reads, also through views of them."""
-    found: list[fx.Node] = []
-    for source in node.all_input_nodes:
-        if source.op == "get_attr":
-            found.append(source)
-        elif stamp_of(source) is not None and len(source.all_input_nodes) == 1:
-            found += _weights(source)
-    return found
 
 
 def _ranks(updates: Iterable[Update], tensors: Mapping[str, torch.Tensor]) -> tuple[int, ...]:

@@ -17,12 +17,13 @@ Keys without a value are left out. Same graphs, same description.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import fx
 
-from lora_fx.drawing._coverage import branch_settings, coverage, matrices
+from lora_fx.drawing._branching import settings_of
+from lora_fx.drawing._coverage import coverage, matrices
 from lora_fx.drawing._difference import Entry, Status, Union, single, unite
 from lora_fx.drawing._hierarchy import Group, Item, gather_steps, inline_single, modules_of
 from lora_fx.drawing._reading import Reader, stamp_of, type_of_root
@@ -30,7 +31,7 @@ from lora_fx.drawing._repeats import collapse
 from lora_fx.drawing._wiring import Wiring, wire
 from lora_fx.errors import ExportError, did_you_mean
 from lora_fx.lowrank import Merge
-from lora_fx.provenance import module_path, source_of
+from lora_fx.provenance import source_of
 
 Description = Mapping[str, Any]
 """What :func:`describe` returns."""
@@ -40,7 +41,7 @@ Show = Literal["before", "after", "diff", "fold"]
 FORMAT = 1
 
 _STATUSES: tuple[Status, ...] = ("added", "removed", "rewired", "changed")
-_IN_FIRST_VIEW = 60  # items of all open groups together
+_IN_FIRST_VIEW = 120  # items of all open groups together
 
 
 def describe_graph(graph_module: fx.GraphModule, show: Show = "after") -> Description:
@@ -98,15 +99,15 @@ def within(description: Description, module: str) -> Description:
 
 
 def _merges(graph_module: fx.GraphModule) -> tuple[Merge, ...]:
-    folded = graph_module.meta.get("lora_fx", {}).get("folded", ())
+    folded = (graph_module.meta.get("lora_fx") or {}).get("folded", ())
     return tuple(entry.merge for entry in folded)
 
 
 def _description(union: Union, graph: Reader, show: Show, merges: Iterable[Merge]) -> Description:
     title = type_of_root(graph.graph_module)
     root = modules_of(union, title)
-    settings = _settings(union)
-    collapse(root, union, {entry: {**known, "site": ""} for entry, known in settings.items()})
+    settings = _settings(root, union)
+    collapse(root, union, {e: {**known, "site": ""} for group, known in settings.items() for e in group.entries()})
     gather_steps(root)
     names = inline_single(root)
     covered = coverage(graph, merges)
@@ -142,15 +143,15 @@ def _description(union: Union, graph: Reader, show: Show, merges: Iterable[Merge
 _ALWAYS = ("counts", "open", "changes", "nodes", "groups", "lines", "sites", "coverage", "elsewhere")
 
 
-def _settings(union: Union) -> dict[Entry, dict[str, Any]]:
-    """Return the settings of each branch, at its operator A."""
-    entry_of = {entry.node: entry for entry in union.entries}
+def _settings(root: Group, union: Union) -> dict[Group, dict[str, Any]]:
+    """Return what is known of each branch."""
+    modules = [entry.reader.graph_module for entry in union.entries]
+    graphs = list(dict.fromkeys(reversed(modules)))  # that after first: there the record of what both have is
     found = {}
-    for reader in dict.fromkeys(entry.reader for entry in union.entries):
-        for branch in branch_settings(reader.graph_module):
-            node = branch.pop("node")
-            if node in entry_of:
-                found[entry_of[node]] = branch
+    for group in root.groups():
+        if group.branch is not None:
+            known = [settings_of(graph, group.branch) for graph in graphs]
+            found[group] = max(known, key=len)
     return found
 
 
@@ -190,7 +191,7 @@ class _Writer:
     union: Union
     root: Group
     names: Mapping[Entry, str]
-    settings: Mapping[Entry, Mapping[str, Any]]
+    settings: Mapping[Group, Mapping[str, Any]]
     site_of: Mapping[str, int]
     graph: Reader
     ids: dict[Item, str] = field(default_factory=dict)
@@ -216,7 +217,8 @@ class _Writer:
         stamp = stamp_of(node) or {}
         line = source_of(node)
         line = line.rpartition("/site-packages/")[2]  # the rest of the path differs between machines
-        path = module_path(node)
+        frames = reader.frames(node)
+        path = frames[-1].path if frames else ""
         is_site = reader is self.graph and entry.status != "removed"
         return _filled(
             {
@@ -244,7 +246,9 @@ class _Writer:
                 "line": self.lines.setdefault(line, len(self.lines)) if line else None,
                 "path": path,
                 "part": stamp.get("part"),
-                "differences": [asdict(difference) for difference in entry.differences],
+                "differences": [
+                    {"what": each.what, "before": each.before, "after": each.after} for each in entry.differences
+                ],
                 "site": self.site_of.get(node.name) if is_site else None,
             },
         )
@@ -272,7 +276,7 @@ class _Writer:
                     if item.status != "same":
                         count[item.status] += 1
             if group.kind == "branch":
-                held = [next((self.settings[e] for e in group.entries() if e in self.settings), {})]
+                held = [self.settings[group]] if count["removed"] < count["nodes"] else []
             counts[group], branches[group] = count, held
         return [self._group(group, wirings[group], counts[group], branches[group]) for group in self._groups]
 
@@ -293,7 +297,7 @@ class _Writer:
                 "name": group.name,
                 "path": group.path,
                 "type": group.type,
-                "note": _branch_note(branches[0]) if group.kind == "branch" else _note(branches),
+                "note": _note(branches) if group.branch is None else _branch_note(self.settings[group]),
                 "parent": None if around is None else self.ids[around],
                 "counts": dict(counts),
                 "items": [self.ids[item] for item in group.items],
@@ -303,8 +307,7 @@ class _Writer:
                     for to, status, shared, source in stubs
                 ],
                 "copies": group.copies or None,
-                "branch": dict(branches[0]) if group.kind == "branch" else None,
-                "alike": self.ids.get(group.alike) if group.alike is not None else None,
+                "branch": None if group.branch is None else dict(self.settings[group]),
             },
             always=("items", "edges", "stubs", "counts", "name"),
         )
@@ -315,7 +318,7 @@ class _Writer:
         found["nodes"] = len(self._drawn)
         for entry in self._drawn:
             found[entry.status] += 1
-        return {**found, "branches": sum(group.kind == "branch" for group in self._groups)}
+        return {**found, "branches": sum(map(_has_branch, self._groups))}
 
     def changes(self) -> list[str]:
         """Return what of the difference is visited: whole branches, and operators outside of them."""
@@ -325,6 +328,10 @@ class _Writer:
                 around = self._around[entry]
                 found.setdefault(self.ids[around if around.kind == "branch" else entry])
         return list(found)
+
+
+def _has_branch(group: Group) -> bool:
+    return group.branch is not None and any(entry.status != "removed" for entry in group.entries())
 
 
 _KINDS: Mapping[str, str] = {"placeholder": "input", "output": "output", "call_module": "module"}

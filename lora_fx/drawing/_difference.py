@@ -8,30 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from typing import Any, Literal
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from lora_fx.drawing._aligning import aligned
+from lora_fx.drawing._branching import Branch, branches_of
 from lora_fx.drawing._reading import Reader, stamp_of
 from lora_fx.factors import original_name
+from lora_fx.graph_module import same_values
 from lora_fx.operators import size_of
-from lora_fx.provenance import source_of
+from lora_fx.provenance import code_of
 
 Status = Literal["same", "added", "removed", "rewired", "changed"]
-
-_LARGEST = 4_000_000  # pairs of operators that are compared; where there would be more, names decide
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing in which a node differs between two graphs."""
+    """One thing in which a node differs between two graphs; ``wiring`` if that is which node it reads."""
 
     what: str
     before: str
     after: str
+    wiring: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,88 +122,75 @@ def _match(before: Reader, after: Reader) -> dict[fx.Node, fx.Node]:
     old, new = (_by_place(reader, nested=nested) for reader in (before, after))
     matched: dict[fx.Node, fx.Node] = {}
     for place, nodes in old.items():
-        matched.update(_align(nodes, new.get(place, [])))
+        others = new.get(place, [])
+        for with_code in (True, False):  # an operator may come from another line; those that do not come first
+            mine = [_key(node, before, with_code) for node in nodes]
+            theirs = [_key(node, after, with_code) for node in others]
+            found = {nodes[left]: others[right] for left, right in aligned(mine, theirs)}
+            matched.update(found)
+            taken = set(found.values())
+            nodes, others = [n for n in nodes if n not in found], [n for n in others if n not in taken]
     return matched
 
 
 def _by_place(reader: Reader, *, nested: bool) -> dict[tuple[str, ...], list[fx.Node]]:
+    branches = branches_of(reader.graph_module)
     places: dict[tuple[str, ...], list[fx.Node]] = {}
     for node in reader.graph_module.graph.nodes:
-        places.setdefault(_place(node, reader, nested), []).append(node)
+        places.setdefault(_place(node, reader, branches.get(node), nested=nested), []).append(node)
     return places
 
 
-def _place(node: fx.Node, reader: Reader, nested: bool) -> tuple[str, ...]:
+def _place(node: fx.Node, reader: Reader, branch: Branch | None, *, nested: bool) -> tuple[str, ...]:
     """Return where a node is looked for in the other graph; within a place, order decides.
 
     Args:
         node: of a graph.
         reader: of that graph.
+        branch: that the node is of.
         nested: whether both graphs know the modules that their nodes come from.
     """
     if node.op == "get_attr":
-        return "tensor", original_name(str(node.target)) or str(node.target)
+        return "tensor", reader.own_name(original_name(str(node.target)) or str(node.target))
     if node.op == "placeholder":
         return "input", str(node.target)
     if node.op == "output":
         return ("output",)
-    if (stamp := stamp_of(node)) is not None:
-        return "branch", stamp.get("site", ""), stamp.get("adapter", ""), stamp.get("part", "")
+    if reader.is_quiet(node):
+        return "size", reader.operator(node), reader.arguments(node)
+    if branch is not None:
+        return "branch", branch.site, branch.adapter, *branch.factors
     frames = reader.frames(node) if nested else ()
-    return ("call", frames[-1].path, str(frames[-1].call)) if frames else ("call",)
+    path = reader.own_name(frames[-1].path) if frames else ""
+    return ("call", path, str(frames[-1].call)) if path else ("call",)
 
 
-def _align(old: Sequence[fx.Node], new: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Yield the pairs of nodes, of two sequences in one place, that are one and the same operator."""
-    mine, theirs = [_kind(node) for node in old], [_kind(node) for node in new]
-    start, shorter = 0, min(len(mine), len(theirs))
-    while start < shorter and mine[start] == theirs[start]:
-        start += 1
-    end = 0
-    while end < shorter - start and mine[-1 - end] == theirs[-1 - end]:
-        end += 1
-    if len(mine) == len(theirs) == start + end:
-        yield from zip(old, new, strict=True)
-        return
-    # Lines of source tell operators of one kind apart; which of these remain at both ends, they say too.
-    yield from _align_middle(old, new)
-
-
-def _align_middle(old: Sequence[fx.Node], new: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
-    if len(old) * len(new) > _LARGEST:
-        named = {(node.name, _kind(node)): node for node in new}
-        yield from ((node, named[node.name, _kind(node)]) for node in old if (node.name, _kind(node)) in named)
-        return
-    with_lines = all(any(source_of(node) for node in nodes) for nodes in (old, new))
-    mine, theirs = ([(*_kind(n), source_of(n) if with_lines else "") for n in nodes] for nodes in (old, new))
-    for block in SequenceMatcher(None, mine, theirs, autojunk=False).get_matching_blocks():
-        yield from zip(old[block.a : block.a + block.size], new[block.b : block.b + block.size], strict=True)
-
-
-def _kind(node: fx.Node) -> tuple[str, str]:
-    return node.op, str(node.target) if isinstance(node.target, str | torch._ops.OpOverload) else repr(node.target)
+def _key(node: fx.Node, reader: Reader, with_code: bool) -> tuple[str, ...]:
+    """Return what is equal of a node in both graphs: operator, weights, part in a branch, and line of code if all have one."""
+    if node.op in ("get_attr", "placeholder", "output") or reader.is_quiet(node):
+        return ()  # told by its place
+    weights = (str(source.target) for source in node.all_input_nodes if source.op == "get_attr")
+    part = str((stamp_of(node) or {}).get("part", ""))
+    own = (reader.own_name(original_name(name) or name) for name in weights)
+    return node.op, reader.operator(node), part, code_of(node) if with_code else "", *own
 
 
 def _compare(
     old: fx.Node, new: fx.Node, image: Mapping[fx.Node, fx.Node], before: Reader, after: Reader
 ) -> tuple[Status, tuple[Difference, ...]]:
-    """Return what became of a node that both graphs have."""
+    """Return what became of a node that both graphs have. Weights are looked at where they are read."""
     if new.op == "get_attr":
-        same = str(old.target) == str(new.target) and _same_value(old, new, before, after)
-        return ("same" if same else "changed"), ()
+        return "same", ()
     changed, rewired = [], []
     for what, mine, theirs in _arguments(old, new, image):
-        if isinstance(mine, fx.Node) and isinstance(theirs, fx.Node):
-            if not (mine.op == theirs.op == "get_attr"):  # weights are compared by themselves
-                rewired.append(Difference(what, mine.name, theirs.name))
+        values = all(isinstance(each, fx.Node) and each.op != "get_attr" for each in (mine, theirs))
+        if values:
+            rewired.append(Difference(what, mine.name, theirs.name, wiring=True))
         else:
             changed.append(Difference(what, before.argument(mine), after.argument(theirs)))
-    mine_weights, new_weights = before.weights(old), after.weights(new)
-    for weight, other in zip(mine_weights, new_weights, strict=False):
-        if (weight.name, weight.value) != (other.name, other.value):
-            changed.append(
-                Difference("weight", f"{weight.name} {weight.value}".strip(), f"{other.name} {other.value}".strip())
-            )
+    for source in old.all_input_nodes:
+        if source.op == "get_attr" and image.get(source) in new.all_input_nodes:
+            changed += _weight_difference(source, image[source], before, after)
     if old.op == "call_module" and (mine := _module(old, before)) != (theirs := _module(new, after)):
         changed.append(Difference("module", mine, theirs))
     if not _same_value(old, new, before, after):
@@ -211,16 +199,31 @@ def _compare(
     return status, tuple(changed + rewired)
 
 
+def _weight_difference(old: fx.Node, new: fx.Node, before: Reader, after: Reader) -> list[Difference]:
+    mine, theirs = before.weight(str(old.target)), after.weight(str(new.target))
+    if (before.own_name(mine.name), mine.value) != (after.own_name(theirs.name), theirs.value):
+        return [Difference("weight", f"{mine.name} {mine.value}".strip(), f"{theirs.name} {theirs.value}".strip())]
+    values = before.constant(mine.name), after.constant(theirs.name)
+    if None not in values and not any(value.is_meta for value in values if value is not None):
+        left, right = values
+        assert left is not None
+        assert right is not None
+        if not same_values(left, right):
+            return [Difference("weight", f"{mine.name} {mine.value}", f"{theirs.name} of other values")]
+    return []
+
+
 def _arguments(old: fx.Node, new: fx.Node, image: Mapping[fx.Node, fx.Node]) -> Iterator[tuple[str, Any, Any]]:
     """Yield the arguments in which two nodes differ: where, the one before, the one after."""
-    mine, mine_spec = pytree.tree_flatten((old.args, dict(old.kwargs)))
-    theirs, theirs_spec = pytree.tree_flatten((new.args, dict(new.kwargs)))
+    mine, mine_spec = pytree.tree_flatten((old.args, dict(sorted(old.kwargs.items()))))
+    theirs, theirs_spec = pytree.tree_flatten((new.args, dict(sorted(new.kwargs.items()))))
     if mine_spec != theirs_spec:
         yield "arguments", (old.args, dict(old.kwargs)), (new.args, dict(new.kwargs))
         return
     for index, (left, right) in enumerate(zip(mine, theirs, strict=True)):
         moved: Any = fx.map_arg(left, lambda node: image.get(node, node)) if isinstance(left, fx.Node | slice) else left
-        if not (moved is right or (type(moved) is type(right) and moved == right)):
+        same = type(moved) is type(right) and (moved == right or (moved != moved and right != right))
+        if not (moved is right or same):
             yield f"argument {index}", left, right
 
 
@@ -231,7 +234,10 @@ def _module(node: fx.Node, reader: Reader) -> str:
 def _same_value(old: fx.Node, new: fx.Node, before: Reader, after: Reader) -> bool:
     """Tell whether two values have one dtype and shape: by their expressions, or by the sizes of their traces."""
     left, right = before.value(old), after.value(new)
-    return left == right or not (left and right) or _sizes(old) == _sizes(new) is not None
+    if left == right or not left or not right:
+        return True
+    sizes = _sizes(old)
+    return sizes is not None and sizes == _sizes(new)
 
 
 def _sizes(node: fx.Node) -> Any:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch import fx
-
+from lora_fx.drawing._branching import Branch, branches_of
 from lora_fx.drawing._difference import Entry, Union
-from lora_fx.drawing._reading import Frame, stamp_of
+from lora_fx.drawing._reading import Frame
 
 GroupKind = Literal["model", "module", "repeat", "branch", "steps"]
 
@@ -34,7 +33,7 @@ class Group:
         items: what is in it, in graph order.
         call: of the module, counted from 1.
         copies: of a repeat, how many there are.
-        alike: the group of an earlier repetition that is exactly like this one.
+        branch: that it is.
     """
 
     kind: GroupKind
@@ -44,7 +43,7 @@ class Group:
     items: list[Item] = field(default_factory=list)
     call: int = 1
     copies: int = 0
-    alike: Group | None = None
+    branch: Branch | None = None
 
     def entries(self) -> Iterator[Entry]:
         """Yield all operators in it, at any depth."""
@@ -75,20 +74,21 @@ Item = Entry | Group
 def modules_of(union: Union, title: str) -> Group:
     """Return the tree of modules around the operators that are drawn, with the branches in it as groups of their own."""
     root = Group("model", title)
-    branches = _branches(union)
+    branches = {
+        reader: branches_of(reader.graph_module) for reader in dict.fromkeys(entry.reader for entry in union.entries)
+    }
     made: dict[tuple[Frame, ...], Group] = {(): root}
-    opened: dict[int, Group] = {}
+    opened: dict[Branch, Group] = {}
     for entry in union.entries:
         if entry.hidden:
             continue
         group = _module(entry, made, root)
-        if entry in branches:
-            number = branches[entry]
-            if number not in opened:
-                stamp = stamp_of(entry.node) or {}
-                opened[number] = Group("branch", f"LoRA {stamp.get('adapter', '')}".strip())
-                group.items.append(opened[number])
-            group = opened[number]
+        branch = branches[entry.reader].get(entry.node)
+        if branch is not None:
+            if branch not in opened:
+                opened[branch] = Group("branch", f"LoRA {branch.adapter}", branch=branch)
+                group.items.append(opened[branch])
+            group = opened[branch]
         group.items.append(entry)
     return root
 
@@ -105,39 +105,6 @@ def _module(entry: Entry, made: dict[tuple[Frame, ...], Group], root: Group) -> 
             group.items.append(made[key])
         group = made[key]
     return group
-
-
-def _branches(union: Union) -> Mapping[Entry, int]:
-    """Number the branches: stamped nodes of one site and adapter that hang together, but by what the branch is added to."""
-    stamped = {
-        entry: (stamp.get("site"), stamp.get("adapter"))
-        for entry in union.entries
-        if not entry.hidden and (stamp := stamp_of(entry.node)) is not None
-    }
-    by_node = {entry.node: entry for entry in stamped}
-    number: dict[Entry, int] = {}
-    merged: dict[int, int] = {}
-
-    def root(index: int) -> int:
-        while merged.get(index, index) != index:
-            index = merged[index]
-        return index
-
-    for index, entry in enumerate(stamped):
-        number[entry] = index
-        for source in _summands(entry.node):
-            other = by_node.get(source)
-            if other is not None and stamped[other] == stamped[entry]:
-                # A source stands before its reader, so it has its number.
-                merged[root(index)] = root(number[other])
-    return {entry: root(index) for entry, index in number.items()}
-
-
-def _summands(node: fx.Node) -> Sequence[fx.Node]:
-    """Return what a node of a branch reads of its own branch: of a sum only the second."""
-    if (stamp_of(node) or {}).get("part") == "add":
-        return [source for source in node.args[1:2] if isinstance(source, fx.Node)]
-    return node.all_input_nodes
 
 
 def inline_single(group: Group) -> Mapping[Entry, str]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 import sympy
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_fx.checks import InputCheck, RelationCheck
-from lora_fx.factors import is_factor
 from lora_fx.graph_module import TracedGraphModule, state_of
 from lora_fx.materializing import traced_class
 
@@ -56,17 +57,42 @@ class Reader:
         self._frames: dict[str, Frame | None] = {}
 
     def frames(self, node: fx.Node) -> tuple[Frame, ...]:
-        """Return the calls of modules around a node, from the outside; the model itself is left out."""
+        """Return the calls of modules around a node, from the outside; the model itself is left out.
+
+        A node without a record of them, put in by someone else, is where all that it reads and is read by is.
+        """
+        if node.meta.get("nn_module_stack") or node.op in ("placeholder", "output", "get_attr"):
+            return self._recorded(node)
+        around = [
+            self._recorded(each) for each in (*node.all_input_nodes, *node.users) if each.meta.get("nn_module_stack")
+        ]
+        return tuple(level[0] for level in takewhile(_is_one, zip(*around, strict=False)))
+
+    def _recorded(self, node: fx.Node) -> tuple[Frame, ...]:
         stack: Mapping[str, Any] = node.meta.get("nn_module_stack") or {}
-        found: list[Frame] = []
+        found: dict[Frame, None] = {}
         for key, (path, kind) in stack.items():
             known = f"{key}:{path}"
             if known not in self._frames:
                 self._frames[known] = _frame(key, path, kind)
             frame = self._frames[known]
-            if frame is not None and frame not in found:
-                found.append(frame)
+            if frame is not None:
+                found[frame] = None
         return tuple(found)
+
+    @cached_property
+    def _wrapper(self) -> str:
+        """The path, with a dot, of the innermost module in which all is computed, as in what PEFT or a container wraps."""
+        nodes = [
+            node for node in self.graph_module.graph.nodes if node.op.startswith("call") and not self.is_quiet(node)
+        ]
+        shared = list(takewhile(_is_one, zip(*map(self.frames, nodes), strict=False)))
+        return f"{shared[-1][0].path}." if shared else ""
+
+    def own_name(self, name: str) -> str:
+        """Return the name of a module or tensor without what wrappers put around it, PEFT's for instance."""
+        parts = f"{name}.".removeprefix(self._wrapper).removesuffix(".").split(".")
+        return ".".join(part for part in parts if part != "base_layer")
 
     def value(self, node: fx.Node) -> str:
         """Return dtype and shape of a node's value, or an expression where it is a size; nothing where it is not known."""
@@ -78,13 +104,15 @@ class Reader:
     def weights(self, node: fx.Node) -> tuple[Weight, ...]:
         """Return the tensors of the model that a node reads, each once, in the order of its arguments."""
         names = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
-        return tuple(self._weight(name, self._tensors.get(name)) for name in names)
+        return tuple(map(self.weight, names))
 
-    def _weight(self, name: str, tensor: torch.Tensor | None) -> Weight:
+    def weight(self, name: str) -> Weight:
+        """Return a tensor of the model by its name."""
+        tensor = self._tensors.get(name)
         if tensor is None:
             return Weight(name, "", trainable=False)
         value = self._of(tensor)
-        if tensor.dim() == 0 and not isinstance(tensor, nn.Parameter) and not tensor.is_meta:
+        if tensor.dim() == 0 and not isinstance(tensor, nn.Parameter | FakeTensor) and not tensor.is_meta:
             value += f" = {tensor.item()}"  # a number in the model's code
         return Weight(name, value, tensor.requires_grad)
 
@@ -126,12 +154,23 @@ class Reader:
             longest: number of characters after which the text is cut.
         """
         parts = [self.argument(value, name_of) for value in node.args]
-        parts += [f"{key}={self.argument(value, name_of)}" for key, value in node.kwargs.items()]
+        parts += [f"{key}={self.argument(value, name_of)}" for key, value in sorted(node.kwargs.items())]
         text = ", ".join(parts)
         return text if longest is None or len(text) <= longest else f"{text[: longest - 1]}…"
 
     def is_quiet(self, node: fx.Node) -> bool:
         """Tell whether a node is not drawn as long as both graphs have it: a weight, a size, a check of the inputs."""
+        return node in self._quiet
+
+    @cached_property
+    def _quiet(self) -> set[fx.Node]:
+        found: set[fx.Node] = set()
+        for node in self.graph_module.graph.nodes:
+            if self._says_little(node, found):
+                found.add(node)
+        return found
+
+    def _says_little(self, node: fx.Node, quiet: set[fx.Node]) -> bool:
         if node.op in ("placeholder", "output", "call_method"):
             return False
         if node.op == "get_attr":
@@ -144,12 +183,7 @@ class Reader:
         if isinstance(value, torch.Tensor | tuple | list):
             return False
         counted = value is not None or not isinstance(node.target, torch._ops.OpOverload)
-        return counted and all(self.is_quiet(source) and source.op != "get_attr" for source in node.all_input_nodes)
-
-    def factor_readers(self) -> Iterable[fx.Node]:
-        """Return the nodes that read a factor of a branch."""
-        factors = (node for node in self.graph_module.graph.find_nodes(op="get_attr") if is_factor(str(node.target)))
-        return [user for node in factors for user in node.users]
+        return counted and all(source in quiet and source.op != "get_attr" for source in node.all_input_nodes)
 
     def _name(self, node: fx.Node) -> str:
         if node.op == "get_attr":
@@ -195,9 +229,13 @@ class Reader:
         return self._sizes[expression]
 
 
+def _is_one(level: tuple[Frame, ...]) -> bool:
+    return len(set(level)) == 1
+
+
 def _axes(graph_module: fx.GraphModule) -> dict[Any, Any]:
     """Return for each symbol that is a dimension of an input the name of its axis."""
-    examples = graph_module.meta.get("lora_fx", {}).get("examples")
+    examples = (graph_module.meta.get("lora_fx") or {}).get("examples")
     axes: Mapping[str, tuple[str | None, ...]] = examples.axes if examples is not None else {}
     named: dict[Any, Any] = {}
     for node in graph_module.graph.find_nodes(op="placeholder"):
@@ -214,17 +252,19 @@ def _frame(key: str, path: str, kind: Any) -> Frame | None:
     if not path or not key.startswith("L__self__"):
         return None
     call = key.rpartition("@")[2] if "@" in key else ""
-    name = kind if isinstance(kind, str) else kind.__qualname__
+    name = kind if isinstance(kind, str) else getattr(kind, "__qualname__", type(kind).__qualname__)
     return Frame(path, name.rpartition(".")[2], int(call) + 1 if call.isdigit() else 1)
 
 
 def type_of_root(graph_module: fx.GraphModule) -> str:
     """Return the class of the model that a graph was traced from, as far as it is known."""
-    name = str(graph_module.meta.get("lora_fx", {}).get("model_class") or "")
-    return name.rpartition(":")[2].rpartition(".")[2] or "GraphModule"
+    name = str((graph_module.meta.get("lora_fx") or {}).get("model_class") or "")
+    found = name.rpartition(":")[2].rpartition(".")[2]
+    return "GraphModule" if not found or found.startswith("GraphModule") else found
 
 
 def stamp_of(node: fx.Node) -> Mapping[str, str] | None:
     """Return what lora_fx wrote on a node of a branch: rule, site, adapter and part."""
-    stamp = (node.meta.get("custom") or {}).get("lora_fx")
+    custom = node.meta.get("custom")
+    stamp = custom.get("lora_fx") if isinstance(custom, Mapping) else None
     return stamp if isinstance(stamp, Mapping) else None

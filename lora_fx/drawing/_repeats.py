@@ -1,7 +1,8 @@
 """Layers that are exactly alike become one group: ``layers.0–31 ×32``.
 
 Consecutive siblings are alike if their operators, arguments, shapes, wiring, difference and branches are equal, but for their
-index: what one reads of the layer before it, the next reads of it. A hash finds candidates; equality decides.
+index: what one reads of the layer before it, the next reads of it. So are tensors that are constants of the code; weights and
+other persistent tensors may have any values. A hash finds candidates; equality decides.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.drawing._difference import Entry, Union
+from lora_fx.drawing._difference import Difference, Entry, Union
 from lora_fx.drawing._hierarchy import Group, Item
 from lora_fx.drawing._reading import Reader, stamp_of
 from lora_fx.graph_module import same_values
@@ -32,20 +33,20 @@ class _Form:
     Attributes:
         tree: the groups within it.
         tokens: one for each operator: what it is, and where in the group it reads from.
-        outputs: the positions of the operators whose values are read outside.
+        readers: by the position of each operator that is read outside, what reads it.
         outside: what it reads from elsewhere, in the order in which it first does.
         positions: of its operators.
     """
 
     tree: Any
     tokens: tuple[Any, ...]
-    outputs: frozenset[int]
+    readers: Mapping[int, tuple[Entry, ...]]
     outside: tuple[Entry, ...]
     positions: Mapping[Entry, int]
 
     @cached_property
     def content(self) -> tuple[Any, ...]:
-        return self.tree, self.tokens, self.outputs
+        return self.tree, self.tokens, frozenset(self.readers)
 
     @cached_property
     def digest(self) -> int:
@@ -63,7 +64,7 @@ def collapse(root: Group, union: Union, settings: Mapping[Entry, Mapping[str, An
     readers: dict[Entry, list[Entry]] = {}
     for sources in (union.inputs, union.former):
         for entry, read in sources.items():
-            for source in read:
+            for source in () if entry.hidden else read:
                 readers.setdefault(source, []).append(entry)
 
     def form_of(group: Group) -> _Form:
@@ -78,8 +79,6 @@ def _collapse(group: Group, form_of: Callable[[Group], _Form]) -> None:
         first = run[0]
         if isinstance(first, Group) and len(run) > 1:
             members = [item for item in run if isinstance(item, Group)]
-            for member in members[1:]:
-                _note_alike(first, member)
             items.append(Group("repeat", _named(members), type=first.type, items=list(members), copies=len(members)))
         else:
             items += run
@@ -87,13 +86,6 @@ def _collapse(group: Group, form_of: Callable[[Group], _Form]) -> None:
             if isinstance(item, Group):
                 _collapse(item, form_of)
     group.items = items
-
-
-def _note_alike(first: Group, other: Group) -> None:
-    other.alike = first
-    for mine, theirs in zip(first.items, other.items, strict=True):
-        if isinstance(mine, Group) and isinstance(theirs, Group):
-            _note_alike(mine, theirs)
 
 
 def _runs(items: Sequence[Item], form_of: Callable[[Group], _Form]) -> Iterator[list[Item]]:
@@ -112,12 +104,46 @@ def _runs(items: Sequence[Item], form_of: Callable[[Group], _Form]) -> Iterator[
                 run.append(item)
                 forms.append(form)
                 continue
-        if run:
-            yield run
+        yield from _parted(run, forms)
         run = [item]
         forms = [form] if follows else []
-    if run:
-        yield run
+    yield from _parted(run, forms)
+
+
+def _parted(run: list[Item], forms: Sequence[_Form]) -> Iterator[list[Item]]:
+    """Yield a run in parts, in each of which all are read by the same: by those after them, at one distance, or by one outside.
+
+    The last, behind which there are none that read them, may be read by others.
+    """
+    if len(run) < 2:
+        yield from [run] * bool(run)
+        return
+    read = [set(_readers(forms, index)) for index in range(len(forms))]
+    part = run[:1]
+    for index in range(1, len(run)):
+        before, here = read[index - 1], read[index]
+        # What reads one from a distance that for the next is behind the end of the run: others may read that instead.
+        beyond = {each for each in before if isinstance(each[1], int) and index + each[1] >= len(run)}
+        gained = here - before
+        if before - here == beyond and (
+            not gained or (beyond and not any(isinstance(who, int) for _, who, _ in gained))
+        ):
+            part.append(run[index])
+        else:
+            yield part
+            part = [run[index]]
+    yield part
+
+
+def _readers(forms: Sequence[_Form], index: int) -> Iterator[tuple[int, int | Entry, int]]:
+    """Yield who reads a member of a run: position read, distance and position of the reader, or the reader outside and 0."""
+    for position, found in forms[index].readers.items():
+        for reader in found:
+            inside = next((d for d, form in enumerate(forms[index + 1 :], 1) if reader in form.positions), None)
+            if inside is None:
+                yield position, reader, 0
+            else:
+                yield position, inside, forms[index + inside].positions[reader]
 
 
 def _follows(group: Group, other: Group) -> bool:
@@ -188,12 +214,12 @@ def _form(
         source.node: source for entry in ordered for source in (*union.inputs[entry], *union.former.get(entry, ()))
     }
     tokens = tuple(_token(entry, group, place, by_node, union, settings.get(entry)) for entry in ordered)
-    outputs = frozenset(
-        position
+    read = {
+        position: tuple(reader for reader in readers.get(entry, ()) if reader not in positions)
         for entry, position in positions.items()
-        if any(reader not in positions for reader in readers.get(entry, ()))
-    )
-    return _Form(_tree(group, top=True), tokens, outputs, tuple(outside), positions)
+    }
+    read = {position: found for position, found in read.items() if found}
+    return _Form(_tree(group, top=True), tokens, read, tuple(outside), positions)
 
 
 def _tree(group: Group, *, top: bool = False) -> Any:
@@ -215,7 +241,7 @@ def _token(
     def name_of(argument: fx.Node) -> str:
         if argument in by_node:
             return "%{}:{}".format(*place(by_node[argument]))
-        return "%weight" if argument.op == "get_attr" else reader.value(argument)
+        return f"%{_own_name(str(argument.target), group)}" if argument.op == "get_attr" else reader.value(argument)
 
     stamp = stamp_of(node) or {}
     return (
@@ -228,11 +254,18 @@ def _token(
         ),
         repr(reader.graph_module.get_submodule(str(node.target))) if node.op == "call_module" else "",
         entry.status,
-        tuple(difference.what for difference in entry.differences),
+        tuple(_own_difference(difference, group) for difference in entry.differences),
         tuple(place(source) for source in union.former.get(entry, ())),
         (stamp.get("adapter"), stamp.get("part"), stamp.get("rule")),
         tuple(sorted(setting.items())) if setting else (),
     )
+
+
+def _own_difference(difference: Difference, group: Group) -> tuple[str, ...]:
+    """Return a difference without the index of the group. What was read before and is read now, the wiring tells."""
+    if difference.wiring:
+        return (difference.what,)
+    return difference.what, *(text.replace(f"{group.path}.", "") for text in (difference.before, difference.after))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,89 @@
+"""The branches that lora_fx wrote into a graph: the nodes of each by their stamps, and what is known of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from lora_fx.drawing._reading import stamp_of
+from lora_fx.factors import is_factor
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One branch, of one site.
+
+    Attributes:
+        site: name of the site.
+        adapter: name of the adapter.
+        factors: names of its factors, which tell the branches of one site and adapter apart.
+    """
+
+    site: str
+    adapter: str
+    factors: tuple[str, ...]
+
+
+def branches_of(graph_module: fx.GraphModule) -> Mapping[fx.Node, Branch]:
+    """Return for each stamped node the branch that it is of: those of one site and adapter that hang together.
+
+    What a branch is added to may be the end of another.
+    """
+    stamped = [node for node in graph_module.graph.nodes if node.op != "get_attr" and stamp_of(node)]
+    owner = {node: (_stamp(node, "site"), _stamp(node, "adapter")) for node in stamped}
+    merged: dict[fx.Node, fx.Node] = {}
+
+    def root(node: fx.Node) -> fx.Node:
+        while node in merged:
+            node = merged[node]
+        return node
+
+    for node in stamped:
+        for source in _summands(node):
+            if owner.get(source) == owner[node] and root(source) is not root(node):
+                merged[root(node)] = root(source)
+    factors: dict[fx.Node, set[str]] = {}
+    for node in stamped:
+        factors.setdefault(root(node), set()).update(_factors(node))
+    return {node: Branch(*owner[node], tuple(sorted(factors[root(node)]))) for node in stamped}
+
+
+def settings_of(graph_module: fx.GraphModule, branch: Branch) -> dict[str, Any]:
+    """Return what is known of a branch: site, adapter, and by the graph's record of its adapters rule, rank and the rest."""
+    known: dict[str, Any] = {"site": branch.site, "adapter": branch.adapter}
+    own: Mapping[str, Any] = graph_module.meta.get("lora_fx") or {}
+    for entry in own.get("adapters", {}).get(branch.adapter, {}).values():
+        planned = entry["branch"]
+        names = planned.names(branch.adapter)
+        if {names.a, names.b} & set(branch.factors):
+            setting = planned.setting
+            known |= {"rule": entry["rule"], "rank": setting.rank, "alpha": setting.alpha}
+            known |= {"scaling": setting.scale, "dropout": setting.dropout}
+            known |= {} if planned.part is None else {"part": planned.part}
+            break
+    return known
+
+
+def _stamp(node: fx.Node, key: str) -> str:
+    return str((stamp_of(node) or {}).get(key, ""))
+
+
+def _summands(node: fx.Node) -> Sequence[fx.Node]:
+    """Return what a node of a branch reads of its own branch: of a sum not what it is added to."""
+    if _stamp(node, "part") == "add":
+        return [source for source in node.args[1:] if isinstance(source, fx.Node)]
+    return node.all_input_nodes
+
+
+def _factors(node: fx.Node) -> set[str]:
+    """Return the factors that a node reads, also through views of them."""
+    found: set[str] = set()
+    for source in node.all_input_nodes:
+        if source.op == "get_attr" and is_factor(str(source.target)):
+            found.add(str(source.target))
+        elif len(source.all_input_nodes) == 1 and source.all_input_nodes[0].op == "get_attr":
+            found |= _factors(source)
+    return found
