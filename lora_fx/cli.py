@@ -137,14 +137,14 @@ def draw(
     html is a page to look around in, which needs no network. text shows which projections of which layers get a branch.
     """
     from lora_fx.drawing import FORMATS, describe_model, format_of, in_words, save, within
-    from lora_fx.files import check_free
+    from lora_fx.files import check_file
 
     with _reported():
         name = format.value if format is not None else "text" if out is None else format_of(out)
         if out is None and name in ("html", "svg", "png"):
             raise typer.BadParameter(f"--out names the file that the {name} is written to")
         if out is not None:
-            check_free(out, overwrite=overwrite)
+            check_file(out, overwrite=overwrite)
         with errors.status("reading the model") as status:
             description = within(
                 describe_model(model, rules, show.value, directories=rules_dir or (), rank=rank, step=status.update),
@@ -294,11 +294,11 @@ def export(
     import torch
 
     import lora_fx
-    from lora_fx.files import check_free
+    from lora_fx.files import check_file
     from lora_fx.loading import load_model
 
     with _reported():
-        check_free(out, overwrite=overwrite)
+        check_file(out, overwrite=overwrite)
         with errors.status("loading the model") as status:
             loaded = load_model(model, None if dtype is Dtype.auto else getattr(torch, dtype.value))
             status.update(f"tracing {type(loaded).__name__}")

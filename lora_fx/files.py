@@ -63,6 +63,13 @@ def check_free(target: Path, *, overwrite: bool = False) -> None:
         raise LoraFxError(_exists(target))
 
 
+def check_file(target: Path, *, overwrite: bool = False) -> None:
+    """Raise :class:`LoraFxError` if something exists at the place of a file that is not to be replaced: a directory never is."""
+    if target.is_dir():
+        raise LoraFxError(f"{target} is a directory, and a file is not written in place of one. Choose another name.")
+    check_free(target, overwrite=overwrite)
+
+
 def write_back_early(file: int, start: int, size: int) -> None:
     """Let the system begin to write a part of an open file to the disk, where it can be asked to; wait for nothing.
 
@@ -155,8 +162,6 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def _move(written: Path, target: Path, *, overwrite: bool) -> None:
-    if target.is_dir() and not target.is_symlink() and not written.is_dir():
-        raise LoraFxError(f"{target} is a directory, and a file is not written in place of one. Choose another name.")
     if not overwrite:
         _move_to_new(written, target)
     elif not os.path.lexists(target) or not (written.is_dir() or (target.is_dir() and not target.is_symlink())):

@@ -19,7 +19,7 @@ from lora_fx.drawing._page import page
 from lora_fx.drawing._static import render
 from lora_fx.drawing._text import in_words, text
 from lora_fx.errors import ExportError
-from lora_fx.files import replacing
+from lora_fx.files import check_file, replacing
 
 __all__ = [
     "FORMATS",
@@ -111,6 +111,7 @@ def format_of(path: Path) -> str:
 
 def save(description: Description, target: Path, name: str, *, overwrite: bool = False) -> None:
     """Write a description in one of the :data:`FORMATS`; see :func:`draw`."""
+    check_file(target, overwrite=overwrite)
     content = FORMATS[name](description)
     with replacing(target, overwrite=overwrite) as beside:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from lora_fx.errors import ExportError, LoraFxError
 from lora_fx.export._comparing import Comparison, Loaded, check_tolerance, compare
 from lora_fx.export._exportable import Exportable, prepare
-from lora_fx.files import check_free, replacing
+from lora_fx.files import check_file, replacing
 from lora_fx.graph_module import TracedGraphModule
 
 
@@ -91,7 +91,7 @@ def deliver(
         LoraFxError: the path exists or cannot be written.
     """
     path = Path(path)
-    check_free(path, overwrite=overwrite)
+    check_file(path, overwrite=overwrite)
     if path.is_dir():
         raise LoraFxError(f"{path} is a directory, and {format.name} is written to a file. Choose another name.")
     check_tolerance(tolerance)
