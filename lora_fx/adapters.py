@@ -17,7 +17,7 @@ from lora_fx.errors import AdapterError, LoraFxError, PlanError
 from lora_fx.exporting import Dynamic
 from lora_fx.factors import adapters
 from lora_fx.files import replacing
-from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, state_of, trainable_names
+from lora_fx.graph_module import TracedGraphModule, as_traced, assemble, copy_graph, state_of, trainable_names
 from lora_fx.lowering import lower
 from lora_fx.origins import fingerprint, metadata
 from lora_fx.states import checked
@@ -124,14 +124,10 @@ def save_adapter(
 
 def _traced(graph_module: fx.GraphModule) -> TracedGraphModule:
     """Return a graph of ours as plain nodes with weights, or refuse what is none."""
-    if not isinstance(graph_module, TracedGraphModule):
-        raise PlanError(
-            f"a graph of lora_fx is expected, and this is a {type(graph_module).__name__}: make one with lora_fx.trace, or take a "
-            "model with lora_fx.from_adapter."
-        )
-    if any(parameter.is_meta for parameter in graph_module.parameters()):
+    traced = as_traced(graph_module)
+    if any(parameter.is_meta for parameter in traced.parameters()):
         raise PlanError("the graph is on the meta device, without weights: lora_fx.materialize gives it some.")
-    return lower(graph_module)
+    return lower(traced)
 
 
 def _with_values(

@@ -23,7 +23,7 @@ from torch import fx, nn
 
 from lora_fx.factors import is_factor
 from lora_fx.fused import add_update, reduce_features
-from lora_fx.graph_module import TracedGraphModule, copy_graph, state_of
+from lora_fx.graph_module import TracedGraphModule, as_traced, copy_graph, state_of
 from lora_fx.lowering import describe, with_graph
 from lora_fx.operators import writes
 from lora_fx.products import operands
@@ -42,8 +42,11 @@ def fuse(graph_module: TracedGraphModule) -> TracedGraphModule:
 
     Args:
         graph_module: left as it is; the result has parameters of its own over the same storage.
+
+    Raises:
+        PlanError: it is no graph of ours.
     """
-    graph, _ = copy_graph(graph_module.graph)
+    graph, _ = copy_graph(as_traced(graph_module).graph)
     for group in _groups(graph, state_of(graph_module).modules):
         _write_fused(graph, group)
     return checked(with_graph(graph_module, graph), "fused")

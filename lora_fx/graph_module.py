@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.errors import LoraFxError, TraceError
+from lora_fx.errors import LoraFxError, PlanError, TraceError
 from lora_fx.records import GraphRecord, record, restore
 from lora_fx.signature import InputCodeGen
 
@@ -176,6 +176,25 @@ def state_of(module: nn.Module) -> State:
             "DistributedDataParallel, or gather the state dict and load it into a graph that is not sharded."
         )
     return State(tensors, frozenset(_non_persistent_names(module)), dict(_called_modules(module)))
+
+
+def as_traced(module: nn.Module) -> TracedGraphModule:
+    """Return a graph of ours, and refuse what is none, such as a wrapper of one.
+
+    Raises:
+        PlanError: it is something else.
+    """
+    if isinstance(module, TracedGraphModule):
+        return module
+    wrapped = next(
+        (name for name in ("module", "_orig_mod") if isinstance(getattr(module, name, None), TracedGraphModule)), None
+    )
+    advice = (
+        "make one with lora_fx.trace, or take a model with lora_fx.from_adapter"
+        if wrapped is None
+        else f"it wraps one, which is its attribute {wrapped!r}: pass that"
+    )
+    raise PlanError(f"a graph of lora_fx is expected, and this is a {type(module).__name__}: {advice}.")
 
 
 def assemble(

@@ -11,7 +11,15 @@ from torch import fx, nn
 from lora_fx.attaching import attach
 from lora_fx.errors import PlanError, did_you_mean
 from lora_fx.factors import adapter_of, adapters, copy_name, is_of_adapter, original_name
-from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, described, state_of, trainable_names
+from lora_fx.graph_module import (
+    TracedGraphModule,
+    as_traced,
+    assemble,
+    copy_graph,
+    described,
+    state_of,
+    trainable_names,
+)
 from lora_fx.origins import Origin
 from lora_fx.planning import Branch, Chosen, Decision, Plan, Skipped, Trained, owners_of
 from lora_fx.ruleset import RuleSet, Selection
@@ -30,10 +38,10 @@ def transfer(graph_module: TracedGraphModule, *, onto: TracedGraphModule) -> Tra
         onto: another trace of the same model (another mode, dtype of activations, or other inputs), left as it is.
 
     Raises:
-        PlanError: a site of an adapter is missing in ``onto``, or has other features or another rank there.
+        PlanError: one of the two is no graph of ours, a site of an adapter is missing in ``onto``, or has other features or another rank there.
     """
-    result = onto
-    factors = {name: p for name, p in graph_module.named_parameters() if is_of_adapter(name)}
+    result = as_traced(onto)
+    factors = {name: p for name, p in as_traced(graph_module).named_parameters() if is_of_adapter(name)}
     unlike = []
     for adapter in adapters(graph_module):
         if adapter not in adapters(result):

@@ -17,7 +17,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from architectures import ARCHITECTURES, PRIMARY, build, inputs, model, traced
+from architectures import ARCHITECTURES, PRIMARY, branched, build, inputs, model, traced
 from conftest import unchanged
 from peft.optimizers import create_loraplus_optimizer
 from torch import fx, nn
@@ -619,3 +619,22 @@ def test_lora_plus_refuses_a_graph_in_which_nothing_trains() -> None:
         lora_fx.LoraFxError, match=r"no parameter of the graph trains. Give it an adapter with lora_fx\.rewrite"
     ):
         lora_fx.lora_plus_groups(traced("llama"), 1e-3)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel], ids=["compiled", "parallel"])
+def test_our_functions_take_the_graph_and_not_a_wrapper_of_it(
+    wrap: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    gm = branched("bert")
+    wrapped = wrap(gm)
+    uses: list[Callable[[], object]] = [
+        lambda: lora_fx.fuse(wrapped),
+        lambda: lora_fx.transfer(wrapped, onto=gm),
+        lambda: lora_fx.transfer(gm, onto=wrapped),
+        lambda: lora_fx.save_adapter(wrapped, tmp_path / "adapter"),
+    ]
+    for use in uses:
+        with pytest.raises(
+            lora_fx.PlanError, match=r"it wraps one, which is its attribute '(module|_orig_mod)': pass that"
+        ):
+            use()
