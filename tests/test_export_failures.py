@@ -149,9 +149,11 @@ def test_a_directory_of_that_name_is_refused_at_once_and_left_as_it_was(tmp_path
     heads()
     path.mkdir()
     (path / "kept").write_text("old")
-    with mock.patch.object(_delivering, "prepare", reach), pytest.raises(lora_fx.LoraFxError, match="exists already"):
-        export(format, heads(), path)
-    assert content(tmp_path) == {path.name: b"directory", f"{path.name}/kept": b"old"}
+    for overwrite in (False, True):
+        refused = pytest.raises(lora_fx.LoraFxError, match="is a directory, and a file is not written in place of one")
+        with mock.patch.object(_delivering, "prepare", reach), refused:
+            export(format, heads(), path, overwrite=overwrite)
+        assert content(tmp_path) == {path.name: b"directory", f"{path.name}/kept": b"old"}
 
 
 @pytest.mark.parametrize("between", ["", "between/"])

@@ -226,7 +226,7 @@ def test_mode_and_metadata_are_kept_but_for_the_adapters(training: bool) -> None
     graph_module, _ = small()
     graph_module.train(training)
     assert lora_fx.fold(graph_module).meta["lora_fx"] | {"folded": (), "merged": ()} == {
-        "inference": True, "constants": {}, "model_class": "", "config": None, "folded": (), "merged": (),
+        "inference": True, "labels": False, "constants": {}, "model_class": "", "config": None, "folded": (), "merged": (),
     }  # fmt: skip
     graph_module.meta.update({"mine": 1, "lora_fx": {"inference": False, "adapters": {"default": {}}, "config": "c"}})
     for folded in (lora_fx.fold(graph_module), lora_fx.unload(graph_module)):
