@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 import lora_fx
-from lora_fx.drawing import describe, describe_graph
+from lora_fx.drawing import FORMATS, describe, describe_graph
 from lora_fx.drawing._aligning import aligned
 from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, state_of
 
@@ -96,6 +96,8 @@ def test_a_fold_leaves_nothing_different_and_a_rewrite_adds_branches_alone(name:
         warnings.simplefilter("error")
         folded = describe(base, lora_fx.fold(graph), show="fold")
         rewritten = describe(base, graph)
+        drawn = [FORMATS[name](rewritten) for name in ("html", "svg", "text")]
+    assert all(drawn)
     assert folded["changes"] == []
     assert {status: folded["counts"][status] for status in ("added", "removed", "rewired", "changed")} == dict.fromkeys(
         ("added", "removed", "rewired", "changed"), 0
