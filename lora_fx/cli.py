@@ -24,6 +24,14 @@ console = Console()
 errors = Console(stderr=True)
 
 
+Rules = Annotated[str, typer.Option(help="Name of built-in rules, auto, all-linear, or the path of a .toml file.")]
+RulesDirectories = Annotated[
+    list[Path] | None,
+    typer.Option(help="Directory of further rule files, searched first. May be repeated; see also LORA_FX_RULES."),
+]
+Rank = Annotated[int | None, typer.Option(help="Replaces the default rank of the rules.")]
+
+
 @app.callback()
 def main() -> None:
     """LoRA as graph surgery."""
@@ -49,14 +57,9 @@ def demo(
 )
 def plan(
     model: Annotated[Path, typer.Argument(help="Model directory or config.json; weights are not needed and not read.")],
-    rules: Annotated[
-        str, typer.Option(help="Name of built-in rules, auto, all-linear, or the path of a .toml file.")
-    ] = "auto",
-    rules_dir: Annotated[
-        list[Path] | None,
-        typer.Option(help="Directory of further rule files, searched first. May be repeated; see also LORA_FX_RULES."),
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="Replaces the default rank of the rules.")] = None,
+    rules: Rules = "auto",
+    rules_dir: RulesDirectories = None,
+    rank: Rank = None,
     alpha: Annotated[float | None, typer.Option(help="Likewise; a branch is scaled by alpha / rank.")] = None,
     dropout: Annotated[float | None, typer.Option(help="Likewise.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -108,14 +111,9 @@ def draw(
         Path,
         typer.Argument(help="Model directory or config.json (weights are not needed and not read), or a .pt2 file."),
     ],
-    rules: Annotated[
-        str, typer.Option(help="Name of built-in rules, auto, all-linear, or the path of a .toml file.")
-    ] = "auto",
-    rules_dir: Annotated[
-        list[Path] | None,
-        typer.Option(help="Directory of further rule files, searched first. May be repeated; see also LORA_FX_RULES."),
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="Replaces the default rank of the rules.")] = None,
+    rules: Rules = "auto",
+    rules_dir: RulesDirectories = None,
+    rank: Rank = None,
     out: Annotated[
         Path | None, typer.Option(help="The file to be made. Without one, text, json and dot are printed.")
     ] = None,

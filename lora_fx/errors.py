@@ -62,6 +62,13 @@ class ExportError(LoraFxError):
     """A graph cannot be written in the requested format."""
 
 
+WITH_LABELS = (
+    "this graph was traced with labels, for training, and would need them when it is used. Carry its adapters over first: "
+    "lora_fx.transfer(graph, onto=lora_fx.rewrite(model, …)), with the same rules and without labels=True."
+)
+"""What fold and the exporters say of a graph that is for training."""
+
+
 def first_line(message: str, otherwise: str) -> str:
     """Return the first line of a message of others that says something."""
     return next((line.strip() for line in message.splitlines() if line.strip()), otherwise)

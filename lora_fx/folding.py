@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from lora_fx.activating import activate
 from lora_fx.branches import Nominate, find_branches
-from lora_fx.errors import FoldError
+from lora_fx.errors import WITH_LABELS, FoldError
 from lora_fx.factors import is_factor, original_name
 from lora_fx.fold_report import FoldedWeight, check_finite
 from lora_fx.graph_module import State, TracedGraphModule, state_of
@@ -62,10 +62,7 @@ def fold(
     """
     plain = plain_graph(graph_module if strengths is None else activate(graph_module, strengths))
     if plain.meta.get("lora_fx", {}).get("labels"):
-        raise FoldError(
-            "this graph was traced with labels, for training, and would need them when it is used. Carry its adapters over first: "
-            "lora_fx.transfer(graph, onto=lora_fx.rewrite(model, …)), with the same rules and without labels=True."
-        )
+        raise FoldError(WITH_LABELS)
     found = find_branches(plain, branches)
     values = values_of(plain, found, unshare=unshare)
     state = state_of(plain)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,20 +51,28 @@ def branches_of(graph_module: fx.GraphModule) -> Mapping[fx.Node, Branch]:
     return {node: Branch(*owner[node], tuple(sorted(factors[root(node)]))) for node in stamped}
 
 
-def settings_of(graph_module: fx.GraphModule, branch: Branch) -> dict[str, Any]:
-    """Return what is known of a branch: site, adapter, and by the graph's record of its adapters rule, rank and the rest."""
-    known: dict[str, Any] = {"site": branch.site, "adapter": branch.adapter}
+def settings_of(graph_module: fx.GraphModule, branches: Iterable[Branch]) -> dict[Branch, dict[str, Any]]:
+    """Return what is known of each branch: site, adapter, and by the graph's record of its adapters rule, rank and the rest."""
     own: Mapping[str, Any] = graph_module.meta.get("lora_fx") or {}
-    for entry in own.get("adapters", {}).get(branch.adapter, {}).values():
-        planned = entry["branch"]
-        names = planned.names(branch.adapter)
-        if {names.a, names.b} & set(branch.factors):
-            setting = planned.setting
-            known |= {"rule": entry["rule"], "rank": setting.rank, "alpha": setting.alpha}
-            known |= {"scaling": setting.scale, "dropout": setting.dropout}
-            known |= {} if planned.part is None else {"part": planned.part}
-            break
-    return known
+    recorded: dict[tuple[str, str], dict[str, Any]] = {}
+    for adapter, record in own.get("adapters", {}).items():
+        for entry in record.values():
+            planned, setting = entry["branch"], entry["branch"].setting
+            told = {"rule": entry["rule"], "rank": setting.rank, "alpha": setting.alpha}
+            told |= {"scaling": setting.scale, "dropout": setting.dropout}
+            told |= {} if planned.part is None else {"part": planned.part}
+            names = planned.names(adapter)
+            recorded |= {(adapter, names.a): told, (adapter, names.b): told}
+    return {
+        branch: {
+            "site": branch.site,
+            "adapter": branch.adapter,
+            **next(
+                (recorded[branch.adapter, name] for name in branch.factors if (branch.adapter, name) in recorded), {}
+            ),
+        }
+        for branch in branches
+    }
 
 
 def _stamp(node: fx.Node, key: str) -> str:

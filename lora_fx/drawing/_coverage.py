@@ -83,8 +83,8 @@ def _stamped(graph: Reader, found: Sequence[Site]) -> Mapping[str, tuple[tuple[i
     node_of = {site.name: site.node for site in found}
     ranks: dict[str, tuple[int, ...]] = {}
     rules: dict[str, list[str]] = {}
-    for branch in dict.fromkeys(branches_of(graph.graph_module).values()):
-        known = settings_of(graph.graph_module, branch)
+    branches = dict.fromkeys(branches_of(graph.graph_module).values())
+    for branch, known in settings_of(graph.graph_module, branches).items():
         if branch.site in node_of:
             node = node_of[branch.site]
             ranks[node] = (*ranks.get(node, ()), *([known["rank"]] if "rank" in known else []))

@@ -145,14 +145,11 @@ _ALWAYS = ("counts", "open", "changes", "nodes", "groups", "lines", "sites", "co
 
 def _settings(root: Group, union: Union) -> dict[Group, dict[str, Any]]:
     """Return what is known of each branch."""
-    modules = [entry.reader.graph_module for entry in union.entries]
-    graphs = list(dict.fromkeys(reversed(modules)))  # that after first: there the record of what both have is
-    found = {}
-    for group in root.groups():
-        if group.branch is not None:
-            known = [settings_of(graph, group.branch) for graph in graphs]
-            found[group] = max(known, key=len)
-    return found
+    modules = [entry.reader.graph_module for entry in reversed(union.entries)]  # that after first: its record counts
+    groups = {group: group.branch for group in root.groups() if group.branch is not None}
+    known = [settings_of(graph, groups.values()) for graph in dict.fromkeys(modules)]
+    # A branch that is in one of the graphs alone is recorded there.
+    return {group: max((each[branch] for each in known), key=len) for group, branch in groups.items()}
 
 
 def _first_view(root: Group) -> Iterator[Group]:

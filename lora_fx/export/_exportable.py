@@ -14,7 +14,7 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from lora_fx.checks import Constraints, remove_checks
-from lora_fx.errors import ExportError
+from lora_fx.errors import WITH_LABELS, ExportError
 from lora_fx.examples import Dimension, Examples
 from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, state_of
 from lora_fx.lowering import lower
@@ -98,10 +98,7 @@ def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.
             "Trace it: lora_fx.trace(module, example_inputs)."
         )
     if graph_module.meta["lora_fx"].get("labels"):
-        raise ExportError(
-            "this graph was traced with labels, for training, and would need them when it is used. Carry its adapters over first: "
-            "lora_fx.transfer(graph, onto=lora_fx.rewrite(model, …)), with the same rules and without labels=True."
-        )
+        raise ExportError(WITH_LABELS)
     empty = [name for name, tensor in state_of(graph_module).tensors.items() if tensor.is_meta]
     if empty:
         raise ExportError(
