@@ -243,14 +243,17 @@ class Dtype(StrEnum):
 
 @app.command(
     epilog="Examples:  lora-fx export model --format onnx model.onnx   ·   lora-fx export base --adapter style --adapter facts "
-    "--strength 1 --strength 0.5 --format torchscript model.pt   ·   lora-fx export base --adapter style --branched --format pt2 model.pt2"
+    "--strength 1 --strength 0.5 --format torchscript model.pt   ·   lora-fx export base --adapter style --branched --format pt2 model.pt2   ·   "
+    "lora-fx export base --slots --rules t5 slots.onnx"
 )
 def export(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL_DIR", help="A transformers model: config.json and safetensors files.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to be made.")],
-    format: Annotated[ExportFormat, typer.Option("--format", "-f", help="What to write.")],
+    format: Annotated[
+        ExportFormat | None, typer.Option("--format", "-f", help="What to write; with --slots, onnx.")
+    ] = None,
     adapter: Annotated[
         list[Path] | None, typer.Option(help="Directory of a PEFT adapter, which is folded in. May be repeated.")
     ] = None,
@@ -261,6 +264,19 @@ def export(
     branched: Annotated[
         bool, typer.Option("--branched", help="Leave adapters as branches beside their weights; do not fold them.")
     ] = False,
+    slots: Annotated[
+        bool,
+        typer.Option(
+            "--slots",
+            help="Write the base as ONNX, with a slot for any adapter at each site that --rules choose or an --adapter has; "
+            "see export-adapter.",
+        ),
+    ] = False,
+    rules: Annotated[
+        str | None,
+        typer.Option(help="With --slots: name of built-in rules, auto, all-linear, or the path of a .toml file."),
+    ] = None,
+    rules_dir: RulesDirectories = None,
     dtype: Annotated[
         Dtype, typer.Option(help="Of the weights; auto is that of the files. onnxruntime's CPU kernels want float32.")
     ] = Dtype.auto,
@@ -286,6 +302,14 @@ def export(
     strengths = _strengths(adapters, strength)
     if branched and not adapters:
         raise typer.BadParameter("--branched leaves adapters as branches, and there is none: name one by --adapter")
+    if slots and (branched or strength or format not in (None, ExportFormat.onnx)):
+        raise typer.BadParameter(
+            "--slots writes ONNX, without any adapter: leave out --format, --branched and --strength"
+        )
+    if rules is not None and not slots:
+        raise typer.BadParameter("--rules choose the sites of --slots, which was not given")
+    if format is None and not slots:
+        raise typer.BadParameter("name a format by --format: torchscript, onnx or pt2")
     if format is ExportFormat.pt2 and out.suffix != ".pt2":
         raise typer.BadParameter(f"{out}: torch.export loads files whose names end in .pt2")
 
@@ -294,6 +318,7 @@ def export(
     import lora_fx
     from lora_fx.files import check_file
     from lora_fx.loading import load_model
+    from lora_fx.ruleset import load
 
     with _reported():
         check_file(out, overwrite=overwrite)
@@ -304,12 +329,57 @@ def export(
             for number, directory in enumerate(adapters):
                 status.update(f"adding {directory}")
                 graph = lora_fx.load_adapter(graph, directory, f"adapter_{number}", strict=strict)
-            if adapters:
+            if slots and (rules or not adapters):
+                ruleset = load(rules or "auto", getattr(loaded.config, "model_type", None), rules_dir or ())
+                graph = lora_fx.rewrite(graph, ruleset)
+            if adapters and not slots:
                 chosen = {f"adapter_{number}": factor for number, factor in enumerate(strengths)}
                 status.update("folding")
                 graph = lora_fx.activate(graph, chosen) if branched else lora_fx.fold(graph, chosen)
-        write = {"torchscript": lora_fx.export.torchscript, "onnx": lora_fx.export.onnx, "pt2": lora_fx.export.pt2}
-        exported = write[format.value](graph, out, overwrite=overwrite, verify=verify, tolerance=tolerance)
+        if slots:
+            exported = lora_fx.export.onnx(
+                graph, out, overwrite=overwrite, verify=verify, tolerance=tolerance, slots=True
+            )
+        else:
+            assert format is not None
+            write = {"torchscript": lora_fx.export.torchscript, "onnx": lora_fx.export.onnx, "pt2": lora_fx.export.pt2}
+            exported = write[format.value](graph, out, overwrite=overwrite, verify=verify, tolerance=tolerance)
+    typer.echo(str(exported))
+
+
+@app.command(
+    "export-adapter",
+    epilog="Examples:  lora-fx export-adapter adapter slots.onnx adapter.onnx_adapter   ·   lora-fx export-adapter style facts slots.onnx "
+    "both.onnx_adapter --strength 1 --strength 0.5",
+)
+def export_adapter(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PEFT_DIR... MODEL.onnx OUT",
+            help="PEFT adapters, which become one; a model that export --slots wrote; and the file to be made.",
+            show_default=False,
+        ),
+    ],
+    strength: Annotated[
+        list[float] | None,
+        typer.Option(help="Factor of an adapter's scaling, once for each, in their order. By default all are 1."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    strict: Annotated[
+        bool, typer.Option(help="Refuse a base other than the one that an adapter names as its own.")
+    ] = True,
+) -> None:
+    """Write an adapter for a model with slots, in onnxruntime's adapter format. Of the model, only the ONNX file is needed."""
+    if len(paths) < 3:
+        raise typer.BadParameter("name one adapter or more, the ONNX model with slots, and the file to be made")
+    *adapters, model, out = paths
+    pairs = list(zip(adapters, _strengths(adapters, strength), strict=True))
+
+    import lora_fx
+
+    with _reported():
+        exported = lora_fx.export.onnx_adapter_from_peft(pairs, model, out, strict=strict, overwrite=overwrite)
     typer.echo(str(exported))
 
 

@@ -8,21 +8,23 @@ import re
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lora_fx.errors import ExportError
-from lora_fx.export._comparing import Loaded
+from lora_fx.export._comparing import Loaded, compare
 from lora_fx.export._delivering import Exported, Step, deliver
-from lora_fx.export._exportable import Exportable
+from lora_fx.export._exportable import Exportable, prepare
 from lora_fx.export._onnx_checks import add_checks
 from lora_fx.export._onnx_operators import attention, grouped_mm
+from lora_fx.export._onnx_slots import Slots
 from lora_fx.export._operators import grouped_products
 from lora_fx.export._program import export_plain
 from lora_fx.exporting import quiet
-from lora_fx.files import writable
+from lora_fx.files import check_file, writable
 from lora_fx.graph_module import TracedGraphModule
 from lora_fx.provenance import source_line
 
@@ -38,6 +40,7 @@ def onnx(
     verify: bool = True,
     tolerance: float | None = None,
     example_inputs: Mapping[str, torch.Tensor] | None = None,
+    slots: bool = False,
 ) -> Exported:
     """Write a graph as an ONNX model, in evaluation mode. Needs the extra ``lora-fx[onnx]``.
 
@@ -53,21 +56,28 @@ def onnx(
         tolerance: the largest difference that is allowed, as a part of the largest value of an output. By default 1e-9,
             1e-4 or 0.05, by the lowest precision of the weights.
         example_inputs: traced and compared with these, and with other sizes of them, instead of the inputs of the trace.
+        slots: write the base, with a slot for an adapter at each site that has a branch, see :func:`onnx_adapter`; of the
+            branches themselves nothing is written. Without an adapter, the model computes the bits of the base, or a rounding
+            of them where onnxruntime at its higher optimisation levels makes one operator of what a slot is between (a product
+            and the GELU or the layer norm behind it). It is compared without an adapter, and with one that is made up.
 
     Returns:
         What was written, and how it compares.
 
     Raises:
-        ExportError: ONNX does not take the graph; the message names the operator and the model's line.
+        ExportError: ONNX does not take the graph; the message names the operator and the model's line. Or it has a branch
+            for which there are no slots.
         VerifyError: what was written computes something else, or onnxruntime does not run it.
         LoraFxError: the path exists or cannot be written.
     """
     for name in ("onnx", "onnx_ir", "onnxscript", *(["onnxruntime"] if verify else [])):
         _import(name)
+    check_file(Path(path), overwrite=overwrite)
     former = _data_beside(Path(path))
+    with_slots = Slots.of(graph_module) if slots else None
     exported = deliver(
-        _Onnx(),
-        graph_module,
+        _Onnx(with_slots, tolerance, example_inputs),
+        with_slots.probe if with_slots else graph_module,
         path,
         overwrite=overwrite,
         verify=verify,
@@ -78,18 +88,25 @@ def onnx(
     return exported
 
 
+@dataclass(frozen=True)
 class _Onnx:
+    slots: Slots | None
+    tolerance: float | None
+    example_inputs: Mapping[str, torch.Tensor] | None
     name = "ONNX"
 
     def write(self, exportable: Exportable, path: Path, step: Step) -> None:
         _check_names(exportable)
+        written = exportable if self.slots is None else self.slots.as_inputs(exportable)
         step("exporting")
-        program = export_plain(exportable)
+        program = export_plain(written)
         step("translating")
-        model = _translate(exportable, program)
+        model = _translate(written, program)
         step("cleaning up")
         _clean_up(model)
         add_checks(model, exportable.constraints)
+        if self.slots is not None:
+            self.slots.register(model)
         step("writing")
         _write(model, path)
         try:
@@ -114,7 +131,11 @@ class _Onnx:
             found = session.run(None, {name: tensor.cpu().numpy() for name, tensor in inputs.items()})
             return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
 
-        return run
+        if self.slots is None:
+            return run
+        compare(prepare(self.slots.base, self.example_inputs), run, self.tolerance)
+        values = self.slots.values
+        return lambda inputs: run({**inputs, **values})
 
 
 def _import(name: str) -> Any:

@@ -1,0 +1,310 @@
+"""Adapters in onnxruntime's adapter format, for a model with slots: from a graph, or from PEFT's directories."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_fx.activating import ordered
+from lora_fx.adapter_config import ALL_LINEAR, CONFIG_NAME, AdapterConfig
+from lora_fx.adapter_reading import FILE_NAME, AdapterFiles, check_base, read_adapter
+from lora_fx.errors import AdapterError, ExportError, LoraFxError, did_you_mean, first_line
+from lora_fx.export._onnx_slots import check_slots
+from lora_fx.files import check_file, replacing
+from lora_fx.graph_module import State, TracedGraphModule, as_traced, state_of
+from lora_fx.lowering import lower
+from lora_fx.onnx_slots import FORMAT, OnnxSlot, SlotTable, onnxruntime_says, version_of
+from lora_fx.origins import fingerprint
+from lora_fx.peft_layout import PREFIX, Slot, base_name, slots
+from lora_fx.planning import Branch, owners_of
+from lora_fx.sites import Site, sites
+from lora_fx.transferring import branches_of
+
+
+@dataclass(frozen=True)
+class ExportedAdapter:
+    """An adapter file that was written. ``str(exported)`` says it in a line.
+
+    Attributes:
+        path: of the file.
+        ranks: site → rank of what fills its slot.
+        model_version: the number that tells its base from others, of which the file has no more.
+    """
+
+    path: Path
+    ranks: Mapping[str, int]
+    model_version: int
+
+    def __str__(self) -> str:
+        low, high = min(self.ranks.values()), max(self.ranks.values())
+        told = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        return f"{self.path}: {len(self.ranks)} slots, {told}, for the base {self.model_version}"
+
+
+def onnx_adapter(
+    graph_module: TracedGraphModule,
+    path: str | Path,
+    adapter: str | Mapping[str, float] = "default",
+    *,
+    overwrite: bool = False,
+) -> ExportedAdapter:
+    """Write an adapter of a graph for the model that :func:`onnx` writes with ``slots=True``. Needs ``lora-fx[onnx]``.
+
+    The file is in onnxruntime's adapter format, and always of the same bytes. Its ``model_version`` tells the base. Several
+    adapters become one, of the sum of their ranks: onnxruntime adds nothing up, and takes the first of two that fill one slot.
+
+    Args:
+        graph_module: with the adapters; left as it is.
+        path: of the file to write.
+        adapter: name of an adapter, which is written as it is active in the graph; or adapter → strength.
+        overwrite: replace a file that exists.
+
+    Raises:
+        PlanError: the graph has no such adapter.
+        ExportError: the adapter has what no slot takes: a branch beside an embedding or a convolution, trained copies, half
+            precision.
+        LoraFxError: the path exists or cannot be written.
+    """
+    path = Path(path)
+    check_file(path, overwrite=overwrite)
+    graph_module = lower(as_traced(graph_module))
+    strengths = None if isinstance(adapter, str) else adapter
+    names = (adapter,) if isinstance(adapter, str) else ordered(graph_module, adapter)
+    if not names:
+        raise ExportError("there is nothing to write: name at least one adapter, with its strength.")
+    check_slots(graph_module, names)
+    site_of = {owner: site for site in sites(graph_module) for owner in owners_of(site)}
+    products: dict[str, list[_Product]] = {}
+    for name in names:
+        for _, branch in branches_of(graph_module, name).values():
+            if strengths is not None:
+                branch = replace(branch, setting=replace(branch.setting, strength=strengths[name]))
+            product = _of_branch(graph_module, name, branch, site_of[branch.owner])
+            products.setdefault(branch.owner, []).append(product)
+    return _write(path, products, version_of(fingerprint(state_of(graph_module))), overwrite=overwrite)
+
+
+def onnx_adapter_from_peft(
+    adapters: str | Path | Sequence[tuple[str | Path, float]],
+    model: str | Path,
+    path: str | Path,
+    *,
+    strict: bool = True,
+    overwrite: bool = False,
+) -> ExportedAdapter:
+    """Write an adapter of PEFT's for a model with slots, of which nothing but the ONNX file is needed.
+
+    Args:
+        adapters: a directory with ``adapter_config.json`` and ``adapter_model.safetensors``; or several, each with its strength,
+            which become one adapter.
+        model: written by :func:`onnx` with ``slots=True``.
+        path: of the file to write.
+        strict: whether another base than the one that the adapter was trained on, as far as its file tells, is an error, or
+            else a warning.
+        overwrite: replace a file that exists.
+
+    Raises:
+        AdapterError: a directory is malformed, of a kind for which there are no slots, or does not fit the model. All problems
+            are named.
+        ExportError: the model has no slots.
+        LoraFxError: the path exists or cannot be written.
+    """
+    path = Path(path)
+    check_file(path, overwrite=overwrite)
+    pairs = [(adapters, 1.0)] if isinstance(adapters, str | Path) else list(adapters)
+    if not pairs:
+        raise ExportError("there is nothing to write: name at least one adapter, with its strength.")
+    table = read_slots(Path(model))
+    products: dict[str, list[_Product]] = {}
+    for directory, strength in pairs:
+        if not np.isfinite(strength):
+            raise ExportError(f"{directory}: cannot have the strength {strength}: give a finite number.")
+        files = read_adapter(Path(directory))
+        check_base(files, table.base, strict=strict)
+        for site, product in _PeftReader(files, table).products().items():
+            products.setdefault(site, []).append(replace(product, scale=product.scale * strength))
+    return _write(path, products, table.version, overwrite=overwrite)
+
+
+def read_slots(model: Path) -> SlotTable:
+    """Read the slots of an ONNX model; its weights are not looked at.
+
+    Raises:
+        ExportError: it is no such model, or has no slots.
+    """
+    onnx = _import("onnx")
+    try:
+        read = onnx.load(str(model), format="protobuf", load_external_data=False)
+    except OSError as error:
+        raise ExportError(f"cannot read {model}: {error.strerror or error}.") from error
+    except Exception as error:  # the file is a stranger's
+        raise ExportError(f"{model} is not an ONNX model: {first_line(str(error), type(error).__name__)}") from error
+    return SlotTable.read({entry.key: entry.value for entry in read.metadata_props}, str(model))
+
+
+@dataclass(frozen=True)
+class _Product:
+    """``scale · B A``, for all features of a site."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+
+def _of_branch(graph_module: TracedGraphModule, adapter: str, branch: Branch, site: Site) -> _Product:
+    """Return the product of a branch; one for a part of the features gets rows of zeros for the others."""
+    names = branch.names(adapter)
+    a, b = (graph_module.get_parameter(name).detach() for name in (names.a, names.b))
+    if branch.features is not None:
+        rows = b.new_zeros(site.out_features, b.shape[1])
+        rows[list(branch.features)] = b
+        b = rows
+    return _Product(a, b, branch.setting.scale)
+
+
+def _combined(products: Sequence[_Product]) -> _Product:
+    """Return one product that is the sum of several: ``[B₁ B₂] [s₁ A₁; s₂ A₂]``. A scale that all have stays one."""
+    scales = {product.scale for product in products}
+    if len(scales) == 1:
+        a, scale = torch.cat([product.a for product in products]), scales.pop()
+    else:
+        a, scale = torch.cat([product.a * product.scale for product in products]), 1.0
+    return _Product(a, torch.cat([product.b for product in products], dim=1), scale)
+
+
+def _write(path: Path, products: Mapping[str, Sequence[_Product]], version: int, *, overwrite: bool) -> ExportedAdapter:
+    runtime = _import("onnxruntime")
+    filled = {site: _combined(products[site]) for site in sorted(products)}
+    values: dict[str, np.ndarray[Any, Any]] = {}
+    for site, product in filled.items():
+        slot = OnnxSlot(site, site, "", "", product.a.shape[1], product.b.shape[0])
+        tensors = (product.a, product.b, torch.tensor([product.scale], dtype=torch.float32))
+        for name, tensor in zip(slot.names, tensors, strict=True):
+            values[name] = np.ascontiguousarray(tensor.detach().cpu().numpy())
+            if not np.isfinite(values[name]).all():
+                raise ExportError(f"{name} has values that are not finite numbers. Look at the training run.")
+    adapter = runtime.AdapterFormat()
+    adapter.set_adapter_version(FORMAT)
+    adapter.set_model_version(version)
+    adapter.set_parameters({name: runtime.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()})
+    with replacing(path, overwrite=overwrite) as beside:
+        try:
+            adapter.export_adapter(str(beside))
+        except RuntimeError as error:
+            raise LoraFxError(
+                f"cannot write {path}: {onnxruntime_says(error)}. Write elsewhere, or free some space."
+            ) from error
+    return ExportedAdapter(path, {site: product.a.shape[0] for site, product in filled.items()}, version)
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ExportError(
+            f"{name} is needed to write adapters for onnxruntime: pip install 'lora-fx[onnx]'. {error}"
+        ) from error
+
+
+class _PeftReader:
+    """Fits what a directory of PEFT's holds to slots, and collects what is wrong."""
+
+    def __init__(self, files: AdapterFiles, table: SlotTable) -> None:
+        self._files, self._table = files, table
+        self._config = files.config
+        self._keys = dict(files.file.entries)
+        self._problems: list[str] = []
+
+    def products(self) -> dict[str, _Product]:
+        """Return what goes into each slot, by its site."""
+        self._problems += _unslotted(self._config)
+        self._stop_if_wrong()
+        chosen = [slot for slot in self._table.slots if self._selected(slot)]
+        self._problems += [slot.apart for slot in chosen if slot.apart]
+        self._stop_if_wrong()
+        placed = slots([_site(slot) for slot in chosen], self._table.base, {})
+        products = {slot.site: self._product(placed[slot.module]) for slot in chosen}
+        self._rest()
+        if not chosen:
+            self._problems.append(f"{CONFIG_NAME} selects no site at which the model has a slot")
+        self._stop_if_wrong()
+        return {site: product for site, product in products.items() if product is not None}
+
+    def _stop_if_wrong(self) -> None:
+        if self._problems:
+            raise AdapterError(str(self._files.directory), self._problems)
+
+    def _selected(self, slot: OnnxSlot) -> bool:
+        config = self._config
+        try:
+            if slot.module == slot.weight:
+                return config.selects_parameter(slot.weight)
+            if str(config.target_modules).lower() == ALL_LINEAR or (
+                config.target_modules is None and not config.target_parameters
+            ):
+                return f"{PREFIX}{slot.module}.lora_A.weight" in self._keys
+            return config.selects(slot.module)
+        except TimeoutError as error:
+            self._problems.append(f"{CONFIG_NAME}: {error}")
+            return False
+
+    def _product(self, slot: Slot) -> _Product | None:
+        try:
+            setting = self._config.setting_of(slot.name)
+        except TimeoutError as error:
+            self._problems.append(f"{CONFIG_NAME}: {error}")
+            return None
+        shapes = slot.shapes(Branch(slot.site.name, setting))
+        a, b = (self._read(key, shape, slot) for key, shape in zip(slot.keys, shapes, strict=True))
+        return None if a is None or b is None else _Product(*slot.exchanged(a, b), setting.scale)
+
+    def _read(self, key: str, shape: tuple[int, ...], slot: Slot) -> torch.Tensor | None:
+        entry = self._keys.pop(key, None)
+        if entry is None:
+            self._problems.append(f"{key}: missing in {FILE_NAME}: {CONFIG_NAME} selects {slot.name!r}")
+            return None
+        if entry.shape != shape:
+            self._problems.append(
+                f"{key}: expected shape {shape}, of {slot.site.in_features} and {slot.site.out_features} features, found {entry.shape}"
+            )
+            return None
+        if not entry.dtype.is_floating_point or torch.promote_types(entry.dtype, torch.float32) != torch.float32:
+            self._problems.append(f"{key}: expected float32, or what converts to it exactly, found {entry.dtype}")
+            return None
+        return self._files.file.read(key).to(torch.float32)
+
+    def _rest(self) -> None:
+        """Name every key that no slot takes, but for copies of the model's own tensors."""
+        modules = {slot.module for slot in self._table.slots}
+        for key in self._keys:
+            name = base_name(key, self._table.base)
+            if name is None:
+                module = key.removeprefix(PREFIX).partition(".lora_")[0]
+                self._problems.append(
+                    f"{key}: the model has no slot for it{did_you_mean(module, modules - {module})}. Export the model with rules that "
+                    "choose its site too"
+                )
+            elif fingerprint(State({name: self._files.file.read(key)})) != {name: self._table.base[name]}:
+                self._problems.append(f"{key}: another value than the model's {name!r}, and slots hold A and B alone")
+
+
+def _unslotted(config: AdapterConfig) -> Iterator[str]:
+    advice = "has no slot. Fold the adapter (lora-fx fold), or train without"
+    if config.modules_to_save:
+        yield f"{CONFIG_NAME}: modules_to_save: what trains as a whole {advice}: found {', '.join(config.modules_to_save)}"
+    if config.bias != "none":
+        yield f"{CONFIG_NAME}: bias: a bias that trains {advice}: found {config.bias!r}"
+
+
+def _site(slot: OnnxSlot) -> Site:
+    """Return as much of a call site as tells where PEFT keeps its factors."""
+    return Site(
+        slot.site, slot.module, "", "linear", "", slot.weight,
+        "in_out" if slot.layout == "in_out" else "out_in", slot.in_features, slot.out_features,
+    )  # fmt: skip
