@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_fx.branches import find_branches
 from lora_fx.errors import PlanError
 from lora_fx.factors import adapters, copy_name
+from lora_fx.fake_values import FakeValues
 from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph, state_of, trainable_names
+from lora_fx.lowering import lower
 from lora_fx.lowrank import adapter_dtype, initial_factors
 from lora_fx.origins import Origin
 from lora_fx.planning import Branch, Chosen, Plan, Skipped, check_attachable
@@ -69,6 +70,7 @@ def attach(
         raise PlanError(
             f"the graph already has an adapter {adapter!r}; name the new one differently with adapter=. It has: {', '.join(taken)}."
         )
+    graph_module = lower(graph_module)
     check_attachable(plan, graph_module)
     state = state_of(graph_module)
     ordered = _in_module_order(plan, state)
@@ -86,12 +88,13 @@ def attach(
     graph, _ = copy_graph(graph_module.graph)
     nodes = {node.name: node for node in graph.nodes}
     named = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
+    fakes = FakeValues(state)
     for chosen in plan.chosen:
         site = nodes[chosen.site.node]
         end = nodes[ends[site.name]] if site.name in ends else _complete(site, state)
         for branch in chosen.branches:
             behind = site if end in (site, biased(site)) else _added(end)
-            end = _Writer(graph, state, named, chosen, branch, adapter).write(site, end, behind)
+            end = _Writer(graph, state, named, fakes, chosen, branch, adapter).write(site, end, behind)
     for node in graph.find_nodes(op="get_attr"):
         if copy_name(str(node.target), adapter) in copies:
             node.target = copy_name(str(node.target), adapter)
@@ -135,10 +138,16 @@ def _new_factors(
     with _seeded(seed):
         for chosen, branch in ordered.values():
             site, names = chosen.site, branch.names(adapter)
+            like = state.tensors[site.weight]
+            if like.is_meta:  # there is nothing to draw, which takes longer than all else
+                dtype = adapter_dtype(site.cast or like.dtype)
+                a, b = (torch.empty(shape, dtype=dtype, device="meta") for shape in branch.shapes(site))
+                factors[names.a], factors[names.b] = nn.Parameter(a), nn.Parameter(b)
+                continue
             factors[names.a], factors[names.b] = initial_factors(
                 branch.shapes(site),
                 branch.setting.rank,
-                like=state.tensors[site.weight],
+                like=like,
                 computed=site.cast,
                 op=site.op,
                 init=branch.setting.init,
@@ -237,6 +246,7 @@ class _Writer:
     graph: fx.Graph
     state: State
     named: dict[str, fx.Node]
+    fakes: FakeValues
     chosen: Chosen
     branch: Branch
     adapter: str
@@ -294,18 +304,5 @@ class _Writer:
                 node.meta[key] = base.meta[key]
         stamp = {"rule": self.chosen.rule, "site": self.chosen.site.name, "adapter": self.adapter, "part": part}
         node.meta["custom"] = {"lora_fx": stamp}
-        _record_value(node, base, self.state)
+        self.fakes.record(node, base)
         return node
-
-
-def _record_value(node: fx.Node, base: fx.Node, state: State) -> None:
-    """Give a new node the fake value that the traced nodes have, from which its shape and dtype can be read."""
-    fake = base.meta.get("val")
-    if not isinstance(fake, FakeTensor):
-        return
-    if node.op == "get_attr":
-        node.meta["val"] = fake.fake_mode.from_tensor(state.tensors[str(node.target)].detach(), static_shapes=True)
-    elif all("val" in argument.meta for argument in node.all_input_nodes):
-        arguments = fx.map_arg(node.args, lambda n: n.meta["val"])
-        with fake.fake_mode:
-            node.meta["val"] = node.target(*arguments) if callable(node.target) else arguments[0]

@@ -73,6 +73,8 @@ def find_branches(graph_module: fx.GraphModule, nominate: Nominate = is_factor) 
         FoldError: a nominated branch computes something that cannot be folded; the message names the node.
     """
     walk = _Walk(graph_module, nominate)
+    if not walk.has_factors:
+        return ()
     for node in graph_module.graph.nodes:
         walk.step(node)
     return walk.found()
@@ -108,12 +110,19 @@ class _Joined:
 
 
 class _Walk:
-    """The walk through a graph, and where deltas were found to join."""
+    """The walk through a graph, and where deltas were found to join.
+
+    Attributes:
+        has_factors: whether there is anything to find.
+    """
 
     def __init__(self, graph_module: fx.GraphModule, nominate: Nominate) -> None:
         self._tensors = state_of(graph_module).tensors
         self._nominate = nominate
-        self._holders = {prefix for name in self._tensors if nominate(name) for prefix in _prefixes(name)}
+        factors = [name for name in self._tensors if nominate(name)]
+        read = (str(node.target) for node in graph_module.graph.find_nodes(op="get_attr"))
+        self.has_factors = bool(factors) or any(map(nominate, read))
+        self._holders = {prefix for name in factors for prefix in _prefixes(name)}
         self._deltas = Deltas(self._tensors)
         self._flow = Flow(graph_module, self._deltas.is_product)
         self._joined: dict[fx.Node, _Joined] = {}
@@ -216,7 +225,7 @@ class _Walk:
             raise _unexpected(
                 node, f"the sum has dtype {value.dtype} and must be cast back to {value.narrow}, that of its site"
             )
-        names = {str(value.weight.node.target), *(name for term in value.terms for name in term.update.names)}
+        names = [str(value.weight.node.target), *(name for term in value.terms for name in term.update.names)]
         writer = self._flow.writer_of(names)
         if writer is not None:
             raise _unexpected(writer, "it writes to a weight or a factor while the graph computes")

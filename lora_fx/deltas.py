@@ -117,7 +117,7 @@ class Deltas:
     def touches(self, node: fx.Node) -> bool:
         """Tell whether a node depends on a factor, and not by way of a finished branch alone. A view of a factor is one, too."""
         inputs = node.all_input_nodes
-        if shows(node) and inputs[0] in self._factors:
+        if inputs and inputs[0] in self._factors and shows(node):
             self._factors.add(node)
             return False
         return any(source in self._factors or source in self._values for source in inputs)

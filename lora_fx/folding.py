@@ -71,9 +71,8 @@ def fold(
     copied = _copied_weights(values, state) if inplace else {merge.weight for merge in merges}
     merged, report = _merged(merges, state, copied)
     for value in values:  # those of an un-tied weight that keep it as it is may have a new name too
-        merged.update(
-            {name: state.tensors[value.weight] for name in value.names if name not in {**state.tensors, **merged}}
-        )
+        new = [name for name in value.names if name not in state.tensors and name not in merged]
+        merged.update(dict.fromkeys(new, state.tensors[value.weight]))
     merged = {**_trained(state, merged), **merged}
     folded = without_branches(plain, found, values, state.with_tensors(merged), branches)
     own = folded.meta["lora_fx"]
@@ -157,8 +156,8 @@ def _check_foldable(merges: Sequence[Merge], state: State) -> None:
 
 def _copied_weights(values: Sequence[Value], state: State) -> set[str]:
     """Return the weights that a fold in place cannot write to, since something needs the old value; refuse shared memory."""
-    names = [value.weight for value in values]
-    copied = {name for name, count in Counter(names).items() if count > 1}
+    names = Counter(value.weight for value in values)
+    copied = {name for name, count in names.items() if count > 1}
     spans: dict[object, list[str]] = {}
     for first in state.names():
         tensor = state.tensors[first]

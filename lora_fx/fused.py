@@ -1,12 +1,13 @@
 """What the nodes of a fused graph compute: branches in few passes over memory; knows no graph.
 
-z = y + s · h Bᵀ,   h = x Aᵀ
+z = y + s · h Bᵀ,   h = D(x) Aᵀ   where D drops, or is the identity
 
-dh = s · dz B        dB = s · dzᵀ h        dA = dhᵀ x        dx = Σ dh A        dy = dz
+dh = s · dz B        dB = s · dzᵀ h        dA = dhᵀ D(x)        dx = Σ D(dh A)        dy = dz
 
-Autograd's own operators do just that, and keep x, h and factors. Only where precisions mix (half-precision weights, factors of
-single precision) would they keep x in the wide type, and cast dz there and back: functions of our own keep x as it is, and
-cast it again.
+Autograd's own operators do just that, and keep x, h and factors. Where precisions mix (half-precision weights, factors of
+single precision) they would keep x in the wide type, and cast dz there and back: functions of our own keep x as it is, and
+cast it again. Where features are dropped they would keep D(x) and a mask as large for each branch: ours keep x, and the mask as
+bits.
 """
 
 from __future__ import annotations
@@ -16,19 +17,30 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
+from torch.nn.functional import dropout, linear, pad
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from lora_fx.masks import dropped, mask_of
 
 
 def reduce_features(
-    x: torch.Tensor, factors: Sequence[torch.Tensor], wide: torch.dtype | None = None
+    x: torch.Tensor, factors: Sequence[torch.Tensor], wide: torch.dtype | None = None, rates: Sequence[float] = ()
 ) -> tuple[torch.Tensor, ...]:
-    """Return ``x Aᵀ`` for every factor A.
+    """Return ``dropout(x) Aᵀ`` for every factor A; masks are drawn in the order of the factors, one for each that drops.
 
     Args:
         x: features are its last dimension.
         factors: ``(rank, in)`` each.
         wide: to which x is cast before, or None.
+        rates: of the dropout before each factor; none at all where nothing is ever dropped.
     """
+    if has_torch_function_unary(x):  # as of the proxy of a graph that is being written
+        return handle_torch_function(reduce_features, (x,), x, factors, wide, rates)
+    if any(rates):
+        if torch.compiler.is_compiling():  # a compiler decides itself what it keeps of a mask
+            value = x if wide is None else x.to(wide)
+            return tuple(linear(dropout(value, rate), a) for a, rate in zip(factors, rates, strict=True))
+        return _ReduceDropped.apply(x, wide, rates, *factors)  # type: ignore[no-any-return, no-untyped-call]
     if wide is None:
         return _products(x, factors)
     return _ReduceFeatures.apply(x, wide, *factors)  # type: ignore[no-any-return, no-untyped-call]
@@ -40,6 +52,7 @@ def add_update(
     factor: torch.Tensor,
     scaling: float,
     narrow: torch.dtype | None = None,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return ``base + scaling · reduced Bᵀ``.
 
@@ -49,7 +62,13 @@ def add_update(
         factor: B, ``(out, rank)``.
         scaling: of the branch.
         narrow: to which the sum is cast, or None.
+        places: for each output feature the row of B that belongs to it, or the number of rows for none; None where each has
+            its own.
     """
+    if has_torch_function_unary(base):
+        return handle_torch_function(add_update, (base,), base, reduced, factor, scaling, narrow, places)
+    if places is not None:
+        factor = pad(factor, (0, 0, 0, 1)).index_select(0, places)
     if narrow is None:
         return _sum(base, reduced, factor, scaling)
     return _AddUpdate.apply(base, reduced, factor, scaling, narrow)  # type: ignore[no-any-return, no-untyped-call]
@@ -62,8 +81,13 @@ def _products(x: torch.Tensor, factors: Sequence[torch.Tensor]) -> tuple[torch.T
     return torch.split(linear(x, torch.cat(list(factors))), ranks, -1)
 
 
+LEAST_ELEMENTS = 2**16
+"""Of an output to which a product is added where it is computed: of a smaller one that takes longer than two operators do."""
+
+
 def _sum(base: torch.Tensor, reduced: torch.Tensor, factor: torch.Tensor, scaling: float) -> torch.Tensor:
-    if (base.dtype, base.shape[:-1]) != (reduced.dtype, reduced.shape[:-1]):  # autocast may have made them differ
+    alike = (base.dtype, base.shape[:-1]) == (reduced.dtype, reduced.shape[:-1])  # autocast may have made them differ
+    if torch.compiler.is_compiling() or base.numel() < LEAST_ELEMENTS or not alike:
         return base + scaling * linear(reduced, factor)
     return torch.addmm(_rows(base), _rows(reduced), factor.t(), alpha=scaling).view(base.shape)
 
@@ -91,6 +115,53 @@ class _ReduceFeatures(torch.autograd.Function):
         return (of_x, None, *(gradient.t() @ _rows(x.to(ctx.wide))).split(ctx.ranks))
 
 
+class _ReduceDropped(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, wide: torch.dtype | None, rates: Sequence[float], *factors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        value = x if wide is None else x.to(wide)
+        reduced: list[torch.Tensor] = []
+        masks: list[torch.Tensor | None] = []
+        for factor, rate in zip(factors, rates, strict=True):
+            kept, mask = dropped(value, rate) if rate else (value, None)
+            reduced.append(linear(kept, factor))
+            masks.append(mask)
+        _, _, _, *needs_factors = ctx.needs_input_grad
+        ctx.save_for_backward(x if any(needs_factors) else None, *masks, *factors)
+        ctx.rates, ctx.narrow, ctx.shape = rates, x.dtype, x.shape
+        return tuple(reduced)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        needs_x = ctx.needs_input_grad[0]
+        masks, factors = tensors[: len(gradients)], tensors[len(gradients) :]
+        dtype, shape = factors[0].dtype, (*_rows(gradients[0]).shape[:1], ctx.shape[-1])
+        value = None if x is None else _rows(x).to(dtype)
+        of_x: torch.Tensor | None = None
+        of_factors: list[torch.Tensor | None] = []
+        for gradient, packed, factor, rate in zip(gradients, masks, factors, ctx.rates, strict=True):
+            mask = None if packed is None else mask_of(packed, shape, dtype)
+            reduced = _rows(gradient).to(dtype)
+            if 0 < rate < 1:
+                reduced = reduced / (1 - rate)
+            if value is not None:
+                of_factors.append(reduced.t() @ (value if mask is None else value * mask))
+            if needs_x:
+                of_x = _accumulated(of_x, reduced @ factor, mask)
+        of_x = None if of_x is None else of_x.to(ctx.narrow).view(ctx.shape)
+        return (of_x, None, None, *(of_factors or [None for _ in factors]))
+
+
+def _accumulated(total: torch.Tensor | None, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Add a value to a sum, where there is one, and where the mask is one; either may be overwritten."""
+    if total is None:
+        return value if mask is None else value.mul_(mask)
+    return total.add_(value) if mask is None else total.addcmul_(value, mask)
+
+
 class _AddUpdate(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -104,7 +175,11 @@ class _AddUpdate(torch.autograd.Function):
         _, needs_reduced, needs_factor, *_ = ctx.needs_input_grad
         ctx.save_for_backward(reduced if needs_factor else None, factor if needs_reduced else None)
         ctx.scaling, ctx.wide, ctx.base = scaling, factor.dtype, base.dtype
-        return _sum(base.to(factor.dtype), reduced, factor, scaling).to(narrow)
+        wide = base.to(factor.dtype, memory_format=torch.contiguous_format)
+        if wide is base or wide.dtype != reduced.dtype:  # under autocast
+            return _sum(wide, reduced, factor, scaling).to(narrow)
+        _rows(wide).addmm_(_rows(reduced), factor.t(), alpha=scaling)
+        return wide.to(narrow)
 
     @staticmethod
     @once_differentiable
@@ -115,5 +190,5 @@ class _AddUpdate(torch.autograd.Function):
         if factor is not None:
             of_reduced = (rows @ factor).mul_(ctx.scaling).view(*gradient.shape[:-1], factor.shape[1])
         if reduced is not None:
-            of_factor = (rows.t() @ _rows(reduced).to(ctx.wide)).mul_(ctx.scaling)
+            of_factor = (_rows(reduced).to(ctx.wide).t() @ rows).mul_(ctx.scaling).t()  # faster than rows first
         return gradient.to(ctx.base), of_reduced, of_factor, None, None

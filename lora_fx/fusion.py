@@ -1,9 +1,9 @@
 """Branches → the same function in fewer passes over memory, and back.
 
-A branch beside a site, ``z = y + s · (x Aᵀ) Bᵀ``, becomes two nodes::
+A branch beside a site, ``z = y + s · (D(x) Aᵀ) Bᵀ`` with a dropout D or without, becomes two nodes::
 
-    h, … = reduce_features(x, [A, …], wide)       for all branches that read x, where the first of them stands
-    z    = add_update(y, h, B, s, narrow)         for each branch, where its sum stands
+    h, … = reduce_features(x, [A, …], wide, [p, …])      for all branches that read x, where the first of them stands
+    z    = add_update(y, h, B, s, narrow, places)        for each branch, where its sum stands
 
 So x is read once and gets one gradient, instead of one for each branch; dz B serves both dx and dA; the product with B is
 added where it is computed. No node has to move, since the first product needs nothing but x and factors: one node for all of a
@@ -16,16 +16,19 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx, nn
 
-from lora_fx.factors import is_factor
+from lora_fx.factors import is_factor, is_places
 from lora_fx.fused import add_update, reduce_features
 from lora_fx.graph_module import TracedGraphModule, as_traced, copy_graph, state_of
 from lora_fx.lowering import describe, with_graph
+from lora_fx.masks import DropoutRate
 from lora_fx.operators import writes
+from lora_fx.prepacking import prepacked, unpacked
 from lora_fx.products import operands
 from lora_fx.sites import biased, is_site
 from lora_fx.states import checked
@@ -33,23 +36,51 @@ from lora_fx.states import checked
 aten = torch.ops.aten
 
 
-def fuse(graph_module: TracedGraphModule) -> TracedGraphModule:
+def fuse(graph_module: TracedGraphModule, *, prepack: bool = False) -> TracedGraphModule:
     """Return a graph that computes the same, with the same parameters, in fewer passes over memory.
 
     Outputs and gradients are as close to the exact ones as before, but not the same bits. Branches beside linear sites are
-    fused; those with a dropout, or for a part of a projection, and those beside sites of other kinds stay as they are.
-    What needs the branches themselves (fold, exporters) takes them from :func:`~lora_fx.lowering.lower`.
+    fused; those beside sites of other kinds (convolutions, embeddings, stacked experts) stay as they are. What needs the
+    branches themselves (fold, exporters) takes them from :func:`~lora_fx.lowering.lower`.
+
+    Dropout draws the masks that the graph drew before, from equal seeds and in the same order, and follows the mode and ``p``
+    of the same modules, which are still ``nn.Dropout``. The masks are kept as bits for the backward pass.
+
+    A factor that a loss does not depend on has a gradient of zero where others of its group have one, and not None: an optimizer
+    with weight decay then moves it. Derivatives of gradients, and forward-mode ones, are those of the plain graph only without
+    dropout, ``prepack`` and factors of another dtype than the weights; with them torch refuses: :func:`~lora_fx.lowering.lower`.
+
+    With ``prepack`` the frozen weights of linear sites are laid out for the CPU's matrix library, for the forward and for the
+    backward pass. That takes up to twice their memory in addition, which is logged at INFO and told by
+    :func:`~lora_fx.prepacking.prepacked_bytes`. Weights of bfloat16 are packed at the second call. Those of single precision are
+    packed for one number of rows (batch times sequence), when it comes twice in succession and is 16 or more; inputs of other
+    sizes are multiplied as without. So it pays where sizes repeat, the more the fewer the rows. The packed copies are not saved,
+    copied or moved: copies of the graph make their own. Where a weight trains, has left the CPU, or is computed with under
+    ``torch.autocast`` or ``torch.compile``, plain operators compute. Small weights, biases, and what is not linear stay as they
+    are. ``fuse`` without ``prepack`` takes packing back.
+
+    At each call it is looked whether a weight is the one that was packed, and it is packed again if not: another parameter,
+    loaded or assigned values (also of ``weight.data``), any change that torch counts in ``weight._version``. A change in place
+    that torch does not count (of ``weight.data``, or through NumPy) shows where it meets one of the elements that are compared,
+    of which each row and each column of a weight has one; after a change of a few single elements in this way, fuse again.
 
     Args:
         graph_module: left as it is; the result has parameters of its own over the same storage.
+        prepack: keep packed copies of the frozen weights; for a CPU.
 
     Raises:
         PlanError: it is no graph of ours.
+        LoraFxError: weights cannot be prepacked, since torch has no oneDNN here or they are not on the CPU.
     """
-    graph, _ = copy_graph(as_traced(graph_module).graph)
-    for group in _groups(graph, state_of(graph_module).modules):
+    graph_module = unpacked(as_traced(graph_module))
+    graph, _ = copy_graph(graph_module.graph)
+    modules = state_of(graph_module).modules
+    for group in _groups(graph, modules):
         _write_fused(graph, group)
-    return checked(with_graph(graph_module, graph), "fused")
+    called = {str(node.target) for node in graph.find_nodes(op="call_module") if not node.args}
+    rates = {name: DropoutRate(each.p) for name, each in modules.items() if name in called and _drops(each)}
+    fused = with_graph(graph_module, graph, rates)
+    return checked(prepacked(fused) if prepack else fused, "fused")
 
 
 @dataclass(frozen=True)
@@ -57,12 +88,14 @@ class _Branch:
     """A branch as it is attached.
 
     Attributes:
-        nodes: ``[cast], A, B, scale, add, [cast]``, in this order.
+        nodes: ``[cast], [dropout], A, B, scale, [pad, place], add, [cast]``, in this order.
         a: ``get_attr`` of A.
         b: that of B.
         scaling: a number.
         wide: to which x is cast, or None.
         narrow: to which the sum is cast, or None.
+        dropout: the call of its module, or None.
+        places: ``get_attr`` of the places of a part's features, or None.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -71,6 +104,8 @@ class _Branch:
     scaling: float
     wide: torch.dtype | None
     narrow: torch.dtype | None
+    dropout: fx.Node | None
+    places: fx.Node | None
 
     @property
     def x(self) -> fx.Node:
@@ -80,7 +115,12 @@ class _Branch:
     @property
     def product(self) -> fx.Node:
         """The node of ``x Aᵀ``."""
-        return self.nodes[0 if self.wide is None else 1]
+        return self.nodes[(self.wide is not None) + (self.dropout is not None)]
+
+    @property
+    def constants(self) -> tuple[fx.Node, ...]:
+        """The factors, and the places."""
+        return (self.a, self.b) if self.places is None else (self.a, self.b, self.places)
 
     @property
     def total(self) -> fx.Node:
@@ -88,24 +128,44 @@ class _Branch:
         return self.nodes[-1 if self.narrow is None else -2]
 
 
-def _groups(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterable[Sequence[_Branch]]:
-    """Return the branches of a graph; those in a group read the same, and nothing is written to between them."""
-    position = {node: index for index, node in enumerate(graph.nodes)}
+def _branches(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Sequence[_Branch]:
+    """Return the branches beside linear sites that can be fused."""
     read: dict[fx.Node, fx.Node] = {}  # by the output of a site, of a branch too: what the site reads
+    found = []
+    for node in graph.nodes:
+        read.update(_outputs(node))
+        branch = _branch(node, read, modules)
+        if branch is not None:
+            found.append(branch)
+            read[branch.nodes[-1]] = branch.x
+    # A module cannot both drop and tell its rate.
+    dropouts = {branch.dropout for branch in found}
+    shared = {node.target for node in graph.find_nodes(op="call_module") if node not in dropouts}
+    return [branch for branch in found if branch.dropout is None or branch.dropout.target not in shared]
+
+
+def _groups(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterable[Sequence[_Branch]]:
+    """Return the branches of a graph; those in a group read the same, and nothing is written to between them.
+
+    A group draws its masks where its first branch stands, one after the other: nothing else draws between those either.
+    """
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    draws = dict(zip(graph.nodes, accumulate((_may_draw(node) for node in graph.nodes), initial=0), strict=False))
+    branches = {branch.nodes[-1]: branch for branch in _branches(graph, modules)}
     open_groups: dict[tuple[fx.Node, torch.dtype | None], list[_Branch]] = {}
     groups: list[list[_Branch]] = []
     written = -1
     for node in graph.nodes:
-        read.update(_outputs(node))
-        branch = _branch(node, read)
-        if branch is not None and position[branch.b] < position[branch.nodes[0]]:
+        branch = branches.get(node)
+        if branch is not None and max(position[read] for read in branch.constants) < position[branch.nodes[0]]:
             group = open_groups.get((branch.x, branch.wide))
             start = position[group[0].nodes[0]] if group else -1
-            if group is None or not written < start or position[branch.a] > start:
+            drawn = draws[group[0].nodes[0]] + sum(each.dropout is not None for each in group) if group else -1
+            moves = branch.dropout is not None and draws[branch.dropout] != drawn
+            if group is None or not written < start or position[branch.a] > start or moves:
                 group = open_groups[branch.x, branch.wide] = []
                 groups.append(group)
             group.append(branch)
-            read[branch.nodes[-1]] = branch.x
         elif _may_write(node, modules):
             written = position[node]
     return groups
@@ -122,19 +182,31 @@ def _outputs(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 def _may_write(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op == "call_module":
-        return bool(node.args) and not isinstance(modules[str(node.target)], nn.Dropout)
+        module = modules[str(node.target)]
+        return bool(node.args) and not (isinstance(module, nn.Dropout) and not module.inplace)
     return writes(node) is not None
 
 
-def _branch(total: fx.Node, read: Mapping[fx.Node, fx.Node]) -> _Branch | None:
+def _may_draw(node: fx.Node) -> bool:
+    tags: Iterable[object] = getattr(node.target, "tags", ())
+    return (node.op == "call_module" and bool(node.args)) or torch.Tag.nondeterministic_seeded in tags
+
+
+def _branch(total: fx.Node, read: Mapping[fx.Node, fx.Node], modules: Mapping[str, nn.Module]) -> _Branch | None:
     """Return the branch that ends in this sum, if it is one as attached, and nothing else reads its nodes."""
-    base, scale = _pair(total, aten.add.Tensor)
+    base, update = _pair(total, aten.add.Tensor)
+    padded, places = _placed(update)
+    scale = update if places is None else padded.args[0]
     product, scaling = _pair(scale, aten.mul.Tensor)
     reduced, b = _pair(product, aten.linear.default)
     value, a = _pair(reduced, aten.linear.default)
     if not (_is_factor(a) and _is_factor(b)) or base not in read or type(scaling) not in (int, float):
         return None
-    nodes: tuple[fx.Node, ...] = (reduced, product, scale, total)
+    middle = (reduced, product, scale) if places is None else (reduced, product, scale, padded, update)
+    nodes: tuple[fx.Node, ...] = (*middle, total)
+    dropout = value if _is_dropout(value, modules) and value is not read[base] else None
+    if dropout is not None:
+        nodes, value = (dropout, *nodes), dropout.args[0]
     x, wide, narrow = read[base], None, None
     if value is not x:
         source, wide = _pair(value, aten.to.dtype)
@@ -145,7 +217,28 @@ def _branch(total: fx.Node, read: Mapping[fx.Node, fx.Node]) -> _Branch | None:
         nodes = (value, *nodes, end)
     if any(len(node.users) != 1 for node in nodes[:-1]):
         return None
-    return _Branch(nodes, a, b, scaling, wide, narrow)
+    return _Branch(nodes, a, b, scaling, wide, narrow, dropout, places)
+
+
+def _placed(update: Any) -> tuple[Any, fx.Node | None]:
+    """Return the padded rows and the places of what is put where a part's features are, or nothing if it is not."""
+    found = isinstance(update, fx.Node) and update.target is aten.index_select.default and len(update.args) == 3
+    padded, dim, places = update.args if found else (None, None, None)
+    is_ours = isinstance(places, fx.Node) and places.op == "get_attr" and is_places(str(places.target)) and dim == -1
+    if not is_ours or _pair(padded, aten.constant_pad_nd.default)[1] != [0, 1]:
+        return None, None
+    return padded, places
+
+
+def _is_dropout(node: Any, modules: Mapping[str, nn.Module]) -> bool:
+    if not (isinstance(node, fx.Node) and node.op == "call_module" and len(node.args) == 1):
+        return False
+    return _drops(modules[str(node.target)])
+
+
+def _drops(module: nn.Module) -> TypeGuard[nn.Dropout]:
+    """Tell whether a module drops, and leaves what it is given as it is."""
+    return type(module) is nn.Dropout and not module.inplace
 
 
 def _pair(node: Any, target: object) -> tuple[Any, Any]:
@@ -161,7 +254,10 @@ def _is_factor(node: Any) -> bool:
 def _write_fused(graph: fx.Graph, group: Sequence[_Branch]) -> None:
     first = group[0]
     with graph.inserting_before(first.nodes[0]):
-        reduced = graph.call_function(reduce_features, (first.x, [branch.a for branch in group], first.wide))
+        rates = [0.0 if branch.dropout is None else _write_rate(graph, branch.dropout) for branch in group]
+        more = () if all(branch.dropout is None for branch in group) else (rates,)
+        factors = [branch.a for branch in group]
+        reduced = graph.call_function(reduce_features, (first.x, factors, first.wide, *more))
     values = [branch.product.meta.get("val") for branch in group]
     describe(reduced, first.product, None if None in values else values)
     for index, (branch, value) in enumerate(zip(group, values, strict=True)):
@@ -169,7 +265,8 @@ def _write_fused(graph: fx.Graph, group: Sequence[_Branch]) -> None:
             part = graph.call_function(operator.getitem, (reduced, index))
         describe(part, branch.product, value)
         with graph.inserting_before(branch.total):
-            arguments = (branch.total.args[0], part, branch.b, branch.scaling, branch.narrow)
+            places = () if branch.places is None else (branch.places,)
+            arguments = (branch.total.args[0], part, branch.b, branch.scaling, branch.narrow, *places)
             fused = graph.call_function(add_update, arguments)
         end = branch.nodes[-1]
         describe(fused, end, end.meta.get("val"))
@@ -179,3 +276,10 @@ def _write_fused(graph: fx.Graph, group: Sequence[_Branch]) -> None:
         end.replace_all_uses_with(fused)
         for node in reversed(branch.nodes):
             graph.erase_node(node)
+
+
+def _write_rate(graph: fx.Graph, dropout: fx.Node) -> fx.Node:
+    node = graph.call_module(str(dropout.target))
+    describe(node, dropout, None)
+    node.meta["custom"] = dropout.meta.get("custom", {})
+    return node

@@ -298,6 +298,7 @@ def _take_values(
     state = state_of(module)
     assign = bool(options.get("assign_to_params_buffers", False))
     groups: dict[str, list[str]] = {}
+    every = state.names()
     for name, first in state.aliases().items():
         if name not in state.non_persistent and _fits(values.get(prefix + name), state.tensors[name], assign):
             groups.setdefault(first, []).append(name)
@@ -317,8 +318,7 @@ def _take_values(
     for first, names in groups.items():
         tensor = _with_value(state.tensors[first], values[prefix + names[0]].detach(), assign)
         if tensor is not state.tensors[first]:
-            tied = {name: tensor for name, of in state.aliases().items() if of == first}
-            _install(module, State(tied, state.non_persistent))
+            _install(module, State(dict.fromkeys(every[first], tensor), state.non_persistent))
         values.update({prefix + name: tensor for name in names})
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from lora_fx.fused import add_update
 from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, erase_unread, state_of, trainable_names
+from lora_fx.masks import DropoutRate
+from lora_fx.prepacking import unpacked
 
 aten = torch.ops.aten
 
@@ -21,19 +24,22 @@ def lower(graph_module: Graph) -> Graph | TracedGraphModule:
     Args:
         graph_module: left as it is; the result has parameters of its own over the same storage.
     """
-    if not graph_module.graph.find_nodes(op="call_function", target=add_update):
-        return graph_module
-    graph, _ = copy_graph(graph_module.graph)
+    plain = unpacked(graph_module)
+    if not plain.graph.find_nodes(op="call_function", target=add_update):
+        return plain
+    graph, _ = copy_graph(plain.graph)
     for node in graph.find_nodes(op="call_function", target=add_update):
         _write_plain(graph, node)
-    return with_graph(graph_module, graph)
+    modules = state_of(plain).modules
+    dropouts = {name: nn.Dropout(each.p) for name, each in modules.items() if isinstance(each, DropoutRate)}
+    return with_graph(plain, graph, dropouts)
 
 
-def with_graph(graph_module: fx.GraphModule, graph: fx.Graph) -> TracedGraphModule:
-    """Return a graph module with another graph and parameters of its own over the same storage."""
+def with_graph(graph_module: fx.GraphModule, graph: fx.Graph, modules: Mapping[str, nn.Module]) -> TracedGraphModule:
+    """Return a graph module with another graph, these modules too, and parameters of its own over the same storage."""
     graph.lint()
     trainable = trainable_names(graph_module)
-    state, mode = state_of(graph_module), graph_module.training
+    state, mode = state_of(graph_module).with_modules(modules), graph_module.training
     return assemble(graph, state, meta=graph_module.meta, training=mode, trainable=trainable)
 
 
@@ -47,9 +53,9 @@ def describe(node: fx.Node, like: fx.Node, value: Any) -> None:
 def _write_plain(graph: fx.Graph, fused: fx.Node) -> None:
     """Write a branch out again; its stamp and the names of its nodes are there unless someone's pass lost them."""
     arguments: Any = fused.args
-    base, part, b, scaling, narrow = arguments
+    base, part, b, scaling, narrow, *places = arguments
     reduced, index = part.args
-    x, factors, wide = reduced.args
+    x, factors, wide, *rates = reduced.args
     custom = fused.meta.get("custom", {})
     stamp = dict(custom.get("lora_fx", {}))
     names = iter(stamp.pop("nodes", ()))
@@ -59,16 +65,23 @@ def _write_plain(graph: fx.Graph, fused: fx.Node) -> None:
     reads, reduces, adds = (_cast(node, wide) for node in (x, part, fused))
 
     def emit(part: str, value: Any, target: Any, *args: Any) -> fx.Node:
-        node = graph.create_node("call_function", target, args, name=next(names, None))
+        op = "call_module" if isinstance(target, str) else "call_function"
+        node = graph.create_node(op, target, args, name=next(names, None))
         describe(node, fused, value)
         node.meta["custom"] = {**custom, "lora_fx": {**stamp, "part": part}}
         return node
 
     with graph.inserting_before(part):  # what is read from here may be overwritten before it is added
         value = x if wide is None else emit("cast", reads, aten.to.dtype, x, wide)
+        if rates and isinstance(rates[0][index], fx.Node):
+            value = emit("dropout", reads, str(rates[0][index].target), value)
         value = emit("A", reduces, aten.linear.default, value, factors[index])
-        value = emit("B", adds, aten.linear.default, value, b)
-        value = emit("scale", adds, aten.mul.Tensor, value, scaling)
+        rows = _rows(adds, b) if places else adds
+        value = emit("B", rows, aten.linear.default, value, b)
+        value = emit("scale", rows, aten.mul.Tensor, value, scaling)
+        if places:
+            value = emit("pad", _rows(adds, b, 1), aten.constant_pad_nd.default, value, [0, 1])
+            value = emit("place", adds, aten.index_select.default, value, -1, *places)
     with graph.inserting_before(fused):
         value = emit("add", adds, aten.add.Tensor, base, value)
         value = value if narrow is None else emit("cast", fused.meta.get("val"), aten.to.dtype, value, narrow)
@@ -79,3 +92,11 @@ def _write_plain(graph: fx.Graph, fused: fx.Node) -> None:
 def _cast(node: fx.Node, dtype: torch.dtype | None) -> Any:
     value = node.meta.get("val")
     return value if value is None or dtype is None else value.to(dtype)
+
+
+def _rows(value: Any, b: fx.Node, more: int = 0) -> Any:
+    """Return a value with as many features as B has rows, and some more."""
+    factor = b.meta.get("val")
+    if value is None or factor is None:
+        return None
+    return value.new_empty((*value.shape[:-1], factor.shape[0] + more))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_fx.roles import Purpose
@@ -40,22 +40,29 @@ def refusal(selection: Selection, site: Site, purpose: Purpose) -> Refusal | Non
     return next((Refusal(asked, reason) for asked, reason in enumerate(reasons) if reason is not None), None)
 
 
-def trains(selection: Selection, parameter: str, purpose_of: Mapping[Site, Purpose]) -> bool:
-    """Tell whether a selection that says ``trainable`` means this parameter: one of a module that it selects, or of its parts."""
-    path, _, leaf = parameter.rpartition(".")
-    parts = path.split(".")
-    modules = {".".join(parts[:end]) for end in range(1, len(parts) + 1)} | {parameter}
-    if selection.trainable == "bias" and not leaf.endswith("bias"):
-        return False
-    if selection.exclude is not None and any(Selection(target=selection.exclude).matches_name(m) for m in modules):
-        return False
-    if any((selection.role, selection.op, selection.in_features, selection.out_features, selection.exclude_role)):
-        admitted = selection.model_copy(update={"trainable": None, "target": None, "regex": None, "layers": None})
-        modules &= {site.module for site, purpose in purpose_of.items() if refusal(admitted, site, purpose) is None}
-    if selection.layers is not None and not Selection(layers=selection.layers).matches_name(parameter):
-        return False
+def trains(selection: Selection, purpose_of: Mapping[Site, Purpose]) -> Callable[[str], bool]:
+    """Return what tells whether a selection that says ``trainable`` means a parameter: one of a module that it selects, or of its parts."""
     named = selection.model_copy(update={"layers": None, "exclude": None})
-    return any(named.matches_name(module) for module in modules)
+    layers = None if selection.layers is None else Selection(layers=selection.layers)
+    excluded = None if selection.exclude is None else Selection(target=selection.exclude)
+    admitted: set[str] | None = None
+    if any((selection.role, selection.op, selection.in_features, selection.out_features, selection.exclude_role)):
+        alone = selection.model_copy(update={"trainable": None, "target": None, "regex": None, "layers": None})
+        admitted = {site.module for site, purpose in purpose_of.items() if refusal(alone, site, purpose) is None}
+
+    def means(parameter: str) -> bool:
+        path, _, leaf = parameter.rpartition(".")
+        parts = path.split(".")
+        modules = {".".join(parts[:end]) for end in range(1, len(parts) + 1)} | {parameter}
+        if selection.trainable == "bias" and not leaf.endswith("bias"):
+            return False
+        if excluded is not None and any(map(excluded.matches_name, modules)):
+            return False
+        if layers is not None and not layers.matches_name(parameter):
+            return False
+        return any(map(named.matches_name, modules if admitted is None else modules & admitted))
+
+    return means
 
 
 def _op(selection: Selection, site: Site) -> str | None:

@@ -18,6 +18,7 @@ from lora_fx.graph_module import TracedGraphModule, state_of
 from lora_fx.inputs import inputs_of_rules
 from lora_fx.matching import refusal, trains
 from lora_fx.origins import Origin
+from lora_fx.prepacking import unpacked
 from lora_fx.roles import Purpose, purposes
 from lora_fx.ruleset import RuleSet, Selection, Setting, load
 from lora_fx.sites import Site, sites
@@ -190,6 +191,7 @@ def plan(
 
 def plan_graph(graph_module: fx.GraphModule, rules: RuleSet) -> Plan:
     """Decide for each site of a graph. Raises as :func:`plan` does."""
+    graph_module = unpacked(graph_module)
     found = sites(graph_module)
     read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
     state = state_of(graph_module)
@@ -258,8 +260,9 @@ def _trained(
     for index, selection in enumerate(rules.select):
         if selection.trainable is None:
             continue
+        means = trains(selection, known)
         for names, elements in parameters.items():
-            meant = [trains(selection, name, known) for name in names]
+            meant = [means(name) for name in names]
             if any(meant):
                 rule = f"{rules.name}:select[{index}]"
                 found.setdefault(names[0], Trained(names[0], rule, elements, whole=all(meant)))

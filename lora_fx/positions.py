@@ -39,6 +39,7 @@ class Flow:
         self._position = {node: index for index, node in enumerate(graph_module.graph.nodes)}
         self._memory: dict[fx.Node, fx.Node] = {}
         self._writers: dict[fx.Node, list[fx.Node]] = {}
+        self._writer_of: dict[str, fx.Node] = {}
 
     def note(self, node: fx.Node) -> None:
         """Note of the next node whose memory its value may share, and to whose memory it writes."""
@@ -47,12 +48,14 @@ class Flow:
         if source is not None and (targets or may_share(node)):
             self._memory[node] = self._memory.get(source, source)
         for target in targets:
-            self._writers.setdefault(self._memory.get(target, target), []).append(node)
+            place = self._memory.get(target, target)
+            self._writers.setdefault(place, []).append(node)
+            if place.op == "get_attr":
+                self._writer_of.setdefault(str(place.target), node)
 
     def writer_of(self, names: Collection[str]) -> fx.Node | None:
         """Return a node that writes to one of the graph's own tensors of these names."""
-        own = ((place, nodes) for place, nodes in self._writers.items() if place.op == "get_attr")
-        return next((nodes[0] for place, nodes in own if str(place.target) in names), None)
+        return next((self._writer_of[name] for name in names if name in self._writer_of), None)
 
     def reaches(self, source: fx.Node, wanted: fx.Node) -> bool | None:
         """Tell whether two nodes have the same values once folded, and whether a reshape lies between; None if they differ."""

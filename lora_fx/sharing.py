@@ -84,7 +84,7 @@ def values_of(graph_module: fx.GraphModule, found: Sequence[FoundBranch], *, uns
             whose. All weights of which this is so are named.
     """
     state = state_of(graph_module)
-    names = state.names()
+    names, aliases = state.names(), state.aliases()
     problems: list[str] = []
     values: list[Value] = []
     for weight, uses in _uses(graph_module, found, state).items():
@@ -92,7 +92,7 @@ def values_of(graph_module: fx.GraphModule, found: Sequence[FoundBranch], *, uns
         for use in uses:
             groups.setdefault((frozenset(Counter(use.updates).items()), use.view), []).append(use)
         parted = [Value(weight, tuple(group)) for group in groups.values()]
-        twice = next((use for use in uses if use.updates and _reads(use.reader, weight, state.aliases()) > 1), None)
+        twice = next((use for use in uses if use.updates and _reads(use.reader, weight, aliases) > 1), None)
         if twice is not None:
             problems.append(
                 f"{twice.reader.name} reads {weight!r} twice, and only once with a branch. Give the model two weights, or adapt neither use."
@@ -123,6 +123,7 @@ def separate(graph: fx.Graph, values: Sequence[Value], copies: Mapping[fx.Node, 
         copies: nodes of that graph → nodes of ``graph``.
     """
     parted = Counter(value.weight for value in values)
+    named = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
     left: dict[fx.Node, None] = {}
     for value in values:
         if parted[value.weight] == 1:
@@ -132,20 +133,20 @@ def separate(graph: fx.Graph, values: Sequence[Value], copies: Mapping[fx.Node, 
                 continue
             path = [copies[node] for node in (use.weight, *use.between)]
             reader = copies[use.reader]
-            reader.replace_input_with(path[-1], _copied(graph, path, value.names[0]))
+            reader.replace_input_with(path[-1], _copied(graph, named, path, value.names[0]))
             left.update(dict.fromkeys(reversed(path)))
     for node in left:  # what was copied for some uses may be read by others still
         erase_unread(graph, node)
 
 
-def _copied(graph: fx.Graph, path: Sequence[fx.Node], name: str) -> fx.Node:
-    """Return the end of a path from a ``get_attr``, copied for another tensor; what was copied before is used again."""
+def _copied(graph: fx.Graph, named: dict[str, fx.Node], path: Sequence[fx.Node], name: str) -> fx.Node:
+    """Return the end of a path from a ``get_attr``, copied for another tensor; ``named`` has those that are there, and grows."""
     first, *between = path
-    known = next((node for node in graph.find_nodes(op="get_attr") if node.target == name), None)
-    with graph.inserting_after(first):
-        node: Any = known or graph.get_attr(name)
-    if known is None:
-        node.meta = dict(first.meta)
+    if name not in named:
+        with graph.inserting_after(first):
+            named[name] = graph.get_attr(name)
+        named[name].meta = dict(first.meta)
+    node: Any = named[name]
     for original in between:
         with graph.inserting_after(original):
             copied = graph.node_copy(original, lambda n, last=node: last if n in path else n)  # type: ignore[misc]
@@ -158,6 +159,7 @@ def _uses(graph_module: fx.GraphModule, found: Sequence[FoundBranch], state: Sta
     aliases, at = state.aliases(), {branch.site: branch for branch in found}
     name_of = {site.node: site.name for site in sites(graph_module)}
     uses: dict[str, list[Use]] = {aliases[str(branch.weight.target)]: [] for branch in found}
+    held = _held(state, aliases)
     for node in graph_module.graph.nodes:
         if node.op == "get_attr" and aliases.get(str(node.target)) in uses:
             for reader, between in readers(node):
@@ -168,11 +170,20 @@ def _uses(graph_module: fx.GraphModule, found: Sequence[FoundBranch], state: Sta
                     use = replace(use, updates=branch.updates, view=branch.view)
                 uses[aliases[str(node.target)]].append(use)
         elif node.op == "call_module":
-            held = {aliases[name] for name in state.tensors if name.startswith(f"{node.target}.")}
-            for weight in held & uses.keys():
+            for weight in held[str(node.target)] & uses.keys():
                 uses[weight].append(Use(node, None, (), str(node.target)))
     order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     return {weight: sorted(each, key=lambda use: order[use.reader]) for weight, each in uses.items()}
+
+
+def _held(state: State, aliases: Mapping[str, str]) -> Mapping[str, set[str]]:
+    """Map every leaf module to the tensors that it holds, by their first names."""
+    held: dict[str, set[str]] = {name: set() for name in state.modules}
+    for name, first in aliases.items():
+        for end in (place for place, letter in enumerate(name) if letter == "."):
+            if name[:end] in held:
+                held[name[:end]].add(first)
+    return held
 
 
 def _named(values: Sequence[Value], names: tuple[str, ...], taken: Collection[str], problems: list[str]) -> list[Value]:

@@ -22,6 +22,7 @@ from lora_fx.graph_module import (
 )
 from lora_fx.origins import Origin
 from lora_fx.planning import Branch, Chosen, Decision, Plan, Skipped, Trained, owners_of
+from lora_fx.prepacking import unpacked
 from lora_fx.ruleset import RuleSet, Selection
 from lora_fx.sites import sites
 from lora_fx.states import checked
@@ -40,7 +41,7 @@ def transfer(graph_module: TracedGraphModule, *, onto: TracedGraphModule) -> Tra
     Raises:
         PlanError: one of the two is no graph of ours, a site of an adapter is missing in ``onto``, or has other features or another rank there.
     """
-    result = as_traced(onto)
+    result = unpacked(as_traced(onto))
     factors = {name: p for name, p in as_traced(graph_module).named_parameters() if is_of_adapter(name)}
     unlike = []
     for adapter in adapters(graph_module):

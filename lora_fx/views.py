@@ -133,11 +133,12 @@ def is_view(node: fx.Node) -> bool:
 
 def cast_of(node: fx.Node) -> torch.dtype | None:
     """Return the floating-point type to which a node casts, or None if it does not, or does more."""
+    if node.target not in _CASTS:
+        return None
     given: dict[Any, Any] = {**dict(enumerate(node.args)), **node.kwargs}
     dtype = given.pop(1, None) or given.pop("dtype", None)
     others = [value for key, value in given.items() if key != 0 and value not in (None, False)]
-    plain = node.target in _CASTS and not others and isinstance(dtype, torch.dtype)
-    return dtype if plain and dtype.is_floating_point else None
+    return dtype if not others and isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
 
 
 def dims_of(node: fx.Node) -> int | None:
@@ -173,8 +174,8 @@ def step_of(node: fx.Node) -> Step | None:
     given: Any = node.args[1:]
     if node.target is aten.transpose.int and set(given) == {-2, -1}:
         return SWAP
-    dim = dims_of(node)
-    if node.target not in _ORDERED or dim is None:
+    dim = dims_of(node) if node.target in _ORDERED else None
+    if dim is None:
         return None
     order = list(range(dim))
     if node.target is aten.transpose.int:

@@ -31,6 +31,7 @@ from lora_fx.drawing._repeats import collapse
 from lora_fx.drawing._wiring import Wiring, wire
 from lora_fx.errors import ExportError, did_you_mean
 from lora_fx.lowrank import Merge
+from lora_fx.prepacking import unpacked
 from lora_fx.provenance import source_of
 
 Description = Mapping[str, Any]
@@ -46,7 +47,7 @@ _IN_FIRST_VIEW = 120  # items of all open groups together
 
 def describe_graph(graph_module: fx.GraphModule, show: Show = "after") -> Description:
     """Return the description of one graph alone. See :func:`describe`."""
-    reader = Reader(graph_module)
+    reader = Reader(unpacked(graph_module))
     return _description(single(reader), reader, show, _merges(graph_module))
 
 
@@ -72,8 +73,8 @@ def describe(
     Returns:
         Data for JSON, as told at the head of this module.
     """
-    after_reader = Reader(after)
-    union = unite(Reader(before), after_reader)
+    after_reader = Reader(unpacked(after))
+    union = unite(Reader(unpacked(before)), after_reader)
     return _description(union, after_reader, show, _merges(after) if merges is None else merges)
 
 
