@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch._dynamo.config
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
@@ -36,7 +38,7 @@ def export(
     Raises:
         TraceError: torch.export refuses; the message names the model's own line, or the dimension that it fixes.
     """
-    with _explicit_arguments(model, inputs), broadcast_masks(), quiet():
+    with _explicit_arguments(model, inputs), broadcast_masks(), quiet(), _without_cache():
         shapes = _dynamic_shapes(model, inputs, dynamic)
         try:
             return torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False, dynamic_shapes=shapes)
@@ -133,6 +135,23 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+def _without_cache() -> AbstractContextManager[None]:
+    """Keep torch from keeping fake results: with symbolic sizes a look-up takes as long as computing them."""
+    return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep Python from looking for garbage: while a graph grows, all that is made stays, and each look takes longer."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _dynamic_shapes(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | None) -> dict[str, Any]:

@@ -7,10 +7,12 @@ The passes edit the graph they are given, which belongs to the tracer. In their 
     remove_assertions         metadata assertions; what they protect is checked on the inputs
     use_first_names           one ``get_attr`` a tensor, under its first name; none for unused tensors
     follow_input_device       device literals → the device of an input
+    numbered                  names that do not tell the history of a graph
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -195,6 +197,26 @@ def follow_input_device(graph: fx.Graph) -> None:
         node.args, node.kwargs = pytree.tree_map(
             lambda leaf: device if isinstance(leaf, torch.device) else leaf, (node.args, dict(node.kwargs))
         )
+
+
+def numbered(graph: fx.Graph) -> fx.Graph:
+    """Return a copy in which nodes are named by their operators, and numbered in their order; inputs and tensors keep their names.
+
+    Of what torch.export notes about a node, what we read is kept.
+    """
+    made = fx.Graph()
+    image: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: image[each])
+        name = _NUMBER.sub("", node.name) if node.op == "call_function" else node.name
+        image[node] = made.create_node(node.op, node.target, args, kwargs, name, node.type)
+        image[node].meta = {key: node.meta[key] for key in _KEPT if key in node.meta}
+    made.set_codegen(graph._codegen)
+    return made
+
+
+_NUMBER = re.compile(r"(_\d+)+$")
+_KEPT = ("val", "nn_module_stack", "stack_trace", "custom")
 
 
 def _attribute(module: fx.GraphModule, target: str) -> object:

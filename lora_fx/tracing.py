@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Set
+import logging
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,17 +16,30 @@ from lora_fx import normal_form
 from lora_fx.beside import check_evaluation, check_training, leaving_buffers, map_tensors
 from lora_fx.checks import Constraints, add_checks
 from lora_fx.constraints import constraints_of
-from lora_fx.errors import TraceError
-from lora_fx.exporting import Dynamic, check_inputs, export, in_order, tie
+from lora_fx.errors import TraceError, first_line
+from lora_fx.exporting import Dynamic, check_inputs, export, in_order, tie, uncollected
 from lora_fx.gradients import check_functions, check_hooks, recorded_interference
-from lora_fx.graph_module import TracedGraphModule, assemble, check_names, copy_graph, state_of, trainable_names
+from lora_fx.graph_module import State, TracedGraphModule, assemble, check_names, copy_graph, state_of, trainable_names
 from lora_fx.inputs import ExampleInputs, config_of, with_labels
 from lora_fx.inputs import example_inputs as make_inputs
 from lora_fx.modes import check_constants, remove_inactive_dropout, unite_modes
 from lora_fx.preserving import is_exported, mode_of, preserved, set_mode, stateless
 from lora_fx.probing import examples_of, without_artefacts
 from lora_fx.signature import take_inputs
+from lora_fx.stamping import (
+    LEAST,
+    Departure,
+    FirstDeparts,
+    LayerClass,
+    expand,
+    foreign_part,
+    layer_classes,
+    stubbed,
+    without_first,
+)
 from lora_fx.states import checked
+
+_logger = logging.getLogger("lora_fx.tracing")
 
 
 def trace(
@@ -41,6 +55,11 @@ def trace(
     The graph takes the inputs it was traced with, by position or keyword, and returns what the model returned (for a
     transformers model the same ``ModelOutput`` class). It has its own ``Parameter`` objects, all frozen, over the storage
     of the model's; the model is not changed. Inputs that the trace does not cover raise :class:`~lora_fx.errors.InputError`.
+
+    Of equal layers one is traced, and its nodes are stamped for the others, wherever that gives the graph of a full trace. The
+    logger ``lora_fx.tracing`` says at level INFO whether it did, and if not, why. What a layer remembers in Python's globals
+    from the call of another (a count of calls) is not seen then: it is found where the graph is run beside the model, which
+    takes weights, and not on the meta device.
 
     Args:
         model: any module that ``torch.export`` takes, also one that PEFT wraps, and a ``GraphModule`` of any kind; a graph of
@@ -85,27 +104,36 @@ def trace(
             _check_loss(model, inputs)
         if is_exported(model):
             tie(model)
-        united = _trace(model, inputs, dynamic, training=False) if inference else _trace_both(model, inputs, dynamic)
-        state = replace(state_of(model), modules=united.modules).with_tensors(united.constants)
-        state = replace(state, non_persistent=state.non_persistent | set(united.constants))
-        check_names(united.modules)
-        meta = {
-            "lora_fx": {
-                "inference": inference,
-                "labels": labels,
-                "constants": {name: value for name, value in inputs.kwargs.items() if not _has_tensor(value)},
-                "examples": examples_of(inputs, united.constraints),
-                "model_class": f"{type(model).__module__}:{type(model).__qualname__}",
-                "config": config_of(model),
-            }
+        traced = _trace_equal_layers_once(_Task(model, inputs, dynamic, labels, inference))
+    return checked(traced.train(training), "base")
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is traced, and how.
+
+    Attributes:
+        classes: equal layers, of which one is traced.
+    """
+
+    model: nn.Module
+    inputs: ExampleInputs
+    dynamic: Dynamic | None
+    labels: bool
+    inference: bool
+    classes: Sequence[LayerClass] = ()
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What a graph says of where it comes from."""
+        model, inputs = self.model, self.inputs
+        return {
+            "inference": self.inference,
+            "labels": self.labels,
+            "constants": {name: value for name, value in inputs.kwargs.items() if not _has_tensor(value)},
+            "model_class": f"{type(model).__module__}:{type(model).__qualname__}",
+            "config": config_of(model),
         }
-        unchecked = assemble(united.graph, state, meta=meta, training=False, trainable=frozenset())
-        constraints = _verified(model, unchecked, inputs, united, inference=inference)
-    graph, _ = copy_graph(united.graph)
-    checks = add_checks(graph, constraints)
-    graph.lint()
-    traced = assemble(graph, state.with_modules(checks), meta=meta, training=training, trainable=frozenset())
-    return checked(traced, "base")
 
 
 @dataclass(frozen=True)
@@ -164,12 +192,68 @@ def _inputs_of(model: nn.Module, given: Mapping[str, Any] | tuple[Any, ...] | Ex
     return map_tensors(own, make_inputs(model, given))
 
 
-def _trace_both(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | None) -> _Trace:
+def _trace_equal_layers_once(task: _Task) -> TracedGraphModule:
+    """Trace with stamped layers where that gives the graph of a full trace, and otherwise in full, which also finds what is wrong."""
+    name = type(task.model).__name__
+    try:
+        if (foreign := foreign_part(task.model)) is not None:
+            raise Departure(f"the code of {foreign} is not of transformers")
+        classes = layer_classes(task.model)
+        if not classes:
+            raise Departure(f"it has no {LEAST} equal layers")
+        return _stamped(replace(task, classes=classes))
+    except Exception as error:
+        _logger.info("%s is traced in full: %s", name, first_line(str(_reason(error)), type(error).__name__))
+    return _trace_all(task)
+
+
+def _stamped(task: _Task) -> TracedGraphModule:
+    """Trace with stamped layers. The first of a class may turn out to be called with something else than the others."""
+    try:
+        with preserved(task.model):
+            traced = _trace_all(task)
+    except Exception as error:
+        reason = _reason(error)
+        classes = without_first(task.classes, reason.path) if isinstance(reason, FirstDeparts) else []
+        if not classes:
+            raise
+    else:
+        count = sum(len(each.paths) - 1 for each in task.classes)
+        _logger.info("%s is traced with %d layers stamped", type(task.model).__name__, count)
+        return traced
+    return _stamped(replace(task, classes=classes))
+
+
+def _reason(error: Exception) -> BaseException:
+    """Return why layers could not be stamped; torch.export's refusal of the trace is not it."""
+    causes: list[BaseException] = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    return next((cause for cause in causes if isinstance(cause, Departure)), error)
+
+
+def _trace_all(task: _Task) -> TracedGraphModule:
+    """Trace in all modes, run the graph beside the model, and put checks into it of what it holds for."""
+    with uncollected():
+        united = _trace(task, training=False) if task.inference else _trace_both(task)
+    state = replace(state_of(task.model), modules=united.modules).with_tensors(united.constants)
+    state = replace(state, non_persistent=state.non_persistent | set(united.constants))
+    check_names(united.modules)
+    meta = {"lora_fx": {**task.meta, "examples": examples_of(task.inputs, united.constraints)}}
+    constraints = _verified(task, state, meta, united)
+    graph = normal_form.numbered(united.graph)
+    checks = add_checks(graph, constraints)
+    graph.lint()
+    return assemble(graph, state.with_modules(checks), meta=meta, training=False, trainable=frozenset())
+
+
+def _trace_both(task: _Task) -> _Trace:
     """Trace in both modes, and return one trace that serves both."""
+    model = task.model
     check_hooks(model, ())
-    evaluation = _trace(model, inputs, dynamic, training=False)
+    evaluation = _trace(task, training=False)
     with recorded_interference(model) as found:
-        train = _trace(model, inputs, dynamic, training=True)
+        train = _trace(task, training=True)
     check_hooks(model, found.lines)
     check_constants(train.graph, train.constants, evaluation.constants)
     modules = unite_modes(train.graph, evaluation.graph, [*state_of(model).tensors, *train.constants])
@@ -177,11 +261,12 @@ def _trace_both(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | None
     return replace(train, constraints=constraints, modules=modules, functions=found.functions)
 
 
-def _trace(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | None, *, training: bool) -> _Trace:
+def _trace(task: _Task, *, training: bool) -> _Trace:
     """Export in one mode, and bring the graph into normal form."""
+    model = task.model
     set_mode(model, training)
-    with stateless(model):
-        program = export(model, inputs, dynamic, training=training)
+    with stubbed(model, task.classes), stateless(model):
+        program = export(model, task.inputs, task.dynamic, training=training)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     normal_form.inline_regions(module, training=training)
@@ -194,39 +279,42 @@ def _trace(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | None, *, 
             f"the model's own. {'Use inference=True.' if training else 'Such a model is not supported.'}"
         )
     normal_form.remove_assertions(graph)
+    normal_form.follow_input_device(graph)
     state = state_of(model)
     constants = {
         name: tensor
         for name, tensor in program.constants.items()
         if name not in state.tensors and isinstance(tensor, torch.Tensor)
     }
+    if task.classes:
+        expanded = expand(graph, task.classes, list(state.tensors))
+        graph, constants = expanded.graph, expanded.with_copies(constants)
     normal_form.use_first_names(graph, {**{name: name for name in constants}, **state.aliases()})
-    normal_form.follow_input_device(graph)
     graph.eliminate_dead_code()
     signature = inspect.signature(model.forward)
     constraints = constraints_of(program, graph, signature)
-    take_inputs(graph, signature, inputs.args, inputs.kwargs)
+    take_inputs(graph, signature, task.inputs.args, task.inputs.kwargs)
     return _Trace(graph, constants, constraints)
 
 
-def _verified(
-    model: nn.Module, graph_module: TracedGraphModule, inputs: ExampleInputs, traced: _Trace, *, inference: bool
-) -> Constraints:
-    """Run the graph beside the model, and return what it holds for."""
+def _verified(task: _Task, state: State, meta: dict[str, Any], traced: _Trace) -> Constraints:
+    """Run the graph beside the model, and return what it holds for. On the meta device there is nothing to run."""
+    model, inputs, inference = task.model, task.inputs, task.inference
+    on_meta = any(tensor.is_meta for tensor in state.tensors.values())
+    if not inference:
+        set_mode(model, True)
+        check_functions(model, lambda: leaving_buffers(model)(*inputs.args, **inputs.kwargs), traced.functions)
+    if on_meta:
+        return traced.constraints
+    graph_module = assemble(traced.graph, state, meta=meta, training=not inference, trainable=frozenset())
 
     def set_training(training: bool) -> None:
         set_mode(model, training)
         graph_module.train(training)
 
-    on_meta = any(tensor.is_meta for tensor in state_of(graph_module).tensors.values())
     if not inference:
-        set_training(True)
-        check_functions(model, lambda: leaving_buffers(model)(*inputs.args, **inputs.kwargs), traced.functions)
-        if not on_meta:
-            check_training(model, graph_module, inputs)
+        check_training(model, graph_module, inputs)
     set_training(False)
-    if on_meta:
-        return traced.constraints
     check_evaluation(model, graph_module, inputs)
     modes = None if inference else set_training
     return without_artefacts(leaving_buffers(model), graph_module, inputs, traced.constraints, modes)

@@ -1,0 +1,146 @@
+"""Stubs in a flat graph become copies of their template's nodes, with parameters, modules and inputs of their own.
+
+The graph is walked in order, and each node copied, with what its arguments became. A stub becomes a copy of the body of its
+template, in which
+
+    what the template was given    is what the stub was given
+    parameters, module paths       are those of the layer
+    sizes                          are computed once, by the template
+    results                        take the place of the stub's
+    inputs that it left otherwise  take their place from there on: a tensor that an operator returns as it is, or that was
+                                   written to, stands for the node that touched it last
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from lora_fx.stamping._bodies import Body, find_bodies, is_size, stack_of
+from lora_fx.stamping._calls import Departure
+from lora_fx.stamping._classes import LayerClass
+from lora_fx.stamping._constants import Names, constant_names, number_of
+from lora_fx.stamping._moving import Moved
+from lora_fx.stamping._operators import ENTER, LEAVE, STUB
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """A graph without stubs.
+
+    Attributes:
+        graph: it.
+        constants: name of a numbered constant → the name in the trace of one that has its value.
+    """
+
+    graph: fx.Graph
+    constants: Mapping[str, str]
+
+    def with_copies(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the constants of the graph, made of those of the trace; each is a tensor of its own."""
+        found = {new: values[old].clone() for new, old in self.constants.items()}
+        return {**found, **{name: value for name, value in values.items() if name not in self.constants.values()}}
+
+
+def expand(graph: fx.Graph, classes: Iterable[LayerClass], names: Sequence[str]) -> Expanded:
+    """Make every stub a copy of its template, in a new graph.
+
+    Args:
+        graph: flat, each tensor read by one node at its head.
+        classes: of the layers that were stubs.
+        names: of all tensors of the model, in the order in which a graph reads them.
+
+    Raises:
+        Departure: the graph of a full trace is not known.
+    """
+    ranks = {name: index for index, name in enumerate(names)}
+    bodies = {body.path: body for body in find_bodies(graph, ranks)}
+    moves = {path: Moved(each.paths[0], path) for each in classes if each.paths[0] in bodies for path in each.paths[1:]}
+    constants = constant_names(graph, bodies, moves, ranks)
+    made = _Expansion(graph, bodies, moves, constants, ranks).made
+    renamed = [(new, old) for each in constants.values() for old, new in each.items()]
+    return Expanded(made, dict(sorted(renamed, key=lambda pair: number_of(pair[0]))))
+
+
+class _Expansion:
+    """The walk through a graph."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        bodies: Mapping[str, Body],
+        moves: Mapping[str, Moved],
+        constants: Names,
+        ranks: Mapping[str, int],
+    ) -> None:
+        self.made = fx.Graph()
+        self._bodies, self._moves, self._constants, self._ranks = bodies, moves, constants, ranks
+        self._read = list(graph.find_nodes(op="get_attr"))
+        self._tensors: dict[str, fx.Node] = {}
+        self._became: dict[fx.Node, Any] = {}
+        for node in graph.nodes:
+            self._walk(node)
+        self.made.set_codegen(graph._codegen)
+
+    def _walk(self, node: fx.Node) -> None:
+        if node.op == "get_attr":
+            if not self._tensors:
+                self._read_tensors()
+            self._became[node] = self._tensors[self._named(node)]
+        elif node.target is STUB:
+            self._stamp(node)
+        elif node.target not in (ENTER, LEAVE) and node not in self._became:
+            self._became[node] = self._copy(node, self._became, node.meta)
+
+    def _named(self, node: fx.Node, moved: Moved | None = None) -> str:
+        """Return the name of what a node reads, in a layer that is stamped or in what is traced."""
+        name, path = str(node.target), "" if moved is None else moved.new
+        return self._constants.get(path, {}).get(name) or (name if moved is None else moved.name(name))
+
+    def _read_tensors(self) -> None:
+        """Read the tensors of all layers, where the graph reads those of the templates."""
+        wanted = {self._named(node): node for node in self._read}
+        for moved in self._moves.values():
+            wanted.update((self._named(node, moved), node) for node in self._read if moved.is_below(str(node.target)))
+        for name in sorted(wanted, key=self._rank):
+            self._tensors[name] = self.made.get_attr(name)
+            self._tensors[name].meta = dict(wanted[name].meta)
+
+    def _rank(self, name: str) -> tuple[int, int]:
+        """Tensors of the model come in its order, and then constants in that of their numbers."""
+        rank = self._ranks.get(name)
+        return (0, rank) if rank is not None else (1, number_of(name))
+
+    def _stamp(self, stub: fx.Node) -> None:
+        path, given = _called(stub)
+        moved = self._moves[path]
+        body = self._bodies[moved.old]
+        if moved.stack(stack_of(body.enter)) != stack_of(stub) or body.enter.stack_trace != stub.stack_trace:
+            raise Departure(f"{path!r} is called from another place than {body.path!r}")
+        inner = dict(self._became)
+        inner.update((old, self._became[new]) for old, new in zip(body.given, given, strict=True))
+        own = (node for node in self._read if moved.is_below(str(node.target)))
+        inner.update((node, self._tensors[self._named(node, moved)]) for node in own)
+        for node in body.nodes:
+            if not is_size(node):  # which torch.export computes once
+                inner[node] = self._copy(node, inner, moved.meta(node.meta))
+        results = dict(enumerate(inner[node] for node in body.results))
+        self._became.update((user, results[user.args[1]]) for user in stub.users)  # type: ignore[index]
+        changed = zip(given, body.given, body.left, strict=True)
+        self._became.update((node, inner[after]) for node, before, after in changed if after is not before)
+
+    def _copy(self, node: fx.Node, became: Mapping[fx.Node, Any], meta: Mapping[str, Any]) -> fx.Node:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: became[each])
+        made = self.made.create_node(node.op, node.target, args, kwargs, node.name, node.type)
+        made.meta = dict(meta)
+        return made
+
+
+def _called(stub: fx.Node) -> tuple[str, list[fx.Node]]:
+    """Return the path of a layer, and what it is given."""
+    path, given, _ = stub.args
+    return path, given  # type: ignore[return-value]
