@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test browser mutate lint format clean
+.PHONY: demo test browser bench mutate lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/lora-fx demo
@@ -23,6 +23,10 @@ browser:
 # Are the tests of the arithmetic sharp? Minutes; fails on mutants that survive and are not in tests/mutants_allowed.toml.
 mutate: $(INSTALLED)
 	$(BIN)/python tools/mutate.py
+
+# What it costs, beside PEFT, on an otherwise idle machine: under 20 minutes; with `--write` the README's tables too.
+bench: $(INSTALLED)
+	$(BIN)/python tools/bench
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check lora_fx tests tools

@@ -126,6 +126,8 @@ class OnnxSession:
         """
         self._check(inputs, outputs)
         wanted = list(self._outputs if outputs is None else outputs)
+        if not wanted:  # which onnxruntime takes for all
+            return {}
         options = onnxruntime.RunOptions()
         loaded = None  # held until the run is over, whatever is unloaded meanwhile: the options do not
         if adapter is not None:
@@ -194,7 +196,7 @@ def _loaded(path: Path, slots: SlotTable) -> Any:
         same = _identity(path) == before
     except OSError as error:
         raise AdapterError(str(path), [f"cannot be read: {error.strerror or error}"]) from error
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: of a name in it, or its own, that is no text
         problem = f"expected a file of onnxruntime's adapter format: {onnxruntime_says(error)}. Write it: lora-fx export-adapter"
         raise AdapterError(str(path), [problem]) from error
     if not same:

@@ -32,7 +32,7 @@ def test_the_code_runs_and_prints_what_it_says(
         printed = capsys.readouterr().out
         for line in re.findall(r"^# (.*)$", block, flags=re.MULTILINE):
             assert line in printed
-    assert len(blocks("python")) == 11
+    assert len(blocks("python")) == 13
 
 
 def test_the_rule_file_shown_is_the_one_there_is() -> None:

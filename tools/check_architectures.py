@@ -6,12 +6,12 @@ Example:  python tools/check_architectures.py --write
 from __future__ import annotations
 
 import copy
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import peft
+import readme
 import torch
 import transformers
 import typer
@@ -30,7 +30,6 @@ HEADER = (
     "| model | targets | sites | logits against PEFT | gradients | training | fold | graph |",
     "|---|---|---:|---|---|---|---|---|",
 )
-START, END = "<!-- made by tools/check_architectures.py -->", "<!-- end -->"
 
 
 def check(name: str) -> str:
@@ -106,13 +105,10 @@ def main(
     names = only or list(architectures.ARCHITECTURES)
     rows = [check(name) for name in track(names, "checking", disable=not sys.stderr.isatty())]
     table = "\n".join([*HEADER, *rows])
-    if not write:
+    if write:
+        readme.write("tools/check_architectures.py", table)
+    else:
         print(table)
-        return
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    pattern = re.compile(f"({re.escape(START)}\n).*?({re.escape(END)})", re.DOTALL)
-    readme.write_text(pattern.sub(lambda match: f"{match[1]}{table}\n{match[2]}", text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
+import readme
 import typer
 from rich.progress import track
 
@@ -25,7 +26,6 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 FORMATS = {"TorchScript": "torchscript", "ONNX": "onnx", "pt2": "pt2"}
 STATES = ("branched", "folded")
-START, END = "<!-- made by tools/check_exports.py -->", "<!-- end -->"
 HEADER = (
     "| model | " + " | ".join(f"{name}, {state}" for name in FORMATS for state in STATES) + " |",
     "|---" * 7 + "|",
@@ -101,13 +101,10 @@ def main(
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         rows = list(track(pool.map(check, chosen), total=len(chosen), description="exporting"))
     made = tables(rows, promised)
-    if not write:
+    if write:
+        readme.write("tools/check_exports.py", made)
+    else:
         typer.echo(made)
-        return
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    pattern = re.compile(rf"{re.escape(START)}\n.*?{re.escape(END)}", flags=re.DOTALL)
-    readme.write_text(pattern.sub(lambda _: f"{START}\n{made}\n{END}", text), encoding="utf-8")
 
 
 if __name__ == "__main__":

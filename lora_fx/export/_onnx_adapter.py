@@ -123,8 +123,8 @@ def onnx_adapter_from_peft(
     table = read_slots(Path(model))
     products: dict[str, list[_Product]] = {}
     for directory, strength in pairs:
-        if not np.isfinite(strength):
-            raise ExportError(f"{directory}: cannot have the strength {strength}: give a finite number.")
+        if not isinstance(strength, int | float) or not np.isfinite(strength):
+            raise ExportError(f"{directory}: cannot have the strength {strength!r}: give a finite number.")
         files = read_adapter(Path(directory))
         check_base(files, table.base, strict=strict)
         for site, product in _PeftReader(files, table).products().items():

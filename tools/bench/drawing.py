@@ -10,15 +10,11 @@ model is the traced one with its last layer repeated: ``torch.export`` takes min
 from __future__ import annotations
 
 import contextlib
-import datetime
-import os
-import platform
-import re
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,22 +23,21 @@ import pytest
 import torch
 import transformers
 import typer
+from lengthening import lengthened
+from results import Conditions
 from rich.console import Console
-from torch import fx, nn
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path += [str(ROOT / "tests"), str(ROOT / "tools")]
 
+import readme  # noqa: E402
 from browser import launched, opened, settled  # noqa: E402
 from playwright.sync_api import Browser, Page  # noqa: E402
 
 import lora_fx  # noqa: E402
 from lora_fx.drawing import FORMATS, Description, describe  # noqa: E402
-from lora_fx.graph_module import assemble, copy_graph, state_of  # noqa: E402
-from lora_fx.provenance import module_path  # noqa: E402
 
 LAYERS, MORE_LAYERS = 32, 230
-START, END = "<!-- made by tools/bench/drawing.py -->", "<!-- end -->"
 NO_BROWSER, NO_GRAPHVIZ = "no browser", "no Graphviz"
 WINDOW, LARGE_WINDOW = {"width": 1400, "height": 900}, {"width": 3800, "height": 2000}
 
@@ -85,51 +80,6 @@ def traced(layers: int) -> lora_fx.TracedGraphModule:
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config).eval()
     return lora_fx.trace(model, inference=True)
-
-
-def lengthened(graph_module: lora_fx.TracedGraphModule, layers: int, more: int) -> lora_fx.TracedGraphModule:
-    """Return a Llama of so many layers with more of them: its last one repeated, each reading the one before."""
-    graph, _ = copy_graph(graph_module.graph)
-    path = f"model.layers.{layers - 1}"
-    before, last = nodes_in(graph, f"model.layers.{layers - 2}"), nodes_in(graph, path)
-    readers = {user for node in last for user in node.users} - set(last)
-    state = state_of(graph_module)
-    weights = {name: tensor for name, tensor in state.tensors.items() if name.startswith(f"{path}.")}
-    latest = last
-    with graph.inserting_before(last[-1].next):
-        for layer in range(layers, more):
-            new = f"model.layers.{layer}"
-            mapping = dict(zip(before, latest, strict=True))
-            latest = [copied(graph, node, mapping, path, new) for node in last]
-            state = state.with_tensors(
-                {name.replace(path, new, 1): nn.Parameter(torch.empty_like(weights[name])) for name in weights}
-            )
-    for reader in readers:
-        for node, newest in zip(last, latest, strict=True):
-            reader.replace_input_with(node, newest)
-    graph.lint()
-    return assemble(graph, state, meta=graph_module.meta, training=False, trainable=frozenset())
-
-
-def nodes_in(graph: fx.Graph, path: str) -> list[fx.Node]:
-    """Return the operators and the weights of a module."""
-    return [
-        node
-        for node in graph.nodes
-        if f"{node.target if node.op == 'get_attr' else module_path(node)}.".startswith(f"{path}.")
-    ]
-
-
-def copied(graph: fx.Graph, node: fx.Node, mapping: dict[fx.Node, fx.Node], path: str, new: str) -> fx.Node:
-    """Return a copy of a node, also noted in ``mapping``, that belongs to another module."""
-    made = mapping[node] = graph.node_copy(node, lambda read: mapping.get(read, read))
-    if node.op == "get_attr":
-        made.target = str(node.target).replace(path, new, 1)
-    stack: Mapping[str, tuple[str, Any]] = node.meta.get("nn_module_stack", {})
-    made.meta["nn_module_stack"] = {
-        key.replace(path, new): (name.replace(path, new, 1), kind) for key, (name, kind) in stack.items()
-    }
-    return made
 
 
 def seconds(function: Callable[[], Any], repetitions: int) -> float:
@@ -242,17 +192,13 @@ def main(
         tracing = time.perf_counter() - start
     small = measured(graph, f"{tracing:.1f} s", repetitions, console)
     large = measured(lengthened(graph, LAYERS, MORE_LAYERS), "not traced", repetitions, console)
-    where = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     text = (
-        f"{table(small, large)}\n\n{datetime.date.today():%Y-%m-%d}, {where}, Chromium without a GPU; medians of {repetitions}. The "
+        f"{table(small, large)}\n\n{Conditions.present(('torch',))}, Chromium without a GPU; medians of {repetitions}. The "
         f"{MORE_LAYERS} layers are the {LAYERS} of the trace, the last of them repeated."
     )
     print(text)
     if write:
-        readme = ROOT / "README.md"
-        pattern = re.compile(rf"{re.escape(START)}\n.*?{re.escape(END)}", flags=re.DOTALL)
-        old = readme.read_text(encoding="utf-8")
-        readme.write_text(pattern.sub(lambda _: f"{START}\n{text}\n{END}", old), encoding="utf-8")
+        readme.write("tools/bench/drawing.py", text)
 
 
 if __name__ == "__main__":

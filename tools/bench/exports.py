@@ -9,14 +9,11 @@ every format once, beginning with another, and the ratio is that of the medians.
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
-import re
 import statistics
+import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,17 +21,20 @@ import onnxruntime
 import torch
 import transformers
 import typer
+from measuring import alternating
+from results import Conditions
 from rich.console import Console
-from tqdm.auto import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import readme
 
 import lora_fx
 from lora_fx.demo import SEED, load_model, read_corpus
 
-ROOT = Path(__file__).parent.parent.parent
 SIZES = ((1, 16), (1, 128), (16, 64))
 """Batch and sequence."""
 
-START, END = "<!-- made by tools/bench/exports.py -->", "<!-- end -->"
 Run = Callable[[Mapping[str, torch.Tensor]], Any]
 
 
@@ -80,14 +80,8 @@ def latencies(runs: Mapping[str, Run], batch: int, sequence: int, repetitions: i
         "input_ids": torch.randint(1000, 20000, (batch, sequence), generator=generator),
         "attention_mask": torch.ones(batch, sequence, dtype=torch.int64),
     }
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for repetition in tqdm(range(repetitions + 3), desc=f"batch {batch}, sequence {sequence}", leave=False):
-        for name in sorted(runs, key=lambda name: (list(runs).index(name) + repetition) % len(runs)):
-            run = runs[name]
-            start = time.perf_counter()
-            run(inputs)
-            if repetition >= 3:
-                times[name].append(time.perf_counter() - start)
+    steps = {name: partial(run, inputs) for name, run in runs.items()}
+    times = alternating(steps, repetitions, warm_up=3, says=f"batch {batch}, sequence {sequence}")
     return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -115,19 +109,12 @@ def main(
     for name in runs:
         cells = [f"{times[name] * 1e3:.1f} ms ({times[first] / times[name]:.2f}×)" for times in found]
         lines.append(f"| {name} | {sizes[name] / 1e6:.1f} | {' | '.join(cells)} |")
-    where = (
-        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-    )
-    lines.append(
-        f"\n{datetime.date.today():%Y-%m-%d}, {where}onnxruntime {onnxruntime.__version__}; medians of {repetitions}."
-    )
+    conditions = Conditions.present(("torch", "onnxruntime"))
+    lines.append(f"\n{conditions}; medians of {repetitions}.")
     text = "\n".join(lines)
     print(text)
     if write:
-        readme = ROOT / "README.md"
-        pattern = re.compile(rf"{re.escape(START)}\n.*?{re.escape(END)}", flags=re.DOTALL)
-        old = readme.read_text(encoding="utf-8")
-        readme.write_text(pattern.sub(lambda _: f"{START}\n{text}\n{END}", old), encoding="utf-8")
+        readme.write("tools/bench/exports.py", text)
 
 
 if __name__ == "__main__":

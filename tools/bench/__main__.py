@@ -1,0 +1,94 @@
+"""All rows that need no GPU, one after another, each in a process of its own; the table of them is the README's.
+
+    python tools/bench                                 # what ``make bench`` runs, without --write
+    python tools/bench C2 C9                           # these rows; the others of the table are as they were found before
+    python tools/bench --write                         # puts the table into README.md
+
+Each row is found in OUT/<row>.json, and the table is made of all that are there: also of H1, H1-long, H2 and H3, which
+``python tools/bench/gpu.py H1 --json OUT/H1.json`` writes on a machine with a GPU.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from results import Result, load, table
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import readme  # noqa: E402
+
+ROWS: dict[str, tuple[str, ...]] = {
+    "C1": ("training.py", "C1", "--compile"),
+    "C2": ("training.py", "C2"),
+    "C3": ("training.py", "C3"),
+    "C4": ("training.py", "C4"),
+    "C5": ("training.py", "C5"),
+    "C6": ("folds.py", "C6"),
+    "C7": ("folds.py", "C7"),
+    "C8": ("tracing.py",),
+    "C9": ("inference.py",),
+}
+"""What each row runs."""
+
+ORDER = (*ROWS, "H1", "H1-long", "H2", "H3")
+
+
+def run(row: str, path: Path, *, tiny: bool) -> str | None:
+    """Measure a row, and return what went wrong, if anything did."""
+    tool, *arguments = ROWS[row]
+    command = [sys.executable, str(HERE / tool), *arguments, "--json", str(path), *(["--tiny"] if tiny else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return None if done.returncode == 0 else f"{row}: {' '.join(command)}\n{done.stderr[-2000:]}"
+
+
+def found_in(directory: Path) -> list[Result]:
+    """Return the rows that were measured, in the order of the table."""
+    paths = (directory / f"{row}.json" for row in ORDER)
+    return [result for path in paths if path.exists() for result in load(path)]
+
+
+def main(
+    rows: Annotated[list[str] | None, typer.Argument(help="Which rows; all by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Where what was found is written, a JSON file a row.")] = Path(
+        "bench-output"
+    ),
+    write: Annotated[bool, typer.Option("--write", help="Put the table into README.md.")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="With sizes that take little time, and show nothing.")] = False,
+) -> None:
+    """Run the benchmarks, and print the table."""
+    chosen = rows or list(ROWS)
+    unknown = [row for row in chosen if row not in ROWS]
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(unknown)}: the rows are {', '.join(ROWS)}; H1 to H3 are in gpu.py.")
+    out.mkdir(parents=True, exist_ok=True)
+    failures = []
+    for row in (bar := tqdm(chosen, unit="row")):
+        bar.set_description(row)
+        start = time.perf_counter()
+        failure = run(row, out / f"{row}.json", tiny=tiny)
+        bar.write(f"{row}: {time.perf_counter() - start:.0f} s{'' if failure is None else ', failed'}", file=sys.stderr)
+        failures += [] if failure is None else [failure]
+    text = table(found_in(out))
+    print(text)
+    for failure in failures:
+        typer.echo(failure, err=True)
+    if failures:
+        raise typer.Exit(1)
+    if write:
+        readme.write("tools/bench", text)
+
+
+EXAMPLES = "Examples:  python tools/bench --write   ·   python tools/bench C2 C9 --out found"
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(epilog=EXAMPLES)(main)
+    app()

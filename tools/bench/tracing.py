@@ -1,0 +1,155 @@
+"""Row C8: tracing and rewriting Llamas of real widths on the meta device, with equal layers traced once and in full.
+
+    python tools/bench/tracing.py                      # a table; four minutes
+    python tools/bench/tracing.py --repetitions 1 --json found.json
+
+Every run is in a process of its own, with what is imported and made on first use. Times are of the processor: one thread of Python
+does it all, so that other work on the machine counts for little. The graphs of both ways are compared node by node.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+from unittest import mock
+
+import torch
+import typer
+from measuring import apart
+from results import Conditions, Goal, Measured, Result, save, table
+from shapes import Llama, built
+from torch import nn
+from tqdm import tqdm
+
+import lora_fx
+from lora_fx.comparison import first_difference
+
+LLAMA_8B = Llama(width=4096, inner=14336, layers=32, heads=32, groups=8, vocabulary=128256)
+LLAMA_70B = Llama(width=8192, inner=28672, layers=80, heads=64, groups=8, vocabulary=128256)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model is traced.
+
+    Attributes:
+        model: its shape.
+        full: trace every layer.
+        inference: trace the eval mode alone; else that and the train mode.
+        against: the name of the way that its speed is relative to.
+        repetitions: in processes of their own.
+    """
+
+    model: Llama
+    full: bool
+    inference: bool
+    against: str
+    repetitions: int
+
+    @property
+    def name(self) -> str:
+        """As the table has it."""
+        modes = ", inference=True" if self.inference else ""
+        return f"{self.model.layers} layers{modes}{', in full' if self.full else ''}"
+
+
+def ways(repetitions: int, small: Llama = LLAMA_8B, large: Llama = LLAMA_70B) -> list[Way]:
+    """Return what is measured; full traces, which take long, once."""
+    pairs = [
+        way
+        for inference in (False, True)
+        for full in (Way(small, True, inference, "", 1),)
+        for way in (full, Way(small, False, inference, full.name, repetitions))
+    ]
+    return [*pairs, Way(large, False, False, "", repetitions)]
+
+
+def in_full() -> AbstractContextManager[object]:
+    """Let no layers count as equal."""
+
+    def none(_: nn.Module) -> list[object]:
+        return []
+
+    return mock.patch("lora_fx.tracing.layer_classes", none)
+
+
+def rewritten(way: Way) -> lora_fx.TracedGraphModule:
+    """Trace and rewrite a model without weights."""
+    model = built(way.model, torch.float32, "meta").eval()
+    with in_full() if way.full else nullcontext():
+        return lora_fx.rewrite(model, "llama", rank=16, inference=way.inference)
+
+
+def seconds(way: Way) -> float:
+    """Return the processor time of a trace and a rewrite, without that of making the model."""
+    model = built(way.model, torch.float32, "meta").eval()
+    with in_full() if way.full else nullcontext():
+        start = time.process_time()
+        lora_fx.rewrite(model, "llama", rank=16, inference=way.inference)
+        return time.process_time() - start
+
+
+def unlike(model: Llama) -> str | None:
+    """Return what first differs between the graphs of both ways."""
+    full, stamped = (rewritten(Way(model, full, False, "", 1)) for full in (True, False))
+    return first_difference(full, stamped)
+
+
+def measured(
+    repetitions: int,
+    small: Llama = LLAMA_8B,
+    large: Llama = LLAMA_70B,
+) -> Result:
+    """Measure the row."""
+    every = ways(repetitions, small, large)
+    times: dict[str, list[float]] = {way.name: [] for way in every}
+    with tqdm(total=sum(way.repetitions for way in every) + 1, desc="C8", leave=False, disable=None) as bar:
+        difference = apart(unlike, small)
+        bar.update()
+        for number in range(repetitions):
+            for way in every:
+                if number < way.repetitions:
+                    times[way.name].append(apart(seconds, way))
+                    bar.update()
+    if difference is not None:
+        raise SystemExit(f"stamped and in full are not the same graph: {difference}")
+    goals = (
+        Goal(f"{small.layers} layers", "speed", 9.0, f"{small.layers} layers, in full"),
+        Goal(f"{small.layers} layers, inference=True", "speed", 9.0, f"{small.layers} layers, inference=True, in full"),
+        Goal(f"{large.layers} layers", "seconds", 5.0),
+    )
+    notes = (
+        "In full means every layer; both ways give the same graph, node by node",
+        f"Processor time, medians of {repetitions} processes, full traces once",
+    )
+    found = [Measured(way.name, tuple(times[way.name]), against=way.against) for way in every]
+    shape = (
+        f"Trace and rewrite (q and v) of Llama on the meta device, in train and eval mode: width {small.width} with {small.layers} "
+        f"layers, width {large.width} with {large.layers}"
+    )
+    return Result("C8", shape, tuple(found), goals, Conditions.present(), notes)
+
+
+def main(
+    repetitions: Annotated[int, typer.Option(min=1, help="Processes for each way; full traces are made once.")] = 3,
+    tiny: Annotated[bool, typer.Option("--tiny", help="With sizes that take little time, and show nothing.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Also write what was found here.")] = None,
+) -> None:
+    """Measure tracing and rewriting."""
+    torch.set_num_threads(1)
+    shapes = (LLAMA_8B.tiny(5), LLAMA_70B.tiny(6)) if tiny else (LLAMA_8B, LLAMA_70B)
+    found = measured(repetitions, *shapes)
+    if json is not None:
+        save(json, [found])
+    print(table([found]))
+
+
+EXAMPLES = "Example:  python tools/bench/tracing.py --repetitions 1 --json found.json"
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(epilog=EXAMPLES)(main)
+    app()
