@@ -87,8 +87,9 @@ def nodes_of_factors(graph_module: lora_fx.TracedGraphModule) -> list[Any]:
 
 @pytest.mark.parametrize(("name", "dtype"), EITHER)
 def test_outputs_and_gradients_are_no_farther_from_fp64_than_those_of_the_plain_graph(
-    name: str, dtype: torch.dtype
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lora_fx.fused.LEAST_ELEMENTS", 0)  # as if all were large
     before, after = (
         distances(results(name, graph), exact(name, dtype))
         for graph in (plain(name, dtype), lora_fx.fuse(plain(name, dtype)))
@@ -316,9 +317,12 @@ def test_the_output_of_one_site_may_be_read_before_the_next_one() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("least", [0, 2**16])
 def test_gradients_come_to_whatever_needs_them_at_every_number_of_dimensions(
-    dtype: torch.dtype, shape: tuple[int, ...]
+    dtype: torch.dtype, shape: tuple[int, ...], least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lora_fx.fused.LEAST_ELEMENTS", least)
+
     def forward(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.lin(x), self.other(x)
 

@@ -42,3 +42,4 @@ for _marker in (ENTER, LEAVE):
     torch.library.register_fake(_marker, _nothing, lib=_library)
     torch.fx.node.has_side_effect(_marker)
 torch.library.register_fake(STUB, _empty, lib=_library)
+torch.library.register_autograd(STUB, _no_gradient, lib=_library)  # so that results need a gradient as a layer's do
