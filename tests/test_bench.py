@@ -77,7 +77,6 @@ def test_a_training_row_compares_and_measures_every_contender(
         (each.resident is not None) == (row.name == "C1" and each.name in training.RESIDENT)
         for each in result.contenders
     )
-    assert all((result.saved(name) or 0) > 0 for name in ("PEFT", "plain", "fused", "prepacked"))
 
 
 @pytest.mark.parametrize("row", ["H1", "H2", "H3"])

@@ -20,11 +20,11 @@ import typer
 from results import Result, load, table
 from tqdm import tqdm
 
+sys.path.append(str(Path(__file__).parent.parent))
+
+import readme
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-import readme  # noqa: E402
-
 ROWS: dict[str, tuple[str, ...]] = {
     "C1": ("training.py", "C1", "--compile"),
     "C2": ("training.py", "C2"),

@@ -25,7 +25,7 @@ from measuring import alternating
 from results import Conditions
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.append(str(Path(__file__).parent.parent))
 
 import readme
 

@@ -19,23 +19,26 @@ overwrites too, and computes everything once before it writes anything.
 from __future__ import annotations
 
 import copy
-import datetime
 import gc
 import json
-import os
-import platform
-import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import peft
 import torch
 import typer
+from results import Conditions
 from rich.console import Console
 from torch import nn
+
+sys.path.append(str(Path(__file__).parent.parent))
+
+import readme
 
 import lora_fx
 from lora_fx.attaching import attach
@@ -45,10 +48,8 @@ from lora_fx.planning import plan_graph
 from lora_fx.ruleset import load
 from lora_fx.transferring import parameters_of
 
-ROOT = Path(__file__).parent.parent.parent
 RANK, ALPHA = 16, 32
 WIDE, INNER = 4096, 11008
-START, END = "<!-- made by tools/bench/folding.py -->", "<!-- end -->"
 RULES = {"defaults": {"rank": RANK, "alpha": ALPHA}, "select": [{"op": ["linear"]}]}
 
 
@@ -165,23 +166,14 @@ def main(
     torch.set_num_threads(1)
     with Console(stderr=True).status("") as status:
         size, seconds = measured(gigabytes, repetitions, status.update)
-    machine = (
-        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    date = f"{datetime.date.today():%Y-%m-%d}"
-    text = (
-        f"{table(size, seconds)}\n\n{date}, {machine}, peft {peft.__version__}; {size / 1e9:.2f} GB of bfloat16 weights, rank {RANK}, "
-        f"medians of {repetitions}."
-    )
+    conditions = Conditions.present(("torch", "peft"))
+    text = f"{table(size, seconds)}\n\n{conditions}; {size / 1e9:.2f} GB of bfloat16 weights, rank {RANK}, medians of {repetitions}."
     print(text)
     if as_json is not None:
-        result = {"date": date, "machine": machine, "bytes": size, "rank": RANK, "seconds": seconds}
+        result = {"conditions": asdict(conditions), "bytes": size, "rank": RANK, "seconds": seconds}
         as_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if write:
-        readme = ROOT / "README.md"
-        pattern = re.compile(rf"{re.escape(START)}\n.*?{re.escape(END)}", flags=re.DOTALL)
-        old = readme.read_text(encoding="utf-8")
-        readme.write_text(pattern.sub(lambda _: f"{START}\n{text}\n{END}", old), encoding="utf-8")
+        readme.write("tools/bench/folding.py", text)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,14 @@ work on the machine counts for little. The exponent is that of a power law, fitt
 
 from __future__ import annotations
 
-import datetime
 import gc
 import json
 import math
-import os
-import platform
-import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +25,12 @@ import torch
 import transformers
 import typer
 from lengthening import lengthened, nodes_in
+from results import Conditions
 from rich.console import Console
+
+sys.path.append(str(Path(__file__).parent.parent))
+
+import readme
 
 import lora_fx
 from lora_fx.attaching import attach
@@ -35,10 +38,8 @@ from lora_fx.drawing import describe
 from lora_fx.planning import plan_graph
 from lora_fx.ruleset import load
 
-ROOT = Path(__file__).parent.parent.parent
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000)
 LAYERS = 3
-START, END = "<!-- made by tools/bench/scaling.py -->", "<!-- end -->"
 
 BY_NAME = {"defaults": {"rank": 4}, "select": [{"target": ["q_proj", "v_proj"]}]}
 BY_ROLE = {"defaults": {"rank": 4}, "select": [{"role": ["self_attention.query", "self_attention.value"]}]}
@@ -132,21 +133,15 @@ def main(
             found = times_of(graph, 3 if size < 30_000 else 1, lambda name, told=told: status.update(told + name))  # type: ignore[misc]
             for name, took in found.items():
                 times.setdefault(name, []).append(took)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    date = f"{datetime.date.today():%Y-%m-%d}"
-    text = (
-        f"{table(nodes, times)}\n\n{date}, {machine}; processor time on one thread, branches at q and v of every layer."
-    )
+    conditions = Conditions.present(("torch",))
+    text = f"{table(nodes, times)}\n\n{conditions}; processor time, branches at q and v of every layer."
     print(text)
     if as_json is not None:
         exponents = {name: exponent(nodes, found) for name, found in times.items()}
-        result = {"date": date, "machine": machine, "nodes": nodes, "seconds": times, "exponents": exponents}
+        result = {"conditions": asdict(conditions), "nodes": nodes, "seconds": times, "exponents": exponents}
         as_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if write:
-        readme = ROOT / "README.md"
-        pattern = re.compile(rf"{re.escape(START)}\n.*?{re.escape(END)}", flags=re.DOTALL)
-        old = readme.read_text(encoding="utf-8")
-        readme.write_text(pattern.sub(lambda _: f"{START}\n{text}\n{END}", old), encoding="utf-8")
+        readme.write("tools/bench/scaling.py", text)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,8 @@ contender once, beginning with another. "swapped" takes the other adapter in eve
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
-import re
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -27,18 +24,21 @@ import peft
 import torch
 import transformers
 import typer
+from results import Conditions
 from tqdm.auto import tqdm
+
+sys.path.append(str(Path(__file__).parent.parent))
+
+import readme
 
 import lora_fx
 from lora_fx.runtime import OnnxSession
 
-ROOT = Path(__file__).parent.parent.parent
 SIZES = ((1, 1), (1, 16), (1, 128), (4, 32))
 """Batch and sequence."""
 
 RANKS = {"style": 8, "facts": 16}
 VOCABULARY = 1000
-START, END = "<!-- made by tools/bench/slots.py -->", "<!-- end -->"
 Run = Callable[[Mapping[str, torch.Tensor]], Any]
 
 
@@ -197,18 +197,12 @@ def main(
         f"{RANKS['facts']} has {beside['bytes'] / 1e6:.1f} MB."
     )
     counts = [count for _, count in found]
-    lines.append(
-        f"\n{datetime.date.today():%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, peft {peft.__version__}; medians of {min(counts)} to "
-        f"{max(counts)}."
-    )
+    conditions = Conditions.present(("torch", "onnxruntime", "peft"))
+    lines.append(f"\n{conditions}; medians of {min(counts)} to {max(counts)}.")
     text = "\n".join(lines)
     print(text)
     if write:
-        readme = ROOT / "README.md"
-        pattern = re.compile(rf"{re.escape(START)}\n.*?{re.escape(END)}", flags=re.DOTALL)
-        old = readme.read_text(encoding="utf-8")
-        readme.write_text(pattern.sub(lambda _: f"{START}\n{text}\n{END}", old), encoding="utf-8")
+        readme.write("tools/bench/slots.py", text)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ ROWS = (
             Goal("prepacked", "speed", 1.2, "PEFT"),
             Goal("fused, compiled", "speed", 1.0, "PEFT, compiled"),
         ),
-        repetitions=15,
+        repetitions=11,
         resident=True,
     ),
     Row(
@@ -112,7 +112,7 @@ ROWS = (
         128,
         ALL_LINEAR,
         (Goal("fused", "overhead", 0.5, "PEFT"), Goal("fused", "saved", 0.3, "PEFT")),
-        repetitions=15,
+        repetitions=9,
         dtype=torch.bfloat16,
     ),
     Row(
@@ -122,7 +122,7 @@ ROWS = (
         128,
         replace(ALL_LINEAR, dropout=0.1),
         (Goal("fused", "speed", 1.0, "PEFT"), Goal("fused", "saved", 0.45, "PEFT")),
-        repetitions=15,
+        repetitions=11,
     ),
     Row(
         "C5",
@@ -131,7 +131,7 @@ ROWS = (
         128,
         SEEDS_RULE,
         (Goal("fused", "speed", 1.0, "PEFT"),),
-        repetitions=15,
+        repetitions=11,
     ),
 )
 
@@ -160,7 +160,7 @@ def measured(row: Row, *, compiled: bool = False) -> Result:
     peaks = {each.name: peak_bytes(each.step) for each in found}
     for each in found:
         each.clear()
-    times = alternating({each.name: each.step for each in found}, row.repetitions, says=row.name)
+    times = alternating({each.name: each.step for each in found}, row.repetitions, warm_up=1, says=row.name)
     packed = sum(prepacked_bytes(each.module) for each in found if isinstance(each.module, fx.GraphModule))
     del found
     every = [
