@@ -10,6 +10,7 @@ from typing import Any
 
 import architectures
 import families
+import peft
 import pytest
 import torch
 import transformers
@@ -408,6 +409,28 @@ def test_hazards_are_traced_in_full(model: nn.Module, why: str, both: Both) -> N
     assert why in said
 
 
+def _parametrized(index: int) -> nn.Module:
+    layer = Layer(index)
+    nn.utils.parametrizations.weight_norm(layer.linear)
+    return layer
+
+
+def test_parametrized_layers_and_graphs_are_traced_in_full(both: Both) -> None:
+    for model in (Stack(_parametrized), torch.fx.symbolic_trace(Stack())):
+        _, said = both(model)
+        assert "no 4 equal layers" in said
+
+
+def test_a_model_that_peft_wraps_is_stamped_too(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(deepened(architectures.model("llama"), "cpu"), settings).eval()
+    stamped, full, said = traced_both(model, caplog, monkeypatch)
+    assert said == "PeftModelForCausalLM is traced with 5 layers stamped"
+    assert_equal(stamped, full)
+
+
 class WritesToBuffer(Layer):
     def __init__(self, index: int) -> None:
         super().__init__(index)
@@ -532,9 +555,9 @@ def test_models_of_other_origin_are_traced_in_full(
     caplog.clear()
     model[2] = type("Own", (nn.Linear,), {})(4, 4)
     lora_fx.trace(model, (torch.randn(3, 4),))
-    assert "the code of '2' (test_stamping.Own) is not of transformers" in caplog.text
+    assert "the code of '2' (test_stamping.Own) is not that of torch" in caplog.text
     caplog.clear()
     model[2] = nn.Linear(4, 4)
     model[2].forward = lambda x: x + 1
     lora_fx.trace(model, (torch.randn(3, 4),))
-    assert "is not of transformers" in caplog.text
+    assert "is not that of torch" in caplog.text
