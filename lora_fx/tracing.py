@@ -56,10 +56,10 @@ def trace(
     transformers model the same ``ModelOutput`` class). It has its own ``Parameter`` objects, all frozen, over the storage
     of the model's; the model is not changed. Inputs that the trace does not cover raise :class:`~lora_fx.errors.InputError`.
 
-    Of equal layers one is traced, and its nodes are stamped for the others, wherever that gives the graph of a full trace. The
-    logger ``lora_fx.tracing`` says at level INFO whether it did, and if not, why. What a layer remembers in Python's globals
-    from the call of another (a count of calls) is not seen then: it is found where the graph is run beside the model, which
-    takes weights, and not on the meta device.
+    Of four equal layers or more in a model of transformers, wrapped by PEFT or not, one is traced, and its nodes are stamped for
+    the others, wherever that gives the graph of a full trace. The logger ``lora_fx.tracing`` says at level INFO whether it did,
+    and if not, why. A model with a part of other origin is traced in full: what its layers remember in Python from the call of
+    another (a count of calls) would not be seen.
 
     Args:
         model: any module that ``torch.export`` takes, also one that PEFT wraps, and a ``GraphModule`` of any kind; a graph of
