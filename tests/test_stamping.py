@@ -169,6 +169,14 @@ def test_what_is_not_stamped_says_why(name: str, caplog: pytest.LogCaptureFixtur
     assert "is traced in full" in caplog.records[-1].getMessage()
 
 
+def test_conditions_that_each_layer_may_put_otherwise_are_those_of_a_full_trace(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "lora_fx.tracing")
+    lora_fx.trace(deepened(families.model("mpt")), inference=True)
+    assert "may say in other words what sizes" in caplog.records[-1].getMessage()
+
+
 def test_every_architecture_is_in_one_of_the_tables() -> None:
     assert {*STAMPED, *IN_FULL} == set(architectures.ARCHITECTURES)
 

@@ -47,7 +47,10 @@ def check(name: str) -> str:
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("lora_fx.tracing").addHandler(handler)
     logging.getLogger("lora_fx.tracing").setLevel(logging.INFO)
-    graph = lora_fx.trace(model, dynamic=dynamic, inference=inference)
+    try:
+        graph = lora_fx.trace(model, dynamic=dynamic, inference=inference)
+    except lora_fx.LoraFxError as error:
+        return f"| {name} | not on the meta device: {str(error)[:100].replace('|', '')} |"
     handler.close()
     logging.getLogger("lora_fx.tracing").removeHandler(handler)
     if "stamped" in said[-1]:
