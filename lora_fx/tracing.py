@@ -56,7 +56,7 @@ def trace(
     transformers model the same ``ModelOutput`` class). It has its own ``Parameter`` objects, all frozen, over the storage
     of the model's; the model is not changed. Inputs that the trace does not cover raise :class:`~lora_fx.errors.InputError`.
 
-    Of four equal layers or more in a model of transformers, wrapped by PEFT or not, one is traced, and its nodes are stamped for
+    Of four equal layers or more in a model of transformers one is traced, and its nodes are stamped for
     the others, wherever that gives the graph of a full trace. The logger ``lora_fx.tracing`` says at level INFO whether it did,
     and if not, why. A model with a part of other origin is traced in full: what its layers remember in Python from the call of
     another (a count of calls) would not be seen.
