@@ -197,7 +197,7 @@ def _trace_equal_layers_once(task: _Task) -> TracedGraphModule:
     name = type(task.model).__name__
     try:
         if (foreign := foreign_part(task.model)) is not None:
-            raise Departure(f"the code of {foreign} is not that of torch, transformers or PEFT")
+            raise Departure(f"the code of {foreign} is neither torch's nor transformers'")
         classes = layer_classes(task.model)
         if not classes:
             raise Departure(f"it has no {LEAST} equal layers")

@@ -9,6 +9,8 @@ template recorded. The result is the graph of a full trace, node for node. Where
     _classes                  which layers are equal
     _operators, _positions    what stands in the trace for a layer, and for its number
     _calls, _stubs            that all layers of a class are called alike
+    _bodies                   what a template recorded, and that nothing passes its marks unseen
+    _moving, _constants       what has other names in another layer
     _expanding                stubs into nodes
 """
 

@@ -36,10 +36,10 @@ class LayerClass:
 
 
 def foreign_part(model: nn.Module) -> str | None:
-    """Return the path and class of a part whose code is not that of torch, transformers or PEFT, or None.
+    """Return the path and class of a part whose code is neither torch's nor transformers', or None.
 
     Code can tell layers apart in ways that leave no trace in them: by what the model around them does to itself, to a class,
-    to an object that they share. Models of these packages are known not to; others are traced in full.
+    to an object that they share. Models of transformers are known not to; others are traced in full.
     """
     for path, module in model.named_modules():
         package = type(module).__module__.partition(".")[0]
@@ -48,7 +48,7 @@ def foreign_part(model: nn.Module) -> str | None:
     return None
 
 
-_KNOWN = ("torch", "transformers", "peft")
+_KNOWN = ("torch", "transformers")
 
 
 def layer_classes(model: nn.Module) -> list[LayerClass]:
