@@ -147,6 +147,22 @@ def another_value(key: str, name: str, own: torch.Tensor) -> str:
     )
 
 
+def is_selected(site: Site, config: AdapterConfig, keys: Collection[str]) -> bool:
+    """Tell whether an adapter has factors beside a site, by its config, and where that leaves it to the model by its keys.
+
+    Raises:
+        TimeoutError: a regular expression takes too long.
+    """
+    if site.module == site.weight:
+        return config.selects_parameter(site.weight)
+    if str(config.target_modules).lower() == ALL_LINEAR or (
+        config.target_modules is None and not config.target_parameters
+    ):
+        a, _ = Slot(site, site.module, site.module).keys
+        return a in keys  # PEFT chose by the model; what it chose is what it wrote
+    return config.selects(site.module)
+
+
 class _Reader:
     """Reads an adapter for a graph, and collects what is wrong."""
 
@@ -193,22 +209,14 @@ class _Reader:
             raise AdapterError(str(self._files.directory), self._problems)
 
     def _selected(self, site: Site) -> bool:
-        config = self._config
         try:
-            if site.module == site.weight:
-                return config.selects_parameter(site.weight)
-            if config.selects_parameter(f"{site.module}.weight"):
+            if site.module != site.weight and self._config.selects_parameter(f"{site.module}.weight"):
                 self._problems.append(
                     f"{CONFIG_NAME}: target_parameters names the weight of the module {site.module!r}, which is supported for bare "
                     "parameters alone. Merge the adapter with PEFT, and use the result"
                 )
                 return False
-            if str(config.target_modules).lower() == ALL_LINEAR or (
-                config.target_modules is None and not config.target_parameters
-            ):
-                a, _ = Slot(site, site.module, site.module).keys
-                return a in self._keys  # PEFT chose by the model; what it chose is what it wrote
-            return config.selects(site.module)
+            return is_selected(site, self._config, self._keys)
         except TimeoutError as error:
             self._problems.append(f"{CONFIG_NAME}: {error}")
             return False

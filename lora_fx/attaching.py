@@ -84,6 +84,21 @@ def attach(
     copies = _copies(plan, state, adapter, values)
     state = state.with_tensors({**factors, **places, **copies}).with_modules(dropouts)
     state = State(state.tensors, state.non_persistent | set(places), state.modules)
+    graph = _branched(graph_module, plan, state, adapter)
+    for node in graph.find_nodes(op="get_attr"):
+        if copy_name(str(node.target), adapter) in copies:
+            node.target = copy_name(str(node.target), adapter)
+    graph.lint()
+    inference = graph_module.meta["lora_fx"]["inference"]
+    new = frozenset(name for name, parameter in {**factors, **copies}.items() if parameter.requires_grad)
+    trainable = trainable_names(graph_module) | (frozenset() if inference else new)
+    meta = _with_adapter(graph_module.meta, adapter, plan)
+    attached = assemble(graph, state, meta=meta, training=graph_module.training, trainable=trainable)
+    return checked(attached, "branched")
+
+
+def _branched(graph_module: TracedGraphModule, plan: Plan, state: State, adapter: str) -> fx.Graph:
+    """Return a copy of the graph with the branches of a plan, over the tensors and modules of ``state``."""
     ends = {branch.site.name: branch.end.name for branch in find_branches(graph_module)}
     graph, _ = copy_graph(graph_module.graph)
     nodes = {node.name: node for node in graph.nodes}
@@ -95,16 +110,7 @@ def attach(
         for branch in chosen.branches:
             behind = site if end in (site, biased(site)) else _added(end)
             end = _Writer(graph, state, named, fakes, chosen, branch, adapter).write(site, end, behind)
-    for node in graph.find_nodes(op="get_attr"):
-        if copy_name(str(node.target), adapter) in copies:
-            node.target = copy_name(str(node.target), adapter)
-    graph.lint()
-    inference = graph_module.meta["lora_fx"]["inference"]
-    new = frozenset(name for name, parameter in {**factors, **copies}.items() if parameter.requires_grad)
-    trainable = trainable_names(graph_module) | (frozenset() if inference else new)
-    meta = _with_adapter(graph_module.meta, adapter, plan)
-    attached = assemble(graph, state, meta=meta, training=graph_module.training, trainable=trainable)
-    return checked(attached, "branched")
+    return graph
 
 
 def _complete(site: fx.Node, state: State) -> fx.Node:

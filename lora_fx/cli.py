@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,12 @@ RulesDirectories = Annotated[
     typer.Option(help="Directory of further rule files, searched first. May be repeated; see also LORA_FX_RULES."),
 ]
 Rank = Annotated[int | None, typer.Option(help="Replaces the default rank of the rules.")]
+Strengths = Annotated[
+    list[float] | None,
+    typer.Option(help="Factor of an adapter's scaling, once for each, in their order. By default all are 1."),
+]
+Strict = Annotated[bool, typer.Option(help="Refuse a base other than the one that an adapter names as its own.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 
 
 @app.callback()
@@ -128,7 +135,7 @@ def draw(
         ),
     ] = Show.diff,
     module: Annotated[str, typer.Option(help="Path of the module to draw, by default the whole model.")] = "",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Draw a model's graph, and what rules change in it.
 
@@ -172,17 +179,12 @@ def fold(
             show_default=False,
         ),
     ],
-    strength: Annotated[
-        list[float] | None,
-        typer.Option(help="Factor of an adapter's scaling, once for each, in their order. By default all are 1."),
-    ] = None,
+    strength: Strengths = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT_DIR if it exists, all at once.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read every changed tensor again and compare it with the exact result.")
     ] = False,
-    strict: Annotated[
-        bool, typer.Option(help="Refuse a base other than the one that an adapter names as its own.")
-    ] = True,
+    strict: Strict = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
 ) -> None:
     """Merge adapters into a checkpoint on disk, one tensor in memory at a time.
@@ -257,10 +259,7 @@ def export(
     adapter: Annotated[
         list[Path] | None, typer.Option(help="Directory of a PEFT adapter, which is folded in. May be repeated.")
     ] = None,
-    strength: Annotated[
-        list[float] | None,
-        typer.Option(help="Factor of an adapter's scaling, once for each, in their order. By default all are 1."),
-    ] = None,
+    strength: Strengths = None,
     branched: Annotated[
         bool, typer.Option("--branched", help="Leave adapters as branches beside their weights; do not fold them.")
     ] = False,
@@ -280,7 +279,7 @@ def export(
     dtype: Annotated[
         Dtype, typer.Option(help="Of the weights; auto is that of the files. onnxruntime's CPU kernels want float32.")
     ] = Dtype.auto,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    overwrite: Overwrite = False,
     verify: Annotated[
         bool, typer.Option(help="Load what was written and compare it with the graph before it is moved to OUT.")
     ] = True,
@@ -290,9 +289,7 @@ def export(
             help="Largest difference allowed, as a part of an output's largest value. By default by precision."
         ),
     ] = None,
-    strict: Annotated[
-        bool, typer.Option(help="Refuse a base other than the one that an adapter names as its own.")
-    ] = True,
+    strict: Strict = True,
 ) -> None:
     """Write a model for another runtime: TorchScript, ONNX, or torch.export's pt2, with dynamic batch and sequence.
 
@@ -302,16 +299,11 @@ def export(
     strengths = _strengths(adapters, strength)
     if branched and not adapters:
         raise typer.BadParameter("--branched leaves adapters as branches, and there is none: name one by --adapter")
-    if slots and (branched or strength or format not in (None, ExportFormat.onnx)):
-        raise typer.BadParameter(
-            "--slots writes ONNX, without any adapter: leave out --format, --branched and --strength"
-        )
+    if slots and (branched or strength):
+        raise typer.BadParameter(_NO_SLOTS)
     if rules is not None and not slots:
         raise typer.BadParameter("--rules choose the sites of --slots, which was not given")
-    if format is None and not slots:
-        raise typer.BadParameter("name a format by --format: torchscript, onnx or pt2")
-    if format is ExportFormat.pt2 and out.suffix != ".pt2":
-        raise typer.BadParameter(f"{out}: torch.export loads files whose names end in .pt2")
+    chosen_format = _export_format(format, out, slots=slots)
 
     import torch
 
@@ -336,14 +328,12 @@ def export(
                 chosen = {f"adapter_{number}": factor for number, factor in enumerate(strengths)}
                 status.update("folding")
                 graph = lora_fx.activate(graph, chosen) if branched else lora_fx.fold(graph, chosen)
-        if slots:
-            exported = lora_fx.export.onnx(
-                graph, out, overwrite=overwrite, verify=verify, tolerance=tolerance, slots=True
-            )
-        else:
-            assert format is not None
-            write = {"torchscript": lora_fx.export.torchscript, "onnx": lora_fx.export.onnx, "pt2": lora_fx.export.pt2}
-            exported = write[format.value](graph, out, overwrite=overwrite, verify=verify, tolerance=tolerance)
+        write: dict[str, Callable[..., lora_fx.export.Exported]] = {
+            "torchscript": lora_fx.export.torchscript,
+            "onnx": partial(lora_fx.export.onnx, slots=slots),
+            "pt2": lora_fx.export.pt2,
+        }
+        exported = write[chosen_format.value](graph, out, overwrite=overwrite, verify=verify, tolerance=tolerance)
     typer.echo(str(exported))
 
 
@@ -361,14 +351,9 @@ def export_adapter(
             show_default=False,
         ),
     ],
-    strength: Annotated[
-        list[float] | None,
-        typer.Option(help="Factor of an adapter's scaling, once for each, in their order. By default all are 1."),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
-    strict: Annotated[
-        bool, typer.Option(help="Refuse a base other than the one that an adapter names as its own.")
-    ] = True,
+    strength: Strengths = None,
+    overwrite: Overwrite = False,
+    strict: Strict = True,
 ) -> None:
     """Write an adapter for a model with slots, in onnxruntime's adapter format. Of the model, only the ONNX file is needed."""
     if len(paths) < 3:
@@ -381,6 +366,21 @@ def export_adapter(
     with _reported():
         exported = lora_fx.export.onnx_adapter_from_peft(pairs, model, out, strict=strict, overwrite=overwrite)
     typer.echo(str(exported))
+
+
+_NO_SLOTS = "--slots writes ONNX, without any adapter: leave out --format, --branched and --strength"
+
+
+def _export_format(format: ExportFormat | None, out: Path, *, slots: bool) -> ExportFormat:
+    if slots:
+        if format not in (None, ExportFormat.onnx):
+            raise typer.BadParameter(_NO_SLOTS)
+        return ExportFormat.onnx
+    if format is None:
+        raise typer.BadParameter("name a format by --format: torchscript, onnx or pt2")
+    if format is ExportFormat.pt2 and out.suffix != ".pt2":
+        raise typer.BadParameter(f"{out}: torch.export loads files whose names end in .pt2")
+    return format
 
 
 def _strengths(adapters: list[Path], given: list[float] | None) -> list[float]:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from lora_fx.activating import ordered
-from lora_fx.adapter_config import ALL_LINEAR, CONFIG_NAME, AdapterConfig
-from lora_fx.adapter_reading import FILE_NAME, AdapterFiles, check_base, read_adapter
+from lora_fx.adapter_config import CONFIG_NAME, AdapterConfig
+from lora_fx.adapter_reading import FILE_NAME, AdapterFiles, check_base, is_selected, read_adapter
 from lora_fx.errors import AdapterError, ExportError, LoraFxError, did_you_mean, first_line
 from lora_fx.export._onnx_slots import check_slots
 from lora_fx.files import check_file, replacing
@@ -241,15 +241,8 @@ class _PeftReader:
             raise AdapterError(str(self._files.directory), self._problems)
 
     def _selected(self, slot: OnnxSlot) -> bool:
-        config = self._config
         try:
-            if slot.module == slot.weight:
-                return config.selects_parameter(slot.weight)
-            if str(config.target_modules).lower() == ALL_LINEAR or (
-                config.target_modules is None and not config.target_parameters
-            ):
-                return f"{PREFIX}{slot.module}.lora_A.weight" in self._keys
-            return config.selects(slot.module)
+            return is_selected(_site(slot), self._config, self._keys)
         except TimeoutError as error:
             self._problems.append(f"{CONFIG_NAME}: {error}")
             return False
