@@ -59,12 +59,31 @@ def exact(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 def results(name: str, graph_module: nn.Module) -> dict[str, torch.Tensor]:
     """Return the output and the gradients of all factors."""
-    output = run(name, graph_module, 3, 11, 5)[0]
+    return outcome(run(name, graph_module, 3, 11, 5)[0], dict(graph_module.named_parameters()))
+
+
+def outcome(output: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return an output and the gradients that it gives to those of these tensors that have one."""
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output.dtype)
-    trained = {key: p for key, p in graph_module.named_parameters() if p.requires_grad}
+    trained = {key: tensor for key, tensor in tensors.items() if tensor.requires_grad}
     gradients = torch.autograd.grad((output * weight).sum(), list(trained.values()), allow_unused=True)
     found = {key: value for key, value in zip(trained, gradients, strict=True) if value is not None}
     return {"output": output.detach(), **found}
+
+
+def kept(graph_module: nn.Module, x: torch.Tensor) -> int:
+    """Return the bytes that a graph keeps for its backward pass, beside its parameters."""
+    storages = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = graph_module(x)
+    assert outputs[0].requires_grad
+    own = {p.untyped_storage().data_ptr() for p in graph_module.parameters()}
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in storages.items() if key not in own)
 
 
 def distances(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -382,24 +401,12 @@ def test_autocast_gives_what_it_gives_the_plain_graph(dtype: torch.dtype) -> Non
 
 
 def test_beside_half_precision_the_input_is_kept_once_and_in_half_precision() -> None:
-    def kept(graph_module: nn.Module) -> int:
-        storages = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storages[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            outputs = graph_module(x)
-        assert outputs[0].requires_grad
-        own = {p.untyped_storage().data_ptr() for p in graph_module.parameters()}
-        return sum(tensor.untyped_storage().nbytes() for key, tensor in storages.items() if key not in own)
-
     def forward(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.lin(x), self.other(x)
 
     x = torch.randn(7, 11, 4).bfloat16()
-    before, after = map(kept, two(module(forward, other=nn.Linear(4, 5)).bfloat16().eval(), x))
+    graphs = two(module(forward, other=nn.Linear(4, 5)).bfloat16().eval(), x)
+    before, after = (kept(graph, x) for graph in graphs)
     small = 2 * 7 * 11 * 3 * 4
     assert after == x.nbytes + small
     assert before >= 2 * 2 * x.nbytes + small

@@ -12,6 +12,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, EACH, branched, build, inputs
 from conftest import set_factors
+from test_fusion import outcome
 from torch import fx, nn
 
 import lora_fx
@@ -66,12 +67,7 @@ def results(name: str, call: Any, tensors: Mapping[str, torch.Tensor], draw: int
     """Return the output and the gradients of all factors, with the masks of one seed."""
     batch = inputs(name, 3, 11, 5, seed=draw)
     torch.manual_seed(draw)
-    output = call(**batch)[0]
-    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output.dtype)
-    trained = {key: tensor for key, tensor in tensors.items() if tensor.requires_grad}
-    gradients = torch.autograd.grad((output * weight).sum(), list(trained.values()), allow_unused=True)
-    found = {key: value for key, value in zip(trained, gradients, strict=True) if value is not None}
-    return {"output": output.detach(), **found}
+    return outcome(call(**batch)[0], tensors)
 
 
 def distances(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from architectures import build, inputs, run
 from conftest import set_factors, unchanged
 from made import module
+from test_fusion import kept
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -116,20 +117,6 @@ def test_a_lowered_graph_has_its_dropouts_with_their_rate_and_mode() -> None:
     assert all(each.training for each in lowered.modules())
     assert first_difference(lower(lora_fx.fuse(plain)), plain) is None
     assert first_difference(lora_fx.fuse(lora_fx.fuse(plain)), lora_fx.fuse(plain)) is None
-
-
-def kept(graph: nn.Module, x: torch.Tensor) -> int:
-    storages = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = graph(x)
-    assert outputs[0].requires_grad
-    own = {p.untyped_storage().data_ptr() for p in graph.parameters()}
-    return sum(tensor.untyped_storage().nbytes() for key, tensor in storages.items() if key not in own)
 
 
 @PRECISIONS

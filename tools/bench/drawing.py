@@ -15,17 +15,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
 import torch
-import transformers
 import typer
 from lengthening import lengthened
 from results import Conditions
 from rich.console import Console
+from shapes import LLAMA_8B
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path += [str(ROOT / "tests"), str(ROOT / "tools")]
@@ -69,16 +69,8 @@ class Looked:
 
 def traced(layers: int) -> lora_fx.TracedGraphModule:
     """Return the trace of a Llama with the widths of 8B and so many layers."""
-    config = transformers.LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    )
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config).eval()
+        model = replace(LLAMA_8B, layers=layers).build().eval()
     return lora_fx.trace(model, inference=True)
 
 

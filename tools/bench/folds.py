@@ -17,7 +17,7 @@ from typing import Annotated
 import checkpoint_fold
 import folding
 import typer
-from results import Conditions, Goal, Measured, Result, save, table
+from results import Conditions, Goal, Measured, Result, report
 from tqdm import tqdm
 
 
@@ -81,9 +81,7 @@ def main(
     for row in rows:
         size = 0.02 if tiny else gigabytes or {"C6": 1.0, "C7": 2.0}[row]
         found.append(in_memory(size, repetitions) if row == "C6" else on_disk(size, repetitions, peft=not tiny))
-    if json is not None:
-        save(json, found)
-    print(table(found))
+    report(found, json)
 
 
 EXAMPLES = "Example:  python tools/bench/folds.py C6 C7 --repetitions 5 --json found.json"

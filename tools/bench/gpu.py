@@ -29,7 +29,7 @@ import transformers
 import typer
 from contenders import PREFIX, Adapter, Contender, compared, contenders, set_factors
 from measuring import alternating, peak_bytes, shown
-from results import Conditions, Goal, Measured, Result, save, table
+from results import Conditions, Goal, Measured, Result, report
 from shapes import Llama, batch_of, built
 from torch import nn
 from tracing import LLAMA_8B
@@ -225,9 +225,7 @@ def main(
             ) from error
         if device == "cuda":
             torch.cuda.empty_cache()
-    if json is not None:
-        save(json, found)
-    print(table(found))
+    report(found, json)
 
 
 EXAMPLES = (

@@ -18,7 +18,7 @@ import transformers
 import typer
 from contenders import set_factors
 from measuring import alternating, difference, shown
-from results import Conditions, Goal, Measured, Result, save, table
+from results import Conditions, Goal, Measured, Result, report
 from shapes import Llama, batch_of
 
 import lora_fx
@@ -74,9 +74,7 @@ def main(
     torch.set_num_threads(threads)
     model, sizes = (MODEL.tiny(), (2, 8)) if tiny else (MODEL, (4, 128))
     found = measured(model, *sizes, repetitions, compiled=compiled)
-    if json is not None:
-        save(json, [found])
-    print(table([found]))
+    report([found], json)
 
 
 EXAMPLES = "Example:  python tools/bench/inference.py --no-compile --json found.json"

@@ -209,6 +209,14 @@ def save(path: Path, results: Iterable[Result]) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
+def report(results: Iterable[Result], path: Path | None) -> None:
+    """Print the table of rows, and write them as JSON where a path is given."""
+    found = list(results)
+    if path is not None:
+        save(path, found)
+    print(table(found))
+
+
 def load(path: Path) -> list[Result]:
     """Read rows that were saved."""
     return [Result.from_json(each) for each in json.loads(path.read_text(encoding="utf-8"))]

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
 from lengthening import lengthened, nodes_in
 from results import Conditions
 from rich.console import Console
+from shapes import Llama
 
 sys.path.append(str(Path(__file__).parent.parent))
 
@@ -39,7 +39,7 @@ from lora_fx.planning import plan_graph
 from lora_fx.ruleset import load
 
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000)
-LAYERS = 3
+TINY = Llama(width=32, inner=64, layers=3, heads=4, groups=2, vocabulary=64)
 
 BY_NAME = {"defaults": {"rank": 4}, "select": [{"target": ["q_proj", "v_proj"]}]}
 BY_ROLE = {"defaults": {"rank": 4}, "select": [{"role": ["self_attention.query", "self_attention.value"]}]}
@@ -47,23 +47,15 @@ BY_ROLE = {"defaults": {"rank": 4}, "select": [{"role": ["self_attention.query",
 
 def traced() -> lora_fx.TracedGraphModule:
     """Return the trace of a tiny Llama."""
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
     torch.manual_seed(0)
-    return lora_fx.trace(transformers.LlamaForCausalLM(config).eval(), inference=True)
+    return lora_fx.trace(TINY.build().eval(), inference=True)
 
 
 def of_size(graph_module: lora_fx.TracedGraphModule, nodes: int) -> lora_fx.TracedGraphModule:
     """Return a longer graph of about this many nodes."""
     missing = nodes - len(graph_module.graph.nodes)
-    layer = len(nodes_in(graph_module.graph, f"model.layers.{LAYERS - 1}"))
-    return lengthened(graph_module, LAYERS, LAYERS + max(1, round(missing / layer)))
+    layer = len(nodes_in(graph_module.graph, f"model.layers.{TINY.layers - 1}"))
+    return lengthened(graph_module, TINY.layers, TINY.layers + max(1, round(missing / layer)))
 
 
 def times_of(graph: lora_fx.TracedGraphModule, repetitions: int, status: Callable[[str], None]) -> dict[str, float]:

@@ -54,6 +54,10 @@ class Llama:
         return replace(self, width=32, inner=48, layers=layers, heads=4, groups=groups, vocabulary=VOCABULARY)
 
 
+LLAMA_8B = Llama(width=4096, inner=14336, layers=32, heads=32, groups=8, vocabulary=128256)
+LLAMA_70B = Llama(width=8192, inner=28672, layers=80, heads=64, groups=8, vocabulary=128256)
+
+
 @dataclass(frozen=True)
 class MT5:
     """An encoder–decoder with the blocks of mT5."""

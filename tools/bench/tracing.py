@@ -19,16 +19,13 @@ from unittest import mock
 import torch
 import typer
 from measuring import apart
-from results import Conditions, Goal, Measured, Result, save, table
-from shapes import Llama, built
+from results import Conditions, Goal, Measured, Result, report
+from shapes import LLAMA_8B, LLAMA_70B, Llama, built
 from torch import nn
 from tqdm import tqdm
 
 import lora_fx
 from lora_fx.comparison import first_difference
-
-LLAMA_8B = Llama(width=4096, inner=14336, layers=32, heads=32, groups=8, vocabulary=128256)
-LLAMA_70B = Llama(width=8192, inner=28672, layers=80, heads=64, groups=8, vocabulary=128256)
 
 
 @dataclass(frozen=True)
@@ -142,9 +139,7 @@ def main(
     torch.set_num_threads(1)
     shapes = (LLAMA_8B.tiny(5), LLAMA_70B.tiny(6)) if tiny else (LLAMA_8B, LLAMA_70B)
     found = measured(repetitions, *shapes)
-    if json is not None:
-        save(json, [found])
-    print(table([found]))
+    report([found], json)
 
 
 EXAMPLES = "Example:  python tools/bench/tracing.py --repetitions 1 --json found.json"

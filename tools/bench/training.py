@@ -21,7 +21,7 @@ import transformers
 import typer
 from contenders import NAMES, Adapter, Contender, compared, contenders
 from measuring import alternating, apart, peak_bytes, resident_bytes, shown
-from results import Conditions, Goal, Measured, Result, save, table
+from results import Conditions, Goal, Measured, Result, report
 from shapes import MT5, Llama, batch_of, built
 from torch import fx
 
@@ -204,9 +204,7 @@ def main(
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(threads)
     found = [measured(row.tiny() if tiny else row, compiled=compiled) for row in chosen(rows)]
-    if json is not None:
-        save(json, found)
-    print(table(found))
+    report(found, json)
 
 
 EXAMPLES = "Examples:  python tools/bench/training.py C1 --compile   ·   python tools/bench/training.py C3 C4 --json found.json"
