@@ -59,8 +59,8 @@ def _run(mode: FakeTensorMode, target: Callable[..., Any], arguments: tuple[Any,
 def _told_apart_by(value: Any) -> Hashable:
     """Return what a computation with fake values depends on: of a tensor what describes it, of a symbolic size the expression."""
     if isinstance(value, torch.Tensor):
-        sizes = _told_apart_by((*value.shape, *value.stride()))
-        return sizes, value.dtype, value.device, value.storage_offset(), value.requires_grad
+        sizes = _told_apart_by((*value.shape, *value.stride(), value.storage_offset()))
+        return sizes, value.dtype, value.device, value.requires_grad
     if isinstance(value, torch.SymInt):
         return value.node.expr  # type: ignore[no-any-return]
     if isinstance(value, list | tuple):
