@@ -147,10 +147,10 @@ class _ReduceDropped(torch.autograd.Function):
             reduced = _rows(gradient).to(dtype)
             if 0 < rate < 1:
                 reduced = reduced / (1 - rate)
-            if value is not None:
-                of_factors.append(reduced.t() @ (value if mask is None else value * mask))
             if needs_x:
                 of_x = _accumulated(of_x, reduced @ factor, mask)
+            if value is not None:
+                of_factors.append(reduced.t() @ (value if mask is None else mask.mul_(value)))
         of_x = None if of_x is None else of_x.to(ctx.narrow).view(ctx.shape)
         return (of_x, None, None, *(of_factors or [None for _ in factors]))
 

@@ -36,7 +36,7 @@ def dropped(x: torch.Tensor, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
     if not draws:
         return x * 0, _packed(kept.zero_())
     kept.bernoulli_(1 - rate)
-    return x * kept.to(x.dtype).div_(1 - rate), _packed(kept)
+    return kept.to(x.dtype).div_(1 - rate).mul_(x), _packed(kept)  # in place: fresh memory costs more than the product
 
 
 def mask_of(packed: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
