@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -109,6 +112,31 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
     assert "cannot read this config" in run(tmp_path, code=1)[1].replace("\n", " ")
     assert not (tmp_path / "ran").exists()
+
+
+def test_help_waits_for_no_torch() -> None:
+    code = """
+        import sys
+        import lora_fx.cli
+        try:
+            lora_fx.cli.app(["fold", "--help"])
+        finally:
+            print(sorted({"torch", "transformers", "onnx"} & set(sys.modules)))
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("before", ["", "import lora_fx.fold_report, lora_fx.folding, lora_fx.export._onnx"])
+def test_each_name_of_the_package_is_what_it_says_whatever_was_imported_before(before: str) -> None:
+    code = f"""
+        {before}
+        import lora_fx
+        modules = [name for name in lora_fx.__all__ if type(getattr(lora_fx, name)).__name__ == "module"]
+        assert modules == ["export", "huggingface"], modules
+        assert set(lora_fx.__all__) <= set(dir(lora_fx))
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
 def test_help_has_examples() -> None:

@@ -341,14 +341,9 @@ def test_loading_and_unloading_disturb_no_call(session: OnnxSession, directory: 
     assert session.adapters == ("a", "b")
 
 
-def test_serving_itself_needs_no_torch(directory: Path) -> None:
-    """``import lora_fx`` imports torch; the modules that serve do not, and run without that package's own imports."""
+def test_serving_needs_no_torch(directory: Path) -> None:
     code = f"""
-        import sys, types
-        import importlib.util
-        package = types.ModuleType("lora_fx")
-        package.__path__ = [{str(Path(lora_fx.__file__).parent)!r}]
-        sys.modules["lora_fx"] = package
+        import sys
         import numpy
         from lora_fx.runtime import OnnxSession
         session = OnnxSession({str(directory / "slots.onnx")!r})

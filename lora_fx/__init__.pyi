@@ -1,0 +1,65 @@
+from . import export, huggingface
+from .activating import activate
+from .adapters import from_adapter, load_adapter, save_adapter
+from .combining import combine
+from .drawing import draw
+from .errors import (
+    AdapterError,
+    ExportError,
+    FoldError,
+    InputError,
+    LoraFxError,
+    PlanError,
+    RuleError,
+    TraceError,
+    VerifyError,
+)
+from .fold_report import FoldReport, fold_report
+from .folding import fold, recipe
+from .fusion import fuse
+from .graph_module import TracedGraphModule
+from .materializing import materialize
+from .parameters import ParameterSummary, lora_plus_groups, parameter_summary
+from .planning import Plan, plan
+from .rewriting import rewrite
+from .tracing import trace
+from .transferring import transfer
+from .unloading import unload
+from .verification import verify
+
+__all__ = [
+    "AdapterError",
+    "ExportError",
+    "FoldError",
+    "FoldReport",
+    "InputError",
+    "LoraFxError",
+    "ParameterSummary",
+    "Plan",
+    "PlanError",
+    "RuleError",
+    "TraceError",
+    "TracedGraphModule",
+    "VerifyError",
+    "activate",
+    "combine",
+    "draw",
+    "export",
+    "fold",
+    "fold_report",
+    "from_adapter",
+    "fuse",
+    "huggingface",
+    "load_adapter",
+    "lora_plus_groups",
+    "materialize",
+    "parameter_summary",
+    "plan",
+    "recipe",
+    "rewrite",
+    "save_adapter",
+    "trace",
+    "transfer",
+    "unload",
+    "verify",
+]
