@@ -13,13 +13,15 @@ from torch import nn
 from torch.func import functional_call
 
 from lora_fx.attaching import new_factors_like
-from lora_fx.beside import difference
-from lora_fx.checks import InputCheck, RelationCheck, add_checks, remove_checks
+from lora_fx.beside import GraphFailed, ModelFailed, difference
+from lora_fx.checks import Constraints, InputCheck, RelationCheck, add_checks, remove_checks
 from lora_fx.errors import LoraFxError, TraceError
+from lora_fx.examples import cut_or_repeated
 from lora_fx.factors import is_of_adapter, is_places, original_name
 from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, described, state_of, trainable_names
-from lora_fx.inputs import example_inputs, graph_inputs
+from lora_fx.inputs import ExampleInputs, example_inputs, graph_inputs
 from lora_fx.probing import examples_of, without_artefacts
+from lora_fx.relations import UNBOUNDED
 from lora_fx.states import checked
 from lora_fx.unloading import unload
 
@@ -122,6 +124,7 @@ def _probed(graph_module: TracedGraphModule, like: nn.Module, trainable: frozens
     constraints = remove_checks(base_graph, state.modules)
     if list(constraints.ranges) != list(graph_inputs(inputs)):
         return graph_module
+    inputs = _covered(inputs, constraints)
     unchecked = assemble(base_graph, state_of(base), meta={}, training=False, trainable=frozenset())
     tensors = dict(state_of(unchecked).tensors)
     like.eval()
@@ -130,7 +133,12 @@ def _probed(graph_module: TracedGraphModule, like: nn.Module, trainable: frozens
         return functional_call(like, tensors, args, kwargs)
 
     with torch.random.fork_rng():
-        unlike = difference(model, unchecked, inputs)
+        try:
+            unlike = difference(model, unchecked, inputs)
+        except ModelFailed:  # its inputs do not follow from its config after all
+            return graph_module
+        except GraphFailed as error:
+            unlike = str(error)
         if unlike is not None:
             raise LoraFxError(
                 f"with its weights, the graph does not compute what {type(like).__name__} does: {unlike}. "
@@ -147,6 +155,21 @@ def _probed(graph_module: TracedGraphModule, like: nn.Module, trainable: frozens
     own = {**graph_module.meta["lora_fx"], "examples": examples_of(inputs, found)}
     meta = {**graph_module.meta, "lora_fx": own}
     return assemble(graph, with_checks, meta=meta, training=graph_module.training, trainable=trainable)
+
+
+def _covered(inputs: ExampleInputs, constraints: Constraints) -> ExampleInputs:
+    """Return inputs of sizes for which a graph holds: it may have been traced for one size alone."""
+    sized = {
+        name: cut_or_repeated(value, torch.Size(map(_clamped, value.shape, constraints.ranges[name])))
+        for name, value in inputs.kwargs.items()
+        if name in constraints.ranges
+    }
+    return replace(inputs, kwargs={**inputs.kwargs, **sized})
+
+
+def _clamped(size: int, within: tuple[int, int]) -> int:
+    low, high = within
+    return max(size, low) if high == UNBOUNDED else min(max(size, low), high)
 
 
 @contextmanager

@@ -86,3 +86,20 @@ def test_buffers_of_a_plain_module_come_from_one_like_it() -> None:
     x = torch.randn(3, 6)
     assert torch.equal(graph_module(x), model(x))
     assert "scale" not in graph_module.state_dict()
+
+
+@pytest.mark.parametrize(("sizes", "dynamic"), [((1, 8), (1,)), ((2, 8), (0,)), ((2, 8), (1,))])
+def test_a_graph_that_was_traced_on_meta_for_one_size_alone_is_compared_at_that_size(
+    sizes: tuple[int, int], dynamic: tuple[int]
+) -> None:
+    names = ("input_ids", "attention_mask")
+    examples = {name: torch.ones(sizes, dtype=torch.int64, device="meta") for name in names}
+    empty = lora_fx.trace(on_meta("llama"), example_inputs=examples, dynamic=dict.fromkeys(names, dynamic))
+    model = build("llama").eval()
+    ready = lora_fx.materialize(empty, model.state_dict()).eval()
+    for more in (0, 3):
+        shape = [size + more * (dim in dynamic) for dim, size in enumerate(sizes)]
+        given = {name: torch.ones(shape, dtype=torch.int64) for name in names}
+        assert torch.equal(ready(**given)[0], model(**given, use_cache=False)[0])
+    with pytest.raises(lora_fx.InputError):
+        ready(**{name: torch.ones(sizes[0] + 1, sizes[1] + 1, dtype=torch.int64) for name in names})
