@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers.models.auto import modeling_auto
 
 from lora_fx.errors import TraceError
 from lora_fx.example_rules import rule_inputs
+from lora_fx.examples import cut_or_repeated
 from lora_fx.ruleset import RuleSet
 
 # Small, distinct, and no divisors of each other, so that a size taken for another shows.
@@ -159,6 +160,27 @@ def _is_for(kind: str, tasks: tuple[str, ...]) -> bool:
     return any(
         kind == name or (isinstance(name, tuple) and kind in name) for names in mappings for name in names.values()
     )
+
+
+def varied(inputs: ExampleInputs, dynamic: Mapping[str, Sequence[int]] | None) -> ExampleInputs:
+    """Return the inputs twice over in those dimensions of size 1 that must vary: torch.export takes a size of 1 for a constant.
+
+    Args:
+        inputs: keyword inputs; others stay as they are.
+        dynamic: input → dimensions that must vary; ``None``: those that have a name in ``inputs.axes``.
+    """
+
+    def of_two(name: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        axes = inputs.axes.get(name, ())
+        varies = (
+            {dim for dim, axis in enumerate(axes) if axis is not None} if dynamic is None else dynamic.get(name, ())
+        )
+        sizes = [2 if size == 1 and dim in varies else size for dim, size in enumerate(value.shape)]
+        return cut_or_repeated(value, torch.Size(sizes))
+
+    return replace(inputs, kwargs={name: of_two(name, value) for name, value in inputs.kwargs.items()})
 
 
 def graph_inputs(inputs: ExampleInputs) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from lora_fx.errors import TraceError, first_line
 from lora_fx.exporting import Dynamic, check_inputs, export, in_order, tie, uncollected
 from lora_fx.gradients import check_functions, check_hooks, recorded_interference
 from lora_fx.graph_module import State, TracedGraphModule, assemble, check_names, copy_graph, state_of, trainable_names
-from lora_fx.inputs import ExampleInputs, config_of, with_labels
+from lora_fx.inputs import ExampleInputs, config_of, varied, with_labels
 from lora_fx.inputs import example_inputs as make_inputs
 from lora_fx.modes import check_constants, remove_inactive_dropout, unite_modes
 from lora_fx.preserving import is_exported, mode_of, preserved, set_mode, stateless
@@ -67,7 +67,7 @@ def trace(
             exported, and needs ``inference=True``. Its parameters keep their names, and its guards become input checks.
         example_inputs: keyword inputs as a mapping, or positional ones as a tuple. Made from the config of a transformers
             model when left out; those of the program for an ``ExportedProgram``. Values that are not tensors become constants
-            of the graph.
+            of the graph. Dimensions that must vary may have size 1: they are traced with 2.
         dynamic: input name → dimensions that may vary. By default batch and sequence of a transformers model must, and
             every other dimension may wherever the model allows.
         labels: trace a transformers model with labels, so that the graph returns the model's loss. Where ``example_inputs`` have
@@ -98,7 +98,7 @@ def trace(
         if labels:
             inputs = with_labels(model, inputs)
         check_inputs(model, inputs, dynamic)
-        inputs = in_order(model, inputs)
+        inputs = varied(in_order(model, inputs), dynamic)
         training = mode_of(model, inference=inference)
         if labels:
             _check_loss(model, inputs)

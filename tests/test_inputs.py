@@ -169,3 +169,30 @@ def test_inputs_of_rules_take_the_place_of_those_made_from_the_config() -> None:
     ids, kinds = torch.randint(0, 97, (5, 13)), torch.randint(0, 2, (5, 13))
     assert torch.equal(graph_module(ids, token_type_ids=kinds)[0], model(ids, token_type_ids=kinds)[0])
     assert len(lora_fx.plan(model, rules).chosen) == 3
+
+
+@pytest.mark.parametrize("sequence", [1, 6])
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_one_example_of_one_token_or_more_is_enough_for_any_number_of_both(name: str, sequence: int) -> None:
+    model = architectures.model(name).eval()
+    one = architectures.inputs(name, 1, sequence, sequence)
+    before = {key: value.clone() for key, value in one.items()}
+    graph_module = lora_fx.trace(model, example_inputs=one, inference=True)
+    assert all(torch.equal(one[key], value) for key, value in before.items())
+    for size in ((1, 1, 1), (1, 7, 5), (3, 11, 4)):
+        batch = architectures.inputs(name, *size)
+        expected = model(**batch, **architectures.ARCHITECTURES[name].constants)[0]
+        assert torch.equal(graph_module(**batch)[0], expected)
+
+
+def test_a_dimension_of_size_one_that_is_to_vary_does_and_no_other() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x * y
+
+    given = {"x": torch.randn(1, 3), "y": torch.randn(1, 3)}
+    graph_module = lora_fx.trace(Scaled(), example_inputs=given, dynamic={"x": (0,)})
+    batch = {"x": torch.randn(5, 3), "y": torch.randn(1, 3)}
+    assert torch.equal(graph_module(**batch), batch["x"] * batch["y"])
+    with pytest.raises(lora_fx.InputError, match=r"'y' has size 5 in dimension 0, and the trace holds for 1 alone"):
+        graph_module(x=torch.randn(5, 3), y=torch.randn(5, 3))
