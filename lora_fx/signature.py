@@ -7,6 +7,7 @@ arguments by the signature of the model's ``forward``, and whatever differs from
 
 from __future__ import annotations
 
+import copy
 import inspect
 import keyword
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import InputError, TraceError, did_you_mean
+from lora_fx.generated_code import shortened
 from lora_fx.provenance import source_line
 
 
@@ -166,6 +168,19 @@ class InputCodeGen(_PyTreeCodeGen):
         return (
             f"def forward(self, *args, **kwargs){maybe_return_annotation}:\n    {bound}{_GLOBAL}.tensors(args, kwargs)"
         )
+
+    def _gen_python_code(
+        self, nodes: Any, root_module: str, namespace: Any, *, verbose: bool = False, **options: Any
+    ) -> fx.graph.PythonCode:
+        """Return the code that runs; what is printed for a person (``verbose``) names the operators."""
+        given = self._body_transformer
+
+        def transformed(body: list[str]) -> list[str]:
+            return shortened(body if given is None else given(body), tuple(nodes), root_module)
+
+        of_its_own = copy.copy(self)  # graphs share this object
+        of_its_own._body_transformer = given if verbose else transformed
+        return _PyTreeCodeGen._gen_python_code(of_its_own, nodes, root_module, namespace, verbose=verbose, **options)
 
     def additional_globals(self) -> list[tuple[str, Any]]:
         """Return what the generated code speaks of."""

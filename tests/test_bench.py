@@ -120,9 +120,10 @@ def test_tracing_is_measured_in_full_and_stamped_which_give_the_same_graph(
     assert len(result.asked()) == len(result.goals) == 3
 
 
-def test_folded_inference_is_measured_beside_the_model(tmp_path: Path) -> None:
-    result = inference.measured(inference.MODEL.tiny(), 2, 8, 3, compiled=False)
-    check(result, tmp_path / "row.json", "C9")
+@pytest.mark.parametrize("row", inference.ROWS, ids=lambda row: row.name)
+def test_folded_inference_is_measured_beside_the_model(row: inference.Row, tmp_path: Path) -> None:
+    result = inference.measured(dataclasses.replace(row.tiny(), compiled=False))
+    check(result, tmp_path / "row.json", row.name)
     assert result["folded"].difference == 0
 
 

@@ -1,0 +1,134 @@
+"""The code of a graph in fewer steps of Python than torch.fx writes it in: what a small batch waits for.
+
+torch.fx calls operators as ``torch.ops.aten.add.Tensor``, which looks its arguments up in a schema at each call; ``torch.add``
+knows them, is the same operator after a microsecond less, and stands here for those that models are made of. And
+torch.fx looks for each tensor from the root, through a Python function for each part of its name; here the modules on the way
+are looked up once a call.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+BINDINGS: Mapping[Any, str] = {
+    aten.add.Tensor: "torch.add",
+    aten.addmm.default: "torch.addmm",
+    aten.bmm.default: "torch.bmm",
+    aten.cat.default: "torch.cat",
+    aten.contiguous.default: "torch.Tensor.contiguous",
+    aten.cos.default: "torch.cos",
+    aten.div.Tensor: "torch.div",
+    aten.embedding.default: "torch.embedding",
+    aten.expand.default: "torch.Tensor.expand",
+    aten.gelu.default: "torch._C._nn.gelu",
+    aten.index_select.default: "torch.index_select",
+    aten.layer_norm.default: "torch.layer_norm",
+    aten.linear.default: "torch._C._nn.linear",
+    aten.matmul.default: "torch.matmul",
+    aten.mean.dim: "torch.mean",
+    aten.mul.Tensor: "torch.mul",
+    aten.neg.default: "torch.neg",
+    aten.permute.default: "torch.permute",
+    aten.pow.Tensor_Scalar: "torch.pow",
+    aten.relu.default: "torch.relu",
+    aten.reshape.default: "torch.reshape",
+    aten.rsqrt.default: "torch.rsqrt",
+    aten.scaled_dot_product_attention.default: "torch._C._nn.scaled_dot_product_attention",
+    aten.select.int: "torch.select",
+    aten.silu.default: "torch._C._nn.silu",
+    aten.sin.default: "torch.sin",
+    aten.softmax.int: "torch.softmax",
+    aten.sub.Tensor: "torch.sub",
+    aten.tanh.default: "torch.tanh",
+    aten.to.dtype: "torch.Tensor.to",
+    aten.transpose.int: "torch.transpose",
+    aten.unsqueeze.default: "torch.unsqueeze",
+    aten.view.default: "torch.Tensor.view",
+}
+"""Operator → the expression of a function that is the same operator for the same arguments."""
+
+MOST_BY_POSITION: Mapping[Any, int] = {aten.to.dtype: 4}
+"""Operator → how many arguments its function takes by position, where that is fewer than the operator does."""
+
+_COUNTER = re.compile(r"# COUNTER: (\d+)\n")
+
+
+def shortened(body: Sequence[str], nodes: Sequence[fx.Node], root: str) -> list[str]:
+    """Return the statements of a ``forward`` that compute the same.
+
+    Args:
+        body: as a transformer of ``fx.Graph.on_generate_code`` is given it: before what belongs to the n-th node stands a
+            line that says so.
+        nodes: of the graph.
+        root: what the code calls the module.
+    """
+    owners = _Owners(root, {node.name for node in nodes})
+    made: list[str] = []
+    node: fx.Node | None = None
+    for text in body:
+        made.append(text if node is None else _statement(text, node, owners))
+        counter = _COUNTER.fullmatch(text)
+        node = None if counter is None else nodes[int(counter[1])]
+    return made
+
+
+def _statement(text: str, node: fx.Node, owners: _Owners) -> str:
+    """Return the statement of a node; any other text as it is."""
+    if _has_binding(node):
+        return text.replace(f"{node.name} = torch.ops.{node.target}(", f"{node.name} = {BINDINGS[node.target]}(", 1)
+    if node.op in ("get_attr", "call_module"):
+        *path, last = str(node.target).split(".")
+        before = f"{node.name} = {_attribute(owners.root, [*path, last])}"
+        if text.startswith(before):
+            looked_up, owner = owners.of(path)
+            return f"{looked_up}{node.name} = {_attribute(owner, [last])}{text.removeprefix(before)}"
+    return text
+
+
+def _has_binding(node: fx.Node) -> bool:
+    """Tell whether Python's function takes the arguments as they are: it has names of its own for those given by position."""
+    if node.op != "call_function" or node.target not in BINDINGS:
+        return False
+    return node.kwargs.keys() <= _by_keyword_alone(node.target) and len(node.args) <= MOST_BY_POSITION.get(
+        node.target, len(node.args)
+    )
+
+
+@functools.cache
+def _by_keyword_alone(operator: Any) -> frozenset[str]:
+    return frozenset(argument.name for argument in operator._schema.arguments if argument.kwarg_only)
+
+
+class _Owners:
+    """The local variables that hold the modules on the way to what a ``forward`` reads."""
+
+    def __init__(self, root: str, taken: set[str]) -> None:
+        self.root = root
+        self._names: Iterator[str] = (name for n in range(2**62) if (name := f"_module_{n}") not in taken)
+        self._known: dict[tuple[str, ...], str] = {(): root}
+
+    def of(self, path: Sequence[str]) -> tuple[str, str]:
+        """Return the assignments that are still to be made, and the variable that holds the module of this path."""
+        assignments = ""
+        for length in range(1, len(path) + 1):
+            key = tuple(path[:length])
+            if key not in self._known:
+                owner, name = self._known[key[:-1]], next(self._names)
+                assignments += f"{name} = {_attribute(owner, [key[-1]])}; "
+                self._known[key] = name
+        return assignments, self._known[tuple(path)]
+
+
+def _attribute(owner: str, path: Sequence[str]) -> str:
+    """Return the expression by which torch.fx reads an attribute of an attribute."""
+    for part in path:
+        owner = f"{owner}.{part}" if part.isidentifier() else f'getattr({owner}, "{part}")'
+    return owner
