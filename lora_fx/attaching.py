@@ -24,6 +24,7 @@ from torch import fx, nn
 
 from lora_fx.branches import find_branches
 from lora_fx.errors import PlanError
+from lora_fx.exporting import uncollected
 from lora_fx.factors import adapters, copy_name
 from lora_fx.fake_values import FakeValues
 from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph, state_of, trainable_names
@@ -39,6 +40,7 @@ from lora_fx.states import checked
 aten = torch.ops.aten
 
 
+@uncollected()
 def attach(
     graph_module: TracedGraphModule,
     plan: Plan,

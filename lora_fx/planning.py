@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import PlanError, RuleError, did_you_mean
+from lora_fx.exporting import uncollected
 from lora_fx.factors import BranchNames, adapters, is_factor, original_name
 from lora_fx.features import Features
 from lora_fx.graph_module import TracedGraphModule, state_of
@@ -189,6 +190,7 @@ def plan(
     return plan_graph(trace(model, inputs, inference=True), ruleset)
 
 
+@uncollected()
 def plan_graph(graph_module: fx.GraphModule, rules: RuleSet) -> Plan:
     """Decide for each site of a graph. Raises as :func:`plan` does."""
     graph_module = unpacked(graph_module)

@@ -93,7 +93,7 @@ def trace(
             example_inputs = ExampleInputs(*model.example_inputs)
         model = model.module()
     _check_model(model)
-    with preserved(model):
+    with uncollected(), preserved(model):
         inputs = _inputs_of(model, example_inputs)
         if labels:
             inputs = with_labels(model, inputs)
@@ -105,7 +105,7 @@ def trace(
         if is_exported(model):
             tie(model)
         traced = _trace_equal_layers_once(_Task(model, inputs, dynamic, labels, inference))
-    return checked(traced.train(training), "base")
+        return checked(traced.train(training), "base")
 
 
 @dataclass(frozen=True)
@@ -234,8 +234,7 @@ def _reason(error: Exception) -> BaseException:
 
 def _trace_all(task: _Task) -> TracedGraphModule:
     """Trace in all modes, run the graph beside the model, and put checks into it of what it holds for."""
-    with uncollected():
-        united = _trace(task, training=False) if task.inference else _trace_both(task)
+    united = _trace(task, training=False) if task.inference else _trace_both(task)
     state = replace(state_of(task.model), modules=united.modules).with_tensors(united.constants)
     state = replace(state, non_persistent=state.non_persistent | set(united.constants))
     check_names(united.modules)
