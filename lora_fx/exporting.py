@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch._dynamo.config
 from torch import fx, nn
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError, first_line
@@ -38,7 +39,7 @@ def export(
     Raises:
         TraceError: torch.export refuses; the message names the model's own line, or the dimension that it fixes.
     """
-    with _explicit_arguments(model, inputs), broadcast_masks(), quiet(), _without_cache():
+    with _explicit_arguments(model, inputs), broadcast_masks(), quiet(), _without_cache(), _without_code():
         shapes = _dynamic_shapes(model, inputs, dynamic)
         try:
             return torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False, dynamic_shapes=shapes)
@@ -140,6 +141,11 @@ def quiet() -> Iterator[None]:
 def _without_cache() -> AbstractContextManager[None]:
     """Keep torch from keeping fake results: with symbolic sizes a look-up takes as long as computing them."""
     return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)  # type: ignore[no-any-return]
+
+
+def _without_code() -> AbstractContextManager[None]:
+    """Let torch write the code of the graphs that it passes on when something asks for it, which nothing does."""
+    return _use_lazy_graph_module(True)
 
 
 @contextmanager
