@@ -92,7 +92,8 @@ class _Template:
         def call(*args: Any, **kwargs: Any) -> Any:
             if _contents(stub) != planned:
                 self._depart(f"{path!r} was changed before it was called")
-            return self._stand_in(path, args, kwargs)
+            with torch._C.DisableTorchFunction():
+                return self._stand_in(path, args, kwargs)
 
         stub.forward = call
         return stub
