@@ -208,11 +208,18 @@ def numbered(graph: fx.Graph) -> fx.Graph:
     image: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: image[each])
-        name = _NUMBER.sub("", node.name) if node.op == "call_function" else node.name
+        name = _name(node)
         image[node] = made.create_node(node.op, node.target, args, kwargs, name, node.type)
         image[node].meta = {key: node.meta[key] for key in _KEPT if key in node.meta}
     made.set_codegen(graph._codegen)
     return made
+
+
+def _name(node: fx.Node) -> str | None:
+    """Return what a copy of a node is named after; a call of a module after its path."""
+    if node.op == "call_function":
+        return _NUMBER.sub("", node.name)
+    return None if node.op == "call_module" else node.name
 
 
 _NUMBER = re.compile(r"(_\d+)+$")

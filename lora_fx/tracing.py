@@ -138,7 +138,10 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Trace:
-    """A flat graph, what it holds for, the tensors and modules that are not the model's, and its autograd functions."""
+    """A flat graph, what it holds for, the tensors and modules that are not the model's, and its autograd functions.
+
+    There are stubs in it until it is expanded.
+    """
 
     graph: fx.Graph
     constants: Mapping[str, torch.Tensor]
@@ -235,6 +238,8 @@ def _reason(error: Exception) -> BaseException:
 def _trace_all(task: _Task) -> TracedGraphModule:
     """Trace in all modes, run the graph beside the model, and put checks into it of what it holds for."""
     united = _trace(task, training=False) if task.inference else _trace_both(task)
+    if task.classes:
+        united = _expanded(task, united)
     state = replace(state_of(task.model), modules=united.modules).with_tensors(united.constants)
     state = replace(state, non_persistent=state.non_persistent | set(united.constants))
     check_names(united.modules)
@@ -285,10 +290,8 @@ def _trace(task: _Task, *, training: bool) -> _Trace:
         for name, tensor in program.constants.items()
         if name not in state.tensors and isinstance(tensor, torch.Tensor)
     }
-    if task.classes:
-        expanded = expand(graph, task.classes, list(state.tensors))
-        graph, constants = expanded.graph, expanded.with_copies(constants)
-    normal_form.use_first_names(graph, {**{name: name for name in constants}, **state.aliases()})
+    if not task.classes:
+        normal_form.use_first_names(graph, {**{name: name for name in constants}, **state.aliases()})
     graph.eliminate_dead_code()
     signature = inspect.signature(model.forward)
     constraints = constraints_of(program, graph, signature)
@@ -296,6 +299,19 @@ def _trace(task: _Task, *, training: bool) -> _Trace:
         raise Departure("some layers may say in other words what sizes the trace holds for")
     take_inputs(graph, signature, task.inputs.args, task.inputs.kwargs)
     return _Trace(graph, constants, constraints)
+
+
+def _expanded(task: _Task, traced: _Trace) -> _Trace:
+    """Let all layers that were stubs be copies of their templates."""
+    state = state_of(task.model)
+    expanded = expand(traced.graph, task.classes, list(state.tensors), traced.modules)
+    graph, constants = expanded.graph, expanded.with_copies(traced.constants)
+    normal_form.use_first_names(graph, {**{name: name for name in constants}, **state.aliases()})
+    graph.eliminate_dead_code(lambda node: node.op == "call_module" or node.is_impure())
+    unread = next((node.target for node in graph.find_nodes(op="call_module") if not node.users), None)
+    if unread is not None:  # with more layers, the two modes may differ in what is computed for it
+        raise Departure(f"nothing reads what {unread!r} returns")
+    return replace(traced, graph=graph, constants=constants, modules=expanded.modules)
 
 
 def _verified(task: _Task, state: State, meta: dict[str, Any], traced: _Trace) -> Constraints:

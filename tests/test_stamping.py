@@ -335,6 +335,22 @@ class Tied(Stack):
             layer.linear.weight = self.layers[0].linear.weight
 
 
+class DropsForNothing(Layer):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        self.dropout(y)
+        return x + y
+
+
+class DropsByFunction(Layer):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + nn.functional.dropout(self.linear(x), 0.1, self.training)
+
+
+class StackOfDropout(Stack):
+    """Named like a dropout: what its layers drop is called as this module is."""
+
+
 class CallsTwice(Stack):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in [*self.layers, *self.layers]:
@@ -402,6 +418,8 @@ class GivesAnother(Stack):
         (Stack(count=3), "no 4 equal layers"),
         (Tied(), "no 4 equal layers"),
         (CollectingStack(Collects), "which does not return it"),
+        (Stack(DropsForNothing), "nothing reads what"),
+        (nn.Sequential(StackOfDropout(DropsByFunction)), "which is outside of it"),
         (CallsTwice(), "several times"),
         (CallsBackwards(), "before"),
         (LeavesOut(), "is not called"),
@@ -415,6 +433,60 @@ def test_hazards_are_traced_in_full(model: nn.Module, why: str, both: Both) -> N
     _, said = both(model)
     assert "is traced in full" in said
     assert why in said
+
+
+class DropsToo(Stack):
+    """With a dropout of its own, whose name in a graph is like those of operators in the layers."""
+
+    def __init__(self) -> None:
+        super().__init__(DropsByFunction)
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(super().forward(self.dropout(x)))
+
+
+class WritesToItsInput(Layer):
+    def forward(self, x: torch.Tensor) -> None:
+        x.add_(self.dropout(self.linear.bias))
+
+
+class StackOnOneTensor(Stack):
+    def __init__(self) -> None:
+        super().__init__(WritesToItsInput)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + 1
+        for layer in self.layers:
+            layer(x)
+        return self.head(x)
+
+
+class ReturnsMore(Layer):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.linear(x)
+        return x + self.dropout(y), y.exp()
+
+
+class LeavesResults(Stack):
+    def __init__(self) -> None:
+        super().__init__(ReturnsMore)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x, _ = layer(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [DropsToo(), StackOnOneTensor(), LeavesResults(), StackOfDropout(DropsByFunction)],
+    ids=lambda model: type(model).__name__,
+)
+def test_modes_are_one_in_a_template_before_it_is_stamped(model: nn.Module, both: Both) -> None:
+    graph_module, said = both(model)
+    assert "layers stamped" in said
+    assert sum(isinstance(module, nn.Dropout) for module in graph_module.modules()) >= len(model.layers)
 
 
 def _parametrized(index: int) -> nn.Module:

@@ -4,7 +4,7 @@ The graph is walked in order, and each node copied, with what its arguments beca
 template, in which
 
     what the template was given    is what the stub was given
-    parameters, module paths       are those of the layer
+    parameters, modules, paths     are those of the layer
     sizes                          are computed once, by the template
     results                        take the place of the stub's
     inputs that it left otherwise  take their place from there on: a tensor that an operator returns as it is, or that was
@@ -13,12 +13,13 @@ template, in which
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from lora_fx.stamping._bodies import Body, find_bodies, is_size, stack_of
 from lora_fx.stamping._calls import Departure
@@ -35,10 +36,12 @@ class Expanded:
     Attributes:
         graph: it.
         constants: name of a numbered constant → the name in the trace of one that has its value.
+        modules: that it calls.
     """
 
     graph: fx.Graph
     constants: Mapping[str, str]
+    modules: Mapping[str, nn.Module]
 
     def with_copies(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the constants of the graph, made of those of the trace; each is a tensor of its own."""
@@ -46,13 +49,19 @@ class Expanded:
         return {**found, **{name: value for name, value in values.items() if name not in self.constants.values()}}
 
 
-def expand(graph: fx.Graph, classes: Iterable[LayerClass], names: Sequence[str]) -> Expanded:
+def expand(
+    graph: fx.Graph,
+    classes: Iterable[LayerClass],
+    names: Sequence[str],
+    modules: Mapping[str, nn.Module],
+) -> Expanded:
     """Make every stub a copy of its template, in a new graph.
 
     Args:
         graph: flat, each tensor read by one node at its head.
         classes: of the layers that were stubs.
         names: of all tensors of the model, in the order in which a graph reads them.
+        modules: that the graph calls.
 
     Raises:
         Departure: the graph of a full trace is not known.
@@ -61,9 +70,10 @@ def expand(graph: fx.Graph, classes: Iterable[LayerClass], names: Sequence[str])
     bodies = {body.path: body for body in find_bodies(graph, ranks)}
     moves = {path: Moved(each.paths[0], path) for each in classes if each.paths[0] in bodies for path in each.paths[1:]}
     constants = constant_names(graph, bodies, moves, ranks)
-    made = _Expansion(graph, bodies, moves, constants, ranks).made
+    expansion = _Expansion(graph, bodies, moves, constants, ranks, modules)
     renamed = [(new, old) for each in constants.values() for old, new in each.items()]
-    return Expanded(made, dict(sorted(renamed, key=lambda pair: number_of(pair[0]))))
+    in_order = dict(sorted(renamed, key=lambda pair: number_of(pair[0])))
+    return Expanded(expansion.made, in_order, expansion.modules)
 
 
 class _Expansion:
@@ -76,8 +86,11 @@ class _Expansion:
         moves: Mapping[str, Moved],
         constants: Names,
         ranks: Mapping[str, int],
+        modules: Mapping[str, nn.Module],
     ) -> None:
         self.made = fx.Graph()
+        self.modules: dict[str, nn.Module] = {}
+        self._called = modules
         self._bodies, self._moves, self._constants, self._ranks = bodies, moves, constants, ranks
         self._read = list(graph.find_nodes(op="get_attr"))
         self._tensors: dict[str, fx.Node] = {}
@@ -94,7 +107,7 @@ class _Expansion:
         elif node.target is STUB:
             self._stamp(node)
         elif node.target not in (ENTER, LEAVE) and node not in self._became:
-            self._became[node] = self._copy(node, self._became, node.meta)
+            self._became[node] = self._copy(node, self._became)
 
     def _named(self, node: fx.Node, moved: Moved | None = None) -> str:
         """Return the name of what a node reads, in a layer that is stamped or in what is traced."""
@@ -127,17 +140,28 @@ class _Expansion:
         inner.update((node, self._tensors[self._named(node, moved)]) for node in own)
         for node in body.nodes:
             if not is_size(node):  # which torch.export computes once
-                inner[node] = self._copy(node, inner, moved.meta(node.meta))
+                inner[node] = self._copy(node, inner, moved)
         results = dict(enumerate(inner[node] for node in body.results))
         self._became.update((user, results[user.args[1]]) for user in stub.users)  # type: ignore[index]
         changed = zip(given, body.given, body.left, strict=True)
         self._became.update((node, inner[after]) for node, before, after in changed if after is not before)
 
-    def _copy(self, node: fx.Node, became: Mapping[fx.Node, Any], meta: Mapping[str, Any]) -> fx.Node:
+    def _copy(self, node: fx.Node, became: Mapping[fx.Node, Any], moved: Moved | None = None) -> fx.Node:
+        target = node.target if node.op != "call_module" else self._module(str(node.target), moved)
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: became[each])
-        made = self.made.create_node(node.op, node.target, args, kwargs, node.name, node.type)
-        made.meta = dict(meta)
+        made = self.made.create_node(node.op, target, args, kwargs, node.name, node.type)
+        made.meta = dict(node.meta) if moved is None else moved.meta(node.meta)
         return made
+
+    def _module(self, name: str, moved: Moved | None) -> str:
+        """Return the name of a module that is called; each layer has its own."""
+        if moved is None:
+            self.modules[name] = self._called[name]
+            return name
+        if not moved.is_below(name):
+            raise Departure(f"{moved.old!r} calls {name!r}, which is outside of it")
+        self.modules[moved.name(name)] = copy.deepcopy(self._called[name])
+        return moved.name(name)
 
 
 def _called(stub: fx.Node) -> tuple[str, list[fx.Node]]:

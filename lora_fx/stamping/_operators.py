@@ -40,6 +40,7 @@ def _no_gradient(_context: Any, *_gradients: Any) -> Any:
 
 for _marker in (ENTER, LEAVE):
     torch.library.register_fake(_marker, _nothing, lib=_library)
-    torch.fx.node.has_side_effect(_marker)
 torch.library.register_fake(STUB, _empty, lib=_library)
+for _mark in (ENTER, LEAVE, STUB):  # what stays of a layer that nothing reads is found out when it has nodes
+    torch.fx.node.has_side_effect(_mark)
 torch.library.register_autograd(STUB, _no_gradient, lib=_library)  # so that results need a gradient as a layer's do

@@ -92,7 +92,7 @@ class _Template:
         def call(*args: Any, **kwargs: Any) -> Any:
             if _contents(stub) != planned:
                 self._depart(f"{path!r} was changed before it was called")
-            with torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction():  # for torch.export's modes, which cost more than the rest
                 return self._stand_in(path, args, kwargs)
 
         stub.forward = call
