@@ -205,7 +205,8 @@ def set_argument(node: fx.Node, name: str, value: Any) -> None:
 
 def _dropout_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
-    own = [path for path, kind in stack.values() if str(getattr(kind, "__name__", kind)).endswith("Dropout")]
+    named = [path for path, kind in stack.values() if str(getattr(kind, "__name__", kind)).endswith("Dropout")]
+    own = [path for path in named if path]  # the model itself has none
     return own[-1] if own else f"{module_path(node)}.dropout".removeprefix(".")
 
 
