@@ -108,7 +108,9 @@ def table(nodes: Sequence[int], times: Mapping[str, Sequence[float]]) -> str:
 
 
 def main(
-    largest: Annotated[int, typer.Option(help="Leave out graphs with more nodes.")] = SIZES[-1],
+    largest: Annotated[
+        int, typer.Option(min=SIZES[1], help="Leave out graphs with more nodes; two sizes show how a cost grows.")
+    ] = SIZES[-1],
     write: Annotated[bool, typer.Option("--write", help="Put the table into README.md.")] = False,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ) -> None:
