@@ -164,10 +164,8 @@ def plan_checkpoint_fold(
         factors |= {key: value.detach() for key, value in values.items() if original_name(key) is None}
         copies |= contents.copies
     merges = {key: merge for merge in _recipe(graph_module) for key in places.of_names(merge.names)}
-    state = state_of(graph_module)
-    replaced = {
-        key: value for name, value in copies.items() for key in places.of_names(state.names()[state.aliases()[name]])
-    }
+    names = _all_names(state_of(graph_module))
+    replaced = {key: value for name, value in copies.items() for key in places.of_names(names[name])}
     changes = Changes(merges=merges, replacements=replaced, tensors=factors)
     return CheckpointFold(checkpoint, changes, tuple((Path(directory), s) for directory, s in adapters))
 
@@ -187,14 +185,19 @@ def fold_checkpoint(
 
 def _check_echoes(files: AdapterFiles, contents: Contents, places: _Places, state: State) -> None:
     """Compare what an adapter's file has of the model's own tensors with the checkpoint."""
-    problems = []
+    problems, names = [], _all_names(state)
     for name, key in contents.echoes.items():
-        for place in places.of_names(state.names()[state.aliases()[name]]):
+        for place in places.of_names(names[name]):
             own = places.checkpoint.read(place)
             if not torch.equal(files.file.read(key).to(own.dtype), own):
                 problems.append(another_value(key, name, own))
     if problems:
         raise AdapterError(str(files.directory), problems)
+
+
+def _all_names(state: State) -> dict[str, tuple[str, ...]]:
+    """Return for each name of a tensor all that it has."""
+    return {name: names for names in state.names().values() for name in names}
 
 
 def _attached(

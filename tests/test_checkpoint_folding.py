@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 import lora_fx
 from lora_fx.checkpoint_folding import fold_checkpoint, plan_checkpoint_fold
 from lora_fx.cli import app
+from lora_fx.graph_module import State
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -124,6 +126,31 @@ def test_trained_modules_and_biases_take_the_place_of_the_models(tmp_path: Path)
     batch = {"input_ids": torch.randint(0, 60, (3, 7))}
     assert torch.allclose(loaded(**batch).logits, wrapped(**batch).logits, atol=1e-6)
     assert not torch.allclose(loaded(**batch).logits, model(**batch).logits, atol=1e-3)
+
+
+def test_names_are_looked_up_as_often_for_many_trained_copies_as_for_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = transformers.BertConfig(vocab_size=60, hidden_size=24, num_hidden_layers=1, num_attention_heads=4)
+    model = transformers.BertForSequenceClassification(config)
+    model.save_pretrained(tmp_path / "base")
+    names, callers = State.names, []
+
+    def counted(state: State) -> Any:
+        callers.append(sys._getframe(1).f_globals["__name__"])
+        return names(state)
+
+    monkeypatch.setattr(State, "names", counted)
+    replaced, asked = [], []
+    for bias in ("none", "all"):
+        adapter(model, tmp_path / bias, target_modules=["query"], bias=bias)
+        callers.clear()
+        plan = plan_checkpoint_fold(tmp_path / "base", [(tmp_path / bias, 1.0)])
+        replaced.append(len(plan.changes.replacements))
+        asked.append(callers.count("lora_fx.checkpoint_folding"))
+    assert replaced[0] == 0
+    assert replaced[1] > 5
+    assert asked[0] == asked[1] > 0
 
 
 def test_a_checkpoint_of_a_model_without_its_head_is_found_by_the_names_of_transformers(tmp_path: Path) -> None:
