@@ -109,15 +109,6 @@ class Merged:
         """Size of the update as a part of that of the weight."""
         return self.update_norm / self.weight_norm if self.weight_norm else math.inf
 
-    def __add__(self, other: Merged) -> Merged:
-        return Merged(
-            self.elements + other.elements,
-            self.unchanged + other.unchanged,
-            self.non_finite + other.non_finite,
-            math.hypot(self.update_norm, other.update_norm),
-            math.hypot(self.weight_norm, other.weight_norm),
-        )
-
 
 def merge_into(
     weight: torch.Tensor, merge: Merge, tensors: Mapping[str, torch.Tensor], out: torch.Tensor | None
@@ -137,28 +128,40 @@ def merge_into(
     products = [_Product.of(update, tensors, precision) for update in merge.updates]
     source = merge.stack(weight)
     result = None if out is None else merge.stack(out)
-    space = _Space.of(source, precision)
-    total = Merged()
+    largest = torch.finfo(weight.dtype).max / 2
+    spaces: dict[int, _Space] = {}
+    still = same = non_finite = 0  # elements without an update, with the same bits before and after, and no numbers
+    update_norms, weight_norms = [], []
     for index, rows in _blocks(source):
-        old = source[index, rows]
-        delta, wide = space.delta[: len(old)], space.wide[: len(old)]
+        old, height = source[index, rows], rows.stop - rows.start
+        space = spaces.get(height) or spaces.setdefault(height, _Space.of(old, precision))
+        delta, wide, new = space.delta, space.wide, space.new
         for number, product in enumerate(products):
             product.block(index, rows, merge.layout, wide if number else delta)
             if number:
                 delta += wide
-        still = _zeros(delta, wide)
+        zeros, update_norm = space.zeros_and_norm()
         wide.copy_(old)
         weight_norm = float(torch.linalg.vector_norm(wide))
         wide += delta
-        new = rounded(wide, weight.dtype) if wide.dtype == torch.float64 else space.new[: len(old)].copy_(wide)
-        if still:
-            new = torch.where(delta == 0, old, new)
-        total += _measured(old, delta, new, still, weight_norm, space.same)
-        if result is not None:
-            result[index, rows] = new
+        place = None if result is None else result[index, rows]
+        if place is not None and place.data_ptr() != old.data_ptr():
+            new = place
+        new.copy_(rounded(wide, weight.dtype) if precision == torch.float64 else wide)
+        if zeros:
+            torch.where(delta == 0, old, new, out=new)
+        still += zeros
+        same += space.same_bits(old, new)
+        if not update_norm + weight_norm < largest:  # no element is larger than its norm
+            non_finite += _non_finite(new, precision)
+        update_norms.append(update_norm)
+        weight_norms.append(weight_norm)
+        if place is not None and new is not place:
+            place.copy_(new)
     if out is not None and result is not None and result.data_ptr() != out.data_ptr():
         out.detach().copy_(result.view(out.shape))
-    return total
+    elements, norms = source.numel() - still, (math.hypot(*update_norms), math.hypot(*weight_norms))
+    return Merged(elements, same - still, non_finite, *norms)
 
 
 def exact_blocks(
@@ -182,8 +185,11 @@ def exact_blocks(
         yield index, rows, exact + delta
 
 
-BLOCK_ELEMENTS = 2**18
+BLOCK_ELEMENTS = 2**17
 """How many elements of a weight are merged at a time: what is computed from them stays in the cache."""
+
+DEVICE_BLOCK_ELEMENTS = 2**25
+"""How many on any other device than the CPU, where each step has to be large; for bfloat16 weights they take 320 MiB."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +209,8 @@ class _Product:
             padded = nn.functional.pad(right if left is None else left, (0, 0, 0, 1))[:, tensors[update.places]]
             left, right = (None, padded) if left is None else (padded, right)
         scaling = math.prod((float(tensors[name]) for name in update.scales), start=update.scaling)
+        if left is not None and abs(math.frexp(scaling)[0]) == 0.5:  # a power of two is exact wherever it is multiplied
+            left, scaling = left * scaling, 1.0
         return _Product(left, right, scaling)
 
     def block(self, index: int, rows: slice, layout: Layout, out: torch.Tensor) -> None:
@@ -222,27 +230,61 @@ class _Product:
 class _Space:
     """Memory for what is computed of one block, used again for the next one: new memory costs more than the arithmetic.
 
+    It is to stay in the cache, and so no larger than needed: what is compared in the end takes the place of ``wide``.
+
     Attributes:
         delta: for the sum of the updates.
         wide: for the weight in the same precision, and for what else is of that size.
-        new: for the result.
-        same: one integer of the weight's size for each element, in whole words of eight bytes.
+        wide_bits: that as integers.
+        new: for the result, where it must not be in its place yet.
+        same: one integer of the weight's size for each element.
+        rest: some more, which are to be zero.
+        words: both as words of eight bytes, in rows in which no lane flows over when they are added up.
     """
 
     delta: torch.Tensor
     wide: torch.Tensor
+    wide_bits: torch.Tensor
     new: torch.Tensor
     same: torch.Tensor
+    rest: torch.Tensor
+    words: torch.Tensor
 
     @staticmethod
-    def of(stack: torch.Tensor, precision: torch.dtype) -> _Space:
-        _, rows, columns = stack.shape
-        shape = (min(rows, _height(columns)), columns)
-        delta, wide = (torch.empty(shape, dtype=precision, device=stack.device) for _ in range(2))
-        new = torch.empty(shape, dtype=stack.dtype, device=stack.device)
-        lanes = 8 // stack.element_size()
-        size = -(-math.prod(shape) // lanes) * lanes
-        return _Space(delta, wide, new, torch.empty(size, dtype=_BITS[stack.dtype], device=stack.device))
+    def of(block: torch.Tensor, precision: torch.dtype) -> _Space:
+        lanes, count = 8 // block.element_size(), block.numel()
+        rows = -(-count // (lanes * _WORDS))
+        size = -(-count // (lanes * rows)) * lanes * rows
+        memory = torch.empty(size, dtype=precision, device=block.device)
+        wide, integers = memory[:count].view(block.shape), memory.view(_BITS[block.dtype])[:size]
+        return _Space(
+            delta=torch.empty_like(wide),
+            wide=wide,
+            wide_bits=wide.view(_BITS[precision]),
+            new=torch.empty(block.shape, dtype=block.dtype, device=block.device),
+            same=integers[:count].view(block.shape),
+            rest=integers[count:],
+            words=integers.view(torch.int64).view(rows, -1),
+        )
+
+    def zeros_and_norm(self) -> tuple[int, float]:
+        """Return how many elements of the sum of the updates are zero, and its norm."""
+        squares = torch.mul(self.delta, self.delta, out=self.wide)
+        some = int(self.wide_bits.amin()) <= 0  # or only their squares are: mostly none is
+        return int((self.delta == 0).count_nonzero()) if some else 0, math.sqrt(squares.sum())
+
+    def same_bits(self, old: torch.Tensor, new: torch.Tensor) -> int:
+        """Return how many elements have equal bits.
+
+        Ones and zeros of the weight's size are added up as words of eight bytes, each of which counts in several lanes at once:
+        several times as fast as ``count_nonzero``.
+        """
+        bits = self.same.dtype
+        torch.eq(new.view(bits), old.view(bits), out=self.same)
+        self.rest.zero_()
+        width = 8 * bits.itemsize
+        sums = self.words.sum(1).tolist()
+        return sum(word >> lane & ((1 << width) - 1) for word in sums for lane in range(0, 64, width))
 
 
 def _stacked(matrix: torch.Tensor) -> torch.Tensor:
@@ -251,54 +293,20 @@ def _stacked(matrix: torch.Tensor) -> torch.Tensor:
 
 def _blocks(stack: torch.Tensor) -> Iterator[tuple[int, slice]]:
     matrices, rows, columns = stack.shape
-    height = _height(columns)
-    for index in range(matrices):
+    elements = BLOCK_ELEMENTS if stack.device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
+    most = max(1, elements // max(1, columns))
+    height = -(
+        -rows // max(1, -(-rows // most))
+    )  # of about equal ones: a product of a single row may be rounded otherwise
+    for index in range(matrices if rows and columns else 0):
         for start in range(0, rows, height):
-            yield index, slice(start, start + height)
+            yield index, slice(start, min(start + height, rows))
 
 
-def _height(columns: int) -> int:
-    return max(1, BLOCK_ELEMENTS // max(1, columns))
-
-
-def _zeros(delta: torch.Tensor, wide: torch.Tensor) -> int:
-    """Return how many elements are zero; ``wide`` is memory to use. Mostly none is, which is told faster than a number."""
-    some = torch.eq(delta, 0, out=wide).sum()
-    return int((delta == 0).count_nonzero()) if some else 0
-
-
-def _measured(
-    old: torch.Tensor, delta: torch.Tensor, new: torch.Tensor, still: int, weight_norm: float, same: torch.Tensor
-) -> Merged:
-    """Return what to report; ``still`` elements have no update, and are the same bits before and after."""
-    update_norm = float(torch.linalg.vector_norm(delta))
-    # No element is larger than its norm. Only where that does not tell, and then the sum does not, each is looked at.
-    small = weight_norm + update_norm < torch.finfo(new.dtype).max / 2
-    finite = small or bool(torch.isfinite(new.sum(dtype=delta.dtype)))
-    return Merged(
-        elements=old.numel() - still,
-        unchanged=_same_bits(old, new, same) - still,
-        non_finite=0 if finite else int((~torch.isfinite(new)).count_nonzero()),
-        update_norm=update_norm,
-        weight_norm=weight_norm,
-    )
-
-
-def _same_bits(old: torch.Tensor, new: torch.Tensor, same: torch.Tensor) -> int:
-    """Return how many elements have equal bits; ``same`` is memory to use.
-
-    Ones and zeros of the weight's size are added up as words of eight bytes, each of which counts in several lanes at once:
-    several times as fast as ``count_nonzero``.
-    """
-    bits = _BITS[new.dtype]
-    count = new.numel()
-    torch.eq(new.view(bits), old.view(bits), out=same[:count].view(new.shape))
-    lanes = 8 // bits.itemsize
-    words = -(-count // lanes)
-    same[count : words * lanes] = 0
-    sums = [int(part.sum()) for part in same[: words * lanes].view(torch.int64).split(_WORDS)]
-    width = 8 * bits.itemsize
-    return sum(word >> (lane * width) & ((1 << width) - 1) for word in sums for lane in range(lanes))
+def _non_finite(values: torch.Tensor, precision: torch.dtype) -> int:
+    """Return how many elements are infinite or no number. Mostly none is, which their sum tells faster."""
+    finite = torch.isfinite(values.sum(dtype=precision))
+    return 0 if finite else int((~torch.isfinite(values)).count_nonzero())
 
 
 _WORDS = 2**15

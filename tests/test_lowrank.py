@@ -245,12 +245,25 @@ def test_one_element_that_overflows_is_seen() -> None:
 def test_no_block_is_larger_than_asked_but_for_a_single_row(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowrank, "BLOCK_ELEMENTS", block)
     sizes = []
-    measured = lowrank._measured
-    monkeypatch.setattr(lowrank, "_measured", lambda old, *rest: sizes.append(old.numel()) or measured(old, *rest))
+    block_of = lowrank._Product.block
+    monkeypatch.setattr(lowrank._Product, "block", lambda *given: sizes.append(given[-1].numel()) or block_of(*given))
     merge_into(torch.ones(2, 5, 7), Merge("w", ("w",), (Update((Factor("a"),)),)), {"a": torch.ones(2, 5, 7)}, None)
     height = max(1, block // 7)
     rows = [min(height, 5 - start) for start in range(0, 5, height)]
     assert sizes == [7 * number for number in rows] * 2
+
+
+def test_blocks_are_of_the_size_of_the_cache_on_the_cpu_and_large_on_other_devices() -> None:
+    for device, height in (("cpu", 2**4), ("meta", 2**12)):
+        stack = torch.empty(1, 1, 1, device=device).expand(2, 2**14, 2**13)
+        blocks = list(lowrank._blocks(stack))
+        assert blocks[0] == (0, slice(0, height))
+        assert blocks[-1] == (1, slice(2**14 - height, 2**14))
+
+
+def test_blocks_are_about_equal() -> None:
+    stack = torch.empty(1, 1, 1).expand(1, 289, 1365)
+    assert [rows.stop - rows.start for _, rows in lowrank._blocks(stack)] == [73, 73, 73, 70]
 
 
 def test_a_weight_without_elements_is_left_as_it_is() -> None:
@@ -396,6 +409,23 @@ def test_what_is_told_of_a_merge_counts_elements_and_measures_norms() -> None:
     assert merged.relative == pytest.approx(5 / math.sqrt(17))
 
 
+def test_an_update_of_which_the_square_is_too_small_for_its_dtype_is_one() -> None:
+    merged = _told(torch.zeros(1, 4), torch.tensor([[1e-30, 0.0, -1e-30, 2.0]]))
+    assert (merged.elements, merged.unchanged, merged.update_norm) == (3, 0, 2.0)
+
+
+@pytest.mark.parametrize("words", [1, 3, 2**15])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_kept_its_value_is_counted_in_weights_of_any_size(
+    dtype: torch.dtype, words: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowrank, "_WORDS", words)
+    for columns in (1, 2, 3, 4, 5, 7, 31, 32):
+        weight, update = torch.ones(3, columns, dtype=dtype), torch.full((3, columns), 2.0**-60)
+        update[1] = 1.0
+        assert _told(weight, update).unchanged == 2 * columns
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_but_finite_values_are_not_taken_for_infinite_ones(dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
@@ -408,11 +438,8 @@ def test_large_but_finite_values_are_not_taken_for_infinite_ones(dtype: torch.dt
     assert _told(weight, update).non_finite == 2  # one infinity of each sign
 
 
-def test_what_is_told_of_parts_adds_up() -> None:
-    merged = Merged(10, 1, 2, 3.0, 5.0) + Merged(20, 4, 8, 4.0, 12.0)
-    assert merged == Merged(30, 5, 10, 5.0, 13.0)
-    assert merged.relative == 5 / 13
-    assert Merged() + merged == merged
+def test_the_size_of_an_update_is_told_as_a_part_of_that_of_the_weight() -> None:
+    assert Merged(30, 5, 10, 5.0, 13.0).relative == 5 / 13
     assert Merged(update_norm=1.0).relative == math.inf
     assert Merged(1, 0, 0, 0.0, 2.0).relative == 0
 
