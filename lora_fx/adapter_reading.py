@@ -262,8 +262,9 @@ class _Reader:
                 continue  # another name of a tied parameter, compared with the value under the first
             self._take(key, tuple(tensor.shape), f"{CONFIG_NAME} says {why}", f"as {name} in the graph")
             taken[first] = key
+        names = self._state.names()
         for first, meant in declared.items():
-            tied = self._state.names()[first]
+            tied = names[first]
             if len(meant) < len(tied):
                 self._problems.append(
                     f"{' and '.join(tied)}: one tied parameter, of which {' and '.join(meant)} would train alone. Un-tie them in the "
