@@ -121,7 +121,12 @@ class _Walk:
         self._nominate = nominate
         factors = [name for name in self._tensors if nominate(name)]
         read = (str(node.target) for node in graph_module.graph.find_nodes(op="get_attr"))
-        self.has_factors = bool(factors) or any(map(nominate, read))
+        loose = sorted({repr(name) for name in read if nominate(name) and name not in self._tensors})
+        if loose:
+            raise FoldError(
+                f"{', '.join(loose)}: read as a factor, and neither a parameter nor a buffer of the graph. Register it: register_buffer."
+            )
+        self.has_factors = bool(factors)
         self._holders = {prefix for name in factors for prefix in _prefixes(name)}
         self._deltas = Deltas(self._tensors)
         self._flow = Flow(graph_module, self._deltas.is_product)

@@ -1581,3 +1581,25 @@ def test_unload_takes_what_is_nominated() -> None:
     assert operators(bare) == ["linear"]
     assert list(bare.state_dict()) == ["lin.weight"]
     assert operators(lora_fx.unload(graph_module)) == operators(graph_module)
+
+
+def test_a_factor_that_is_a_mere_attribute_is_refused() -> None:
+    root = nn.Module()
+    root.register_parameter("w", nn.Parameter(torch.ones(4, 3)))
+    root.left, root.right = torch.ones(2, 3), torch.ones(4, 2)
+    graph = fx.Graph()
+    x, w, left, right = graph.placeholder("x"), graph.get_attr("w"), graph.get_attr("left"), graph.get_attr("right")
+    linear = torch.ops.aten.linear.default
+    update = graph.call_function(linear, (graph.call_function(linear, (x, left)), right))
+    graph.output(graph.call_function(torch.ops.aten.add.Tensor, (graph.call_function(linear, (x, w)), update)))
+    graph_module = fx.GraphModule(root, graph)  # which registers both as buffers
+    nominate = ("left", "right").__contains__
+    assert len(find_branches(graph_module, nominate)) == 1
+    for name in ("right", "left"):
+        tensor = getattr(graph_module, name)
+        delattr(graph_module, name)
+        vars(graph_module)[name] = tensor
+    message = r"'left', 'right': read as a factor, and neither a parameter nor a buffer of the graph\. Register it: register_buffer\."
+    with pytest.raises(lora_fx.FoldError, match=message):
+        find_branches(graph_module, nominate)
+    assert find_branches(graph_module, "other".__eq__) == ()

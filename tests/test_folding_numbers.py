@@ -747,3 +747,11 @@ def test_a_selection_of_adapters_is_folded_alone() -> None:
     found = lora_fx.fold(graph, {"b": 0.5}).state_dict()
     assert all(torch.equal(found[key], value) for key, value in lora_fx.fold(alone).state_dict().items())
     assert not torch.equal(found["weight"], lora_fx.fold(graph).state_dict()["weight"])
+
+
+def test_a_graph_that_was_traced_with_labels_is_not_folded() -> None:
+    graph_module, _ = small()
+    lora_fx.fold(graph_module)
+    graph_module.meta["lora_fx"] = {"labels": True}
+    with pytest.raises(lora_fx.FoldError, match=r"^this graph was traced with labels, for training"):
+        lora_fx.fold(graph_module)

@@ -409,6 +409,13 @@ def test_what_is_told_of_a_merge_counts_elements_and_measures_norms() -> None:
     assert merged.relative == pytest.approx(5 / math.sqrt(17))
 
 
+def test_what_is_not_finite_is_counted_in_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowrank, "BLOCK_ELEMENTS", 4)
+    update = torch.zeros(3, 4)
+    update[0, 1] = update[2, 2] = update[2, 3] = math.inf
+    assert _told(torch.ones(3, 4), update).non_finite == 3
+
+
 def test_an_update_of_which_the_square_is_too_small_for_its_dtype_is_one() -> None:
     merged = _told(torch.zeros(1, 4), torch.tensor([[1e-30, 0.0, -1e-30, 2.0]]))
     assert (merged.elements, merged.unchanged, merged.update_norm) == (3, 0, 2.0)
