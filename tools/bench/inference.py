@@ -22,33 +22,20 @@ import typer
 from contenders import set_factors
 from measuring import alternating, difference, shown
 from results import Conditions, Goal, Measured, Result, report
-from shapes import Llama, batch_of
+from shapes import Llama, Timed, batch_of
 
 import lora_fx
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Timed):
     """What is measured.
 
     Attributes:
-        name: of the row.
-        model: its shape.
-        batch, sequence: sizes of the input.
-        repetitions: of each call, in alternation.
         compiled: measure ``torch.compile`` of both too.
     """
 
-    name: str
-    model: Llama
-    batch: int
-    sequence: int
-    repetitions: int
     compiled: bool
-
-    def tiny(self) -> Row:
-        """Return the same with sizes that take no time."""
-        return replace(self, model=self.model.tiny(), batch=2, sequence=8, repetitions=3)
 
 
 ROWS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 import transformers
@@ -86,6 +86,28 @@ class MT5:
     def tiny(self) -> MT5:
         """Return one of the same kind that takes no time."""
         return replace(self, width=32, inner=48, layers=1, heads=2, head=16)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A model, what it is run on, and how often: what rows of the table have in common.
+
+    Attributes:
+        name: of the row.
+        model: its shape.
+        batch, sequence: sizes of the input.
+        repetitions: of each call or step, in alternation.
+    """
+
+    name: str
+    model: Llama | MT5
+    batch: int
+    sequence: int
+    repetitions: int
+
+    def tiny(self) -> Self:
+        """Return the same with sizes that take no time."""
+        return replace(self, model=self.model.tiny(), batch=2, sequence=8, repetitions=3)
 
 
 def built(shape: Llama | MT5, dtype: torch.dtype, device: str = "cpu") -> nn.Module:

@@ -22,7 +22,7 @@ import typer
 from contenders import NAMES, Adapter, Contender, compared, contenders
 from measuring import alternating, apart, peak_bytes, resident_bytes, shown
 from results import Conditions, Goal, Measured, Result, report
-from shapes import MT5, Llama, batch_of, built
+from shapes import MT5, Llama, Timed, batch_of, built
 from torch import fx
 
 from lora_fx.prepacking import prepacked_bytes
@@ -35,28 +35,19 @@ RESIDENT = ("PEFT", "fused", "prepacked")
 SMALL_LLAMA = Llama(width=1024, inner=2816, layers=4, heads=16)
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class Row(Timed):
     """What is measured.
 
     Attributes:
-        name: of the row.
-        model: its shape.
-        batch, sequence: sizes of the input.
         adapter: what is added.
         goals: what is to be reached.
-        repetitions: of each step, in alternation.
         dtype: of the base; factors are float32.
         resident: measure resident memory too, each in a process of its own.
     """
 
-    name: str
-    model: Llama | MT5
-    batch: int
-    sequence: int
     adapter: Adapter
     goals: tuple[Goal, ...]
-    repetitions: int
     dtype: torch.dtype = torch.float32
     resident: bool = False
 
@@ -75,10 +66,6 @@ class Row:
         """How far gradients may be apart by rounding."""
         return 1e-4 if self.dtype == torch.float32 else 0.05
 
-    def tiny(self) -> Row:
-        """Return the same with sizes that take no time."""
-        return replace(self, model=self.model.tiny(), batch=2, sequence=8, repetitions=3)
-
 
 ROWS = (
     Row(
@@ -86,14 +73,14 @@ ROWS = (
         SMALL_LLAMA,
         4,
         128,
-        ALL_LINEAR,
-        (
+        11,
+        adapter=ALL_LINEAR,
+        goals=(
             Goal("fused", "speed", 1.05, "PEFT"),
             Goal("fused", "resident", 0.8, "PEFT"),
             Goal("prepacked", "speed", 1.2, "PEFT"),
             Goal("fused, compiled", "speed", 1.0, "PEFT, compiled"),
         ),
-        repetitions=11,
         resident=True,
     ),
     Row(
@@ -101,18 +88,18 @@ ROWS = (
         Llama(width=256, inner=704, layers=12, heads=4),
         1,
         32,
-        ALL_LINEAR,
-        (Goal("fused", "speed", 1.15, "PEFT"),),
-        repetitions=60,
+        60,
+        adapter=ALL_LINEAR,
+        goals=(Goal("fused", "speed", 1.15, "PEFT"),),
     ),
     Row(
         "C3",
         SMALL_LLAMA,
         4,
         128,
-        ALL_LINEAR,
-        (Goal("fused", "overhead", 0.5, "PEFT"), Goal("fused", "saved", 0.3, "PEFT")),
-        repetitions=9,
+        9,
+        adapter=ALL_LINEAR,
+        goals=(Goal("fused", "overhead", 0.5, "PEFT"), Goal("fused", "saved", 0.3, "PEFT")),
         dtype=torch.bfloat16,
     ),
     Row(
@@ -120,18 +107,18 @@ ROWS = (
         SMALL_LLAMA,
         4,
         128,
-        replace(ALL_LINEAR, dropout=0.1),
-        (Goal("fused", "speed", 1.0, "PEFT"), Goal("fused", "saved", 0.45, "PEFT")),
-        repetitions=11,
+        11,
+        adapter=replace(ALL_LINEAR, dropout=0.1),
+        goals=(Goal("fused", "speed", 1.0, "PEFT"), Goal("fused", "saved", 0.45, "PEFT")),
     ),
     Row(
         "C5",
         MT5(width=512, inner=1024, layers=8, heads=6, head=64),
         4,
         128,
-        SEEDS_RULE,
-        (Goal("fused", "speed", 1.0, "PEFT"),),
-        repetitions=11,
+        11,
+        adapter=SEEDS_RULE,
+        goals=(Goal("fused", "speed", 1.0, "PEFT"),),
     ),
 )
 
