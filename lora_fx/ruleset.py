@@ -383,8 +383,9 @@ def load(
 
 def directory() -> Path:
     """Return the directory of the built-in rule files: ``rules/`` of a checkout, ``lora_fx/_rules/`` of a wheel."""
-    packaged = Path(str(resources.files("lora_fx"))) / "_rules"
-    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "rules"
+    package = Path(str(resources.files("lora_fx")))
+    packaged = package / "_rules"
+    return packaged if packaged.is_dir() else package.parent / "rules"
 
 
 def builtin() -> Sequence[RuleSet]:
