@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 from lora_fx.errors import FoldError, LoraFxError, did_you_mean
-from lora_fx.files import replacing, write_back_early
+from lora_fx.files.atomic import replacing, write_back_early
+from lora_fx.files.safetensors import TensorEntry, TensorFile, bytes_of, fill
 from lora_fx.fold_report import FoldedWeight, check_finite
 from lora_fx.lowrank import FOLDABLE, Merge, Merged, Update, exact_blocks, merge_into, rounded
-from lora_fx.tensor_files import TensorEntry, TensorFile, bytes_of, fill
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -142,7 +142,7 @@ def draw(
     html is a page to look around in, which needs no network. text shows which projections of which layers get a branch.
     """
     from lora_fx.drawing import FORMATS, describe_model, format_of, in_words, save, within
-    from lora_fx.files import check_file
+    from lora_fx.files.atomic import check_file
 
     with _reported():
         name = format.value if format is not None else "text" if out is None else format_of(out)
@@ -201,7 +201,7 @@ def fold(
     from tqdm.auto import tqdm
 
     from lora_fx.checkpoint_folding import plan_checkpoint_fold
-    from lora_fx.files import check_free
+    from lora_fx.files.atomic import check_free
     from lora_fx.fold_report import FoldReport
 
     with _reported():
@@ -308,7 +308,7 @@ def export(
     import torch
 
     import lora_fx
-    from lora_fx.files import check_file
+    from lora_fx.files.atomic import check_file
     from lora_fx.loading import load_model
     from lora_fx.ruleset import load
 

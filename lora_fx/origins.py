@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from lora_fx.factors import is_of_adapter
+from lora_fx.files.safetensors import TensorEntry, TensorFile
 from lora_fx.graph_module import State
 from lora_fx.ruleset import RuleSet
-from lora_fx.tensor_files import TensorEntry, TensorFile
 
 SAMPLES = 4096
 """How many elements of a tensor its fingerprint is made of, at most."""

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from lora_fx import checkpoints
 from lora_fx.checkpoints import Changes, Checkpoint, write_merged
 from lora_fx.errors import FoldError, LoraFxError
+from lora_fx.files.safetensors import TensorFile, write_tensors
 from lora_fx.lowrank import Factor, Merge, Merged, Update, merge_into, rounded
-from lora_fx.tensor_files import TensorFile, write_tensors
 from lora_fx.views import SWAP, Step, View
 
 Tensors = dict[str, torch.Tensor]

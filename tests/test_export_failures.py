@@ -33,8 +33,8 @@ from killed import Server, server
 from torch import nn
 
 import lora_fx
-from lora_fx import files
 from lora_fx.export import _comparing, _delivering, _onnx, _pt2, _torchscript
+from lora_fx.files.atomic import atomic as files
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:DeprecationWarning")
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from lora_fx import files
 from lora_fx.errors import LoraFxError
-from lora_fx.files import replacing
+from lora_fx.files.atomic import atomic as files
+from lora_fx.files.atomic import replacing
 
 
 def _write_file(beside: Path) -> None:

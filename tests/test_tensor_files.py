@@ -15,9 +15,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lora_fx import tensor_files
 from lora_fx.errors import LoraFxError
-from lora_fx.tensor_files import DTYPES, TensorEntry, TensorFile, write_tensors
+from lora_fx.files.atomic import safetensors as tensor_files
+from lora_fx.files.safetensors import DTYPES, TensorEntry, TensorFile, write_tensors
 
 AGAIN = "Copy or download it again."
 

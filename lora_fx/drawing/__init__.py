@@ -19,7 +19,7 @@ from lora_fx.drawing._page import page
 from lora_fx.drawing._static import render
 from lora_fx.drawing._text import in_words, text
 from lora_fx.errors import ExportError
-from lora_fx.files import check_file, replacing
+from lora_fx.files.atomic import check_file, replacing
 
 __all__ = [
     "FORMATS",

@@ -24,7 +24,7 @@ from lora_fx.export._onnx_slots import Slots
 from lora_fx.export._operators import grouped_products
 from lora_fx.export._program import export_plain
 from lora_fx.exporting import quiet
-from lora_fx.files import check_file, writable
+from lora_fx.files.atomic import check_file, writable
 from lora_fx.graph_module import TracedGraphModule
 from lora_fx.provenance import source_line
 

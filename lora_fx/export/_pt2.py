@@ -14,7 +14,7 @@ from lora_fx.export._exportable import Exportable
 from lora_fx.export._operators import use_torch_alone
 from lora_fx.export._program import export_plain
 from lora_fx.exporting import quiet
-from lora_fx.files import writable
+from lora_fx.files.atomic import writable
 from lora_fx.graph_module import TracedGraphModule
 
 

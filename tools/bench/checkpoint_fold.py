@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from lora_fx.checkpoint_folding import plan_checkpoint_fold
 from lora_fx.checkpoints import INDEX, Checkpoint
-from lora_fx.files import replacing
+from lora_fx.files.atomic import replacing
+from lora_fx.files.safetensors import TensorFile, bytes_of, write_tensors
 from lora_fx.lowrank import rounded
-from lora_fx.tensor_files import TensorFile, bytes_of, write_tensors
 
 RANK, ALPHA = 16, 32
 SHARD = 10**9

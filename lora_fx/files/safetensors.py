@@ -157,7 +157,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     """Write a file, of bytes that depend on nothing but the arguments: not on the order of either mapping.
 
     Args:
-        path: of the file, which is written in place: see :func:`~lora_fx.files.replacing`.
+        path: of the file, which is written in place: see :func:`~lora_fx.files.atomic.replacing`.
         tensors: by name. They may lie anywhere in memory and on any device but meta.
         metadata: texts to put in.
 
