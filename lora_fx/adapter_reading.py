@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 
-from lora_fx.adapter_config import ALL_LINEAR, CONFIG_NAME, AdapterConfig, read_config, trains_bias
 from lora_fx.errors import AdapterError, LoraFxError, did_you_mean
 from lora_fx.factors import copy_name, is_of_adapter, original_name
 from lora_fx.files.safetensors import TensorFile
@@ -23,6 +22,7 @@ from lora_fx.lowrank import adapter_dtype
 from lora_fx.origins import Origin, departures, recorded
 from lora_fx.peft_layout import PREFIX, Slot, apart_from_calls, base_key, base_name, slots, transposed
 from lora_fx.planning import Branch, Trained, owners_of
+from lora_fx.rules.peft_config.config import ALL_LINEAR, CONFIG_NAME, AdapterConfig, read_config, trains_bias
 from lora_fx.sites import Site, sites
 
 FILE_NAME = "adapter_model.safetensors"

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from lora_fx.adapter_config import (
+from lora_fx.errors import AdapterError
+from lora_fx.factors import copy_name, is_of_adapter, original_name
+from lora_fx.graph_module import TracedGraphModule, state_of
+from lora_fx.peft_layout import Slot, apart_from_calls, base_key, slots, transposed
+from lora_fx.planning import Branch, owners_of
+from lora_fx.rules.peft_config.config import (
     AdapterConfig,
     TrainedParts,
     modules_of,
@@ -19,11 +24,6 @@ from lora_fx.adapter_config import (
     trained_parts,
     trains_bias,
 )
-from lora_fx.errors import AdapterError
-from lora_fx.factors import copy_name, is_of_adapter, original_name
-from lora_fx.graph_module import TracedGraphModule, state_of
-from lora_fx.peft_layout import Slot, apart_from_calls, base_key, slots, transposed
-from lora_fx.planning import Branch, owners_of
 from lora_fx.sites import Site, sites
 from lora_fx.transferring import branches_of, origin_of, parameters_of, trained_of
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import fx, nn
 
-from lora_fx.adapter_config import CONFIG_NAME
 from lora_fx.adapter_reading import FILE_NAME, Contents, check_base, read_adapter, read_contents
 from lora_fx.adapter_writing import to_peft
 from lora_fx.attaching import attach
@@ -21,6 +20,7 @@ from lora_fx.files.safetensors import write_tensors
 from lora_fx.graph_module import TracedGraphModule, as_traced, assemble, copy_graph, state_of, trainable_names
 from lora_fx.lowering import lower
 from lora_fx.origins import fingerprint, metadata
+from lora_fx.rules.peft_config.config import CONFIG_NAME
 from lora_fx.states import checked
 from lora_fx.tracing import trace
 from lora_fx.transferring import branches_of, differences, origin_of, plan_branches, trained_of

@@ -28,9 +28,9 @@ from lora_fx.lowrank import Update
 from lora_fx.positions import Flow, keeps_last, same_shapes
 from lora_fx.products import CONVOLUTIONS, operands
 from lora_fx.provenance import source_line
+from lora_fx.rules.vocabulary import Op
 from lora_fx.sites import biased, is_site
 from lora_fx.views import Stored, View, cast_of
-from lora_fx.vocabulary import Op
 
 Nominate = Callable[[str], bool]
 """Tells by the name of a parameter whether it is a factor of a branch."""

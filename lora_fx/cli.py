@@ -75,7 +75,7 @@ def plan(
     from lora_fx.loading import empty_model
     from lora_fx.planning import plan as make_plan
     from lora_fx.reporting import as_data, as_text
-    from lora_fx.ruleset import load
+    from lora_fx.rules.rule_file import load
 
     with _reported():
         with errors.status("reading the config"):
@@ -310,7 +310,7 @@ def export(
     import lora_fx
     from lora_fx.files.atomic import check_file
     from lora_fx.loading import load_model
-    from lora_fx.ruleset import load
+    from lora_fx.rules.rule_file import load
 
     with _reported():
         check_file(out, overwrite=overwrite)

@@ -19,8 +19,8 @@ from lora_fx.factors import is_places
 from lora_fx.lowrank import Factor, Update
 from lora_fx.positions import COPIES, keeps_last, may_share
 from lora_fx.products import CONVOLUTIONS, Operands, is_pointwise, operands
+from lora_fx.rules.vocabulary import Op
 from lora_fx.views import SWAP, Stored, cast_of, shows, stored
-from lora_fx.vocabulary import Op
 
 aten = torch.ops.aten
 

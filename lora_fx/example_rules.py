@@ -26,12 +26,23 @@ from pydantic import (
 )
 
 from lora_fx.errors import RuleError, did_you_mean
-from lora_fx.tables import INTEGERS_END, Items, Positive, Table, beside, expecting, one_of, plain, shown, wrong
+from lora_fx.rules.validation import (
+    INTEGERS_END,
+    Items,
+    Positive,
+    Table,
+    beside,
+    expecting,
+    one_of,
+    plain,
+    shown,
+    wrong,
+)
 
 if TYPE_CHECKING:  # rule files are read without torch
     import torch
 
-    from lora_fx.ruleset import RuleSet
+    from lora_fx.rules.rule_file import RuleSet
 
 AXES = ("batch", "sequence", "target_sequence")
 ELEMENTS = 2**28  # of one example, as a guard against a size that is a slip

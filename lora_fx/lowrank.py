@@ -18,8 +18,8 @@ from functools import reduce
 import torch
 from torch import nn
 
+from lora_fx.rules.vocabulary import Init, Layout, Op
 from lora_fx.views import AS_STORED, SWAP, View
-from lora_fx.vocabulary import Init, Layout, Op
 
 
 @dataclass(frozen=True)

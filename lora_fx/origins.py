@@ -15,7 +15,7 @@ import torch
 from lora_fx.factors import is_of_adapter
 from lora_fx.files.safetensors import TensorEntry, TensorFile
 from lora_fx.graph_module import State
-from lora_fx.ruleset import RuleSet
+from lora_fx.rules.rule_file import RuleSet
 
 SAMPLES = 4096
 """How many elements of a tensor its fingerprint is made of, at most."""
@@ -29,7 +29,7 @@ class Origin:
 
     Attributes:
         rules: name of the rules that made it.
-        digest: of these rules, see :attr:`lora_fx.ruleset.RuleSet.digest`.
+        digest: of these rules, see :attr:`lora_fx.rules.rule_file.RuleSet.digest`.
         task_type: as PEFT names tasks.
         base: the model that it was trained on, as its config names it.
         revision: of that model.

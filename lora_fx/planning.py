@@ -21,11 +21,11 @@ from lora_fx.matching import refusal, trains
 from lora_fx.origins import Origin
 from lora_fx.prepacking import unpacked
 from lora_fx.roles import Purpose, purposes
-from lora_fx.ruleset import RuleSet, Selection, Setting, load
+from lora_fx.rules.rule_file import RuleSet, Selection, Setting, load
+from lora_fx.rules.vocabulary import Op, Part
 from lora_fx.sites import Site, sites
 from lora_fx.tracing import trace
 from lora_fx.unloading import unload
-from lora_fx.vocabulary import Op, Part
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def plan(
 
     Args:
         model: a graph of ours, or a model, which is then traced.
-        rules: see :func:`lora_fx.ruleset.load`.
+        rules: see :func:`lora_fx.rules.rule_file.load`.
         example_inputs: see :func:`lora_fx.trace`.
         rank: replaces the ``[defaults]`` of the rules, as do ``alpha`` and ``dropout``.
         alpha: numerator of the scaling ``alpha / rank``.

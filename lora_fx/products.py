@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from lora_fx.rules.vocabulary import Layout, Op
 from lora_fx.views import SWAP, Step, Stored, View, shows, stored
-from lora_fx.vocabulary import Layout, Op
 
 aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ from lora_fx.exporting import Dynamic
 from lora_fx.graph_module import TracedGraphModule
 from lora_fx.inputs import inputs_of_rules
 from lora_fx.planning import plan_graph
-from lora_fx.ruleset import RuleSet, load
+from lora_fx.rules.rule_file import RuleSet, load
 from lora_fx.tracing import trace
 
 

@@ -37,8 +37,8 @@ from lora_fx.operators import (
     writes,
 )
 from lora_fx.products import Operands, operands
+from lora_fx.rules.vocabulary import ROLES, Part, Role
 from lora_fx.sites import Site, sites
-from lora_fx.vocabulary import ROLES, Part, Role
 
 _SUMS = frozenset({"add", "sub", "rsub"})
 _GATES = frozenset({"mul", "div"})

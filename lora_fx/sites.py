@@ -18,7 +18,7 @@ from lora_fx.factors import is_factor, original_name
 from lora_fx.graph_module import state_of
 from lora_fx.products import CONVOLUTIONS, Operands, operands
 from lora_fx.provenance import module_path
-from lora_fx.vocabulary import Layout, Op
+from lora_fx.rules.vocabulary import Layout, Op
 
 aten = torch.ops.aten
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lora_fx
-from lora_fx.adapter_config import AdapterConfig, read_config
+from lora_fx.rules.peft_config.config import AdapterConfig, read_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -249,7 +249,7 @@ def test_where_an_adapter_comes_from_goes_with_it(tmp_path: Path) -> None:
 def test_patterns_do_not_overlap_and_mean_what_they_should(names: dict[str, float], expected: dict[str, int]) -> None:
     from peft.utils.other import get_pattern_key
 
-    from lora_fx.adapter_config import patterns
+    from lora_fx.rules.peft_config.config import patterns
 
     found = patterns(names, 8.0)
     assert found == expected

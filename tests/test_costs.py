@@ -16,7 +16,7 @@ from lora_fx.attaching import attach
 from lora_fx.fake_values import FakeValues
 from lora_fx.graph_module import State
 from lora_fx.planning import plan_graph
-from lora_fx.ruleset import load
+from lora_fx.rules.rule_file import load
 
 aten = torch.ops.aten
 RULES = {"defaults": {"rank": 2, "dropout": 0.1}, "select": [{"op": ["linear"]}]}

@@ -18,7 +18,7 @@ from torch import nn
 import lora_fx
 from lora_fx.graph_module import state_of
 from lora_fx.inputs import example_inputs
-from lora_fx.ruleset import load
+from lora_fx.rules.rule_file import load
 from lora_fx.sites import sites
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

@@ -20,9 +20,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from lora_fx.errors import RuleError
-from lora_fx.ruleset import FOREIGN_KEYS, Bounds, RuleSet, Selection, Setting, builtin, directory, load
-from lora_fx.toml_lines import FILE_BYTES, toml_lines
-from lora_fx.vocabulary import ROLES
+from lora_fx.rules.rule_file import FOREIGN_KEYS, Bounds, RuleSet, Selection, Setting, builtin, directory, load
+from lora_fx.rules.toml_lines import FILE_BYTES, toml_lines
+from lora_fx.rules.vocabulary import ROLES
 
 ROOT = Path(__file__).parent.parent
 FUZZED = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -491,7 +491,7 @@ def test_an_unknown_name_lists_what_there_is(tmp_path: Path) -> None:
 
 
 def test_auto_without_a_file_goes_by_role(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="lora_fx.ruleset"):
+    with caplog.at_level(logging.INFO, logger="lora_fx.rules.rule_file"):
         rules = load("auto", "no_such_model")
         assert load("auto") == rules
         load("auto", "t5")
@@ -592,7 +592,7 @@ def test_rule_sets_are_equal_if_they_say_the_same(tmp_path: Path) -> None:
 def test_torch_is_not_needed_to_read_rules() -> None:
     code = """
         import sys
-        from lora_fx.ruleset import Selection
+        from lora_fx.rules.rule_file import Selection
         assert Selection(target=("q",)).matches_name("a.q") and "torch" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from test_ruleset import VALIDATOR, paths
 
 from lora_fx.errors import RuleError
-from lora_fx.ruleset import FOREIGN_KEYS, RuleSet, Selection, directory, load
-from lora_fx.toml_lines import toml_lines
-from lora_fx.vocabulary import OPS, PARTS, ROLES
+from lora_fx.rules.rule_file import FOREIGN_KEYS, RuleSet, Selection, directory, load
+from lora_fx.rules.toml_lines import toml_lines
+from lora_fx.rules.vocabulary import OPS, PARTS, ROLES
 
 FUZZED = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

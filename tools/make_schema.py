@@ -13,7 +13,7 @@ import typer
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import core_schema
 
-from lora_fx.ruleset import PREDICATES, RuleFile
+from lora_fx.rules.rule_file import PREDICATES, RuleFile
 
 SCHEMA = Path(__file__).parent.parent / "rules" / "schema.json"
 

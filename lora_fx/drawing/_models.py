@@ -14,7 +14,7 @@ from lora_fx.inputs import inputs_of_rules
 from lora_fx.loading import empty_model
 from lora_fx.planning import plan_graph
 from lora_fx.programs import load_program
-from lora_fx.ruleset import load
+from lora_fx.rules.rule_file import load
 from lora_fx.tracing import trace
 from lora_fx.unloading import unload
 

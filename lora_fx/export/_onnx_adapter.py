@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from lora_fx.activating import ordered
-from lora_fx.adapter_config import CONFIG_NAME, AdapterConfig
 from lora_fx.adapter_reading import FILE_NAME, AdapterFiles, check_base, is_selected, read_adapter
 from lora_fx.errors import AdapterError, ExportError, LoraFxError, did_you_mean, first_line
 from lora_fx.export._onnx_slots import check_slots
@@ -23,6 +22,7 @@ from lora_fx.onnx_slots import FORMAT, OnnxSlot, SlotTable, onnxruntime_says, ve
 from lora_fx.origins import fingerprint
 from lora_fx.peft_layout import PREFIX, Slot, base_name, slots
 from lora_fx.planning import Branch, owners_of
+from lora_fx.rules.peft_config.config import CONFIG_NAME, AdapterConfig
 from lora_fx.sites import Site, sites
 from lora_fx.transferring import branches_of
 

@@ -45,7 +45,7 @@ from lora_fx.attaching import attach
 from lora_fx.factors import is_factor_b
 from lora_fx.lowrank import BLOCK_ELEMENTS
 from lora_fx.planning import plan_graph
-from lora_fx.ruleset import load
+from lora_fx.rules.rule_file import load
 from lora_fx.transferring import parameters_of
 
 RANK, ALPHA = 16, 32

@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCustomError, core_schema
 
 from lora_fx.errors import RuleError, did_you_mean
-from lora_fx.toml_lines import KeyPath
+from lora_fx.rules.toml_lines import KeyPath
 
 Made = TypeVar("Made")
 

@@ -16,9 +16,21 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, Field
 
 from lora_fx.errors import AdapterError, RuleError
-from lora_fx.regexes import matched
-from lora_fx.ruleset import Dropout, Regex, Setting
-from lora_fx.tables import Flag, Natural, Positive, Table, Text, expecting, one_of, plain, shown, validated, wrong
+from lora_fx.rules.rule_file import Dropout, Regex, Setting
+from lora_fx.rules.safe_regex import matched
+from lora_fx.rules.validation import (
+    Flag,
+    Natural,
+    Positive,
+    Table,
+    Text,
+    expecting,
+    one_of,
+    plain,
+    shown,
+    validated,
+    wrong,
+)
 
 CONFIG_NAME = "adapter_config.json"
 LONGEST = 2**24  # bytes of a config: none that anybody wrote comes near

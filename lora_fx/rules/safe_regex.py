@@ -7,7 +7,7 @@ import re
 
 import regex as regexes
 
-from lora_fx.tables import shown
+from lora_fx.rules.validation import shown
 
 REGEX_SECONDS = 0.1  # to match one name
 REGEX_LENGTH = 100_000  # characters with counted repetitions written out, which is what compiling does

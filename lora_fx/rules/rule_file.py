@@ -39,8 +39,9 @@ from pydantic import (
 
 from lora_fx.errors import RuleError, did_you_mean
 from lora_fx.example_rules import Examples
-from lora_fx.regexes import matched, problem_of
-from lora_fx.tables import (
+from lora_fx.rules.safe_regex import matched, problem_of
+from lora_fx.rules.toml_lines import KeyPath, read_toml
+from lora_fx.rules.validation import (
     Bounds,
     Flag,
     Items,
@@ -55,8 +56,7 @@ from lora_fx.tables import (
     validated,
     wrong,
 )
-from lora_fx.toml_lines import KeyPath, read_toml
-from lora_fx.vocabulary import Init, Op, Part, RoleName, Scaling
+from lora_fx.rules.vocabulary import Init, Op, Part, RoleName, Scaling
 
 _log = logging.getLogger(__name__)
 
