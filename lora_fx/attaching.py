@@ -29,7 +29,7 @@ from lora_fx.factors import adapters, copy_name
 from lora_fx.fake_values import FakeValues
 from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph, state_of, trainable_names
 from lora_fx.lowering import lower
-from lora_fx.lowrank import adapter_dtype, initial_factors
+from lora_fx.numerics.lowrank_merge import adapter_dtype, initial_factors
 from lora_fx.origins import Origin
 from lora_fx.planning import Branch, Chosen, Plan, Skipped, check_attachable
 from lora_fx.products import low_rank, operands

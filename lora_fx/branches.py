@@ -24,13 +24,13 @@ from lora_fx.deltas import Addition, Delta, Deltas, Term, is_by_last
 from lora_fx.errors import FoldError
 from lora_fx.factors import is_factor
 from lora_fx.graph_module import state_of
-from lora_fx.lowrank import Update
+from lora_fx.numerics.lowrank_merge import Update
+from lora_fx.numerics.weight_view import Stored, View, cast_of
 from lora_fx.positions import Flow, keeps_last, same_shapes
 from lora_fx.products import CONVOLUTIONS, operands
 from lora_fx.provenance import source_line
 from lora_fx.rules.vocabulary import Op
 from lora_fx.sites import biased, is_site
-from lora_fx.views import Stored, View, cast_of
 
 Nominate = Callable[[str], bool]
 """Tells by the name of a parameter whether it is a factor of a branch."""

@@ -16,11 +16,11 @@ import torch
 from torch import fx
 
 from lora_fx.factors import is_places
-from lora_fx.lowrank import Factor, Update
+from lora_fx.numerics.lowrank_merge import Factor, Update
+from lora_fx.numerics.weight_view import SWAP, Stored, cast_of, shows, stored
 from lora_fx.positions import COPIES, keeps_last, may_share
 from lora_fx.products import CONVOLUTIONS, Operands, is_pointwise, operands
 from lora_fx.rules.vocabulary import Op
-from lora_fx.views import SWAP, Stored, cast_of, shows, stored
 
 aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from lora_fx.errors import FoldError
 from lora_fx.graph_module import TracedGraphModule
-from lora_fx.lowrank import Merge, Merged
+from lora_fx.numerics.lowrank_merge import Merge, Merged
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from lora_fx.numerics.weight_view import SWAP, Step, Stored, View, shows, stored
 from lora_fx.rules.vocabulary import Layout, Op
-from lora_fx.views import SWAP, Step, Stored, View, shows, stored
 
 aten = torch.ops.aten
 

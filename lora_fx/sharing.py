@@ -22,12 +22,12 @@ from lora_fx.branches import FoundBranch
 from lora_fx.errors import FoldError
 from lora_fx.factors import original_name
 from lora_fx.graph_module import State, erase_unread, state_of
-from lora_fx.lowrank import Merge, Update
+from lora_fx.numerics.lowrank_merge import Merge, Update
+from lora_fx.numerics.weight_view import AS_STORED, View, stored
 from lora_fx.operators import flattened
 from lora_fx.products import readers
 from lora_fx.provenance import module_path
 from lora_fx.sites import sites
-from lora_fx.views import AS_STORED, View, stored
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from lora_fx.errors import FoldError
 from lora_fx.factors import is_factor, is_of_adapter, original_name
 from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph, erase_unread, state_of
 from lora_fx.lowering import lower
+from lora_fx.numerics.weight_view import shows
 from lora_fx.sharing import Value, separate
 from lora_fx.states import checked
-from lora_fx.views import shows
 
 
 def unload(graph_module: fx.GraphModule, *, branches: Nominate = is_factor) -> TracedGraphModule:

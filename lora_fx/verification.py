@@ -23,9 +23,9 @@ from lora_fx.errors import InputError, LoraFxError, VerifyError
 from lora_fx.factors import is_factor
 from lora_fx.graph_module import described, state_of
 from lora_fx.lowering import lower
+from lora_fx.numerics.weight_view import stored
 from lora_fx.provenance import module_path, source_line
 from lora_fx.signature import InputCodeGen
-from lora_fx.views import stored
 
 aten = torch.ops.aten
 

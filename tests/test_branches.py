@@ -14,8 +14,8 @@ import lora_fx
 from lora_fx.branches import FoundBranch, find_branches
 from lora_fx.comparison import first_difference
 from lora_fx.deltas import Term
-from lora_fx.lowrank import Factor, Update
-from lora_fx.views import SWAP, View
+from lora_fx.numerics.lowrank_merge import Factor, Update
+from lora_fx.numerics.weight_view import SWAP, View
 
 aten = torch.ops.aten
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16

@@ -24,8 +24,8 @@ from lora_fx import checkpoints
 from lora_fx.checkpoints import Changes, Checkpoint, write_merged
 from lora_fx.errors import FoldError, LoraFxError
 from lora_fx.files.safetensors import TensorFile, write_tensors
-from lora_fx.lowrank import Factor, Merge, Merged, Update, merge_into, rounded
-from lora_fx.views import SWAP, Step, View
+from lora_fx.numerics.lowrank_merge import Factor, Merge, Merged, Update, merge_into, rounded
+from lora_fx.numerics.weight_view import SWAP, Step, View
 
 Tensors = dict[str, torch.Tensor]
 RANK = 4

@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_fx
 from lora_fx.comparison import first_difference
-from lora_fx.fused import reduce_features
 from lora_fx.lowering import lower
-from lora_fx.masks import dropped, mask_of
+from lora_fx.numerics.bit_dropout import dropped, mask_of
+from lora_fx.numerics.fused_branch import reduce_features
 
 RULES = {"defaults": {"rank": 3, "alpha": 4.5, "dropout": 0.3}, "select": [{"target": ["lin", "other"]}]}
 PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -14,9 +14,19 @@ from numpy.typing import NDArray
 from peft.tuners import lora
 from torch import nn
 
-from lora_fx import lowrank
-from lora_fx.lowrank import FOLDABLE, Factor, Merge, Merged, Update, adapter_dtype, initial_factors, merge_into, rounded
-from lora_fx.views import SWAP, Step, View
+from lora_fx.numerics import lowrank_merge as lowrank
+from lora_fx.numerics.lowrank_merge import (
+    FOLDABLE,
+    Factor,
+    Merge,
+    Merged,
+    Update,
+    adapter_dtype,
+    initial_factors,
+    merge_into,
+    rounded,
+)
+from lora_fx.numerics.weight_view import SWAP, Step, View
 
 Tensors = dict[str, torch.Tensor]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

@@ -4,7 +4,7 @@ mutmut runs it; what it mutates and by which tests is in ``[tool.mutmut]`` of py
 the run unless tests/mutants_allowed.toml has it with a reason, and so does an entry of that file without its survivor::
 
     [[allowed]]
-    function = "lora_fx.lowrank.merged_weight"
+    function = "lora_fx.numerics.lowrank_merge.merged_weight"
     was = "total = reduce(operator.add, products)"
     becomes = ["total = reduce(None, products)"]
     reason = "…"

@@ -15,7 +15,7 @@ from lora_fx.errors import FoldError
 from lora_fx.factors import adapters
 from lora_fx.graph_module import state_of
 from lora_fx.lowering import lower
-from lora_fx.lowrank import Merge, Update
+from lora_fx.numerics.lowrank_merge import Merge, Update
 from lora_fx.sites import Site, sites
 
 

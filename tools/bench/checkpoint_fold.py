@@ -36,7 +36,7 @@ from lora_fx.checkpoint_folding import plan_checkpoint_fold
 from lora_fx.checkpoints import INDEX, Checkpoint
 from lora_fx.files.atomic import replacing
 from lora_fx.files.safetensors import TensorFile, bytes_of, write_tensors
-from lora_fx.lowrank import rounded
+from lora_fx.numerics.lowrank_merge import rounded
 
 RANK, ALPHA = 16, 32
 SHARD = 10**9

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import dropout, linear, pad
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from lora_fx.masks import dropped, mask_of
+from lora_fx.numerics.bit_dropout import dropped, mask_of
 
 
 def reduce_features(

@@ -18,8 +18,8 @@ from functools import reduce
 import torch
 from torch import nn
 
+from lora_fx.numerics.weight_view import AS_STORED, SWAP, View
 from lora_fx.rules.vocabulary import Init, Layout, Op
-from lora_fx.views import AS_STORED, SWAP, View
 
 
 @dataclass(frozen=True)
