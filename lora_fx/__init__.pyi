@@ -17,7 +17,7 @@ from .errors import (
 from .fold_report import FoldReport, fold_report
 from .folding import fold, recipe
 from .fusion import fuse
-from .graph_module import TracedGraphModule
+from .graph.graph_module import TracedGraphModule
 from .materializing import materialize
 from .parameters import ParameterSummary, lora_plus_groups, parameter_summary
 from .planning import Plan, plan

@@ -15,9 +15,9 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import AdapterError, LoraFxError, did_you_mean
-from lora_fx.factors import copy_name, is_of_adapter, original_name
 from lora_fx.files.safetensors import TensorFile
-from lora_fx.graph_module import described, state_of
+from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
+from lora_fx.graph.graph_module import described, state_of
 from lora_fx.numerics.lowrank_merge import adapter_dtype
 from lora_fx.origins import Origin, departures, recorded
 from lora_fx.peft_layout import PREFIX, Slot, apart_from_calls, base_key, base_name, slots, transposed

@@ -25,17 +25,17 @@ from torch import fx, nn
 from lora_fx.branches import find_branches
 from lora_fx.errors import PlanError
 from lora_fx.exporting import uncollected
-from lora_fx.factors import adapters, copy_name
 from lora_fx.fake_values import FakeValues
-from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph, state_of, trainable_names
+from lora_fx.graph.adapter_names import adapters, copy_name
+from lora_fx.graph.graph_module import State, TracedGraphModule, assemble, copy_graph, state_of, trainable_names
+from lora_fx.graph.invariants import checked
+from lora_fx.graph.provenance import module_path
 from lora_fx.lowering import lower
 from lora_fx.numerics.lowrank_merge import adapter_dtype, initial_factors
 from lora_fx.origins import Origin
 from lora_fx.planning import Branch, Chosen, Plan, Skipped, check_attachable
 from lora_fx.products import low_rank, operands
-from lora_fx.provenance import module_path
 from lora_fx.sites import biased
-from lora_fx.states import checked
 
 aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from lora_fx.operators import (
+from lora_fx.graph.aten_kinds import (
     ATTENTION,
     POINTWISE,
     PRODUCT,

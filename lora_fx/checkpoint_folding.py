@@ -24,9 +24,9 @@ from lora_fx.adapter_reading import AdapterFiles, Contents, another_value, check
 from lora_fx.attaching import attach
 from lora_fx.checkpoints import Changes, Checkpoint, CheckpointReport, write_merged
 from lora_fx.errors import AdapterError, FoldError, LoraFxError
-from lora_fx.factors import original_name
 from lora_fx.folding import recipe
-from lora_fx.graph_module import State, TracedGraphModule, state_of
+from lora_fx.graph.adapter_names import original_name
+from lora_fx.graph.graph_module import State, TracedGraphModule, state_of
 from lora_fx.loading import empty_model
 from lora_fx.numerics.lowrank_merge import Merge, Update
 from lora_fx.origins import fingerprint_on_disk

@@ -19,8 +19,8 @@ from torch import fx, nn
 from lora_fx.activating import activate, ordered
 from lora_fx.attaching import attach
 from lora_fx.errors import PlanError, did_you_mean
-from lora_fx.factors import adapters, copy_name
-from lora_fx.graph_module import TracedGraphModule
+from lora_fx.graph.adapter_names import adapters, copy_name
+from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.origins import Origin
 from lora_fx.planning import Branch, owners_of
 from lora_fx.rules.rule_file import Setting

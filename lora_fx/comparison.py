@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lora_fx.graph_module import TracedGraphModule, state_of
+from lora_fx.graph.graph_module import TracedGraphModule, state_of
 
 
 def first_difference(left: TracedGraphModule, right: TracedGraphModule) -> str | None:

@@ -1,4 +1,4 @@
-"""What torch.export established about a trace → :class:`~lora_fx.checks.Constraints`."""
+"""What torch.export established about a trace → :class:`~lora_fx.graph.input_checks.Constraints`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lora_fx.checks import Constraints
 from lora_fx.errors import TraceError
-from lora_fx.relations import UNBOUNDED, as_bound, check_relation, parse_guard
+from lora_fx.graph.input_checks import Constraints
+from lora_fx.graph.size_relations import UNBOUNDED, as_bound, check_relation, parse_guard
 
 Range = tuple[int, int]
 

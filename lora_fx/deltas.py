@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.factors import is_places
+from lora_fx.graph.adapter_names import is_places
 from lora_fx.numerics.lowrank_merge import Factor, Update
 from lora_fx.numerics.weight_view import SWAP, Stored, cast_of, shows, stored
 from lora_fx.positions import COPIES, keeps_last, may_share

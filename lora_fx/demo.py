@@ -27,7 +27,7 @@ from lora_fx import export, huggingface
 from lora_fx.drawing import draw
 from lora_fx.errors import LoraFxError
 from lora_fx.folding import fold
-from lora_fx.graph_module import TracedGraphModule
+from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.parameters import parameter_summary
 from lora_fx.rewriting import rewrite
 from lora_fx.tracing import trace

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.operators import ACTIVATION, POINTWISE, POWER, SHAPE, name_of, shape_of, size_of, tensor_inputs
+from lora_fx.graph.aten_kinds import ACTIVATION, POINTWISE, POWER, SHAPE, name_of, shape_of, size_of, tensor_inputs
 from lora_fx.products import Operands, operands
 
 _NO_FEATURE = -1

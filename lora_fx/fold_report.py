@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_fx.errors import FoldError
-from lora_fx.graph_module import TracedGraphModule
+from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.numerics.lowrank_merge import Merge, Merged
 
 

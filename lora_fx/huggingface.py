@@ -14,7 +14,7 @@ from torch import nn
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import check_free, replacing
 from lora_fx.folding import fold
-from lora_fx.graph_module import TracedGraphModule, described, same_values, state_of
+from lora_fx.graph.graph_module import TracedGraphModule, described, same_values, state_of
 from lora_fx.pretrained_writing import DTYPES, check_loads, contents_of, write
 
 

@@ -15,7 +15,7 @@ from transformers.models.auto import modeling_auto
 
 from lora_fx.errors import TraceError
 from lora_fx.example_rules import rule_inputs
-from lora_fx.examples import cut_or_repeated
+from lora_fx.graph.example_sizes import cut_or_repeated
 from lora_fx.rules.rule_file import RuleSet
 
 # Small, distinct, and no divisors of each other, so that a size taken for another shows.

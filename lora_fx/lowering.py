@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
-from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, erase_unread, state_of, trainable_names
+from lora_fx.graph.graph_module import TracedGraphModule, assemble, copy_graph, erase_unread, state_of, trainable_names
 from lora_fx.numerics.bit_dropout import DropoutRate
 from lora_fx.numerics.fused_branch import add_update
 from lora_fx.prepacking import unpacked

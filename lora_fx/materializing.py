@@ -14,15 +14,15 @@ from torch.func import functional_call
 
 from lora_fx.attaching import new_factors_like
 from lora_fx.beside import GraphFailed, ModelFailed, difference
-from lora_fx.checks import Constraints, InputCheck, RelationCheck, add_checks, remove_checks
 from lora_fx.errors import LoraFxError, TraceError
-from lora_fx.examples import cut_or_repeated
-from lora_fx.factors import is_of_adapter, is_places, original_name
-from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, described, state_of, trainable_names
+from lora_fx.graph.adapter_names import is_of_adapter, is_places, original_name
+from lora_fx.graph.example_sizes import cut_or_repeated
+from lora_fx.graph.graph_module import TracedGraphModule, assemble, copy_graph, described, state_of, trainable_names
+from lora_fx.graph.input_checks import Constraints, InputCheck, RelationCheck, add_checks, remove_checks
+from lora_fx.graph.invariants import checked
+from lora_fx.graph.size_relations import UNBOUNDED
 from lora_fx.inputs import ExampleInputs, example_inputs, graph_inputs
 from lora_fx.probing import examples_of, without_artefacts
-from lora_fx.relations import UNBOUNDED
-from lora_fx.states import checked
 from lora_fx.unloading import unload
 
 

@@ -23,8 +23,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
-from lora_fx.graph_module import same_values
-from lora_fx.provenance import module_path, source_line
+from lora_fx.graph.graph_module import same_values
+from lora_fx.graph.provenance import module_path, source_line
 
 aten = torch.ops.aten
 

@@ -21,7 +21,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
-from lora_fx.provenance import source_line
+from lora_fx.graph.provenance import source_line
 
 aten = torch.ops.aten
 higher_order = torch.ops.higher_order

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_fx.factors import is_of_adapter
 from lora_fx.files.safetensors import TensorEntry, TensorFile
-from lora_fx.graph_module import State
+from lora_fx.graph.adapter_names import is_of_adapter
+from lora_fx.graph.graph_module import State
 from lora_fx.rules.rule_file import RuleSet
 
 SAMPLES = 4096

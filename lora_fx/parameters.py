@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from lora_fx.errors import LoraFxError
-from lora_fx.factors import is_embedding_factor, is_factor, is_factor_b
+from lora_fx.graph.adapter_names import is_embedding_factor, is_factor, is_factor_b
 from lora_fx.planning import Branch
 
 

@@ -13,9 +13,9 @@ from torch import fx, nn
 
 from lora_fx.errors import PlanError, RuleError, did_you_mean
 from lora_fx.exporting import uncollected
-from lora_fx.factors import BranchNames, adapters, is_factor, original_name
 from lora_fx.features import Features
-from lora_fx.graph_module import TracedGraphModule, state_of
+from lora_fx.graph.adapter_names import BranchNames, adapters, is_factor, original_name
+from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.inputs import inputs_of_rules
 from lora_fx.matching import refusal, trains
 from lora_fx.origins import Origin

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 import torch
 from torch import fx, nn
 
+from lora_fx.graph.aten_kinds import VIEW, name_of, writes
 from lora_fx.numerics.weight_view import cast_of, is_view
-from lora_fx.operators import VIEW, name_of, writes
 
 aten = torch.ops.aten
 

@@ -15,8 +15,8 @@ from typing import TypeVar
 from torch import fx, nn
 
 from lora_fx.errors import LoraFxError
-from lora_fx.factors import is_of_adapter
-from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph, state_of, trainable_names
+from lora_fx.graph.adapter_names import is_of_adapter
+from lora_fx.graph.graph_module import State, TracedGraphModule, assemble, copy_graph, state_of, trainable_names
 from lora_fx.packed import KINDS, PrepackedWeight, is_available, is_packable
 
 PREFIX = "prepacked"

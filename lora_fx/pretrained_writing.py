@@ -27,7 +27,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from lora_fx.errors import LoraFxError
-from lora_fx.graph_module import described, state_of
+from lora_fx.graph.graph_module import described, state_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Those that a directory can be written in."""

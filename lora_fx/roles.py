@@ -20,8 +20,7 @@ from torch import fx
 
 from lora_fx.attention import attentions
 from lora_fx.features import Features, Push, disjoint
-from lora_fx.graph_module import state_of
-from lora_fx.operators import (
+from lora_fx.graph.aten_kinds import (
     ACTIVATION,
     ATTENTION,
     NORM,
@@ -36,6 +35,7 @@ from lora_fx.operators import (
     tensor_inputs,
     writes,
 )
+from lora_fx.graph.graph_module import state_of
 from lora_fx.products import Operands, operands
 from lora_fx.rules.vocabulary import ROLES, Part, Role
 from lora_fx.sites import Site, sites

@@ -20,13 +20,13 @@ from torch import fx
 
 from lora_fx.branches import FoundBranch
 from lora_fx.errors import FoldError
-from lora_fx.factors import original_name
-from lora_fx.graph_module import State, erase_unread, state_of
+from lora_fx.graph.adapter_names import original_name
+from lora_fx.graph.aten_kinds import flattened
+from lora_fx.graph.graph_module import State, erase_unread, state_of
+from lora_fx.graph.provenance import module_path
 from lora_fx.numerics.lowrank_merge import Merge, Update
 from lora_fx.numerics.weight_view import AS_STORED, View, stored
-from lora_fx.operators import flattened
 from lora_fx.products import readers
-from lora_fx.provenance import module_path
 from lora_fx.sites import sites
 
 

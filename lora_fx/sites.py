@@ -14,10 +14,10 @@ from typing import TypeGuard
 import torch
 from torch import fx
 
-from lora_fx.factors import is_factor, original_name
-from lora_fx.graph_module import state_of
+from lora_fx.graph.adapter_names import is_factor, original_name
+from lora_fx.graph.graph_module import state_of
+from lora_fx.graph.provenance import module_path
 from lora_fx.products import CONVOLUTIONS, Operands, operands
-from lora_fx.provenance import module_path
 from lora_fx.rules.vocabulary import Layout, Op
 
 aten = torch.ops.aten

@@ -11,8 +11,8 @@ from transformers.training_args import TrainingArguments
 
 from lora_fx.adapters import save_adapter
 from lora_fx.errors import LoraFxError
-from lora_fx.factors import adapters
-from lora_fx.graph_module import TracedGraphModule, state_of
+from lora_fx.graph.adapter_names import adapters
+from lora_fx.graph.graph_module import TracedGraphModule, state_of
 
 
 class AdapterCallback(TrainerCallback):

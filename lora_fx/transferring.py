@@ -10,8 +10,8 @@ from torch import fx, nn
 
 from lora_fx.attaching import attach
 from lora_fx.errors import PlanError, did_you_mean
-from lora_fx.factors import adapter_of, adapters, copy_name, is_of_adapter, original_name
-from lora_fx.graph_module import (
+from lora_fx.graph.adapter_names import adapter_of, adapters, copy_name, is_of_adapter, original_name
+from lora_fx.graph.graph_module import (
     TracedGraphModule,
     as_traced,
     assemble,
@@ -20,12 +20,12 @@ from lora_fx.graph_module import (
     state_of,
     trainable_names,
 )
+from lora_fx.graph.invariants import checked
 from lora_fx.origins import Origin
 from lora_fx.planning import Branch, Chosen, Decision, Plan, Skipped, Trained, owners_of
 from lora_fx.prepacking import unpacked
 from lora_fx.rules.rule_file import RuleSet, Selection
 from lora_fx.sites import sites
-from lora_fx.states import checked
 
 
 def transfer(graph_module: TracedGraphModule, *, onto: TracedGraphModule) -> TracedGraphModule:

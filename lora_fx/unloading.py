@@ -9,12 +9,12 @@ from torch import fx
 
 from lora_fx.branches import FoundBranch, Nominate, find_branches
 from lora_fx.errors import FoldError
-from lora_fx.factors import is_factor, is_of_adapter, original_name
-from lora_fx.graph_module import State, TracedGraphModule, assemble, copy_graph, erase_unread, state_of
+from lora_fx.graph.adapter_names import is_factor, is_of_adapter, original_name
+from lora_fx.graph.graph_module import State, TracedGraphModule, assemble, copy_graph, erase_unread, state_of
+from lora_fx.graph.invariants import checked
 from lora_fx.lowering import lower
 from lora_fx.numerics.weight_view import shows
 from lora_fx.sharing import Value, separate
-from lora_fx.states import checked
 
 
 def unload(graph_module: fx.GraphModule, *, branches: Nominate = is_factor) -> TracedGraphModule:

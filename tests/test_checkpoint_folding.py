@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import lora_fx
 from lora_fx.checkpoint_folding import fold_checkpoint, plan_checkpoint_fold
 from lora_fx.cli import app
-from lora_fx.graph_module import State
+from lora_fx.graph.graph_module import State
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

@@ -14,7 +14,7 @@ import lora_fx
 from lora_fx import attaching, branches, fake_values, matching
 from lora_fx.attaching import attach
 from lora_fx.fake_values import FakeValues
-from lora_fx.graph_module import State
+from lora_fx.graph.graph_module import State
 from lora_fx.planning import plan_graph
 from lora_fx.rules.rule_file import load
 

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 
 import lora_fx
-from lora_fx.graph_module import state_of
+from lora_fx.graph.graph_module import state_of
 from lora_fx.inputs import example_inputs
 from lora_fx.rules.rule_file import load
 from lora_fx.sites import sites

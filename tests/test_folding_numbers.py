@@ -20,9 +20,9 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fx
-from lora_fx.factors import copy_name
 from lora_fx.folding import recipe
-from lora_fx.graph_module import state_of
+from lora_fx.graph.adapter_names import copy_name
+from lora_fx.graph.graph_module import state_of
 from lora_fx.numerics import lowrank_merge as lowrank
 from lora_fx.numerics.lowrank_merge import Merge, Merged, merge_into
 from lora_fx.numerics.weight_view import SWAP

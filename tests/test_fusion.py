@@ -16,9 +16,9 @@ from torch import nn
 
 import lora_fx
 from lora_fx.comparison import first_difference
+from lora_fx.graph.aten_kinds import shape_of
 from lora_fx.lowering import lower
 from lora_fx.numerics.fused_branch import add_update, reduce_features
-from lora_fx.operators import shape_of
 
 EVERY = {
     "t5": ["q", "k", "v", "o", "wi", "wo"],

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fx
-from lora_fx import generated_code
-from lora_fx.generated_code import BINDINGS
+from lora_fx.graph import codegen as generated_code
+from lora_fx.graph.codegen import BINDINGS
 
 aten = torch.ops.aten
 

@@ -378,7 +378,7 @@ def test_a_config_that_scales_by_the_same_switch_keeps_it(tmp_path: Path) -> Non
         num_experts=3,
     )
     model = transformers.SwitchTransformersForConditionalGeneration(config).eval()
-    values = dict(lora_fx.graph_module.state_of(model).tensors)
+    values = dict(lora_fx.graph.graph_module.state_of(model).tensors)
     values["lm_head.weight"] = nn.Parameter(values["lm_head.weight"].detach() + torch.randn(VOCABULARY, 40))
     contents = pretrained_writing.contents_of(model, values, (("shared.weight", "lm_head.weight"),), None)
     pretrained_writing.write(model, contents, tmp_path / "untied", {})
@@ -502,7 +502,7 @@ def test_what_is_not_in_the_files_as_it_should_be_is_found(
 def test_a_model_of_two_dtypes_says_what_to_do(tmp_path: Path) -> None:
     model = build("bert").bfloat16()
     model.pooler.float()  # type: ignore[union-attr, operator]
-    values = lora_fx.graph_module.state_of(model).tensors
+    values = lora_fx.graph.graph_module.state_of(model).tensors
     contents = pretrained_writing.contents_of(model, values, (), None)
     pretrained_writing.write(model, contents, tmp_path / "mixed", {})
     with pytest.raises(lora_fx.LoraFxError, match=r"'pooler\.dense\.weight' is torch\.float32.*dtype=torch\.float32"):

@@ -235,10 +235,10 @@ def test_a_copy_keeps_the_hooks_of_the_graph_and_its_modules() -> None:
 def test_a_tensor_cannot_have_names_below_it() -> None:
     model = Tied().eval()
     graph_module = lora_fx.trace(model, (X,))
-    state = lora_fx.graph_module.state_of(graph_module).with_tensors({"c.weight.lora_A": torch.ones(1)})
+    state = lora_fx.graph.graph_module.state_of(graph_module).with_tensors({"c.weight.lora_A": torch.ones(1)})
     with pytest.raises(lora_fx.LoraFxError, match=r"'c.weight.lora_A' cannot be a name in a graph"):
-        lora_fx.graph_module.assemble(
-            lora_fx.graph_module.copy_graph(graph_module.graph)[0],
+        lora_fx.graph.graph_module.assemble(
+            lora_fx.graph.graph_module.copy_graph(graph_module.graph)[0],
             state,
             meta={},
             training=False,

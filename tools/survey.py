@@ -35,7 +35,7 @@ from small_models import model_types, small_model  # noqa: E402
 
 import lora_fx  # noqa: E402
 from lora_fx.comparison import first_difference  # noqa: E402
-from lora_fx.graph_module import TracedGraphModule  # noqa: E402
+from lora_fx.graph.graph_module import TracedGraphModule  # noqa: E402
 from lora_fx.inputs import ExampleInputs, example_inputs, graph_inputs  # noqa: E402
 from lora_fx.roles import purposes  # noqa: E402
 from lora_fx.rules.rule_file import load  # noqa: E402

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from lora_fx.drawing._reading import stamp_of
-from lora_fx.factors import is_factor
+from lora_fx.graph.adapter_names import is_factor
 
 
 @dataclass(frozen=True)

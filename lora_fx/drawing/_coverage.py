@@ -12,8 +12,8 @@ from lora_fx.branches import find_branches
 from lora_fx.drawing._branching import branches_of, settings_of
 from lora_fx.drawing._reading import Reader
 from lora_fx.errors import FoldError
-from lora_fx.factors import adapters
-from lora_fx.graph_module import state_of
+from lora_fx.graph.adapter_names import adapters
+from lora_fx.graph.graph_module import state_of
 from lora_fx.lowering import lower
 from lora_fx.numerics.lowrank_merge import Merge, Update
 from lora_fx.sites import Site, sites

@@ -30,9 +30,9 @@ from lora_fx.drawing._reading import Reader, stamp_of, type_of_root
 from lora_fx.drawing._repeats import collapse
 from lora_fx.drawing._wiring import Wiring, wire
 from lora_fx.errors import ExportError, did_you_mean
+from lora_fx.graph.provenance import source_of
 from lora_fx.numerics.lowrank_merge import Merge
 from lora_fx.prepacking import unpacked
-from lora_fx.provenance import source_of
 
 Description = Mapping[str, Any]
 """What :func:`describe` returns."""

@@ -17,10 +17,10 @@ from torch.utils import _pytree as pytree
 from lora_fx.drawing._aligning import aligned
 from lora_fx.drawing._branching import Branch, branches_of
 from lora_fx.drawing._reading import Reader, stamp_of
-from lora_fx.factors import original_name
-from lora_fx.graph_module import same_values
-from lora_fx.operators import size_of
-from lora_fx.provenance import code_of
+from lora_fx.graph.adapter_names import original_name
+from lora_fx.graph.aten_kinds import size_of
+from lora_fx.graph.graph_module import same_values
+from lora_fx.graph.provenance import code_of
 
 Status = Literal["same", "added", "removed", "rewired", "changed"]
 

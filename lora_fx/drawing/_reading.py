@@ -13,8 +13,8 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lora_fx.checks import InputCheck, RelationCheck
-from lora_fx.graph_module import TracedGraphModule, state_of
+from lora_fx.graph.graph_module import TracedGraphModule, state_of
+from lora_fx.graph.input_checks import InputCheck, RelationCheck
 from lora_fx.materializing import traced_class
 
 _QUIET = (torch.ops.aten.sym_size.int, torch.ops.aten._assert_scalar.default, getattr)

@@ -16,7 +16,7 @@ from lora_fx.errors import ExportError, LoraFxError
 from lora_fx.export._comparing import Comparison, Loaded, check_tolerance, compare
 from lora_fx.export._exportable import Exportable, prepare
 from lora_fx.files.atomic import check_file, replacing
-from lora_fx.graph_module import TracedGraphModule
+from lora_fx.graph.graph_module import TracedGraphModule
 
 
 class Format(Protocol):

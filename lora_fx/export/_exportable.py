@@ -13,15 +13,15 @@ from torch import fx, nn
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
-from lora_fx.checks import Constraints, remove_checks
 from lora_fx.errors import WITH_LABELS, ExportError
-from lora_fx.examples import Dimension, Examples
-from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, state_of
+from lora_fx.graph.example_sizes import Dimension, Examples
+from lora_fx.graph.graph_module import TracedGraphModule, assemble, copy_graph, state_of
+from lora_fx.graph.input_checks import Constraints, remove_checks
+from lora_fx.graph.provenance import source_line
+from lora_fx.graph.signature import signature_of
+from lora_fx.graph.size_relations import UNBOUNDED
 from lora_fx.lowering import lower
 from lora_fx.modes import ModeSwitch
-from lora_fx.provenance import source_line
-from lora_fx.relations import UNBOUNDED
-from lora_fx.signature import signature_of
 
 aten = torch.ops.aten
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from lora_fx.checks import Constraints
-from lora_fx.relations import interpret
+from lora_fx.graph.input_checks import Constraints
+from lora_fx.graph.size_relations import interpret
 
 DOUBLE, INT64 = 11, 7
 """Types, as ONNX numbers them. Sizes are computed with in double precision, which holds all there are."""

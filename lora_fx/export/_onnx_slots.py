@@ -19,16 +19,16 @@ from torch import fx, nn
 
 from lora_fx.attaching import attach
 from lora_fx.errors import ExportError
-from lora_fx.examples import Examples
 from lora_fx.export._exportable import Exportable
 from lora_fx.export._trying import larger_examples
-from lora_fx.factors import adapters
-from lora_fx.graph_module import TracedGraphModule, as_traced, state_of
+from lora_fx.graph.adapter_names import adapters
+from lora_fx.graph.example_sizes import Examples
+from lora_fx.graph.graph_module import TracedGraphModule, as_traced, state_of
+from lora_fx.graph.size_relations import UNBOUNDED
 from lora_fx.onnx_slots import KEY, OnnxSlot, SlotTable
 from lora_fx.origins import Origin, fingerprint
 from lora_fx.peft_layout import apart_from_calls
 from lora_fx.planning import Branch, Chosen, Plan, owners_of
-from lora_fx.relations import UNBOUNDED
 from lora_fx.rules.rule_file import Setting
 from lora_fx.sites import sites
 from lora_fx.transferring import branches_of, plan_branches, trained_of

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from lora_fx.errors import ExportError
-from lora_fx.provenance import source_line
+from lora_fx.graph.provenance import source_line
 
 GROUPED_MM = torch.ops.aten._grouped_mm.default
 OF_TRANSFORMERS = "transformers.grouped_mm_fallback.default"

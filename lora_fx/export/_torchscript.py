@@ -21,7 +21,7 @@ from lora_fx.export._delivering import Exported, Step, deliver
 from lora_fx.export._exportable import Exportable, explain
 from lora_fx.export._operators import use_torch_alone
 from lora_fx.files.atomic import writable
-from lora_fx.graph_module import TracedGraphModule, copy_graph
+from lora_fx.graph.graph_module import TracedGraphModule, copy_graph
 
 
 def torchscript(

@@ -10,9 +10,9 @@ from itertools import islice, product
 import torch
 
 from lora_fx.errors import ExportError, InputError
-from lora_fx.examples import Dimension, cut_or_repeated, other_values
 from lora_fx.export._exportable import Exportable
-from lora_fx.relations import holds
+from lora_fx.graph.example_sizes import Dimension, cut_or_repeated, other_values
+from lora_fx.graph.size_relations import holds
 
 Sizes = Mapping[str, int]
 """The size of each axis that varies, by name."""

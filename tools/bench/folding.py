@@ -42,7 +42,7 @@ import readme
 
 import lora_fx
 from lora_fx.attaching import attach
-from lora_fx.factors import is_factor_b
+from lora_fx.graph.adapter_names import is_factor_b
 from lora_fx.numerics.lowrank_merge import BLOCK_ELEMENTS
 from lora_fx.planning import plan_graph
 from lora_fx.rules.rule_file import load

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from lora_fx.graph_module import TracedGraphModule, assemble, copy_graph, state_of
-from lora_fx.provenance import module_path
+from lora_fx.graph.graph_module import TracedGraphModule, assemble, copy_graph, state_of
+from lora_fx.graph.provenance import module_path
 
 
 def lengthened(graph_module: TracedGraphModule, layers: int, more: int) -> TracedGraphModule:

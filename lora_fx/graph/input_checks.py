@@ -18,9 +18,9 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import InputError
-from lora_fx.graph_module import erase_unread
-from lora_fx.relations import UNBOUNDED, interpret, renamed
-from lora_fx.signature import signature_of
+from lora_fx.graph.graph_module import erase_unread
+from lora_fx.graph.signature import signature_of
+from lora_fx.graph.size_relations import UNBOUNDED, interpret, renamed
 
 PREFIX = "input_checks"
 """The module path below which a graph keeps its checks."""

@@ -18,8 +18,8 @@ import torch
 
 from lora_fx.branches import find_branches
 from lora_fx.errors import StateError
-from lora_fx.factors import is_factor, is_of_adapter
-from lora_fx.graph_module import State, TracedGraphModule, state_of
+from lora_fx.graph.adapter_names import is_factor, is_of_adapter
+from lora_fx.graph.graph_module import State, TracedGraphModule, state_of
 from lora_fx.lowering import lower
 from lora_fx.numerics.fused_branch import add_update, reduce_features
 from lora_fx.packed import PrepackedWeight

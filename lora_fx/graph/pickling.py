@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lora_fx.operators import size_of
+from lora_fx.graph.aten_kinds import size_of
 
 _KEPT_META = ("nn_module_stack", "stack_trace", "custom")
 

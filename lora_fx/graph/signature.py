@@ -22,8 +22,8 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import InputError, TraceError, did_you_mean
-from lora_fx.generated_code import shortened
-from lora_fx.provenance import source_line
+from lora_fx.graph.codegen import shortened
+from lora_fx.graph.provenance import source_line
 
 
 class Leaf(Enum):

@@ -16,8 +16,8 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import LoraFxError, PlanError, TraceError
-from lora_fx.records import GraphRecord, record, restore
-from lora_fx.signature import InputCodeGen
+from lora_fx.graph.pickling import GraphRecord, record, restore
+from lora_fx.graph.signature import InputCodeGen
 
 
 @dataclass(frozen=True)
