@@ -22,7 +22,7 @@ from .materializing import materialize
 from .parameters import ParameterSummary, lora_plus_groups, parameter_summary
 from .planning import Plan, plan
 from .rewriting import rewrite
-from .tracing import trace
+from .tracing.trace import trace
 from .transferring import transfer
 from .unloading import unload
 from .verification import verify

@@ -13,7 +13,6 @@ from lora_fx.adapter_reading import FILE_NAME, Contents, check_base, read_adapte
 from lora_fx.adapter_writing import to_peft
 from lora_fx.attaching import attach
 from lora_fx.errors import AdapterError, LoraFxError, PlanError
-from lora_fx.exporting import Dynamic
 from lora_fx.files.atomic import replacing
 from lora_fx.files.safetensors import write_tensors
 from lora_fx.graph.adapter_names import adapters
@@ -22,7 +21,8 @@ from lora_fx.graph.invariants import checked
 from lora_fx.lowering import lower
 from lora_fx.origins import fingerprint, metadata
 from lora_fx.rules.peft_config.config import CONFIG_NAME
-from lora_fx.tracing import trace
+from lora_fx.tracing.torch_export import Dynamic
+from lora_fx.tracing.trace import trace
 from lora_fx.transferring import branches_of, differences, origin_of, plan_branches, trained_of
 
 

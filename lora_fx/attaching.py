@@ -24,7 +24,6 @@ from torch import fx, nn
 
 from lora_fx.branches import find_branches
 from lora_fx.errors import PlanError
-from lora_fx.exporting import uncollected
 from lora_fx.fake_values import FakeValues
 from lora_fx.graph.adapter_names import adapters, copy_name
 from lora_fx.graph.graph_module import State, TracedGraphModule, assemble, copy_graph, state_of, trainable_names
@@ -36,6 +35,7 @@ from lora_fx.origins import Origin
 from lora_fx.planning import Branch, Chosen, Plan, Skipped, check_attachable
 from lora_fx.products import low_rank, operands
 from lora_fx.sites import biased
+from lora_fx.tracing.torch_export import uncollected
 
 aten = torch.ops.aten
 

@@ -27,10 +27,10 @@ from lora_fx.errors import AdapterError, FoldError, LoraFxError
 from lora_fx.folding import recipe
 from lora_fx.graph.adapter_names import original_name
 from lora_fx.graph.graph_module import State, TracedGraphModule, state_of
-from lora_fx.loading import empty_model
 from lora_fx.numerics.lowrank_merge import Merge, Update
 from lora_fx.origins import fingerprint_on_disk
-from lora_fx.tracing import trace
+from lora_fx.tracing.trace import trace
+from lora_fx.tracing.transformers_models import empty_model
 from lora_fx.transferring import plan_branches
 
 

@@ -72,10 +72,10 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show every call site of a model: its shape, operator and role, and whether rules give it a branch, and why."""
-    from lora_fx.loading import empty_model
     from lora_fx.planning import plan as make_plan
     from lora_fx.reporting import as_data, as_text
     from lora_fx.rules.rule_file import load
+    from lora_fx.tracing.transformers_models import empty_model
 
     with _reported():
         with errors.status("reading the config"):
@@ -309,8 +309,8 @@ def export(
 
     import lora_fx
     from lora_fx.files.atomic import check_file
-    from lora_fx.loading import load_model
     from lora_fx.rules.rule_file import load
+    from lora_fx.tracing.transformers_models import load_model
 
     with _reported():
         check_file(out, overwrite=overwrite)

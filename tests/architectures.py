@@ -14,7 +14,7 @@ from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from torch import nn
 
 import lora_fx
-from lora_fx.modes import ModeSwitch
+from lora_fx.tracing.train_eval import ModeSwitch
 
 VOCABULARY = 97
 IMAGE_SIZE, IMAGE_TOKEN, IMAGE_TOKENS = 12, 95, 3

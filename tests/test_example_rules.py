@@ -14,8 +14,8 @@ from transformers import BertConfig
 
 from lora_fx.errors import RuleError
 from lora_fx.example_rules import AXES, ELEMENTS, evaluate, parse_size, rule_inputs
-from lora_fx.inputs import BATCH, SEQUENCE, TARGET_SEQUENCE
 from lora_fx.rules.rule_file import RuleSet, load
+from lora_fx.tracing.example_inputs import BATCH, SEQUENCE, TARGET_SEQUENCE
 
 CPU = torch.device("cpu")
 LENGTHS = dict(zip(AXES, (BATCH, SEQUENCE, TARGET_SEQUENCE), strict=True))

@@ -15,7 +15,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.comparison import first_difference
-from lora_fx.inputs import example_inputs
+from lora_fx.tracing.example_inputs import example_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

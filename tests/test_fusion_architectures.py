@@ -19,8 +19,8 @@ import lora_fx
 from lora_fx.comparison import first_difference
 from lora_fx.graph.signature import signature_of
 from lora_fx.lowering import lower
-from lora_fx.modes import ModeSwitch
 from lora_fx.numerics.fused_branch import add_update
+from lora_fx.tracing.train_eval import ModeSwitch
 
 HALF = [each for each in EACH if each.values[0] in ("llama", "t5", "roberta")]
 DRAWS = range(8)

@@ -11,7 +11,7 @@ from families import IMAGE_TOKEN, IMAGE_TOKENS, build
 from torch import nn
 
 import lora_fx
-from lora_fx.inputs import BATCH, SEQUENCE, TARGET_SEQUENCE, ExampleInputs, example_inputs, graph_inputs
+from lora_fx.tracing.example_inputs import BATCH, SEQUENCE, TARGET_SEQUENCE, ExampleInputs, example_inputs, graph_inputs
 
 TEXT = dict.fromkeys(("input_ids", "attention_mask"), (("batch", "sequence"), (BATCH, SEQUENCE)))
 IMAGE = {"pixel_values": (("batch", None, None, None), (BATCH, 3, 12, 12))}

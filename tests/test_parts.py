@@ -16,7 +16,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.comparison import first_difference
-from lora_fx.inputs import example_inputs
+from lora_fx.tracing.example_inputs import example_inputs
 
 RULES: dict[str, Any] = {
     "defaults": {"rank": 3, "alpha": 5, "dropout": 0.2},

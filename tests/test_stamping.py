@@ -19,8 +19,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 import lora_fx
-from lora_fx import tracing
 from lora_fx.comparison import first_difference
+from lora_fx.tracing import trace as tracing
 
 LAYERS = (
     "num_hidden_layers",

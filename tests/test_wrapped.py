@@ -14,7 +14,7 @@ from test_peft_equality import wrap
 from torch import nn
 
 import lora_fx
-from lora_fx.inputs import example_inputs
+from lora_fx.tracing.example_inputs import example_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

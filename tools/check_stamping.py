@@ -31,8 +31,8 @@ def check(name: str) -> str:
     import torch
 
     import lora_fx
-    from lora_fx import tracing
     from lora_fx.comparison import first_difference
+    from lora_fx.tracing import trace as tracing
 
     torch.set_num_threads(1)
     known = name in architectures.ARCHITECTURES

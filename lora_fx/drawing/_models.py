@@ -10,12 +10,12 @@ from torch import nn
 from lora_fx.attaching import attach
 from lora_fx.drawing._describing import Description, Show, describe, describe_graph
 from lora_fx.folding import recipe
-from lora_fx.inputs import inputs_of_rules
-from lora_fx.loading import empty_model
 from lora_fx.planning import plan_graph
 from lora_fx.programs import load_program
 from lora_fx.rules.rule_file import load
-from lora_fx.tracing import trace
+from lora_fx.tracing.example_inputs import inputs_of_rules
+from lora_fx.tracing.trace import trace
+from lora_fx.tracing.transformers_models import empty_model
 from lora_fx.unloading import unload
 
 

@@ -13,7 +13,7 @@ from lora_fx.export._exportable import Exportable
 from lora_fx.export._trying import Sizes, Trial, trials
 from lora_fx.graph.graph_module import described
 from lora_fx.graph.provenance import source_line
-from lora_fx.modes import MODE_ARGUMENTS
+from lora_fx.tracing.train_eval import MODE_ARGUMENTS
 from lora_fx.verification import COARSE, TOLERANCES
 
 Loaded = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]

@@ -21,7 +21,7 @@ from lora_fx.graph.provenance import source_line
 from lora_fx.graph.signature import signature_of
 from lora_fx.graph.size_relations import UNBOUNDED
 from lora_fx.lowering import lower
-from lora_fx.modes import ModeSwitch
+from lora_fx.tracing.train_eval import ModeSwitch
 
 aten = torch.ops.aten
 

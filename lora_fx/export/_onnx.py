@@ -23,10 +23,10 @@ from lora_fx.export._onnx_operators import attention, grouped_mm
 from lora_fx.export._onnx_slots import Slots
 from lora_fx.export._operators import grouped_products
 from lora_fx.export._program import export_plain
-from lora_fx.exporting import quiet
 from lora_fx.files.atomic import check_file, writable
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.graph.provenance import source_line
+from lora_fx.tracing.torch_export import quiet
 
 LARGE = 10**9
 """Weights of more bytes go into a file of their own: protobuf holds two gigabytes at most."""

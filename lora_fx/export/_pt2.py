@@ -13,9 +13,9 @@ from lora_fx.export._delivering import Exported, Step, deliver
 from lora_fx.export._exportable import Exportable
 from lora_fx.export._operators import use_torch_alone
 from lora_fx.export._program import export_plain
-from lora_fx.exporting import quiet
 from lora_fx.files.atomic import writable
 from lora_fx.graph.graph_module import TracedGraphModule
+from lora_fx.tracing.torch_export import quiet
 
 
 def pt2(

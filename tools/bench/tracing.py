@@ -70,7 +70,7 @@ def in_full() -> AbstractContextManager[object]:
     def none(_: nn.Module) -> list[object]:
         return []
 
-    return mock.patch("lora_fx.tracing.layer_classes", none)
+    return mock.patch("lora_fx.tracing.trace.layer_classes", none)
 
 
 def rewritten(way: Way) -> lora_fx.TracedGraphModule:

@@ -12,12 +12,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lora_fx import normal_form
-from lora_fx.beside import check_evaluation, check_training, leaving_buffers, map_tensors
-from lora_fx.constraints import constraints_of
 from lora_fx.errors import TraceError, first_line
-from lora_fx.exporting import Dynamic, check_inputs, export, in_order, tie, uncollected
-from lora_fx.gradients import check_functions, check_hooks, recorded_interference
 from lora_fx.graph.graph_module import (
     State,
     TracedGraphModule,
@@ -30,12 +25,14 @@ from lora_fx.graph.graph_module import (
 from lora_fx.graph.input_checks import Constraints, add_checks
 from lora_fx.graph.invariants import checked
 from lora_fx.graph.signature import take_inputs
-from lora_fx.inputs import ExampleInputs, config_of, varied, with_labels
-from lora_fx.inputs import example_inputs as make_inputs
-from lora_fx.modes import check_constants, remove_inactive_dropout, unite_modes
-from lora_fx.preserving import is_exported, mode_of, preserved, set_mode, stateless
-from lora_fx.probing import examples_of, without_artefacts
-from lora_fx.stamping import (
+from lora_fx.tracing import canonicalize as normal_form
+from lora_fx.tracing.constraints import constraints_of
+from lora_fx.tracing.custom_autograd import check_functions, check_hooks, recorded_interference
+from lora_fx.tracing.example_inputs import ExampleInputs, config_of, varied, with_labels
+from lora_fx.tracing.example_inputs import example_inputs as make_inputs
+from lora_fx.tracing.model_state import is_exported, mode_of, preserved, set_mode, stateless
+from lora_fx.tracing.parity import check_evaluation, check_training, leaving_buffers, map_tensors
+from lora_fx.tracing.repeated_layers.stamping import (
     LEAST,
     Departure,
     FirstDeparts,
@@ -46,6 +43,9 @@ from lora_fx.stamping import (
     stubbed,
     without_first,
 )
+from lora_fx.tracing.size_probing import examples_of, without_artefacts
+from lora_fx.tracing.torch_export import Dynamic, check_inputs, export, in_order, tie, uncollected
+from lora_fx.tracing.train_eval import check_constants, remove_inactive_dropout, unite_modes
 
 _logger = logging.getLogger("lora_fx.tracing")
 

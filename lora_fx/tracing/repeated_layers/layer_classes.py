@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.stamping._fingerprints import Key, fingerprint
-from lora_fx.stamping._values import Frozen
+from lora_fx.tracing.repeated_layers.call_values import Frozen
+from lora_fx.tracing.repeated_layers.fingerprints import Key, fingerprint
 
 LEAST = 4
 """Equal layers, below which stamping gains nothing."""

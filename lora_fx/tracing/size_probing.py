@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from lora_fx.beside import GraphFailed, ModelFailed, difference, map_tensors
 from lora_fx.graph.example_sizes import Dimension, Examples, cut_or_repeated, other_values
 from lora_fx.graph.input_checks import Constraints
 from lora_fx.graph.size_relations import UNBOUNDED, excludes, holds, references
-from lora_fx.inputs import ExampleInputs
+from lora_fx.tracing.example_inputs import ExampleInputs
+from lora_fx.tracing.parity import GraphFailed, ModelFailed, difference, map_tensors
 
 LARGEST, MOST = 4096, 4
 """An exclusion is taken for an artefact only if it excludes at most ``MOST`` sizes, all below ``LARGEST``, and each was run."""

@@ -19,8 +19,8 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError, first_line
-from lora_fx.inputs import ExampleInputs
-from lora_fx.masking import broadcast_masks
+from lora_fx.tracing.example_inputs import ExampleInputs
+from lora_fx.tracing.masking import broadcast_masks
 
 Dynamic = Mapping[str, Sequence[int]]
 

@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterator, Mapping
 
 from torch import fx
 
-from lora_fx.stamping._bodies import Body
-from lora_fx.stamping._calls import Departure
-from lora_fx.stamping._moving import Moved
-from lora_fx.stamping._operators import STUB
+from lora_fx.tracing.repeated_layers.calls import Departure
+from lora_fx.tracing.repeated_layers.moving import Moved
+from lora_fx.tracing.repeated_layers.operators import STUB
+from lora_fx.tracing.repeated_layers.template_body import Body
 
 _LIFTED = re.compile(r"(?P<path>(?:.*\.)?)lifted_tensor_(?P<number>\d+)")
 

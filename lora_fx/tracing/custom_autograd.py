@@ -18,9 +18,9 @@ from torch import nn
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.utils import _pytree as pytree
 
-from lora_fx.beside import OwnStreams, agree, gradients
 from lora_fx.errors import TraceError
-from lora_fx.exporting import is_model_code
+from lora_fx.tracing.parity import OwnStreams, agree, gradients
+from lora_fx.tracing.torch_export import is_model_code
 
 MAGNITUDES = (1e-3, 1.0, 1e3, 1e6)
 """Of the values at which an autograd function's backward is compared with the derivative of its forward."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.stamping._values import Frozen
+from lora_fx.tracing.repeated_layers.call_values import Frozen
 
 Key = tuple[str, ...]
 """Path of a module in the layer, and the name of its attribute, or of one of its tensors."""

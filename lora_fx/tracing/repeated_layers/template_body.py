@@ -10,8 +10,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from lora_fx.stamping._calls import Departure
-from lora_fx.stamping._operators import ENTER, LEAVE, STUB
+from lora_fx.tracing.repeated_layers.calls import Departure
+from lora_fx.tracing.repeated_layers.operators import ENTER, LEAVE, STUB
 
 aten = torch.ops.aten
 

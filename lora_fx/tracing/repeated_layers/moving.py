@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lora_fx.stamping._calls import Departure
+from lora_fx.tracing.repeated_layers.calls import Departure
 
 
 class Moved:

@@ -11,12 +11,20 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.stamping._calls import Departure, FirstDeparts, Values, is_constant, same_values, storage_of, values_of
-from lora_fx.stamping._classes import LayerClass, has_hooks
-from lora_fx.stamping._fingerprints import Key, contents
-from lora_fx.stamping._operators import ENTER, LEAVE, STUB
-from lora_fx.stamping._positions import Position
-from lora_fx.stamping._values import Frozen
+from lora_fx.tracing.repeated_layers.call_values import Frozen
+from lora_fx.tracing.repeated_layers.calls import (
+    Departure,
+    FirstDeparts,
+    Values,
+    is_constant,
+    same_values,
+    storage_of,
+    values_of,
+)
+from lora_fx.tracing.repeated_layers.fingerprints import Key, contents
+from lora_fx.tracing.repeated_layers.layer_classes import LayerClass, has_hooks
+from lora_fx.tracing.repeated_layers.operators import ENTER, LEAVE, STUB
+from lora_fx.tracing.repeated_layers.positions import Position
 
 
 @contextmanager

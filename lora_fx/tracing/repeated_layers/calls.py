@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from lora_fx.stamping._values import Frozen, is_plain
+from lora_fx.tracing.repeated_layers.call_values import Frozen, is_plain
 
 Symbolic = torch.SymInt | torch.SymFloat | torch.SymBool
 

@@ -14,10 +14,10 @@ template recorded. The result is the graph of a full trace, node for node. Where
     _expanding                stubs into nodes
 """
 
-from lora_fx.stamping._calls import Departure, FirstDeparts
-from lora_fx.stamping._classes import LEAST, LayerClass, foreign_part, layer_classes, without_first
-from lora_fx.stamping._expanding import expand
-from lora_fx.stamping._stubs import stubbed
+from lora_fx.tracing.repeated_layers.calls import Departure, FirstDeparts
+from lora_fx.tracing.repeated_layers.expand import expand
+from lora_fx.tracing.repeated_layers.layer_classes import LEAST, LayerClass, foreign_part, layer_classes, without_first
+from lora_fx.tracing.repeated_layers.stubs import stubbed
 
 __all__ = [
     "LEAST",

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.stamping._bodies import Body, find_bodies, is_size, stack_of
-from lora_fx.stamping._calls import Departure
-from lora_fx.stamping._classes import LayerClass
-from lora_fx.stamping._constants import Names, constant_names, number_of
-from lora_fx.stamping._moving import Moved
-from lora_fx.stamping._operators import ENTER, LEAVE, STUB
+from lora_fx.tracing.repeated_layers.calls import Departure
+from lora_fx.tracing.repeated_layers.constants import Names, constant_names, number_of
+from lora_fx.tracing.repeated_layers.layer_classes import LayerClass
+from lora_fx.tracing.repeated_layers.moving import Moved
+from lora_fx.tracing.repeated_layers.operators import ENTER, LEAVE, STUB
+from lora_fx.tracing.repeated_layers.template_body import Body, find_bodies, is_size, stack_of
 
 
 @dataclass(frozen=True)

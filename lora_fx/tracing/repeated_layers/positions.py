@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from lora_fx.stamping._calls import Departure
+from lora_fx.tracing.repeated_layers.calls import Departure
 
 
 def _use(position: Any, *_args: Any, **_kwargs: Any) -> NoReturn:

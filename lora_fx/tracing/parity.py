@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_fx.errors import TraceError
-from lora_fx.inputs import ExampleInputs
+from lora_fx.tracing.example_inputs import ExampleInputs
 
 TOLERANCE = 1e-4
 """Largest relative difference between the gradients of graph and model that is taken for rounding, in single precision."""
