@@ -23,7 +23,7 @@ from lora_fx.origins import Origin, departures, recorded
 from lora_fx.peft_layout import PREFIX, Slot, apart_from_calls, base_key, base_name, slots, transposed
 from lora_fx.planning import Branch, Trained, owners_of
 from lora_fx.rules.peft_config.config import ALL_LINEAR, CONFIG_NAME, AdapterConfig, read_config, trains_bias
-from lora_fx.sites import Site, sites
+from lora_fx.sites.call_sites import Site, sites
 
 FILE_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"

@@ -24,7 +24,7 @@ from lora_fx.rules.peft_config.config import (
     trained_parts,
     trains_bias,
 )
-from lora_fx.sites import Site, sites
+from lora_fx.sites.call_sites import Site, sites
 from lora_fx.transferring import branches_of, origin_of, parameters_of, trained_of
 
 

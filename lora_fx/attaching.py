@@ -33,8 +33,8 @@ from lora_fx.lowering import lower
 from lora_fx.numerics.lowrank_merge import adapter_dtype, initial_factors
 from lora_fx.origins import Origin
 from lora_fx.planning import Branch, Chosen, Plan, Skipped, check_attachable
-from lora_fx.products import low_rank, operands
-from lora_fx.sites import biased
+from lora_fx.sites.call_sites import biased
+from lora_fx.sites.weight_ops import low_rank, operands
 from lora_fx.tracing.torch_export import uncollected
 
 aten = torch.ops.aten

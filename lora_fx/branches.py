@@ -28,9 +28,9 @@ from lora_fx.graph.provenance import source_line
 from lora_fx.numerics.lowrank_merge import Update
 from lora_fx.numerics.weight_view import Stored, View, cast_of
 from lora_fx.positions import Flow, keeps_last, same_shapes
-from lora_fx.products import CONVOLUTIONS, operands
 from lora_fx.rules.vocabulary import Op
-from lora_fx.sites import biased, is_site
+from lora_fx.sites.call_sites import biased, is_site
+from lora_fx.sites.weight_ops import CONVOLUTIONS, operands
 
 Nominate = Callable[[str], bool]
 """Tells by the name of a parameter whether it is a factor of a branch."""

@@ -24,7 +24,7 @@ from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.origins import Origin
 from lora_fx.planning import Branch, owners_of
 from lora_fx.rules.rule_file import Setting
-from lora_fx.sites import sites
+from lora_fx.sites.call_sites import sites
 from lora_fx.transferring import branches_of, parameters_of, plan_branches, trained_of
 
 Method = Literal["cat", "linear"]

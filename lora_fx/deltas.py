@@ -19,8 +19,8 @@ from lora_fx.graph.adapter_names import is_places
 from lora_fx.numerics.lowrank_merge import Factor, Update
 from lora_fx.numerics.weight_view import SWAP, Stored, cast_of, shows, stored
 from lora_fx.positions import COPIES, keeps_last, may_share
-from lora_fx.products import CONVOLUTIONS, Operands, is_pointwise, operands
 from lora_fx.rules.vocabulary import Op
+from lora_fx.sites.weight_ops import CONVOLUTIONS, Operands, is_pointwise, operands
 
 aten = torch.ops.aten
 

@@ -30,8 +30,8 @@ from lora_fx.lowering import describe, with_graph
 from lora_fx.numerics.bit_dropout import DropoutRate
 from lora_fx.numerics.fused_branch import add_update, reduce_features
 from lora_fx.prepacking import prepacked, unpacked
-from lora_fx.products import operands
-from lora_fx.sites import biased, is_site
+from lora_fx.sites.call_sites import biased, is_site
+from lora_fx.sites.weight_ops import operands
 
 aten = torch.ops.aten
 

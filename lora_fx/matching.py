@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_fx.roles import Purpose
 from lora_fx.rules.rule_file import Selection
 from lora_fx.rules.validation import Bounds
 from lora_fx.rules.vocabulary import RoleName, role_is
-from lora_fx.sites import Site
+from lora_fx.sites.call_sites import Site
+from lora_fx.sites.roles import Purpose
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,16 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import PlanError, RuleError, did_you_mean
-from lora_fx.features import Features
 from lora_fx.graph.adapter_names import BranchNames, adapters, is_factor, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.matching import refusal, trains
 from lora_fx.origins import Origin
 from lora_fx.prepacking import unpacked
-from lora_fx.roles import Purpose, purposes
 from lora_fx.rules.rule_file import RuleSet, Selection, Setting, load
 from lora_fx.rules.vocabulary import Op, Part
-from lora_fx.sites import Site, sites
+from lora_fx.sites.call_sites import Site, sites
+from lora_fx.sites.feature_flow import Features
+from lora_fx.sites.roles import Purpose, purposes
 from lora_fx.tracing.example_inputs import inputs_of_rules
 from lora_fx.tracing.torch_export import uncollected
 from lora_fx.tracing.trace import trace

@@ -25,7 +25,7 @@ from lora_fx.origins import Origin
 from lora_fx.planning import Branch, Chosen, Decision, Plan, Skipped, Trained, owners_of
 from lora_fx.prepacking import unpacked
 from lora_fx.rules.rule_file import RuleSet, Selection
-from lora_fx.sites import sites
+from lora_fx.sites.call_sites import sites
 
 
 def transfer(graph_module: TracedGraphModule, *, onto: TracedGraphModule) -> TracedGraphModule:

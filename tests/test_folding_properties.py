@@ -26,7 +26,7 @@ import lora_fx
 from lora_fx.comparison import first_difference
 from lora_fx.folding import recipe
 from lora_fx.graph.adapter_names import is_factor
-from lora_fx.sites import sites
+from lora_fx.sites.call_sites import sites
 
 aten = torch.ops.aten
 

@@ -7,12 +7,12 @@ import torch
 from architectures import build
 
 import lora_fx
-from lora_fx.features import Features
 from lora_fx.planning import Chosen, Plan, Skipped, plan_sites
-from lora_fx.roles import Purpose
 from lora_fx.rules.rule_file import load
 from lora_fx.rules.vocabulary import Op
-from lora_fx.sites import Site
+from lora_fx.sites.call_sites import Site
+from lora_fx.sites.feature_flow import Features
+from lora_fx.sites.roles import Purpose
 
 
 def site(name: str, in_features: int = 12, out_features: int = 8, op: Op = "linear", call: int = 0) -> Site:

@@ -14,10 +14,10 @@ import torch
 from torch import fx, nn
 
 import lora_fx
-from lora_fx.attention import attentions
 from lora_fx.graph.graph_module import assemble, copy_graph, state_of
-from lora_fx.roles import Purpose, purposes
-from lora_fx.sites import Site, sites
+from lora_fx.sites.attention import attentions
+from lora_fx.sites.call_sites import Site, sites
+from lora_fx.sites.roles import Purpose, purposes
 from lora_fx.tracing.example_inputs import example_inputs
 
 # Whose attention has a weight for each of query, key and value; what the named rules say of each in the words of roles.

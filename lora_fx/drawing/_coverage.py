@@ -16,7 +16,7 @@ from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.graph_module import state_of
 from lora_fx.lowering import lower
 from lora_fx.numerics.lowrank_merge import Merge, Update
-from lora_fx.sites import Site, sites
+from lora_fx.sites.call_sites import Site, sites
 
 
 @dataclass(frozen=True)

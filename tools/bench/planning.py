@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_fx.planning import plan_sites
-from lora_fx.roles import Purpose
 from lora_fx.rules.rule_file import RuleSet, load
 from lora_fx.rules.vocabulary import Role
-from lora_fx.sites import Site
+from lora_fx.sites.call_sites import Site
+from lora_fx.sites.roles import Purpose
 
 PROJECTIONS: tuple[tuple[str, Role], ...] = (
     ("self_attn.q_proj", "self_attention.query"),

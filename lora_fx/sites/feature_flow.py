@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from lora_fx.graph.aten_kinds import ACTIVATION, POINTWISE, POWER, SHAPE, name_of, shape_of, size_of, tensor_inputs
-from lora_fx.products import Operands, operands
+from lora_fx.sites.weight_ops import Operands, operands
 
 _NO_FEATURE = -1
 

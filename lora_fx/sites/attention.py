@@ -25,7 +25,7 @@ from lora_fx.graph.aten_kinds import (
     name_of,
     tensor_inputs,
 )
-from lora_fx.products import operands
+from lora_fx.sites.weight_ops import operands
 
 _SCORES = SHAPE | POINTWISE | STATISTIC | {"max", "tanh", "exp", "softplus"}
 """What scores may pass through between their product and the softmax: scaling, masks, sinks, caps."""
