@@ -1,6 +1,7 @@
 from . import export, huggingface
 from .activating import activate
 from .adapters import from_adapter, load_adapter, save_adapter
+from .branches.remove import unload
 from .combining import combine
 from .drawing import draw
 from .errors import (
@@ -24,7 +25,6 @@ from .planning import Plan, plan
 from .rewriting import rewrite
 from .tracing.trace import trace
 from .transferring import transfer
-from .unloading import unload
 from .verification import verify
 
 __all__ = [

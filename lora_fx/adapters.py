@@ -12,13 +12,13 @@ from torch import fx, nn
 from lora_fx.adapter_reading import FILE_NAME, Contents, check_base, read_adapter, read_contents
 from lora_fx.adapter_writing import to_peft
 from lora_fx.attaching import attach
+from lora_fx.branches.lower import lower
 from lora_fx.errors import AdapterError, LoraFxError, PlanError
 from lora_fx.files.atomic import replacing
 from lora_fx.files.safetensors import write_tensors
 from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, assemble, copy_graph, state_of, trainable_names
 from lora_fx.graph.invariants import checked
-from lora_fx.lowering import lower
 from lora_fx.origins import fingerprint, metadata
 from lora_fx.rules.peft_config.config import CONFIG_NAME
 from lora_fx.tracing.torch_export import Dynamic

@@ -16,14 +16,14 @@ import torch
 from torch import fx, nn
 
 from lora_fx.activating import activate
-from lora_fx.branches import Nominate, find_branches
+from lora_fx.branches.find import Nominate, find_branches
+from lora_fx.branches.remove import plain_graph, without_branches
+from lora_fx.branches.weight_uses import Value, values_of
 from lora_fx.errors import WITH_LABELS, FoldError
 from lora_fx.fold_report import FoldedWeight, check_finite
 from lora_fx.graph.adapter_names import is_factor, original_name
 from lora_fx.graph.graph_module import State, TracedGraphModule, state_of
 from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, merge_into
-from lora_fx.sharing import Value, values_of
-from lora_fx.unloading import plain_graph, without_branches
 
 
 def fold(

@@ -22,11 +22,11 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx, nn
 
+from lora_fx.branches.lower import describe, with_graph
 from lora_fx.graph.adapter_names import is_factor, is_places
 from lora_fx.graph.aten_kinds import writes
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, copy_graph, state_of
 from lora_fx.graph.invariants import checked
-from lora_fx.lowering import describe, with_graph
 from lora_fx.numerics.bit_dropout import DropoutRate
 from lora_fx.numerics.fused_branch import add_update, reduce_features
 from lora_fx.prepacking import prepacked, unpacked

@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lora_fx.attaching import new_factors_like
+from lora_fx.branches.remove import unload
 from lora_fx.errors import LoraFxError, TraceError
 from lora_fx.graph.adapter_names import is_of_adapter, is_places, original_name
 from lora_fx.graph.example_sizes import cut_or_repeated
@@ -23,7 +24,6 @@ from lora_fx.graph.size_relations import UNBOUNDED
 from lora_fx.tracing.example_inputs import ExampleInputs, example_inputs, graph_inputs
 from lora_fx.tracing.parity import GraphFailed, ModelFailed, difference
 from lora_fx.tracing.size_probing import examples_of, without_artefacts
-from lora_fx.unloading import unload
 
 
 def materialize(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx.branches.remove import unload
 from lora_fx.errors import PlanError, RuleError, did_you_mean
 from lora_fx.graph.adapter_names import BranchNames, adapters, is_factor, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
@@ -25,7 +26,6 @@ from lora_fx.sites.roles import Purpose, purposes
 from lora_fx.tracing.example_inputs import inputs_of_rules
 from lora_fx.tracing.torch_export import uncollected
 from lora_fx.tracing.trace import trace
-from lora_fx.unloading import unload
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.branches import Nominate, find_branches
+from lora_fx.branches.find import Nominate, find_branches
+from lora_fx.branches.lower import lower
 from lora_fx.errors import InputError, LoraFxError, VerifyError
 from lora_fx.graph.adapter_names import is_factor
 from lora_fx.graph.graph_module import described, state_of
 from lora_fx.graph.provenance import module_path, source_line
 from lora_fx.graph.signature import InputCodeGen
-from lora_fx.lowering import lower
 from lora_fx.numerics.weight_view import stored
 from lora_fx.tracing.parity import OwnStreams
 

@@ -15,9 +15,9 @@ from made import X, module
 from torch import nn
 
 import lora_fx
+from lora_fx.branches.lower import lower
 from lora_fx.comparison import first_difference
 from lora_fx.graph.aten_kinds import shape_of
-from lora_fx.lowering import lower
 from lora_fx.numerics.fused_branch import add_update, reduce_features
 
 EVERY = {

@@ -18,8 +18,8 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_fx
+from lora_fx.branches.lower import lower
 from lora_fx.comparison import first_difference
-from lora_fx.lowering import lower
 from lora_fx.numerics.bit_dropout import dropped, mask_of
 from lora_fx.numerics.fused_branch import reduce_features
 

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lora_fx
 from lora_fx import packed, prepacking
+from lora_fx.branches.lower import lower
 from lora_fx.comparison import first_difference
-from lora_fx.lowering import lower
 from lora_fx.packed import PrepackedAddmm, PrepackedLinear, PrepackedWeight
 from lora_fx.prepacking import prepacked_bytes
 

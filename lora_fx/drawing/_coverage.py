@@ -8,13 +8,13 @@ from typing import Literal
 
 import torch
 
-from lora_fx.branches import find_branches
+from lora_fx.branches.find import find_branches
+from lora_fx.branches.lower import lower
 from lora_fx.drawing._branching import branches_of, settings_of
 from lora_fx.drawing._reading import Reader
 from lora_fx.errors import FoldError
 from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.graph_module import state_of
-from lora_fx.lowering import lower
 from lora_fx.numerics.lowrank_merge import Merge, Update
 from lora_fx.sites.call_sites import Site, sites
 

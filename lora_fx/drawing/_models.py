@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from lora_fx.attaching import attach
+from lora_fx.branches.remove import unload
 from lora_fx.drawing._describing import Description, Show, describe, describe_graph
 from lora_fx.folding import recipe
 from lora_fx.planning import plan_graph
@@ -16,7 +17,6 @@ from lora_fx.rules.rule_file import load
 from lora_fx.tracing.example_inputs import inputs_of_rules
 from lora_fx.tracing.trace import trace
 from lora_fx.tracing.transformers_models import empty_model
-from lora_fx.unloading import unload
 
 
 def describe_model(

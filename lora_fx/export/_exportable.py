@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
+from lora_fx.branches.lower import lower
 from lora_fx.errors import WITH_LABELS, ExportError
 from lora_fx.graph.example_sizes import Dimension, Examples
 from lora_fx.graph.graph_module import TracedGraphModule, assemble, copy_graph, state_of
@@ -20,7 +21,6 @@ from lora_fx.graph.input_checks import Constraints, remove_checks
 from lora_fx.graph.provenance import source_line
 from lora_fx.graph.signature import signature_of
 from lora_fx.graph.size_relations import UNBOUNDED
-from lora_fx.lowering import lower
 from lora_fx.tracing.train_eval import ModeSwitch
 
 aten = torch.ops.aten

@@ -13,11 +13,11 @@ import torch
 
 from lora_fx.activating import ordered
 from lora_fx.adapter_reading import FILE_NAME, AdapterFiles, check_base, is_selected, read_adapter
+from lora_fx.branches.lower import lower
 from lora_fx.errors import AdapterError, ExportError, LoraFxError, did_you_mean, first_line
 from lora_fx.export._onnx_slots import check_slots
 from lora_fx.files.atomic import check_file, replacing
 from lora_fx.graph.graph_module import State, TracedGraphModule, as_traced, state_of
-from lora_fx.lowering import lower
 from lora_fx.onnx_slots import FORMAT, OnnxSlot, SlotTable, onnxruntime_says, version_of
 from lora_fx.origins import fingerprint
 from lora_fx.peft_layout import PREFIX, Slot, base_name, slots

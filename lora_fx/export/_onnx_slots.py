@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.attaching import attach
+from lora_fx.branches.remove import unload
 from lora_fx.errors import ExportError
 from lora_fx.export._exportable import Exportable
 from lora_fx.export._trying import larger_examples
@@ -32,7 +33,6 @@ from lora_fx.planning import Branch, Chosen, Plan, owners_of
 from lora_fx.rules.rule_file import Setting
 from lora_fx.sites.call_sites import sites
 from lora_fx.transferring import branches_of, plan_branches, trained_of
-from lora_fx.unloading import unload
 
 NAME = "slot"
 """Of the adapter with which slots are tried."""

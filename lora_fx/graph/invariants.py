@@ -16,11 +16,11 @@ from typing import Literal
 
 import torch
 
-from lora_fx.branches import find_branches
+from lora_fx.branches.find import find_branches
+from lora_fx.branches.lower import lower
 from lora_fx.errors import StateError
 from lora_fx.graph.adapter_names import is_factor, is_of_adapter
 from lora_fx.graph.graph_module import State, TracedGraphModule, state_of
-from lora_fx.lowering import lower
 from lora_fx.numerics.fused_branch import add_update, reduce_features
 from lora_fx.packed import PrepackedWeight
 

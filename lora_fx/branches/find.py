@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.deltas import Addition, Delta, Deltas, Term, is_by_last
+from lora_fx.branches.dataflow import Flow, keeps_last, same_shapes
+from lora_fx.branches.linear_terms import Addition, Delta, Deltas, Term, is_by_last
 from lora_fx.errors import FoldError
 from lora_fx.graph.adapter_names import is_factor
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.provenance import source_line
 from lora_fx.numerics.lowrank_merge import Update
 from lora_fx.numerics.weight_view import Stored, View, cast_of
-from lora_fx.positions import Flow, keeps_last, same_shapes
 from lora_fx.rules.vocabulary import Op
 from lora_fx.sites.call_sites import biased, is_site
 from lora_fx.sites.weight_ops import CONVOLUTIONS, operands

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from lora_fx.branches.dataflow import COPIES, keeps_last, may_share
 from lora_fx.graph.adapter_names import is_places
 from lora_fx.numerics.lowrank_merge import Factor, Update
 from lora_fx.numerics.weight_view import SWAP, Stored, cast_of, shows, stored
-from lora_fx.positions import COPIES, keeps_last, may_share
 from lora_fx.rules.vocabulary import Op
 from lora_fx.sites.weight_ops import CONVOLUTIONS, Operands, is_pointwise, operands
 

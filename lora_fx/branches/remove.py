@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.branches import FoundBranch, Nominate, find_branches
+from lora_fx.branches.find import FoundBranch, Nominate, find_branches
+from lora_fx.branches.lower import lower
+from lora_fx.branches.weight_uses import Value, separate
 from lora_fx.errors import FoldError
 from lora_fx.graph.adapter_names import is_factor, is_of_adapter, original_name
 from lora_fx.graph.graph_module import State, TracedGraphModule, assemble, copy_graph, erase_unread, state_of
 from lora_fx.graph.invariants import checked
-from lora_fx.lowering import lower
 from lora_fx.numerics.weight_view import shows
-from lora_fx.sharing import Value, separate
 
 
 def unload(graph_module: fx.GraphModule, *, branches: Nominate = is_factor) -> TracedGraphModule:

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.branches import FoundBranch
+from lora_fx.branches.find import FoundBranch
 from lora_fx.errors import FoldError
 from lora_fx.graph.adapter_names import original_name
 from lora_fx.graph.aten_kinds import flattened
