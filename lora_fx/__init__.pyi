@@ -21,7 +21,7 @@ from .fusion import fuse
 from .graph.graph_module import TracedGraphModule
 from .materializing import materialize
 from .parameters import ParameterSummary, lora_plus_groups, parameter_summary
-from .planning import Plan, plan
+from .planning.plan import Plan, plan
 from .rewriting import rewrite
 from .tracing.trace import trace
 from .transferring import transfer

@@ -21,7 +21,7 @@ from lora_fx.graph.graph_module import described, state_of
 from lora_fx.numerics.lowrank_merge import adapter_dtype
 from lora_fx.origins import Origin, departures, recorded
 from lora_fx.peft_layout import PREFIX, Slot, apart_from_calls, base_key, base_name, slots, transposed
-from lora_fx.planning import Branch, Trained, owners_of
+from lora_fx.planning.plan import Branch, Trained, owners_of
 from lora_fx.rules.peft_config.config import ALL_LINEAR, CONFIG_NAME, AdapterConfig, read_config, trains_bias
 from lora_fx.sites.call_sites import Site, sites
 

@@ -14,7 +14,7 @@ from lora_fx.errors import AdapterError
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.peft_layout import Slot, apart_from_calls, base_key, slots, transposed
-from lora_fx.planning import Branch, owners_of
+from lora_fx.planning.plan import Branch, owners_of
 from lora_fx.rules.peft_config.config import (
     AdapterConfig,
     TrainedParts,

@@ -32,7 +32,7 @@ from lora_fx.graph.invariants import checked
 from lora_fx.graph.provenance import module_path
 from lora_fx.numerics.lowrank_merge import adapter_dtype, initial_factors
 from lora_fx.origins import Origin
-from lora_fx.planning import Branch, Chosen, Plan, Skipped, check_attachable
+from lora_fx.planning.plan import Branch, Chosen, Plan, Skipped, check_attachable
 from lora_fx.sites.call_sites import biased
 from lora_fx.sites.weight_ops import low_rank, operands
 from lora_fx.tracing.torch_export import uncollected

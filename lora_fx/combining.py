@@ -22,7 +22,7 @@ from lora_fx.errors import PlanError, did_you_mean
 from lora_fx.graph.adapter_names import adapters, copy_name
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.origins import Origin
-from lora_fx.planning import Branch, owners_of
+from lora_fx.planning.plan import Branch, owners_of
 from lora_fx.rules.rule_file import Setting
 from lora_fx.sites.call_sites import sites
 from lora_fx.transferring import branches_of, parameters_of, plan_branches, trained_of

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.adapter_names import is_embedding_factor, is_factor, is_factor_b
-from lora_fx.planning import Branch
+from lora_fx.planning.plan import Branch
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import fx
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.graph.provenance import module_path, source_line
 from lora_fx.materializing import traced_class
-from lora_fx.planning import Branch
+from lora_fx.planning.plan import Branch
 from lora_fx.sites.call_sites import Site, biased, sites
 
 PREFIX = "base_model.model."

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_fx.attaching import attach
 from lora_fx.graph.graph_module import TracedGraphModule
-from lora_fx.planning import plan_graph
+from lora_fx.planning.plan import plan_graph
 from lora_fx.rules.rule_file import RuleSet, load
 from lora_fx.tracing.example_inputs import inputs_of_rules
 from lora_fx.tracing.torch_export import Dynamic

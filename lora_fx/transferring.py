@@ -22,7 +22,7 @@ from lora_fx.graph.graph_module import (
 )
 from lora_fx.graph.invariants import checked
 from lora_fx.origins import Origin
-from lora_fx.planning import Branch, Chosen, Decision, Plan, Skipped, Trained, owners_of
+from lora_fx.planning.plan import Branch, Chosen, Decision, Plan, Skipped, Trained, owners_of
 from lora_fx.prepacking import unpacked
 from lora_fx.rules.rule_file import RuleSet, Selection
 from lora_fx.sites.call_sites import sites

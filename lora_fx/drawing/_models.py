@@ -11,7 +11,7 @@ from lora_fx.attaching import attach
 from lora_fx.branches.remove import unload
 from lora_fx.drawing._describing import Description, Show, describe, describe_graph
 from lora_fx.folding import recipe
-from lora_fx.planning import plan_graph
+from lora_fx.planning.plan import plan_graph
 from lora_fx.programs import load_program
 from lora_fx.rules.rule_file import load
 from lora_fx.tracing.example_inputs import inputs_of_rules

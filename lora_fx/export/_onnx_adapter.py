@@ -21,7 +21,7 @@ from lora_fx.graph.graph_module import State, TracedGraphModule, as_traced, stat
 from lora_fx.onnx_slots import FORMAT, OnnxSlot, SlotTable, onnxruntime_says, version_of
 from lora_fx.origins import fingerprint
 from lora_fx.peft_layout import PREFIX, Slot, base_name, slots
-from lora_fx.planning import Branch, owners_of
+from lora_fx.planning.plan import Branch, owners_of
 from lora_fx.rules.peft_config.config import CONFIG_NAME, AdapterConfig
 from lora_fx.sites.call_sites import Site, sites
 from lora_fx.transferring import branches_of

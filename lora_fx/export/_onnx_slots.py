@@ -29,7 +29,7 @@ from lora_fx.graph.size_relations import UNBOUNDED
 from lora_fx.onnx_slots import KEY, OnnxSlot, SlotTable
 from lora_fx.origins import Origin, fingerprint
 from lora_fx.peft_layout import apart_from_calls
-from lora_fx.planning import Branch, Chosen, Plan, owners_of
+from lora_fx.planning.plan import Branch, Chosen, Plan, owners_of
 from lora_fx.rules.rule_file import Setting
 from lora_fx.sites.call_sites import sites
 from lora_fx.transferring import branches_of, plan_branches, trained_of

@@ -44,7 +44,7 @@ import lora_fx
 from lora_fx.attaching import attach
 from lora_fx.graph.adapter_names import is_factor_b
 from lora_fx.numerics.lowrank_merge import BLOCK_ELEMENTS
-from lora_fx.planning import plan_graph
+from lora_fx.planning.plan import plan_graph
 from lora_fx.rules.rule_file import load
 from lora_fx.transferring import parameters_of
 

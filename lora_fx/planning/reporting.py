@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lora_fx.planning import Chosen, Decision, Plan
+from lora_fx.planning.plan import Chosen, Decision, Plan
 
 _COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
     ("site", "left"),

@@ -15,8 +15,8 @@ from lora_fx.branches.remove import unload
 from lora_fx.errors import PlanError, RuleError, did_you_mean
 from lora_fx.graph.adapter_names import BranchNames, adapters, is_factor, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
-from lora_fx.matching import refusal, trains
 from lora_fx.origins import Origin
+from lora_fx.planning.matching import refusal, trains
 from lora_fx.prepacking import unpacked
 from lora_fx.rules.rule_file import RuleSet, Selection, Setting, load
 from lora_fx.rules.vocabulary import Op, Part
@@ -154,7 +154,7 @@ class Plan:
         return sum(branches.values())
 
     def __str__(self) -> str:
-        from lora_fx.reporting import as_text  # which knows plans: the other way round would be a circle
+        from lora_fx.planning.reporting import as_text  # which knows plans: the other way round would be a circle
 
         return as_text(self)
 
