@@ -1,8 +1,10 @@
 from . import export, huggingface
-from .activating import activate
-from .adapters import from_adapter, load_adapter, save_adapter
+from .adapters.activate import activate
+from .adapters.combine import combine
+from .adapters.materialize import materialize
+from .adapters.peft_format.save_load import from_adapter, load_adapter, save_adapter
+from .adapters.transfer import transfer
 from .branches.remove import unload
-from .combining import combine
 from .drawing import draw
 from .errors import (
     AdapterError,
@@ -18,13 +20,11 @@ from .errors import (
 from .fold_report import FoldReport, fold_report
 from .folding import fold, recipe
 from .graph.graph_module import TracedGraphModule
-from .materializing import materialize
 from .planning.plan import Plan, plan
 from .rewriting import rewrite
 from .tracing.trace import trace
 from .training.fuse import fuse
 from .training.parameters import ParameterSummary, lora_plus_groups, parameter_summary
-from .transferring import transfer
 from .verification import verify
 
 __all__ = [

@@ -20,18 +20,25 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from lora_fx.adapter_reading import AdapterFiles, Contents, another_value, check_base, read_adapter, read_contents
-from lora_fx.attaching import attach
+from lora_fx.adapters.attach import attach
+from lora_fx.adapters.peft_format.fingerprint import fingerprint_on_disk
+from lora_fx.adapters.peft_format.reading import (
+    AdapterFiles,
+    Contents,
+    another_value,
+    check_base,
+    read_adapter,
+    read_contents,
+)
+from lora_fx.adapters.transfer import plan_branches
 from lora_fx.checkpoints import Changes, Checkpoint, CheckpointReport, write_merged
 from lora_fx.errors import AdapterError, FoldError, LoraFxError
 from lora_fx.folding import recipe
 from lora_fx.graph.adapter_names import original_name
 from lora_fx.graph.graph_module import State, TracedGraphModule, state_of
 from lora_fx.numerics.lowrank_merge import Merge, Update
-from lora_fx.origins import fingerprint_on_disk
 from lora_fx.tracing.trace import trace
 from lora_fx.tracing.transformers_models import empty_model
-from lora_fx.transferring import plan_branches
 
 
 @dataclass(frozen=True)
@@ -271,7 +278,7 @@ class _Places:
         return _Places(checkpoint, plain, converted)
 
     def fingerprint(self, state: State) -> dict[str, str | None]:
-        """Return the fingerprint of the base, see :func:`lora_fx.origins.departures`."""
+        """Return the fingerprint of the base, see :func:`lora_fx.adapters.peft_format.fingerprint.departures`."""
         found = {
             first: next((self.plain[name] for name in names if name in self.plain), None)
             for first, names in state.names().items()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.activating import activate
+from lora_fx.adapters.activate import activate
 from lora_fx.branches.find import Nominate, find_branches
 from lora_fx.branches.remove import plain_graph, without_branches
 from lora_fx.branches.weight_uses import Value, values_of

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_fx.attaching import attach
+from lora_fx.adapters.attach import attach
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.planning.plan import plan_graph
 from lora_fx.rules.rule_file import RuleSet, load

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.trainer_callback import TrainerCallback, TrainerState
 from transformers.training_args import TrainingArguments
 
-from lora_fx.adapters import save_adapter
+from lora_fx.adapters.peft_format.save_load import save_adapter
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.graph_module import TracedGraphModule, state_of

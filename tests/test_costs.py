@@ -11,10 +11,11 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_fx
-from lora_fx import attaching, fake_values
-from lora_fx.attaching import attach
+from lora_fx.adapters import attach as attaching
+from lora_fx.adapters import fake_values
+from lora_fx.adapters.attach import attach
+from lora_fx.adapters.fake_values import FakeValues
 from lora_fx.branches import find as branches
-from lora_fx.fake_values import FakeValues
 from lora_fx.graph.graph_module import State
 from lora_fx.planning import matching
 from lora_fx.planning.plan import plan_graph

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lora_fx.attaching import attach
+from lora_fx.adapters.attach import attach
 from lora_fx.branches.remove import unload
 from lora_fx.drawing._describing import Description, Show, describe, describe_graph
 from lora_fx.folding import recipe

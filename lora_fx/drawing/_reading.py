@@ -13,9 +13,9 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lora_fx.adapters.materialize import traced_class
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.input_checks import InputCheck, RelationCheck
-from lora_fx.materializing import traced_class
 
 _QUIET = (torch.ops.aten.sym_size.int, torch.ops.aten._assert_scalar.default, getattr)
 _LONGEST = 400  # characters of arguments: a list of a thousand numbers says no more than its beginning

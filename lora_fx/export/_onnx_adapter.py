@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_fx.activating import ordered
-from lora_fx.adapter_reading import FILE_NAME, AdapterFiles, check_base, is_selected, read_adapter
+from lora_fx.adapters.activate import ordered
+from lora_fx.adapters.peft_format.fingerprint import fingerprint
+from lora_fx.adapters.peft_format.keys import PREFIX, Slot, base_name, slots
+from lora_fx.adapters.peft_format.reading import FILE_NAME, AdapterFiles, check_base, is_selected, read_adapter
+from lora_fx.adapters.transfer import branches_of
 from lora_fx.branches.lower import lower
 from lora_fx.errors import AdapterError, ExportError, LoraFxError, did_you_mean, first_line
 from lora_fx.export._onnx_slots import check_slots
 from lora_fx.files.atomic import check_file, replacing
 from lora_fx.graph.graph_module import State, TracedGraphModule, as_traced, state_of
 from lora_fx.onnx_slots import FORMAT, OnnxSlot, SlotTable, onnxruntime_says, version_of
-from lora_fx.origins import fingerprint
-from lora_fx.peft_layout import PREFIX, Slot, base_name, slots
 from lora_fx.planning.plan import Branch, owners_of
 from lora_fx.rules.peft_config.config import CONFIG_NAME, AdapterConfig
 from lora_fx.sites.call_sites import Site, sites
-from lora_fx.transferring import branches_of
 
 
 @dataclass(frozen=True)

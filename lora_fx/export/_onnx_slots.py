@@ -17,7 +17,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.attaching import attach
+from lora_fx.adapters.attach import attach
+from lora_fx.adapters.peft_format.fingerprint import Origin, fingerprint
+from lora_fx.adapters.peft_format.keys import apart_from_calls
+from lora_fx.adapters.transfer import branches_of, plan_branches, trained_of
 from lora_fx.branches.remove import unload
 from lora_fx.errors import ExportError
 from lora_fx.export._exportable import Exportable
@@ -27,12 +30,9 @@ from lora_fx.graph.example_sizes import Examples
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, state_of
 from lora_fx.graph.size_relations import UNBOUNDED
 from lora_fx.onnx_slots import KEY, OnnxSlot, SlotTable
-from lora_fx.origins import Origin, fingerprint
-from lora_fx.peft_layout import apart_from_calls
 from lora_fx.planning.plan import Branch, Chosen, Plan, owners_of
 from lora_fx.rules.rule_file import Setting
 from lora_fx.sites.call_sites import sites
-from lora_fx.transferring import branches_of, plan_branches, trained_of
 
 NAME = "slot"
 """Of the adapter with which slots are tried."""

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx.adapters.peft_format.fingerprint import Origin
 from lora_fx.branches.remove import unload
 from lora_fx.errors import PlanError, RuleError, did_you_mean
 from lora_fx.graph.adapter_names import BranchNames, adapters, is_factor, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
-from lora_fx.origins import Origin
 from lora_fx.planning.matching import refusal, trains
 from lora_fx.prepacking import unpacked
 from lora_fx.rules.rule_file import RuleSet, Selection, Setting, load

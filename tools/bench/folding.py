@@ -41,12 +41,12 @@ sys.path.append(str(Path(__file__).parent.parent))
 import readme
 
 import lora_fx
-from lora_fx.attaching import attach
+from lora_fx.adapters.attach import attach
+from lora_fx.adapters.transfer import parameters_of
 from lora_fx.graph.adapter_names import is_factor_b
 from lora_fx.numerics.lowrank_merge import BLOCK_ELEMENTS
 from lora_fx.planning.plan import plan_graph
 from lora_fx.rules.rule_file import load
-from lora_fx.transferring import parameters_of
 
 RANK, ALPHA = 16, 32
 WIDE, INNER = 4096, 11008

@@ -33,7 +33,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 import readme
 
 import lora_fx
-from lora_fx.attaching import attach
+from lora_fx.adapters.attach import attach
 from lora_fx.drawing import describe
 from lora_fx.planning.plan import plan_graph
 from lora_fx.rules.rule_file import load

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import fx, nn
 
-from lora_fx.attaching import attach
+from lora_fx.adapters.attach import attach
+from lora_fx.adapters.peft_format.fingerprint import Origin
 from lora_fx.errors import PlanError, did_you_mean
 from lora_fx.graph.adapter_names import adapter_of, adapters, copy_name, is_of_adapter, original_name
 from lora_fx.graph.graph_module import (
@@ -21,7 +22,6 @@ from lora_fx.graph.graph_module import (
     trainable_names,
 )
 from lora_fx.graph.invariants import checked
-from lora_fx.origins import Origin
 from lora_fx.planning.plan import Branch, Chosen, Decision, Plan, Skipped, Trained, owners_of
 from lora_fx.prepacking import unpacked
 from lora_fx.rules.rule_file import RuleSet, Selection

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from lora_fx.adapters.materialize import traced_class
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.graph.provenance import module_path, source_line
-from lora_fx.materializing import traced_class
 from lora_fx.planning.plan import Branch
 from lora_fx.sites.call_sites import Site, biased, sites
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from lora_fx.adapters.peft_format.keys import Slot, apart_from_calls, base_key, slots, transposed
+from lora_fx.adapters.transfer import branches_of, origin_of, parameters_of, trained_of
 from lora_fx.errors import AdapterError
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
-from lora_fx.peft_layout import Slot, apart_from_calls, base_key, slots, transposed
 from lora_fx.planning.plan import Branch, owners_of
 from lora_fx.rules.peft_config.config import (
     AdapterConfig,
@@ -25,7 +26,6 @@ from lora_fx.rules.peft_config.config import (
     trains_bias,
 )
 from lora_fx.sites.call_sites import Site, sites
-from lora_fx.transferring import branches_of, origin_of, parameters_of, trained_of
 
 
 @dataclass(frozen=True)

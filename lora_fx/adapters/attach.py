@@ -22,16 +22,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx.adapters.fake_values import FakeValues
+from lora_fx.adapters.peft_format.fingerprint import Origin
 from lora_fx.branches.find import find_branches
 from lora_fx.branches.lower import lower
 from lora_fx.errors import PlanError
-from lora_fx.fake_values import FakeValues
 from lora_fx.graph.adapter_names import adapters, copy_name
 from lora_fx.graph.graph_module import State, TracedGraphModule, assemble, copy_graph, state_of, trainable_names
 from lora_fx.graph.invariants import checked
 from lora_fx.graph.provenance import module_path
 from lora_fx.numerics.lowrank_merge import adapter_dtype, initial_factors
-from lora_fx.origins import Origin
 from lora_fx.planning.plan import Branch, Chosen, Plan, Skipped, check_attachable
 from lora_fx.sites.call_sites import biased
 from lora_fx.sites.weight_ops import low_rank, operands

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from lora_fx.attaching import attach
+from lora_fx.adapters.attach import attach
+from lora_fx.adapters.transfer import branches_of, parameters_of, recorded_plan, trained_of
 from lora_fx.branches.remove import unload
 from lora_fx.errors import PlanError
 from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.graph_module import TracedGraphModule
-from lora_fx.transferring import branches_of, parameters_of, recorded_plan, trained_of
 
 
 def activate(graph_module: fx.GraphModule, strengths: Mapping[str, float]) -> TracedGraphModule:

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 
+from lora_fx.adapters.peft_format.fingerprint import Origin, departures, recorded
+from lora_fx.adapters.peft_format.keys import PREFIX, Slot, apart_from_calls, base_key, base_name, slots, transposed
 from lora_fx.errors import AdapterError, LoraFxError, did_you_mean
 from lora_fx.files.safetensors import TensorFile
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
 from lora_fx.graph.graph_module import described, state_of
 from lora_fx.numerics.lowrank_merge import adapter_dtype
-from lora_fx.origins import Origin, departures, recorded
-from lora_fx.peft_layout import PREFIX, Slot, apart_from_calls, base_key, base_name, slots, transposed
 from lora_fx.planning.plan import Branch, Trained, owners_of
 from lora_fx.rules.peft_config.config import ALL_LINEAR, CONFIG_NAME, AdapterConfig, read_config, trains_bias
 from lora_fx.sites.call_sites import Site, sites
@@ -79,7 +79,7 @@ def check_base(files: AdapterFiles, found: Mapping[str, str | None], *, strict: 
 
     Args:
         files: of the adapter.
-        found: fingerprint of the base, see :func:`lora_fx.origins.departures`; empty if its weights are not known.
+        found: fingerprint of the base, see :func:`lora_fx.adapters.peft_format.fingerprint.departures`; empty if its weights are not known.
         strict: whether a difference is an error, or else a warning.
 
     Raises:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lora_fx.attaching import new_factors_like
+from lora_fx.adapters.attach import new_factors_like
 from lora_fx.branches.remove import unload
 from lora_fx.errors import LoraFxError, TraceError
 from lora_fx.graph.adapter_names import is_of_adapter, is_places, original_name

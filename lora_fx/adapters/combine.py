@@ -16,16 +16,16 @@ from typing import Literal, get_args
 import torch
 from torch import fx, nn
 
-from lora_fx.activating import activate, ordered
-from lora_fx.attaching import attach
+from lora_fx.adapters.activate import activate, ordered
+from lora_fx.adapters.attach import attach
+from lora_fx.adapters.peft_format.fingerprint import Origin
+from lora_fx.adapters.transfer import branches_of, parameters_of, plan_branches, trained_of
 from lora_fx.errors import PlanError, did_you_mean
 from lora_fx.graph.adapter_names import adapters, copy_name
 from lora_fx.graph.graph_module import TracedGraphModule
-from lora_fx.origins import Origin
 from lora_fx.planning.plan import Branch, owners_of
 from lora_fx.rules.rule_file import Setting
 from lora_fx.sites.call_sites import sites
-from lora_fx.transferring import branches_of, parameters_of, plan_branches, trained_of
 
 Method = Literal["cat", "linear"]
 

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from lora_fx.adapter_reading import FILE_NAME, Contents, check_base, read_adapter, read_contents
-from lora_fx.adapter_writing import to_peft
-from lora_fx.attaching import attach
+from lora_fx.adapters.attach import attach
+from lora_fx.adapters.peft_format.fingerprint import fingerprint, metadata
+from lora_fx.adapters.peft_format.reading import FILE_NAME, Contents, check_base, read_adapter, read_contents
+from lora_fx.adapters.peft_format.writing import to_peft
+from lora_fx.adapters.transfer import branches_of, differences, origin_of, plan_branches, trained_of
 from lora_fx.branches.lower import lower
 from lora_fx.errors import AdapterError, LoraFxError, PlanError
 from lora_fx.files.atomic import replacing
@@ -19,11 +21,9 @@ from lora_fx.files.safetensors import write_tensors
 from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, assemble, copy_graph, state_of, trainable_names
 from lora_fx.graph.invariants import checked
-from lora_fx.origins import fingerprint, metadata
 from lora_fx.rules.peft_config.config import CONFIG_NAME
 from lora_fx.tracing.torch_export import Dynamic
 from lora_fx.tracing.trace import trace
-from lora_fx.transferring import branches_of, differences, origin_of, plan_branches, trained_of
 
 
 def from_adapter(
