@@ -17,15 +17,15 @@ from .errors import (
     TraceError,
     VerifyError,
 )
-from .fold_report import FoldReport, fold_report
-from .folding import fold, recipe
+from .folding.fold import fold, recipe
+from .folding.report import FoldReport, fold_report
+from .folding.verify import verify
 from .graph.graph_module import TracedGraphModule
 from .planning.plan import Plan, plan
 from .rewriting import rewrite
 from .tracing.trace import trace
 from .training.fuse import fuse
 from .training.parameters import ParameterSummary, lora_plus_groups, parameter_summary
-from .verification import verify
 
 __all__ = [
     "AdapterError",

@@ -200,9 +200,9 @@ def fold(
 
     from tqdm.auto import tqdm
 
-    from lora_fx.checkpoint_folding import plan_checkpoint_fold
     from lora_fx.files.atomic import check_free
-    from lora_fx.fold_report import FoldReport
+    from lora_fx.folding.checkpoint_plan import plan_checkpoint_fold
+    from lora_fx.folding.report import FoldReport
 
     with _reported():
         if not dry_run:

@@ -13,9 +13,9 @@ from torch import nn
 
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import check_free, replacing
-from lora_fx.folding import fold
+from lora_fx.folding.fold import fold
+from lora_fx.folding.transformers_directory import DTYPES, check_loads, contents_of, write
 from lora_fx.graph.graph_module import TracedGraphModule, described, same_values, state_of
-from lora_fx.pretrained_writing import DTYPES, check_loads, contents_of, write
 
 
 @contextmanager

@@ -689,7 +689,7 @@ UNREAD = "nothing reads this part of a branch"
 def refused(graph_module: fx.GraphModule, node: fx.Node, problem: str, where: str = "") -> None:
     """Fail unless folding is refused at this node for this reason, in exactly these words, and changes nothing."""
     before = {name: tensor.clone() for name, tensor in graph_module.state_dict().items()}
-    for call in (lora_fx.fold, lora_fx.unload, lora_fx.folding.recipe, find_branches):
+    for call in (lora_fx.fold, lora_fx.unload, lora_fx.folding.fold.recipe, find_branches):
         with pytest.raises(lora_fx.FoldError) as caught:
             call(graph_module)
         assert str(caught.value) == (

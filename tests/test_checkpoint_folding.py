@@ -20,8 +20,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import lora_fx
-from lora_fx.checkpoint_folding import fold_checkpoint, plan_checkpoint_fold
 from lora_fx.cli import app
+from lora_fx.folding.checkpoint_plan import fold_checkpoint, plan_checkpoint_fold
 from lora_fx.graph.graph_module import State
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -147,7 +147,7 @@ def test_names_are_looked_up_as_often_for_many_trained_copies_as_for_few(
         callers.clear()
         plan = plan_checkpoint_fold(tmp_path / "base", [(tmp_path / bias, 1.0)])
         replaced.append(len(plan.changes.replacements))
-        asked.append(callers.count("lora_fx.checkpoint_folding"))
+        asked.append(callers.count("lora_fx.folding.checkpoint_plan"))
     assert replaced[0] == 0
     assert replaced[1] > 5
     assert asked[0] == asked[1] > 0

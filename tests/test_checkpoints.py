@@ -20,10 +20,10 @@ import torch
 from killed import check_killed, server
 from safetensors.torch import load_file
 
-from lora_fx import checkpoints
-from lora_fx.checkpoints import Changes, Checkpoint, write_merged
 from lora_fx.errors import FoldError, LoraFxError
 from lora_fx.files.safetensors import TensorFile, write_tensors
+from lora_fx.folding import checkpoint as checkpoints
+from lora_fx.folding.checkpoint import Changes, Checkpoint, write_merged
 from lora_fx.numerics.lowrank_merge import Factor, Merge, Merged, Update, merge_into, rounded
 from lora_fx.numerics.weight_view import SWAP, Step, View
 

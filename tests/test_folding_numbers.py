@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fx
-from lora_fx.folding import recipe
+from lora_fx.folding.fold import recipe
 from lora_fx.graph.adapter_names import copy_name
 from lora_fx.graph.graph_module import state_of
 from lora_fx.numerics import lowrank_merge as lowrank

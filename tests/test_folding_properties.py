@@ -24,7 +24,7 @@ from torch.nn import functional
 
 import lora_fx
 from lora_fx.comparison import first_difference
-from lora_fx.folding import recipe
+from lora_fx.folding.fold import recipe
 from lora_fx.graph.adapter_names import is_factor
 from lora_fx.sites.call_sites import sites
 

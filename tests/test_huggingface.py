@@ -23,7 +23,8 @@ from torch import nn
 from transformers import modeling_utils
 
 import lora_fx
-from lora_fx import huggingface, pretrained_writing
+from lora_fx import huggingface
+from lora_fx.folding import transformers_directory as pretrained_writing
 
 
 @pytest.fixture(scope="module", params=PRIMARY)

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx.comparison import first_difference
-from lora_fx.folding import recipe
+from lora_fx.folding.fold import recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

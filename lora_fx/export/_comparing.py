@@ -11,10 +11,10 @@ import torch
 from lora_fx.errors import ExportError, VerifyError, first_line
 from lora_fx.export._exportable import Exportable
 from lora_fx.export._trying import Sizes, Trial, trials
+from lora_fx.folding.verify import COARSE, TOLERANCES
 from lora_fx.graph.graph_module import described
 from lora_fx.graph.provenance import source_line
 from lora_fx.tracing.train_eval import MODE_ARGUMENTS
-from lora_fx.verification import COARSE, TOLERANCES
 
 Loaded = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 """What was written, as a function from inputs to outputs by name."""

@@ -32,10 +32,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from lora_fx.checkpoint_folding import plan_checkpoint_fold
-from lora_fx.checkpoints import INDEX, Checkpoint
 from lora_fx.files.atomic import replacing
 from lora_fx.files.safetensors import TensorFile, bytes_of, write_tensors
+from lora_fx.folding.checkpoint import INDEX, Checkpoint
+from lora_fx.folding.checkpoint_plan import plan_checkpoint_fold
 from lora_fx.numerics.lowrank_merge import rounded
 
 RANK, ALPHA = 16, 32

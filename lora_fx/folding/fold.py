@@ -20,7 +20,7 @@ from lora_fx.branches.find import Nominate, find_branches
 from lora_fx.branches.remove import plain_graph, without_branches
 from lora_fx.branches.weight_uses import Value, values_of
 from lora_fx.errors import WITH_LABELS, FoldError
-from lora_fx.fold_report import FoldedWeight, check_finite
+from lora_fx.folding.report import FoldedWeight, check_finite
 from lora_fx.graph.adapter_names import is_factor, original_name
 from lora_fx.graph.graph_module import State, TracedGraphModule, state_of
 from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, merge_into
@@ -38,7 +38,7 @@ def fold(
 
     The result computes what ``graph_module`` computes in evaluation, has the graph that the model was traced to, and the
     model's ``state_dict`` keys. ``graph_module`` stays usable; only adapted weights are new tensors. What was done to each
-    of them is told by :func:`~lora_fx.fold_report.fold_report`.
+    of them is told by :func:`~lora_fx.folding.report.fold_report`.
 
     A branch is found by the names of its factors and folded if it is linear, with constant factors, from its input to an
     addend of its site's output. Products are summed in float32 for float32 and bfloat16 weights and in float64 for others,

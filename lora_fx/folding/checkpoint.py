@@ -25,7 +25,7 @@ import torch
 from lora_fx.errors import FoldError, LoraFxError, did_you_mean
 from lora_fx.files.atomic import replacing, write_back_early
 from lora_fx.files.safetensors import TensorEntry, TensorFile, bytes_of, fill
-from lora_fx.fold_report import FoldedWeight, check_finite
+from lora_fx.folding.report import FoldedWeight, check_finite
 from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, Merged, Update, exact_blocks, merge_into, rounded
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

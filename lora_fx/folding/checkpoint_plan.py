@@ -31,9 +31,9 @@ from lora_fx.adapters.peft_format.reading import (
     read_contents,
 )
 from lora_fx.adapters.transfer import plan_branches
-from lora_fx.checkpoints import Changes, Checkpoint, CheckpointReport, write_merged
 from lora_fx.errors import AdapterError, FoldError, LoraFxError
-from lora_fx.folding import recipe
+from lora_fx.folding.checkpoint import Changes, Checkpoint, CheckpointReport, write_merged
+from lora_fx.folding.fold import recipe
 from lora_fx.graph.adapter_names import original_name
 from lora_fx.graph.graph_module import State, TracedGraphModule, state_of
 from lora_fx.numerics.lowrank_merge import Merge, Update
