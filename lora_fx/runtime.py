@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from lora_fx.errors import AdapterError, ExportError, InputError, did_you_mean
-from lora_fx.onnx_slots import FORMAT, SlotTable, onnxruntime_says
+from lora_fx.export.slot_table import FORMAT, SlotTable, onnxruntime_says
 
 try:
     import onnxruntime

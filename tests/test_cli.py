@@ -127,7 +127,9 @@ def test_help_waits_for_no_torch() -> None:
     assert run.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("before", ["", "import lora_fx.folding.report, lora_fx.folding.fold, lora_fx.export._onnx"])
+@pytest.mark.parametrize(
+    "before", ["", "import lora_fx.folding.report, lora_fx.folding.fold, lora_fx.export.onnx_file"]
+)
 def test_each_name_of_the_package_is_what_it_says_whatever_was_imported_before(before: str) -> None:
     code = f"""
         {before}

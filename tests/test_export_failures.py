@@ -33,7 +33,11 @@ from killed import Server, server
 from torch import nn
 
 import lora_fx
-from lora_fx.export import _comparing, _delivering, _onnx, _pt2, _torchscript
+from lora_fx.export import compare as _comparing
+from lora_fx.export import deliver as _delivering
+from lora_fx.export import onnx_file as _onnx
+from lora_fx.export import pt2_file as _pt2
+from lora_fx.export import torchscript_file as _torchscript
 from lora_fx.files.atomic import atomic as files
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:DeprecationWarning")

@@ -43,8 +43,8 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import AdapterError, ExportError, LoraFxError, PlanError, VerifyError
-from lora_fx.export import _onnx
-from lora_fx.onnx_slots import KEY
+from lora_fx.export import onnx_file as _onnx
+from lora_fx.export.slot_table import KEY
 from lora_fx.runtime import OnnxSession
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

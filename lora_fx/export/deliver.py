@@ -13,8 +13,8 @@ import torch
 from tqdm.auto import tqdm
 
 from lora_fx.errors import ExportError, LoraFxError
-from lora_fx.export._comparing import Comparison, Loaded, check_tolerance, compare
-from lora_fx.export._exportable import Exportable, prepare
+from lora_fx.export.compare import Comparison, Loaded, check_tolerance, compare
+from lora_fx.export.prepare import Exportable, prepare
 from lora_fx.files.atomic import check_file, replacing
 from lora_fx.graph.graph_module import TracedGraphModule
 

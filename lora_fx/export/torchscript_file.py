@@ -16,10 +16,10 @@ import torch
 from torch import fx
 
 from lora_fx.errors import ExportError, first_line
-from lora_fx.export._comparing import Loaded
-from lora_fx.export._delivering import Exported, Step, deliver
-from lora_fx.export._exportable import Exportable, explain
-from lora_fx.export._operators import use_torch_alone
+from lora_fx.export.compare import Loaded
+from lora_fx.export.deliver import Exported, Step, deliver
+from lora_fx.export.portable_ops import use_torch_alone
+from lora_fx.export.prepare import Exportable, explain
 from lora_fx.files.atomic import writable
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph
 

@@ -18,10 +18,10 @@ from lora_fx.adapters.peft_format.reading import FILE_NAME, AdapterFiles, check_
 from lora_fx.adapters.transfer import branches_of
 from lora_fx.branches.lower import lower
 from lora_fx.errors import AdapterError, ExportError, LoraFxError, did_you_mean, first_line
-from lora_fx.export._onnx_slots import check_slots
+from lora_fx.export.onnx_slots import check_slots
+from lora_fx.export.slot_table import FORMAT, OnnxSlot, SlotTable, onnxruntime_says, version_of
 from lora_fx.files.atomic import check_file, replacing
 from lora_fx.graph.graph_module import State, TracedGraphModule, as_traced, state_of
-from lora_fx.onnx_slots import FORMAT, OnnxSlot, SlotTable, onnxruntime_says, version_of
 from lora_fx.planning.plan import Branch, owners_of
 from lora_fx.rules.peft_config.config import CONFIG_NAME, AdapterConfig
 from lora_fx.sites.call_sites import Site, sites

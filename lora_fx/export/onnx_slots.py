@@ -23,13 +23,13 @@ from lora_fx.adapters.peft_format.keys import apart_from_calls
 from lora_fx.adapters.transfer import branches_of, plan_branches, trained_of
 from lora_fx.branches.remove import unload
 from lora_fx.errors import ExportError
-from lora_fx.export._exportable import Exportable
-from lora_fx.export._trying import larger_examples
+from lora_fx.export.prepare import Exportable
+from lora_fx.export.slot_table import KEY, OnnxSlot, SlotTable
+from lora_fx.export.trial_inputs import larger_examples
 from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.example_sizes import Examples
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, state_of
 from lora_fx.graph.size_relations import UNBOUNDED
-from lora_fx.onnx_slots import KEY, OnnxSlot, SlotTable
 from lora_fx.planning.plan import Branch, Chosen, Plan, owners_of
 from lora_fx.rules.rule_file import Setting
 from lora_fx.sites.call_sites import sites

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from lora_fx.errors import ExportError
-from lora_fx.export._comparing import Loaded, compare
-from lora_fx.export._delivering import Exported, Step, deliver
-from lora_fx.export._exportable import Exportable, prepare
-from lora_fx.export._onnx_checks import add_checks
-from lora_fx.export._onnx_operators import attention, grouped_mm
-from lora_fx.export._onnx_slots import Slots
-from lora_fx.export._operators import grouped_products
-from lora_fx.export._program import export_plain
+from lora_fx.export.compare import Loaded, compare
+from lora_fx.export.deliver import Exported, Step, deliver
+from lora_fx.export.onnx_input_checks import add_checks
+from lora_fx.export.onnx_ops import attention, grouped_mm
+from lora_fx.export.onnx_slots import Slots
+from lora_fx.export.portable_ops import grouped_products
+from lora_fx.export.prepare import Exportable, prepare
+from lora_fx.export.torch_program import export_plain
 from lora_fx.files.atomic import check_file, writable
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.graph.provenance import source_line

@@ -10,7 +10,7 @@ from itertools import islice, product
 import torch
 
 from lora_fx.errors import ExportError, InputError
-from lora_fx.export._exportable import Exportable
+from lora_fx.export.prepare import Exportable
 from lora_fx.graph.example_sizes import Dimension, cut_or_repeated, other_values
 from lora_fx.graph.size_relations import holds
 

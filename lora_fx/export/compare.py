@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from lora_fx.errors import ExportError, VerifyError, first_line
-from lora_fx.export._exportable import Exportable
-from lora_fx.export._trying import Sizes, Trial, trials
+from lora_fx.export.prepare import Exportable
+from lora_fx.export.trial_inputs import Sizes, Trial, trials
 from lora_fx.folding.verify import COARSE, TOLERANCES
 from lora_fx.graph.graph_module import described
 from lora_fx.graph.provenance import source_line

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from lora_fx.errors import ExportError, TraceError
-from lora_fx.export._exportable import Exportable, explain
-from lora_fx.export._trying import larger_examples
+from lora_fx.export.prepare import Exportable, explain
+from lora_fx.export.trial_inputs import larger_examples
 from lora_fx.graph.size_relations import as_guard
 from lora_fx.tracing.example_inputs import ExampleInputs
 from lora_fx.tracing.torch_export import export

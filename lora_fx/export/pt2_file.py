@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from lora_fx.errors import ExportError
-from lora_fx.export._comparing import Loaded
-from lora_fx.export._delivering import Exported, Step, deliver
-from lora_fx.export._exportable import Exportable
-from lora_fx.export._operators import use_torch_alone
-from lora_fx.export._program import export_plain
+from lora_fx.export.compare import Loaded
+from lora_fx.export.deliver import Exported, Step, deliver
+from lora_fx.export.portable_ops import use_torch_alone
+from lora_fx.export.prepare import Exportable
+from lora_fx.export.torch_program import export_plain
 from lora_fx.files.atomic import writable
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.tracing.torch_export import quiet
