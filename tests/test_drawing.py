@@ -25,7 +25,7 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx.drawing import FORMATS, describe, describe_graph
-from lora_fx.drawing._aligning import aligned
+from lora_fx.drawing.describe.align import aligned
 from lora_fx.graph.graph_module import TracedGraphModule, assemble, copy_graph, state_of
 
 aten = torch.ops.aten

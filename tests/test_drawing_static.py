@@ -14,9 +14,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lora_fx.drawing._dot import dot
-from lora_fx.drawing._static import render
-from lora_fx.drawing._text import visible
+from lora_fx.drawing.render.dot import dot
+from lora_fx.drawing.render.graphviz import render
+from lora_fx.drawing.render.text import visible
 from lora_fx.errors import ExportError
 
 STATUSES = ("added", "removed", "rewired", "changed")

@@ -6,7 +6,7 @@ from typing import Any
 
 from test_drawing_static import Described, decoder, projection
 
-from lora_fx.drawing._text import text, visible
+from lora_fx.drawing.render.text import text, visible
 
 
 def sited(made: Described, ranks: dict[str, list[int] | None], layers: list[str], **more: Any) -> dict[str, Any]:

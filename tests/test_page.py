@@ -15,7 +15,7 @@ import pytest
 from browser import launched, opened, settled
 from playwright.sync_api import Browser, Page
 
-from lora_fx.drawing._page import page as page_of
+from lora_fx.drawing.render.page import page as page_of
 
 pytestmark = pytest.mark.xdist_group("browser")
 

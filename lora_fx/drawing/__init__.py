@@ -1,6 +1,6 @@
 """Pictures of graphs, and of what a pass changed in them: a page, SVG, PNG, DOT, JSON, text.
 
-All are written from one description (see :mod:`lora_fx.drawing._describing`), which has no layout; a writer has nothing else.
+All are written from one description (see :mod:`lora_fx.drawing.describe.description`), which has no layout; a writer has nothing else.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Literal
 
 from torch import fx
 
-from lora_fx.drawing._describing import Description, describe, describe_graph, within
-from lora_fx.drawing._dot import dot
-from lora_fx.drawing._models import describe_model
-from lora_fx.drawing._page import page
-from lora_fx.drawing._static import render
-from lora_fx.drawing._text import in_words, text
+from lora_fx.drawing.describe.description import Description, describe, describe_graph, within
+from lora_fx.drawing.models import describe_model
+from lora_fx.drawing.render.dot import dot
+from lora_fx.drawing.render.graphviz import render
+from lora_fx.drawing.render.page import page
+from lora_fx.drawing.render.text import in_words, text
 from lora_fx.errors import ExportError
 from lora_fx.files.atomic import check_file, replacing
 

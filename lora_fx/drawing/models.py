@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_fx.adapters.attach import attach
 from lora_fx.branches.remove import unload
-from lora_fx.drawing._describing import Description, Show, describe, describe_graph
+from lora_fx.drawing.describe.description import Description, Show, describe, describe_graph
 from lora_fx.folding.fold import recipe
 from lora_fx.planning.plan import plan_graph
 from lora_fx.programs import load_program

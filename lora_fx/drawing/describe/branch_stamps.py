@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.drawing._reading import stamp_of
+from lora_fx.drawing.describe.node_text import stamp_of
 from lora_fx.graph.adapter_names import is_factor
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_fx.drawing._text import marked, on_the_way
+from lora_fx.drawing.render.text import marked, on_the_way
 
 # More is no picture any more, and takes Graphviz minutes.
 _NODES = 400

@@ -14,9 +14,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lora_fx.drawing._aligning import aligned
-from lora_fx.drawing._branching import Branch, branches_of
-from lora_fx.drawing._reading import Reader, stamp_of
+from lora_fx.drawing.describe.align import aligned
+from lora_fx.drawing.describe.branch_stamps import Branch, branches_of
+from lora_fx.drawing.describe.node_text import Reader, stamp_of
 from lora_fx.graph.adapter_names import original_name
 from lora_fx.graph.aten_kinds import size_of
 from lora_fx.graph.graph_module import same_values

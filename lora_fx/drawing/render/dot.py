@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lora_fx.drawing._picture import Routes, Shown, View
-from lora_fx.drawing._text import MARKS, captions, counts_of, heading, marked, plural, visible
+from lora_fx.drawing.render.text import MARKS, captions, counts_of, heading, marked, plural, visible
+from lora_fx.drawing.render.view import Routes, Shown, View
 
 _COLOURS = {  # of a status: line, filling, text
     "added": ("#1f5fbf", "#dbe9ff"),

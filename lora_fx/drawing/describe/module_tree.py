@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lora_fx.drawing._branching import Branch, branches_of
-from lora_fx.drawing._difference import Entry, Union
-from lora_fx.drawing._reading import Frame
+from lora_fx.drawing.describe.branch_stamps import Branch, branches_of
+from lora_fx.drawing.describe.difference import Entry, Union
+from lora_fx.drawing.describe.node_text import Frame
 
 GroupKind = Literal["model", "module", "repeat", "branch", "steps"]
 

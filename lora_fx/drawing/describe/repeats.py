@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.drawing._difference import Difference, Entry, Union
-from lora_fx.drawing._hierarchy import Group, Item
-from lora_fx.drawing._reading import Reader, stamp_of
+from lora_fx.drawing.describe.difference import Difference, Entry, Union
+from lora_fx.drawing.describe.module_tree import Group, Item
+from lora_fx.drawing.describe.node_text import Reader, stamp_of
 from lora_fx.graph.graph_module import same_values
 
 _UNBACKED = re.compile(r"\bu\d+\b")  # the sizes that are found as the model computes are numbered through all layers

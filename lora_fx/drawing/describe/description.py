@@ -22,13 +22,13 @@ from typing import Any, Literal
 
 from torch import fx
 
-from lora_fx.drawing._branching import settings_of
-from lora_fx.drawing._coverage import coverage, matrices
-from lora_fx.drawing._difference import Entry, Status, Union, single, unite
-from lora_fx.drawing._hierarchy import Group, Item, gather_steps, inline_single, modules_of
-from lora_fx.drawing._reading import Reader, stamp_of, type_of_root
-from lora_fx.drawing._repeats import collapse
-from lora_fx.drawing._wiring import Wiring, wire
+from lora_fx.drawing.describe.branch_stamps import settings_of
+from lora_fx.drawing.describe.coverage import coverage, matrices
+from lora_fx.drawing.describe.difference import Entry, Status, Union, single, unite
+from lora_fx.drawing.describe.module_tree import Group, Item, gather_steps, inline_single, modules_of
+from lora_fx.drawing.describe.node_text import Reader, stamp_of, type_of_root
+from lora_fx.drawing.describe.repeats import collapse
+from lora_fx.drawing.describe.wiring import Wiring, wire
 from lora_fx.errors import ExportError, did_you_mean
 from lora_fx.graph.provenance import source_of
 from lora_fx.numerics.lowrank_merge import Merge

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lora_fx.drawing._difference import Entry, Union
-from lora_fx.drawing._hierarchy import Group, Item
+from lora_fx.drawing.describe.difference import Entry, Union
+from lora_fx.drawing.describe.module_tree import Group, Item
 
 EdgeStatus = Literal["same", "added", "removed"]
 

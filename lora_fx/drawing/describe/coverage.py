@@ -10,8 +10,8 @@ import torch
 
 from lora_fx.branches.find import find_branches
 from lora_fx.branches.lower import lower
-from lora_fx.drawing._branching import branches_of, settings_of
-from lora_fx.drawing._reading import Reader
+from lora_fx.drawing.describe.branch_stamps import branches_of, settings_of
+from lora_fx.drawing.describe.node_text import Reader
 from lora_fx.errors import FoldError
 from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.graph_module import state_of
