@@ -5,7 +5,7 @@ from .adapters.materialize import materialize
 from .adapters.peft_format.save_load import from_adapter, load_adapter, save_adapter
 from .adapters.transfer import transfer
 from .branches.remove import unload
-from .drawing import draw
+from .drawing.draw import draw
 from .errors import (
     AdapterError,
     ExportError,

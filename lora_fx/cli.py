@@ -141,7 +141,7 @@ def draw(
 
     html is a page to look around in, which needs no network. text shows which projections of which layers get a branch.
     """
-    from lora_fx.drawing import FORMATS, describe_model, format_of, in_words, save, within
+    from lora_fx.drawing.draw import FORMATS, describe_model, format_of, in_words, save, within
     from lora_fx.files.atomic import check_file
 
     with _reported():

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
 
 from lora_fx import export, huggingface
-from lora_fx.drawing import draw
+from lora_fx.drawing.draw import draw
 from lora_fx.errors import LoraFxError
 from lora_fx.folding.fold import fold
 from lora_fx.graph.graph_module import TracedGraphModule

@@ -13,10 +13,10 @@ import pytest
 import torch
 from architectures import build, inputs, run, traced
 from conftest import set_factors, unchanged
+from graph_diff import first_difference
 from torch import nn
 
 import lora_fx
-from lora_fx.comparison import first_difference
 
 X = torch.randn(7, 5, generator=torch.Generator().manual_seed(3))
 

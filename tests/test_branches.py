@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers.integrations.moe  # noqa: F401  registers transformers::grouped_mm_fallback
+from graph_diff import first_difference
 from torch import fx, nn
 
 import lora_fx
 from lora_fx.branches.find import FoundBranch, find_branches
 from lora_fx.branches.linear_terms import Term
-from lora_fx.comparison import first_difference
 from lora_fx.numerics.lowrank_merge import Factor, Update
 from lora_fx.numerics.weight_view import SWAP, View
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, PRIMARY, inputs, run, traced
 from conftest import set_factors
+from graph_diff import first_difference
 from test_folding_kinds import IN_PEFT, NOT_IN_PEFT, rewritten
 from torch import fx
 
 import lora_fx
-from lora_fx.comparison import first_difference
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 import lora_fx
-from lora_fx.drawing import FORMATS, describe, describe_graph
 from lora_fx.drawing.describe.align import aligned
+from lora_fx.drawing.draw import FORMATS, describe, describe_graph
 from lora_fx.graph.graph_module import TracedGraphModule, assemble, copy_graph, state_of
 
 aten = torch.ops.aten
@@ -430,7 +430,7 @@ import hashlib, sys
 sys.path.insert(0, sys.argv[1])
 from architectures import build
 import lora_fx
-from lora_fx.drawing import FORMATS, describe
+from lora_fx.drawing.draw import FORMATS, describe
 base = lora_fx.trace(build("t5"), inference=True)
 description = describe(base, lora_fx.rewrite(base, rules="t5", inference=True))
 for name in ("html", "svg", "dot", "json", "text"):

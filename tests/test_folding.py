@@ -9,10 +9,10 @@ import torch
 import transformers
 from architectures import ARCHITECTURES, EACH, PRIMARY, SIZES, branched, build, inputs, model, run, traced
 from conftest import set_factors, unchanged
+from graph_diff import first_difference
 from torch import fx, nn
 
 import lora_fx
-from lora_fx.comparison import first_difference
 
 aten = torch.ops.aten
 

@@ -11,10 +11,10 @@ import peft
 import pytest
 import torch
 from conftest import set_factors, unchanged
+from graph_diff import first_difference
 from torch import nn
 
 import lora_fx
-from lora_fx.comparison import first_difference
 from lora_fx.tracing.example_inputs import example_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import torch
 import transformers.integrations.moe  # noqa: F401  registers transformers::grouped_mm_fallback
+from graph_diff import first_difference
 from hypothesis import HealthCheck, Phase, assume, event, given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 from torch.nn import functional
 
 import lora_fx
-from lora_fx.comparison import first_difference
 from lora_fx.folding.fold import recipe
 from lora_fx.graph.adapter_names import is_factor
 from lora_fx.sites.call_sites import sites

@@ -11,12 +11,12 @@ import pytest
 import torch
 from architectures import PRIMARY, build, run, traced
 from conftest import set_factors, unchanged
+from graph_diff import first_difference
 from made import X, module
 from torch import nn
 
 import lora_fx
 from lora_fx.branches.lower import lower
-from lora_fx.comparison import first_difference
 from lora_fx.graph.aten_kinds import shape_of
 from lora_fx.numerics.fused_branch import add_update, reduce_features
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, EACH, branched, build, inputs
 from conftest import set_factors
+from graph_diff import first_difference
 from test_fusion import outcome
 from torch import fx, nn
 
 import lora_fx
 from lora_fx.branches.lower import lower
-from lora_fx.comparison import first_difference
 from lora_fx.graph.signature import signature_of
 from lora_fx.numerics.fused_branch import add_update
 from lora_fx.tracing.train_eval import ModeSwitch

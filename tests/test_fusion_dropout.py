@@ -12,6 +12,7 @@ import pytest
 import torch
 from architectures import build, inputs, run
 from conftest import set_factors, unchanged
+from graph_diff import first_difference
 from made import module
 from test_fusion import kept
 from torch import fx, nn
@@ -19,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_fx
 from lora_fx.branches.lower import lower
-from lora_fx.comparison import first_difference
 from lora_fx.numerics.bit_dropout import dropped, mask_of
 from lora_fx.numerics.fused_branch import reduce_features
 

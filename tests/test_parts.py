@@ -12,10 +12,10 @@ import pytest
 import torch
 from architectures import build, inputs, model, run, traced
 from conftest import set_factors, unchanged
+from graph_diff import first_difference
 from torch import nn
 
 import lora_fx
-from lora_fx.comparison import first_difference
 from lora_fx.tracing.example_inputs import example_inputs
 
 RULES: dict[str, Any] = {

@@ -12,6 +12,7 @@ import pytest
 import torch
 from architectures import PRIMARY, inputs, model, run, traced
 from conftest import set_factors, unchanged
+from graph_diff import first_difference
 from made import X, module
 from test_fusion import EITHER, branched, distances, exact, plain, results
 from torch import fx, nn
@@ -20,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import lora_fx
 from lora_fx import packed, prepacking
 from lora_fx.branches.lower import lower
-from lora_fx.comparison import first_difference
 from lora_fx.packed import PrepackedAddmm, PrepackedLinear, PrepackedWeight
 from lora_fx.prepacking import prepacked_bytes
 

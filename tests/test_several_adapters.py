@@ -12,10 +12,10 @@ import torch
 import transformers
 from architectures import EACH, SIZES, build, model, run, traced
 from conftest import set_factors, unchanged
+from graph_diff import first_difference
 from torch import fx, nn
 
 import lora_fx
-from lora_fx.comparison import first_difference
 from lora_fx.folding.fold import recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

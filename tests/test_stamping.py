@@ -15,11 +15,11 @@ import pytest
 import torch
 import transformers
 from conftest import unchanged
+from graph_diff import first_difference
 from torch import nn
 from transformers import PreTrainedConfig
 
 import lora_fx
-from lora_fx.comparison import first_difference
 from lora_fx.tracing import trace as tracing
 
 LAYERS = (

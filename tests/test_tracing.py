@@ -10,11 +10,11 @@ import torch
 import transformers
 from architectures import EACH, SIZES, branched, inputs, model, run, traced
 from conftest import set_factors, unchanged
+from graph_diff import first_difference
 from torch import nn
 from torch.utils import _pytree as pytree
 
 import lora_fx
-from lora_fx.comparison import first_difference
 
 
 @pytest.fixture(params=EACH)

@@ -12,10 +12,10 @@ import torch
 import transformers
 from architectures import build, traced
 from conftest import set_factors, unchanged
+from graph_diff import first_difference
 from torch import nn
 
 import lora_fx
-from lora_fx.comparison import first_difference
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

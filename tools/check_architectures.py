@@ -22,9 +22,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import architectures  # noqa: E402
 from conftest import set_factors  # noqa: E402
+from graph_diff import first_difference  # noqa: E402
 
 import lora_fx  # noqa: E402
-from lora_fx.comparison import first_difference  # noqa: E402
 
 HEADER = (
     "| model | targets | sites | logits against PEFT | gradients | training | fold | graph |",

@@ -29,9 +29,9 @@ def check(name: str) -> str:
     import families
     import test_stamping
     import torch
+    from graph_diff import first_difference
 
     import lora_fx
-    from lora_fx.comparison import first_difference
     from lora_fx.tracing import trace as tracing
 
     torch.set_num_threads(1)

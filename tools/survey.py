@@ -31,10 +31,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
+from graph_diff import first_difference  # noqa: E402
 from small_models import model_types, small_model  # noqa: E402
 
 import lora_fx  # noqa: E402
-from lora_fx.comparison import first_difference  # noqa: E402
 from lora_fx.graph.graph_module import TracedGraphModule  # noqa: E402
 from lora_fx.rules.rule_file import load  # noqa: E402
 from lora_fx.rules.vocabulary import ROLES  # noqa: E402

@@ -35,7 +35,7 @@ from browser import launched, opened, settled  # noqa: E402
 from playwright.sync_api import Browser, Page  # noqa: E402
 
 import lora_fx  # noqa: E402
-from lora_fx.drawing import FORMATS, Description, describe  # noqa: E402
+from lora_fx.drawing.draw import FORMATS, Description, describe  # noqa: E402
 
 LAYERS, MORE_LAYERS = 32, 230
 NO_BROWSER, NO_GRAPHVIZ = "no browser", "no Graphviz"

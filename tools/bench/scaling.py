@@ -34,7 +34,7 @@ import readme
 
 import lora_fx
 from lora_fx.adapters.attach import attach
-from lora_fx.drawing import describe
+from lora_fx.drawing.draw import describe
 from lora_fx.planning.plan import plan_graph
 from lora_fx.rules.rule_file import load
 

@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 import typer
+from graph_diff import first_difference
 from measuring import apart
 from results import Conditions, Goal, Measured, Result, report
 from shapes import LLAMA_8B, LLAMA_70B, Llama, built
@@ -25,7 +26,6 @@ from torch import nn
 from tqdm import tqdm
 
 import lora_fx
-from lora_fx.comparison import first_difference
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def page(description: Mapping[str, Any]) -> str:
     It works from a file, without a server and without a network, and its Content-Security-Policy lets it load nothing.
 
     Args:
-        description: of a graph, as ``lora_fx.drawing.describe`` makes it.
+        description: of a graph, as ``lora_fx.drawing.draw.describe`` makes it.
 
     Returns:
         The text of the file, the same for the same description.
@@ -46,7 +46,7 @@ def page(description: Mapping[str, Any]) -> str:
 
 
 def _read(name: str) -> str:
-    return files("lora_fx.drawing").joinpath("page", name).read_text(encoding="utf-8")
+    return files("lora_fx.drawing.render").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _layout() -> str:

@@ -46,9 +46,11 @@ class View:
                 self.position[item] = position
 
     def group(self, identity: str) -> Mapping[str, Any]:
+        """Return a group of the description."""
         return self.groups[int(identity[1:])]
 
     def node(self, identity: str) -> Mapping[str, Any]:
+        """Return a node of the description."""
         return self.nodes[int(identity[1:])]
 
     def _wanted(self, description: Mapping[str, Any]) -> set[str]:
@@ -75,12 +77,14 @@ class View:
         return items[:1] if self.group(identity)["kind"] == "repeat" else items
 
     def differs(self, item: str) -> bool:
+        """Return whether a node or anything in a group differs between the two graphs."""
         if item.startswith("g"):
             return bool(marked(self.group(item)["counts"]))
         status: str = self.node(item)["status"]
         return status != "same"
 
     def operators(self, items: Iterable[str]) -> int:
+        """Return how many nodes items hold."""
         return sum(self.group(item)["counts"]["nodes"] if item.startswith("g") else 1 for item in items)
 
     def form(self, item: str, *, outermost: bool = True) -> int:
