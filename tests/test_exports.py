@@ -109,7 +109,7 @@ def test_onnxruntime_computes_what_the_graph_computes_at_other_sizes(name: str, 
 def test_rows_without_anything_to_attend_to_are_those_of_the_graph(name: str, write: str, tmp_path: Path) -> None:
     """Padding on the left of a causal model, and a row that is nothing but padding."""
     graph = graphs(name)["folded"]
-    lora_fx.export.__dict__[write](graph, tmp_path / "model.pt2", verify=False)
+    getattr(lora_fx.export, write)(graph, tmp_path / "model.pt2", verify=False)
     batch = inputs(name, 4, 9, 5)
     batch["attention_mask"][1, :4] = 0
     batch["attention_mask"][2] = 0

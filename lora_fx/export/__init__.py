@@ -1,9 +1,8 @@
-"""Writing graphs for other runtimes, one module a format."""
+"""Writers of graphs for other runtimes, one module per format; no module here may have the name of a public function.
 
-from lora_fx.export.deliver import Exported
-from lora_fx.export.onnx_adapter_file import ExportedAdapter, onnx_adapter, onnx_adapter_from_peft
-from lora_fx.export.onnx_file import onnx
-from lora_fx.export.pt2_file import pt2
-from lora_fx.export.torchscript_file import torchscript
+The names stand in ``__init__.pyi`` and are imported on first use: :mod:`lora_fx.runtime` reads ``slot_table``, which needs no torch.
+"""
 
-__all__ = ["Exported", "ExportedAdapter", "onnx", "onnx_adapter", "onnx_adapter_from_peft", "pt2", "torchscript"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -7,15 +7,11 @@ refused is refused before a byte is written. Only then are tensors read, one at 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -37,6 +33,7 @@ from lora_fx.folding.fold import recipe
 from lora_fx.graph.adapter_names import original_name
 from lora_fx.graph.graph_module import State, TracedGraphModule, state_of
 from lora_fx.numerics.lowrank_merge import Merge, Update
+from lora_fx.text_table import new_table, text_lines
 from lora_fx.tracing.trace import trace
 from lora_fx.tracing.transformers_models import empty_model
 
@@ -62,7 +59,7 @@ class CheckpointFold:
         return sum(self.checkpoint.find(key)[1].size for key in changed)
 
     def __str__(self) -> str:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table = new_table()
         for heading in ("tensor", "dtype", "shape", "layout", "what is done"):
             table.add_column(heading, no_wrap=True)
         for key, (_, entry) in self.checkpoint.tensors.items():
@@ -72,15 +69,11 @@ class CheckpointFold:
             done = "replaced" if merge is None else " + ".join(map(self._told, merge.updates))
             shape = " × ".join(map(str, entry.shape))
             table.add_row(key, str(entry.dtype).removeprefix("torch."), shape, merge.layout if merge else "", done)
-        console = Console(file=io.StringIO(), width=10_000, color_system=None)
-        console.print(table)
-        assert isinstance(console.file, io.StringIO)
-        lines = [line.rstrip() for line in console.file.getvalue().splitlines() if line.strip()]
         changed = len(self.changes.merges) + len(self.changes.replacements)
         copied = len(self.checkpoint.tensors) - changed
         return "\n".join(
             [
-                *lines,
+                *text_lines(table),
                 *(f"adapter {directory} at strength {strength:g}" for directory, strength in self.adapters),
                 f"{changed} tensors, {self.changed_bytes / 1e6:.1f} MB, change; {copied} tensors, "
                 f"{(self.checkpoint.size - self.changed_bytes) / 1e6:.1f} MB with the headers, are copied as they are",

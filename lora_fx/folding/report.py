@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from lora_fx.errors import FoldError
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.numerics.lowrank_merge import Merge, Merged
+from lora_fx.text_table import new_table, text_lines
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class FoldReport:
     def __str__(self) -> str:
         if not self.weights:
             return "nothing was folded"
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table = new_table()
         for heading in ("weight", "dtype", "layout"):
             table.add_column(heading, no_wrap=True)
         for heading in ("updates", "size of update", "elements", "unchanged"):
@@ -74,11 +70,7 @@ class FoldReport:
                 str(merged.elements),
                 f"{entry.unchanged:.2%}",
             )
-        console = Console(file=io.StringIO(), width=10_000, color_system=None)
-        console.print(table)
-        assert isinstance(console.file, io.StringIO)
-        lines = [line.rstrip() for line in console.file.getvalue().splitlines() if line.strip()]
-        return "\n".join([*lines, self._totals()])
+        return "\n".join([*text_lines(table), self._totals()])
 
     def _totals(self) -> str:
         elements = sum(entry.merged.elements for entry in self.weights)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any, Literal
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from lora_fx.planning.plan import Chosen, Decision, Plan
+from lora_fx.text_table import new_table, text_lines
 
 _COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
     ("site", "left"),
@@ -25,18 +23,12 @@ _COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
 
 def as_text(plan: Plan) -> str:
     """Return a table with a line for each site, and the totals."""
-    table = as_table(plan)
-    # As wide as it needs to be: each line is one site, also where a terminal is narrower.
-    console = Console(file=io.StringIO(), width=10_000, color_system=None)
-    console.print(table)
-    assert isinstance(console.file, io.StringIO)
-    lines = [line.rstrip() for line in console.file.getvalue().splitlines() if line.strip()]
-    return "\n".join([*lines, totals(plan)])
+    return "\n".join([*text_lines(as_table(plan)), totals(plan)])
 
 
 def as_table(plan: Plan) -> Table:
     """Return the same as a table of ``rich``."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = new_table()
     for heading, justify in _COLUMNS:
         table.add_column(heading, justify=justify, no_wrap=True, overflow="ignore")
     for decision in plan:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from lora_fx.text_table import new_table, text_lines
 
 MARKS = {"added": "+", "removed": "−", "rewired": "⇄", "changed": "~"}
 _CHANGES_LISTED = 50
@@ -119,7 +118,7 @@ def _tree(description: Mapping[str, Any]) -> Iterator[str]:
         if identity in opened and group["kind"] != "branch":
             waiting += [(item, depth + 1) for item in reversed(_inside(group, groups)) if item.startswith("g")]
     shown = rows[:_GROUPS_SHOWN]
-    yield from _lines(_table(("module", "class", "operators", "changes", "branches"), shown, right=(2,)))
+    yield from text_lines(_table(("module", "class", "operators", "changes", "branches"), shown, right=(2,)))
     if len(rows) > len(shown):
         yield f"… and {plural(len(rows) - len(shown), 'more group')}"
 
@@ -158,7 +157,7 @@ def _matrix(matrix: Mapping[str, Any], sites: Sequence[Mapping[str, Any]]) -> li
         [visible(first if first == last else f"{first}–{last}"), *cells[:_COLUMNS_SHOWN]]
         for first, last, cells in merged
     ]
-    lines = [visible(matrix["stack"], 100), *_lines(_table(headings, rows, right=range(1, len(headings))))]
+    lines = [visible(matrix["stack"], 100), *text_lines(_table(headings, rows, right=range(1, len(headings))))]
     hidden = columns[_COLUMNS_SHOWN:]
     return [*lines, f"… and {plural(len(hidden), 'more column')}"] if hidden else lines
 
@@ -199,7 +198,7 @@ def _elsewhere(description: Mapping[str, Any]) -> Iterator[str]:
         for site in sites
     ]
     yield "sites elsewhere" if description.get("coverage") else "sites"
-    yield from _lines(_table(("site", "operator", "in", "out", "rank", "decision"), rows, right=(2, 3, 4)))
+    yield from text_lines(_table(("site", "operator", "in", "out", "rank", "decision"), rows, right=(2, 3, 4)))
 
 
 def _changes(description: Mapping[str, Any]) -> Iterator[str]:
@@ -223,7 +222,7 @@ def _changes(description: Mapping[str, Any]) -> Iterator[str]:
         for node, *more in list(changed.values())[:_CHANGES_LISTED]
         for alike in ([node, *more],)
     ]
-    yield from _lines(_table(("operator", "kind", "module", "alike", "difference"), rows))
+    yield from text_lines(_table(("operator", "kind", "module", "alike", "difference"), rows))
     if len(changed) > _CHANGES_LISTED:
         yield f"… and {len(changed) - _CHANGES_LISTED:,} more"
 
@@ -255,7 +254,7 @@ def _what_differs(node: Mapping[str, Any]) -> str:
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> Table:
     """Return a table that takes no name for markup; columns that are empty throughout are left out."""
     kept = [index for index in range(len(headings)) if index == 0 or any(row[index] for row in rows)]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = new_table()
     to_the_right = set(right)
     for index in kept:
         justify = "right" if index in to_the_right else "left"
@@ -263,11 +262,3 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Iterab
     for row in rows:
         table.add_row(*(Text(row[index]) for index in kept))
     return table
-
-
-def _lines(table: Table) -> Iterator[str]:
-    # As wide as it needs to be: each line is one row, also where a terminal is narrower.
-    console = Console(file=io.StringIO(), width=10_000, color_system=None)
-    console.print(table)
-    assert isinstance(console.file, io.StringIO)
-    return (line.rstrip() for line in console.file.getvalue().splitlines() if line.strip())
