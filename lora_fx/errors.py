@@ -44,7 +44,7 @@ class FoldError(LoraFxError):
 
 
 class VerifyError(LoraFxError):
-    """What was made of a graph computes something else; ``node`` names the first value that departs.
+    """What was made of a graph computes something else; ``node`` names the first value that differs.
 
     That is a node of a folded graph, or an output of a file that was written.
     """

@@ -302,7 +302,7 @@ def test_slots_that_are_mixed_up_are_found_before_the_file_is_in_its_place(tmp_p
 
     with (
         mock.patch.object(_onnx._Onnx, "write", mixed_up),
-        pytest.raises(VerifyError, match="departs from the graph"),
+        pytest.raises(VerifyError, match="differs from the graph"),
     ):
         lora_fx.export.onnx(adapted(), tmp_path / "slots.onnx", slots=True)
     assert list(tmp_path.iterdir()) == []

@@ -310,7 +310,7 @@ def test_a_weight_with_another_value_is_reported_at_its_site_and_not_behind_it(r
     merged = tampered(lora_fx.fold(graph_module), LAYER_1[name])
     error = departure(graph_module, merged, inputs(name, 3, 11, 5))
     assert error.node == reading(merged, LAYER_1[name])
-    assert f"departs first at {error.node} (aten." in str(error)
+    assert f"differs first at {error.node} (aten." in str(error)
 
 
 def test_a_weight_without_a_branch_is_reported_too() -> None:
@@ -328,7 +328,7 @@ def test_the_message_says_where_how_much_and_what_to_do() -> None:
     for part in (
         r"at linear_8 \(aten.linear.default, in encoder.layer.1.attention.self.value, with branches add_tensor_3\)",
         r", at .*modeling_bert.py:\d+: .*value",
-        r"the largest difference is \d\.\d+ at \(\d, \d+, 1\), where the value is -?\d.*, and in the graph -?\d",
+        r"the largest difference is \d\.\d+ at \(\d, \d+, 1\): expected -?\d.*, got -?\d",
         r"the tolerance is 0\.0001 of the largest value, \d",
         r"Fold again if .* else keep it unfolded",
     ):
@@ -373,19 +373,19 @@ def test_another_shape_or_dtype_is_a_departure() -> None:
         (
             aten.sum.dim_IntList,
             lambda node: node.update_arg(2, False),
-            r"is torch.float32 \(3,\), and in the graph .*\(3, 1\)",
+            r"expected torch.float32 \(3, 1\), got torch.float32 \(3,\)",
         ),
         (
             aten.to.dtype,
             lambda node: node.update_arg(1, torch.float32),
-            r"is torch.float32 .* in the graph torch.float64",
+            r"expected torch.float64 .* got torch.float32",
         ),
     ):
         merged = lora_fx.fold(graph_module)
         node = calling(merged, target)
         edit(node)
         merged.recompile()
-        with pytest.raises(lora_fx.VerifyError, match=rf"departs first at {node.name} .*{message}"):
+        with pytest.raises(lora_fx.VerifyError, match=rf"differs first at {node.name} .*{message}"):
             lora_fx.verify(graph_module, merged, (X,))
 
 

@@ -11,7 +11,7 @@ import torch
 from lora_fx.errors import ExportError, VerifyError, first_line
 from lora_fx.export.prepare import Exportable
 from lora_fx.export.trial_inputs import Sizes, Trial, trials
-from lora_fx.folding.verify import COARSE, TOLERANCES
+from lora_fx.graph.compare import TOLERANCES, compare_values, rounding_tolerance
 from lora_fx.graph.graph_module import described
 from lora_fx.graph.provenance import source_line
 from lora_fx.tracing.train_eval import MODE_ARGUMENTS
@@ -73,8 +73,8 @@ def _check_repeatable(exportable: Exportable) -> None:
 
 
 def _tolerance(exportable: Exportable) -> float:
-    dtypes = {tensor.dtype for tensor in exportable.plain.state_dict().values() if tensor.is_floating_point()}
-    return max((TOLERANCES.get(dtype, COARSE) for dtype in dtypes), default=TOLERANCES[torch.float32])
+    reals = [tensor for tensor in exportable.plain.state_dict().values() if tensor.is_floating_point()]
+    return rounding_tolerance(reals) if reals else TOLERANCES[torch.float32]
 
 
 def _difference(trial: Trial, loaded: Loaded, allowed: float) -> float:
@@ -94,29 +94,15 @@ def _difference(trial: Trial, loaded: Loaded, allowed: float) -> float:
                 f"what was written gives {name!r} as {described(found[name])} at {at}, and the graph as {described(tensor)}.",
                 name,
             )
-        difference = _relative(tensor, found[name].to(tensor.device))
-        if not difference <= allowed:
+        difference = compare_values(tensor, found[name].to(tensor.device), allowed)
+        if difference.message:
             raise VerifyError(
-                f"what was written departs from the graph at {at}: {name!r} differs by {difference:.1e} of its largest value, "
-                f"and {allowed:.0e} is allowed (tolerance=).",
+                f"what was written differs from the graph at {at}: {name!r} differs by {difference.relative:.1e} of its largest "
+                f"value, and {allowed:.0e} is allowed (tolerance=).",
                 name,
             )
-        largest = max(largest, difference)
+        largest = max(largest, difference.relative)
     return largest
-
-
-def _relative(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """Return the largest difference as a part of the largest finite value; a NaN equals a NaN."""
-    if not (expected.is_floating_point() or expected.is_complex()):
-        return 0.0 if torch.equal(expected, found) else math.inf
-    same = (expected == found) | (expected.isnan() & found.isnan())
-    if bool(same.all()):
-        return 0.0
-    wide = torch.complex128 if expected.is_complex() else torch.float64
-    difference = (torch.where(same, 0, expected).to(wide) - torch.where(same, 0, found).to(wide)).abs().max().item()
-    finite = expected[expected.isfinite()]
-    largest = finite.abs().max().double().item() if finite.numel() else 0.0
-    return difference / largest if largest else math.inf
 
 
 def _listed(sizes: Sizes) -> str:

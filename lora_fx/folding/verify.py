@@ -1,4 +1,4 @@
-"""A folded graph is run beside the graph that it was made from, node by node, to find the first value that departs.
+"""A folded graph is run beside the graph that it was made from, node by node, to find the first value that differs.
 
 Folding takes the nodes of branches out and leaves the names of all others. So the two graphs correspond by name: each node of
 the folded graph to the node of the same name, or, where a branch is added to it, to the sum. Both compute with values of their
@@ -15,25 +15,19 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.branches.find import Nominate, find_branches
 from lora_fx.branches.lower import lower
 from lora_fx.errors import InputError, LoraFxError, VerifyError
 from lora_fx.graph.adapter_names import is_factor
-from lora_fx.graph.graph_module import described, state_of
+from lora_fx.graph.compare import Difference, compare_values, rounding_tolerance
+from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.provenance import module_path, source_line
 from lora_fx.graph.signature import InputCodeGen
 from lora_fx.numerics.weight_view import stored
 from lora_fx.tracing.parity import OwnStreams
 
 aten = torch.ops.aten
-
-TOLERANCES: Mapping[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Largest difference that is taken for rounding, as a part of the largest value."""
-
-COARSE = 5e-2
-"""The same for half precision, and for whatever has fewer bits."""
 
 _UNINITIALIZED = frozenset(
     {aten.empty, aten.empty_like, aten.empty_strided, aten.empty_permuted, aten.new_empty, aten.new_empty_strided}
@@ -77,7 +71,7 @@ def verify(
             lowest precision that went into a node: double, single or half. More is due on a GPU that multiplies in TF32.
 
     Raises:
-        VerifyError: a value departs, or ``merged`` was not made from ``graph_module``. The message names the first such
+        VerifyError: a value differs, or ``merged`` was not made from ``graph_module``. The message names the first such
             node, and so does ``node`` of the error.
         InputError: the graphs do not take these inputs.
         FoldError: ``graph_module`` cannot be folded.
@@ -93,11 +87,11 @@ def verify(
         for node, twin in pairs.items():
             expected, found = branched.value_of(node), folded.value_of(twin)
             allowed = folded.tolerances[twin] if tolerance is None else tolerance
-            largest, departure = _compare(expected, found, allowed)
-            if departure is not None:
-                raise _departed(node, twin, departure)
-            if largest > agreement.largest:
-                agreement = Agreement(len(pairs), largest, twin.name)
+            difference = compare_values(expected, found, allowed)
+            if difference.message:
+                raise _differing(node, twin, difference)
+            if difference.relative > agreement.largest:
+                agreement = Agreement(len(pairs), difference.relative, twin.name)
     return agreement
 
 
@@ -150,7 +144,7 @@ class _Run:
         if node.op == "placeholder":  # the same in both graphs, to the last bit
             return 0.0
         before = [self.tolerances[source] for source in node.all_input_nodes]
-        found = max([_tolerance(value), self._written, *before])
+        found = max([rounding_tolerance(value), self._written, *before])
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             self._written = found  # whatever shares that memory has it from now on
         return found
@@ -252,103 +246,17 @@ def _constants(graph: fx.Graph) -> frozenset[fx.Node]:
     return frozenset(found)
 
 
-def _tolerance(value: Any) -> float:
-    """Return the tolerance for the lowest precision in a value; 0 where there are no reals in it."""
-    found = 0.0
-    for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, torch.Tensor) and _is_real(leaf):
-            found = max(found, TOLERANCES.get(leaf.dtype.to_real(), COARSE))
-        elif isinstance(leaf, float):
-            found = max(found, TOLERANCES[torch.float64])
-    return found
-
-
-def _is_real(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _compare(expected: Any, found: Any, tolerance: float) -> tuple[float, str | None]:
-    """Return the largest relative difference of two values, and in words how they depart, if they do."""
-    mine, my_spec = pytree.tree_flatten_with_path(expected)
-    theirs, their_spec = pytree.tree_flatten_with_path(found)
-    if my_spec != their_spec:
-        return torch.inf, f"its structure is {their_spec}, and in the graph {my_spec}"
-    largest = 0.0
-    for (path, value), (_, other) in zip(mine, theirs, strict=True):
-        difference, departure = _compare_leaves(value, other, tolerance)
-        if departure is not None:
-            return difference, f"in part {pytree.keystr(path)} of it {departure}" if path else departure
-        largest = max(largest, difference)
-    return largest, None
-
-
-def _compare_leaves(expected: Any, found: Any, tolerance: float) -> tuple[float, str | None]:
-    if isinstance(expected, float) and isinstance(found, float):
-        return _compare_reals(_scalar(expected), _scalar(found), tolerance)
-    if isinstance(expected, torch.Tensor) and isinstance(found, torch.Tensor):
-        if described(expected) != described(found):
-            return torch.inf, f"the value is {described(found)}, and in the graph {described(expected)}"
-        if _is_real(expected):
-            return _compare_reals(expected, found, tolerance)
-        return _compare_exactly(expected, found)
-    if type(expected) is type(found) and expected == found:
-        return 0.0, None
-    return torch.inf, f"the value is {found!r}, and in the graph {expected!r}"
-
-
-def _scalar(value: float) -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def _compare_exactly(expected: torch.Tensor, found: torch.Tensor) -> tuple[float, str | None]:
-    if torch.equal(expected, found):
-        return 0.0, None
-    differing = (expected != found).nonzero()
-    first = tuple(differing[0].tolist())
-    return torch.inf, (
-        f"{len(differing)} of {expected.numel()} values differ, which have to be equal; the first is {found[first].item()}"
-        f"{_place(first)}, and in the graph {expected[first].item()}"
-    )
-
-
-def _compare_reals(expected: torch.Tensor, found: torch.Tensor, tolerance: float) -> tuple[float, str | None]:
-    if torch.equal(expected, found):
-        return 0.0, None
-    mine, theirs = _widened(expected), _widened(found)
-    same = (mine == theirs) | (mine.isnan() & theirs.isnan())
-    if bool(same.all()):
-        return 0.0, None
-    gaps = (mine - theirs).abs().masked_fill(same, 0.0).nan_to_num(nan=torch.inf)
-    scale = float(mine.abs().masked_fill(~mine.isfinite(), 0.0).max())
-    gap = float(gaps.max())
-    relative = gap / scale if scale else torch.inf
-    if gap <= tolerance * scale:
-        return relative, None
-    worst = tuple(int(index) for index in torch.unravel_index(gaps.argmax(), gaps.shape))
-    return relative, (
-        f"the largest difference is {gap:.3g}{_place(worst)}, where the value is {found[worst].item():.6g}, and in the graph "
-        f"{expected[worst].item():.6g}; the tolerance is {tolerance:.3g} of the largest value, {scale:.3g}"
-    )
-
-
-def _widened(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that can be subtracted without leaving its range: half precision as single."""
-    return tensor if tensor.is_complex() or tensor.dtype in TOLERANCES else tensor.float()
-
-
-def _place(index: tuple[int, ...]) -> str:
-    return f" at {index}" if index else ""
-
-
-def _departed(node: fx.Node, twin: fx.Node, departure: str) -> VerifyError:
+def _differing(node: fx.Node, twin: fx.Node, difference: Difference) -> VerifyError:
     path = module_path(twin)
     details = [
         _operator(twin),
         f"in {path}" if path else "",
         f"with branches {node.name}" if node.name != twin.name else "",
     ]
+    which = f"in part {difference.part} of it " if difference.part else ""
     return VerifyError(
-        f"the folded graph departs first at {twin.name} ({', '.join(filter(None, details))}){source_line(twin)}: {departure}. "
+        f"the folded graph differs first at {twin.name} ({', '.join(filter(None, details))}){source_line(twin)}: "
+        f"{which}{difference.message}. "
         "Fold again if the graph has been trained or loaded since; else keep it unfolded, or pass a tolerance that you can accept.",
         twin.name,
     )

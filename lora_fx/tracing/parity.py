@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_fx.errors import TraceError
+from lora_fx.graph.compare import compare_values
 from lora_fx.tracing.example_inputs import ExampleInputs
 
 TOLERANCE = 1e-4
@@ -64,7 +65,10 @@ def difference(model: Callable[..., Any], graph: Callable[..., Any], inputs: Exa
             found = graph(*inputs.args, **inputs.kwargs)
         except Exception as error:
             raise GraphFailed(f"{type(error).__name__}: {error}") from error
-    return _difference(expected, found)
+    compared = compare_values(expected, found, tolerance=None)
+    if not compared.message:
+        return None
+    return f"output{compared.part}: {compared.message}" if compared.part else f"the output: {compared.message}"
 
 
 def check_evaluation(model: nn.Module, graph_module: fx.GraphModule, inputs: ExampleInputs) -> None:
@@ -168,23 +172,6 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
 def _strided(tensor: torch.Tensor) -> torch.Tensor:
     """Return an equal tensor that is not contiguous, where it has elements enough."""
     return torch.stack([tensor, tensor], dim=-1)[..., 0]
-
-
-def _difference(expected: Any, found: Any) -> str | None:
-    mine, my_spec = pytree.tree_flatten(expected)
-    theirs, their_spec = pytree.tree_flatten(found)
-    if my_spec != their_spec:
-        return f"it returns {their_spec}, and the model {my_spec}"
-    for index, (value, other) in enumerate(zip(mine, theirs, strict=True)):
-        which = f"output {index}" if len(mine) > 1 else "the output"
-        if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor):
-            try:
-                torch.testing.assert_close(other, value, equal_nan=True)
-            except AssertionError as error:
-                return f"{which}: {' '.join(str(error).split())}"
-        elif type(value) is not type(other) or value != other:
-            return f"{which} is {other!r}, and that of the model {value!r}"
-    return None
 
 
 def _smallest(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
