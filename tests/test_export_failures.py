@@ -38,7 +38,7 @@ from lora_fx.export import deliver as _delivering
 from lora_fx.export import onnx_file as _onnx
 from lora_fx.export import pt2_file as _pt2
 from lora_fx.export import torchscript_file as _torchscript
-from lora_fx.files.atomic import atomic as files
+from lora_fx.files import atomic as files
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:DeprecationWarning")
 

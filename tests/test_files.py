@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import atomic as files
+from lora_fx.files import atomic as files
 from lora_fx.files.atomic import replacing
 
 

@@ -1,4 +1,4 @@
-"""The way of every export: prepare the graph, write it beside its target, load what was written, compare, move it into place."""
+"""Delivery of an exported file: prepare the graph, write beside the target, load the file, compare, move it into place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from tqdm.auto import tqdm
 
-from lora_fx.errors import ExportError, LoraFxError
+from lora_fx.errors import ExportError
 from lora_fx.export.compare import Comparison, Loaded, check_tolerance, compare
 from lora_fx.export.prepare import Exportable, prepare
 from lora_fx.files.atomic import check_file, replacing
@@ -20,35 +20,53 @@ from lora_fx.graph.graph_module import TracedGraphModule
 
 
 class Format(Protocol):
-    """A format that graphs are written in: one module each."""
+    """A file format; each has a module of its own."""
 
     name: str
 
     def write(self, exportable: Exportable, path: Path, step: Step) -> None:
-        """Write a graph to ``path``; what else it needs goes beside it, in the same directory."""
+        """Write a graph to ``path``; further files go beside it, in the same directory."""
 
     def load(self, path: Path) -> Loaded:
-        """Load what was written, as its users would."""
+        """Load the written file as its users would."""
 
 
 Step = Callable[[str], None]
-"""Tells what an export is about to do."""
+"""Announces the next step of an export, for the progress bar."""
 
-STEPS = 7
-"""So many steps an export has at most."""
+MAX_STEPS = 7
+"""Largest number of steps of an export, the length of its progress bar."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that all exporters take.
+
+    Attributes:
+        overwrite: replace a file that exists.
+        verify: load the written file and compare it with the graph before it is moved to its path.
+        tolerance: the largest difference that is allowed, as a part of the largest value of an output; None for 1e-9, 1e-4 or
+            0.05, by the lowest precision of the weights.
+        example_inputs: traced and compared with these, and with other sizes of them, instead of the inputs of the trace.
+    """
+
+    overwrite: bool
+    verify: bool
+    tolerance: float | None
+    example_inputs: Mapping[str, torch.Tensor] | None
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how it compares with its graph. ``str(exported)`` says it in a few lines.
+    """A written file and its comparison with the graph. ``str(exported)`` is a summary of a few lines.
 
     Attributes:
         path: of the file.
         format: ``"TorchScript"``, ``"ONNX"`` or ``"pt2"``.
-        files: what was written, with sizes in bytes; more than one where a format keeps large weights apart.
-        inputs: name of an input → names of its dimensions, or sizes of those that are fixed.
+        files: all that were written, with sizes in bytes; more than one where a format keeps large weights apart.
+        inputs: name of an input → one entry per dimension: the name of its axis, or its size where that is fixed.
         outputs: names of the results.
-        comparisons: one for each size that was tried; empty with ``verify=False``.
+        comparisons: one per combination of sizes that was tried; empty with ``verify=False``.
     """
 
     path: Path
@@ -60,7 +78,7 @@ class Exported:
 
     @property
     def largest(self) -> float | None:
-        """The largest difference to the graph, as a part of the largest value of its output; None if it was not looked at."""
+        """The largest difference to the graph, as a part of the largest value of its output; None without comparisons."""
         return max((comparison.largest for comparison in self.comparisons), default=None)
 
     def __str__(self) -> str:
@@ -73,53 +91,42 @@ class Exported:
         return "\n".join([*lines, *(f"  {comparison}" for comparison in self.comparisons)])
 
 
-def deliver(
-    format: Format,
-    graph_module: TracedGraphModule,
-    path: str | Path,
-    *,
-    overwrite: bool,
-    verify: bool,
-    tolerance: float | None,
-    example_inputs: Mapping[str, torch.Tensor] | None,
-) -> Exported:
-    """Write a graph in a format; ``path`` is absent, as it was, or whole and compared, at every moment.
+def deliver(format: Format, graph_module: TracedGraphModule, path: str | Path, options: Options) -> Exported:
+    """Write a graph in a format; at every moment ``path`` is absent, unchanged, or complete and compared.
 
     Raises:
-        ExportError: the format does not take the graph; the message names the operator and the line of the model that has it.
-        VerifyError: what was written computes something else than the graph.
+        ExportError: the format does not take the graph; the message names the operator and its line in the model.
+        VerifyError: the written file does not compute the same as the graph.
         LoraFxError: the path exists or cannot be written.
     """
     path = Path(path)
-    check_file(path, overwrite=overwrite)
-    if path.is_dir():
-        raise LoraFxError(f"{path} is a directory, and {format.name} is written to a file. Choose another name.")
-    check_tolerance(tolerance)
+    check_file(path, overwrite=options.overwrite)
+    check_tolerance(options.tolerance)
     if torch.get_default_device().type == "meta":
         raise ExportError(
-            "inside of torch.device('meta') nothing can be computed, and so nothing exported. Leave that block."
+            "nothing can be computed inside of torch.device('meta'), which an export has to do. Leave that block."
         )
     with _ONE_AT_A_TIME, _own_precision(), _progress(format.name) as step:
         step("preparing")
-        exportable = prepare(graph_module, example_inputs)
-        with replacing(path, overwrite=overwrite) as beside, torch.no_grad():
+        exportable = prepare(graph_module, options.example_inputs)
+        with replacing(path, overwrite=options.overwrite) as beside, torch.no_grad():
             format.write(exportable, beside, step)
             sizes = {path.parent / file.name: file.stat().st_size for file in sorted(beside.parent.iterdir())}
             comparisons: tuple[Comparison, ...] = ()
-            if verify:
+            if options.verify:
                 step("comparing")
-                comparisons = compare(exportable, format.load(beside), tolerance)
+                comparisons = compare(exportable, format.load(beside), options.tolerance)
             step("moving into place")
     return Exported(path, format.name, sizes, _axes(exportable), exportable.outputs, comparisons)
 
 
 _ONE_AT_A_TIME = RLock()
-"""Torch's tracers keep their state in the process."""
+"""Held during an export: torch's tracers keep their state in the process."""
 
 
 @contextmanager
 def _own_precision() -> Iterator[None]:
-    """Leave an autocast that is on around the export: what is written runs without."""
+    """Switch off an autocast around the export: the written file runs without one."""
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
@@ -136,12 +143,12 @@ def _axes(exportable: Exportable) -> dict[str, tuple[str | int, ...]]:
 
 
 @contextmanager
-def _progress(name: str) -> Iterator[Step]:
-    """Show what is being done, on a terminal."""
-    with tqdm(total=STEPS, desc=f"exporting to {name}", disable=None, leave=False, bar_format=_BAR) as bar:
+def _progress(format_name: str) -> Iterator[Step]:
+    """Show the steps of an export on a terminal."""
+    with tqdm(total=MAX_STEPS, desc=f"exporting to {format_name}", disable=None, leave=False, bar_format=_BAR) as bar:
 
-        def step(what: str) -> None:
-            bar.set_postfix_str(what)
+        def step(name: str) -> None:
+            bar.set_postfix_str(name)
             bar.update()
 
         yield step

@@ -16,7 +16,7 @@ import torch
 
 from lora_fx.errors import ExportError
 from lora_fx.export.compare import Loaded, compare
-from lora_fx.export.deliver import Exported, Step, deliver
+from lora_fx.export.deliver import Exported, Options, Step, deliver
 from lora_fx.export.onnx_input_checks import add_checks
 from lora_fx.export.onnx_ops import attention, grouped_mm
 from lora_fx.export.onnx_slots import Slots
@@ -75,15 +75,9 @@ def onnx(
     check_file(Path(path), overwrite=overwrite)
     former = _data_beside(Path(path))
     with_slots = Slots.of(graph_module) if slots else None
-    exported = deliver(
-        _Onnx(with_slots, tolerance, example_inputs),
-        with_slots.probe if with_slots else graph_module,
-        path,
-        overwrite=overwrite,
-        verify=verify,
-        tolerance=tolerance,
-        example_inputs=example_inputs,
-    )
+    options = Options(overwrite, verify, tolerance, example_inputs)
+    written = with_slots.probe if with_slots else graph_module
+    exported = deliver(_Onnx(with_slots, options), written, path, options)
     _remove_unnamed(former, exported.path)
     return exported
 
@@ -91,8 +85,7 @@ def onnx(
 @dataclass(frozen=True)
 class _Onnx:
     slots: Slots | None
-    tolerance: float | None
-    example_inputs: Mapping[str, torch.Tensor] | None
+    options: Options
     name = "ONNX"
 
     def write(self, exportable: Exportable, path: Path, step: Step) -> None:
@@ -133,7 +126,7 @@ class _Onnx:
 
         if self.slots is None:
             return run
-        compare(prepare(self.slots.base, self.example_inputs), run, self.tolerance)
+        compare(prepare(self.slots.base, self.options.example_inputs), run, self.options.tolerance)
         values = self.slots.values
         return lambda inputs: run({**inputs, **values})
 

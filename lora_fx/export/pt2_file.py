@@ -9,7 +9,7 @@ import torch
 
 from lora_fx.errors import ExportError
 from lora_fx.export.compare import Loaded
-from lora_fx.export.deliver import Exported, Step, deliver
+from lora_fx.export.deliver import Exported, Options, Step, deliver
 from lora_fx.export.portable_ops import use_torch_alone
 from lora_fx.export.prepare import Exportable
 from lora_fx.export.torch_program import export_plain
@@ -52,15 +52,7 @@ def pt2(
     """
     if Path(path).suffix != ".pt2":
         raise ExportError(f"{path}: torch.export loads files whose names end in .pt2. Choose such a name.")
-    return deliver(
-        _Pt2(),
-        graph_module,
-        path,
-        overwrite=overwrite,
-        verify=verify,
-        tolerance=tolerance,
-        example_inputs=example_inputs,
-    )
+    return deliver(_Pt2(), graph_module, path, Options(overwrite, verify, tolerance, example_inputs))
 
 
 class _Pt2:

@@ -17,7 +17,7 @@ from torch import fx
 
 from lora_fx.errors import ExportError, first_line
 from lora_fx.export.compare import Loaded
-from lora_fx.export.deliver import Exported, Step, deliver
+from lora_fx.export.deliver import Exported, Options, Step, deliver
 from lora_fx.export.portable_ops import use_torch_alone
 from lora_fx.export.prepare import Exportable, explain
 from lora_fx.files.atomic import writable
@@ -56,15 +56,7 @@ def torchscript(
         VerifyError: what was written computes something else.
         LoraFxError: the path exists or cannot be written.
     """
-    return deliver(
-        _TorchScript(),
-        graph_module,
-        path,
-        overwrite=overwrite,
-        verify=verify,
-        tolerance=tolerance,
-        example_inputs=example_inputs,
-    )
+    return deliver(_TorchScript(), graph_module, path, Options(overwrite, verify, tolerance, example_inputs))
 
 
 def _not(value: bool) -> bool:
