@@ -563,7 +563,7 @@ def one_weight_changed(format: str) -> Iterator[None]:
 def test_a_file_that_computes_something_else_is_an_error_that_names_output_and_sizes(tmp_path: Path, kind: str) -> None:
     path = tmp_path / NAMES[kind]
     told = (
-        r"what was written differs from the graph at batch 2: 'second' differs by \d\.\de-0[23] of its largest value, "
+        r"the written file differs from the graph at batch 2: 'second' differs by \d\.\de-0[23] of its largest value, "
         r"and 1e-04 is allowed \(tolerance=\)\."
     )
     with one_weight_changed(kind.split()[0]), pytest.raises(lora_fx.VerifyError, match=told) as caught:

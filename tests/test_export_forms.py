@@ -256,7 +256,7 @@ def test_a_graph_without_its_input_checks_is_refused(write: str, tmp_path: Path)
     for node in graph.graph.find_nodes(op="call_module", target="input_checks.input_0"):
         graph.graph.erase_node(node)
     graph.recompile()
-    with pytest.raises(lora_fx.ExportError, match="no input check of 'x' any more"):
+    with pytest.raises(lora_fx.ExportError, match="has lost its input check of 'x'"):
         export(write, graph, tmp_path)
 
 
@@ -275,7 +275,7 @@ def test_what_is_on_around_an_export_is_not_in_it(write: str, tmp_path: Path) ->
 @EACH
 def test_a_tolerance_is_a_number(write: str, wrong: float, tmp_path: Path) -> None:
     graph = lora_fx.trace(Linear(), (torch.randn(3, 5),), inference=True)
-    with pytest.raises(lora_fx.ExportError, match="a number of 0 or more is expected"):
+    with pytest.raises(lora_fx.ExportError, match="expected a number of 0 or more"):
         export(write, graph, tmp_path, tolerance=wrong)
 
 
@@ -311,7 +311,7 @@ class Counts(nn.Module):
 def test_what_is_not_a_tensor_is_refused_by_name(write: str, tmp_path: Path) -> None:
     graph_module = lora_fx.trace(Counts(), (torch.randn(2, 7),), inference=True)
     with pytest.raises(
-        lora_fx.ExportError, match=r"output 'length' is not a tensor .* Trace a module that leaves it out"
+        lora_fx.ExportError, match=r"output 'length': expected a tensor, got .* Trace a module that does not return it"
     ):
         export(write, graph_module, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -384,7 +384,7 @@ def test_an_operator_that_a_format_does_not_have_is_named_with_the_models_line(
 def test_complex_results_are_no_results_of_onnx(tmp_path: Path) -> None:
     graph = lora_fx.trace(Complex(), (torch.randn(3, 2),), inference=True)
     with pytest.raises(
-        lora_fx.LoraFxError, match=r"'output' as torch\.float32 .* the graph as torch\.complex64|complex"
+        lora_fx.LoraFxError, match=r"'output' .* expected torch\.complex64 .* got torch\.float32|complex"
     ):
         export("onnx", graph, tmp_path)
 
@@ -467,7 +467,7 @@ def test_a_graph_without_values_is_refused(write: str, tmp_path: Path) -> None:
 
 @EACH
 def test_what_is_no_graph_is_refused(write: str, tmp_path: Path) -> None:
-    with pytest.raises(lora_fx.ExportError, match=r"this is a Linear\. Trace it"):
+    with pytest.raises(lora_fx.ExportError, match=r"got Linear\. Trace it"):
         export(write, Linear(), tmp_path)
 
 
@@ -481,9 +481,9 @@ def test_example_inputs_take_the_place_of_those_of_the_trace(write: str, tmp_pat
     assert exported.comparisons[0].sizes == {"batch": 8}
     for wrong, said in (
         ({"y": torch.randn(8, 5)}, "no example values for 'x'"),
-        ({"x": torch.randn(8, 5), "y": torch.randn(1)}, "example_inputs have, and the graph does not take, 'y'"),
-        ({"x": torch.randn(8, 6)}, r"the example for 'x' is torch\.float32 of shape \(8, 6\)"),
-        ({"x": torch.randn(8, 5).double()}, r"the example for 'x' is torch\.float64 .* in torch\.float32"),
+        ({"x": torch.randn(8, 5), "y": torch.randn(1)}, "example_inputs has names that the graph does not take: 'y'"),
+        ({"x": torch.randn(8, 6)}, r"the example for 'x': expected .*, got torch\.float32 of shape \(8, 6\)"),
+        ({"x": torch.randn(8, 5).double()}, r"the example for 'x': expected torch\.float32 .*, got torch\.float64"),
         ({"x": [1.0]}, "a mapping from x to tensors"),
         ((torch.randn(8, 5),), "a mapping from x to tensors"),
     ):

@@ -1,4 +1,4 @@
-"""What was written is loaded and run beside the graph, at the sizes of the trace and at others."""
+"""Comparison of a written file with its graph: both run on the same inputs, at the sizes of the trace and at others."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lora_fx.graph.provenance import source_line
 from lora_fx.tracing.train_eval import MODE_ARGUMENTS
 
 Loaded = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
-"""What was written, as a function from inputs to outputs by name."""
+"""A loaded file, as a function from inputs to outputs by name."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A run of what was written beside the graph.
+    """The outputs of the file and of the graph at one combination of sizes.
 
     Attributes:
         sizes: of the axes that vary, by name.
@@ -33,20 +33,20 @@ class Comparison:
     largest: float
 
     def __str__(self) -> str:
-        return f"{self.largest:.1e} at {_listed(self.sizes)}"
+        return f"{self.largest:.1e} at {_as_text(self.sizes)}"
 
 
 def compare(exportable: Exportable, loaded: Loaded, tolerance: float | None) -> tuple[Comparison, ...]:
     """Run both at the sizes of the trace, at others, and with each axis at 1 where the trace covers that.
 
     Args:
-        exportable: what was written.
-        loaded: the same, loaded.
-        tolerance: the largest difference that is taken for rounding, as a part of the largest value of an output. By default
+        exportable: the graph that was written.
+        loaded: the file, loaded.
+        tolerance: the largest difference that counts as rounding, as a part of the largest value of an output. By default
             1e-9, 1e-4 or 0.05, by the lowest precision among the graph's tensors.
 
     Raises:
-        VerifyError: they differ by more, or what was written does not run; the message says at which sizes and in which output.
+        VerifyError: they differ by more, or the file does not run; the message says at which sizes and in which output.
     """
     _check_repeatable(exportable)
     allowed = _tolerance(exportable) if tolerance is None else tolerance
@@ -54,19 +54,19 @@ def compare(exportable: Exportable, loaded: Loaded, tolerance: float | None) -> 
 
 
 def check_tolerance(tolerance: float | None) -> None:
-    """Raise :class:`ExportError` for a tolerance that is none."""
+    """Raise :class:`ExportError` unless a tolerance is a number of 0 or more."""
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise ExportError(
-            f"tolerance={tolerance}: a number of 0 or more is expected, a part of an output's largest value."
+            f"tolerance: expected a number of 0 or more, as a part of an output's largest value, got {tolerance}."
         )
 
 
 def _check_repeatable(exportable: Exportable) -> None:
     for node in exportable.plain.graph.nodes:
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if random and node.target not in MODE_ARGUMENTS:  # those drop nothing in evaluation
+        if random and node.target not in MODE_ARGUMENTS:  # the others are dropout, which drops nothing in evaluation
             raise VerifyError(
-                f"the graph draws random numbers by {node.target}{source_line(node)}: what is written cannot be compared with it. "
+                f"the graph draws random numbers by {node.target}{source_line(node)}, so that no file can be compared with it. "
                 "To write it unchecked: verify=False (--no-verify).",
                 node.name,
             )
@@ -78,26 +78,26 @@ def _tolerance(exportable: Exportable) -> float:
 
 
 def _difference(trial: Trial, loaded: Loaded, allowed: float) -> float:
-    at = _listed(trial.sizes)
+    at = _as_text(trial.sizes)
     try:
         found = loaded(trial.inputs)
     except Exception as error:
         raise VerifyError(
-            f"what was written does not run at {at}: {first_line(str(error), type(error).__name__)}"
+            f"the written file does not run at {at}: {first_line(str(error), type(error).__name__)}"
         ) from error
     if list(found) != list(trial.expected):
-        raise VerifyError(f"what was written returns {', '.join(found)}, and the graph {', '.join(trial.expected)}.")
+        raise VerifyError(f"outputs of the written file: expected {', '.join(trial.expected)}, got {', '.join(found)}.")
     largest = 0.0
     for name, tensor in trial.expected.items():
         if (tensor.shape, tensor.dtype) != (found[name].shape, found[name].dtype):
             raise VerifyError(
-                f"what was written gives {name!r} as {described(found[name])} at {at}, and the graph as {described(tensor)}.",
+                f"output {name!r} of the written file at {at}: expected {described(tensor)}, got {described(found[name])}.",
                 name,
             )
         difference = compare_values(tensor, found[name].to(tensor.device), allowed)
         if difference.message:
             raise VerifyError(
-                f"what was written differs from the graph at {at}: {name!r} differs by {difference.relative:.1e} of its largest "
+                f"the written file differs from the graph at {at}: {name!r} differs by {difference.relative:.1e} of its largest "
                 f"value, and {allowed:.0e} is allowed (tolerance=).",
                 name,
             )
@@ -105,5 +105,5 @@ def _difference(trial: Trial, loaded: Loaded, allowed: float) -> float:
     return largest
 
 
-def _listed(sizes: Sizes) -> str:
+def _as_text(sizes: Sizes) -> str:
     return ", ".join(f"{axis} {size}" for axis, size in sizes.items()) or "the sizes of the trace"

@@ -1,4 +1,4 @@
-"""What every exporter starts from: a graph in evaluation, of plain operators, from names to tensors to names to tensors."""
+"""Preparation for every export: a graph of plain operators in evaluation mode, from named inputs to named outputs."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Exportable:
-    """A graph that is about to be written.
+    """A graph prepared for export.
 
     Attributes:
-        graph_module: as it was given, in evaluation, over the same storage.
-        plain: the same as ATen operators and input checks alone. Its ``forward`` takes the inputs by name, or in this order,
-            and returns a dictionary of tensors. It has each tensor that it reads under the first of its names.
-        constraints: what the trace holds for.
-        examples: what it is tried on.
-        outputs: names of the results. What is nested is called ``<output>.<index>`` or ``<output>.<key>``.
+        graph_module: the given graph, in evaluation mode, over the same storage.
+        plain: the same graph in ATen operators and input checks alone. Its ``forward`` takes the inputs by name, or in this order,
+            and returns a dictionary of tensors. Each tensor that it reads has the first of its names.
+        constraints: the inputs that the trace covers.
+        examples: the inputs that it is tried on.
+        outputs: names of the results. A nested one is called ``<output>.<index>`` or ``<output>.<key>``.
     """
 
     graph_module: TracedGraphModule
@@ -60,12 +60,12 @@ class Exportable:
 
     @property
     def groups(self) -> dict[str, set[Dimension]]:
-        """The dimensions that may vary, by the name of the axis along which they do so together."""
+        """The dimensions that may vary, grouped by axis: those of one axis vary together."""
         return self.examples.together((name, dim) for name, dims in self.dynamic.items() for dim in dims)
 
     @property
     def axes(self) -> dict[str, dict[int, str]]:
-        """The names of the dimensions that may vary: one name for all that vary together."""
+        """The axis of each dimension that may vary, by input and dimension."""
         axes: dict[str, dict[int, str]] = {name: {} for name in self.inputs}
         for axis, group in self.groups.items():
             for name, dim in group:
@@ -73,7 +73,7 @@ class Exportable:
         return axes
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return what the graph, as it was given, computes."""
+        """Return the outputs of the given graph, by name."""
         in_order = [inputs[name] for name in self.inputs]
         results = fx.Interpreter(self.graph_module).run(*in_order, enable_io_processing=False)
         tensors = dict(zip(self.outputs, pytree.tree_leaves(results), strict=True))
@@ -83,18 +83,18 @@ class Exportable:
 
 
 def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.Tensor] | None = None) -> Exportable:
-    """Return what the exporters write of a graph.
+    """Prepare a graph for export.
 
     Args:
-        graph_module: base, branched, fused or folded; left as it is.
-        example_inputs: tried instead of the inputs of the trace.
+        graph_module: base, branched, fused or folded; not changed.
+        example_inputs: used instead of the inputs of the trace.
 
     Raises:
-        ExportError: this is no such graph, it has no values, there is nothing to try it on, or an output is not a tensor.
+        ExportError: it is not a traced graph, it has no values, it has no example inputs, or an output is not a tensor.
     """
     if not isinstance(graph_module, TracedGraphModule):
         raise ExportError(
-            f"a graph that lora_fx.trace, rewrite or fold returned is expected, and this is a {type(graph_module).__name__}. "
+            f"expected a graph that lora_fx.trace, rewrite or fold returned, got {type(graph_module).__name__}. "
             "Trace it: lora_fx.trace(module, example_inputs)."
         )
     if graph_module.meta["lora_fx"].get("labels"):
@@ -102,7 +102,7 @@ def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.
     empty = [name for name, tensor in state_of(graph_module).tensors.items() if tensor.is_meta]
     if empty:
         raise ExportError(
-            f"{empty[0]!r} and {len(empty) - 1} other tensors have no values: the graph was traced on the meta device. "
+            f"{empty[0]!r} and {len(empty) - 1} other tensors have no values, since the graph was traced on the meta device. "
             "Give it weights first: lora_fx.materialize(graph, state_dict)."
         )
     given = _in_evaluation(graph_module)
@@ -113,7 +113,7 @@ def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.
     unchecked = [name for name in inputs if name not in constraints.ranges]
     if unchecked:
         raise ExportError(
-            f"the graph has no input check of {unchecked[0]!r} any more, and so nothing says for which sizes it holds. "
+            f"the graph has lost its input check of {unchecked[0]!r}, and with it the sizes that it covers. "
             "Do not remove the nodes under 'input_checks' from a graph, or trace the model again."
         )
     names = _argument_names(inputs)
@@ -129,11 +129,11 @@ def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.
 
 
 def explain(exportable: Exportable, message: str) -> str:
-    """Return where the model has the operator that an exporter's message speaks of, or nothing.
+    """Return a sentence with the operator that an exporter's message names and its line in the model; empty if there is none.
 
     Args:
-        exportable: what was to be written.
-        message: speaks of ``aten.linear.default`` or of ``aten::linear``.
+        exportable: the graph that was to be written.
+        message: with an operator as ``aten.linear.default`` or ``aten::linear``.
     """
     words = set(re.findall(r"[\w:.]+", message.replace("::", ".")))
     for node in exportable.plain.graph.nodes:
@@ -150,7 +150,7 @@ def _in_evaluation(graph_module: TracedGraphModule) -> TracedGraphModule:
 
 
 def _fix_mode(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
-    """Replace what follows the mode, or is for gradients alone, by what it is in evaluation (in place)."""
+    """Replace dropout, mode switches and detach() by their effect in evaluation (in place)."""
     for node in list(graph.nodes):
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, nn.modules.dropout._DropoutNd) or node.target is aten.detach.default:
@@ -166,7 +166,7 @@ def _fix_mode(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _argument_names(inputs: Sequence[str]) -> dict[str, str]:
-    """Map the inputs to the names that they have in what is written: their own, but for those that the code needs."""
+    """Map the inputs to their names in the file: unchanged, unless the generated code needs the name itself."""
     names = {name: name for name in inputs}
     for name in _NEEDED.intersection(inputs):
         names[name] = next(free for count in count_from(1) if (free := f"{name}_{count}") not in names.values())
@@ -209,8 +209,7 @@ _UNKNOWN = torch.empty(0)
 def _check_tensor(name: str, value: object, where: str) -> None:
     if not isinstance(value, torch.Tensor):
         raise ExportError(
-            f"output {name!r} is not a tensor but {value}{where}, and what is exported returns a dictionary of tensors. "
-            "Trace a module that leaves it out."
+            f"output {name!r}: expected a tensor, got {value}{where}. Trace a module that does not return it."
         )
 
 
@@ -231,7 +230,7 @@ def _names(count: int, out_spec: pytree.TreeSpec) -> list[str]:
         )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ExportError(f"two outputs would be called {twice[0]!r}. Trace a module that names them otherwise.")
+        raise ExportError(f"two outputs have the name {twice[0]!r}. Trace a module that gives them different names.")
     return names
 
 
@@ -245,16 +244,20 @@ def _examples(
     if given is not None and not (
         isinstance(given, Mapping) and all(isinstance(value, torch.Tensor) for value in given.values())
     ):
-        raise ExportError(f"example_inputs: a mapping from {', '.join(constraints.ranges)} to tensors is expected.")
+        raise ExportError(
+            f"example_inputs: expected a mapping from {', '.join(constraints.ranges)} to tensors, got {type(given).__name__}."
+        )
     values = given if given is not None else found.tensors if found is not None else {}
     tensors = {names.get(name, name): value for name, value in values.items()}
     missing = [name for name in constraints.ranges if name not in tensors or tensors[name].is_meta]
     unknown = [name for name in tensors if name not in constraints.ranges]
     if missing or unknown:
         named = ", ".join(map(repr, missing or unknown))
-        what = "there are no example values for" if missing else "example_inputs have, and the graph does not take,"
+        problem = (
+            "there are no example values for" if missing else "example_inputs has names that the graph does not take:"
+        )
         raise ExportError(
-            f"{what} {named}. Pass example_inputs: a mapping from {', '.join(constraints.ranges)} to tensors."
+            f"{problem} {named}. Pass example_inputs: a mapping from {', '.join(constraints.ranges)} to tensors."
         )
     device = next((tensor.device for tensor in state_of(graph_module).tensors.values()), torch.device("cpu"))
     placed = {name: tensors[name].detach().to(device) for name in constraints.ranges}
@@ -272,6 +275,14 @@ def _check_example(name: str, tensor: torch.Tensor, ranges: Sequence[tuple[int, 
     )
     if not fits or tensor.dtype is not dtype:
         raise ExportError(
-            f"the example for {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}, which the graph does not take. "
-            f"Pass example_inputs in {dtype} and of sizes that it was traced for."
+            f"the example for {name!r}: expected {dtype} of shape ({_as_text(ranges)}), got {tensor.dtype} of shape {tuple(tensor.shape)}. "
+            "Pass example_inputs that the graph takes."
         )
+
+
+def _as_text(ranges: Sequence[tuple[int, int]]) -> str:
+    sizes = [
+        str(low) if low == high else f"{low} or more" if high == UNBOUNDED else f"{low} to {high}"
+        for low, high in ranges
+    ]
+    return ", ".join(sizes)

@@ -1,4 +1,4 @@
-"""A plain graph as an ``ExportedProgram`` of torch.export, from which ONNX and pt2 are made."""
+"""Export of a plain graph by torch.export: the ``ExportedProgram`` from which ONNX and pt2 are made."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def export_plain(exportable: Exportable) -> torch.export.ExportedProgram:
     constraints = exportable.constraints
     conditions = map(as_guard, (*constraints.fixed_sizes(), *constraints.conditions()))
     if _same_operators(exportable.plain.graph, program.graph):
-        # Of sizes 0 and 1 torch.export takes for granted that they do not occur: its guards exclude more than the trace does.
+        # torch.export assumes that sizes 0 and 1 do not occur: its guards exclude more than the trace does.
         program._guards_code.clear()
     ranks = [f"len(L['{name}'].size()) == {len(ranges)}" for name, ranges in constraints.ranges.items()]
     program._guards_code.extend([*ranks, *conditions])
@@ -41,12 +41,12 @@ def export_plain(exportable: Exportable) -> torch.export.ExportedProgram:
 
 
 def _same_operators(plain: fx.Graph, exported: fx.Graph) -> bool:
-    """Tell whether both call the same operators. If not, a size may have decided on one, and torch.export's guards hold."""
+    """Tell whether both call the same operators. If not, a size may have chosen one, and torch.export's guards are kept."""
     mine, theirs = (
         [
             node.target
             for node in graph.nodes
-            if isinstance(node.target, torch._ops.OpOverload) and node.target not in _BESIDE_VALUES
+            if isinstance(node.target, torch._ops.OpOverload) and node.target not in _SIZES_AND_CHECKS
         ]
         for graph in (plain, exported)
     )
@@ -54,12 +54,12 @@ def _same_operators(plain: fx.Graph, exported: fx.Graph) -> bool:
 
 
 aten = torch.ops.aten
-_BESIDE_VALUES = (aten.sym_size.int, aten._assert_tensor_metadata.default, aten._assert_scalar.default)
+_SIZES_AND_CHECKS = (aten.sym_size.int, aten._assert_tensor_metadata.default, aten._assert_scalar.default)
 
 
 @contextmanager
 def _interpreted(plain: fx.GraphModule) -> Iterator[None]:
-    """Let a graph be interpreted, node by node, where it is called: torch.export then knows which node it records."""
+    """Interpret a graph node by node where it is called, so that torch.export knows which node it records."""
     signature = inspect.signature(plain.forward)
 
     def forward(*args: Any, **kwargs: Any) -> Any:

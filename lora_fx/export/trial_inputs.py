@@ -1,4 +1,4 @@
-"""Inputs that what was written is tried on: the examples of the trace, and others of other sizes."""
+"""Inputs for comparing a file with its graph: the examples of the trace, and others of other sizes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Sizes = Mapping[str, int]
 """The size of each axis that varies, by name."""
 
 DISTANCES = (4, 3, 2, 1, -1, 0)
-"""How far from that of the trace a size is tried, the best first."""
+"""Differences from the traced size that are tried, the best first."""
 
-MOST = 10_000
-"""So many combinations of them are looked at."""
+MAX_COMBINATIONS = 10_000
+"""Largest number of combinations of sizes that are checked against the constraints."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Inputs, and what the graph computes of them."""
+    """Inputs, and the outputs of the graph for them."""
 
     sizes: Sizes
     inputs: Mapping[str, torch.Tensor]
@@ -36,7 +36,7 @@ class Trial:
 def trials(exportable: Exportable) -> Iterator[Trial]:
     """Yield the examples, inputs of other sizes along every axis, and of size 1 along each and along all.
 
-    Where a mask is all ones, the inputs of other sizes have rows in which it is not.
+    Where a mask is all ones in the examples, some rows of it are not at other sizes.
     """
     axes = _Axes(exportable)
     yield Trial(axes.traced, exportable.examples.tensors, exportable.run(exportable.examples.tensors))
@@ -57,21 +57,21 @@ def trials(exportable: Exportable) -> Iterator[Trial]:
 
 
 def larger_examples(exportable: Exportable) -> Mapping[str, torch.Tensor]:
-    """Return the examples; where an axis that varies has size 1, which torch.export takes for a constant, others."""
+    """Return the examples, or larger ones where an axis that varies has size 1, which torch.export takes for a constant."""
     axes = _Axes(exportable)
     if 1 not in axes.traced.values():
         return exportable.examples.tensors
     others = axes.others(least=2)
     if others is None:
         raise ExportError(
-            f"the examples have size 1 along an axis that varies ({', '.join(axes.traced)}). Pass example_inputs of 2 or more."
+            f"the examples have size 1 along an axis that varies ({', '.join(axes.traced)}). Pass example_inputs of size 2 or more."
         )
     return axes.resized(others, cut_or_repeated)
 
 
 @dataclass(frozen=True)
 class _Axes:
-    """The axes of a graph that vary, and inputs of any sizes along them."""
+    """The axes of a graph that may vary, and inputs of any size along them."""
 
     exportable: Exportable
 
@@ -85,23 +85,23 @@ class _Axes:
         return {axis: tensors[name].size(dim) for axis, group in self.dimensions.items() for name, dim in [min(group)]}
 
     def others(self, least: int = 1) -> Sizes | None:
-        """Return sizes, as far as possible from those of the trace, that it covers."""
+        """Return sizes that the trace covers, as far as possible from its own."""
         candidates = [[size + step for step in DISTANCES if size + step >= least] for size in self.traced.values()]
-        for sizes in islice(product(*candidates), MOST):
+        for sizes in islice(product(*candidates), MAX_COMBINATIONS):
             chosen = dict(zip(self.traced, sizes, strict=True))
             if chosen != self.traced and self.cover(chosen):
                 return chosen
         return None
 
     def cover(self, sizes: Sizes) -> bool:
-        """Tell whether the trace holds for these sizes."""
+        """Tell whether the trace covers these sizes."""
         tensors, constraints = self.exportable.examples.tensors, self.exportable.constraints
         every = {(name, dim): size for name, tensor in tensors.items() for dim, size in enumerate(tensor.shape)}
         every |= self._by_dimension(sizes)
         return all(holds(condition, every) for condition in constraints.conditions())
 
     def made(self, sizes: Sizes, *, masked: bool) -> Iterator[Mapping[str, torch.Tensor]]:
-        """Yield inputs of these sizes with other values than the examples have, and, for a model that takes none, with theirs."""
+        """Yield inputs of these sizes with new values, then, for a model that refuses those, with the values of the examples."""
         other = self.resized(sizes, other_values)
         if masked:
             yield {name: _masked(tensor) for name, tensor in other.items()}
@@ -133,7 +133,7 @@ def _masked(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _answer(exportable: Exportable, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor] | None:
-    """Return what the graph computes of inputs that were made up, or None where it takes no such values."""
+    """Return the outputs of the graph for made-up inputs, or None where it takes no such values."""
     try:
         return exportable.run(inputs)
     except (InputError, RuntimeError, IndexError, ValueError):
