@@ -281,7 +281,7 @@ def export(
     ] = Dtype.auto,
     overwrite: Overwrite = False,
     verify: Annotated[
-        bool, typer.Option(help="Load what was written and compare it with the graph before it is moved to OUT.")
+        bool, typer.Option(help="Load the written file and compare it with the graph before it is moved to OUT.")
     ] = True,
     tolerance: Annotated[
         float | None,
@@ -293,7 +293,7 @@ def export(
 ) -> None:
     """Write a model for another runtime: TorchScript, ONNX, or torch.export's pt2, with dynamic batch and sequence.
 
-    What was written is run at the sizes of the trace and at others, and the largest difference is printed.
+    The written file is run at the sizes of the trace and at others, and the largest difference is printed.
     """
     adapters = adapter or []
     strengths = _strengths(adapters, strength)

@@ -69,7 +69,7 @@ def heads(seed: int = 0, width: int = 23, wide: int = 17) -> lora_fx.TracedGraph
 
 
 def export(kind: str, graph_module: lora_fx.TracedGraphModule, path: Path, **options: Any) -> lora_fx.export.Exported:
-    with mock.patch.object(_onnx, "LARGE", 300 if kind == PAIR else 10**9):
+    with mock.patch.object(_onnx, "MAX_INLINE_BYTES", 300 if kind == PAIR else 10**9):
         exported: lora_fx.export.Exported = getattr(lora_fx.export, kind.split()[0])(graph_module, path, **options)
         return exported
 

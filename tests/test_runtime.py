@@ -203,13 +203,13 @@ def replaced(name: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any
         (without("last.scaling"), "last.scaling: missing beside last.lora_A.weight, last.lora_B.weight"),
         (
             replaced("last.lora_A.weight", lambda a: a[:, :9].copy()),
-            r"last.lora_A.weight: expected shape \(3, 11\), of a site of 11 and 5 features and A of rank 3, found \(3, 9\)",
+            r"last.lora_A.weight: expected shape \(3, 11\), of a site of 11 and 5 features and A of rank 3, got \(3, 9\)",
         ),
         (replaced("last.lora_A.weight", lambda a: a[:2].copy()), r"last.lora_B.weight: expected shape \(5, 2\)"),
         (replaced("last.lora_B.weight", lambda b: b.T.copy()), r"last.lora_B.weight: expected shape \(5, 3\)"),
         (
             replaced("last.lora_B.weight", lambda b: b.astype(np.float16)),
-            r"last.lora_B.weight: expected tensor\(float\), found tensor\(float16\)",
+            r"last.lora_B.weight: expected tensor\(float\), got tensor\(float16\)",
         ),
         (replaced("last.scaling", lambda s: np.float32([s[0], s[0]])), r"last.scaling: expected shape \(1,\)"),
         (
@@ -309,7 +309,7 @@ def test_a_call_that_does_not_fit_is_refused(
 def test_a_model_that_cannot_be_served_is_refused(directory: Path, tmp_path: Path) -> None:
     lora_fx.export.onnx(base(), tmp_path / "plain.onnx", verify=False)
     for path, said in (
-        (tmp_path / "plain.onnx", "has no slots for adapters. Export it with them"),
+        (tmp_path / "plain.onnx", "has no slots for adapters. Export it with slots"),
         (tmp_path / "none.onnx", "does not load"),
         (directory / "a", "does not load"),
     ):

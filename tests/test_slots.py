@@ -277,7 +277,7 @@ def test_an_adapter_that_is_written_by_hand_may_leave_the_scaling_out(tmp_path: 
 
 
 def test_weights_beside_the_model_keep_the_slots(tmp_path: Path) -> None:
-    with mock.patch.object(_onnx, "LARGE", 300):
+    with mock.patch.object(_onnx, "MAX_INLINE_BYTES", 300):
         lora_fx.export.onnx(adapted(), tmp_path / "slots.onnx", slots=True)
     assert len(list(tmp_path.glob("*.data"))) == 1
     session = OnnxSession(tmp_path / "slots.onnx")
@@ -519,7 +519,7 @@ def test_a_graph_without_branches_has_no_slots(tmp_path: Path) -> None:
         lora_fx.export.onnx(Small(), tmp_path / "slots.onnx", slots=True)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="has no adapter 'other'"):
         lora_fx.export.onnx_adapter(adapted(), tmp_path / "adapter", "other")
-    with pytest.raises(ExportError, match="name at least one adapter"):
+    with pytest.raises(ExportError, match="expected at least one adapter"):
         lora_fx.export.onnx_adapter(adapted(), tmp_path / "adapter", {})
 
 
@@ -544,7 +544,7 @@ class Taken(nn.Module):
 
 def test_a_name_that_a_slot_would_have_is_not_taken_twice(tmp_path: Path) -> None:
     graph = lora_fx.rewrite(lora_fx.trace(Taken(), (torch.randn(3, 7),), inference=True), LINEAR)
-    with pytest.raises(ExportError, match=r"'head.scaling', and a slot would be called so. Rename it"):
+    with pytest.raises(ExportError, match=r"'head.scaling', which is the name of an input of a slot. Rename it"):
         lora_fx.export.onnx(graph, tmp_path / "slots.onnx", slots=True)
 
 
@@ -552,7 +552,7 @@ def test_values_that_are_no_numbers_are_not_written(tmp_path: Path) -> None:
     graph = adapted()
     with torch.no_grad():
         graph.get_parameter("last.lora_B.default.weight")[2, 1] = torch.inf
-    with pytest.raises(ExportError, match=r"last.lora_B.weight has values that are not finite"):
+    with pytest.raises(ExportError, match=r"last.lora_B.weight: expected finite numbers"):
         lora_fx.export.onnx_adapter(graph, tmp_path / "adapter")
 
 
@@ -628,10 +628,10 @@ def resized(values: dict[str, torch.Tensor]) -> None:
     ("settings", "said"),
     [
         ({"file": without_b}, "first.lora_B.weight: missing in adapter_model.safetensors"),
-        ({"file": narrower}, "first.lora_A.weight: expected shape (2, 7), of 7 and 11 features, found (2, 5)"),
+        ({"file": narrower}, "first.lora_A.weight: expected shape (2, 7), of 7 and 11 features, got (2, 5)"),
         (
             {"file": doubled},
-            "first.lora_A.weight: expected float32, or what converts to it exactly, found torch.float64",
+            "first.lora_A.weight: expected float32, or a dtype that converts to it exactly, got torch.float64",
         ),
         ({"file": counted}, "first.lora_A.weight: expected float32"),
         (
@@ -643,7 +643,7 @@ def resized(values: dict[str, torch.Tensor]) -> None:
         ({"target_modules": ["first"]}, "twice.lora_A.weight: the model has no slot for it"),
         ({"use_dora": True}, "use_dora: DoRA is not supported"),
         ({"bias": "all"}, "bias: a bias that trains has no slot. Fold the adapter (lora-fx fold), or train without"),
-        ({"modules_to_save": ["last"]}, "modules_to_save: what trains as a whole has no slot"),
+        ({"modules_to_save": ["last"]}, "modules_to_save: a module that trains as a whole has no slot"),
         ({"lora_bias": True}, "lora_bias: a bias in B is not supported"),
     ],
     ids=lambda value: "",
@@ -695,7 +695,7 @@ def test_a_model_without_slots_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("no model")
     lora_fx.save_adapter(adapted(), tmp_path / "peft")
     for name, said in (
-        ("plain.onnx", "has no slots for adapters. Export it with them"),
+        ("plain.onnx", "has no slots for adapters. Export it with slots"),
         ("text.onnx", "is not an ONNX model"),
         ("none.onnx", "cannot read"),
     ):
@@ -710,7 +710,7 @@ def test_a_model_without_slots_is_refused(tmp_path: Path) -> None:
         ("[]", "are malformed"),
         ('{"format": 1, "slots": [], "base": {}}', "are malformed"),
         ('{"format": 1, "slots": [{"site": 1}], "base": {}}', "are malformed"),
-        ('{"format": 2}', "has slots of format 2, and this lora_fx knows 1"),
+        ('{"format": 2}', "expected slots of format 1, got 2"),
         ("[" * 100_000, "are malformed"),
     ],
 )

@@ -1,8 +1,7 @@
-"""Adapters in onnxruntime's adapter format, for a model with slots: from a graph, or from PEFT's directories."""
+"""Adapter files for a model with slots, in onnxruntime's format: from a graph, or from PEFT's directories."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from lora_fx.adapters.peft_format.reading import FILE_NAME, AdapterFiles, check_
 from lora_fx.adapters.transfer import branches_of
 from lora_fx.branches.lower import lower
 from lora_fx.errors import AdapterError, ExportError, LoraFxError, did_you_mean, first_line
+from lora_fx.export.onnx_ops import onnx_package
 from lora_fx.export.onnx_slots import check_slots
 from lora_fx.export.slot_table import FORMAT, OnnxSlot, SlotTable, onnxruntime_says, version_of
 from lora_fx.files.atomic import check_file, replacing
@@ -29,12 +29,12 @@ from lora_fx.sites.call_sites import Site, sites
 
 @dataclass(frozen=True)
 class ExportedAdapter:
-    """An adapter file that was written. ``str(exported)`` says it in a line.
+    """A written adapter file. ``str(exported)`` is a summary of one line.
 
     Attributes:
         path: of the file.
-        ranks: site → rank of what fills its slot.
-        model_version: the number that tells its base from others, of which the file has no more.
+        ranks: site → rank of the factors in its slot.
+        model_version: a hash of its base, all that the file says of it.
     """
 
     path: Path
@@ -43,8 +43,8 @@ class ExportedAdapter:
 
     def __str__(self) -> str:
         low, high = min(self.ranks.values()), max(self.ranks.values())
-        told = f"rank {low}" if low == high else f"ranks {low} to {high}"
-        return f"{self.path}: {len(self.ranks)} slots, {told}, for the base {self.model_version}"
+        ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        return f"{self.path}: {len(self.ranks)} slots, {ranks}, for the base {self.model_version}"
 
 
 def onnx_adapter(
@@ -56,19 +56,19 @@ def onnx_adapter(
 ) -> ExportedAdapter:
     """Write an adapter of a graph for the model that :func:`onnx` writes with ``slots=True``. Needs ``lora-fx[onnx]``.
 
-    The file is in onnxruntime's adapter format, and always of the same bytes. Its ``model_version`` tells the base. Several
-    adapters become one, of the sum of their ranks: onnxruntime adds nothing up, and takes the first of two that fill one slot.
+    The file is in onnxruntime's adapter format, with the same bytes for equal adapters. Its ``model_version`` is a hash of the base.
+    Several adapters become one, of the sum of their ranks: of two that fill one slot, onnxruntime takes the first.
 
     Args:
-        graph_module: with the adapters; left as it is.
+        graph_module: with the adapters; not changed.
         path: of the file to write.
-        adapter: name of an adapter, which is written as it is active in the graph; or adapter → strength.
+        adapter: name of an adapter, written at its active strength; or adapter → strength.
         overwrite: replace a file that exists.
 
     Raises:
         PlanError: the graph has no such adapter.
-        ExportError: the adapter has what no slot takes: a branch beside an embedding or a convolution, trained copies, half
-            precision.
+        ExportError: the adapter has parts that no slot takes: a branch beside an embedding or a convolution, trained copies,
+            half precision.
         LoraFxError: the path exists or cannot be written.
     """
     path = Path(path)
@@ -77,7 +77,7 @@ def onnx_adapter(
     strengths = None if isinstance(adapter, str) else adapter
     names = (adapter,) if isinstance(adapter, str) else ordered(graph_module, adapter)
     if not names:
-        raise ExportError("there is nothing to write: name at least one adapter, with its strength.")
+        raise ExportError("expected at least one adapter, with its strength, got none.")
     check_slots(graph_module, names)
     site_of = {owner: site for site in sites(graph_module) for owner in owners_of(site)}
     products: dict[str, list[_Product]] = {}
@@ -98,15 +98,14 @@ def onnx_adapter_from_peft(
     strict: bool = True,
     overwrite: bool = False,
 ) -> ExportedAdapter:
-    """Write an adapter of PEFT's for a model with slots, of which nothing but the ONNX file is needed.
+    """Write an adapter of PEFT's for a model with slots; of the model, only the ONNX file is read.
 
     Args:
         adapters: a directory with ``adapter_config.json`` and ``adapter_model.safetensors``; or several, each with its strength,
             which become one adapter.
         model: written by :func:`onnx` with ``slots=True``.
         path: of the file to write.
-        strict: whether another base than the one that the adapter was trained on, as far as its file tells, is an error, or
-            else a warning.
+        strict: whether an adapter that was trained on another base, as far as its file says, is an error; else a warning.
         overwrite: replace a file that exists.
 
     Raises:
@@ -119,12 +118,12 @@ def onnx_adapter_from_peft(
     check_file(path, overwrite=overwrite)
     pairs = [(adapters, 1.0)] if isinstance(adapters, str | Path) else list(adapters)
     if not pairs:
-        raise ExportError("there is nothing to write: name at least one adapter, with its strength.")
+        raise ExportError("expected at least one adapter, with its strength, got none.")
     table = read_slots(Path(model))
     products: dict[str, list[_Product]] = {}
     for directory, strength in pairs:
         if not isinstance(strength, int | float) or not np.isfinite(strength):
-            raise ExportError(f"{directory}: cannot have the strength {strength!r}: give a finite number.")
+            raise ExportError(f"{directory}: expected a finite number as strength, got {strength!r}.")
         files = read_adapter(Path(directory))
         check_base(files, table.base, strict=strict)
         for site, product in _PeftReader(files, table).products().items():
@@ -133,17 +132,17 @@ def onnx_adapter_from_peft(
 
 
 def read_slots(model: Path) -> SlotTable:
-    """Read the slots of an ONNX model; its weights are not looked at.
+    """Read the slots of an ONNX model, without its weights.
 
     Raises:
-        ExportError: it is no such model, or has no slots.
+        ExportError: it is not an ONNX model, or has no slots.
     """
-    onnx = _import("onnx")
+    onnx = onnx_package("onnx")
     try:
         read = onnx.load(str(model), format="protobuf", load_external_data=False)
     except OSError as error:
         raise ExportError(f"cannot read {model}: {error.strerror or error}.") from error
-    except Exception as error:  # the file is a stranger's
+    except Exception as error:  # a file of unknown origin fails in any way
         raise ExportError(f"{model} is not an ONNX model: {first_line(str(error), type(error).__name__)}") from error
     return SlotTable.read({entry.key: entry.value for entry in read.metadata_props}, str(model))
 
@@ -158,7 +157,7 @@ class _Product:
 
 
 def _of_branch(graph_module: TracedGraphModule, adapter: str, branch: Branch, site: Site) -> _Product:
-    """Return the product of a branch; one for a part of the features gets rows of zeros for the others."""
+    """Return the product of a branch, with rows of zeros for features that it leaves alone."""
     names = branch.names(adapter)
     a, b = (graph_module.get_parameter(name).detach() for name in (names.a, names.b))
     if branch.features is not None:
@@ -179,7 +178,7 @@ def _combined(products: Sequence[_Product]) -> _Product:
 
 
 def _write(path: Path, products: Mapping[str, Sequence[_Product]], version: int, *, overwrite: bool) -> ExportedAdapter:
-    runtime = _import("onnxruntime")
+    runtime = onnx_package("onnxruntime")
     filled = {site: _combined(products[site]) for site in sorted(products)}
     values: dict[str, np.ndarray[Any, Any]] = {}
     for site, product in filled.items():
@@ -188,7 +187,7 @@ def _write(path: Path, products: Mapping[str, Sequence[_Product]], version: int,
         for name, tensor in zip(slot.names, tensors, strict=True):
             values[name] = np.ascontiguousarray(tensor.detach().cpu().numpy())
             if not np.isfinite(values[name]).all():
-                raise ExportError(f"{name} has values that are not finite numbers. Look at the training run.")
+                raise ExportError(f"{name}: expected finite numbers, got NaN or infinity. Look at the training run.")
     adapter = runtime.AdapterFormat()
     adapter.set_adapter_version(FORMAT)
     adapter.set_model_version(version)
@@ -203,17 +202,8 @@ def _write(path: Path, products: Mapping[str, Sequence[_Product]], version: int,
     return ExportedAdapter(path, {site: product.a.shape[0] for site, product in filled.items()}, version)
 
 
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ExportError(
-            f"{name} is needed to write adapters for onnxruntime: pip install 'lora-fx[onnx]'. {error}"
-        ) from error
-
-
 class _PeftReader:
-    """Fits what a directory of PEFT's holds to slots, and collects what is wrong."""
+    """Reader of a directory of PEFT's into slots. It collects problems and raises them together."""
 
     def __init__(self, files: AdapterFiles, table: SlotTable) -> None:
         self._files, self._table = files, table
@@ -222,7 +212,7 @@ class _PeftReader:
         self._problems: list[str] = []
 
     def products(self) -> dict[str, _Product]:
-        """Return what goes into each slot, by its site."""
+        """Return the product for each slot, by its site."""
         self._problems += _unslotted(self._config)
         self._stop_if_wrong()
         chosen = [slot for slot in self._table.slots if self._selected(slot)]
@@ -230,7 +220,7 @@ class _PeftReader:
         self._stop_if_wrong()
         placed = slots([_site(slot) for slot in chosen], self._table.base, {})
         products = {slot.site: self._product(placed[slot.module]) for slot in chosen}
-        self._rest()
+        self._check_rest()
         if not chosen:
             self._problems.append(f"{CONFIG_NAME} selects no site at which the model has a slot")
         self._stop_if_wrong()
@@ -264,16 +254,16 @@ class _PeftReader:
             return None
         if entry.shape != shape:
             self._problems.append(
-                f"{key}: expected shape {shape}, of {slot.site.in_features} and {slot.site.out_features} features, found {entry.shape}"
+                f"{key}: expected shape {shape}, of {slot.site.in_features} and {slot.site.out_features} features, got {entry.shape}"
             )
             return None
         if not entry.dtype.is_floating_point or torch.promote_types(entry.dtype, torch.float32) != torch.float32:
-            self._problems.append(f"{key}: expected float32, or what converts to it exactly, found {entry.dtype}")
+            self._problems.append(f"{key}: expected float32, or a dtype that converts to it exactly, got {entry.dtype}")
             return None
         return self._files.file.read(key).to(torch.float32)
 
-    def _rest(self) -> None:
-        """Name every key that no slot takes, but for copies of the model's own tensors."""
+    def _check_rest(self) -> None:
+        """Collect every key that no slot takes, except copies of the model's own tensors."""
         modules = {slot.module for slot in self._table.slots}
         for key in self._keys:
             name = base_name(key, self._table.base)
@@ -284,19 +274,19 @@ class _PeftReader:
                     "choose its site too"
                 )
             elif fingerprint(State({name: self._files.file.read(key)})) != {name: self._table.base[name]}:
-                self._problems.append(f"{key}: another value than the model's {name!r}, and slots hold A and B alone")
+                self._problems.append(f"{key}: another value than the model's {name!r}, and slots take A and B alone")
 
 
 def _unslotted(config: AdapterConfig) -> Iterator[str]:
     advice = "has no slot. Fold the adapter (lora-fx fold), or train without"
     if config.modules_to_save:
-        yield f"{CONFIG_NAME}: modules_to_save: what trains as a whole {advice}: found {', '.join(config.modules_to_save)}"
+        yield f"{CONFIG_NAME}: modules_to_save: a module that trains as a whole {advice}: got {', '.join(config.modules_to_save)}"
     if config.bias != "none":
-        yield f"{CONFIG_NAME}: bias: a bias that trains {advice}: found {config.bias!r}"
+        yield f"{CONFIG_NAME}: bias: a bias that trains {advice}: got {config.bias!r}"
 
 
 def _site(slot: OnnxSlot) -> Site:
-    """Return as much of a call site as tells where PEFT keeps its factors."""
+    """Return a call site with the fields that decide where PEFT keeps its factors."""
     return Site(
         slot.site, slot.module, "", "linear", "", slot.weight,
         "in_out" if slot.layout == "in_out" else "out_in", slot.in_features, slot.out_features,

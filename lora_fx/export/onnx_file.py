@@ -1,9 +1,8 @@
-"""ONNX: a model with dynamic axes, in which inputs, outputs, axes and weights have the names that they have in the model."""
+"""ONNX: a model with dynamic axes; its inputs, outputs, axes and weights keep their names."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import re
 import traceback
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from lora_fx.errors import ExportError
 from lora_fx.export.compare import Loaded, compare
 from lora_fx.export.deliver import Exported, Options, Step, deliver
 from lora_fx.export.onnx_input_checks import add_checks
-from lora_fx.export.onnx_ops import attention, grouped_mm
+from lora_fx.export.onnx_ops import attention, grouped_mm, onnx_package
 from lora_fx.export.onnx_slots import Slots
 from lora_fx.export.portable_ops import grouped_products
 from lora_fx.export.prepare import Exportable, prepare
@@ -28,7 +27,7 @@ from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.graph.provenance import source_line
 from lora_fx.tracing.torch_export import quiet
 
-LARGE = 10**9
+MAX_INLINE_BYTES = 10**9
 """Weights of more bytes go into a file of their own: protobuf holds two gigabytes at most."""
 
 
@@ -45,40 +44,40 @@ def onnx(
     """Write a graph as an ONNX model, in evaluation mode. Needs the extra ``lora-fx[onnx]``.
 
     Inputs and outputs have the model's names, weights those of its ``state_dict``, and dimensions that vary the names of
-    their axes (``batch``, ``sequence``). Sizes that the trace does not cover fail a node whose name says what it holds for.
+    their axes (``batch``, ``sequence``). Sizes that the trace does not cover fail at a node whose name says which sizes it covers.
     Weights of more than 1 GB go into one file beside ``path``, ``<name>.<digest>.data``, which has to stay beside it.
 
     Args:
-        graph_module: base, branched, fused or folded; left as it is.
+        graph_module: base, branched, fused or folded; not changed.
         path: of the file to write.
         overwrite: replace a file that exists, and its file of weights.
-        verify: run what was written by onnxruntime on the CPU, and compare it with the graph before it is moved to ``path``.
+        verify: run the written file by onnxruntime on the CPU, and compare it with the graph before it is moved to ``path``.
         tolerance: the largest difference that is allowed, as a part of the largest value of an output. By default 1e-9,
             1e-4 or 0.05, by the lowest precision of the weights.
         example_inputs: traced and compared with these, and with other sizes of them, instead of the inputs of the trace.
-        slots: write the base, with a slot for an adapter at each site that has a branch, see :func:`onnx_adapter`; of the
-            branches themselves nothing is written. Without an adapter, the model computes the bits of the base, or a rounding
-            of them where onnxruntime at its higher optimisation levels makes one operator of what a slot is between (a product
-            and the GELU or the layer norm behind it). It is compared without an adapter, and with one that is made up.
+        slots: write the base, with a slot for an adapter at each site that has a branch, see :func:`onnx_adapter`; the branches
+            themselves are not written. Without an adapter, the model computes the bits of the base; up to rounding where a slot
+            stands between two operators that onnxruntime fuses at its higher optimisation levels (a product and the GELU or the
+            layer norm behind it). It is compared without an adapter, and with a made-up one.
 
     Returns:
-        What was written, and how it compares.
+        The written files and their comparison with the graph.
 
     Raises:
         ExportError: ONNX does not take the graph; the message names the operator and the model's line. Or it has a branch
-            for which there are no slots.
-        VerifyError: what was written computes something else, or onnxruntime does not run it.
+            that no slot takes.
+        VerifyError: the written file does not compute the same, or onnxruntime does not run it.
         LoraFxError: the path exists or cannot be written.
     """
     for name in ("onnx", "onnx_ir", "onnxscript", *(["onnxruntime"] if verify else [])):
-        _import(name)
+        onnx_package(name)
     check_file(Path(path), overwrite=overwrite)
-    former = _data_beside(Path(path))
+    previous = _data_beside(Path(path))
     with_slots = Slots.of(graph_module) if slots else None
     options = Options(overwrite, verify, tolerance, example_inputs)
     written = with_slots.probe if with_slots else graph_module
     exported = deliver(_Onnx(with_slots, options), written, path, options)
-    _remove_unnamed(former, exported.path)
+    _remove_unnamed(previous, exported.path)
     return exported
 
 
@@ -103,20 +102,20 @@ class _Onnx:
         step("writing")
         _write(model, path)
         try:
-            _import("onnx").checker.check_model(str(path), full_check=True)
+            onnx_package("onnx").checker.check_model(str(path), full_check=True)
         except Exception as error:
-            raise ExportError(f"onnx.checker refuses what was written: {error}") from error
+            raise ExportError(f"onnx.checker refuses the written file: {error}") from error
 
     def load(self, path: Path) -> Loaded:
-        runtime = _import("onnxruntime")
+        runtime = onnx_package("onnxruntime")
         options = runtime.SessionOptions()
-        options.log_severity_level = 4  # what goes wrong is raised, too
+        options.log_severity_level = 4  # errors are raised as well as logged
         try:
             session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise ExportError(
-                f"onnxruntime {runtime.__version__} does not load what was written: {error} "
-                "Its CPU kernels want float32 (--dtype float32); where another runtime is to run it: verify=False (--no-verify)."
+                f"onnxruntime {runtime.__version__} does not load the written file: {error} "
+                "Its CPU kernels want float32 (--dtype float32); for another runtime: verify=False (--no-verify)."
             ) from error
         names = [output.name for output in session.get_outputs()]
 
@@ -131,20 +130,13 @@ class _Onnx:
         return lambda inputs: run({**inputs, **values})
 
 
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ExportError(f"{name} is needed to write and check ONNX: pip install 'lora-fx[onnx]'. {error}") from error
-
-
 def _check_names(exportable: Exportable) -> None:
     taken = {*exportable.inputs, *(str(node.target) for node in exportable.plain.graph.find_nodes(op="get_attr"))}
     for name in exportable.outputs:
         if name in taken:
             raise ExportError(
-                f"an output and an input or a weight are both called {name!r}, and in ONNX each value has a name of its own. "
-                "Trace a module that names its output otherwise."
+                f"an output and an input or a weight are both called {name!r}, and ONNX wants a different name for each value. "
+                "Trace a module that gives its output another name."
             )
 
 
@@ -157,7 +149,7 @@ def _translate(exportable: Exportable, program: torch.export.ExportedProgram) ->
                 program,
                 dynamo=True,
                 verbose=False,
-                # What it optimises loses the names of weights: transposes are folded, equal tensors merged, zeros dropped.
+                # Its optimiser loses the names of weights: it folds transposes, merges equal tensors, drops zeros.
                 optimize=False,
                 output_names=list(exportable.outputs),
                 custom_translation_table=table,
@@ -173,7 +165,7 @@ def _translate(exportable: Exportable, program: torch.export.ExportedProgram) ->
 
 
 def _reasons(error: BaseException | None) -> str:
-    """Return the first lines of an error and of what caused it; torch.onnx's own say little."""
+    """Return the first lines of an error and of its causes; those of torch.onnx alone say little."""
     found: list[str] = []
     while error is not None:
         lines = [line.strip() for line in re.sub(r"\x1b\[[\d;]*m", "", str(error)).splitlines() if line.strip()]
@@ -184,7 +176,7 @@ def _reasons(error: BaseException | None) -> str:
 
 
 def _where(error: BaseException | None) -> str:
-    """Return the operator, and the model's line, that was translated; only the frames of torch.onnx hold its node."""
+    """Return the operator that failed and its line in the model; only the frames of torch.onnx hold its node."""
     found = None
     while error is not None:
         for frame, _ in traceback.walk_tb(error.__traceback__):
@@ -195,7 +187,7 @@ def _where(error: BaseException | None) -> str:
 
 
 def _symbols(exportable: Exportable, program: torch.export.ExportedProgram) -> dict[Any, str]:
-    """Map the symbols of the exported sizes to the names of axes."""
+    """Map the symbols of the exported sizes to the names of their axes."""
     names: dict[Any, str] = {}
     placeholders = {str(node.target): node for node in program.graph.find_nodes(op="placeholder")}
     for name, axes in exportable.axes.items():
@@ -205,8 +197,8 @@ def _symbols(exportable: Exportable, program: torch.export.ExportedProgram) -> d
 
 
 def _clean_up(model: Any) -> None:
-    """Compute what is constant, and drop what is computed twice or for nothing (in place). Weights keep names and values."""
-    passes, optimizer = _import("onnx_ir.passes.common"), _import("onnxscript.optimizer")
+    """Fold constants and remove duplicate and unused nodes (in place). Weights keep names and values."""
+    passes, optimizer = onnx_package("onnx_ir.passes.common"), onnx_package("onnxscript.optimizer")
     weights = set(model.graph.initializers.values())
     described = [(value.type, value.shape) for value in model.graph.outputs]
     optimizer.fold_constants(
@@ -225,12 +217,12 @@ def _clean_up(model: Any) -> None:
     ):
         each(model)
     for value, (type_, shape) in zip(model.graph.outputs, described, strict=True):
-        value.type, value.shape = type_, shape  # which are lost where an output is computed twice
+        value.type, value.shape = type_, shape  # lost where an output was computed twice
 
 
 def _remove_identities(model: Any) -> None:
-    """Let what reads a copy read the original (in place). onnx_ir's own pass loses an output that is a copy of another."""
-    ir = _import("onnx_ir")
+    """Replace copies by their originals (in place). onnx_ir's own pass loses an output that is a copy of another."""
+    ir = onnx_package("onnx_ir")
     for node in list(model.graph):
         if node.op_type == "Identity" and not node.outputs[0].is_graph_output():
             ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
@@ -238,8 +230,8 @@ def _remove_identities(model: Any) -> None:
 
 
 def _write_as_nodes(model: Any, constants: Mapping[str, Any]) -> None:
-    """Let constants that were computed be nodes (in place), so that initializers are weights alone."""
-    ir = _import("onnx_ir")
+    """Turn computed constants into nodes (in place), so that initializers are weights alone."""
+    ir = onnx_package("onnx_ir")
     for name, value in constants.items():
         node = ir.node("Constant", [], attributes={"value": value.const_value})
         model.graph.insert_before(model.graph[0], node)
@@ -249,9 +241,9 @@ def _write_as_nodes(model: Any, constants: Mapping[str, Any]) -> None:
 
 
 def _write(model: Any, path: Path) -> None:
-    ir = _import("onnx_ir")
+    ir = onnx_package("onnx_ir")
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    if size <= LARGE:
+    if size <= MAX_INLINE_BYTES:
         with writable(path) as file:
             file.write(ir.to_proto(model).SerializeToString(deterministic=True))
         return
@@ -260,7 +252,7 @@ def _write(model: Any, path: Path) -> None:
 
 
 def _digest(model: Any) -> str:
-    """Return what tells these weights from others: a model never finds those of another under the name that it knows."""
+    """Return a digest of the weights, for the name of their file: a model never opens the weights of another."""
     digest = hashlib.sha256()
     for name, value in sorted(model.graph.initializers.items()):
         digest.update(f"{name} {value.dtype} {value.shape}".encode())
@@ -269,18 +261,18 @@ def _digest(model: Any) -> str:
 
 
 def _data_beside(path: Path) -> set[Path]:
-    """Return the files of weights of models that were written to a path."""
+    """Return the files of weights that earlier exports to a path left beside it."""
     name = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{8}}\.data")
-    with suppress(OSError):  # there is no such directory yet, or it may not be listed
+    with suppress(OSError):  # no such directory yet, or no right to list it
         return {file for file in path.parent.iterdir() if name.fullmatch(file.name)}
     return set()
 
 
 def _remove_unnamed(files: set[Path], path: Path) -> None:
-    """Remove the files of weights that the model at a path does not name."""
+    """Remove those of the files that the model at a path does not name."""
     if not files:
         return
-    model = _import("onnx").load(str(path), format="protobuf", load_external_data=False)
+    model = onnx_package("onnx").load(str(path), format="protobuf", load_external_data=False)
     named = {
         entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
     }

@@ -1,9 +1,9 @@
-"""What a trace holds for, as nodes of an ONNX model, which has no assertions: an index that is out of range where it is not.
+"""Input checks of an ONNX model. ONNX has no assertions: an index goes out of range where a check fails.
 
     Shape(input) ─► … ─► Not ─► Cast ─► Gather([1], ·) ─► Expand(input, ·)
 
-The gathered 1 is the shape that an input is expanded to, which leaves it as it is; so nothing is computed where the
-check fails. The runtime's error names the node, and the name of the node says what the trace holds for.
+An input is expanded to the gathered shape 1, which leaves it unchanged; everything reads the result, so that nothing is
+computed where a check fails. The runtime's error names the node, and its name says which sizes the trace covers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
+from lora_fx.export.onnx_ops import onnx_package
 from lora_fx.graph.input_checks import Constraints
 from lora_fx.graph.size_relations import interpret
 
 DOUBLE, INT64 = 11, 7
-"""Types, as ONNX numbers them. Sizes are computed with in double precision, which holds all there are."""
+"""Types, as ONNX numbers them. Sizes are computed in double precision, which holds every size exactly."""
 
 
 def add_checks(model: Any, constraints: Constraints) -> None:
@@ -27,8 +28,7 @@ def add_checks(model: Any, constraints: Constraints) -> None:
     conditions = constraints.conditions()
     if not conditions:
         return
-    import onnx_ir as ir
-
+    ir = onnx_package("onnx_ir")
     first = next(value for value in model.graph.inputs if len(value.shape))
     emitter = _Emitter(ir, {value.name: value for value in model.graph.inputs})
     shape = reduce(lambda a, b: emitter.op("Mul", [a, b]), [emitter.check(relation) for relation in conditions])
@@ -43,7 +43,7 @@ def add_checks(model: Any, constraints: Constraints) -> None:
 
 
 class _Emitter:
-    """Makes the nodes of checks, each value of one element; equal expressions are computed once."""
+    """Builder of the nodes of checks. Every value has one element; equal expressions share a node."""
 
     def __init__(self, ir: Any, inputs: Mapping[str, Any]) -> None:
         self._ir = ir
@@ -52,7 +52,7 @@ class _Emitter:
         self.nodes: list[Any] = []
 
     def check(self, relation: str) -> Any:
-        """Return ``[1]`` where the relation holds; where not, the node that is to compute it fails."""
+        """Return ``[1]``, computed by a node that fails where the relation does not hold."""
         holds = interpret(relation, self._size, self._number, self._apply)
         index = self.op("Cast", [self.op("Not", [holds])], to=INT64)
         name = f"the trace holds for {relation}; trace again with example_inputs of these sizes"

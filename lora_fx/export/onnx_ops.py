@@ -1,10 +1,26 @@
-"""Operators that are translated to ONNX here: torch.onnx does not have them, or translates them into something else."""
+"""Translations to ONNX of operators that torch.onnx lacks or translates wrongly; the packages for ONNX, imported on demand."""
 
 from __future__ import annotations
 
 import importlib
 import math
 from typing import Any
+
+from lora_fx.errors import ExportError
+
+
+def onnx_package(name: str) -> Any:
+    """Import one of the packages for ONNX, which only the extra ``lora-fx[onnx]`` installs.
+
+    Raises:
+        ExportError: it cannot be imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ExportError(
+            f"ONNX models and their adapters need {name}: pip install 'lora-fx[onnx]'. {error}"
+        ) from error
 
 
 def attention(
@@ -17,10 +33,10 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """Translate ``aten.scaled_dot_product_attention``: ``softmax(scale · Q Kᵀ + mask) V``, and 0 in rows that are masked out.
+    """Translate ``aten.scaled_dot_product_attention``: ``softmax(scale · Q Kᵀ + mask) V``, and 0 in rows that are entirely masked.
 
-    torch.onnx masks by the smallest finite number, which leaves the mean of V in such a row: of a batch whose padding is a
-    whole window, or on the left of a causal model.
+    torch.onnx masks by the smallest finite number, which leaves the mean of V in such a row: where padding fills a whole
+    window, or stands on the left in a causal model.
 
     Args:
         query: ``(…, heads, length, width)``.
@@ -28,14 +44,14 @@ def attention(
         value: ``(…, heads, source, width of values)``.
         attn_mask: boolean or real, broadcast to ``(…, heads, length, source)``.
         dropout_p: 0 in evaluation.
-        is_causal: mask what comes behind a position; then there is no ``attn_mask``.
+        is_causal: mask later positions; ``attn_mask`` is then None.
         scale: by default ``1 / √width``.
-        enable_gqa: whether key and value may have fewer heads, each for a group of queries.
+        enable_gqa: whether key and value may have fewer heads, each shared by a group of queries.
     """
-    op: Any = importlib.import_module("onnxscript").opset18
-    ir: Any = importlib.import_module("onnx_ir")
+    op: Any = onnx_package("onnxscript").opset18
+    ir: Any = onnx_package("onnx_ir")
     if dropout_p:
-        raise ValueError("attention drops at random in evaluation.")
+        raise ValueError(f"attention: expected dropout_p=0 in evaluation, got {dropout_p}.")
 
     def number(constant: float) -> Any:
         return op.Constant(value=ir.tensor(constant, dtype=query.dtype))
@@ -43,7 +59,7 @@ def attention(
     rank = len(query.shape)
     if enable_gqa and query.shape[-3] != key.shape[-3]:
         if not isinstance(query.shape[-3], int) or not isinstance(key.shape[-3], int):
-            raise ValueError("the numbers of heads vary: trace with dynamic= that leaves them out.")
+            raise ValueError("attention: expected fixed numbers of heads. Trace with dynamic= without them.")
         key, value = (_repeated(op, each, query.shape[-3] // key.shape[-3]) for each in (key, value))
     transposed = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
     width = query.shape[-1]
@@ -71,28 +87,31 @@ def attention(
 
 
 def _repeated(op: Any, tensor: Any, times: int) -> Any:
-    """Return ``(batch, heads, …)`` with each head so many times, beside itself."""
+    """Repeat each head of ``(batch, heads, …)``, the copies next to each other."""
     _, heads, _, width = tensor.shape
     wide = op.Expand(op.Unsqueeze(tensor, op.Constant(value_ints=[2])), op.Constant(value_ints=[1, 1, times, 1, 1]))
     return op.Reshape(wide, op.Constant(value_ints=[0, heads * times, -1, width]))
 
 
 def grouped_mm(x: Any, stacked: Any, offsets: Any, bias: Any = None, out_dtype: Any = None) -> Any:
-    """Translate ``aten._grouped_mm``: rows ``offsets[i - 1]`` to ``offsets[i]`` are multiplied with expert ``i``.
+    """Translate ``aten._grouped_mm``: rows ``offsets[i - 1]`` to ``offsets[i]`` are multiplied by expert ``i``.
 
-    The weight is split once, where a gather by row would copy one weight per token. Rows behind the last offset are zero.
+    The weight is split once: a gather by row would copy one weight per token. Rows behind the last offset are zero.
 
     Args:
         x: ``(rows, in)``, sorted by expert.
         stacked: ``(experts, in, out)``.
         offsets: ``(experts,)``, where the rows of each expert end.
-        bias: is not given.
-        out_dtype: is not given.
+        bias: always None.
+        out_dtype: always None.
     """
-    op: Any = importlib.import_module("onnxscript").opset18
-    ir: Any = importlib.import_module("onnx_ir")
+    op: Any = onnx_package("onnxscript").opset18
+    ir: Any = onnx_package("onnx_ir")
     if bias is not None or out_dtype is not None or len(x.shape) != 2 or len(stacked.shape) != 3:
-        raise ValueError("rows of one matrix and a stack of weights are expected, and nothing else.")
+        raise ValueError(
+            "grouped_mm: expected a matrix (rows, in) and a stack (experts, in, out), without bias and dtype, "
+            f"got ranks {len(x.shape)} and {len(stacked.shape)}, bias {bias} and dtype {out_dtype}."
+        )
     experts, _, width = stacked.shape
     zero, one = op.Constant(value_ints=[0]), op.Constant(value_ints=[1])
     weights = op.Split(stacked, num_outputs=experts, axis=0)

@@ -1,14 +1,13 @@
-"""Slots: a graph whose branches take their factors from optional inputs, so that one ONNX model runs with any adapter.
+"""Export with slots: branches take their factors from optional inputs, so that one ONNX model runs with any adapter.
 
     y = base(x) + scaling · B(A(x))         A (rank, in) and B (out, rank), of any rank; by default rank 0, which adds zero
 
-A site has one slot, whatever the adapters have there: branches for parts of a fused projection become one for all features.
-The inputs get their defaults when all else is done, since an optimiser would take defaults for constants.
+A site has one slot, whatever its branches: those for parts of a fused projection become one for all features. The inputs get
+their defaults last, since an optimiser would take the defaults for constants.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from lora_fx.adapters.peft_format.keys import apart_from_calls
 from lora_fx.adapters.transfer import branches_of, plan_branches, trained_of
 from lora_fx.branches.remove import unload
 from lora_fx.errors import ExportError
+from lora_fx.export.onnx_ops import onnx_package
 from lora_fx.export.prepare import Exportable
 from lora_fx.export.slot_table import KEY, OnnxSlot, SlotTable
 from lora_fx.export.trial_inputs import larger_examples
@@ -35,19 +35,19 @@ from lora_fx.rules.rule_file import Setting
 from lora_fx.sites.call_sites import sites
 
 NAME = "slot"
-"""Of the adapter with which slots are tried."""
+"""Name of the made-up adapter with which slots are tried."""
 
 RANK, SCALE = 3, 1.5
-"""Of its branches."""
+"""Rank and scale of its branches."""
 
 
 @dataclass(frozen=True)
 class Slots:
-    """What is exported with slots.
+    """A graph prepared for an export with slots.
 
     Attributes:
         base: the graph without its adapters.
-        probe: the same with one branch at each site that is to have a slot, whose factors hide nothing.
+        probe: the same with one branch at each future slot, with factors that change every output.
         table: the slots.
         site_of: the slot of each call site, by the site's name.
     """
@@ -62,13 +62,13 @@ class Slots:
         """Return the slots of a branched graph: one for each site at which one of its adapters has a branch.
 
         Raises:
-            ExportError: it has no adapters, or they have what no slot takes; all of that is named.
+            ExportError: it has no adapters, or branches that no slot takes; all of them are named.
         """
         graph_module = as_traced(graph_module)
         if not adapters(graph_module):
             raise ExportError(
-                "slots=True gives every site with a branch a slot, and the graph has no branches. Choose sites by rules: "
-                "lora_fx.rewrite(model, rules=…); their values do not matter."
+                "slots=True gives every site with a branch a slot, but the graph has no branches. Choose sites by rules: "
+                "lora_fx.rewrite(model, rules=…); the values of the branches do not matter."
             )
         owners = dict.fromkeys(
             branch.owner for name in adapters(graph_module) for _, branch in branches_of(graph_module, name).values()
@@ -85,7 +85,7 @@ class Slots:
 
     @property
     def values(self) -> dict[str, torch.Tensor]:
-        """What the probe has in the slots, by the names of their inputs, in the order of the table."""
+        """The values of the probe for the slots, by the names of their inputs, in the order of the table."""
         found: dict[str, torch.Tensor] = {}
         for slot in self.table.slots:
             a, b = (self.probe.get_parameter(name).detach() for name in _factors(slot))
@@ -93,7 +93,7 @@ class Slots:
         return found
 
     def as_inputs(self, exportable: Exportable) -> Exportable:
-        """Return what is written of the probe: behind its inputs come those of the slots, under names that Python takes."""
+        """Return the probe with the inputs of the slots appended to its own, under names that are valid in Python."""
         graph = fx.Graph()
         graph.output(graph.graph_copy(exportable.plain.graph, {}))
         taken = {str(node.target) for node in graph.find_nodes(op="get_attr")} | {
@@ -103,7 +103,7 @@ class Slots:
         clash = sorted(taken & self.table.names)
         if clash:
             raise ExportError(
-                f"the model has a tensor, an input or an output {clash[0]!r}, and a slot would be called so. Rename it."
+                f"the model has a tensor, an input or an output {clash[0]!r}, which is the name of an input of a slot. Rename it."
             )
         given = _argument_names(self.table, exportable.inputs)
         nodes = _placeholders(graph, given)
@@ -118,10 +118,10 @@ class Slots:
                     graph.erase_node(node)
         graph.lint()
         plain = fx.GraphModule(exportable.plain, graph, class_name="GraphModule").eval()
-        return self._described(replace(exportable, plain=plain), given)
+        return self._with_slot_inputs(replace(exportable, plain=plain), given)
 
-    def _described(self, exportable: Exportable, given: Mapping[str, str]) -> Exportable:
-        """Add to what is said of inputs that of the slots: fixed widths, and one rank for each slot."""
+    def _with_slot_inputs(self, exportable: Exportable, given: Mapping[str, str]) -> Exportable:
+        """Add the inputs of the slots to constraints and examples: fixed widths, and one axis for the rank of each slot."""
         constraints = exportable.constraints
         tensors, axes = dict(larger_examples(exportable)), dict(exportable.examples.axes)
         ranges, dtypes = dict(constraints.ranges), dict(constraints.dtypes)
@@ -138,11 +138,11 @@ class Slots:
         return replace(exportable, constraints=constraints, examples=Examples(tensors, axes))
 
     def register(self, model: Any) -> None:
-        """Give the last inputs of an ``onnx_ir`` model, as it is to be written, their names and defaults, and the model its metadata."""
-        ir: Any = importlib.import_module("onnx_ir")
+        """Give the last inputs of an ``onnx_ir`` model, just before it is written, names and defaults; give the model its metadata."""
+        ir = onnx_package("onnx_ir")
         defaults: dict[str, torch.Tensor] = {}
         for slot in self.table.slots:
-            # A scaling of 1, so that it may be left out by who writes A and B without lora_fx.
+            # A scaling of 1, so that files written without lora_fx may hold A and B alone.
             none = (torch.zeros(0, slot.in_features), torch.zeros(slot.out_features, 0), torch.ones(1))
             defaults |= dict(zip(slot.names, none, strict=True))
         for value, (name, default) in zip(model.graph.inputs[-len(defaults) :], defaults.items(), strict=True):
@@ -152,12 +152,10 @@ class Slots:
 
 
 def check_slots(graph_module: TracedGraphModule, names: Sequence[str]) -> None:
-    """Raise :class:`ExportError` if these adapters of a graph have what no slot takes; all of that is named."""
+    """Raise :class:`ExportError` if these adapters of a graph have branches that no slot takes; all of them are named."""
     problems = list(_problems(graph_module, names))
     if problems:
-        raise ExportError(
-            "\n  ".join(["a slot holds the A and B of a product with one matrix, in single precision:", *problems])
-        )
+        raise ExportError("\n  ".join(["a slot takes the A and B of one matrix, in single precision:", *problems]))
 
 
 def _problems(graph_module: TracedGraphModule, names: Sequence[str]) -> Iterator[str]:
@@ -185,8 +183,10 @@ def _problems(graph_module: TracedGraphModule, names: Sequence[str]) -> Iterator
 def _slots(plan: Plan, base: TracedGraphModule) -> dict[str, OnnxSlot]:
     """Return the slot of every chosen site, by the site's name; sites that share a branch have equal ones."""
     modules = {chosen.site.module for chosen in plan.chosen}
-    told = list(apart_from_calls(base, modules))
-    apart = {module: text for module in modules for text in told if text.startswith(f"{module}: ")} if told else {}
+    problems = list(apart_from_calls(base, modules))
+    apart = (
+        {module: text for module in modules for text in problems if text.startswith(f"{module}: ")} if problems else {}
+    )
     return {chosen.site.name: _slot(chosen, apart) for chosen in plan.chosen}
 
 
@@ -199,7 +199,7 @@ def _slot(chosen: Chosen, apart: Mapping[str, str]) -> OnnxSlot:
 
 
 def _probing(plan: Plan, base: TracedGraphModule) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield factors that differ from site to site, and change what the model computes without drowning it."""
+    """Yield factors that differ from site to site, large enough to change the outputs and small enough to keep their scale."""
     generator = torch.Generator().manual_seed(0)
     state = state_of(base)
     for chosen in plan.chosen:
@@ -218,7 +218,7 @@ def _factors(slot: OnnxSlot) -> tuple[str, str]:
 
 
 def _argument_names(table: SlotTable, inputs: Sequence[str]) -> dict[str, str]:
-    """Map the names of slots to such that Python takes, and the model does not have."""
+    """Map the names of the slots' inputs to names that are valid in Python and new to the model."""
     prefix = "slot"
     while any(name.startswith(prefix) for name in inputs):
         prefix += "_"
@@ -227,7 +227,7 @@ def _argument_names(table: SlotTable, inputs: Sequence[str]) -> dict[str, str]:
 
 
 def _placeholders(graph: fx.Graph, given: Mapping[str, str]) -> dict[str, fx.Node]:
-    """Insert placeholders behind those that a graph has (in place)."""
+    """Insert placeholders behind those of a graph (in place)."""
     *_, last = graph.find_nodes(op="placeholder")
     nodes: dict[str, fx.Node] = {}
     for name, argument in given.items():

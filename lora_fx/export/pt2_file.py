@@ -1,4 +1,4 @@
-"""pt2: the archive of ``torch.export``, which a process that imports torch alone loads, compiles or lowers further."""
+"""pt2: the archive of ``torch.export``, for processes with torch alone to load, compile or lower further."""
 
 from __future__ import annotations
 
@@ -34,24 +34,26 @@ def pt2(
     ``lora_fx.trace(torch.export.load(path), inference=True)`` gives a graph again, in which branches can be folded.
 
     Args:
-        graph_module: base, branched, fused or folded; left as it is.
+        graph_module: base, branched, fused or folded; not changed.
         path: of the file to write; ends in ``.pt2``.
         overwrite: replace a file that exists.
-        verify: load what was written and compare it with the graph before it is moved to ``path``.
+        verify: load the written file and compare it with the graph before it is moved to ``path``.
         tolerance: the largest difference that is allowed, as a part of the largest value of an output. By default 1e-9,
             1e-4 or 0.05, by the lowest precision of the weights.
         example_inputs: traced and compared with these, and with other sizes of them, instead of the inputs of the trace.
 
     Returns:
-        What was written, and how it compares.
+        The written files and their comparison with the graph.
 
     Raises:
         ExportError: torch.export does not take the graph; the message names the model's line.
-        VerifyError: what was written computes something else.
+        VerifyError: the written file does not compute the same.
         LoraFxError: the path exists or cannot be written.
     """
     if Path(path).suffix != ".pt2":
-        raise ExportError(f"{path}: torch.export loads files whose names end in .pt2. Choose such a name.")
+        raise ExportError(
+            f"{path}: expected a name that ends in .pt2, as torch.export wants it to load the file. Choose another name."
+        )
     return deliver(_Pt2(), graph_module, path, Options(overwrite, verify, tolerance, example_inputs))
 
 
@@ -61,7 +63,7 @@ class _Pt2:
     def write(self, exportable: Exportable, path: Path, step: Step) -> None:
         step("exporting")
         program = export_plain(exportable)
-        use_torch_alone(program.graph)  # of which torch.export has no fake in single precision
+        use_torch_alone(program.graph)  # after the export: torch.export has no fake of grouped_mm in single precision
         _check_dtypes(program, exportable)
         step("writing")
         with writable(path) as file, quiet():
@@ -79,7 +81,7 @@ class _Pt2:
 
 
 def _check_dtypes(program: torch.export.ExportedProgram, exportable: Exportable) -> None:
-    """Insert torch.export's own assertions on dtypes (in place): its guards speak of sizes alone."""
+    """Insert torch.export's own assertions on dtypes (in place): its guards check sizes alone."""
     graph = program.graph
     inputs = [node for node in graph.find_nodes(op="placeholder") if str(node.target) in exportable.constraints.dtypes]
     with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):

@@ -1,4 +1,4 @@
-"""TorchScript: a scripted module with dynamic sizes. All of ``torch.jit``, which torch deprecates, is used here.
+"""TorchScript: a scripted module with dynamic sizes. The package uses ``torch.jit``, which torch deprecates, here alone.
 
 The graph is written once more as plain Python that TorchScript compiles: operator packets in place of overloads, sizes by
 ``aten.size``, arguments by the model's own names, a ``Dict[str, Tensor]`` as result. Input checks are scripted with it.
@@ -37,23 +37,23 @@ def torchscript(
 
     The file is loaded by ``torch.jit.load``, in Python or C++. It takes the tensors that the graph was traced with, by name
     or in the order of the model's arguments, in any size that the trace covers, and returns a dictionary from output names
-    to tensors; values nested in an output are named ``<output>.<index>``. Sizes that the trace does not cover raise.
+    to tensors; values nested in an output are named ``<output>.<index>``. Other sizes than the trace covers raise an error.
 
     Args:
-        graph_module: base, branched, fused or folded; left as it is.
+        graph_module: base, branched, fused or folded; not changed.
         path: of the file to write.
         overwrite: replace a file that exists.
-        verify: load what was written and compare it with the graph before it is moved to ``path``.
+        verify: load the written file and compare it with the graph before it is moved to ``path``.
         tolerance: the largest difference that is allowed, as a part of the largest value of an output. By default 1e-9,
             1e-4 or 0.05, by the lowest precision of the weights.
         example_inputs: compared on these, and on other sizes of them, instead of the inputs of the trace.
 
     Returns:
-        What was written, and how it compares.
+        The written files and their comparison with the graph.
 
     Raises:
         ExportError: TorchScript does not take the graph; the message names the operator and the model's line.
-        VerifyError: what was written computes something else.
+        VerifyError: the written file does not compute the same.
         LoraFxError: the path exists or cannot be written.
     """
     return deliver(_TorchScript(), graph_module, path, Options(overwrite, verify, tolerance, example_inputs))
@@ -116,7 +116,7 @@ def _undeprecated() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=r".*torch\.jit\..* is deprecated", category=DeprecationWarning)
         warnings.filterwarnings(
             "ignore", message=".*instance-level annotations", category=UserWarning
-        )  # of GraphModule
+        )  # from the annotations of GraphModule
         yield
 
 
