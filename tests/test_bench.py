@@ -70,7 +70,7 @@ def test_a_training_row_compares_and_measures_every_contender(
     monkeypatch.setattr(training, "apart", in_this_process)
     result = training.measured(row.tiny())
     check(result, tmp_path / "row.json", row.name)
-    assert [each.name for each in result.contenders] == ["PEFT", "plain", "fused", "prepacked", "frozen"]
+    assert [each.name for each in result.contenders] == ["PEFT", "plain", "fused", "frozen"]
     assert result["plain"].difference == 0 == result.saved("frozen")
     assert all(each.peak and each.saved for each in result.contenders)
     assert all(

@@ -445,10 +445,9 @@ def test_there_may_be_no_positions(wide: torch.dtype | None) -> None:
     assert not b.grad.any()
 
 
-@pytest.mark.parametrize("prepack", [False, True])
-def test_a_fused_graph_gets_one_more_adapter_as_the_plain_one_does(prepack: bool) -> None:
+def test_a_fused_graph_gets_one_more_adapter_as_the_plain_one_does() -> None:
     rules = {"defaults": {"rank": 3}, "select": [{"target": ["q_proj", "o_proj"]}]}
-    fused = lora_fx.fuse(plain("llama"), prepack=prepack)
+    fused = lora_fx.fuse(plain("llama"))
     mine, theirs = (lora_fx.rewrite(graph, rules=rules, adapter="more", seed=1) for graph in (fused, plain("llama")))
     assert first_difference(mine, theirs) is None
     assert torch.equal(run("llama", mine, 3, 11)[0], run("llama", theirs, 3, 11)[0])

@@ -23,7 +23,6 @@ from lora_fx.graph.graph_module import (
 )
 from lora_fx.graph.invariants import checked
 from lora_fx.planning.plan import Branch, Chosen, Decision, Plan, Skipped, Trained, owners_of
-from lora_fx.prepacking import unpacked
 from lora_fx.rules.rule_file import RuleSet, Selection
 from lora_fx.sites.call_sites import sites
 
@@ -41,7 +40,7 @@ def transfer(graph_module: TracedGraphModule, *, onto: TracedGraphModule) -> Tra
     Raises:
         PlanError: one of the two is no graph of ours, a site of an adapter is missing in ``onto``, or has other features or another rank there.
     """
-    result = unpacked(as_traced(onto))
+    result = as_traced(onto)
     factors = {name: p for name, p in as_traced(graph_module).named_parameters() if is_of_adapter(name)}
     unlike = []
     for adapter in adapters(graph_module):

@@ -11,7 +11,6 @@ from torch import fx, nn
 from lora_fx.graph.graph_module import TracedGraphModule, assemble, copy_graph, erase_unread, state_of, trainable_names
 from lora_fx.numerics.bit_dropout import DropoutRate
 from lora_fx.numerics.fused_branch import add_update
-from lora_fx.prepacking import unpacked
 
 aten = torch.ops.aten
 
@@ -24,15 +23,14 @@ def lower(graph_module: Graph) -> Graph | TracedGraphModule:
     Args:
         graph_module: left as it is; the result has parameters of its own over the same storage.
     """
-    plain = unpacked(graph_module)
-    if not plain.graph.find_nodes(op="call_function", target=add_update):
-        return plain
-    graph, _ = copy_graph(plain.graph)
+    if not graph_module.graph.find_nodes(op="call_function", target=add_update):
+        return graph_module
+    graph, _ = copy_graph(graph_module.graph)
     for node in graph.find_nodes(op="call_function", target=add_update):
         _write_plain(graph, node)
-    modules = state_of(plain).modules
+    modules = state_of(graph_module).modules
     dropouts = {name: nn.Dropout(each.p) for name, each in modules.items() if isinstance(each, DropoutRate)}
-    return with_graph(plain, graph, dropouts)
+    return with_graph(graph_module, graph, dropouts)
 
 
 def with_graph(graph_module: fx.GraphModule, graph: fx.Graph, modules: Mapping[str, nn.Module]) -> TracedGraphModule:

@@ -3,7 +3,7 @@
     state       from                          legal in it
     base        trace, unload, materialize    plain nodes over the graph's own tensors, each named once; all is frozen
     branched    rewrite, transfer             the same, and branches that can be taken out again, to which every factor belongs
-    fused       fuse                          the same, with branches in nodes that compute several at a time, and packed weights
+    fused       fuse                          the same, with branches in nodes that compute several at a time
     folded      fold                          as base, and no tensor of an adapter is left that nothing reads
 
 A model may bring branches of its own (PEFT's layers); they are part of its base graph, and are not looked at before a fold.
@@ -22,7 +22,6 @@ from lora_fx.errors import StateError
 from lora_fx.graph.adapter_names import is_factor, is_of_adapter
 from lora_fx.graph.graph_module import State, TracedGraphModule, state_of
 from lora_fx.numerics.fused_branch import add_update, reduce_features
-from lora_fx.packed import PrepackedWeight
 
 GraphState = Literal["base", "branched", "fused", "folded"]
 
@@ -63,12 +62,10 @@ def _is_fused(target: object) -> bool:
     return target in (reduce_features, add_update)
 
 
-def _nothing_is_fused(graph_module: TracedGraphModule, state: State) -> Iterator[str]:
+def _nothing_is_fused(graph_module: TracedGraphModule, _state: State) -> Iterator[str]:
     for node in graph_module.graph.nodes:
         if _is_fused(node.target):
             yield f"{node.name} computes a fused branch"
-        elif node.op == "call_module" and isinstance(state.modules.get(str(node.target)), PrepackedWeight):
-            yield f"{node.name} multiplies by a packed weight"
 
 
 def _tensors_are_named_once(graph_module: TracedGraphModule, state: State) -> Iterator[str]:

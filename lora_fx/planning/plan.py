@@ -17,7 +17,6 @@ from lora_fx.errors import PlanError, RuleError, did_you_mean
 from lora_fx.graph.adapter_names import BranchNames, adapters, is_factor, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.planning.matching import refusal, trains
-from lora_fx.prepacking import unpacked
 from lora_fx.rules.rule_file import RuleSet, Selection, Setting, load
 from lora_fx.rules.vocabulary import Op, Part
 from lora_fx.sites.call_sites import Site, sites
@@ -193,7 +192,6 @@ def plan(
 @uncollected()
 def plan_graph(graph_module: fx.GraphModule, rules: RuleSet) -> Plan:
     """Decide for each site of a graph. Raises as :func:`plan` does."""
-    graph_module = unpacked(graph_module)
     found = sites(graph_module)
     read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
     state = state_of(graph_module)

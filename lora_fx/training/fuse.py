@@ -29,14 +29,13 @@ from lora_fx.graph.graph_module import TracedGraphModule, as_traced, copy_graph,
 from lora_fx.graph.invariants import checked
 from lora_fx.numerics.bit_dropout import DropoutRate
 from lora_fx.numerics.fused_branch import add_update, reduce_features
-from lora_fx.prepacking import prepacked, unpacked
 from lora_fx.sites.call_sites import biased, is_site
 from lora_fx.sites.weight_ops import operands
 
 aten = torch.ops.aten
 
 
-def fuse(graph_module: TracedGraphModule, *, prepack: bool = False) -> TracedGraphModule:
+def fuse(graph_module: TracedGraphModule) -> TracedGraphModule:
     """Return a graph that computes the same, with the same parameters, in fewer passes over memory.
 
     Outputs and gradients are as close to the exact ones as before, but not the same bits. Branches beside linear sites are
@@ -48,31 +47,15 @@ def fuse(graph_module: TracedGraphModule, *, prepack: bool = False) -> TracedGra
 
     A factor that a loss does not depend on has a gradient of zero where others of its group have one, and not None: an optimizer
     with weight decay then moves it. Derivatives of gradients, and forward-mode ones, are those of the plain graph only without
-    dropout, ``prepack`` and factors of another dtype than the weights; with them torch refuses: :func:`~lora_fx.lowering.lower`.
-
-    With ``prepack`` the frozen weights of linear sites are laid out for the CPU's matrix library, for the forward and for the
-    backward pass. That takes up to twice their memory in addition, which is logged at INFO and told by
-    :func:`~lora_fx.prepacking.prepacked_bytes`. Weights of bfloat16 are packed at the second call. Those of single precision are
-    packed for one number of rows (batch times sequence), when it comes twice in succession and is 16 or more; inputs of other
-    sizes are multiplied as without. So it pays where sizes repeat, the more the fewer the rows. The packed copies are not saved,
-    copied or moved: copies of the graph make their own. Where a weight trains, has left the CPU, or is computed with under
-    ``torch.autocast`` or ``torch.compile``, plain operators compute. Small weights, biases, and what is not linear stay as they
-    are. ``fuse`` without ``prepack`` takes packing back.
-
-    At each call it is looked whether a weight is the one that was packed, and it is packed again if not: another parameter,
-    loaded or assigned values (also of ``weight.data``), any change that torch counts in ``weight._version``. A change in place
-    that torch does not count (of ``weight.data``, or through NumPy) shows where it meets one of the elements that are compared,
-    of which each row and each column of a weight has one; after a change of a few single elements in this way, fuse again.
+    dropout and factors of another dtype than the weights; with them torch refuses: :func:`~lora_fx.lowering.lower`.
 
     Args:
         graph_module: left as it is; the result has parameters of its own over the same storage.
-        prepack: keep packed copies of the frozen weights; for a CPU.
 
     Raises:
         PlanError: it is no graph of ours.
-        LoraFxError: weights cannot be prepacked, since torch has no oneDNN here or they are not on the CPU.
     """
-    graph_module = unpacked(as_traced(graph_module))
+    graph_module = as_traced(graph_module)
     graph, _ = copy_graph(graph_module.graph)
     modules = state_of(graph_module).modules
     for group in _groups(graph, modules):
@@ -80,7 +63,7 @@ def fuse(graph_module: TracedGraphModule, *, prepack: bool = False) -> TracedGra
     called = {str(node.target) for node in graph.find_nodes(op="call_module") if not node.args}
     rates = {name: DropoutRate(each.p) for name, each in modules.items() if name in called and _drops(each)}
     fused = with_graph(graph_module, graph, rates)
-    return checked(prepacked(fused) if prepack else fused, "fused")
+    return checked(fused, "fused")
 
 
 @dataclass(frozen=True)

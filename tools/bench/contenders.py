@@ -18,7 +18,7 @@ from torch import nn
 
 import lora_fx
 
-NAMES = ("PEFT", "plain", "fused", "prepacked", "frozen")
+NAMES = ("PEFT", "plain", "fused", "frozen")
 SEED = 7
 PREFIX = "base_model.model."
 Batch = Mapping[str, torch.Tensor]
@@ -163,11 +163,9 @@ def contenders(
     modules: dict[str, nn.Module] = {}
     if "frozen" in names:
         found["frozen"] = frozen(model, batch, empty)
-    if not {"plain", "fused", "prepacked"}.isdisjoint(names):
+    if not {"plain", "fused"}.isdisjoint(names):
         plain = modules["plain"] = rewritten(model, adapter, batch, empty)
         modules["fused"] = lora_fx.fuse(plain)
-        if "prepacked" in names:
-            modules["prepacked"] = lora_fx.fuse(plain, prepack=True)
     if "PEFT" in names:  # in place, over the same weights
         modules["PEFT"] = peft.get_peft_model(model.train(), adapter.peft_config())
     set_factors(*modules.values())

@@ -123,15 +123,12 @@ def saved_bytes(forward: Step, module: nn.Module) -> int:
     storages: dict[int, torch.UntypedStorage] = {}  # which are kept, so that none is freed and its address used again
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.layout == torch.strided:  # what is packed for a library is a weight
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = forward()
-    own = {
-        t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers()) if t.layout == torch.strided
-    }
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
     del output
     return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
 

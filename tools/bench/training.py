@@ -23,13 +23,10 @@ from contenders import NAMES, Adapter, Contender, compared, contenders
 from measuring import alternating, apart, peak_bytes, resident_bytes, shown
 from results import Conditions, Goal, Measured, Result, report
 from shapes import MT5, Llama, Timed, batch_of, built
-from torch import fx
-
-from lora_fx.prepacking import prepacked_bytes
 
 ALL_LINEAR = Adapter("all-linear", "all-linear", rank=16, alpha=32)
 SEEDS_RULE = Adapter("t5", ("q", "v"), rank=8, alpha=32, dropout=0.1)
-RESIDENT = ("PEFT", "fused", "prepacked")
+RESIDENT = ("PEFT", "fused")
 """Of whom resident memory is measured."""
 
 SMALL_LLAMA = Llama(width=1024, inner=2816, layers=4, heads=16)
@@ -78,7 +75,6 @@ ROWS = (
         goals=(
             Goal("fused", "speed", 1.05, "PEFT"),
             Goal("fused", "resident", 0.8, "PEFT"),
-            Goal("prepacked", "speed", 1.2, "PEFT"),
             Goal("fused, compiled", "speed", 1.0, "PEFT, compiled"),
         ),
         resident=True,
@@ -148,7 +144,6 @@ def measured(row: Row, *, compiled: bool = False) -> Result:
     for each in found:
         each.clear()
     times = alternating({each.name: each.step for each in found}, row.repetitions, warm_up=1, says=row.name)
-    packed = sum(prepacked_bytes(each.module) for each in found if isinstance(each.module, fx.GraphModule))
     del found
     every = [
         Measured(
@@ -165,7 +160,6 @@ def measured(row: Row, *, compiled: bool = False) -> Result:
     unlike = ", ".join(f"{name} {shown(apart_by[name])}" for name in apart_by if name != "PEFT")
     notes = (
         f"Loss and gradients against PEFT's: {unlike}",
-        f"Packed copies of weights take {packed / 1e6:.0f} MB more",
         f"{row.repetitions} repetitions",
     )
     return Result(row.name, row.shape, tuple(every), row.goals, Conditions.present(), notes)

@@ -32,7 +32,6 @@ from lora_fx.drawing.describe.wiring import Wiring, wire
 from lora_fx.errors import ExportError, did_you_mean
 from lora_fx.graph.provenance import source_of
 from lora_fx.numerics.lowrank_merge import Merge
-from lora_fx.prepacking import unpacked
 
 Description = Mapping[str, Any]
 """What :func:`describe` returns."""
@@ -47,7 +46,7 @@ _IN_FIRST_VIEW = 120  # items of all open groups together
 
 def describe_graph(graph_module: fx.GraphModule, show: Show = "after") -> Description:
     """Return the description of one graph alone. See :func:`describe`."""
-    reader = Reader(unpacked(graph_module))
+    reader = Reader(graph_module)
     return _description(single(reader), reader, show, _merges(graph_module))
 
 
@@ -73,8 +72,8 @@ def describe(
     Returns:
         Data for JSON, as told at the head of this module.
     """
-    after_reader = Reader(unpacked(after))
-    union = unite(Reader(unpacked(before)), after_reader)
+    after_reader = Reader(after)
+    union = unite(Reader(before), after_reader)
     return _description(union, after_reader, show, _merges(after) if merges is None else merges)
 
 
