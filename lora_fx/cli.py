@@ -108,16 +108,13 @@ class Show(StrEnum):
 
 DRAW_EXAMPLES = (
     "Examples:  lora-fx draw path/to/model --rules t5 --out graph.html   ·   lora-fx draw config.json   ·   "
-    "lora-fx draw config.json --rules all-linear --show fold --out graph.svg   ·   lora-fx draw model.pt2 --show before --out graph.html"
+    "lora-fx draw config.json --rules all-linear --show fold --out graph.svg"
 )
 
 
 @app.command(epilog=DRAW_EXAMPLES)
 def draw(
-    model: Annotated[
-        Path,
-        typer.Argument(help="Model directory or config.json (weights are not needed and not read), or a .pt2 file."),
-    ],
+    model: Annotated[Path, typer.Argument(help="Model directory or config.json; weights are not needed and not read.")],
     rules: Rules = "auto",
     rules_dir: RulesDirectories = None,
     rank: Rank = None,

@@ -1,4 +1,4 @@
-"""``lora-fx draw``: from a config or a program to a picture, on the terminal or in a file."""
+"""``lora-fx draw``: from a config to a picture, on the terminal or in a file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
 import transformers
 from architectures import traced
 from typer.testing import CliRunner
@@ -186,13 +187,19 @@ def test_a_config_alone_is_drawn_and_nothing_is_downloaded_or_written_beside_it(
     assert list(config.parent.iterdir()) == [config]
 
 
-def test_a_program_is_drawn(program: Path, tmp_path: Path) -> None:
-    said, _ = draw(program, "--rules", "llama", "--rank", 4)
-    assert "traced from model.pt2 → rewritten by rules llama" in said.splitlines()[0]
-    assert matrix(said) == [COLUMNS, ["0–2", "4", "·", "4", "·", "·", "·", "·"]]
-    said, _ = draw(program, "--show", "before", "--out", tmp_path / "graph.html")
-    assert "added" not in said
+def test_a_program_is_answered_with_the_lines_of_python_that_draw_it(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, error = draw(program, "--rules", "llama", code=1)
+    told, *lines = error.splitlines()
+    assert said == ""
+    assert told.startswith(f"error: {program}: expected a model directory or a config.json, got an exported program")
+    assert len(lines) == 2
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(lines), {"torch": torch, "lora_fx": lora_fx})
     assert (tmp_path / "graph.html").read_bytes().startswith(b"<!doctype html>")
+    refused(program, "--out", tmp_path / "other.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["graph.html"]
 
 
 def test_a_file_that_exists_stays_as_it_was_without_overwrite_and_a_format_goes_before_its_suffix(
@@ -223,7 +230,6 @@ def test_errors_are_one_message_and_a_status(directory: Path, tmp_path: Path) ->
     )
     assert "Nothing is downloaded" in refused("meta-llama/Llama-3")
     assert "Nothing is downloaded" in refused(tmp_path)
-    assert "no regular file of this name" in refused(tmp_path / "model.pt2")
     assert "'sideways' is not one of 'before'" in refused(directory, "--show", "sideways", code=2)
     (tmp_path / "config.json").write_text("[1, 2]")
     assert "cannot read this config" in refused(tmp_path)
@@ -234,26 +240,10 @@ def test_errors_are_one_message_and_a_status(directory: Path, tmp_path: Path) ->
     assert "0" in rank
 
 
-@pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04"])
-def test_a_program_that_cannot_be_read_is_one_message(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "model.pt2"
-    path.write_bytes(content)
-    said = refused(path, "--show", "before")
-    assert said.startswith(f"error: {path}: the archive: found what torch cannot read")
-    assert "Nothing of it was loaded" in said
-
-
-def test_a_program_cut_short_is_one_message(program: Path, tmp_path: Path) -> None:
-    path = tmp_path / "model.pt2"
-    path.write_bytes(program.read_bytes()[:-1000])
-    assert "Nothing of it was loaded" in refused(path, "--out", tmp_path / "graph.html")
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_help_has_examples() -> None:
     said = " ".join(draw("--help")[0].split())
     assert "lora-fx draw path/to/model --rules t5 --out graph.html" in said
-    assert "lora-fx draw model.pt2 --show before --out graph.html" in said
+    assert "lora-fx draw config.json --rules all-linear --show fold --out graph.svg" in said
 
 
 def test_the_tool_is_the_command_and_runs_as_a_process_without_a_hub(directory: Path, tmp_path: Path) -> None:

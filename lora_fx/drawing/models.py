@@ -10,9 +10,9 @@ from torch import nn
 from lora_fx.adapters.attach import attach
 from lora_fx.branches.remove import unload
 from lora_fx.drawing.describe.description import Description, Show, describe, describe_graph
+from lora_fx.errors import LoraFxError
 from lora_fx.folding.fold import recipe
 from lora_fx.planning.plan import plan_graph
-from lora_fx.programs import load_program
 from lora_fx.rules.rule_file import load
 from lora_fx.tracing.example_inputs import inputs_of_rules
 from lora_fx.tracing.trace import trace
@@ -31,7 +31,7 @@ def describe_model(
     """Return the description of a model, and of what rules change in it.
 
     Args:
-        path: a model directory or its ``config.json``, of which the structure is made without weights; or a ``.pt2`` file.
+        path: a model directory or its ``config.json``, of which the structure is made without weights.
         rules: see :func:`lora_fx.rewrite`.
         show: the graph before, after, both with their difference, or what a fold of the branches leaves of that: nothing.
             Without weights nothing is computed; that everything can be folded is checked.
@@ -42,7 +42,9 @@ def describe_model(
     Raises:
         LoraFxError: of the kind that reading, tracing, planning and folding raise.
     """
-    model = load_program(path) if path.suffix == ".pt2" else empty_model(path)
+    if path.suffix == ".pt2":
+        raise LoraFxError(_in_python(path, rules))
+    model = empty_model(path)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     ruleset = load(rules, model_type, directories).with_overrides(rank, None, None)
     step(f"tracing {type(model).__name__}")
@@ -63,3 +65,13 @@ def describe_model(
             return {**describe(base, unload(branched), show=show, merges=merges), **captions, "after": folded}
         case _:
             return {**describe(base, branched), **captions}
+
+
+def _in_python(path: Path, rules: str) -> str:
+    """Return what the command line says of an exported program: loading one runs code that it names."""
+    return (
+        f"{path}: expected a model directory or a config.json, got an exported program, which torch.export.load may run code of. "
+        "If you trust it, draw it in Python, after `import lora_fx, torch`:\n"
+        f"graph = lora_fx.trace(torch.export.load({str(path)!r}), inference=True)\n"
+        f"lora_fx.draw(graph, lora_fx.rewrite(graph, rules={rules!r}), 'graph.html')"
+    )
