@@ -6,14 +6,17 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from lora_fx.errors import LoraFxError
+
+if TYPE_CHECKING:  # torch and transformers are slow to import, and `--help` needs neither
+    import lora_fx
+    from lora_fx.folding.checkpoint import CheckpointReport
 
 app = typer.Typer(
     help="LoRA as graph surgery: rewrite a PyTorch model with low-rank branches, train it, fold them back into its weights.",
@@ -34,6 +37,14 @@ Rank = Annotated[int | None, typer.Option(help="Replaces the default rank of the
 Strengths = Annotated[
     list[float] | None,
     typer.Option(help="Factor of an adapter's scaling, once for each, in their order. By default all are 1."),
+]
+ExampleInputsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--example-inputs",
+        metavar="FILE.safetensors",
+        help="Inputs to trace with that the config does not describe: tensors by input name.",
+    ),
 ]
 Strict = Annotated[bool, typer.Option(help="Refuse a base other than the one that an adapter names as its own.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
@@ -60,7 +71,7 @@ def demo(
 
 @app.command(
     epilog="Examples:  lora-fx plan path/to/model   ·   lora-fx plan config.json --rules all-linear --rank 16 --json   ·   "
-    "lora-fx plan path/to/model --rules mine.toml"
+    "lora-fx plan path/to/model --rules mine.toml   ·   lora-fx plan config.json --example-inputs inputs.safetensors"
 )
 def plan(
     model: Annotated[Path, typer.Argument(help="Model directory or config.json; weights are not needed and not read.")],
@@ -69,12 +80,14 @@ def plan(
     rank: Rank = None,
     alpha: Annotated[float | None, typer.Option(help="Likewise; a branch is scaled by alpha / rank.")] = None,
     dropout: Annotated[float | None, typer.Option(help="Likewise.")] = None,
+    example_inputs: ExampleInputsFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show every call site of a model: its shape, operator and role, and whether rules give it a branch, and why."""
     from lora_fx.planning.plan import plan as make_plan
     from lora_fx.planning.reporting import as_data, as_text
     from lora_fx.rules.rule_file import load
+    from lora_fx.tracing.example_inputs import read_example_inputs
     from lora_fx.tracing.transformers_models import empty_model
 
     with _reported():
@@ -82,7 +95,8 @@ def plan(
             empty = empty_model(model)
         ruleset = load(rules, getattr(empty.config, "model_type", None), rules_dir or ())
         with errors.status(f"tracing {type(empty).__name__}"):
-            made = make_plan(empty, ruleset, rank=rank, alpha=alpha, dropout=dropout)
+            inputs = None if example_inputs is None else read_example_inputs(example_inputs, empty)
+            made = make_plan(empty, ruleset, example_inputs=inputs, rank=rank, alpha=alpha, dropout=dropout)
     typer.echo(json.dumps(as_data(made), indent=2) if as_json else as_text(made))
 
 
@@ -132,6 +146,7 @@ def draw(
         ),
     ] = Show.diff,
     module: Annotated[str, typer.Option(help="Path of the module to draw, by default the whole model.")] = "",
+    example_inputs: ExampleInputsFile = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Draw a model's graph, and what rules change in it.
@@ -148,10 +163,16 @@ def draw(
         if out is not None:
             check_file(out, overwrite=overwrite)
         with errors.status("reading the model") as status:
-            description = within(
-                describe_model(model, rules, show.value, directories=rules_dir or (), rank=rank, step=status.update),
-                module,
+            description = describe_model(
+                model,
+                rules,
+                show.value,
+                directories=rules_dir or (),
+                rank=rank,
+                example_inputs=example_inputs,
+                step=status.update,
             )
+            description = within(description, module)
             if out is not None:
                 status.update(f"writing {out}")
                 save(description, out, name, overwrite=overwrite)
@@ -165,7 +186,7 @@ def draw(
 
 @app.command(
     epilog="Examples:  lora-fx fold base-model adapter merged   ·   lora-fx fold base-model style facts merged --strength 1 "
-    "--strength 0.5 --verify   ·   lora-fx fold base-model adapter merged --dry-run"
+    "--strength 0.5 --verify --report   ·   lora-fx fold base-model adapter merged --dry-run"
 )
 def fold(
     directories: Annotated[
@@ -181,6 +202,8 @@ def fold(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read every changed tensor again and compare it with the exact result.")
     ] = False,
+    report: Annotated[bool, typer.Option("--report", help="Print what the fold changed in every weight.")] = False,
+    example_inputs: ExampleInputsFile = None,
     strict: Strict = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
 ) -> None:
@@ -199,28 +222,37 @@ def fold(
 
     from lora_fx.files.atomic import check_free
     from lora_fx.folding.checkpoint_plan import plan_checkpoint_fold
-    from lora_fx.folding.report import FoldReport
 
     with _reported():
         if not dry_run:
             check_free(out, overwrite=overwrite)
         with errors.status("opening the checkpoint") as status:
             pairs = list(zip(adapters, strengths, strict=True))
-            planned = plan_checkpoint_fold(base, pairs, strict=strict, step=status.update)
+            planned = plan_checkpoint_fold(
+                base, pairs, strict=strict, example_inputs=example_inputs, step=status.update
+            )
         if dry_run:
             typer.echo(str(planned))
             typer.echo(f"nothing was written; without --dry-run the result goes to {out}")
             return
         with tqdm(total=planned.checkpoint.size, desc="folding", unit="B", unit_scale=True) as bar:
-            report = planned.write(out, overwrite=overwrite, verify=verify, progress=bar.update)
-    typer.echo(str(FoldReport(report.weights)))
-    if report.misrounded is not None:
+            written = planned.write(out, overwrite=overwrite, verify=verify, progress=bar.update)
+    if report:
+        from lora_fx.folding.report import FoldReport
+
+        typer.echo(str(FoldReport(written.weights)))
+    _tell_written(written, out)
+
+
+def _tell_written(written: CheckpointReport, out: Path) -> None:
+    """Print what became of a checkpoint on disk."""
+    if written.misrounded is not None:
         typer.echo(
-            f"verified: at most {report.misrounded:.1e} of the elements of a weight are not the exact result rounded once"
+            f"verified: at most {written.misrounded:.1e} of the elements of a weight are not the exact result rounded once"
         )
-    if report.skipped:
-        typer.echo(f"not copied: {', '.join(report.skipped)}")
-    typer.echo(f"{out}: {report.merged_bytes / 1e6:.1f} MB merged, {report.copied_bytes / 1e6:.1f} MB copied")
+    if written.skipped:
+        typer.echo(f"not copied: {', '.join(written.skipped)}")
+    typer.echo(f"{out}: {written.merged_bytes / 1e6:.1f} MB merged, {written.copied_bytes / 1e6:.1f} MB copied")
 
 
 class ExportFormat(StrEnum):
@@ -240,6 +272,39 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+ExportFormatOption = Annotated[
+    ExportFormat | None, typer.Option("--format", "-f", help="What to write; with --slots, onnx.")
+]
+ExportAdapters = Annotated[
+    list[Path] | None, typer.Option(help="Directory of a PEFT adapter, which is folded in. May be repeated.")
+]
+Branched = Annotated[
+    bool, typer.Option("--branched", help="Leave adapters as branches beside their weights; do not fold them.")
+]
+Slots = Annotated[
+    bool,
+    typer.Option(
+        "--slots",
+        help="Write the base as ONNX, with a slot for any adapter at each site that --rules choose or an --adapter has; "
+        "see export-adapter.",
+    ),
+]
+SlotRules = Annotated[
+    str | None,
+    typer.Option(help="With --slots: name of built-in rules, auto, all-linear, or the path of a .toml file."),
+]
+WeightsDtype = Annotated[
+    Dtype, typer.Option(help="Of the weights; auto is that of the files. onnxruntime's CPU kernels want float32.")
+]
+VerifyFile = Annotated[
+    bool, typer.Option(help="Load what was written and compare it with the graph before it is moved to OUT.")
+]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(help="Largest difference allowed, as a part of an output's largest value. By default by precision."),
+]
+
+
 @app.command(
     epilog="Examples:  lora-fx export model --format onnx model.onnx   ·   lora-fx export base --adapter style --adapter facts "
     "--strength 1 --strength 0.5 --format torchscript model.pt   ·   lora-fx export base --adapter style --branched --format pt2 model.pt2   ·   "
@@ -250,47 +315,23 @@ def export(
         Path, typer.Argument(metavar="MODEL_DIR", help="A transformers model: config.json and safetensors files.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to be made.")],
-    format: Annotated[
-        ExportFormat | None, typer.Option("--format", "-f", help="What to write; with --slots, onnx.")
-    ] = None,
-    adapter: Annotated[
-        list[Path] | None, typer.Option(help="Directory of a PEFT adapter, which is folded in. May be repeated.")
-    ] = None,
+    format: ExportFormatOption = None,
+    adapter: ExportAdapters = None,
     strength: Strengths = None,
-    branched: Annotated[
-        bool, typer.Option("--branched", help="Leave adapters as branches beside their weights; do not fold them.")
-    ] = False,
-    slots: Annotated[
-        bool,
-        typer.Option(
-            "--slots",
-            help="Write the base as ONNX, with a slot for any adapter at each site that --rules choose or an --adapter has; "
-            "see export-adapter.",
-        ),
-    ] = False,
-    rules: Annotated[
-        str | None,
-        typer.Option(help="With --slots: name of built-in rules, auto, all-linear, or the path of a .toml file."),
-    ] = None,
+    branched: Branched = False,
+    slots: Slots = False,
+    rules: SlotRules = None,
     rules_dir: RulesDirectories = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Of the weights; auto is that of the files. onnxruntime's CPU kernels want float32.")
-    ] = Dtype.auto,
+    dtype: WeightsDtype = Dtype.auto,
+    example_inputs: ExampleInputsFile = None,
     overwrite: Overwrite = False,
-    verify: Annotated[
-        bool, typer.Option(help="Load the written file and compare it with the graph before it is moved to OUT.")
-    ] = True,
-    tolerance: Annotated[
-        float | None,
-        typer.Option(
-            help="Largest difference allowed, as a part of an output's largest value. By default by precision."
-        ),
-    ] = None,
+    verify: VerifyFile = True,
+    tolerance: Tolerance = None,
     strict: Strict = True,
 ) -> None:
     """Write a model for another runtime: TorchScript, ONNX, or torch.export's pt2, with dynamic batch and sequence.
 
-    The written file is run at the sizes of the trace and at others, and the largest difference is printed.
+    What was written is run at the sizes of the trace and at others, and the largest difference is printed.
     """
     adapters = adapter or []
     strengths = _strengths(adapters, strength)
@@ -302,36 +343,43 @@ def export(
         raise typer.BadParameter("--rules choose the sites of --slots, which was not given")
     chosen_format = _export_format(format, out, slots=slots)
 
-    import torch
-
     import lora_fx
     from lora_fx.files.atomic import check_file
     from lora_fx.rules.rule_file import load
-    from lora_fx.tracing.transformers_models import load_model
 
     with _reported():
         check_file(out, overwrite=overwrite)
         with errors.status("loading the model") as status:
-            loaded = load_model(model, None if dtype is Dtype.auto else getattr(torch, dtype.value))
-            status.update(f"tracing {type(loaded).__name__}")
-            graph = lora_fx.trace(loaded, inference=True)
+            graph, model_type = _loaded_graph(model, dtype, example_inputs, status.update)
             for number, directory in enumerate(adapters):
                 status.update(f"adding {directory}")
                 graph = lora_fx.load_adapter(graph, directory, f"adapter_{number}", strict=strict)
             if slots and (rules or not adapters):
-                ruleset = load(rules or "auto", getattr(loaded.config, "model_type", None), rules_dir or ())
-                graph = lora_fx.rewrite(graph, ruleset)
+                graph = lora_fx.rewrite(graph, load(rules or "auto", model_type, rules_dir or ()))
             if adapters and not slots:
                 chosen = {f"adapter_{number}": factor for number, factor in enumerate(strengths)}
                 status.update("folding")
                 graph = lora_fx.activate(graph, chosen) if branched else lora_fx.fold(graph, chosen)
-        write: dict[str, Callable[..., lora_fx.export.Exported]] = {
-            "torchscript": lora_fx.export.torchscript,
-            "onnx": partial(lora_fx.export.onnx, slots=slots),
-            "pt2": lora_fx.export.pt2,
-        }
-        exported = write[chosen_format.value](graph, out, overwrite=overwrite, verify=verify, tolerance=tolerance)
+        write = getattr(lora_fx.export, chosen_format.value)
+        slotted = {"slots": True} if slots else {}  # an option of onnx alone
+        exported = write(graph, out, overwrite=overwrite, verify=verify, tolerance=tolerance, **slotted)
     typer.echo(str(exported))
+
+
+def _loaded_graph(
+    model: Path, dtype: Dtype, example_inputs: Path | None, step: Callable[[str], object]
+) -> tuple[lora_fx.TracedGraphModule, str | None]:
+    """Return the graph of the model in a directory, and its model type."""
+    import torch
+
+    import lora_fx
+    from lora_fx.tracing.example_inputs import read_example_inputs
+    from lora_fx.tracing.transformers_models import load_model
+
+    loaded = load_model(model, None if dtype is Dtype.auto else getattr(torch, dtype.value))
+    step(f"tracing {type(loaded).__name__}")
+    inputs = None if example_inputs is None else read_example_inputs(example_inputs, loaded)
+    return lora_fx.trace(loaded, inputs, inference=True), getattr(loaded.config, "model_type", None)
 
 
 @app.command(

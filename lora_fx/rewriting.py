@@ -12,7 +12,6 @@ from lora_fx.adapters.attach import attach
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.planning.plan import plan_graph
 from lora_fx.rules.rule_file import RuleSet, load
-from lora_fx.tracing.example_inputs import inputs_of_rules
 from lora_fx.tracing.torch_export import Dynamic
 from lora_fx.tracing.trace import trace
 
@@ -57,6 +56,5 @@ def rewrite(
     ruleset = load(rules, getattr(getattr(model, "config", None), "model_type", None)).with_overrides(
         rank, alpha, dropout
     )
-    inputs = example_inputs if example_inputs is not None else inputs_of_rules(model, ruleset)
-    graph_module = trace(model, inputs, dynamic=dynamic, labels=labels, inference=inference)
+    graph_module = trace(model, example_inputs, dynamic=dynamic, labels=labels, inference=inference)
     return attach(graph_module, plan_graph(graph_module, ruleset), adapter=adapter, seed=seed)

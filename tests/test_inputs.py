@@ -157,20 +157,6 @@ def test_a_graph_of_made_inputs_takes_other_sizes(name: str, batch: dict[str, tu
     assert torch.equal(lora_fx.trace(model, inference=True)(**given)[0], model(**given, **constants)[0])
 
 
-def test_inputs_of_rules_take_the_place_of_those_made_from_the_config() -> None:
-    model = architectures.build("bert")
-    tokens = {"shape": ["batch", "sequence"], "below": "config.vocab_size"}
-    rules = {
-        "select": [{"target": ["query"]}],
-        "inputs": {"input_ids": tokens, "token_type_ids": {**tokens, "below": 2}},
-    }
-    graph_module = lora_fx.rewrite(model, rules, inference=True)
-    assert [node.name for node in graph_module.graph.find_nodes(op="placeholder")] == ["input_ids", "token_type_ids"]
-    ids, kinds = torch.randint(0, 97, (5, 13)), torch.randint(0, 2, (5, 13))
-    assert torch.equal(graph_module(ids, token_type_ids=kinds)[0], model(ids, token_type_ids=kinds)[0])
-    assert len(lora_fx.plan(model, rules).chosen) == 3
-
-
 @pytest.mark.parametrize("sequence", [1, 6])
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_one_example_of_one_token_or_more_is_enough_for_any_number_of_both(name: str, sequence: int) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from torch import nn
-
 from lora_fx.adapters.attach import attach
 from lora_fx.branches.remove import unload
 from lora_fx.drawing.describe.description import Description, Show, describe, describe_graph
@@ -14,7 +12,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.folding.fold import recipe
 from lora_fx.planning.plan import plan_graph
 from lora_fx.rules.rule_file import load
-from lora_fx.tracing.example_inputs import inputs_of_rules
+from lora_fx.tracing.example_inputs import read_example_inputs
 from lora_fx.tracing.trace import trace
 from lora_fx.tracing.transformers_models import empty_model
 
@@ -26,6 +24,7 @@ def describe_model(
     *,
     directories: Sequence[Path] = (),
     rank: int | None = None,
+    example_inputs: Path | None = None,
     step: Callable[[str], object] = lambda _: None,
 ) -> Description:
     """Return the description of a model, and of what rules change in it.
@@ -37,6 +36,7 @@ def describe_model(
             Without weights nothing is computed; that everything can be folded is checked.
         directories: with further rule files, searched first.
         rank: replaces the default rank of the rules.
+        example_inputs: a safetensors file of the inputs to trace with, by name.
         step: told what is being done.
 
     Raises:
@@ -48,7 +48,7 @@ def describe_model(
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     ruleset = load(rules, model_type, directories).with_overrides(rank, None, None)
     step(f"tracing {type(model).__name__}")
-    inputs = inputs_of_rules(model, ruleset) if isinstance(model, nn.Module) else None
+    inputs = None if example_inputs is None else read_example_inputs(example_inputs, model)
     base = trace(model, inputs, inference=True)
     if show == "before":
         return {**describe_graph(base, show), "before": f"traced from {path.name}"}

@@ -34,6 +34,7 @@ from lora_fx.graph.adapter_names import original_name
 from lora_fx.graph.graph_module import State, TracedGraphModule, state_of
 from lora_fx.numerics.lowrank_merge import Merge, Update
 from lora_fx.text_table import new_table, text_lines
+from lora_fx.tracing.example_inputs import read_example_inputs
 from lora_fx.tracing.trace import trace
 from lora_fx.tracing.transformers_models import empty_model
 
@@ -114,6 +115,7 @@ def plan_checkpoint_fold(
     adapters: Sequence[tuple[str | Path, float]],
     *,
     strict: bool = True,
+    example_inputs: Path | None = None,
     step: Callable[[str], None] = lambda _: None,
 ) -> CheckpointFold:
     """Find out what folding adapters into a checkpoint does to each of its tensors. None of these is read.
@@ -122,6 +124,7 @@ def plan_checkpoint_fold(
         base: directory with a ``config.json`` and safetensors files.
         adapters: directories as PEFT or :func:`lora_fx.save_adapter` write them, each with the factor of its scaling.
         strict: see :func:`lora_fx.load_adapter`.
+        example_inputs: a safetensors file of the inputs to trace with, by name; by default they are made from the config.
         step: called with what is being done, for a display.
 
     Raises:
@@ -138,7 +141,8 @@ def plan_checkpoint_fold(
     model = empty_model(Path(base))
     _check_not_quantised(model, Path(base))
     step(f"tracing {type(model).__name__}")
-    graph_module = trace(model, inference=True)
+    inputs = None if example_inputs is None else read_example_inputs(example_inputs, model)
+    graph_module = trace(model, inputs, inference=True)
     places = _Places.of(model, checkpoint)
     step("fitting the adapters")
     base_told = places.fingerprint(state_of(graph_module))

@@ -22,7 +22,6 @@ from lora_fx.rules.vocabulary import Op, Part
 from lora_fx.sites.call_sites import Site, sites
 from lora_fx.sites.feature_flow import Features
 from lora_fx.sites.roles import Purpose, purposes
-from lora_fx.tracing.example_inputs import inputs_of_rules
 from lora_fx.tracing.torch_export import uncollected
 from lora_fx.tracing.trace import trace
 
@@ -185,8 +184,7 @@ def plan(
     ruleset = load(rules, model_type).with_overrides(rank, alpha, dropout)
     if isinstance(model, TracedGraphModule):
         return plan_graph(model, ruleset)
-    inputs = example_inputs if example_inputs is not None else inputs_of_rules(model, ruleset)
-    return plan_graph(trace(model, inputs, inference=True), ruleset)
+    return plan_graph(trace(model, example_inputs, inference=True), ruleset)
 
 
 @uncollected()

@@ -38,7 +38,6 @@ from pydantic import (
 )
 
 from lora_fx.errors import RuleError, did_you_mean
-from lora_fx.example_rules import Examples
 from lora_fx.rules.safe_regex import matched, problem_of
 from lora_fx.rules.toml_lines import KeyPath, read_toml
 from lora_fx.rules.validation import (
@@ -249,6 +248,13 @@ def _matches(pattern: str, name: str, where: str) -> bool:
         raise RuleError(where, [str(error)]) from error
 
 
+_ELSEWHERE = {
+    "name": "unknown key; a rule set is named after its file",
+    "inputs": "unknown key; example inputs are given by --example-inputs FILE.safetensors, or by example_inputs= in Python",
+}
+"""Keys that a rule file might be expected to have, and what is said of them."""
+
+
 class RuleFile(_Table):
     """Which call sites of a model get a low-rank branch."""
 
@@ -261,13 +267,10 @@ class RuleFile(_Table):
     select: Annotated[tuple[Selection, ...], Items("tables under [[select]]", distinct=False)]
     """Which call sites."""
 
-    inputs: Examples = {}  # noqa: RUF012 -- pydantic copies it
-    """Example inputs to trace with, by name, where automatic ones do not fit; what is no table is passed as it is."""
-
     @classmethod
     def unknown(cls, key: str) -> str:
         """Return what is said of a key that the table does not have."""
-        return "unknown key; a rule set is named after its file" if key == "name" else super().unknown(key)
+        return _ELSEWHERE.get(key) or super().unknown(key)
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,17 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 from transformers.models.auto import modeling_auto
 
-from lora_fx.errors import TraceError
-from lora_fx.example_rules import rule_inputs
+from lora_fx.errors import TraceError, did_you_mean
+from lora_fx.files.safetensors import TensorFile
 from lora_fx.graph.example_sizes import cut_or_repeated
-from lora_fx.rules.rule_file import RuleSet
 
 # Small, distinct, and no divisors of each other, so that a size taken for another shows.
 BATCH, SEQUENCE, TARGET_SEQUENCE = 2, 7, 5
@@ -67,17 +67,32 @@ def example_inputs(
     return _from_config(model, device or next(model.parameters()).device)
 
 
-def inputs_of_rules(model: nn.Module, rules: RuleSet) -> ExampleInputs | None:
-    """Return the example inputs that the ``[inputs]`` of rules describe, or None if there are none or none are needed.
+def read_example_inputs(path: str | Path, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return example inputs from a safetensors file, whose tensors are named as the model's inputs, on the device of the model.
 
     Raises:
-        RuleError: a size cannot be read from the model's config.
+        LoraFxError: there is no such file, or it is none of this format.
+        TraceError: the model does not take an input of the file, or the file lacks one that the model needs.
     """
-    if not rules.inputs or isinstance(model, fx.GraphModule):
-        return None
-    like = next(model.parameters())
-    values, axes = rule_inputs(rules, getattr(model, "config", None), like.dtype, like.device)
-    return ExampleInputs(kwargs=values, axes=axes)
+    file = TensorFile.open(Path(path))
+    # **kwargs are not counted: transformers passes unknown ones on until nobody looks at them.
+    named = {name: p for name, p in _parameters(model).items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    problems = [
+        f"it has {name!r}, which is no input of the model{did_you_mean(name, named)}"
+        for name in file.entries
+        if name not in named
+    ]
+    needed = [name for name, parameter in named.items() if parameter.default is parameter.empty]
+    main = getattr(model, "main_input_name", None)
+    if main in named and file.entries.keys().isdisjoint({main, "input_ids", "inputs_embeds"}):
+        needed.append(main)  # which has a default of None in transformers
+    problems += [f"it lacks {name!r}" for name in dict.fromkeys(needed) if name not in file.entries]
+    if problems:
+        raise TraceError(
+            f"{path}: expected example inputs of {type(model).__name__}, which takes {', '.join(named)}; {'; '.join(problems)}."
+        )
+    device = next(model.parameters()).device
+    return {name: file.read(name).to(device) for name in file.entries}
 
 
 def with_labels(model: nn.Module, inputs: ExampleInputs) -> ExampleInputs:
