@@ -527,7 +527,7 @@ def test_one_branch_for_all_calls_and_one_for_each_are_not_both(tmp_path: Path) 
     each = {"select": [{"target": ["twice"], "rank": 2, "calls": "each"}]}
     graph = lora_fx.rewrite(adapted(), each, adapter="each")
     with pytest.raises(
-        ExportError, match="one adapter has one branch for all calls of twice, and another one for each"
+        ExportError, match="one adapter has one branch for all calls of twice, another has one per call"
     ):
         lora_fx.export.onnx(graph, tmp_path / "slots.onnx", slots=True)
 

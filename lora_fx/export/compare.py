@@ -64,7 +64,9 @@ def check_tolerance(tolerance: float | None) -> None:
 def _check_repeatable(exportable: Exportable) -> None:
     for node in exportable.plain.graph.nodes:
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if random and node.target not in MODE_ARGUMENTS:  # the others are dropout, which drops nothing in evaluation
+        if (
+            random and node.target not in MODE_ARGUMENTS
+        ):  # MODE_ARGUMENTS has dropout, which drops nothing in evaluation
             raise VerifyError(
                 f"the graph draws random numbers by {node.target}{source_line(node)}, so that no file can be compared with it. "
                 "To write it unchecked: verify=False (--no-verify).",

@@ -168,12 +168,12 @@ def _problems(graph_module: TracedGraphModule, names: Sequence[str]) -> Iterator
     state = state_of(graph_module)
     owners = {branch.owner for name in names for _, branch in branches_of(graph_module, name).values()}
     for site in sites(graph_module):
-        mine = owners.intersection(owners_of(site))
-        if not mine:
+        used = owners.intersection(owners_of(site))
+        if not used:
             continue
         dtype = site.cast or state.tensors[site.weight].dtype
-        if len(mine) > 1:
-            yield f"{site.name}: one adapter has one branch for all calls of {site.module}, and another one for each. Let rules agree"
+        if len(used) > 1:
+            yield f"{site.name}: one adapter has one branch for all calls of {site.module}, another has one per call. Use the same rules for both"
         if site.op != "linear":
             yield f"{site.name} is {site.op}. Fold adapters of such sites, or choose others"
         elif dtype is not torch.float32:

@@ -1,4 +1,4 @@
-"""Portable operators: those that a process with torch alone can run."""
+"""Portable operators, for processes that have torch alone."""
 
 from __future__ import annotations
 

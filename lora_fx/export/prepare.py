@@ -188,7 +188,7 @@ def _name_outputs(graph: fx.Graph) -> tuple[str, ...]:
     """Let a graph return a dictionary from names to tensors, each of them a node of its own (in place)."""
     output = graph.output_node()
     leaves: Sequence[Any] = output.args[0]  # type: ignore[assignment]
-    names = _names(len(leaves), graph._codegen.pytree_info.out_spec)  # type: ignore[attr-defined]
+    names = _output_names(len(leaves), graph._codegen.pytree_info.out_spec)  # type: ignore[attr-defined]
     seen: set[fx.Node] = set()
     for name, node in zip(names, leaves, strict=True):
         computed = node.meta.get("val", _UNKNOWN) if isinstance(node, fx.Node) else node
@@ -213,7 +213,7 @@ def _check_tensor(name: str, value: object, where: str) -> None:
         )
 
 
-def _names(count: int, out_spec: pytree.TreeSpec) -> list[str]:
+def _output_names(count: int, out_spec: pytree.TreeSpec) -> list[str]:
     tree: Any = pytree.tree_unflatten(list(range(count)), out_spec)
     if isinstance(tree, int):
         return ["output"]

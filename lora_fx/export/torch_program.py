@@ -42,7 +42,7 @@ def export_plain(exportable: Exportable) -> torch.export.ExportedProgram:
 
 def _same_operators(plain: fx.Graph, exported: fx.Graph) -> bool:
     """Tell whether both call the same operators. If not, a size may have chosen one, and torch.export's guards are kept."""
-    mine, theirs = (
+    plain_operators, exported_operators = (
         [
             node.target
             for node in graph.nodes
@@ -50,7 +50,7 @@ def _same_operators(plain: fx.Graph, exported: fx.Graph) -> bool:
         ]
         for graph in (plain, exported)
     )
-    return mine == theirs
+    return plain_operators == exported_operators
 
 
 aten = torch.ops.aten

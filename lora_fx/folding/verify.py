@@ -1,8 +1,8 @@
-"""A folded graph is run beside the graph that it was made from, node by node, to find the first value that differs.
+"""Verification of a fold: the folded graph runs beside its original, node by node, up to the first value that differs.
 
-Folding takes the nodes of branches out and leaves the names of all others. So the two graphs correspond by name: each node of
-the folded graph to the node of the same name, or, where a branch is added to it, to the sum. Both compute with values of their
-own: what a graph writes to in place is not the other's.
+Folding removes the nodes of branches and keeps the names of all others. So the two graphs correspond by name: each node of
+the folded graph to the node of the same name, or, where a branch is added to it, to the sum. Each graph computes with copies
+of inputs and buffers, so that a write in place does not reach the other.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _UNINITIALIZED = frozenset(
 
 @dataclass(frozen=True)
 class Agreement:
-    """What was found out about two graphs that agree.
+    """The agreement of two graphs.
 
     Attributes:
         nodes: the number of nodes whose values were compared.
         largest: the largest difference, as a part of the largest value of its node.
-        node: where that is; empty if there is none.
+        node: the name of that node; empty where all values are equal.
     """
 
     nodes: int
@@ -57,18 +57,18 @@ def verify(
     branches: Nominate = is_factor,
     tolerance: float | None = None,
 ) -> Agreement:
-    """Run a folded graph beside the graph that it was made from, in evaluation, and compare the value of every node.
+    """Run a folded graph beside its original, in evaluation, and compare the value of every node.
 
-    What depends on weights alone is not compared. Neither the graphs nor the inputs are changed, and values are held only
-    as long as they are read.
+    Values that depend on weights alone are not compared. Neither the graphs nor the inputs are changed, and a value is freed
+    after its last use.
 
     Args:
         graph_module: with branches, or without.
-        merged: what ``fold`` made of it.
-        inputs: what both are called with, by keyword (a mapping) or by position (a tuple).
-        branches: tells by a parameter's name whether it is a factor of a branch, as for ``fold``.
+        merged: the result of ``fold``.
+        inputs: of both, by keyword (a mapping) or by position (a tuple).
+        branches: whether a parameter of this name is a factor of a branch, as for ``fold``.
         tolerance: the largest difference, as a part of the largest value of a node. By default 1e-9, 1e-4 or 0.05, by the
-            lowest precision that went into a node: double, single or half. More is due on a GPU that multiplies in TF32.
+            lowest precision that went into a node: double, single or half. A GPU that multiplies in TF32 needs more.
 
     Raises:
         VerifyError: a value differs, or ``merged`` was not made from ``graph_module``. The message names the first such
@@ -96,7 +96,7 @@ def verify(
 
 
 class _Interpreter(fx.Interpreter):
-    """Reads copies of buffers: operators may write to them."""
+    """An interpreter that reads copies of buffers, since operators may write to them."""
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
@@ -108,10 +108,10 @@ def _copied(value: Any) -> Any:
 
 
 class _Run:
-    """A graph that is run as far as it is asked for values; it holds those that are yet to be read or asked for.
+    """A run of a graph, as far as values are asked for. A value is held until its last use.
 
     Attributes:
-        tolerances: by node, that of the lowest precision that went into its value.
+        tolerances: by node, for the lowest precision that went into its value.
     """
 
     def __init__(self, graph_module: fx.GraphModule, inputs: Iterable[Any], wanted: Collection[fx.Node]) -> None:
@@ -146,12 +146,12 @@ class _Run:
         before = [self.tolerances[source] for source in node.all_input_nodes]
         found = max([rounding_tolerance(value), self._written, *before])
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            self._written = found  # whatever shares that memory has it from now on
+            self._written = found  # every later node may share that memory
         return found
 
 
 class _Repeatable(OwnStreams):
-    """Also makes memory that an operator leaves as it was zero."""
+    """Also fills uninitialized memory with zeros."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
@@ -160,7 +160,7 @@ class _Repeatable(OwnStreams):
 
 @contextmanager
 def _repeatable() -> Iterator[None]:
-    """Make operators that draw or leave out values give the same in both graphs; put the random state back."""
+    """Give random numbers and uninitialized memory the same values in both graphs; restore the random state."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.no_grad(), torch.random.fork_rng(devices=devices), _Repeatable():
         yield
@@ -168,11 +168,11 @@ def _repeatable() -> Iterator[None]:
 
 @contextmanager
 def _evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Put modules into evaluation mode, and each of their parts back into its own."""
+    """Put modules into evaluation mode, and restore the mode of each of their parts."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     try:
         for part, _ in modes:
-            part.training = False  # eval() is refused by what torch.export makes, and may do more
+            part.training = False  # modules of torch.export refuse eval(), and others override it
         yield
     finally:
         for part, mode in modes:
@@ -184,17 +184,15 @@ def _check_values(graph_module: fx.GraphModule, merged: fx.GraphModule) -> None:
         empty = next((name for name, tensor in state_of(module).tensors.items() if tensor.is_meta), None)
         if empty is not None:
             raise LoraFxError(
-                f"{empty!r} of the {which} is on the meta device, so that there are no values to compare. "
+                f"{empty!r} of the {which} is on the meta device and has no values to compare. "
                 "Load the weights first, with materialize."
             )
 
 
 def _bound(graph_module: fx.GraphModule, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Sequence[Any]:
-    """Return what the placeholders of a graph take when it is called with these inputs."""
+    """Return the values of a graph's placeholders when it is called with these inputs."""
     if not isinstance(inputs, Mapping | tuple):
-        raise InputError(
-            f"the inputs of verify are of type {type(inputs).__name__}. Pass a mapping of keyword inputs, or a tuple."
-        )
+        raise InputError(f"inputs: expected a mapping of keyword inputs, or a tuple, got {type(inputs).__name__}.")
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
     codegen = graph_module.graph._codegen
     if isinstance(codegen, InputCodeGen):
@@ -212,7 +210,7 @@ def _pairs(graph_module: fx.GraphModule, merged: fx.GraphModule, branches: Nomin
     kept = find_branches(merged, branches)
     if kept:
         raise VerifyError(
-            f"the folded graph has a branch at {kept[0].end.name!r}. Pass what lora_fx.fold returns.", kept[0].end.name
+            f"the folded graph has a branch at {kept[0].end.name!r}. Pass the result of lora_fx.fold.", kept[0].end.name
         )
     ends = {branch.base.name: branch.end for branch in find_branches(graph_module, branches)}
     position = {node: index for index, node in enumerate(graph_module.graph.nodes)}
@@ -221,22 +219,22 @@ def _pairs(graph_module: fx.GraphModule, merged: fx.GraphModule, branches: Nomin
     pairs: dict[fx.Node, fx.Node] = {}
     previous: fx.Node | None = None
     for twin in merged.graph.nodes:
-        if twin in constants or stored(twin) is not None:  # weights, also those of chosen experts, differ on purpose
+        if twin in constants or stored(twin) is not None:  # weights, selected experts among them, differ on purpose
             continue
         node = named.get(twin.name)
         if node is None:
-            raise _foreign(twin, "which the graph does not have")
+            raise _foreign(twin, "which the graph lacks")
         if (node.op, node.target) != (twin.op, twin.target):
             raise _foreign(twin, f"where the graph has {node.format_node()}")
         if previous is not None and position[node] < position[previous]:
-            raise _foreign(twin, f"behind {previous.name}, and the graph before that")
+            raise _foreign(twin, f"behind {previous.name}, which comes later in the graph")
         pairs[ends.get(twin.name, node)] = twin
         previous = node
     return dict(sorted(pairs.items(), key=lambda pair: position[pair[0]]))
 
 
 def _constants(graph: fx.Graph) -> frozenset[fx.Node]:
-    """Return the nodes that depend on weights alone, apart from the device that they are on."""
+    """Return the nodes that depend on weights alone, disregarding devices."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         inputs = [source for source in node.all_input_nodes if source.target is not getattr]
@@ -257,7 +255,7 @@ def _differing(node: fx.Node, twin: fx.Node, difference: Difference) -> VerifyEr
     return VerifyError(
         f"the folded graph differs first at {twin.name} ({', '.join(filter(None, details))}){source_line(twin)}: "
         f"{which}{difference.message}. "
-        "Fold again if the graph has been trained or loaded since; else keep it unfolded, or pass a tolerance that you can accept.",
+        "Fold again if the graph was trained or loaded since; else keep it unfolded, or pass a tolerance that you can accept.",
         twin.name,
     )
 
@@ -265,7 +263,7 @@ def _differing(node: fx.Node, twin: fx.Node, difference: Difference) -> VerifyEr
 def _foreign(twin: fx.Node, problem: str) -> VerifyError:
     return VerifyError(
         f"the folded graph was not made from this graph: it has {twin.format_node()}{source_line(twin)}, {problem}. "
-        "Pass the graph that was folded and what lora_fx.fold returned, both as they were.",
+        "Pass the graph that was folded and the result of lora_fx.fold, both unchanged.",
         twin.name,
     )
 

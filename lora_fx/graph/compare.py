@@ -46,12 +46,12 @@ def compare_values(expected: Any, found: Any, tolerance: float | None) -> Differ
         tolerance: the largest difference between reals, as a part of the largest value of their tensor. None for the tolerance
             of ``torch.testing``, element by element, with equal constants.
     """
-    mine, my_spec = pytree.tree_flatten(expected)
-    theirs, their_spec = pytree.tree_flatten(found)
-    if my_spec != their_spec:
-        return Difference(torch.inf, f"expected the structure {my_spec}, got {their_spec}")
+    expected_leaves, expected_spec = pytree.tree_flatten(expected)
+    found_leaves, found_spec = pytree.tree_flatten(found)
+    if expected_spec != found_spec:
+        return Difference(torch.inf, f"expected the structure {expected_spec}, got {found_spec}")
     largest = 0.0
-    for index, (value, other) in enumerate(zip(mine, theirs, strict=True)):
+    for index, (value, other) in enumerate(zip(expected_leaves, found_leaves, strict=True)):
         compared = _compare_leaves(value, other, tolerance)
         if compared.message:
             return Difference(compared.relative, compared.message, _path(expected, index))
@@ -119,13 +119,13 @@ def _compare_exactly(expected: torch.Tensor, found: torch.Tensor) -> Difference:
 def _compare_reals(expected: torch.Tensor, found: torch.Tensor, tolerance: float) -> Difference:
     if torch.equal(expected, found):
         return Difference()
-    mine, theirs = _widened(expected), _widened(found)
+    left, right = _widened(expected), _widened(found)
     # Infinities and NaNs equal themselves: their difference would be a NaN, which no tolerance allows.
-    same = (mine == theirs) | (mine.isnan() & theirs.isnan())
+    same = (left == right) | (left.isnan() & right.isnan())
     if bool(same.all()):
         return Difference()
-    gaps = (mine - theirs).abs().masked_fill(same, 0.0).nan_to_num(nan=torch.inf)
-    scale = float(mine.abs().masked_fill(~mine.isfinite(), 0.0).max())
+    gaps = (left - right).abs().masked_fill(same, 0.0).nan_to_num(nan=torch.inf)
+    scale = float(left.abs().masked_fill(~left.isfinite(), 0.0).max())
     gap = float(gaps.max())
     relative = gap / scale if scale else torch.inf
     if gap <= tolerance * scale:

@@ -1,8 +1,8 @@
-"""A graph is run beside its model before it is handed out: what torch.export overlooked shows in numbers or in gradients.
+"""Parity of a new graph with its model: oversights of torch.export show in numbers or in gradients.
 
-A trace bakes in what the model's Python found out about anything but sizes: that it is being compiled, whether gradients are
-on, what kind of tensor it was given. So model and graph are run on the example inputs: in eval mode without gradients, on
-contiguous and on strided inputs, and in train mode with gradients, which are compared too.
+A trace bakes in every answer to the model's Python except sizes: whether it is being compiled, whether gradients are on, which
+class a tensor has. So model and graph run on the example inputs: in eval mode without gradients, on contiguous and on strided
+inputs, and in train mode with gradients, which are compared too.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ from lora_fx.graph.compare import compare_values
 from lora_fx.tracing.example_inputs import ExampleInputs
 
 TOLERANCE = 1e-4
-"""Largest relative difference between the gradients of graph and model that is taken for rounding, in single precision."""
+"""Largest relative difference between the gradients of graph and model that counts as rounding, in single precision."""
 
 NOISE = 1e-6
-"""What may be rounding alone, as a part of the largest gradient: that of a key's bias in attention is zero in theory."""
+"""Rounding in gradients that are zero in theory, as that of a key's bias in attention; as a part of the largest gradient."""
 
-MOST_ELEMENTS = 2**24
+MAX_ELEMENTS = 2**24
 """Gradients are compared for the smallest parameters, up to this many elements: all norms and biases of a large model."""
 
 
-class ModelFailed(Exception):  # noqa: N818  # whether it is an error is up to the caller
-    """The model itself takes no such inputs."""
+class ModelFailed(Exception):  # noqa: N818  # the caller decides whether it is an error
+    """The model itself fails on these inputs."""
 
 
 class GraphFailed(Exception):  # noqa: N818
-    """The model takes such inputs, and its graph does not."""
+    """The graph fails on inputs that its model takes."""
 
 
 class OwnStreams(TorchDispatchMode):
-    """Gives every random operator a stream of its own, so that neither their order nor their number matters."""
+    """A mode in which every random operator has a stream of its own, so that neither their order nor their number matters."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
-            torch.manual_seed(0)  # the tracer puts the random state back
+            torch.manual_seed(0)  # the tracer restores the random state
         return func(*args, **(kwargs or {}))
 
 
 def difference(model: Callable[..., Any], graph: Callable[..., Any], inputs: ExampleInputs) -> str | None:
-    """Return how the outputs of a graph differ from those of its model, or None where they agree.
+    """Return how the outputs of a graph differ from those of its model; None where they agree.
 
     Raises:
-        ModelFailed, GraphFailed: one of them has no answer.
+        ModelFailed, GraphFailed: one of them fails on the inputs.
     """
     with OwnStreams():
         try:
@@ -76,10 +76,10 @@ def check_evaluation(model: nn.Module, graph_module: fx.GraphModule, inputs: Exa
     name = type(model).__name__
     with torch.no_grad():
         with _explained(name, "evaluation"):
-            _check(name, difference(leaving_buffers(model), graph_module, inputs), "evaluation")
+            _check(name, difference(with_copied_buffers(model), graph_module, inputs), "evaluation")
         try:
-            found = difference(leaving_buffers(model), graph_module, map_tensors(_strided, inputs))
-        except (ModelFailed, GraphFailed):  # a refusal is no wrong number
+            found = difference(with_copied_buffers(model), graph_module, map_tensors(_strided, inputs))
+        except (ModelFailed, GraphFailed):  # a refusal is not a wrong number
             return
     if found is not None:
         raise TraceError(
@@ -92,16 +92,16 @@ def check_training(model: nn.Module, graph_module: fx.GraphModule, inputs: Examp
     """Raise :class:`TraceError` unless graph and model, both in train mode, agree in outputs and gradients.
 
     Args:
-        model: its parameters require a gradient.
-        graph_module: its parameters require one afterwards.
-        inputs: run on.
+        model: with parameters that require a gradient.
+        graph_module: its parameters require the same gradients afterwards.
+        inputs: of both.
     """
     for name, parameter in model.named_parameters():
         graph_module.get_parameter(name).requires_grad_(parameter.requires_grad)
     with _explained(type(model).__name__, "training"):
         try:
             _check_gradients(model, graph_module, map_tensors(_leaf, inputs))
-        except ModelFailed:  # which may take no inputs that require a gradient
+        except ModelFailed:  # it may refuse inputs that require a gradient
             _check_gradients(model, graph_module, inputs)
 
 
@@ -118,7 +118,7 @@ def _check_gradients(model: nn.Module, graph_module: fx.GraphModule, inputs: Exa
 
         return run
 
-    run = differentiated(model, leaving_buffers(model))
+    run = differentiated(model, with_copied_buffers(model))
     _check(type(model).__name__, difference(run, differentiated(graph_module, graph_module), inputs), "training")
     wrong = _wrong_gradient(names, *derivatives)
     if wrong is not None:
@@ -134,8 +134,8 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], inputs: Exampl
     return ExampleInputs(args, kwargs, inputs.axes)
 
 
-def leaving_buffers(model: nn.Module) -> Callable[..., Any]:
-    """Return what calls a model with copies of its buffers: it may write to them where a trace does not see it."""
+def with_copied_buffers(model: nn.Module) -> Callable[..., Any]:
+    """Return a call of a model with copies of its buffers: it may write to them where a trace does not see it."""
     return lambda *args, **kwargs: torch.func.functional_call(model, _copied_buffers(model), args, kwargs)
 
 
@@ -152,7 +152,7 @@ def _explained(name: str, mode: str) -> Iterator[None]:
         raise TraceError(f"{name} itself fails on the example inputs in {mode}: {error}.{hint}") from error
     except GraphFailed as error:
         raise TraceError(
-            f"the graph of {name} fails on the example inputs in {mode}, and the model does not: {error}"
+            f"the graph of {name} fails on the example inputs in {mode}, but the model does not: {error}"
         ) from error
 
 
@@ -170,7 +170,7 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _strided(tensor: torch.Tensor) -> torch.Tensor:
-    """Return an equal tensor that is not contiguous, where it has elements enough."""
+    """Return an equal tensor that is not contiguous, if it has enough elements."""
     return torch.stack([tensor, tensor], dim=-1)[..., 0]
 
 
@@ -179,7 +179,7 @@ def _smallest(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     total = 0
     for name, parameter in sorted(parameters.items(), key=lambda item: item[1].numel()):
         total += parameter.numel()
-        if parameter.requires_grad and total <= MOST_ELEMENTS:
+        if parameter.requires_grad and total <= MAX_ELEMENTS:
             chosen[name] = parameter
     return chosen
 
@@ -199,9 +199,8 @@ def gradients(results: Any, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor
     sources, weights = [], []
     for value in pytree.tree_leaves(results):
         if isinstance(value, torch.Tensor):
-            weight = torch.randn(
-                value.shape, generator=generator, device="cpu"
-            )  # for every result, whether or not it has a gradient
+            # Drawn for every result, with or without a gradient, so that model and graph get the same weights.
+            weight = torch.randn(value.shape, generator=generator, device="cpu")
             if value.requires_grad:
                 sources.append(value)
                 weights.append(weight.to(value.device, value.dtype))
@@ -210,7 +209,7 @@ def gradients(results: Any, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor
 
 
 def agree(expected: torch.Tensor, found: torch.Tensor, noise: float = 0.0) -> bool:
-    """Tell whether two gradients are finite in the same places and the same there, up to rounding and some noise."""
+    """Tell whether two gradients are finite in the same places and equal there, up to rounding and some noise."""
     finite = expected.isfinite()
     tolerance = max(TOLERANCE, 8 * torch.finfo(expected.dtype).eps)
     return torch.equal(finite, found.isfinite()) and (

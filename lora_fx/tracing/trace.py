@@ -31,7 +31,7 @@ from lora_fx.tracing.custom_autograd import check_functions, check_hooks, record
 from lora_fx.tracing.example_inputs import ExampleInputs, config_of, varied, with_labels
 from lora_fx.tracing.example_inputs import example_inputs as make_inputs
 from lora_fx.tracing.model_state import is_exported, mode_of, preserved, set_mode, stateless
-from lora_fx.tracing.parity import check_evaluation, check_training, leaving_buffers, map_tensors
+from lora_fx.tracing.parity import check_evaluation, check_training, map_tensors, with_copied_buffers
 from lora_fx.tracing.repeated_layers.stamping import (
     LEAST,
     Departure,
@@ -179,7 +179,7 @@ def _check_loss(model: nn.Module, inputs: ExampleInputs) -> None:
         return
     set_mode(model, False)
     with torch.no_grad():
-        found = leaving_buffers(model)(*inputs.args, **inputs.kwargs)
+        found = with_copied_buffers(model)(*inputs.args, **inputs.kwargs)
     if getattr(found, "loss", None) is None:
         raise TraceError(
             f"{type(model).__name__} returns no loss for {', '.join(inputs.kwargs)}: let example_inputs have all labels that it asks for."
@@ -328,7 +328,7 @@ def _verified(task: _Task, state: State, meta: dict[str, Any], traced: _Trace) -
     on_meta = any(tensor.is_meta for tensor in state.tensors.values())
     if not inference:
         set_mode(model, True)
-        check_functions(model, lambda: leaving_buffers(model)(*inputs.args, **inputs.kwargs), traced.functions)
+        check_functions(model, lambda: with_copied_buffers(model)(*inputs.args, **inputs.kwargs), traced.functions)
     if on_meta:
         return traced.constraints
     graph_module = assemble(traced.graph, state, meta=meta, training=not inference, trainable=frozenset())
@@ -342,7 +342,7 @@ def _verified(task: _Task, state: State, meta: dict[str, Any], traced: _Trace) -
     set_training(False)
     check_evaluation(model, graph_module, inputs)
     modes = None if inference else set_training
-    return without_artefacts(leaving_buffers(model), graph_module, inputs, traced.constraints, modes)
+    return without_artefacts(with_copied_buffers(model), graph_module, inputs, traced.constraints, modes)
 
 
 def _has_tensor(value: Any) -> bool:
