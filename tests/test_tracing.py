@@ -169,11 +169,9 @@ def test_a_constraint_survives_rewrite_fold_and_scripting(tmp_path: Any) -> None
 
 def test_dtype_and_rank_of_inputs_are_checked() -> None:
     graph_module = lora_fx.trace(BranchesOnLength(), {"x": torch.randn(2, 7, 6)})
-    with pytest.raises(
-        lora_fx.InputError, match=r"'x' has dtype torch.float64, and the graph was traced with torch.float32"
-    ):
+    with pytest.raises(lora_fx.InputError, match=r"'x' has dtype torch.float64, expected torch.float32"):
         graph_module(torch.randn(2, 7, 6).double())
-    with pytest.raises(lora_fx.InputError, match="'x' has 2 dimensions, and the graph was traced with 3"):
+    with pytest.raises(lora_fx.InputError, match="'x' has 2 dimensions, expected 3"):
         graph_module(torch.randn(7, 6))
 
 
@@ -208,7 +206,7 @@ def test_a_dimension_that_the_model_fixes_is_named_and_can_be_given_up() -> None
     graph_module = lora_fx.trace(model, example, dynamic={"x": (0,)})
     x = torch.randn(4, 7, 6)
     assert torch.equal(graph_module(x), model(x))
-    with pytest.raises(lora_fx.InputError, match="size 8 in dimension 1, and the trace holds for 7 alone"):
+    with pytest.raises(lora_fx.InputError, match="size 8 in dimension 1, expected 7 alone"):
         graph_module(torch.randn(4, 8, 6))
 
 
@@ -308,9 +306,7 @@ def test_pickle_and_torch_save_keep_everything(named: str, tmp_path: Any) -> Non
 def test_an_input_left_out_is_named(named: str) -> None:
     batch = inputs(named, 3, 11)
     del batch["attention_mask"]
-    with pytest.raises(
-        lora_fx.InputError, match="input 'attention_mask' was left out, and the graph was traced with it"
-    ):
+    with pytest.raises(lora_fx.InputError, match="input 'attention_mask' is missing, but the graph was traced with it"):
         traced(named)(**batch)
 
 

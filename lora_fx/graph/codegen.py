@@ -1,9 +1,8 @@
-"""The code of a graph in fewer steps of Python than torch.fx writes it in: what a small batch waits for.
+"""Code generation with fewer steps of Python than torch.fx takes, which is the time that a small batch waits for.
 
-torch.fx calls operators as ``torch.ops.aten.add.Tensor``, which looks its arguments up in a schema at each call; ``torch.add``
-knows them, is the same operator after a microsecond less, and stands here for those that models are made of. And
-torch.fx looks for each tensor from the root, through a Python function for each part of its name; here the modules on the way
-are looked up once a call.
+torch.fx calls operators as ``torch.ops.aten.add.Tensor``, which looks its arguments up in a schema at each call. ``torch.add`` is
+the same operator a microsecond sooner; the table has such functions for the operators of common models. And torch.fx looks each
+tensor up from the root, by one Python function per part of its name; here the modules on the way are looked up once per call.
 """
 
 from __future__ import annotations
@@ -53,22 +52,22 @@ BINDINGS: Mapping[Any, str] = {
     aten.unsqueeze.default: "torch.unsqueeze",
     aten.view.default: "torch.Tensor.view",
 }
-"""Operator → the expression of a function that is the same operator for the same arguments."""
+"""Operator → the expression of a function that calls it with the same arguments."""
 
-MOST_BY_POSITION: Mapping[Any, int] = {aten.to.dtype: 4}
-"""Operator → how many arguments its function takes by position, where that is fewer than the operator does."""
+MAX_POSITIONAL: Mapping[Any, int] = {aten.to.dtype: 4}
+"""Operator → the number of positional arguments of its function, where the operator has more."""
 
 _COUNTER = re.compile(r"# COUNTER: (\d+)\n")
 
 
 def shortened(body: Sequence[str], nodes: Sequence[fx.Node], root: str) -> list[str]:
-    """Return the statements of a ``forward`` that compute the same.
+    """Return a shorter ``forward`` that computes the same, as statements.
 
     Args:
-        body: as a transformer of ``fx.Graph.on_generate_code`` is given it: before what belongs to the n-th node stands a
-            line that says so.
+        body: as a transformer of ``fx.Graph.on_generate_code`` gets it: the statement of the n-th node stands behind a line with
+            its number.
         nodes: of the graph.
-        root: what the code calls the module.
+        root: the name of the module in the code.
     """
     owners = _Owners(root, {node.name for node in nodes})
     made: list[str] = []
@@ -81,7 +80,7 @@ def shortened(body: Sequence[str], nodes: Sequence[fx.Node], root: str) -> list[
 
 
 def _statement(text: str, node: fx.Node, owners: _Owners) -> str:
-    """Return the statement of a node; any other text as it is."""
+    """Return the short statement of a node; other text unchanged."""
     if _has_binding(node):
         return text.replace(f"{node.name} = torch.ops.{node.target}(", f"{node.name} = {BINDINGS[node.target]}(", 1)
     if node.op in ("get_attr", "call_module"):
@@ -94,21 +93,21 @@ def _statement(text: str, node: fx.Node, owners: _Owners) -> str:
 
 
 def _has_binding(node: fx.Node) -> bool:
-    """Tell whether Python's function takes the arguments as they are: it has names of its own for those given by position."""
+    """Tell whether the function takes the same arguments: its positional ones have other names than in the schema."""
     if node.op != "call_function" or node.target not in BINDINGS:
         return False
-    return node.kwargs.keys() <= _by_keyword_alone(node.target) and len(node.args) <= MOST_BY_POSITION.get(
+    return node.kwargs.keys() <= _keyword_only(node.target) and len(node.args) <= MAX_POSITIONAL.get(
         node.target, len(node.args)
     )
 
 
 @functools.cache
-def _by_keyword_alone(operator: Any) -> frozenset[str]:
+def _keyword_only(operator: Any) -> frozenset[str]:
     return frozenset(argument.name for argument in operator._schema.arguments if argument.kwarg_only)
 
 
 class _Owners:
-    """The local variables that hold the modules on the way to what a ``forward`` reads."""
+    """The local variables of a ``forward`` for the modules on the way to its tensors."""
 
     def __init__(self, root: str, taken: set[str]) -> None:
         self.root = root
@@ -116,7 +115,7 @@ class _Owners:
         self._known: dict[tuple[str, ...], str] = {(): root}
 
     def of(self, path: Sequence[str]) -> tuple[str, str]:
-        """Return the assignments that are still to be made, and the variable that holds the module of this path."""
+        """Return the assignments that are still missing, and the variable for the module of this path."""
         assignments = ""
         for length in range(1, len(path) + 1):
             key = tuple(path[:length])

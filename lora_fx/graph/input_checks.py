@@ -44,12 +44,12 @@ class InputCheck(nn.Module):
         """Check ``value``, a tensor whose shape lies within the ranges."""
         if value.dtype != self.dtype:
             raise InputError(
-                f"input '{self.name}' has dtype {value.dtype}, and the graph was traced with {self.dtype_name}. "
+                f"input '{self.name}' has dtype {value.dtype}, expected {self.dtype_name} as in the trace. "
                 "Cast it, or trace again with example_inputs of this dtype."
             )
         if value.dim() != self.rank:
             raise InputError(
-                f"input '{self.name}' has {value.dim()} dimensions, and the graph was traced with {self.rank}. "
+                f"input '{self.name}' has {value.dim()} dimensions, expected {self.rank} as in the trace. "
                 "Reshape it, or trace again with example_inputs of this shape."
             )
         for dim in range(self.rank):
@@ -58,8 +58,8 @@ class InputCheck(nn.Module):
             if size < low or (high != -1 and size > high):
                 covered = f"{low} or more" if high == -1 else f"{low} to {high}" if low != high else f"{low} alone"
                 raise InputError(
-                    f"input '{self.name}' has size {size} in dimension {dim}, and the trace holds for {covered}. "
-                    "Beyond that the model computes something else, or fails. Trace again with example_inputs of this size."
+                    f"input '{self.name}' has size {size} in dimension {dim}, expected {covered}, which the trace covers. "
+                    "For other sizes the model computes something else, or fails. Trace again with example_inputs of this size."
                 )
 
     def extra_repr(self) -> str:
@@ -84,7 +84,7 @@ class RelationCheck(nn.Module):
         """Check that the relation, computed by nodes of the graph, holds."""
         if not holds:
             raise InputError(
-                f"the trace holds for inputs with {self.relation}, and these sizes do not satisfy it. Trace again with example_inputs of these sizes."
+                f"expected input sizes with {self.relation}, which the trace covers, got others. Trace again with example_inputs of these sizes."
             )
 
     def extra_repr(self) -> str:

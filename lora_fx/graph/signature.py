@@ -1,8 +1,8 @@
-"""How a graph is called: as the model's own ``forward`` is, with what it was traced with; and back come its own output classes.
+"""Signature of a graph: called as the model's own ``forward``, with the inputs of the trace; it returns the model's own classes.
 
-A trace holds for one structure of inputs. Tensors may vary, within what the checks of the graph allow; all else is a
-constant of it: flags, ``None``, the number of elements of a list, and the defaults of what was left out. A call binds its
-arguments by the signature of the model's ``forward``, and whatever differs from the trace there is refused.
+A trace covers one structure of inputs. Tensors may vary, as far as the checks of the graph allow; everything else is a constant:
+flags, ``None``, the number of elements of a list, and the defaults of omitted arguments. A call binds its arguments by the
+signature of the model's ``forward``, and a constant that differs from the trace is refused.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from lora_fx.graph.provenance import source_line
 
 
 class Leaf(Enum):
-    """Stands for a value that a signature does not hold."""
+    """A placeholder for a value that a signature does not hold."""
 
     TENSOR = "a tensor"
-    OTHER = "its default"  # one that does not pickle, or does not compare
+    OTHER = "its default"  # a default that does not pickle, or does not compare
     ABSENT = "nothing"
 
 
@@ -41,9 +41,9 @@ class Argument:
     Attributes:
         name: as in the signature.
         positional: whether it may be given by position.
-        traced: whether it was given in the trace; otherwise it has its default, and keeps it.
+        traced: whether it was given in the trace; if not, it keeps its default.
         spec: the structure of its value.
-        leaves: what the structure holds: ``TENSOR`` for a tensor, otherwise the constant.
+        leaves: the values in that structure: ``TENSOR`` for a tensor, otherwise the constant.
     """
 
     name: str
@@ -58,12 +58,12 @@ class Argument:
         return self.traced and all(leaf is Leaf.TENSOR for leaf in self.leaves)
 
     def tensors(self, value: Any) -> list[torch.Tensor]:
-        """Return the tensors in ``value``, in the order of the trace; ``ABSENT`` stands for what was traced."""
+        """Return the tensors in ``value``, in the order of the trace; ``ABSENT`` if it was not given."""
         if value is Leaf.ABSENT or (value is None and self.leaves == (Leaf.TENSOR,)):
             if Leaf.TENSOR in self.leaves:
                 raise InputError(
-                    f"input '{self.name}' was left out, and the graph was traced with it. Pass it, "
-                    "or trace again with example_inputs that leave it out too."
+                    f"input '{self.name}' is missing, but the graph was traced with it. Pass it, "
+                    "or trace again with example_inputs without it."
                 )
             return []
         found = []
@@ -74,7 +74,7 @@ class Argument:
                 found.append(part)
             else:
                 raise InputError(
-                    f"input '{label}' is {_shown(part)}, and the graph was traced with a tensor. Pass a torch.Tensor, "
+                    f"input '{label}' is {_shown(part)}, expected a tensor as in the trace. Pass a torch.Tensor, "
                     "or trace again with example_inputs that have this value."
                 )
         return found
@@ -84,11 +84,11 @@ class Argument:
             return
         if not self.traced:
             raise InputError(
-                f"input '{label}' was left out when the graph was traced, where it is {_shown(constant)}, and is given {_shown(given)}. "
-                "Leave it out, or trace again with example_inputs that have it."
+                f"input '{label}' is {_shown(given)}, expected its default, {_shown(constant)}: the graph was traced without it. "
+                "Omit it, or trace again with example_inputs that have it."
             )
         raise InputError(
-            f"input '{label}' is {_shown(given)}, and is a constant of the graph, which was traced with {_shown(constant)}. "
+            f"input '{label}' is {_shown(given)}, expected {_shown(constant)}, since it is a constant of the graph. "
             "Pass that, or trace again with example_inputs that have this value."
         )
 
@@ -99,7 +99,7 @@ class Signature:
 
     Attributes:
         arguments: all of them.
-        inputs: for each tensor among them, the name by which the constraints of the trace speak of it.
+        inputs: for each tensor among them, its name in the constraints of the trace.
     """
 
     arguments: tuple[Argument, ...]
@@ -114,22 +114,22 @@ class Signature:
         positional = [argument.name for argument in self.arguments if argument.positional]
         if len(args) > len(positional):
             raise InputError(
-                f"{len(args)} inputs are given by position, and there are {len(positional)}. {self._told()}"
+                f"expected at most {len(positional)} inputs by position, got {len(args)}. {self._traced_inputs()}"
             )
         given = dict(zip(positional, args, strict=False))
         known = [argument.name for argument in self.arguments]
         for name, value in kwargs.items():
             if name not in known:
-                raise InputError(f"there is no input '{name}'{did_you_mean(name, known)}. {self._told()}")
+                raise InputError(f"there is no input '{name}'{did_you_mean(name, known)}. {self._traced_inputs()}")
             if name in given:
-                raise InputError(f"input '{name}' is given twice, by position and by name. {self._told()}")
+                raise InputError(f"input '{name}' is given twice, by position and by name. {self._traced_inputs()}")
             given[name] = value
         return [
             tensor for argument in self.arguments for tensor in argument.tensors(given.get(argument.name, Leaf.ABSENT))
         ]
 
     def shown(self) -> inspect.Signature:
-        """Return what was traced as the signature of a method; behind an argument that was left out, by keyword only."""
+        """Return the traced arguments as the signature of a method; keyword-only behind the first omitted argument."""
         kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = [inspect.Parameter("self", kind)]
         for argument in self.arguments:
@@ -140,19 +140,17 @@ class Signature:
                 parameters.append(inspect.Parameter(argument.name, kind, default=default))
         return inspect.Signature(parameters)
 
-    def _told(self) -> str:
+    def _traced_inputs(self) -> str:
         traced = (
             argument.name if argument.is_tensors else f"{argument.name}={_shown(argument)}"
             for argument in self.arguments
             if argument.traced
         )
-        return (
-            f"The graph was traced with: {', '.join(traced)}. Trace again with example_inputs that have other inputs."
-        )
+        return f"The graph was traced with: {', '.join(traced)}. For other inputs, trace again with example_inputs that have them."
 
 
 class InputCodeGen(_PyTreeCodeGen):
-    """Generates a ``forward`` that binds its arguments by a :class:`Signature`."""
+    """A code generator whose ``forward`` binds its arguments by a :class:`Signature`."""
 
     def __init__(self, signature: Signature, out_spec: pytree.TreeSpec | None) -> None:
         in_spec = pytree.tree_flatten(((), dict.fromkeys(signature.inputs)))[1]
@@ -164,7 +162,7 @@ class InputCodeGen(_PyTreeCodeGen):
         del expanded_def
         names = [variable.split(":")[0].split("#")[0].strip() for variable in free_vars]
         bound = f"{', '.join(names)}, = " if names else ""
-        # Its own names for the arguments: those of the model might hide what the code below uses (`torch`).
+        # Not the names of the model's arguments: one might hide a name that the code below uses, such as `torch`.
         return (
             f"def forward(self, *args, **kwargs){maybe_return_annotation}:\n    {bound}{_GLOBAL}.tensors(args, kwargs)"
         )
@@ -172,22 +170,22 @@ class InputCodeGen(_PyTreeCodeGen):
     def _gen_python_code(
         self, nodes: Any, root_module: str, namespace: Any, *, verbose: bool = False, **options: Any
     ) -> fx.graph.PythonCode:
-        """Return the code that runs; what is printed for a person (``verbose``) names the operators."""
+        """Return the short code to run; the printed code (``verbose``) keeps the names of the operators."""
         given = self._body_transformer
 
         def transformed(body: list[str]) -> list[str]:
             return shortened(body if given is None else given(body), tuple(nodes), root_module)
 
-        of_its_own = copy.copy(self)  # graphs share this object
-        of_its_own._body_transformer = given if verbose else transformed
-        return _PyTreeCodeGen._gen_python_code(of_its_own, nodes, root_module, namespace, verbose=verbose, **options)
+        generator = copy.copy(self)  # graphs share this object
+        generator._body_transformer = given if verbose else transformed
+        return _PyTreeCodeGen._gen_python_code(generator, nodes, root_module, namespace, verbose=verbose, **options)
 
     def additional_globals(self) -> list[tuple[str, Any]]:
-        """Return what the generated code speaks of."""
+        """Return the global names of the generated code."""
         return [*super().additional_globals(), (_GLOBAL, self.signature)]
 
     def process_inputs(self, *inputs: Any) -> Any:
-        """Return the tensors of a call by position, for ``fx.Interpreter``; torch.export gives them alone, and by position."""
+        """Return the tensors of a call by position, for ``fx.Interpreter``; torch.export gives the tensors alone, by position."""
         if len(inputs) == len(self.signature.inputs) and all(isinstance(value, torch.Tensor) for value in inputs):
             return list(inputs)
         return self.signature.tensors(inputs, {})
@@ -204,17 +202,17 @@ def _argument_names(graph: fx.Graph) -> list[str]:
 
 
 def signature_of(graph: fx.Graph) -> Signature:
-    """Return the signature of a graph that :func:`take_inputs` was called on, or a copy of it."""
+    """Return the signature that :func:`take_inputs` gave a graph, or the graph of which it is a copy."""
     codegen = graph._codegen
     assert isinstance(codegen, InputCodeGen)
     return codegen.signature
 
 
 def take_inputs(graph: fx.Graph, forward: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Give an exported graph a ``forward`` that is called as the model's is; its placeholders are the tensors, in that order.
+    """Give an exported graph the signature of the model's ``forward``; its placeholders are the tensors, in that order.
 
     Args:
-        graph: edited; still with one placeholder for each leaf of its inputs.
+        graph: changed in place; it has one placeholder for each leaf of its inputs.
         forward: the signature of the model's ``forward``.
         args: the positional example inputs.
         kwargs: the keyword example inputs.
@@ -239,7 +237,7 @@ def take_inputs(graph: fx.Graph, forward: inspect.Signature, args: tuple[Any, ..
                 _erase_constant(graph, node)
     inputs = tuple(str(node.target) for node in kept)
     for node in reversed(kept):
-        node.target = node.name  # which is no name that the generated code needs
+        node.target = node.name  # fx has made sure that the generated code does not need it
         first = next(iter(graph.nodes))
         if node is not first:
             first.prepend(node)
@@ -249,8 +247,8 @@ def take_inputs(graph: fx.Graph, forward: inspect.Signature, args: tuple[Any, ..
 def _erase_constant(graph: fx.Graph, node: fx.Node) -> None:
     if node.users:
         raise TraceError(
-            f"input {str(node.target)!r} is not a tensor, and the graph reads it{source_line(next(iter(node.users)))}; "
-            "only tensors can be inputs of a graph."
+            f"input {str(node.target)!r} is not a tensor, but the graph reads it{source_line(next(iter(node.users)))}. "
+            "Only tensors can be inputs of a graph: pass one."
         )
     graph.erase_node(node)
 
@@ -266,7 +264,7 @@ def _arguments(forward: inspect.Signature, by_position: Sequence[str], given: Ma
         elif parameter.name in given:
             yield _traced(parameter.name, given[parameter.name], parameter.kind is not parameter.KEYWORD_ONLY)
         else:
-            yield _left_out(parameter)
+            yield _omitted(parameter)
 
 
 def _traced(name: str, value: Any, positional: bool) -> Argument:
@@ -275,7 +273,7 @@ def _traced(name: str, value: Any, positional: bool) -> Argument:
     return Argument(name, positional, True, spec, marked)
 
 
-def _left_out(parameter: inspect.Parameter) -> Argument:
+def _omitted(parameter: inspect.Parameter) -> Argument:
     leaves, spec = pytree.tree_flatten(parameter.default)
     if not all(isinstance(leaf, bool | int | float | complex | str | None) for leaf in leaves):
         leaves, spec = pytree.tree_flatten(Leaf.OTHER)
@@ -283,7 +281,7 @@ def _left_out(parameter: inspect.Parameter) -> Argument:
 
 
 def _parts(label: str, value: Any, spec: pytree.TreeSpec) -> list[tuple[str, Any]]:
-    """Take ``value`` apart along the structure of the trace, each part with a label; refuse another structure.
+    """Split ``value`` along the structure of the trace, each part with a label; refuse another structure.
 
     The keys of a dictionary may come in another order.
     """
@@ -294,7 +292,9 @@ def _parts(label: str, value: Any, spec: pytree.TreeSpec) -> list[tuple[str, Any
         raise _other_structure(label, _kind(found.type, value), _kind(spec.type, None))
     if isinstance(value, dict) and isinstance(spec.context, list):
         if set(found.context) != set(spec.context):
-            raise _other_structure(label, f"a mapping of {_listed(found.context)}", f"one of {_listed(spec.context)}")
+            raise _other_structure(
+                label, f"a mapping of {_comma_separated(found.context)}", f"one of {_comma_separated(spec.context)}"
+            )
         by_key = dict(zip(found.context, parts, strict=True))
         keys, parts = spec.context, [by_key[key] for key in spec.context]
     else:
@@ -307,7 +307,7 @@ def _parts(label: str, value: Any, spec: pytree.TreeSpec) -> list[tuple[str, Any
 
 def _other_structure(label: str, found: str, expected: str) -> InputError:
     return InputError(
-        f"input '{label}' is {found}, and the graph was traced with {expected}. "
+        f"input '{label}' is {found}, expected {expected} as in the trace. "
         "Pass the same structure, or trace again with example_inputs of this one."
     )
 
@@ -316,12 +316,12 @@ def _kind(kind: Any, value: Any) -> str:
     return f"a {kind.__name__}" if kind is not None else _shown(value)
 
 
-def _listed(keys: Sequence[Any]) -> str:
+def _comma_separated(keys: Sequence[Any]) -> str:
     return ", ".join(repr(key) for key in keys) or "nothing"
 
 
 def _is_same(given: Any, constant: Any) -> bool:
-    """Tell whether two constants are one value: 1 is not True, 0.0 is not -0.0, and NaN is NaN."""
+    """Tell whether two constants are the same value: 1 is not True, 0.0 is not -0.0, and NaN is NaN."""
     if type(given) is not type(constant):
         return False
     return repr(given) == repr(constant) if isinstance(constant, float | complex) else bool(given == constant)
