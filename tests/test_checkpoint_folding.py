@@ -268,14 +268,19 @@ def test_the_command_line(base: tuple[nn.Module, Path], tmp_path: Path) -> None:
     assert "1.5 · B A of rank 2" in planned.stdout
     assert "9 tensors" in planned.stdout
     assert not out.exists()
-    done = call(directory, tmp_path / "a", tmp_path / "b", out, "--strength", 1, "--strength", 0.5, "--verify")
+    done = call(
+        directory, tmp_path / "a", tmp_path / "b", out, "--strength", 1, "--strength", 0.5, "--verify", "--report"
+    )
     assert done.exit_code == 0, done.output
     assert "9 weights" in done.stdout
     first = tensors_of(out)
     again = call(directory, tmp_path / "a", out)
     assert again.exit_code == 1
     assert "exists already" in again.output
-    assert call(directory, tmp_path / "a", out, "--overwrite").exit_code == 0
+    quiet = call(directory, tmp_path / "a", out, "--overwrite")
+    assert quiet.exit_code == 0
+    assert "weights" not in quiet.stdout  # the report is printed when it is asked for
+    assert f"{out}: " in quiet.stdout
     second = tensors_of(out)
     key = "model.layers.0.self_attn.k_proj.weight"
     assert not torch.equal(first[key], second[key])

@@ -180,11 +180,13 @@ def fold_checkpoint(
     out: str | Path,
     *,
     strict: bool = True,
+    example_inputs: Path | None = None,
     overwrite: bool = False,
     verify: bool = False,
 ) -> CheckpointReport:
     """Fold adapters into a checkpoint on disk: :func:`plan_checkpoint_fold`, then :meth:`CheckpointFold.write`."""
-    return plan_checkpoint_fold(base, adapters, strict=strict).write(out, overwrite=overwrite, verify=verify)
+    planned = plan_checkpoint_fold(base, adapters, strict=strict, example_inputs=example_inputs)
+    return planned.write(out, overwrite=overwrite, verify=verify)
 
 
 def _check_echoes(files: AdapterFiles, contents: Contents, places: _Places, state: State) -> None:

@@ -221,7 +221,7 @@ def _from_config(model: Any, device: torch.device) -> ExampleInputs:
     if not isinstance(main, str) or main not in _MADE or main not in _parameters(model):
         raise TraceError(
             f"{type(model).__name__} takes {', '.join(_parameters(model))}, and its main input {main!r} is not made from a config "
-            "yet: pass example_inputs."
+            "yet: pass example_inputs (on the command line, --example-inputs FILE.safetensors)."
         )
     generator = torch.Generator().manual_seed(0)  # one of its own leaves the caller's random state alone
     inputs: dict[str, torch.Tensor] = {}
