@@ -153,7 +153,7 @@ def test_a_failing_check_of_onnx_says_what_the_trace_holds_for(tmp_path: Path) -
     graph = lora_fx.trace(Centred(), (torch.randn(3, 5),), inference=True)
     _, run = export("onnx", graph, tmp_path)
     with pytest.raises(
-        Exception, match=re.escape("the trace holds for x.size(0) >= 2; trace again with example_inputs")
+        Exception, match=re.escape("expected x.size(0) >= 2, which the trace covers; trace again with example_inputs")
     ):
         run(x=torch.ones(1, 6))
 

@@ -55,7 +55,7 @@ class _Emitter:
         """Return ``[1]``, computed by a node that fails where the relation does not hold."""
         holds = interpret(relation, self._size, self._number, self._apply)
         index = self.op("Cast", [self.op("Not", [holds])], to=INT64)
-        name = f"the trace holds for {relation}; trace again with example_inputs of these sizes"
+        name = f"expected {relation}, which the trace covers; trace again with example_inputs of these sizes"
         return self.op("Gather", [self._constant([1], torch.int64), index], name=name)
 
     def op(self, kind: str, inputs: Sequence[Any], name: str | None = None, **attributes: Any) -> Any:

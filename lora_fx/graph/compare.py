@@ -124,7 +124,7 @@ def _compare_reals(expected: torch.Tensor, found: torch.Tensor, tolerance: float
     same = (left == right) | (left.isnan() & right.isnan())
     if bool(same.all()):
         return Difference()
-    gaps = (left - right).abs().masked_fill(same, 0.0).nan_to_num(nan=torch.inf)
+    gaps = (left - right).abs().masked_fill(same, 0.0).nan_to_num(nan=torch.inf, posinf=torch.inf)
     scale = float(left.abs().masked_fill(~left.isfinite(), 0.0).max())
     gap = float(gaps.max())
     relative = gap / scale if scale else torch.inf

@@ -1,10 +1,10 @@
-"""What a trace holds for, as nodes at the head of its graph: no constraint that torch.export found is lost.
+"""Input checks at the head of a graph: no constraint that torch.export found is lost.
 
-``torch.export`` establishes a range for every dynamic dimension, and guards for every decision that the model's Python
-took on a shape. Here they become modules that are called on the inputs. Modules, because those survive copies, pickling,
-scripting and compilation, where a closure or a hook would not.
+``torch.export`` establishes a range for every dynamic dimension, and a guard for every decision of the model's Python on a
+shape. Here they become modules that are called on the inputs: unlike closures and hooks, modules survive copies, pickling,
+scripting and compilation.
 
-    ranges      one ``InputCheck`` an input: its dtype, its number of dimensions, and the range of each
+    ranges      one ``InputCheck`` per input: its dtype, its number of dimensions, and the range of each
     relations   ``sym_size`` and comparison nodes that end in a ``RelationCheck``: ``a.size(1) == b.size(1)``, divisibility
 """
 
@@ -27,7 +27,7 @@ PREFIX = "input_checks"
 
 
 class InputCheck(nn.Module):
-    """Raise :class:`InputError` unless a tensor has the dtype, the rank and the sizes that the trace holds for."""
+    """Raise :class:`InputError` unless a tensor has the dtype, the rank and the sizes that the trace covers."""
 
     _is_impure = True  # keeps the call alive through dead-code elimination
 
@@ -37,7 +37,7 @@ class InputCheck(nn.Module):
         self.dtype = dtype
         self.dtype_name = str(dtype)
         self.rank = len(ranges)
-        self.low = [low for low, _ in ranges] or [0]  # TorchScript cannot tell what an empty list is of
+        self.low = [low for low, _ in ranges] or [0]  # TorchScript cannot infer the type of an empty list
         self.high = [high for _, high in ranges] or [0]
 
     def forward(self, value: torch.Tensor) -> None:
@@ -63,7 +63,7 @@ class InputCheck(nn.Module):
                 )
 
     def extra_repr(self) -> str:
-        """Show what is checked where the module is printed."""
+        """Return the checked condition, for the printed module."""
         return f"{self.name}: {self.dtype_name}, {list(_ranges(self))}"
 
 
@@ -88,13 +88,13 @@ class RelationCheck(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """Show what is checked where the module is printed."""
+        """Return the checked condition, for the printed module."""
         return self.relation
 
 
 @dataclass(frozen=True)
 class Constraints:
-    """What the trace holds for.
+    """The inputs that a trace covers.
 
     Attributes:
         ranges: input → (lowest, highest) size of each dimension; ``UNBOUNDED`` where there is no highest.
@@ -107,7 +107,7 @@ class Constraints:
     relations: tuple[str, ...] = ()
 
     def intersection(self, other: Constraints) -> Constraints:
-        """Return what both hold for."""
+        """Return the constraints on inputs that both cover."""
         ranges = {
             name: tuple(_intersect(a, b) for a, b in zip(dims, other.ranges[name], strict=True))
             for name, dims in self.ranges.items()
@@ -132,7 +132,7 @@ class Constraints:
         )
 
     def conditions(self) -> tuple[str, ...]:
-        """Return all that holds for the sizes that vary as relations, their ranges among them."""
+        """Return the ranges of sizes that vary, and all relations, as relations."""
         bounds = []
         for name, ranges in self.ranges.items():
             for dim, (low, high) in enumerate(ranges):
@@ -153,9 +153,7 @@ def add_checks(graph: fx.Graph, constraints: Constraints) -> dict[str, nn.Module
     modules: dict[str, nn.Module] = {}
     with graph.inserting_before(_first_computation(graph)):
         for index, (name, ranges) in enumerate(constraints.ranges.items()):
-            target = (
-                f"{PREFIX}.input_{index}"  # and not the input's own name, which a module may have for something else
-            )
+            target = f"{PREFIX}.input_{index}"  # the name of the input may be that of another attribute
             modules[target] = InputCheck(name, constraints.dtypes[name], ranges)
             graph.call_module(target, (placeholders[name],))
         emitter = _RelationEmitter(graph, placeholders)
@@ -167,7 +165,7 @@ def add_checks(graph: fx.Graph, constraints: Constraints) -> dict[str, nn.Module
 
 
 def remove_checks(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Constraints:
-    """Remove the checks from ``graph`` (in place) and return what they checked.
+    """Remove the checks from ``graph`` (in place) and return the constraints that they checked.
 
     Args:
         graph: as :func:`add_checks` left it, or rewritten since.
@@ -190,7 +188,7 @@ def remove_checks(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Constrai
 
 
 class _RelationEmitter:
-    """Emits relations as nodes; equal sub-expressions are emitted once."""
+    """Emitter of relations as nodes; equal sub-expressions become one node."""
 
     def __init__(self, graph: fx.Graph, placeholders: Mapping[str, fx.Node]) -> None:
         self._graph = graph
