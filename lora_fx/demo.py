@@ -1,7 +1,7 @@
 """The main job, end to end: a pretrained model is rewritten, fine-tuned, folded, and written out for deployment.
 
 The task: to which topic of Python's own reference (``pydoc_data.topics``) does a paragraph belong? Paragraph and topics are
-compared by their embeddings, so what is trained is a retrieval model. Paragraphs are held out before training starts.
+compared by their embeddings, so this trains a retrieval model. Paragraphs are held out before training starts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Trace, plan and attach in one call."""
+"""One call from a model to a branched graph: trace, plan, attach."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def rewrite(
     the model computes until it is trained. Only the factors A and B require a gradient. The model is not changed.
 
     Args:
-        model: a module, or a graph of ours, which then gets one more adapter.
+        model: a module, or a graph that lora_fx returned, which then gets one more adapter.
         rules: a built-in name (``"t5"``), ``"auto"``, a path to a ``.toml`` file, a mapping, or a loaded rule set.
         rank: replaces the rank in the rules' ``[defaults]``.
-        alpha: likewise; the scaling of a branch is ``alpha / rank``.
-        dropout: likewise.
+        alpha: replaces the alpha in ``[defaults]``; the scaling of a branch is ``alpha / rank``.
+        dropout: replaces the dropout in ``[defaults]``: the probability with which an element of a branch's input is dropped.
         adapter: name of the adapter, part of its parameters' names.
-        seed: of the initial factors. Without one they are drawn from torch's current random state, which is put back.
+        seed: of the initial factors. Without one they are drawn from torch's current random state, which is restored.
         example_inputs: see :func:`lora_fx.trace`.
         dynamic: see :func:`lora_fx.trace`.
         labels: trace with labels, so that the graph returns the model's loss; see :func:`lora_fx.trace`.

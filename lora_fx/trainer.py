@@ -1,4 +1,4 @@
-"""What transformers' ``Trainer`` writes and reads again while it trains a graph: adapters, and not their base."""
+"""Checkpoints of transformers' ``Trainer`` that hold a graph's adapters, and not their base."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lora_fx.graph.graph_module import TracedGraphModule, state_of
 
 
 class AdapterCallback(TrainerCallback):
-    """Lets the checkpoints of a ``Trainer`` hold what trains, and no copy of the frozen base.
+    """A callback with which the checkpoints of a ``Trainer`` hold the trained parameters, and no copy of the frozen base.
 
-    ``Trainer(model=graph, callbacks=[AdapterCallback()], …)``. From then on the graph's state dict is that of the parameters that
-    train, and loading such a state dict misses nothing. So ``resume_from_checkpoint``, ``load_best_model_at_end`` and
+    ``Trainer(model=graph, callbacks=[AdapterCallback()], …)``. From then on the graph's state dict holds the trained parameters
+    alone, and loading such a state dict misses nothing. So ``resume_from_checkpoint``, ``load_best_model_at_end`` and
     ``save_model`` work as for any model, with small files. Beside the trainer's own files each checkpoint gets a directory for
     each adapter, of its name, which :func:`~lora_fx.load_adapter` and PEFT read.
 
@@ -27,10 +27,10 @@ class AdapterCallback(TrainerCallback):
     """
 
     def on_init_end(self, *_event: Any, model: Any = None, **_context: Any) -> None:
-        """Let the graph's state dict be that of what trains."""
+        """Restrict the graph's state dict to its trained parameters."""
         if not isinstance(model, TracedGraphModule) or not adapters(model):
             raise LoraFxError(
-                f"AdapterCallback is for a graph with adapters, and the trainer has a {type(model).__name__}: "
+                f"AdapterCallback expected a graph with adapters, and the trainer has a {type(model).__name__}: "
                 "make one by lora_fx.rewrite(model, …, labels=True)."
             )
         model.register_state_dict_post_hook(_keep_trained)  # type: ignore[no-untyped-call]
