@@ -57,9 +57,9 @@ def main() -> None:
 
 @app.command(epilog="Example:  lora-fx demo --out demo-output")
 def demo(
-    out: Annotated[
-        Path, typer.Option(help="Directory for the results; what a former run left there is replaced.")
-    ] = Path("demo-output"),
+    out: Annotated[Path, typer.Option(help="Directory for the results; those of a former run are replaced.")] = Path(
+        "demo-output"
+    ),
     steps: Annotated[int, typer.Option(min=1, help="Number of training steps.")] = 60,
 ) -> None:
     """Rewrite a pretrained MiniLM, fine-tune it on Python's own documentation, fold it, and write it out."""
@@ -78,8 +78,10 @@ def plan(
     rules: Rules = "auto",
     rules_dir: RulesDirectories = None,
     rank: Rank = None,
-    alpha: Annotated[float | None, typer.Option(help="Likewise; a branch is scaled by alpha / rank.")] = None,
-    dropout: Annotated[float | None, typer.Option(help="Likewise.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Replaces the default alpha of the rules; a branch is scaled by alpha / rank.")
+    ] = None,
+    dropout: Annotated[float | None, typer.Option(help="Replaces the default dropout of the rules.")] = None,
     example_inputs: ExampleInputsFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -101,7 +103,7 @@ def plan(
 
 
 class DrawFormat(StrEnum):
-    """What ``lora-fx draw`` writes."""
+    """File formats of ``lora-fx draw``."""
 
     html = "html"
     svg = "svg"
@@ -112,7 +114,7 @@ class DrawFormat(StrEnum):
 
 
 class Show(StrEnum):
-    """What ``lora-fx draw`` shows."""
+    """Views of ``lora-fx draw``: a graph alone, or two as one."""
 
     before = "before"
     after = "after"
@@ -149,7 +151,7 @@ def draw(
     example_inputs: ExampleInputsFile = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Draw a model's graph, and what rules change in it.
+    """Draw a model's graph, and the changes that rules make in it.
 
     html is a page to look around in, which needs no network. text shows which projections of which layers get a branch.
     """
@@ -205,11 +207,11 @@ def fold(
     report: Annotated[bool, typer.Option("--report", help="Print what the fold changed in every weight.")] = False,
     example_inputs: ExampleInputsFile = None,
     strict: Strict = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the changes without writing them.")] = False,
 ) -> None:
     """Merge adapters into a checkpoint on disk, one tensor in memory at a time.
 
-    What is not adapted is copied byte by byte; config, tokenizer, index, shards and their order stay.
+    All else is copied byte by byte; config, tokenizer, index, shards and their order stay.
 
     The result is written beside OUT_DIR and moved into place; after an interrupt, run the command again.
     """
@@ -245,7 +247,7 @@ def fold(
 
 
 def _tell_written(written: CheckpointReport, out: Path) -> None:
-    """Print what became of a checkpoint on disk."""
+    """Print the outcome of a fold on disk: verification, files left out, bytes."""
     if written.misrounded is not None:
         typer.echo(
             f"verified: at most {written.misrounded:.1e} of the elements of a weight are not the exact result rounded once"
@@ -256,7 +258,7 @@ def _tell_written(written: CheckpointReport, out: Path) -> None:
 
 
 class ExportFormat(StrEnum):
-    """What ``lora-fx export`` writes."""
+    """File formats of ``lora-fx export``."""
 
     torchscript = "torchscript"
     onnx = "onnx"
@@ -264,7 +266,7 @@ class ExportFormat(StrEnum):
 
 
 class Dtype(StrEnum):
-    """What weights are loaded in."""
+    """Dtypes that weights are loaded in."""
 
     auto = "auto"
     float32 = "float32"
@@ -297,7 +299,7 @@ WeightsDtype = Annotated[
     Dtype, typer.Option(help="Of the weights; auto is that of the files. onnxruntime's CPU kernels want float32.")
 ]
 VerifyFile = Annotated[
-    bool, typer.Option(help="Load what was written and compare it with the graph before it is moved to OUT.")
+    bool, typer.Option(help="Load the written file and compare it with the graph before it is moved to OUT.")
 ]
 Tolerance = Annotated[
     float | None,
@@ -331,7 +333,7 @@ def export(
 ) -> None:
     """Write a model for another runtime: TorchScript, ONNX, or torch.export's pt2, with dynamic batch and sequence.
 
-    What was written is run at the sizes of the trace and at others, and the largest difference is printed.
+    The written file is run at the sizes of the trace and at others, and the largest difference is printed.
     """
     adapters = adapter or []
     strengths = _strengths(adapters, strength)
@@ -439,7 +441,7 @@ def _strengths(adapters: list[Path], given: list[float] | None) -> list[float]:
 
 @contextmanager
 def _reported() -> Iterator[None]:
-    """Report our own errors as one message, without a traceback, and exit with 1."""
+    """Report a LoraFxError as one message, without a traceback, and exit with 1."""
     try:
         yield
     except LoraFxError as error:
