@@ -16,6 +16,7 @@ from lora_fx.files.atomic import check_free, replacing
 from lora_fx.folding.fold import fold
 from lora_fx.folding.transformers_directory import DTYPES, check_loads, contents_of, write
 from lora_fx.graph.graph_module import TracedGraphModule, described, same_values, state_of
+from lora_fx.graph.info import info_of
 
 
 @contextmanager
@@ -140,7 +141,7 @@ def _changed(model: nn.Module, merged: TracedGraphModule) -> dict[str, nn.Parame
 def _untied(model: nn.Module, graph_module: TracedGraphModule) -> tuple[tuple[str, str], ...]:
     """Return the pairs of names that are one tensor in the model, and that fold gave a tensor each."""
     state, tensors = state_of(model), state_of(graph_module).tensors
-    folded_before = graph_module.meta["lora_fx"].get("merged", ())
+    folded_before = info_of(graph_module).merged
     return tuple(
         (first, name)
         for name, first in state.aliases().items()
@@ -160,7 +161,7 @@ def _check_traced_from(model: nn.Module, graph_module: TracedGraphModule, merged
     theirs, mine = model_state.tensors, graph_state.tensors
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     other = {name for name, _ in merged.named_parameters(remove_duplicate=False)} ^ parameters
-    folded_before = graph_module.meta["lora_fx"].get("merged", ())
+    folded_before = info_of(graph_module).merged
     extra = sorted(other.intersection(folded_before))
     if extra:
         raise LoraFxError(

@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 
 import lora_fx
+from lora_fx.graph.info import info_of
 
 VOCABULARY = 97
 IMAGE_SIZE, IMAGE_TOKEN, IMAGE_TOKENS = 12, 95, 4
@@ -402,7 +403,7 @@ def traced(name: str) -> lora_fx.TracedGraphModule:
 def inputs(name: str, batch: int, sequence: int, target: int = 3, seed: int = 7) -> dict[str, torch.Tensor]:
     """Return inputs of other sizes than those of the trace, with a padded attention mask; not for models with image tokens."""
     generator = torch.Generator().manual_seed(seed)
-    examples = traced(name).meta["lora_fx"]["examples"]
+    examples = info_of(traced(name)).examples
     sizes = {"batch": batch, "sequence": sequence, "target_sequence": target}
     made: dict[str, torch.Tensor] = {}
     for key, tensor in examples.tensors.items():

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lora_fx
+from lora_fx.graph.info import info_of
 from lora_fx.rules.peft_config.config import AdapterConfig, read_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -232,7 +233,7 @@ def test_where_an_adapter_comes_from_goes_with_it(tmp_path: Path) -> None:
     assert said["versions"].keys() == {"lora_fx", "torch", "transformers"}
     assert said["base"].keys() == traced("bert").state_dict().keys()
     again = lora_fx.load_adapter(traced("bert"), tmp_path / "a")
-    assert again.meta["lora_fx"]["origins"]["default"].rules == "bert"
+    assert info_of(again).origins["default"].rules == "bert"
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ from lora_fx.export import onnx_file as _onnx
 from lora_fx.export import pt2_file as _pt2
 from lora_fx.export import torchscript_file as _torchscript
 from lora_fx.files import atomic as files
+from lora_fx.graph.info import info_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:DeprecationWarning")
 
@@ -88,7 +89,7 @@ def run(kind: str, path: Path, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def computes(kind: str, path: Path, graph_module: lora_fx.TracedGraphModule) -> bool:
     """Tell whether what is at a path gives what a graph gives; any damage to it raises."""
-    x = torch.randn(6, graph_module.meta["lora_fx"]["examples"].tensors["x"].size(1))
+    x = torch.randn(6, info_of(graph_module).examples.tensors["x"].size(1))
     with torch.no_grad():
         expected = graph_module(x)
     found = run(kind, path, x)

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import lora_fx
 from lora_fx.graph.example_sizes import Examples
+from lora_fx.graph.info import info_of, with_info
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:DeprecationWarning")
 
@@ -474,7 +476,7 @@ def test_what_is_no_graph_is_refused(write: str, tmp_path: Path) -> None:
 @EACH
 def test_example_inputs_take_the_place_of_those_of_the_trace(write: str, tmp_path: Path) -> None:
     graph = lora_fx.trace(Linear(), (torch.randn(3, 5),), inference=True)
-    graph.meta["lora_fx"] = {key: value for key, value in graph.meta["lora_fx"].items() if key != "examples"}
+    graph.meta.update(with_info({}, replace(info_of(graph), examples=None)))
     with pytest.raises(lora_fx.ExportError, match=r"no example values for 'x'\. Pass example_inputs"):
         export(write, graph, tmp_path)
     exported, _ = export(write, graph, tmp_path, example_inputs={"x": torch.randn(8, 5)})

@@ -17,6 +17,7 @@ import torch
 from conftest import set_factors, unchanged
 
 import lora_fx
+from lora_fx.graph.info import info_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:DeprecationWarning")
 
@@ -122,7 +123,7 @@ def _check_names(
     model: onnx.ModelProto, graph: lora_fx.TracedGraphModule, batch: Mapping[str, torch.Tensor], names: list[str]
 ) -> None:
     """Inputs, outputs and axes are called as in the model, and every weight as in its state dict, whose values they have."""
-    axes = graph.meta["lora_fx"]["examples"].axes
+    axes = info_of(graph).examples.axes
     for value in model.graph.input:
         named = [dim.dim_param or None for dim in value.type.tensor_type.shape.dim]
         assert tuple(named) == axes[value.name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +24,7 @@ import lora_fx
 from lora_fx.folding.fold import recipe
 from lora_fx.graph.adapter_names import copy_name
 from lora_fx.graph.graph_module import state_of
+from lora_fx.graph.info import GraphInfo, info_of, known_info, with_info
 from lora_fx.numerics import lowrank_merge as lowrank
 from lora_fx.numerics.lowrank_merge import Merge, Merged, merge_into
 from lora_fx.numerics.weight_view import SWAP
@@ -192,7 +194,7 @@ def test_a_fold_computes_the_same_and_says_what_it_did() -> None:
     change = folded.get_parameter("up.weight") - graph_module.get_parameter("up.weight")
     assert up.merged.update_norm == pytest.approx(float(change.norm()))
     assert up.merged.weight_norm == pytest.approx(float(graph_module.get_parameter("up.weight").norm()))
-    assert folded.meta["lora_fx"]["merged"] == ("up.weight", "down.weight")
+    assert info_of(folded).merged == ("up.weight", "down.weight")
     assert not any(p.requires_grad for p in folded.parameters())
 
 
@@ -225,16 +227,17 @@ def test_a_weight_that_is_a_buffer_stays_one() -> None:
 def test_mode_and_metadata_are_kept_but_for_the_adapters(training: bool) -> None:
     graph_module, _ = small()
     graph_module.train(training)
-    assert lora_fx.fold(graph_module).meta["lora_fx"] | {"folded": (), "merged": ()} == {
-        "inference": True, "labels": False, "constants": {}, "model_class": "", "config": None, "folded": (), "merged": (),
-    }  # fmt: skip
-    graph_module.meta.update({"mine": 1, "lora_fx": {"inference": False, "adapters": {"default": {}}, "config": "c"}})
+    assert replace(info_of(lora_fx.fold(graph_module)), folded=(), merged=()) == GraphInfo(
+        inference=True, labels=False, constants={}, model_class="", config=None, folded=(), merged=()
+    )
+    graph_module.meta["mine"] = 1
+    graph_module.meta.update(with_info({}, GraphInfo(inference=False, adapters={"default": {}}, config="c")))
     for folded in (lora_fx.fold(graph_module), lora_fx.unload(graph_module)):
         assert folded.training is training
         assert folded.meta["mine"] == 1
-        own = folded.meta["lora_fx"]
-        assert (own["inference"], own["config"], own["constants"]) == (False, "c", {})
-        assert "adapters" not in own
+        own = info_of(folded)
+        assert (own.inference, own.config, own.constants) == (False, "c", {})
+        assert not own.adapters
 
 
 def test_a_second_fold_reports_its_own_and_remembers_what_was_merged_before() -> None:
@@ -244,7 +247,7 @@ def test_a_second_fold_reports_its_own_and_remembers_what_was_merged_before() ->
     assert [entry.merge.weight for entry in lora_fx.fold_report(first)] == ["down.weight"]
     second = lora_fx.fold(first)
     assert [entry.merge.weight for entry in lora_fx.fold_report(second)] == ["up.weight"]
-    assert second.meta["lora_fx"]["merged"] == ("down.weight", "up.weight")
+    assert info_of(second).merged == ("down.weight", "up.weight")
     assert torch.allclose(second(*hand.inputs), graph_module(*hand.inputs), rtol=0, atol=1e-12)
     third = lora_fx.fold(second)
     assert len(lora_fx.fold_report(third)) == 0
@@ -307,7 +310,7 @@ def test_weights_under_two_names_are_reported_under_both() -> None:
     folded = lora_fx.fold(graph_module)
     assert folded.tied.weight is folded.up.weight
     assert "up.weight = tied.weight " in str(lora_fx.fold_report(folded))
-    assert set(folded.meta["lora_fx"]["merged"]) == {"up.weight", "down.weight", "tied.weight"}
+    assert set(info_of(folded).merged) == {"up.weight", "down.weight", "tied.weight"}
 
 
 # Refusals.
@@ -342,7 +345,7 @@ def test_whatever_is_not_finite_is_an_error_that_names_all_such_weights_before_a
     )
     assert _same_values(graph_module, before)
     graph_module(*hand.inputs)  # it is not consumed
-    assert "consumed" not in graph_module.meta.get("lora_fx", {})
+    assert not known_info(graph_module).consumed
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -429,7 +432,7 @@ def test_an_untied_value_is_a_copy_and_the_other_use_keeps_the_weight(inplace: b
     assert _same_values(graph_module, before)
     (entry,) = lora_fx.fold_report(folded)
     assert entry.merge.names == ("lin@2.weight",)
-    assert folded.meta["lora_fx"]["merged"] == ("lin@2.weight",)
+    assert info_of(folded).merged == ("lin@2.weight",)
 
 
 def test_a_value_that_stays_as_it_is_may_get_the_new_name() -> None:
@@ -446,7 +449,7 @@ def test_a_value_that_stays_as_it_is_may_get_the_new_name() -> None:
     assert torch.allclose(folded(*hand.inputs), graph_module(*hand.inputs), rtol=0, atol=1e-12)
     (name,) = folded.state_dict().keys() - {"lin.weight"}
     assert torch.equal(folded.get_parameter(name), graph_module.lin.weight)
-    assert set(folded.meta["lora_fx"]["merged"]) == {"lin.weight", name}
+    assert set(info_of(folded).merged) == {"lin.weight", name}
 
 
 # In place.
@@ -486,8 +489,8 @@ def test_in_place_gives_the_same_bits_in_the_same_memory(dtype: torch.dtype) -> 
         assert tensor.data_ptr() == places[name]
         assert torch.equal(model.get_parameter(name), tensor)
     assert torch.equal(folded(*hand.inputs), outputs)
-    assert folded.meta["lora_fx"]["folded"] == expected.meta["lora_fx"]["folded"]
-    assert folded.meta["lora_fx"]["merged"] == ("up.weight", "down.weight")
+    assert info_of(folded).folded == info_of(expected).folded
+    assert info_of(folded).merged == ("up.weight", "down.weight")
 
 
 def test_in_place_nothing_of_the_size_of_a_weight_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,17 +519,17 @@ def test_a_consumed_graph_refuses_all() -> None:
         with pytest.raises(lora_fx.FoldError) as caught:
             call(graph_module)
         assert str(caught.value) == said
-    assert "consumed" not in folded.meta["lora_fx"]
+    assert not info_of(folded).consumed
     assert torch.equal(lora_fx.fold(folded)(*hand.inputs), folded(*hand.inputs))
 
 
 def test_a_graph_that_is_consumed_keeps_what_it_knows() -> None:
     graph_module, _ = small()
-    graph_module.meta["lora_fx"] = {"config": "c"}
-    before = graph_module.meta["lora_fx"]
+    before = GraphInfo(config="c")
+    graph_module.meta.update(with_info({}, before))
     lora_fx.fold(graph_module, inplace=True)
-    assert graph_module.meta["lora_fx"] == {"config": "c", "consumed": True}
-    assert before == {"config": "c"}  # it may be another graph's too
+    assert info_of(graph_module) == GraphInfo(config="c", consumed=True)
+    assert before == GraphInfo(config="c")  # it may be another graph's too
 
 
 @pytest.mark.parametrize("what", ["views", "one storage, other weight", "one storage, no weight"])
@@ -683,7 +686,7 @@ def test_a_trained_copy_takes_the_place_of_its_parameter_as_a_copy_of_its_own() 
         assert folded.lin.bias.data_ptr() != trained.data_ptr()
         assert isinstance(folded.lin.bias, nn.Parameter)
         assert not folded.lin.bias.requires_grad
-        assert set(folded.meta["lora_fx"]["merged"]) == {"lin.weight", "lin.bias"}
+        assert set(info_of(folded).merged) == {"lin.weight", "lin.bias"}
         assert [entry.merge.weight for entry in lora_fx.fold_report(folded)] == ["lin.weight"]
     base = lora_fx.unload(graph_module)
     assert set(base.state_dict()) == {"lin.weight", "lin.bias"}
@@ -752,6 +755,6 @@ def test_a_selection_of_adapters_is_folded_alone() -> None:
 def test_a_graph_that_was_traced_with_labels_is_not_folded() -> None:
     graph_module, _ = small()
     lora_fx.fold(graph_module)
-    graph_module.meta["lora_fx"] = {"labels": True}
+    graph_module.meta.update(with_info({}, GraphInfo(labels=True)))
     with pytest.raises(lora_fx.FoldError, match=r"^this graph was traced with labels, for training"):
         lora_fx.fold(graph_module)

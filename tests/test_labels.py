@@ -15,6 +15,7 @@ from conftest import set_factors, unchanged
 from torch import nn
 
 import lora_fx
+from lora_fx.graph.info import info_of
 
 SIZES = {
     "vocab_size": 97,
@@ -112,7 +113,7 @@ def test_a_graph_with_labels_goes_on_to_one_without_by_site(tmp_path: Path) -> N
     with pytest.raises(lora_fx.ExportError, match=r"traced with labels, for training.*lora_fx\.transfer"):
         lora_fx.export.torchscript(trained, tmp_path / "model.pt")
     assert not list(tmp_path.iterdir())
-    assert lora_fx.fold(graph).meta["lora_fx"]["labels"] is False
+    assert info_of(lora_fx.fold(graph)).labels is False
     lora_fx.save_adapter(trained, tmp_path / "adapter")
     loaded = lora_fx.from_adapter(model, tmp_path / "adapter")
     for name, parameter in loaded.named_parameters():

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 import lora_fx
+from lora_fx.graph.info import info_of
 from lora_fx.tracing import trace as tracing
 
 LAYERS = (
@@ -122,7 +123,7 @@ def assert_equal(graph_module: lora_fx.TracedGraphModule, other: lora_fx.TracedG
         assert _recorded(node) == _recorded(twin), node.name
     assert list(graph_module.state_dict()) == list(other.state_dict())
     assert str(graph_module) == str(other)
-    mine, theirs = ({**module.meta["lora_fx"]} for module in (graph_module, other))
+    mine, theirs = (dict(vars(info_of(module))) for module in (graph_module, other))
     examples = mine.pop("examples"), theirs.pop("examples")
     assert str(mine) == str(theirs)
     assert examples[0].axes == examples[1].axes

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import lora_fx
+from lora_fx.graph.info import info_of
 
 
 @pytest.fixture(params=EACH)
@@ -74,7 +75,7 @@ def test_ties_are_kept(named: str) -> None:
 def test_meta_and_modes_survive_a_deep_copy(named: str) -> None:
     graph_module = branched(named).train()
     copied = copy.deepcopy(graph_module)
-    assert copied.meta["lora_fx"]["adapters"] == graph_module.meta["lora_fx"]["adapters"]
+    assert info_of(copied).adapters == info_of(graph_module).adapters
     assert list(copied.state_dict()) == list(graph_module.state_dict())
     assert [m.training for m in copied.modules()] == [m.training for m in graph_module.modules()]
     graph_module.eval()
@@ -289,7 +290,7 @@ def test_pickle_and_torch_save_keep_everything(named: str, tmp_path: Any) -> Non
     for copied in (pickle.loads(pickle.dumps(graph_module)), torch.load(tmp_path / "graph.pt", weights_only=False)):
         graph_module.train()
         assert first_difference(graph_module, copied) is None
-        assert copied.meta["lora_fx"]["adapters"] == graph_module.meta["lora_fx"]["adapters"]
+        assert info_of(copied).adapters == info_of(graph_module).adapters
         assert [n.meta.get("custom") for n in copied.graph.nodes] == [
             n.meta.get("custom") for n in graph_module.graph.nodes
         ]

@@ -8,6 +8,7 @@ from architectures import build, inputs, traced
 from conftest import set_factors, unchanged
 
 import lora_fx
+from lora_fx.graph.info import info_of
 
 
 def test_trained_adapters_move_onto_another_trace() -> None:
@@ -23,7 +24,7 @@ def test_trained_adapters_move_onto_another_trace() -> None:
             moved = lora_fx.transfer(trained, onto=onto)
         assert torch.equal(moved.eval()(**inputs("llama", 3, 11))[0], expected)
         assert lora_fx.parameter_summary(moved).trainable == lora_fx.parameter_summary(onto).trainable or onto is fresh
-        assert moved.meta["lora_fx"]["adapters"] == trained.meta["lora_fx"]["adapters"]
+        assert info_of(moved).adapters == info_of(trained).adapters
     assert lora_fx.parameter_summary(lora_fx.transfer(trained, onto=base)).trainable == 0
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import keyword
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,16 +23,17 @@ import torch
 from torch import fx, nn
 
 from lora_fx.adapters.fake_values import FakeValues
-from lora_fx.adapters.peft_format.fingerprint import Origin
 from lora_fx.branches.find import find_branches
 from lora_fx.branches.lower import lower
 from lora_fx.errors import PlanError
 from lora_fx.graph.adapter_names import adapters, copy_name
 from lora_fx.graph.graph_module import State, TracedGraphModule, assemble, copy_graph, state_of, trainable_names
+from lora_fx.graph.info import GraphInfo, info_of, with_info
 from lora_fx.graph.invariants import checked
 from lora_fx.graph.provenance import module_path
+from lora_fx.graph.records import BranchSpec, Origin
 from lora_fx.numerics.lowrank_merge import adapter_dtype, initial_factors
-from lora_fx.planning.plan import Branch, Chosen, Plan, Skipped, check_attachable
+from lora_fx.planning.plan import Chosen, Plan, Skipped, check_attachable, factor_shapes
 from lora_fx.sites.call_sites import biased
 from lora_fx.sites.weight_ops import low_rank, operands
 from lora_fx.tracing.torch_export import uncollected
@@ -91,10 +92,10 @@ def attach(
         if copy_name(str(node.target), adapter) in copies:
             node.target = copy_name(str(node.target), adapter)
     graph.lint()
-    inference = graph_module.meta["lora_fx"]["inference"]
+    inference = info_of(graph_module).inference
     new = frozenset(name for name, parameter in {**factors, **copies}.items() if parameter.requires_grad)
     trainable = trainable_names(graph_module) | (frozenset() if inference else new)
-    meta = _with_adapter(graph_module.meta, adapter, plan)
+    meta = with_info(graph_module.meta, _with_adapter(info_of(graph_module), adapter, plan))
     attached = assemble(graph, state, meta=meta, training=graph_module.training, trainable=trainable)
     return checked(attached, "branched")
 
@@ -132,7 +133,7 @@ def _added(end: fx.Node) -> fx.Node:
     return added if isinstance(added, fx.Node) else end
 
 
-def _in_module_order(plan: Plan, state: State) -> dict[str, tuple[Chosen, Branch]]:
+def _in_module_order(plan: Plan, state: State) -> dict[str, tuple[Chosen, BranchSpec]]:
     """Return every branch once, however many sites share it, in the order of the model's modules: that is PEFT's order."""
     position = {name: index for index, name in enumerate(state.tensors)}
     ordered = sorted(plan.chosen, key=lambda chosen: position[_own_weight(chosen, state)])
@@ -140,7 +141,7 @@ def _in_module_order(plan: Plan, state: State) -> dict[str, tuple[Chosen, Branch
 
 
 def _new_factors(
-    ordered: Mapping[str, tuple[Chosen, Branch]], state: State, adapter: str, seed: int | None
+    ordered: Mapping[str, tuple[Chosen, BranchSpec]], state: State, adapter: str, seed: int | None
 ) -> dict[str, torch.Tensor]:
     factors: dict[str, torch.Tensor] = {}
     with _seeded(seed):
@@ -149,11 +150,11 @@ def _new_factors(
             like = state.tensors[site.weight]
             if like.is_meta:  # there is nothing to draw, which takes longer than all else
                 dtype = adapter_dtype(site.cast or like.dtype)
-                a, b = (torch.empty(shape, dtype=dtype, device="meta") for shape in branch.shapes(site))
+                a, b = (torch.empty(shape, dtype=dtype, device="meta") for shape in factor_shapes(branch, site))
                 factors[names.a], factors[names.b] = nn.Parameter(a), nn.Parameter(b)
                 continue
             factors[names.a], factors[names.b] = initial_factors(
-                branch.shapes(site),
+                factor_shapes(branch, site),
                 branch.setting.rank,
                 like=like,
                 computed=site.cast,
@@ -164,7 +165,7 @@ def _new_factors(
 
 
 def _given(
-    ordered: Mapping[str, tuple[Chosen, Branch]], adapter: str, values: Mapping[str, torch.Tensor]
+    ordered: Mapping[str, tuple[Chosen, BranchSpec]], adapter: str, values: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     names = (branch.names(adapter) for _, branch in ordered.values())
     return {name: _parameter(values[name]) for each in names for name in (each.a, each.b)}
@@ -184,7 +185,7 @@ def _parameter(value: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(value.detach(), value.requires_grad)
 
 
-def _places(ordered: Mapping[str, tuple[Chosen, Branch]], state: State, adapter: str) -> dict[str, torch.Tensor]:
+def _places(ordered: Mapping[str, tuple[Chosen, BranchSpec]], state: State, adapter: str) -> dict[str, torch.Tensor]:
     """Return for each branch of a part: for each output feature the row of B that belongs to it, or the number of rows."""
     places = {}
     for chosen, branch in ordered.values():
@@ -198,7 +199,10 @@ def _places(ordered: Mapping[str, tuple[Chosen, Branch]], state: State, adapter:
 
 
 def new_factors_like(
-    wanted: Mapping[str, torch.Tensor], branches: Iterable[tuple[str, Branch]], device: torch.device, seed: int | None
+    wanted: Mapping[str, torch.Tensor],
+    branches: Iterable[tuple[str, BranchSpec]],
+    device: torch.device,
+    seed: int | None,
 ) -> dict[str, torch.Tensor]:
     """Return initial values for factors that have none yet.
 
@@ -235,16 +239,15 @@ def _own_weight(chosen: Chosen, state: State) -> str:
     return own if own in state.tensors else chosen.site.weight
 
 
-def _with_adapter(meta: Mapping[str, Any], adapter: str, plan: Plan) -> dict[str, Any]:
-    own = dict(meta["lora_fx"])
-    record = {
-        branch.key: {"rule": chosen.rule, "branch": branch} for chosen in plan.chosen for branch in chosen.branches
-    }
-    own["adapters"] = {**own.get("adapters", {}), adapter: record}
+def _with_adapter(info: GraphInfo, adapter: str, plan: Plan) -> GraphInfo:
+    branches = {branch.key: (chosen.rule, branch) for chosen in plan.chosen for branch in chosen.branches}
     reasons = {decision.site.name: decision.reason for decision in plan if isinstance(decision, Skipped)}
-    own["skipped"] = {**own.get("skipped", {}), adapter: reasons}
-    own["origins"] = {**own.get("origins", {}), adapter: plan.origin or Origin.of(plan.rules)}
-    return {**meta, "lora_fx": own}
+    return replace(
+        info,
+        adapters={**info.adapters, adapter: branches},
+        skipped={**info.skipped, adapter: reasons},
+        origins={**info.origins, adapter: plan.origin or Origin.of(plan.rules)},
+    )
 
 
 @dataclass(frozen=True)
@@ -256,7 +259,7 @@ class _Writer:
     named: dict[str, fx.Node]
     fakes: FakeValues
     chosen: Chosen
-    branch: Branch
+    branch: BranchSpec
     adapter: str
 
     def write(self, base: fx.Node, end: fx.Node, behind: fx.Node) -> fx.Node:

@@ -18,12 +18,12 @@ from torch import fx, nn
 
 from lora_fx.adapters.activate import activate, ordered
 from lora_fx.adapters.attach import attach
-from lora_fx.adapters.peft_format.fingerprint import Origin
 from lora_fx.adapters.transfer import branches_of, parameters_of, plan_branches, trained_of
 from lora_fx.errors import PlanError, did_you_mean
 from lora_fx.graph.adapter_names import adapters, copy_name
 from lora_fx.graph.graph_module import TracedGraphModule
-from lora_fx.planning.plan import Branch, owners_of
+from lora_fx.graph.records import BranchSpec, Origin
+from lora_fx.planning.plan import owners_of
 from lora_fx.rules.rule_file import Setting
 from lora_fx.sites.call_sites import sites
 
@@ -69,7 +69,7 @@ def combine(
             members.setdefault(key, []).append(_Member.of(graph_module, name, branch, strengths[name]))
     dropouts = {part.branch.setting.dropout for parts in members.values() for part in parts}
     dropout = dropouts.pop() if len(dropouts) == 1 else 0.0
-    branches: dict[str, tuple[str, Branch]] = {}
+    branches: dict[str, tuple[str, BranchSpec]] = {}
     values: dict[str, torch.Tensor] = {}
     for key, parts in members.items():
         branch = _combined(key, parts, method, dropout)
@@ -93,13 +93,13 @@ def combine(
 class _Member:
     """A branch that is to be combined with others beside the same site."""
 
-    branch: Branch
+    branch: BranchSpec
     a: torch.Tensor
     b: torch.Tensor
     strength: float
 
     @staticmethod
-    def of(graph_module: fx.GraphModule, adapter: str, branch: Branch, strength: float) -> _Member:
+    def of(graph_module: fx.GraphModule, adapter: str, branch: BranchSpec, strength: float) -> _Member:
         names = branch.names(adapter)
         a, b = (graph_module.get_parameter(name).detach() for name in (names.a, names.b))
         return _Member(replace(branch, setting=replace(branch.setting, strength=1.0)), a, b, strength)
@@ -114,7 +114,7 @@ def _strength(graph_module: fx.GraphModule, adapter: str) -> float:
     return next((branch.setting.strength for _, branch in branches_of(graph_module, adapter).values()), 1.0)
 
 
-def _combined(key: str, parts: Sequence[_Member], method: Method, dropout: float) -> Branch:
+def _combined(key: str, parts: Sequence[_Member], method: Method, dropout: float) -> BranchSpec:
     ranks = [part.branch.setting.rank for part in parts]
     if method == "linear" and len(set(ranks)) > 1:
         raise PlanError(

@@ -18,6 +18,7 @@ from lora_fx.errors import LoraFxError, TraceError
 from lora_fx.graph.adapter_names import is_of_adapter, is_places, original_name
 from lora_fx.graph.example_sizes import cut_or_repeated
 from lora_fx.graph.graph_module import TracedGraphModule, assemble, copy_graph, described, state_of, trainable_names
+from lora_fx.graph.info import info_of, with_info
 from lora_fx.graph.input_checks import Constraints, InputCheck, RelationCheck, add_checks, remove_checks
 from lora_fx.graph.invariants import checked
 from lora_fx.graph.size_relations import UNBOUNDED
@@ -63,8 +64,8 @@ def materialize(
         original = original_name(name)
         if original is not None and name not in given:
             values[name] = nn.Parameter(given[original].detach().clone())
-    adapters = graph_module.meta["lora_fx"].get("adapters", {})
-    branches = [(adapter, entry["branch"]) for adapter, record in adapters.items() for entry in record.values()]
+    adapters = info_of(graph_module).adapters
+    branches = [(adapter, branch) for adapter, specs in adapters.items() for _, branch in specs.values()]
     values |= new_factors_like({n: t for n, t in wanted.items() if n not in given}, branches, device, seed)
     values |= {name: tensor.to(device) for name, tensor in state.tensors.items() if is_places(name)}
     like = like if like is not None else traced_class(graph_module)
@@ -100,15 +101,15 @@ def _check_fit(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Ten
 
 def traced_class(graph_module: TracedGraphModule) -> nn.Module | None:
     """Return a model of the traced class and config, with buffers and without weights; None if it was no transformers model."""
-    config, name = (graph_module.meta["lora_fx"][key] for key in ("config", "model_class"))
-    if config is None:
+    info = info_of(graph_module)
+    if info.config is None:
         return None
-    module, _, path = name.partition(":")
+    module, _, path = info.model_class.partition(":")
     model_class: Any = importlib.import_module(module)
     for part in path.split("."):
         model_class = getattr(model_class, part)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), _parameters_on_meta():
-        model: nn.Module = model_class(config)
+        model: nn.Module = model_class(info.config)
     return model
 
 
@@ -152,8 +153,7 @@ def _probed(graph_module: TracedGraphModule, like: nn.Module, trainable: frozens
         name: module for name, module in state.modules.items() if not isinstance(module, InputCheck | RelationCheck)
     }
     with_checks = replace(state, modules={**kept, **add_checks(graph, found)})
-    own = {**graph_module.meta["lora_fx"], "examples": examples_of(inputs, found)}
-    meta = {**graph_module.meta, "lora_fx": own}
+    meta = with_info(graph_module.meta, replace(info_of(graph_module), examples=examples_of(inputs, found)))
     return assemble(graph, with_checks, meta=meta, training=graph_module.training, trainable=trainable)
 
 

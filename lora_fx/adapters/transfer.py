@@ -9,7 +9,6 @@ import torch
 from torch import fx, nn
 
 from lora_fx.adapters.attach import attach
-from lora_fx.adapters.peft_format.fingerprint import Origin
 from lora_fx.errors import PlanError, did_you_mean
 from lora_fx.graph.adapter_names import adapter_of, adapters, copy_name, is_of_adapter, original_name
 from lora_fx.graph.graph_module import (
@@ -21,8 +20,10 @@ from lora_fx.graph.graph_module import (
     state_of,
     trainable_names,
 )
+from lora_fx.graph.info import info_of, known_info
 from lora_fx.graph.invariants import checked
-from lora_fx.planning.plan import Branch, Chosen, Decision, Plan, Skipped, Trained, owners_of
+from lora_fx.graph.records import BranchSpec, Origin, Trained
+from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, owners_of
 from lora_fx.rules.rule_file import RuleSet, Selection
 from lora_fx.sites.call_sites import sites
 
@@ -51,9 +52,9 @@ def transfer(graph_module: TracedGraphModule, *, onto: TracedGraphModule) -> Tra
             unlike += differences(branches_of(graph_module, adapter), branches_of(result, adapter))
     state = state_of(result)
     unlike += [
-        f"{name}: {described(tensor)} against {_told(state.tensors.get(name))}"
+        f"{name}: {described(tensor)} against {_shape_text(state.tensors.get(name))}"
         for name, tensor in factors.items()
-        if _told(state.tensors.get(name)) != _told(tensor)
+        if _shape_text(state.tensors.get(name)) != _shape_text(tensor)
     ]
     if unlike:
         raise PlanError(
@@ -70,17 +71,17 @@ def transfer(graph_module: TracedGraphModule, *, onto: TracedGraphModule) -> Tra
     return checked(moved, "branched")
 
 
-def _told(tensor: torch.Tensor | None) -> str:
+def _shape_text(tensor: torch.Tensor | None) -> str:
     return "no such site" if tensor is None else described(tensor)
 
 
-def differences(mine: Mapping[str, tuple[str, Branch]], theirs: Mapping[str, tuple[str, Branch]]) -> list[str]:
+def differences(mine: Mapping[str, tuple[str, BranchSpec]], theirs: Mapping[str, tuple[str, BranchSpec]]) -> list[str]:
     """Return how branches of one adapter differ where that changes what they compute."""
     told = {key: (_computes(mine.get(key)), _computes(theirs.get(key))) for key in dict.fromkeys((*mine, *theirs))}
     return [f"{key}: {one} against {other}" for key, (one, other) in told.items() if one != other]
 
 
-def _computes(entry: tuple[str, Branch] | None) -> str:
+def _computes(entry: tuple[str, BranchSpec] | None) -> str:
     if entry is None:
         return "no branch"
     _, branch = entry
@@ -114,7 +115,7 @@ def recorded_plan(
 def plan_branches(
     graph_module: TracedGraphModule,
     adapter: str,
-    branches: Mapping[str, tuple[str, Branch]],
+    branches: Mapping[str, tuple[str, BranchSpec]],
     trained: Sequence[Trained],
     *,
     origin: Origin,
@@ -151,13 +152,13 @@ def plan_branches(
     return Plan(RuleSet(name=adapter, select=(Selection(regex=".*"),)), tuple(decisions), tuple(trained), origin)
 
 
-def branches_of(graph_module: fx.GraphModule, adapter: str) -> dict[str, tuple[str, Branch]]:
+def branches_of(graph_module: fx.GraphModule, adapter: str) -> dict[str, tuple[str, BranchSpec]]:
     """Return the branches of an adapter by their keys, each with the rule that chose it.
 
     Raises:
         PlanError: the graph has no such adapter, or it is not known what made it.
     """
-    known = graph_module.meta.get("lora_fx", {}).get("adapters", {})
+    known = known_info(graph_module).adapters
     present = adapters(graph_module)
     if not isinstance(adapter, str):
         raise PlanError(
@@ -172,7 +173,7 @@ def branches_of(graph_module: fx.GraphModule, adapter: str) -> dict[str, tuple[s
             f"adapter {adapter!r} came with the model that was traced, or its record was lost: lora_fx.fold folds it as it is. "
             "To choose among adapters, rewrite a model that has none and load them with lora_fx.load_adapter."
         )
-    return {key: (entry["rule"], entry["branch"]) for key, entry in known[adapter].items()}
+    return dict(known[adapter])
 
 
 def trained_of(graph_module: nn.Module, adapter: str) -> tuple[Trained, ...]:
@@ -186,9 +187,7 @@ def trained_of(graph_module: nn.Module, adapter: str) -> tuple[Trained, ...]:
 
 def origin_of(graph_module: fx.GraphModule, adapter: str) -> Origin:
     """Return where an adapter of a graph comes from."""
-    origin = graph_module.meta["lora_fx"]["origins"][adapter]
-    assert isinstance(origin, Origin)
-    return origin
+    return info_of(graph_module).origins[adapter]
 
 
 def parameters_of(graph_module: nn.Module, adapter: str) -> dict[str, nn.Parameter]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import fx
 
@@ -13,6 +13,7 @@ from lora_fx.branches.weight_uses import Value, separate
 from lora_fx.errors import FoldError
 from lora_fx.graph.adapter_names import is_factor, is_of_adapter, original_name
 from lora_fx.graph.graph_module import State, TracedGraphModule, assemble, copy_graph, erase_unread, state_of
+from lora_fx.graph.info import known_info, with_info
 from lora_fx.graph.invariants import checked
 from lora_fx.numerics.weight_view import shows
 
@@ -41,7 +42,7 @@ def plain_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
         raise FoldError(
             f"a graph is expected, and this is a {type(graph_module).__name__}: make one with lora_fx.rewrite or lora_fx.trace."
         )
-    if graph_module.meta.get("lora_fx", {}).get("consumed"):
+    if known_info(graph_module).consumed:
         raise FoldError(
             "this graph was folded in place: its weights hold its branches already. Use the graph that fold returned."
         )
@@ -89,8 +90,8 @@ def without_branches(
         if first not in read and (first in of_branches or is_of_adapter(name) or nominate(name))
     }
     dropped |= set(state.modules) - read
-    own = {**_FOREIGN, **graph_module.meta.get("lora_fx", {})}
-    meta = {**graph_module.meta, "lora_fx": {key: value for key, value in own.items() if key not in _OF_ADAPTERS}}
+    info = replace(known_info(graph_module), adapters={}, origins={}, skipped={})
+    meta = with_info(graph_module.meta, info)
     plain = assemble(graph, state.without(dropped), meta=meta, training=graph_module.training, trainable=frozenset())
     return checked(plain, "folded")
 
@@ -102,10 +103,3 @@ def _erase_dead(graph: fx.Graph, node: fx.Node) -> None:
             _erase_dead(graph, user)
     if not node.users:
         graph.erase_node(node)
-
-
-_OF_ADAPTERS = ("adapters", "origins", "skipped")
-"""What is remembered of adapters."""
-
-_FOREIGN: Mapping[str, Any] = {"inference": True, "labels": False, "constants": {}, "model_class": "", "config": None}
-"""What is known of a graph that lora_fx did not trace."""

@@ -22,7 +22,8 @@ from lora_fx.export.onnx_slots import check_slots
 from lora_fx.export.slot_table import FORMAT, OnnxSlot, SlotTable, onnxruntime_says, version_of
 from lora_fx.files.atomic import check_file, replacing
 from lora_fx.graph.graph_module import State, TracedGraphModule, as_traced, state_of
-from lora_fx.planning.plan import Branch, owners_of
+from lora_fx.graph.records import BranchSpec
+from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import CONFIG_NAME, AdapterConfig
 from lora_fx.sites.call_sites import Site, sites
 
@@ -156,7 +157,7 @@ class _Product:
     scale: float
 
 
-def _of_branch(graph_module: TracedGraphModule, adapter: str, branch: Branch, site: Site) -> _Product:
+def _of_branch(graph_module: TracedGraphModule, adapter: str, branch: BranchSpec, site: Site) -> _Product:
     """Return the product of a branch, with rows of zeros for features that it leaves alone."""
     names = branch.names(adapter)
     a, b = (graph_module.get_parameter(name).detach() for name in (names.a, names.b))
@@ -243,7 +244,7 @@ class _PeftReader:
         except TimeoutError as error:
             self._problems.append(f"{CONFIG_NAME}: {error}")
             return None
-        shapes = slot.shapes(Branch(slot.site.name, setting))
+        shapes = slot.shapes(BranchSpec(slot.site.name, setting))
         a, b = (self._read(key, shape, slot) for key, shape in zip(slot.keys, shapes, strict=True))
         return None if a is None or b is None else _Product(*slot.exchanged(a, b), setting.scale)
 

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.adapters.attach import attach
-from lora_fx.adapters.peft_format.fingerprint import Origin, fingerprint
+from lora_fx.adapters.peft_format.fingerprint import fingerprint
 from lora_fx.adapters.peft_format.keys import apart_from_calls
 from lora_fx.adapters.transfer import branches_of, plan_branches, trained_of
 from lora_fx.branches.remove import unload
@@ -29,8 +29,9 @@ from lora_fx.export.trial_inputs import larger_examples
 from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.example_sizes import Examples
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, state_of
+from lora_fx.graph.records import BranchSpec, Origin
 from lora_fx.graph.size_relations import UNBOUNDED
-from lora_fx.planning.plan import Branch, Chosen, Plan, owners_of
+from lora_fx.planning.plan import Chosen, Plan, factor_shapes, owners_of
 from lora_fx.rules.rule_file import Setting
 from lora_fx.sites.call_sites import sites
 
@@ -76,7 +77,7 @@ class Slots:
         check_slots(graph_module, adapters(graph_module))
         base = unload(graph_module)
         setting = Setting(RANK, RANK * SCALE, 0.0)
-        branches = {owner: ("slots", Branch(owner, setting)) for owner in owners}
+        branches = {owner: ("slots", BranchSpec(owner, setting)) for owner in owners}
         plan = plan_branches(base, NAME, branches, (), origin=Origin())
         probe = attach(base, plan, adapter=NAME, values=dict(_probing(plan, base)))
         site_of = _slots(plan, base)
@@ -205,7 +206,7 @@ def _probing(plan: Plan, base: TracedGraphModule) -> Iterator[tuple[str, nn.Para
     for chosen in plan.chosen:
         branch = chosen.branches[0]
         names = branch.names(NAME)
-        a, b = (torch.randn(shape, generator=generator) for shape in branch.shapes(chosen.site))
+        a, b = (torch.randn(shape, generator=generator) for shape in factor_shapes(branch, chosen.site))
         like = state.tensors[chosen.site.weight]
         yield names.a, nn.Parameter((a / math.sqrt(chosen.site.in_features)).to(like.device))
         yield names.b, nn.Parameter((b * 0.2).to(like.device))
@@ -213,7 +214,7 @@ def _probing(plan: Plan, base: TracedGraphModule) -> Iterator[tuple[str, nn.Para
 
 def _factors(slot: OnnxSlot) -> tuple[str, str]:
     """Return the names of the probe's A and B."""
-    names = Branch(slot.site, Setting(RANK, RANK * SCALE, 0.0)).names(NAME)
+    names = BranchSpec(slot.site, Setting(RANK, RANK * SCALE, 0.0)).names(NAME)
     return names.a, names.b
 
 

@@ -17,6 +17,7 @@ from lora_fx.branches.lower import lower
 from lora_fx.errors import WITH_LABELS, ExportError
 from lora_fx.graph.example_sizes import Dimension, Examples
 from lora_fx.graph.graph_module import TracedGraphModule, assemble, copy_graph, state_of
+from lora_fx.graph.info import info_of, known_info
 from lora_fx.graph.input_checks import Constraints, remove_checks
 from lora_fx.graph.provenance import source_line
 from lora_fx.graph.signature import signature_of
@@ -97,7 +98,7 @@ def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.
             f"expected a graph that lora_fx.trace, rewrite or fold returned, got {type(graph_module).__name__}. "
             "Trace it: lora_fx.trace(module, example_inputs)."
         )
-    if graph_module.meta["lora_fx"].get("labels"):
+    if info_of(graph_module).labels:
         raise ExportError(WITH_LABELS)
     empty = [name for name, tensor in state_of(graph_module).tensors.items() if tensor.is_meta]
     if empty:
@@ -240,7 +241,7 @@ def _examples(
     given: Mapping[str, torch.Tensor] | None,
     names: Mapping[str, str],
 ) -> Examples:
-    found: Examples | None = graph_module.meta.get("lora_fx", {}).get("examples")
+    found = known_info(graph_module).examples
     if given is not None and not (
         isinstance(given, Mapping) and all(isinstance(value, torch.Tensor) for value in given.values())
     ):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from lora_fx.errors import WITH_LABELS, FoldError
 from lora_fx.folding.report import FoldedWeight, check_finite
 from lora_fx.graph.adapter_names import is_factor, original_name
 from lora_fx.graph.graph_module import State, TracedGraphModule, state_of
+from lora_fx.graph.info import known_info, with_info
 from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, merge_into
 
 
@@ -61,7 +63,7 @@ def fold(
         PlanError: ``strengths`` names an adapter that the graph has not.
     """
     plain = plain_graph(graph_module if strengths is None else activate(graph_module, strengths))
-    if plain.meta.get("lora_fx", {}).get("labels"):
+    if known_info(plain).labels:
         raise FoldError(WITH_LABELS)
     found = find_branches(plain, branches)
     values = values_of(plain, found, unshare=unshare)
@@ -75,10 +77,10 @@ def fold(
         merged.update(dict.fromkeys(new, state.tensors[value.weight]))
     merged = {**_trained(state, merged), **merged}
     folded = without_branches(plain, found, values, state.with_tensors(merged), branches)
-    own = folded.meta["lora_fx"]
-    own["folded"] = report
+    own = known_info(folded)
     names = (name for merge in merges for name in merge.names)
-    own["merged"] = tuple(dict.fromkeys((*own.get("merged", ()), *merged, *names)))
+    changed = tuple(dict.fromkeys((*own.merged, *merged, *names)))
+    folded.meta.update(with_info({}, replace(own, folded=report, merged=changed)))
     if inplace:
         _write(merges, state, copied)
         _consume(graph_module)
@@ -191,6 +193,5 @@ def _consume(graph_module: fx.GraphModule) -> None:
     def forward(*_args: Any, **_kwargs: Any) -> Any:
         plain_graph(graph_module)
 
-    graph_module.meta.setdefault("lora_fx", {})
-    graph_module.meta["lora_fx"] = {**graph_module.meta["lora_fx"], "consumed": True}
+    graph_module.meta.update(with_info({}, replace(known_info(graph_module), consumed=True)))
     graph_module.forward = forward

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lora_fx.errors import FoldError
 from lora_fx.graph.graph_module import TracedGraphModule
+from lora_fx.graph.info import info_of
 from lora_fx.numerics.lowrank_merge import Merge, Merged
 from lora_fx.text_table import new_table, text_lines
 
@@ -82,4 +83,4 @@ class FoldReport:
 
 def fold_report(folded: TracedGraphModule) -> FoldReport:
     """Return what the fold that made this graph did to each weight; nothing if it had no branches."""
-    return FoldReport(tuple(folded.meta["lora_fx"].get("folded", ())))
+    return FoldReport(info_of(folded).folded)

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import LoraFxError, PlanError, TraceError
+from lora_fx.graph.info import known_info
 from lora_fx.graph.pickling import GraphRecord, record, restore
 from lora_fx.graph.signature import InputCodeGen
 
@@ -73,7 +74,7 @@ class TracedGraphModule(fx.GraphModule):
     @property
     def config(self) -> Any:
         """The config of the transformers model that the graph was traced from, a copy of its own."""
-        config = self.meta.get("lora_fx", {}).get("config")
+        config = known_info(self).config
         if config is None:
             raise AttributeError("the graph has no config: it was not traced from a transformers model")
         return config

@@ -11,70 +11,43 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.adapters.peft_format.fingerprint import Origin
 from lora_fx.branches.remove import unload
 from lora_fx.errors import PlanError, RuleError, did_you_mean
-from lora_fx.graph.adapter_names import BranchNames, adapters, is_factor, original_name
+from lora_fx.graph.adapter_names import adapters, is_factor, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
+from lora_fx.graph.records import BranchSpec, Origin, Trained
 from lora_fx.planning.matching import refusal, trains
-from lora_fx.rules.rule_file import RuleSet, Selection, Setting, load
-from lora_fx.rules.vocabulary import Op, Part
+from lora_fx.rules.rule_file import RuleSet, Selection, load
+from lora_fx.rules.vocabulary import Part
 from lora_fx.sites.call_sites import Site, sites
-from lora_fx.sites.feature_flow import Features
 from lora_fx.sites.roles import Purpose, purposes
 from lora_fx.tracing.torch_export import uncollected
 from lora_fx.tracing.trace import trace
 
 
-@dataclass(frozen=True)
-class Branch:
-    """One low-rank branch: ``y + scale · B(A(dropout(x)))``.
+def factor_shapes(branch: BranchSpec, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of A and B beside a site.
 
-    Attributes:
-        owner: the path after which its parameters are named: that of the module, or ``<module path>@n`` where the n-th call
-            has a branch of its own.
-        setting: rank, alpha, dropout, scaling, init.
-        part: of a branch for one part of a fused projection.
-        features: the output features of that part; None where the branch writes to all.
-        op: what kind of site it is beside.
+    ``(rank, in)`` and ``(out, rank)``, with as many outputs as the branch writes to. Of a convolution A has the kernel, with
+    ``in / groups`` channels, and B is pointwise with ``rank / groups``. Of experts they are ``(experts · rank, in)`` and
+    ``(out, rank · experts)``, as PEFT has them.
     """
+    rank, outputs = branch.setting.rank, outputs_of(branch, site)
+    if site.kernel:
+        ones = (1,) * len(site.kernel)
+        a = (rank, site.in_features // site.matrices, *site.kernel)
+        return a, (outputs, rank // site.matrices, *ones)
+    return (site.matrices * rank, site.in_features), (outputs, rank * site.matrices)
 
-    owner: str
-    setting: Setting
-    part: Part | None = None
-    features: Features | None = None
-    op: Op = "linear"
 
-    @property
-    def key(self) -> str:
-        """What tells the branches of one adapter apart."""
-        return self.owner if self.part is None else f"{self.owner}:{self.part}"
+def parameters_of_branch(branch: BranchSpec, site: Site) -> int:
+    """Return the number of parameters of A and B beside a site."""
+    return sum(math.prod(shape) for shape in factor_shapes(branch, site))
 
-    def names(self, adapter: str) -> BranchNames:
-        """Return the names of the branch's parameters in an adapter."""
-        return BranchNames(self.owner, adapter, self.part)
 
-    def shapes(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of A and B beside a site.
-
-        ``(rank, in)`` and ``(out, rank)``, with as many outputs as the branch writes to. Of a convolution A has the kernel, with
-        ``in / groups`` channels, and B is pointwise with ``rank / groups``. Of experts they are ``(experts · rank, in)`` and
-        ``(out, rank · experts)``, as PEFT has them.
-        """
-        rank, outputs = self.setting.rank, self.outputs(site)
-        if site.kernel:
-            ones = (1,) * len(site.kernel)
-            a = (rank, site.in_features // site.matrices, *site.kernel)
-            return a, (outputs, rank // site.matrices, *ones)
-        return (site.matrices * rank, site.in_features), (outputs, rank * site.matrices)
-
-    def parameters(self, site: Site) -> int:
-        """Return the number of parameters of A and B."""
-        return sum(math.prod(shape) for shape in self.shapes(site))
-
-    def outputs(self, site: Site) -> int:
-        """Return the number of output features that the branch writes to."""
-        return site.out_features if self.features is None else len(self.features)
+def outputs_of(branch: BranchSpec, site: Site) -> int:
+    """Return the number of output features that a branch writes to."""
+    return site.out_features if branch.features is None else len(branch.features)
 
 
 @dataclass(frozen=True)
@@ -83,13 +56,13 @@ class Chosen:
 
     site: Site
     rule: str
-    branches: tuple[Branch, ...]
+    branches: tuple[BranchSpec, ...]
     purpose: Purpose = field(default_factory=Purpose)
 
     @property
     def parameters(self) -> int:
         """Number of parameters that the branches have."""
-        return sum(branch.parameters(self.site) for branch in self.branches)
+        return sum(parameters_of_branch(branch, self.site) for branch in self.branches)
 
 
 @dataclass(frozen=True)
@@ -99,23 +72,6 @@ class Skipped:
     site: Site
     reason: str
     purpose: Purpose = field(default_factory=Purpose)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A parameter of the model that trains beside the branches, in a copy.
-
-    Attributes:
-        name: its first name.
-        rule: the selection that says so.
-        elements: how many elements it has.
-        whole: whether it is meant under all of its names, if it is tied.
-    """
-
-    name: str
-    rule: str
-    elements: int
-    whole: bool = True
 
 
 Decision = Chosen | Skipped
@@ -148,7 +104,11 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Number of parameters that the plan adds; sites that share a branch share its parameters."""
-        branches = {branch.key: branch.parameters(chosen.site) for chosen in self.chosen for branch in chosen.branches}
+        branches = {
+            branch.key: parameters_of_branch(branch, chosen.site)
+            for chosen in self.chosen
+            for branch in chosen.branches
+        }
         return sum(branches.values())
 
     def __str__(self) -> str:
@@ -325,7 +285,7 @@ def _unfit(chosen: Chosen) -> Iterator[str]:
 
 def _chosen(site: Site, purpose: Purpose, rules: RuleSet, claims: Sequence[int], problems: list[str]) -> Chosen:
     """Return the branches that the claims on a site come to; what cannot be reconciled is added to the problems."""
-    branches: dict[Part | None, tuple[int, Branch]] = {}
+    branches: dict[Part | None, tuple[int, BranchSpec]] = {}
     for index in claims:
         selection = rules.select[index]
         for branch in _branches(site, purpose, rules, selection):
@@ -333,8 +293,8 @@ def _chosen(site: Site, purpose: Purpose, rules: RuleSet, claims: Sequence[int],
             if any(branches[part][1] != branch for part in rivals) and not selection.override:
                 first, other = branches[rivals[0]]
                 problems.append(
-                    f"{rules.where(first)} and {rules.where(index)} both claim {site.name!r}, with {_told(other)} and "
-                    f"{_told(branch)}; make one of them narrower, or let the later say override = true"
+                    f"{rules.where(first)} and {rules.where(index)} both claim {site.name!r}, with {_setting_text(other)} and "
+                    f"{_setting_text(branch)}; make one of them narrower, or let the later say override = true"
                 )
             elif selection.override or not rivals:
                 for part in rivals:
@@ -344,14 +304,14 @@ def _chosen(site: Site, purpose: Purpose, rules: RuleSet, claims: Sequence[int],
     return Chosen(site, f"{rules.name}:{named}", tuple(branch for _, branch in branches.values()), purpose)
 
 
-def _branches(site: Site, purpose: Purpose, rules: RuleSet, selection: Selection) -> Iterator[Branch]:
+def _branches(site: Site, purpose: Purpose, rules: RuleSet, selection: Selection) -> Iterator[BranchSpec]:
     shared, own = owners_of(site)
     owner = shared if selection.calls == "all" else own
     setting = rules.setting_of(selection)
     if selection.features is None:
-        yield Branch(owner, setting, op=site.op)
+        yield BranchSpec(owner, setting, op=site.op)
     for part in selection.features or ():
-        yield Branch(owner, setting, part, purpose.parts[part], site.op)
+        yield BranchSpec(owner, setting, part, purpose.parts[part], site.op)
 
 
 def owners_of(site: Site) -> tuple[str, str]:
@@ -363,7 +323,7 @@ def owners_of(site: Site) -> tuple[str, str]:
     return path, f"{path}@{site.call}" if site.call else path
 
 
-def _told(branch: Branch) -> str:
+def _setting_text(branch: BranchSpec) -> str:
     setting = branch.setting
     words = [f"rank {setting.rank}", f"alpha {setting.alpha:g}", f"dropout {setting.dropout:g}"]
     words += [setting.scaling] if setting.scaling != "standard" else []
@@ -376,7 +336,7 @@ def _check_ranks(plan: Plan) -> None:
     for chosen in plan.chosen:
         site = chosen.site
         for branch in chosen.branches:
-            outputs, inputs = branch.outputs(site), site.in_features * math.prod(site.kernel)
+            outputs, inputs = outputs_of(branch, site), site.in_features * math.prod(site.kernel)
             most = min(inputs, outputs)
             if branch.setting.rank > most:
                 problems.append(

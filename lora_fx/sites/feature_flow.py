@@ -7,49 +7,18 @@ set of all features that took part goes on. So what is found is never too little
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import fx
 
 from lora_fx.graph.aten_kinds import ACTIVATION, POINTWISE, POWER, SHAPE, name_of, shape_of, size_of, tensor_inputs
+from lora_fx.graph.records import Features
 from lora_fx.sites.weight_ops import Operands, operands
 
 _NO_FEATURE = -1
-
-
-@dataclass(frozen=True)
-class Features:
-    """A set of output features as ranges ``(first, past the last)``, in ascending order."""
-
-    ranges: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def of(cls, indices: Iterable[int]) -> Features:
-        """Return the set of these indices."""
-        ordered = sorted(set(indices))
-        runs = groupby(enumerate(ordered), key=lambda pair: pair[1] - pair[0])
-        found = [[index for _, index in run] for _, run in runs]
-        return cls(tuple((run[0], run[-1] + 1) for run in found))
-
-    def __iter__(self) -> Iterator[int]:
-        return (index for first, past in self.ranges for index in range(first, past))
-
-    def __len__(self) -> int:
-        return sum(past - first for first, past in self.ranges)
-
-    def __and__(self, other: Features) -> Features:
-        return Features.of(set(self) & set(other))
-
-    def __or__(self, other: Features) -> Features:
-        return Features.of((*self, *other))
-
-    def __str__(self) -> str:
-        shown = [str(first) if past == first + 1 else f"{first}–{past - 1}" for first, past in self.ranges[:4]]
-        return ", ".join(shown) + (", …" if len(self.ranges) > 4 else "")
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,11 @@ from lora_fx.graph.aten_kinds import (
     writes,
 )
 from lora_fx.graph.graph_module import state_of
+from lora_fx.graph.records import Features
 from lora_fx.rules.vocabulary import ROLES, Part, Role
 from lora_fx.sites.attention import attentions
 from lora_fx.sites.call_sites import Site, sites
-from lora_fx.sites.feature_flow import Features, Push, disjoint
+from lora_fx.sites.feature_flow import Push, disjoint
 from lora_fx.sites.weight_ops import Operands, operands
 
 _SUMS = frozenset({"add", "sub", "rsub"})

@@ -22,6 +22,7 @@ from lora_fx.graph.graph_module import (
     state_of,
     trainable_names,
 )
+from lora_fx.graph.info import GraphInfo, with_info
 from lora_fx.graph.input_checks import Constraints, add_checks
 from lora_fx.graph.invariants import checked
 from lora_fx.graph.signature import take_inputs
@@ -132,16 +133,16 @@ class _Task:
     classes: Sequence[LayerClass] = ()
 
     @property
-    def meta(self) -> dict[str, Any]:
-        """What a graph says of where it comes from."""
+    def info(self) -> GraphInfo:
+        """Record of where the graph comes from."""
         model, inputs = self.model, self.inputs
-        return {
-            "inference": self.inference,
-            "labels": self.labels,
-            "constants": {name: value for name, value in inputs.kwargs.items() if not _has_tensor(value)},
-            "model_class": f"{type(model).__module__}:{type(model).__qualname__}",
-            "config": config_of(model),
-        }
+        return GraphInfo(
+            inference=self.inference,
+            labels=self.labels,
+            constants={name: value for name, value in inputs.kwargs.items() if not _has_tensor(value)},
+            model_class=f"{type(model).__module__}:{type(model).__qualname__}",
+            config=config_of(model),
+        )
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ def _trace_all(task: _Task) -> TracedGraphModule:
     state = replace(state_of(task.model), modules=united.modules).with_tensors(united.constants)
     state = replace(state, non_persistent=state.non_persistent | set(united.constants))
     check_names(united.modules)
-    meta = {"lora_fx": {**task.meta, "examples": examples_of(task.inputs, united.constraints)}}
+    meta = with_info({}, replace(task.info, examples=examples_of(task.inputs, united.constraints)))
     constraints = _verified(task, state, meta, united)
     graph = normal_form.numbered(united.graph)
     checks = add_checks(graph, constraints)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import fx, nn
 
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.adapter_names import is_embedding_factor, is_factor, is_factor_b
-from lora_fx.planning.plan import Branch
+from lora_fx.graph.info import known_info
 
 
 @dataclass(frozen=True)
@@ -112,11 +111,9 @@ def _is_number(value: object) -> bool:
 
 def _embedding_factors(graph_module: fx.GraphModule) -> set[str]:
     """Return the names of the factors beside embeddings, as the graph's record of its adapters tells."""
-    known: Mapping[str, Mapping[str, Any]] = graph_module.meta.get("lora_fx", {}).get("adapters", {})
     found: set[str] = set()
-    for adapter, record in known.items():
-        branches: list[Branch] = [entry["branch"] for entry in record.values()]
-        for branch in branches:
+    for adapter, branches in known_info(graph_module).adapters.items():
+        for _, branch in branches.values():
             if branch.op == "embedding":
                 found |= {branch.names(adapter).a, branch.names(adapter).b}
     return found

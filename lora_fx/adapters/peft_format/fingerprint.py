@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -15,36 +14,12 @@ import torch
 from lora_fx.files.safetensors import TensorEntry, TensorFile
 from lora_fx.graph.adapter_names import is_of_adapter
 from lora_fx.graph.graph_module import State
-from lora_fx.rules.rule_file import RuleSet
+from lora_fx.graph.records import Origin
 
 SAMPLES = 4096
 """How many elements of a tensor its fingerprint is made of, at most."""
 
 _KEY = "lora_fx"  # in the metadata of a safetensors file
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What is remembered of an adapter besides its branches.
-
-    Attributes:
-        rules: name of the rules that made it.
-        digest: of these rules, see :attr:`lora_fx.rules.rule_file.RuleSet.digest`.
-        task_type: as PEFT names tasks.
-        base: the model that it was trained on, as its config names it.
-        revision: of that model.
-    """
-
-    rules: str = ""
-    digest: str = ""
-    task_type: str | None = None
-    base: str | None = None
-    revision: str | None = None
-
-    @staticmethod
-    def of(rules: RuleSet) -> Origin:
-        """Return the origin of an adapter that rules make."""
-        return Origin(rules.name, rules.digest)
 
 
 def fingerprint(state: State) -> dict[str, str]:
@@ -73,13 +48,13 @@ def fingerprint_on_disk(tensors: Mapping[str, tuple[TensorFile, TensorEntry]]) -
 
 def _of_file(entry: TensorEntry, content: np.memmap[Any, np.dtype[np.uint8]]) -> str:
     elements = content[entry.start : entry.end].view(f"V{entry.dtype.itemsize}")
-    return _told(entry.dtype, entry.shape, elements[_samples(len(elements)).numpy()].tobytes())
+    return _tensor_digest(entry.dtype, entry.shape, elements[_samples(len(elements)).numpy()].tobytes())
 
 
 def _of_tensor(tensor: torch.Tensor) -> str:
     flat = tensor.detach().reshape(-1)
     chosen = flat[_samples(flat.numel()).to(flat.device)].cpu()
-    return _told(tensor.dtype, tensor.shape, chosen.view(torch.uint8).numpy().tobytes())
+    return _tensor_digest(tensor.dtype, tensor.shape, chosen.view(torch.uint8).numpy().tobytes())
 
 
 def _samples(elements: int) -> torch.Tensor:
@@ -88,7 +63,7 @@ def _samples(elements: int) -> torch.Tensor:
     return torch.linspace(0, elements - 1, SAMPLES, dtype=torch.float64).long()
 
 
-def _told(dtype: torch.dtype, shape: Sequence[int], content: bytes) -> str:
+def _tensor_digest(dtype: torch.dtype, shape: Sequence[int], content: bytes) -> str:
     """Return the fingerprint of one tensor: ``"bfloat16 4096x1024 9f86d081884c7d65"``."""
     sizes = "x".join(map(str, shape)) or "scalar"
     return f"{str(dtype).removeprefix('torch.')} {sizes} {hashlib.sha256(content).hexdigest()[:16]}"

@@ -20,7 +20,8 @@ from torch import fx
 from lora_fx.adapters.materialize import traced_class
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.graph.provenance import module_path, source_line
-from lora_fx.planning.plan import Branch
+from lora_fx.graph.records import BranchSpec
+from lora_fx.planning.plan import factor_shapes
 from lora_fx.sites.call_sites import Site, biased, sites
 
 PREFIX = "base_model.model."
@@ -54,9 +55,9 @@ class Slot:
             return f"{PREFIX}{self.path}.lora_embedding_A", f"{PREFIX}{self.path}.lora_embedding_B"
         return f"{PREFIX}{self.path}.lora_A.weight", f"{PREFIX}{self.path}.lora_B.weight"
 
-    def shapes(self, branch: Branch) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def shapes(self, branch: BranchSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of PEFT's A and B for a branch."""
-        a, b = branch.shapes(self.site)
+        a, b = factor_shapes(branch, self.site)
         return ((a[0], b[0]), (a[1], b[1])) if self.swapped else (a, b)
 
     def exchanged(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

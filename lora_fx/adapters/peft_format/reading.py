@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 
-from lora_fx.adapters.peft_format.fingerprint import Origin, departures, recorded
+from lora_fx.adapters.peft_format.fingerprint import departures, recorded
 from lora_fx.adapters.peft_format.keys import PREFIX, Slot, apart_from_calls, base_key, base_name, slots, transposed
 from lora_fx.errors import AdapterError, LoraFxError, did_you_mean
 from lora_fx.files.safetensors import TensorFile
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
 from lora_fx.graph.graph_module import described, state_of
+from lora_fx.graph.records import BranchSpec, Origin, Trained
 from lora_fx.numerics.lowrank_merge import adapter_dtype
-from lora_fx.planning.plan import Branch, Trained, owners_of
+from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import ALL_LINEAR, CONFIG_NAME, AdapterConfig, read_config, trains_bias
 from lora_fx.sites.call_sites import Site, sites
 
@@ -113,7 +114,7 @@ class Contents:
             key of each, by its name in the graph.
     """
 
-    branches: Mapping[str, tuple[str, Branch]]
+    branches: Mapping[str, tuple[str, BranchSpec]]
     trained: tuple[Trained, ...]
     factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     copies: Mapping[str, torch.Tensor]
@@ -221,15 +222,15 @@ class _Reader:
             self._problems.append(f"{CONFIG_NAME}: {error}")
             return False
 
-    def _branch(self, slot: Slot) -> Branch:
+    def _branch(self, slot: Slot) -> BranchSpec:
         try:
             setting = self._config.setting_of(slot.name)
         except TimeoutError as error:
             self._problems.append(f"{CONFIG_NAME}: {error}")
             setting = AdapterConfig(peft_type="LORA").setting_of(slot.name)
-        return Branch(owners_of(slot.site)[0], setting, op=slot.site.op)
+        return BranchSpec(owners_of(slot.site)[0], setting, op=slot.site.op)
 
-    def _factors(self, slot: Slot, branch: Branch) -> tuple[str, str]:
+    def _factors(self, slot: Slot, branch: BranchSpec) -> tuple[str, str]:
         """Take the keys of a branch from those of the file, and check what the header says of them."""
         for key, shape in zip(slot.keys, slot.shapes(branch), strict=True):
             rank = branch.setting.rank

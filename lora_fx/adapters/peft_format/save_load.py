@@ -20,6 +20,7 @@ from lora_fx.files.atomic import replacing
 from lora_fx.files.safetensors import write_tensors
 from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, assemble, copy_graph, state_of, trainable_names
+from lora_fx.graph.info import info_of
 from lora_fx.graph.invariants import checked
 from lora_fx.rules.peft_config.config import CONFIG_NAME
 from lora_fx.tracing.torch_export import Dynamic
@@ -79,7 +80,7 @@ def load_adapter(
     files = read_adapter(Path(directory))
     check_base(files, fingerprint(state_of(graph_module)), strict=strict)
     contents = read_contents(files, graph_module)
-    values = contents.values_of(adapter, inference=graph_module.meta["lora_fx"]["inference"])
+    values = contents.values_of(adapter, inference=info_of(graph_module).inference)
     if adapter not in adapters(graph_module):
         plan = plan_branches(graph_module, adapter, contents.branches, contents.trained, origin=contents.origin)
         return attach(graph_module, plan, adapter=adapter, values=values)

@@ -15,7 +15,9 @@ from lora_fx.adapters.transfer import branches_of, origin_of, parameters_of, tra
 from lora_fx.errors import AdapterError
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
-from lora_fx.planning.plan import Branch, owners_of
+from lora_fx.graph.info import info_of
+from lora_fx.graph.records import BranchSpec
+from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import (
     AdapterConfig,
     TrainedParts,
@@ -59,7 +61,7 @@ class _Writer:
         self._state = state_of(graph_module)
         self._first = self._state.aliases()
         self._own = {name: tensor for name, tensor in self._state.tensors.items() if not is_of_adapter(name)}
-        self._branches: dict[str, list[Branch]] = {}
+        self._branches: dict[str, list[BranchSpec]] = {}
         for _, branch in branches_of(graph_module, adapter).values():
             self._branches.setdefault(branch.owner, []).append(branch)
         self._problems: list[str] = []
@@ -102,7 +104,7 @@ class _Writer:
             self._problems.append(f"{owner}: its parts have the scalings {told}, and PEFT has one for all of a module")
         return scales[0]
 
-    def _dense(self, branches: Collection[Branch], site: Site) -> tuple[torch.Tensor, torch.Tensor]:
+    def _dense(self, branches: Collection[BranchSpec], site: Site) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A and B of one branch for all output features that does what those of parts do together."""
         pairs = []
         for branch in branches:
@@ -149,7 +151,7 @@ class _Writer:
 def _config(
     graph_module: TracedGraphModule,
     adapter: str,
-    branches: Collection[Branch],
+    branches: Collection[BranchSpec],
     placed: Mapping[str, Slot],
     settings: Mapping[str, tuple[int, float]],
 ) -> AdapterConfig:
@@ -169,8 +171,8 @@ def _config(
     modules = [slot.name for slot in placed.values() if not slot.is_parameter]
     parameters = tuple(slot.name for slot in placed.values() if slot.is_parameter)
     others = sorted(_module_paths(graph_module) - set(modules))
-    model_class, config = (graph_module.meta["lora_fx"][key] for key in ("model_class", "config"))
-    library, _, class_name = model_class.partition(":")
+    info = info_of(graph_module)
+    library, _, class_name = info.model_class.partition(":")
     linear = [slot for slot in placed.values() if not slot.is_parameter and slot.site.op == "linear"]
     gaussian = bool(branches) and all(branch.setting.init == "gaussian" for branch in branches)
     mapping = {"base_model_class": class_name, "parent_library": library} if class_name else None
@@ -189,7 +191,7 @@ def _config(
         inference_mode=True,
         task_type=origin.task_type,
         auto_mapping=None if origin.task_type else mapping,
-        base_model_name_or_path=origin.base or getattr(config, "name_or_path", None) or None,
+        base_model_name_or_path=origin.base or getattr(info.config, "name_or_path", None) or None,
         revision=origin.revision,
         peft_version=PEFT_VERSION,
     )

@@ -10,6 +10,7 @@ from torch import fx
 
 from lora_fx.drawing.describe.node_text import stamp_of
 from lora_fx.graph.adapter_names import is_factor
+from lora_fx.graph.info import known_info
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,11 @@ def branches_of(graph_module: fx.GraphModule) -> Mapping[fx.Node, Branch]:
 
 def settings_of(graph_module: fx.GraphModule, branches: Iterable[Branch]) -> dict[Branch, dict[str, Any]]:
     """Return what is known of each branch: site, adapter, and by the graph's record of its adapters rule, rank and the rest."""
-    own: Mapping[str, Any] = graph_module.meta.get("lora_fx") or {}
     recorded: dict[tuple[str, str], dict[str, Any]] = {}
-    for adapter, record in own.get("adapters", {}).items():
-        for entry in record.values():
-            planned, setting = entry["branch"], entry["branch"].setting
-            told = {"rule": entry["rule"], "rank": setting.rank, "alpha": setting.alpha}
+    for adapter, specs in known_info(graph_module).adapters.items():
+        for rule, planned in specs.values():
+            setting = planned.setting
+            told: dict[str, Any] = {"rule": rule, "rank": setting.rank, "alpha": setting.alpha}
             told |= {"scaling": setting.scale, "dropout": setting.dropout}
             told |= {} if planned.part is None else {"part": planned.part}
             names = planned.names(adapter)

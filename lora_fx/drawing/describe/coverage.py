@@ -15,6 +15,7 @@ from lora_fx.drawing.describe.node_text import Reader
 from lora_fx.errors import FoldError
 from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.graph_module import state_of
+from lora_fx.graph.info import known_info
 from lora_fx.numerics.lowrank_merge import Merge, Update
 from lora_fx.sites.call_sites import Site, sites
 
@@ -47,9 +48,8 @@ def coverage(graph: Reader, merges: Iterable[Merge]) -> tuple[Covered, ...]:
     """
     module = graph.graph_module
     merged = {name for merge in merges if merge.updates for name in merge.names}
-    known = module.meta.get("lora_fx") or {}
     reasons: dict[str, str] = {}
-    for skipped in known.get("skipped", {}).values():
+    for skipped in known_info(module).skipped.values():
         reasons.update(skipped)
     found = sites(module)
     branched = _branched(graph, found)

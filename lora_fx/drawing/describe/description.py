@@ -30,6 +30,7 @@ from lora_fx.drawing.describe.node_text import Reader, stamp_of, type_of_root
 from lora_fx.drawing.describe.repeats import collapse
 from lora_fx.drawing.describe.wiring import Wiring, wire
 from lora_fx.errors import ExportError, did_you_mean
+from lora_fx.graph.info import known_info
 from lora_fx.graph.provenance import source_of
 from lora_fx.numerics.lowrank_merge import Merge
 
@@ -99,8 +100,7 @@ def within(description: Description, module: str) -> Description:
 
 
 def _merges(graph_module: fx.GraphModule) -> tuple[Merge, ...]:
-    folded = (graph_module.meta.get("lora_fx") or {}).get("folded", ())
-    return tuple(entry.merge for entry in folded)
+    return tuple(entry.merge for entry in known_info(graph_module).folded)
 
 
 def _description(union: Union, graph: Reader, show: Show, merges: Iterable[Merge]) -> Description:

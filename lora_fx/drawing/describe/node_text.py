@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_fx.adapters.materialize import traced_class
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
+from lora_fx.graph.info import known_info
 from lora_fx.graph.input_checks import InputCheck, RelationCheck
 
 _QUIET = (torch.ops.aten.sym_size.int, torch.ops.aten._assert_scalar.default, getattr)
@@ -235,7 +236,7 @@ def _is_one(level: tuple[Frame, ...]) -> bool:
 
 def _axes(graph_module: fx.GraphModule) -> dict[Any, Any]:
     """Return for each symbol that is a dimension of an input the name of its axis."""
-    examples = (graph_module.meta.get("lora_fx") or {}).get("examples")
+    examples = known_info(graph_module).examples
     axes: Mapping[str, tuple[str | None, ...]] = examples.axes if examples is not None else {}
     named: dict[Any, Any] = {}
     for node in graph_module.graph.find_nodes(op="placeholder"):
@@ -258,7 +259,7 @@ def _frame(key: str, path: str, kind: Any) -> Frame | None:
 
 def type_of_root(graph_module: fx.GraphModule) -> str:
     """Return the class of the model that a graph was traced from, as far as it is known."""
-    name = str((graph_module.meta.get("lora_fx") or {}).get("model_class") or "")
+    name = known_info(graph_module).model_class
     found = name.rpartition(":")[2].rpartition(".")[2]
     return "GraphModule" if not found or found.startswith("GraphModule") else found
 

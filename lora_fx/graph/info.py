@@ -1,0 +1,80 @@
+"""The typed record that a graph carries of itself: where it comes from, its adapters, and the weights that a fold merged.
+
+It lies in ``meta`` of the graph module, so that it lives through copies and pickling with the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from lora_fx.errors import PlanError
+from lora_fx.graph.example_sizes import Examples
+from lora_fx.graph.records import BranchSpec, Origin
+
+RuledBranches = Mapping[str, tuple[str, BranchSpec]]
+"""The branches of one adapter by their keys, each behind the rule that chose it."""
+
+_KEY = "lora_fx"
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """Everything known of a graph besides its nodes and tensors. The defaults are those of a graph that lora_fx did not trace.
+
+    Attributes:
+        inference: traced in eval mode alone, so that nothing in it trains.
+        labels: traced with labels, for training.
+        constants: inputs of the trace that are no tensors, by their names.
+        model_class: of the model that was traced, as ``module:qualified.name``.
+        config: of the transformers model that was traced, a copy of its own.
+        examples: the inputs of the trace.
+        adapters: adapter → its branches.
+        skipped: adapter → sites without a branch, each with the reason.
+        origins: adapter → where it comes from.
+        folded: the merges of the fold that made the graph.
+        merged: names of all parameters that folds changed, also earlier ones.
+        consumed: folded in place, so that its weights hold its branches already.
+    """
+
+    inference: bool = True
+    labels: bool = False
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    model_class: str = ""
+    config: Any = None
+    examples: Examples | None = None
+    adapters: Mapping[str, RuledBranches] = field(default_factory=dict)
+    skipped: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    folded: tuple[Any, ...] = ()
+    merged: tuple[str, ...] = ()
+    consumed: bool = False
+
+
+def info_of(graph_module: fx.GraphModule) -> GraphInfo:
+    """Return the record of a graph.
+
+    Raises:
+        PlanError: the graph has none: lora_fx did not make it.
+    """
+    info = graph_module.meta.get(_KEY)
+    if not isinstance(info, GraphInfo):
+        raise PlanError(
+            f"expected a graph that lora_fx made, got a {type(graph_module).__name__} without its record: make one with "
+            "lora_fx.trace."
+        )
+    return info
+
+
+def known_info(graph_module: fx.GraphModule) -> GraphInfo:
+    """Return the record of a graph, or an empty one if it is foreign."""
+    info = graph_module.meta.get(_KEY)
+    return info if isinstance(info, GraphInfo) else GraphInfo()
+
+
+def with_info(meta: Mapping[str, Any], info: GraphInfo) -> dict[str, Any]:
+    """Return the ``meta`` of a graph module with another record."""
+    return {**meta, _KEY: info}

@@ -1,0 +1,112 @@
+"""Records of adapters: their branches, the model's parameters that they train, and where they come from. Plain frozen data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from lora_fx.graph.adapter_names import BranchNames
+from lora_fx.rules.rule_file import RuleSet, Setting
+from lora_fx.rules.vocabulary import Op, Part
+
+
+@dataclass(frozen=True)
+class Features:
+    """A set of output features as ranges ``(first, past the last)``, in ascending order."""
+
+    ranges: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, indices: Iterable[int]) -> Features:
+        """Return the set of these indices."""
+        ordered = sorted(set(indices))
+        runs = groupby(enumerate(ordered), key=lambda pair: pair[1] - pair[0])
+        found = [[index for _, index in run] for _, run in runs]
+        return cls(tuple((run[0], run[-1] + 1) for run in found))
+
+    def __iter__(self) -> Iterator[int]:
+        return (index for first, past in self.ranges for index in range(first, past))
+
+    def __len__(self) -> int:
+        return sum(past - first for first, past in self.ranges)
+
+    def __and__(self, other: Features) -> Features:
+        return Features.of(set(self) & set(other))
+
+    def __or__(self, other: Features) -> Features:
+        return Features.of((*self, *other))
+
+    def __str__(self) -> str:
+        shown = [str(first) if past == first + 1 else f"{first}–{past - 1}" for first, past in self.ranges[:4]]
+        return ", ".join(shown) + (", …" if len(self.ranges) > 4 else "")
+
+
+@dataclass(frozen=True)
+class BranchSpec:
+    """One low-rank branch: ``y + scale · B(A(dropout(x)))``.
+
+    Attributes:
+        owner: the path after which its parameters are named: that of the module, or ``<module path>@n`` where the n-th call
+            has a branch of its own.
+        setting: rank, alpha, dropout, scaling, init.
+        part: of a branch for one part of a fused projection.
+        features: the output features of that part; None where the branch writes to all.
+        op: what kind of site it is beside.
+    """
+
+    owner: str
+    setting: Setting
+    part: Part | None = None
+    features: Features | None = None
+    op: Op = "linear"
+
+    @property
+    def key(self) -> str:
+        """Identifier among the branches of one adapter."""
+        return self.owner if self.part is None else f"{self.owner}:{self.part}"
+
+    def names(self, adapter: str) -> BranchNames:
+        """Return the names of the branch's parameters in an adapter."""
+        return BranchNames(self.owner, adapter, self.part)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A parameter of the model that trains beside the branches, in a copy.
+
+    Attributes:
+        name: its first name.
+        rule: the selection that says so.
+        elements: how many elements it has.
+        whole: whether it is meant under all of its names, if it is tied.
+    """
+
+    name: str
+    rule: str
+    elements: int
+    whole: bool = True
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an adapter comes from: the rules that made it, and what its config said of the base.
+
+    Attributes:
+        rules: name of the rules that made it.
+        digest: of these rules, see :attr:`lora_fx.rules.rule_file.RuleSet.digest`.
+        task_type: as PEFT names tasks.
+        base: the model that it was trained on, as its config names it.
+        revision: of that model.
+    """
+
+    rules: str = ""
+    digest: str = ""
+    task_type: str | None = None
+    base: str | None = None
+    revision: str | None = None
+
+    @staticmethod
+    def of(rules: RuleSet) -> Origin:
+        """Return the origin of an adapter that rules make."""
+        return Origin(rules.name, rules.digest)
