@@ -68,10 +68,10 @@ def describe_model(
 
 
 def _in_python(path: Path, rules: str) -> str:
-    """Return what the command line says of an exported program: loading one runs code that it names."""
+    """Return the refusal of an exported program, whose loading can run code, and the two lines that draw one that is trusted."""
     return (
-        f"{path}: expected a model directory or a config.json, got an exported program, which torch.export.load may run code of. "
-        "If you trust it, draw it in Python, after `import lora_fx, torch`:\n"
+        f"{path}: expected a model directory or a config.json, got an exported program. torch.export.load can run code "
+        "from such a file; if you trust it, draw it in Python, after `import lora_fx, torch`:\n"
         f"graph = lora_fx.trace(torch.export.load({str(path)!r}), inference=True)\n"
         f"lora_fx.draw(graph, lora_fx.rewrite(graph, rules={rules!r}), 'graph.html')"
     )
