@@ -21,7 +21,8 @@ from .folding.fold import fold, recipe
 from .folding.report import FoldReport, fold_report
 from .folding.verify import verify
 from .graph.graph_module import TracedGraphModule
-from .planning.plan import Plan, plan
+from .planning.plan import Plan
+from .planning.planner import plan
 from .rewriting import rewrite
 from .tracing.trace import trace
 from .training.fuse import fuse

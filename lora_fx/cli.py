@@ -86,8 +86,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show every call site of a model: its shape, operator and role, and whether rules give it a branch, and why."""
-    from lora_fx.planning.plan import plan as make_plan
-    from lora_fx.planning.reporting import as_data, as_text
+    from lora_fx.planning.plan import as_data, as_text
+    from lora_fx.planning.planner import plan as make_plan
     from lora_fx.rules.rule_file import load
     from lora_fx.tracing.example_inputs import read_example_inputs
     from lora_fx.tracing.transformers_models import empty_model

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_fx.adapters.attach import attach
 from lora_fx.graph.graph_module import TracedGraphModule
-from lora_fx.planning.plan import plan_graph
+from lora_fx.planning.planner import plan_graph
 from lora_fx.rules.rule_file import RuleSet, load
 from lora_fx.tracing.torch_export import Dynamic
 from lora_fx.tracing.trace import trace

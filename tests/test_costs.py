@@ -18,7 +18,7 @@ from lora_fx.adapters.fake_values import FakeValues
 from lora_fx.branches import find as branches
 from lora_fx.graph.graph_module import State
 from lora_fx.planning import matching
-from lora_fx.planning.plan import plan_graph
+from lora_fx.planning.planner import plan_graph
 from lora_fx.rules.rule_file import load
 
 aten = torch.ops.aten

@@ -33,7 +33,8 @@ from lora_fx.graph.invariants import checked
 from lora_fx.graph.provenance import module_path
 from lora_fx.graph.records import BranchSpec, Origin
 from lora_fx.numerics.lowrank_merge import adapter_dtype, initial_factors
-from lora_fx.planning.plan import Chosen, Plan, Skipped, check_attachable, factor_shapes
+from lora_fx.planning.plan import Chosen, Plan, Skipped, factor_shapes
+from lora_fx.planning.planner import check_attachable
 from lora_fx.sites.call_sites import biased
 from lora_fx.sites.weight_ops import low_rank, operands
 from lora_fx.tracing.torch_export import uncollected

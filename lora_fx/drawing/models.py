@@ -10,7 +10,7 @@ from lora_fx.branches.remove import unload
 from lora_fx.drawing.describe.description import Description, Show, describe, describe_graph
 from lora_fx.errors import LoraFxError
 from lora_fx.folding.fold import recipe
-from lora_fx.planning.plan import plan_graph
+from lora_fx.planning.planner import plan_graph
 from lora_fx.rules.rule_file import load
 from lora_fx.tracing.example_inputs import read_example_inputs
 from lora_fx.tracing.trace import trace

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from lora_fx.planning.plan import plan_sites
+from lora_fx.planning.planner import plan_sites
 from lora_fx.rules.rule_file import RuleSet, load
 from lora_fx.rules.vocabulary import Role
 from lora_fx.sites.call_sites import Site
@@ -77,7 +77,7 @@ def exponent(sizes: Sequence[int], times: Sequence[float]) -> float:
 
 def main() -> None:
     """Print the table."""
-    table = Table("sites", "selections", "seconds", title="lora_fx.planning.plan.plan_sites")
+    table = Table("sites", "selections", "seconds", title="lora_fx.planning.planner.plan_sites")
     by_sites, by_selections = (1_000, 5_000, 20_000), (1, 4, 16)
     site_times = [seconds(count, 4) for count in by_sites]
     selection_times = [seconds(5_000, count) for count in by_selections]

@@ -35,7 +35,7 @@ import readme
 import lora_fx
 from lora_fx.adapters.attach import attach
 from lora_fx.drawing.draw import describe
-from lora_fx.planning.plan import plan_graph
+from lora_fx.planning.planner import plan_graph
 from lora_fx.rules.rule_file import load
 
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000)

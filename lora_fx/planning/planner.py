@@ -1,0 +1,266 @@
+"""Rules × call sites → a plan: for every site, chosen and how, or skipped and why. Changes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lora_fx.branches.remove import unload
+from lora_fx.errors import PlanError, RuleError, did_you_mean
+from lora_fx.graph.adapter_names import adapters, is_factor, original_name
+from lora_fx.graph.graph_module import TracedGraphModule, state_of
+from lora_fx.graph.records import BranchSpec, Trained
+from lora_fx.planning.matching import refusal, trains
+from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, outputs_of, owners_of
+from lora_fx.rules.rule_file import RuleSet, Selection, load
+from lora_fx.rules.vocabulary import Part
+from lora_fx.sites.call_sites import Site, sites
+from lora_fx.sites.roles import Purpose, purposes
+from lora_fx.tracing.torch_export import uncollected
+from lora_fx.tracing.trace import trace
+
+
+def plan(
+    model: nn.Module,
+    rules: str | Path | Mapping[str, Any] | RuleSet = "auto",
+    *,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
+    dropout: float | None = None,
+) -> Plan:
+    """Match rules against the call sites of a model or a graph.
+
+    Args:
+        model: a graph of ours, or a model, which is then traced.
+        rules: see :func:`lora_fx.rules.rule_file.load`.
+        example_inputs: see :func:`lora_fx.trace`.
+        rank: replaces the ``[defaults]`` of the rules, as do ``alpha`` and ``dropout``.
+        alpha: numerator of the scaling ``alpha / rank``.
+        dropout: probability with which an element of a branch's input is dropped in training.
+
+    Raises:
+        RuleError: the rules are malformed, a selection matches nothing, or two claim one site with different settings.
+        PlanError: a chosen site cannot get such a branch.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    ruleset = load(rules, model_type).with_overrides(rank, alpha, dropout)
+    if isinstance(model, TracedGraphModule):
+        return plan_graph(model, ruleset)
+    return plan_graph(trace(model, example_inputs, inference=True), ruleset)
+
+
+@uncollected()
+def plan_graph(graph_module: fx.GraphModule, rules: RuleSet) -> Plan:
+    """Decide for each site of a graph. Raises as :func:`plan` does."""
+    found = sites(graph_module)
+    read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
+    state = state_of(graph_module)
+    own = {
+        names: state.tensors[first].numel()
+        for first, names in state.names().items()
+        if first in read and isinstance(state.tensors[first], nn.Parameter) and not is_factor(first)
+    }
+    plain = (
+        unload(graph_module) if adapters(graph_module) else graph_module
+    )  # in which roles are not hidden by branches
+    return plan_sites(found, rules, purposes(plain, sites(plain)), own)
+
+
+def plan_sites(
+    found: Sequence[Site],
+    rules: RuleSet,
+    purpose_of: Mapping[str, Purpose] | None = None,
+    parameters: Mapping[tuple[str, ...], int] | None = None,
+) -> Plan:
+    """Decide for each of these sites.
+
+    Args:
+        found: the sites of a graph.
+        rules: what is wanted.
+        purpose_of: what each site is for, by its name.
+        parameters: the parameters that the graph reads, each by all of its names, and their numbers of elements.
+
+    Raises:
+        RuleError: as :func:`plan` does.
+        PlanError: as :func:`plan` does.
+    """
+    known = {site: (purpose_of or {}).get(site.name, Purpose()) for site in found}
+    problems: list[str] = []
+    matched: set[int] = set()
+    decisions: list[Decision] = []
+    branching = [index for index, selection in enumerate(rules.select) if selection.trainable is None]
+    for site, purpose in known.items():
+        refused = {index: refusal(rules.select[index], site, purpose) for index in branching}
+        claims = [index for index, reason in refused.items() if reason is None]
+        matched.update(claims)
+        if claims:
+            decisions.append(_chosen(site, purpose, rules, claims, problems))
+        else:
+            reasons = [reason for reason in refused.values() if reason is not None]
+            nearest = max(reasons, key=lambda reason: reason.agreed, default=None)
+            decisions.append(Skipped(site, nearest.reason if nearest else "no selection adds branches", purpose))
+    trained = _trained(rules, known, parameters or {}, matched)
+    problems += [
+        _matches_nothing(known, rules, index)
+        for index, selection in enumerate(rules.select)
+        if index not in matched and not selection.optional
+    ]
+    if problems:
+        raise RuleError(rules.source or f"rules {rules.name!r}", problems)
+    result = Plan(rules, tuple(decisions), trained)
+    _check_ranks(result)
+    return result
+
+
+def _trained(
+    rules: RuleSet, known: Mapping[Site, Purpose], parameters: Mapping[tuple[str, ...], int], matched: set[int]
+) -> tuple[Trained, ...]:
+    """Return the parameters that selections with ``trainable`` mean, and note which selections those are."""
+    found: dict[str, Trained] = {}
+    for index, selection in enumerate(rules.select):
+        if selection.trainable is None:
+            continue
+        means = trains(selection, known)
+        for names, elements in parameters.items():
+            meant = [means(name) for name in names]
+            if any(meant):
+                rule = f"{rules.name}:select[{index}]"
+                found.setdefault(names[0], Trained(names[0], rule, elements, whole=all(meant)))
+                matched.add(index)
+    return tuple(found.values())
+
+
+def check_attachable(plan: Plan, graph_module: fx.GraphModule) -> None:
+    """Raise :class:`PlanError` unless every chosen site can get a branch; all that cannot are named."""
+    problems: list[str] = []
+    state = state_of(graph_module)
+    for chosen in plan.chosen:
+        site, weight = chosen.site, state.tensors[chosen.site.weight]
+        problems += _unfit(chosen)
+        if not isinstance(weight, nn.Parameter):
+            problems.append(f"site {site.name!r} multiplies by a buffer, {site.weight!r}: make it a parameter")
+        elif weight.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            problems.append(
+                f"site {site.name!r} has a weight of dtype {weight.dtype}: a branch needs a floating-point one. "
+                "Dequantise the model first"
+            )
+    shapes: dict[str, tuple[int, int]] = {}
+    for chosen in plan.chosen:
+        shape = chosen.site.in_features, chosen.site.out_features
+        if any(shapes.setdefault(branch.key, shape) != shape for branch in chosen.branches):
+            problems.append(
+                f"the calls of {chosen.site.module!r} multiply by its weight in both layouts, and can share no branch: "
+                'say calls = "each"'
+            )
+    adapted, tied = {chosen.site.weight for chosen in plan.chosen}, state.names()
+    copied = {original_name(name) for name in state.tensors} - {None}
+    for trained in plan.trained:
+        names = tied[trained.name]
+        if not trained.whole:
+            problems.append(
+                f"{' and '.join(names)} are one tied parameter, which cannot train at one of its uses alone"
+            )
+        elif original_name(trained.name) is not None or trained.name in copied:
+            own = original_name(trained.name) or trained.name
+            problems.append(f"{own!r} trains already, in another adapter: a graph computes with one copy of it")
+        elif trained.name in adapted:
+            problems.append(f"{trained.name!r} would both train and get a branch; leave one of the two out")
+    if problems:
+        raise PlanError("; ".join(problems) + ".")
+
+
+def _unfit(chosen: Chosen) -> Iterator[str]:
+    """Yield why branches cannot be at a site of this kind."""
+    site = chosen.site
+    for branch in chosen.branches:
+        rank = branch.setting.rank
+        if site.kernel and branch.features is not None:
+            yield f"site {site.name!r} is {site.op}: a part of its output features alone can get no branch"
+        if site.kernel and rank % site.matrices:
+            yield (
+                f"site {site.name!r} has {site.matrices} groups, each with a low-rank update of its own, and rank {rank} cannot be "
+                "divided among them"
+            )
+        if site.operator == "_grouped_mm" and rank % 4:
+            yield f"site {site.name!r} multiplies by {site.operator}, which takes ranks that are multiples of 4, not {rank}"
+
+
+def _chosen(site: Site, purpose: Purpose, rules: RuleSet, claims: Sequence[int], problems: list[str]) -> Chosen:
+    """Return the branches that the claims on a site come to; what cannot be reconciled is added to the problems."""
+    branches: dict[Part | None, tuple[int, BranchSpec]] = {}
+    for index in claims:
+        selection = rules.select[index]
+        for branch in _branches(site, purpose, rules, selection):
+            rivals = [part for part in branches if part == branch.part or part is None or branch.part is None]
+            if any(branches[part][1] != branch for part in rivals) and not selection.override:
+                first, other = branches[rivals[0]]
+                problems.append(
+                    f"{rules.where(first)} and {rules.where(index)} both claim {site.name!r}, with {_setting_text(other)} and "
+                    f"{_setting_text(branch)}; make one of them narrower, or let the later say override = true"
+                )
+            elif selection.override or not rivals:
+                for part in rivals:
+                    del branches[part]
+                branches[branch.part] = (index, branch)
+    named = ", ".join(dict.fromkeys(f"select[{index}]" for index, _ in branches.values()))
+    return Chosen(site, f"{rules.name}:{named}", tuple(branch for _, branch in branches.values()), purpose)
+
+
+def _branches(site: Site, purpose: Purpose, rules: RuleSet, selection: Selection) -> Iterator[BranchSpec]:
+    shared, own = owners_of(site)
+    owner = shared if selection.calls == "all" else own
+    setting = rules.setting_of(selection)
+    if selection.features is None:
+        yield BranchSpec(owner, setting, op=site.op)
+    for part in selection.features or ():
+        yield BranchSpec(owner, setting, part, purpose.parts[part], site.op)
+
+
+def _setting_text(branch: BranchSpec) -> str:
+    setting = branch.setting
+    words = [f"rank {setting.rank}", f"alpha {setting.alpha:g}", f"dropout {setting.dropout:g}"]
+    words += [setting.scaling] if setting.scaling != "standard" else []
+    words += [f"init {setting.init}"] if setting.init != "kaiming" else []
+    return ", ".join([*words, f"for {branch.part or 'all'} of {branch.owner!r}"])
+
+
+def _check_ranks(plan: Plan) -> None:
+    problems = []
+    for chosen in plan.chosen:
+        site = chosen.site
+        for branch in chosen.branches:
+            outputs, inputs = outputs_of(branch, site), site.in_features * math.prod(site.kernel)
+            most = min(inputs, outputs)
+            if branch.setting.rank > most:
+                problems.append(
+                    f"{chosen.rule} gives site {site.name!r} rank {branch.setting.rank}, which is more than its weight of "
+                    f"{outputs} × {inputs} can have. Choose rank ≤ {most}"
+                )
+    if problems:
+        raise PlanError(";\n  ".join(problems) + ".")
+
+
+def _matches_nothing(known: Mapping[Site, Purpose], rules: RuleSet, index: int) -> str:
+    selection = rules.select[index]
+    if selection.trainable is not None:
+        return f"{rules.where(index)} matches no parameter that the model uses; name a module, or a part of its dotted name's end"
+    where = f"{rules.where(index)} matches no call site"
+    named = {site: refusal(selection, site, purpose) for site, purpose in known.items()}
+    near = [(site, reason) for site, reason in named.items() if reason is not None and reason.agreed > 0]
+    if near:
+        site, nearest = max(near, key=lambda pair: pair[1].agreed)
+        return f"{where}: of {site.name!r}, {nearest.reason}. Say optional = true if that is meant"
+    ends = sorted({site.module.rpartition(".")[2] for site in known})
+    asked = [
+        f"{key} = {list(value) if isinstance(value, tuple) else value!r}"
+        for key in ("target", "regex", "layers", "exclude")
+        if (value := getattr(selection, key))
+    ]
+    hint = "".join(did_you_mean(target.rpartition(".")[2], ends) for target in selection.target or ())
+    return f"{where}: {', '.join(asked)}{hint}; the model's sites end in {', '.join(ends) or 'nothing'}"
