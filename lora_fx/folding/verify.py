@@ -20,7 +20,7 @@ from lora_fx.branches.find import Nominate, find_branches
 from lora_fx.branches.lower import lower
 from lora_fx.errors import InputError, LoraFxError, VerifyError
 from lora_fx.graph.adapter_names import is_factor
-from lora_fx.graph.compare import Difference, compare_values, rounding_tolerance
+from lora_fx.graph.compare import ValueDifference, compare_values, rounding_tolerance
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.provenance import module_path, source_line
 from lora_fx.graph.signature import InputCodeGen
@@ -244,7 +244,7 @@ def _constants(graph: fx.Graph) -> frozenset[fx.Node]:
     return frozenset(found)
 
 
-def _differing(node: fx.Node, twin: fx.Node, difference: Difference) -> VerifyError:
+def _differing(node: fx.Node, twin: fx.Node, difference: ValueDifference) -> VerifyError:
     path = module_path(twin)
     details = [
         _operator(twin),

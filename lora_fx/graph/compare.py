@@ -23,7 +23,7 @@ COARSE_TOLERANCE = 5e-2
 
 
 @dataclass(frozen=True)
-class Difference:
+class ValueDifference:
     """The comparison of two values.
 
     Attributes:
@@ -37,7 +37,7 @@ class Difference:
     part: str = ""
 
 
-def compare_values(expected: Any, found: Any, tolerance: float | None) -> Difference:
+def compare_values(expected: Any, found: Any, tolerance: float | None) -> ValueDifference:
     """Compare two nested values, up to the first tensor or number that differs by more than the tolerance.
 
     Args:
@@ -49,14 +49,14 @@ def compare_values(expected: Any, found: Any, tolerance: float | None) -> Differ
     expected_leaves, expected_spec = pytree.tree_flatten(expected)
     found_leaves, found_spec = pytree.tree_flatten(found)
     if expected_spec != found_spec:
-        return Difference(torch.inf, f"expected the structure {expected_spec}, got {found_spec}")
+        return ValueDifference(torch.inf, f"expected the structure {expected_spec}, got {found_spec}")
     largest = 0.0
     for index, (value, other) in enumerate(zip(expected_leaves, found_leaves, strict=True)):
         compared = _compare_leaves(value, other, tolerance)
         if compared.message:
-            return Difference(compared.relative, compared.message, _path(expected, index))
+            return ValueDifference(compared.relative, compared.message, _path(expected, index))
         largest = max(largest, compared.relative)
-    return Difference(largest)
+    return ValueDifference(largest)
 
 
 def rounding_tolerance(value: Any) -> float:
@@ -78,7 +78,7 @@ def _path(tree: Any, index: int) -> str:
     return pytree.keystr(path)
 
 
-def _compare_leaves(expected: Any, found: Any, tolerance: float | None) -> Difference:
+def _compare_leaves(expected: Any, found: Any, tolerance: float | None) -> ValueDifference:
     if isinstance(expected, torch.Tensor) and isinstance(found, torch.Tensor):
         return (
             _compare_elementwise(expected, found) if tolerance is None else _compare_tensors(expected, found, tolerance)
@@ -86,56 +86,56 @@ def _compare_leaves(expected: Any, found: Any, tolerance: float | None) -> Diffe
     if isinstance(expected, float) and isinstance(found, float) and tolerance is not None:
         return _compare_reals(_scalar(expected), _scalar(found), tolerance)
     if type(expected) is type(found) and expected == found:
-        return Difference()
-    return Difference(torch.inf, f"expected {expected!r}, got {found!r}")
+        return ValueDifference()
+    return ValueDifference(torch.inf, f"expected {expected!r}, got {found!r}")
 
 
-def _compare_elementwise(expected: torch.Tensor, found: torch.Tensor) -> Difference:
+def _compare_elementwise(expected: torch.Tensor, found: torch.Tensor) -> ValueDifference:
     try:
         torch.testing.assert_close(found, expected, equal_nan=True)
     except AssertionError as error:
-        return Difference(torch.inf, " ".join(str(error).split()))
-    return Difference()
+        return ValueDifference(torch.inf, " ".join(str(error).split()))
+    return ValueDifference()
 
 
-def _compare_tensors(expected: torch.Tensor, found: torch.Tensor, tolerance: float) -> Difference:
+def _compare_tensors(expected: torch.Tensor, found: torch.Tensor, tolerance: float) -> ValueDifference:
     if described(expected) != described(found):
-        return Difference(torch.inf, f"expected {described(expected)}, got {described(found)}")
+        return ValueDifference(torch.inf, f"expected {described(expected)}, got {described(found)}")
     return _compare_reals(expected, found, tolerance) if _is_real(expected) else _compare_exactly(expected, found)
 
 
-def _compare_exactly(expected: torch.Tensor, found: torch.Tensor) -> Difference:
+def _compare_exactly(expected: torch.Tensor, found: torch.Tensor) -> ValueDifference:
     if torch.equal(expected, found):
-        return Difference()
+        return ValueDifference()
     differing = (expected != found).nonzero()
     first = tuple(differing[0].tolist())
     message = (
         f"{len(differing)} of {expected.numel()} values differ, which have to be equal; the first is {found[first].item()}"
         f"{_place(first)}, expected {expected[first].item()}"
     )
-    return Difference(torch.inf, message)
+    return ValueDifference(torch.inf, message)
 
 
-def _compare_reals(expected: torch.Tensor, found: torch.Tensor, tolerance: float) -> Difference:
+def _compare_reals(expected: torch.Tensor, found: torch.Tensor, tolerance: float) -> ValueDifference:
     if torch.equal(expected, found):
-        return Difference()
+        return ValueDifference()
     left, right = _widened(expected), _widened(found)
     # Infinities and NaNs equal themselves: their difference would be a NaN, which no tolerance allows.
     same = (left == right) | (left.isnan() & right.isnan())
     if bool(same.all()):
-        return Difference()
+        return ValueDifference()
     gaps = (left - right).abs().masked_fill(same, 0.0).nan_to_num(nan=torch.inf, posinf=torch.inf)
     scale = float(left.abs().masked_fill(~left.isfinite(), 0.0).max())
     gap = float(gaps.max())
     relative = gap / scale if scale else torch.inf
     if gap <= tolerance * scale:
-        return Difference(relative)
+        return ValueDifference(relative)
     worst = tuple(int(index) for index in torch.unravel_index(gaps.argmax(), gaps.shape))
     message = (
         f"the largest difference is {gap:.3g}{_place(worst)}: expected {expected[worst].item():.6g}, got {found[worst].item():.6g}; "
         f"the tolerance is {tolerance:.3g} of the largest value, {scale:.3g}"
     )
-    return Difference(relative, message)
+    return ValueDifference(relative, message)
 
 
 def _is_real(tensor: torch.Tensor) -> bool:
