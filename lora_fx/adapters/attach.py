@@ -13,8 +13,7 @@ takes the one that is its own, or the zero.
 from __future__ import annotations
 
 import keyword
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -30,6 +29,7 @@ from lora_fx.graph.adapter_names import adapters, copy_name
 from lora_fx.graph.graph_module import State, TracedGraphModule, assemble, copy_graph, state_of, trainable_names
 from lora_fx.graph.info import GraphInfo, info_of, with_info
 from lora_fx.graph.invariants import checked
+from lora_fx.graph.process_state import forked_random_state, uncollected
 from lora_fx.graph.provenance import module_path
 from lora_fx.graph.records import BranchSpec, Origin
 from lora_fx.numerics.lowrank_merge import adapter_dtype, initial_factors
@@ -37,7 +37,6 @@ from lora_fx.planning.plan import Chosen, Plan, Skipped, factor_shapes
 from lora_fx.planning.planner import check_attachable
 from lora_fx.sites.call_sites import biased
 from lora_fx.sites.weight_ops import low_rank, operands
-from lora_fx.tracing.torch_export import uncollected
 
 aten = torch.ops.aten
 
@@ -57,7 +56,7 @@ def attach(
         graph_module: left as it is; the result has parameters of its own over the same storage.
         plan: made for this graph.
         adapter: name of the new adapter.
-        seed: of the initial factors. Without one they are drawn from torch's current random state, which is put back.
+        seed: of the initial factors. Without one they are drawn from torch's current random state, which is restored.
         values: the adapter's parameters, all of them, by their names in the graph; no initial ones are drawn then. Those
             train that require a gradient.
 
@@ -145,7 +144,7 @@ def _new_factors(
     ordered: Mapping[str, tuple[Chosen, BranchSpec]], state: State, adapter: str, seed: int | None
 ) -> dict[str, torch.Tensor]:
     factors: dict[str, torch.Tensor] = {}
-    with _seeded(seed):
+    with forked_random_state(seed=seed):
         for chosen, branch in ordered.values():
             site, names = chosen.site, branch.names(adapter)
             like = state.tensors[site.weight]
@@ -211,11 +210,11 @@ def new_factors_like(
         wanted: factors by name, in the order of the model's modules, A before B.
         branches: adapter and branch, of every branch in the graph.
         device: for the values.
-        seed: of the draws. Without one they come from torch's current random state, which is put back.
+        seed: of the draws. Without one they come from torch's current random state, which is restored.
     """
     by_name = {branch.names(adapter).a: (branch, branch.names(adapter).b) for adapter, branch in branches}
     values: dict[str, torch.Tensor] = {}
-    with _seeded(seed):
+    with forked_random_state(seed=seed):
         for name, a in wanted.items():
             if name in by_name:
                 branch, other = by_name[name]
@@ -225,14 +224,6 @@ def new_factors_like(
                     shapes, setting.rank, like, op=branch.op, init=setting.init
                 )
     return values
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        if seed is not None:
-            torch.manual_seed(seed)
-        yield
 
 
 def _own_weight(chosen: Chosen, state: State) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from lora_fx.graph.graph_module import TracedGraphModule, assemble, copy_graph, 
 from lora_fx.graph.info import info_of, with_info
 from lora_fx.graph.input_checks import Constraints, InputCheck, RelationCheck, add_checks, remove_checks
 from lora_fx.graph.invariants import checked
+from lora_fx.graph.process_state import forked_random_state
 from lora_fx.graph.size_relations import UNBOUNDED
 from lora_fx.tracing.example_inputs import ExampleInputs, example_inputs, graph_inputs
 from lora_fx.tracing.parity import GraphFailed, ModelFailed, difference
@@ -108,7 +110,7 @@ def traced_class(graph_module: TracedGraphModule) -> nn.Module | None:
     model_class: Any = importlib.import_module(module)
     for part in path.split("."):
         model_class = getattr(model_class, part)
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), _parameters_on_meta():
+    with forked_random_state(), torch.device("cpu"), _parameters_on_meta():
         model: nn.Module = model_class(info.config)
     return model
 
@@ -133,7 +135,7 @@ def _probed(graph_module: TracedGraphModule, like: nn.Module, trainable: frozens
     def model(*args: Any, **kwargs: Any) -> Any:
         return functional_call(like, tensors, args, kwargs)
 
-    with torch.random.fork_rng():
+    with forked_random_state(range(torch.cuda.device_count())):
         try:
             unlike = difference(model, unchecked, inputs)
         except ModelFailed:  # its inputs do not follow from its config after all
@@ -174,12 +176,13 @@ def _clamped(size: int, within: tuple[int, int]) -> int:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Let modules register their parameters without values, and their buffers with."""
-    register = nn.Module.register_parameter
+    """Let modules that this thread makes register their parameters without values, and their buffers with."""
+    register, thread = nn.Module.register_parameter, threading.get_ident()
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        on_meta = None if parameter is None else nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-        register(module, name, on_meta)
+        if parameter is not None and threading.get_ident() == thread:
+            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import RLock
 from typing import Protocol
 
 import torch
@@ -17,6 +16,7 @@ from lora_fx.export.compare import Comparison, Loaded, check_tolerance, compare
 from lora_fx.export.prepare import Exportable, prepare
 from lora_fx.files.atomic import check_file, replacing
 from lora_fx.graph.graph_module import TracedGraphModule
+from lora_fx.graph.process_state import exclusive
 
 
 class Format(Protocol):
@@ -106,7 +106,7 @@ def deliver(format: Format, graph_module: TracedGraphModule, path: str | Path, o
         raise ExportError(
             "nothing can be computed inside of torch.device('meta'), which an export has to do. Leave that block."
         )
-    with _ONE_AT_A_TIME, _own_precision(), _progress(format.name) as step:
+    with exclusive(), _own_precision(), _progress(format.name) as step:
         step("preparing")
         exportable = prepare(graph_module, options.example_inputs)
         with replacing(path, overwrite=options.overwrite) as beside, torch.no_grad():
@@ -118,10 +118,6 @@ def deliver(format: Format, graph_module: TracedGraphModule, path: str | Path, o
                 comparisons = compare(exportable, format.load(beside), options.tolerance)
             step("moving into place")
     return Exported(path, format.name, sizes, _axes(exportable), exportable.outputs, comparisons)
-
-
-_ONE_AT_A_TIME = RLock()
-"""Held during an export: torch's tracers keep their state in the process."""
 
 
 @contextmanager

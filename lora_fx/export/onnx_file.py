@@ -24,8 +24,8 @@ from lora_fx.export.prepare import Exportable, prepare
 from lora_fx.export.torch_program import export_plain
 from lora_fx.files.atomic import check_file, writable
 from lora_fx.graph.graph_module import TracedGraphModule
+from lora_fx.graph.process_state import quiet
 from lora_fx.graph.provenance import source_line
-from lora_fx.tracing.torch_export import quiet
 
 MAX_INLINE_BYTES = 10**9
 """Weights of more bytes go into a file of their own: protobuf holds two gigabytes at most."""

@@ -15,7 +15,7 @@ from lora_fx.export.prepare import Exportable
 from lora_fx.export.torch_program import export_plain
 from lora_fx.files.atomic import writable
 from lora_fx.graph.graph_module import TracedGraphModule
-from lora_fx.tracing.torch_export import quiet
+from lora_fx.graph.process_state import quiet
 
 
 def pt2(

@@ -26,6 +26,7 @@ from lora_fx.errors import FoldError, LoraFxError, did_you_mean
 from lora_fx.files.atomic import replacing, write_back_early
 from lora_fx.files.safetensors import TensorEntry, TensorFile, bytes_of, fill
 from lora_fx.folding.report import FoldedWeight, check_finite
+from lora_fx.graph.process_state import exclusive
 from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, Merged, Update, exact_blocks, merge_into, rounded
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -425,13 +426,14 @@ def _write_files(
 @contextmanager
 def _workers() -> Iterator[ThreadPoolExecutor]:
     """Yield threads that share the cores: each reads, computes and writes by itself, so that none waits for another."""
-    threads = torch.get_num_threads()
-    share = max(1, threads // WORKERS)
-    try:
-        with ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(share,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)  # libraries below torch have one number for all threads
+    with exclusive():
+        threads = torch.get_num_threads()
+        share = max(1, threads // WORKERS)
+        try:
+            with ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(share,)) as pool:
+                yield pool
+        finally:
+            torch.set_num_threads(threads)  # libraries below torch have one number for all threads
 
 
 def _write_piece(

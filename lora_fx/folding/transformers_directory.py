@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.graph_module import described, state_of
+from lora_fx.graph.process_state import exclusive, forked_random_state
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Those that a directory can be written in."""
@@ -154,7 +155,7 @@ def check_loads(model_class: Any, contents: Contents, directory: Path, target: P
         LoraFxError: it does not; all weights of which this is so are counted, and the first are named.
     """
     try:
-        with _quiet(), torch.random.fork_rng(devices=[]):
+        with _quiet(), forked_random_state():
             loaded, told = model_class.from_pretrained(
                 directory,
                 dtype="auto",
@@ -251,13 +252,19 @@ def _read_back(config: Any) -> Any:
 
 def _empty(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
     """Return the model that ``from_pretrained`` makes of a config before it loads weights, on the meta device."""
-    before = torch.get_default_dtype()
     try:
-        with _quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"):
-            torch.set_default_dtype(dtype)
+        with _quiet(), forked_random_state(), torch.device("meta"), _default_dtype(dtype):
             return model_class(type(config).from_dict(json.loads(config.to_json_string())))
     except _TRANSFORMERS as error:
         raise LoraFxError(f"{model_class.__name__} makes no model of its own config: {error}. Correct it.") from error
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
     finally:
         torch.set_default_dtype(before)
 
@@ -336,9 +343,9 @@ def _told(name: str) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep warnings, logs and progress bars of transformers from the user, who did not ask for what makes them."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    with warnings.catch_warnings():
+    with exclusive(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
         try:
             transformers_logging.set_verbosity(logging.CRITICAL)
             transformers_logging.disable_progress_bar()

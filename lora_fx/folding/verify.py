@@ -22,6 +22,7 @@ from lora_fx.errors import InputError, LoraFxError, VerifyError
 from lora_fx.graph.adapter_names import is_factor
 from lora_fx.graph.compare import ValueDifference, compare_values, rounding_tolerance
 from lora_fx.graph.graph_module import state_of
+from lora_fx.graph.process_state import forked_random_state
 from lora_fx.graph.provenance import module_path, source_line
 from lora_fx.graph.signature import InputCodeGen
 from lora_fx.numerics.weight_view import stored
@@ -162,7 +163,7 @@ class _Repeatable(OwnStreams):
 def _repeatable() -> Iterator[None]:
     """Give random numbers and uninitialized memory the same values in both graphs; restore the random state."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.no_grad(), torch.random.fork_rng(devices=devices), _Repeatable():
+    with torch.no_grad(), forked_random_state(devices), _Repeatable():
         yield
 
 

@@ -14,6 +14,7 @@ from lora_fx.branches.remove import unload
 from lora_fx.errors import PlanError, RuleError, did_you_mean
 from lora_fx.graph.adapter_names import adapters, is_factor, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
+from lora_fx.graph.process_state import uncollected
 from lora_fx.graph.records import BranchSpec, Trained
 from lora_fx.planning.matching import refusal, trains
 from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, outputs_of, owners_of
@@ -21,7 +22,6 @@ from lora_fx.rules.rule_file import RuleSet, Selection, load
 from lora_fx.rules.vocabulary import Part
 from lora_fx.sites.call_sites import Site, sites
 from lora_fx.sites.roles import Purpose, purposes
-from lora_fx.tracing.torch_export import uncollected
 from lora_fx.tracing.trace import trace
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import TraceError
+from lora_fx.graph.process_state import forked_random_state
 
 
 @contextmanager
@@ -31,7 +32,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     holders = _holders(model)
     devices = sorted({tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"})
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=devices):
+    with torch.inference_mode(False), torch.enable_grad(), forked_random_state(devices):
         for parameter in trained:
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)

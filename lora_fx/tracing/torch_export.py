@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
-import logging
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -19,6 +16,7 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError, first_line
+from lora_fx.graph.process_state import quiet
 from lora_fx.tracing.example_inputs import ExampleInputs
 from lora_fx.tracing.masking import broadcast_masks
 
@@ -124,20 +122,6 @@ def _explicit_arguments(model: nn.Module, inputs: ExampleInputs) -> Iterator[Non
             model.forward = own
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep torch from logging hundreds of lines about a failure that we report in one, and from warning of its own doings."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The tensor attribute")  # which we put back
-            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
-            yield
-    finally:
-        logging.disable(disabled)
-
-
 def _without_cache() -> AbstractContextManager[None]:
     """Keep torch from keeping fake results: with symbolic sizes a look-up takes as long as computing them."""
     return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)  # type: ignore[no-any-return]
@@ -146,18 +130,6 @@ def _without_cache() -> AbstractContextManager[None]:
 def _without_code() -> AbstractContextManager[None]:
     """Let torch write the code of the graphs that it passes on when something asks for it, which nothing does."""
     return _use_lazy_graph_module(True)
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Keep Python from looking for garbage: while a graph grows, all that is made stays, and each look takes longer."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _dynamic_shapes(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | None) -> dict[str, Any]:

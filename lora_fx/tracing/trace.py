@@ -25,6 +25,7 @@ from lora_fx.graph.graph_module import (
 from lora_fx.graph.info import GraphInfo, with_info
 from lora_fx.graph.input_checks import Constraints, add_checks
 from lora_fx.graph.invariants import checked
+from lora_fx.graph.process_state import uncollected
 from lora_fx.graph.signature import take_inputs
 from lora_fx.tracing import canonicalize as normal_form
 from lora_fx.tracing.constraints import constraints_of
@@ -45,7 +46,7 @@ from lora_fx.tracing.repeated_layers.stamping import (
     without_first,
 )
 from lora_fx.tracing.size_probing import examples_of, without_artefacts
-from lora_fx.tracing.torch_export import Dynamic, check_inputs, export, in_order, tie, uncollected
+from lora_fx.tracing.torch_export import Dynamic, check_inputs, export, in_order, tie
 from lora_fx.tracing.train_eval import check_constants, remove_inactive_dropout, unite_modes
 
 _logger = logging.getLogger("lora_fx.tracing")
