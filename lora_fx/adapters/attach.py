@@ -23,14 +23,14 @@ from torch import fx, nn
 
 from lora_fx.adapters.fake_values import FakeValues
 from lora_fx.branches.find import find_branches
+from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import lower
 from lora_fx.errors import PlanError
 from lora_fx.graph.adapter_names import adapters, copy_name
-from lora_fx.graph.graph_module import State, TracedGraphModule, assemble, copy_graph, state_of, trainable_names
-from lora_fx.graph.info import GraphInfo, info_of, with_info
-from lora_fx.graph.invariants import checked
+from lora_fx.graph.graph_module import State, TracedGraphModule, copy_graph, rebuilt, state_of, trainable_names
+from lora_fx.graph.info import GraphInfo, info_of
 from lora_fx.graph.process_state import forked_random_state, uncollected
-from lora_fx.graph.provenance import module_path
+from lora_fx.graph.provenance import module_path, write_stamp
 from lora_fx.graph.records import BranchSpec, Origin
 from lora_fx.numerics.lowrank_merge import adapter_dtype, initial_factors
 from lora_fx.planning.plan import Chosen, Plan, Skipped, factor_shapes
@@ -95,8 +95,8 @@ def attach(
     inference = info_of(graph_module).inference
     new = frozenset(name for name, parameter in {**factors, **copies}.items() if parameter.requires_grad)
     trainable = trainable_names(graph_module) | (frozenset() if inference else new)
-    meta = with_info(graph_module.meta, _with_adapter(info_of(graph_module), adapter, plan))
-    attached = assemble(graph, state, meta=meta, training=graph_module.training, trainable=trainable)
+    info = _with_adapter(info_of(graph_module), adapter, plan)
+    attached = rebuilt(graph_module, graph, state=state, info=info, trainable=trainable)
     return checked(attached, "branched")
 
 
@@ -306,6 +306,6 @@ class _Writer:
             if key in base.meta:
                 node.meta[key] = base.meta[key]
         stamp = {"rule": self.chosen.rule, "site": self.chosen.site.name, "adapter": self.adapter, "part": part}
-        node.meta["custom"] = {"lora_fx": stamp}
+        write_stamp(node, stamp)
         self.fakes.record(node, base)
         return node

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,19 +11,20 @@ from torch import nn
 from torch.func import functional_call
 
 from lora_fx.adapters.attach import new_factors_like
+from lora_fx.branches.invariants import checked
 from lora_fx.branches.remove import unload
 from lora_fx.errors import LoraFxError, TraceError
 from lora_fx.graph.adapter_names import is_of_adapter, is_places, original_name
 from lora_fx.graph.example_sizes import cut_or_repeated
-from lora_fx.graph.graph_module import TracedGraphModule, assemble, copy_graph, described, state_of, trainable_names
-from lora_fx.graph.info import info_of, with_info
+from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, described, rebuilt, state_of
+from lora_fx.graph.info import info_of
 from lora_fx.graph.input_checks import Constraints, InputCheck, RelationCheck, add_checks, remove_checks
-from lora_fx.graph.invariants import checked
 from lora_fx.graph.process_state import forked_random_state
 from lora_fx.graph.size_relations import UNBOUNDED
 from lora_fx.tracing.example_inputs import ExampleInputs, example_inputs, graph_inputs
 from lora_fx.tracing.parity import GraphFailed, ModelFailed, difference
 from lora_fx.tracing.size_probing import examples_of, without_artefacts
+from lora_fx.tracing.transformers_models import traced_class
 
 
 def materialize(
@@ -77,15 +75,8 @@ def materialize(
     empty = [name for name, tensor in state.tensors.items() if tensor.is_meta]
     if empty:
         raise LoraFxError(f"{', '.join(empty)} have no values: pass like=, a module of the traced class that has them.")
-    trainable = trainable_names(graph_module)
-    ready = assemble(
-        copy_graph(graph_module.graph)[0],
-        state,
-        meta=graph_module.meta,
-        training=graph_module.training,
-        trainable=trainable,
-    )
-    return checked(ready if like is None else _probed(ready, like, trainable), "branched" if adapters else "base")
+    ready = rebuilt(graph_module, state=state)
+    return checked(ready if like is None else _probed(ready, like), "branched" if adapters else "base")
 
 
 def _check_fit(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
@@ -101,21 +92,7 @@ def _check_fit(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Ten
         raise LoraFxError(f"the state dict does not fit the graph: {'; '.join(problems)}.")
 
 
-def traced_class(graph_module: TracedGraphModule) -> nn.Module | None:
-    """Return a model of the traced class and config, with buffers and without weights; None if it was no transformers model."""
-    info = info_of(graph_module)
-    if info.config is None:
-        return None
-    module, _, path = info.model_class.partition(":")
-    model_class: Any = importlib.import_module(module)
-    for part in path.split("."):
-        model_class = getattr(model_class, part)
-    with forked_random_state(), torch.device("cpu"), _parameters_on_meta():
-        model: nn.Module = model_class(info.config)
-    return model
-
-
-def _probed(graph_module: TracedGraphModule, like: nn.Module, trainable: frozenset[str]) -> TracedGraphModule:
+def _probed(graph_module: TracedGraphModule, like: nn.Module) -> TracedGraphModule:
     """Return the graph with the checks that it would have, had it been traced with its weights."""
     try:
         inputs = example_inputs(like, None, next(graph_module.parameters()).device)
@@ -128,7 +105,7 @@ def _probed(graph_module: TracedGraphModule, like: nn.Module, trainable: frozens
     if list(constraints.ranges) != list(graph_inputs(inputs)):
         return graph_module
     inputs = _covered(inputs, constraints)
-    unchecked = assemble(base_graph, state_of(base), meta={}, training=False, trainable=frozenset())
+    unchecked = rebuilt(base, base_graph, training=False, trainable=frozenset())
     tensors = dict(state_of(unchecked).tensors)
     like.eval()
 
@@ -155,8 +132,8 @@ def _probed(graph_module: TracedGraphModule, like: nn.Module, trainable: frozens
         name: module for name, module in state.modules.items() if not isinstance(module, InputCheck | RelationCheck)
     }
     with_checks = replace(state, modules={**kept, **add_checks(graph, found)})
-    meta = with_info(graph_module.meta, replace(info_of(graph_module), examples=examples_of(inputs, found)))
-    return assemble(graph, with_checks, meta=meta, training=graph_module.training, trainable=trainable)
+    info = replace(info_of(graph_module), examples=examples_of(inputs, found))
+    return rebuilt(graph_module, graph, state=with_checks, info=info)
 
 
 def _covered(inputs: ExampleInputs, constraints: Constraints) -> ExampleInputs:
@@ -172,20 +149,3 @@ def _covered(inputs: ExampleInputs, constraints: Constraints) -> ExampleInputs:
 def _clamped(size: int, within: tuple[int, int]) -> int:
     low, high = within
     return max(size, low) if high == UNBOUNDED else min(max(size, low), high)
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Let modules that this thread makes register their parameters without values, and their buffers with."""
-    register, thread = nn.Module.register_parameter, threading.get_ident()
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and threading.get_ident() == thread:
-            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -9,19 +9,17 @@ import torch
 from torch import fx, nn
 
 from lora_fx.adapters.attach import attach
+from lora_fx.branches.invariants import checked
 from lora_fx.errors import PlanError, did_you_mean
 from lora_fx.graph.adapter_names import adapter_of, adapters, copy_name, is_of_adapter, original_name
 from lora_fx.graph.graph_module import (
     TracedGraphModule,
     as_traced,
-    assemble,
-    copy_graph,
     described,
+    rebuilt,
     state_of,
-    trainable_names,
 )
 from lora_fx.graph.info import info_of, known_info
-from lora_fx.graph.invariants import checked
 from lora_fx.graph.records import BranchSpec, Origin, Trained
 from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, owners_of
 from lora_fx.rules.rule_file import RuleSet, Selection
@@ -60,15 +58,7 @@ def transfer(graph_module: TracedGraphModule, *, onto: TracedGraphModule) -> Tra
         raise PlanError(
             f"the adapters do not fit the graph they are transferred onto: {'; '.join(unlike)}. Use the same model and rules."
         )
-    graph, _ = copy_graph(result.graph)
-    moved = assemble(
-        graph,
-        state.with_tensors(factors),
-        meta=result.meta,
-        training=result.training,
-        trainable=trainable_names(result),
-    )
-    return checked(moved, "branched")
+    return checked(rebuilt(result, tensors=factors), "branched")
 
 
 def _shape_text(tensor: torch.Tensor | None) -> str:

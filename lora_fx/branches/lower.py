@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 
-from lora_fx.graph.graph_module import TracedGraphModule, assemble, copy_graph, erase_unread, state_of, trainable_names
+from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, erase_unread, rebuilt, state_of
+from lora_fx.graph.provenance import stamp_of, write_stamp
 from lora_fx.numerics.bit_dropout import DropoutRate
 from lora_fx.numerics.fused_branch import add_update
 
@@ -30,15 +30,8 @@ def lower(graph_module: Graph) -> Graph | TracedGraphModule:
         _write_plain(graph, node)
     modules = state_of(graph_module).modules
     dropouts = {name: nn.Dropout(each.p) for name, each in modules.items() if isinstance(each, DropoutRate)}
-    return with_graph(graph_module, graph, dropouts)
-
-
-def with_graph(graph_module: fx.GraphModule, graph: fx.Graph, modules: Mapping[str, nn.Module]) -> TracedGraphModule:
-    """Return a graph module with another graph, these modules too, and parameters of its own over the same storage."""
     graph.lint()
-    trainable = trainable_names(graph_module)
-    state, mode = state_of(graph_module).with_modules(modules), graph_module.training
-    return assemble(graph, state, meta=graph_module.meta, training=mode, trainable=trainable)
+    return rebuilt(graph_module, graph, modules=dropouts)
 
 
 def describe(node: fx.Node, like: fx.Node, value: Any) -> None:
@@ -54,8 +47,7 @@ def _write_plain(graph: fx.Graph, fused: fx.Node) -> None:
     base, part, b, scaling, narrow, *places = arguments
     reduced, index = part.args
     x, factors, wide, *rates = reduced.args
-    custom = fused.meta.get("custom", {})
-    stamp = dict(custom.get("lora_fx", {}))
+    stamp = dict(stamp_of(fused))
     names = iter(stamp.pop("nodes", ()))
     stamp.pop("part", None)
 
@@ -66,7 +58,7 @@ def _write_plain(graph: fx.Graph, fused: fx.Node) -> None:
         op = "call_module" if isinstance(target, str) else "call_function"
         node = graph.create_node(op, target, args, name=next(names, None))
         describe(node, fused, value)
-        node.meta["custom"] = {**custom, "lora_fx": {**stamp, "part": part}}
+        write_stamp(node, {**stamp, "part": part}, like=fused)
         return node
 
     with graph.inserting_before(part):  # what is read from here may be overwritten before it is added

@@ -8,13 +8,13 @@ from dataclasses import replace
 from torch import fx
 
 from lora_fx.branches.find import FoundBranch, Nominate, find_branches
+from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import lower
 from lora_fx.branches.weight_uses import Value, separate
 from lora_fx.errors import FoldError
 from lora_fx.graph.adapter_names import is_factor, is_of_adapter, original_name
-from lora_fx.graph.graph_module import State, TracedGraphModule, assemble, copy_graph, erase_unread, state_of
-from lora_fx.graph.info import known_info, with_info
-from lora_fx.graph.invariants import checked
+from lora_fx.graph.graph_module import State, TracedGraphModule, copy_graph, erase_unread, rebuilt, state_of
+from lora_fx.graph.info import known_info
 from lora_fx.numerics.weight_view import shows
 
 
@@ -91,8 +91,7 @@ def without_branches(
     }
     dropped |= set(state.modules) - read
     info = replace(known_info(graph_module), adapters={}, origins={}, skipped={})
-    meta = with_info(graph_module.meta, info)
-    plain = assemble(graph, state.without(dropped), meta=meta, training=graph_module.training, trainable=frozenset())
+    plain = rebuilt(graph_module, graph, state=state.without(dropped), info=info, trainable=frozenset())
     return checked(plain, "folded")
 
 

@@ -29,6 +29,7 @@ from lora_fx.export.trial_inputs import larger_examples
 from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.example_sizes import Examples
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, state_of
+from lora_fx.graph.provenance import stamp_of
 from lora_fx.graph.records import BranchSpec, Origin
 from lora_fx.graph.size_relations import UNBOUNDED
 from lora_fx.planning.plan import Chosen, Plan, factor_shapes, owners_of
@@ -109,7 +110,7 @@ class Slots:
         given = _argument_names(self.table, exportable.inputs)
         nodes = _placeholders(graph, given)
         for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor):
-            stamp = node.meta.get("custom", {}).get("lora_fx", {})
+            stamp = stamp_of(node)
             if (stamp.get("adapter"), stamp.get("part")) == (NAME, "scale"):
                 node.update_arg(1, nodes[self.site_of[stamp["site"]].scaling])
         for slot in self.table.slots:

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.branches.lower import lower
 from lora_fx.errors import WITH_LABELS, ExportError
 from lora_fx.graph.example_sizes import Dimension, Examples
-from lora_fx.graph.graph_module import TracedGraphModule, assemble, copy_graph, state_of
+from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
 from lora_fx.graph.info import info_of, known_info
 from lora_fx.graph.input_checks import Constraints, remove_checks
 from lora_fx.graph.provenance import source_line
@@ -146,8 +146,7 @@ def explain(exportable: Exportable, message: str) -> str:
 
 
 def _in_evaluation(graph_module: TracedGraphModule) -> TracedGraphModule:
-    graph, _ = copy_graph(graph_module.graph)
-    return assemble(graph, state_of(graph_module), meta=graph_module.meta, training=False, trainable=frozenset())
+    return rebuilt(graph_module, training=False, trainable=frozenset())
 
 
 def _fix_mode(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:

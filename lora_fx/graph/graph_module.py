@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import LoraFxError, PlanError, TraceError
-from lora_fx.graph.info import known_info
+from lora_fx.graph.info import GraphInfo, known_info, with_info
 from lora_fx.graph.pickling import GraphRecord, record, restore
 from lora_fx.graph.signature import InputCodeGen
 
@@ -213,6 +213,39 @@ def assemble(
     module = _rebuild(graph, _owned(state, trainable), dict(meta), {})
     module.train(training)
     return module
+
+
+def rebuilt(
+    graph_module: fx.GraphModule,
+    graph: fx.Graph | None = None,
+    *,
+    state: State | None = None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+    modules: Mapping[str, nn.Module] | None = None,
+    info: GraphInfo | None = None,
+    training: bool | None = None,
+    trainable: frozenset[str] | None = None,
+) -> TracedGraphModule:
+    """Return a graph module like another one, except for the arguments given; it has parameters of its own over the same storage.
+
+    Args:
+        graph_module: left as it is.
+        graph: by default a copy of its graph.
+        state: by default its state.
+        tensors: added to the state, or replaced in it.
+        modules: added to the state, or replaced in it.
+        info: its record.
+        training: its mode.
+        trainable: names of the parameters that require a gradient.
+    """
+    state = state_of(graph_module) if state is None else state
+    return assemble(
+        copy_graph(graph_module.graph)[0] if graph is None else graph,
+        state.with_tensors(tensors or {}).with_modules(modules or {}),
+        meta=graph_module.meta if info is None else with_info(graph_module.meta, info),
+        training=graph_module.training if training is None else training,
+        trainable=trainable_names(graph_module) if trainable is None else trainable,
+    )
 
 
 def trainable_names(module: nn.Module) -> frozenset[str]:

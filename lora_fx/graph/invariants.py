@@ -1,39 +1,37 @@
-"""What is legal in a graph, by the state that it is in. Every pass checks what it returns, which is linear in the nodes.
+"""Invariants of graphs: rules that every pass checks in what it returns, and those of a base graph.
 
-    state       from                          legal in it
-    base        trace, unload, materialize    plain nodes over the graph's own tensors, each named once; all is frozen
-    branched    rewrite, transfer             the same, and branches that can be taken out again, to which every factor belongs
-    fused       fuse                          the same, with branches in nodes that compute several at a time
-    folded      fold                          as base, and no tensor of an adapter is left that nothing reads
-
-A model may bring branches of its own (PEFT's layers); they are part of its base graph, and are not looked at before a fold.
+A base graph has plain nodes over its own tensors, each named once, and all is frozen. Rules about branches are in
+:mod:`lora_fx.branches.invariants`. A model may bring branches of its own (PEFT's layers); they are part of its base graph, and are
+not looked at before a fold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from lora_fx.branches.find import find_branches
-from lora_fx.branches.lower import lower
 from lora_fx.errors import StateError
-from lora_fx.graph.adapter_names import is_factor, is_of_adapter
 from lora_fx.graph.graph_module import State, TracedGraphModule, state_of
 from lora_fx.numerics.fused_branch import add_update, reduce_features
 
-GraphState = Literal["base", "branched", "fused", "folded"]
+Rule = Callable[[TracedGraphModule, State], Iterator[str]]
+"""A rule yields its violations in a graph, in words. It takes time linear in the nodes."""
 
 
-def checked(graph_module: TracedGraphModule, state: GraphState) -> TracedGraphModule:
-    """Return a graph that a pass made, if it is legal in the state that the pass leaves it in.
+def checked_base(graph_module: TracedGraphModule) -> TracedGraphModule:
+    """Return a base graph that a pass made, if it is legal. Raises as :func:`checked_by` does."""
+    return checked_by(graph_module, "base", BASE)
+
+
+def checked_by(graph_module: TracedGraphModule, state: str, rules: Sequence[Rule]) -> TracedGraphModule:
+    """Return a graph that a pass made, if no rule of the state in which the pass leaves it is violated.
 
     Raises:
-        StateError: it is not. That is a fault of lora_fx, never of a model.
+        StateError: one is. That is a fault of lora_fx, never of a model.
     """
     tensors = state_of(graph_module)
-    problems = [problem for rule in _RULES[state] for problem in rule(graph_module, tensors)]
+    problems = [problem for rule in rules for problem in rule(graph_module, tensors)]
     if problems:
         raise StateError(
             f"a pass of lora_fx left a graph that is not legal in state {state!r}: {'; '.join(problems[:5])}. "
@@ -42,7 +40,7 @@ def checked(graph_module: TracedGraphModule, state: GraphState) -> TracedGraphMo
     return graph_module
 
 
-def _nodes_are_plain(graph_module: TracedGraphModule, state: State) -> Iterator[str]:
+def nodes_are_plain(graph_module: TracedGraphModule, state: State) -> Iterator[str]:
     """Operators of torch, numbers computed from sizes, and leaf modules."""
     for node in graph_module.graph.nodes:
         if node.op == "call_module" and str(node.target) not in state.modules:
@@ -62,13 +60,14 @@ def _is_fused(target: object) -> bool:
     return target in (reduce_features, add_update)
 
 
-def _nothing_is_fused(graph_module: TracedGraphModule, _state: State) -> Iterator[str]:
+def nothing_is_fused(graph_module: TracedGraphModule, _state: State) -> Iterator[str]:
+    """No node computes several branches at a time."""
     for node in graph_module.graph.nodes:
         if _is_fused(node.target):
             yield f"{node.name} computes a fused branch"
 
 
-def _tensors_are_named_once(graph_module: TracedGraphModule, state: State) -> Iterator[str]:
+def tensors_are_named_once(graph_module: TracedGraphModule, state: State) -> Iterator[str]:
     """One ``get_attr`` a tensor, under the first of its names."""
     aliases = state.aliases()
     seen: set[str] = set()
@@ -81,37 +80,12 @@ def _tensors_are_named_once(graph_module: TracedGraphModule, state: State) -> It
         seen.add(name)
 
 
-def _all_is_frozen(graph_module: TracedGraphModule, _state: State) -> Iterator[str]:
+def all_is_frozen(graph_module: TracedGraphModule, _state: State) -> Iterator[str]:
+    """No parameter requires a gradient."""
     for name, parameter in graph_module.named_parameters():
         if parameter.requires_grad:
             yield f"{name!r} requires a gradient"
 
 
-def _factors_are_in_branches(graph_module: TracedGraphModule, state: State) -> Iterator[str]:
-    """The branches can be found, and no factor is outside of them."""
-    aliases = state.aliases()
-    used = {
-        aliases[name] for found in find_branches(lower(graph_module)) for each in found.updates for name in each.names
-    }
-    for name, first in aliases.items():
-        if is_factor(name) and first not in used:
-            yield f"{name!r} is in no branch"
-
-
-def _nothing_is_left(graph_module: TracedGraphModule, state: State) -> Iterator[str]:
-    """What a fold took out has no tensors any more; branches that it was not asked for stay."""
-    read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
-    for name, first in state.aliases().items():
-        if is_of_adapter(name) and first not in read:
-            yield f"{name!r} is left"
-
-
-Rule = Callable[[TracedGraphModule, State], Iterator[str]]
-
-_PLAIN: tuple[Rule, ...] = (_nodes_are_plain, _tensors_are_named_once)
-_RULES: Mapping[GraphState, tuple[Rule, ...]] = {
-    "base": (*_PLAIN, _nothing_is_fused, _all_is_frozen),
-    "branched": (*_PLAIN, _nothing_is_fused, _factors_are_in_branches),
-    "fused": (*_PLAIN, _factors_are_in_branches),
-    "folded": (*_PLAIN, _nothing_is_fused, _all_is_frozen, _nothing_is_left),
-}
+PLAIN: tuple[Rule, ...] = (nodes_are_plain, tensors_are_named_once)
+BASE: tuple[Rule, ...] = (*PLAIN, nothing_is_fused, all_is_frozen)

@@ -1,8 +1,10 @@
-"""Where a node comes from: the module it was traced in, and the line of the model's own source."""
+"""Provenance of a node: the module it was traced in, the line of the model's own source, and the stamp of a branch's node."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from torch import fx
 
@@ -27,6 +29,28 @@ def source_of(node: fx.Node) -> str:
 def code_of(node: fx.Node) -> str:
     """Return the text of that line alone, which is the same wherever the file lies."""
     return _source(node)[1]
+
+
+def stamp_of(node: fx.Node) -> Mapping[str, Any]:
+    """Return the stamp on a node of a branch: rule, site, adapter and part. Empty on any other node."""
+    custom = node.meta.get("custom")
+    stamp = custom.get(_STAMP) if isinstance(custom, Mapping) else None
+    return stamp if isinstance(stamp, Mapping) else {}
+
+
+def write_stamp(node: fx.Node, stamp: Mapping[str, Any], like: fx.Node | None = None) -> None:
+    """Stamp a node as part of a branch.
+
+    Args:
+        node: of a branch.
+        stamp: of JSON alone, since torch's exporters write ``custom`` into files.
+        like: a node whose other ``custom`` entries the new one gets.
+    """
+    custom = {} if like is None else like.meta.get("custom") or {}
+    node.meta["custom"] = {**custom, _STAMP: dict(stamp)}
+
+
+_STAMP = "lora_fx"
 
 
 def _source(node: fx.Node) -> tuple[str, str]:

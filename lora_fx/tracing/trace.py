@@ -19,12 +19,12 @@ from lora_fx.graph.graph_module import (
     assemble,
     check_names,
     copy_graph,
+    rebuilt,
     state_of,
-    trainable_names,
 )
 from lora_fx.graph.info import GraphInfo, with_info
 from lora_fx.graph.input_checks import Constraints, add_checks
-from lora_fx.graph.invariants import checked
+from lora_fx.graph.invariants import checked_base
 from lora_fx.graph.process_state import uncollected
 from lora_fx.graph.signature import take_inputs
 from lora_fx.tracing import canonicalize as normal_form
@@ -94,10 +94,7 @@ def trace(
             that gives other numbers or gradients than it does.
     """
     if isinstance(model, TracedGraphModule):
-        graph, _ = copy_graph(model.graph)
-        return assemble(
-            graph, state_of(model), meta=model.meta, training=model.training, trainable=trainable_names(model)
-        )
+        return rebuilt(model)
     if isinstance(model, torch.export.ExportedProgram):
         if example_inputs is None and model.example_inputs is not None:
             example_inputs = ExampleInputs(*model.example_inputs)
@@ -115,7 +112,7 @@ def trace(
         if is_exported(model):
             tie(model)
         traced = _trace_equal_layers_once(_Task(model, inputs, dynamic, labels, inference))
-        return checked(traced.train(training), "base")
+        return checked_base(traced.train(training))
 
 
 @dataclass(frozen=True)

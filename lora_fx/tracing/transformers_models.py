@@ -1,7 +1,11 @@
-"""A model from a directory, or its structure alone from a config. Nothing is downloaded, no code that comes with it is run."""
+"""A model from a directory, or its structure alone from a config or a graph. Nothing is downloaded, no code that comes with it is run."""
 
 from __future__ import annotations
 
+import importlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,9 @@ import transformers
 from torch import nn
 
 from lora_fx.errors import LoraFxError
+from lora_fx.graph.graph_module import TracedGraphModule
+from lora_fx.graph.info import info_of
+from lora_fx.graph.process_state import forked_random_state
 
 
 def empty_model(path: str | Path) -> nn.Module:
@@ -126,3 +133,34 @@ def _build(config: Any, path: Path) -> nn.Module:
 def _is_model(name: Any) -> bool:
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     return isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+
+
+def traced_class(graph_module: TracedGraphModule) -> nn.Module | None:
+    """Return a model of the traced class and config, with buffers and without weights; None if it was no transformers model."""
+    info = info_of(graph_module)
+    if info.config is None:
+        return None
+    module, _, path = info.model_class.partition(":")
+    model_class: Any = importlib.import_module(module)
+    for part in path.split("."):
+        model_class = getattr(model_class, part)
+    with forked_random_state(), torch.device("cpu"), _parameters_on_meta():
+        model: nn.Module = model_class(info.config)
+    return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Let modules that this thread makes register their parameters without values, and their buffers with."""
+    register, thread = nn.Module.register_parameter, threading.get_ident()
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and threading.get_ident() == thread:
+            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

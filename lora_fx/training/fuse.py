@@ -22,11 +22,12 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx, nn
 
-from lora_fx.branches.lower import describe, with_graph
+from lora_fx.branches.invariants import checked
+from lora_fx.branches.lower import describe
 from lora_fx.graph.adapter_names import is_factor, is_places
 from lora_fx.graph.aten_kinds import writes
-from lora_fx.graph.graph_module import TracedGraphModule, as_traced, copy_graph, state_of
-from lora_fx.graph.invariants import checked
+from lora_fx.graph.graph_module import TracedGraphModule, as_traced, copy_graph, rebuilt, state_of
+from lora_fx.graph.provenance import stamp_of, write_stamp
 from lora_fx.numerics.bit_dropout import DropoutRate
 from lora_fx.numerics.fused_branch import add_update, reduce_features
 from lora_fx.sites.call_sites import biased, is_site
@@ -62,8 +63,8 @@ def fuse(graph_module: TracedGraphModule) -> TracedGraphModule:
         _write_fused(graph, group)
     called = {str(node.target) for node in graph.find_nodes(op="call_module") if not node.args}
     rates = {name: DropoutRate(each.p) for name, each in modules.items() if name in called and _drops(each)}
-    fused = with_graph(graph_module, graph, rates)
-    return checked(fused, "fused")
+    graph.lint()
+    return checked(rebuilt(graph_module, graph, modules=rates), "fused")
 
 
 @dataclass(frozen=True)
@@ -253,9 +254,8 @@ def _write_fused(graph: fx.Graph, group: Sequence[_Branch]) -> None:
             fused = graph.call_function(add_update, arguments)
         end = branch.nodes[-1]
         describe(fused, end, end.meta.get("val"))
-        custom = end.meta.get("custom", {})
         names = [node.name for node in branch.nodes]
-        fused.meta["custom"] = {**custom, "lora_fx": {**custom.get("lora_fx", {}), "part": "update", "nodes": names}}
+        write_stamp(fused, {**stamp_of(end), "part": "update", "nodes": names}, like=end)
         end.replace_all_uses_with(fused)
         for node in reversed(branch.nodes):
             graph.erase_node(node)

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lora_fx.adapters.materialize import traced_class
 from lora_fx.graph.graph_module import TracedGraphModule
-from lora_fx.graph.provenance import module_path, source_line
+from lora_fx.graph.provenance import module_path, source_line, stamp_of
 from lora_fx.graph.records import BranchSpec
 from lora_fx.planning.plan import factor_shapes
 from lora_fx.sites.call_sites import Site, biased, sites
+from lora_fx.tracing.transformers_models import traced_class
 
 PREFIX = "base_model.model."
 
@@ -125,7 +125,7 @@ def apart_from_calls(graph_module: fx.GraphModule, modules: Collection[str]) -> 
     frames: dict[str, list[fx.Node]] = {}
     nodes = {node.name: node for node in graph_module.graph.nodes}
     for node in graph_module.graph.nodes:
-        if "lora_fx" not in node.meta.get("custom", {}):
+        if not stamp_of(node):
             frames.setdefault(_frame(node)[0], []).append(node)
     for site in (site for site in sites(graph_module) if site.module in modules):
         node = nodes[site.node]

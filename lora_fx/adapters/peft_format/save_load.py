@@ -14,14 +14,14 @@ from lora_fx.adapters.peft_format.fingerprint import fingerprint, metadata
 from lora_fx.adapters.peft_format.reading import FILE_NAME, Contents, check_base, read_adapter, read_contents
 from lora_fx.adapters.peft_format.writing import to_peft
 from lora_fx.adapters.transfer import branches_of, differences, origin_of, plan_branches, trained_of
+from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import lower
 from lora_fx.errors import AdapterError, LoraFxError, PlanError
 from lora_fx.files.atomic import replacing
 from lora_fx.files.safetensors import write_tensors
 from lora_fx.graph.adapter_names import adapters
-from lora_fx.graph.graph_module import TracedGraphModule, as_traced, assemble, copy_graph, state_of, trainable_names
+from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, state_of
 from lora_fx.graph.info import info_of
-from lora_fx.graph.invariants import checked
 from lora_fx.rules.peft_config.config import CONFIG_NAME
 from lora_fx.tracing.torch_export import Dynamic
 from lora_fx.tracing.trace import trace
@@ -151,12 +151,4 @@ def _with_values(
         problem = f"the graph's adapter {adapter!r} is another than the directory's; load it under another name, or with from_adapter"
         raise AdapterError(problem, unlike)
     kept = {name: nn.Parameter(value.detach()) for name, value in values.items()}
-    graph, _ = copy_graph(graph_module.graph)
-    loaded = assemble(
-        graph,
-        state_of(graph_module).with_tensors(kept),
-        meta=graph_module.meta,
-        training=graph_module.training,
-        trainable=trainable_names(graph_module),
-    )
-    return checked(loaded, "branched")
+    return checked(rebuilt(graph_module, tensors=kept), "branched")

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import fx
 
-from lora_fx.drawing.describe.node_text import stamp_of
 from lora_fx.graph.adapter_names import is_factor
 from lora_fx.graph.info import known_info
+from lora_fx.graph.provenance import stamp_of
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def settings_of(graph_module: fx.GraphModule, branches: Iterable[Branch]) -> dic
 
 
 def _stamp(node: fx.Node, key: str) -> str:
-    return str((stamp_of(node) or {}).get(key, ""))
+    return str(stamp_of(node).get(key, ""))
 
 
 def _summands(node: fx.Node) -> Sequence[fx.Node]:

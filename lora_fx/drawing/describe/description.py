@@ -26,12 +26,12 @@ from lora_fx.drawing.describe.branch_stamps import settings_of
 from lora_fx.drawing.describe.coverage import coverage, matrices
 from lora_fx.drawing.describe.difference import Entry, Status, Union, single, unite
 from lora_fx.drawing.describe.module_tree import Group, Item, gather_steps, inline_single, modules_of
-from lora_fx.drawing.describe.node_text import Reader, stamp_of, type_of_root
+from lora_fx.drawing.describe.node_text import Reader, type_of_root
 from lora_fx.drawing.describe.repeats import collapse
 from lora_fx.drawing.describe.wiring import Wiring, wire
 from lora_fx.errors import ExportError, did_you_mean
 from lora_fx.graph.info import known_info
-from lora_fx.graph.provenance import source_of
+from lora_fx.graph.provenance import source_of, stamp_of
 from lora_fx.numerics.lowrank_merge import Merge
 
 Description = Mapping[str, Any]
@@ -211,7 +211,7 @@ class _Writer:
     def _node(self, entry: Entry) -> dict[str, Any]:
         node, reader = entry.node, entry.reader
         operator = reader.operator(node)
-        stamp = stamp_of(node) or {}
+        stamp = stamp_of(node)
         line = source_of(node)
         line = line.rpartition("/site-packages/")[2]  # the rest of the path differs between machines
         frames = reader.frames(node)

@@ -16,11 +16,11 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.drawing.describe.align import aligned
 from lora_fx.drawing.describe.branch_stamps import Branch, branches_of
-from lora_fx.drawing.describe.node_text import Reader, stamp_of
+from lora_fx.drawing.describe.node_text import Reader
 from lora_fx.graph.adapter_names import original_name
 from lora_fx.graph.aten_kinds import size_of
 from lora_fx.graph.graph_module import same_values
-from lora_fx.graph.provenance import code_of
+from lora_fx.graph.provenance import code_of, stamp_of
 
 Status = Literal["same", "added", "removed", "rewired", "changed"]
 
@@ -170,7 +170,7 @@ def _key(node: fx.Node, reader: Reader, with_code: bool) -> tuple[str, ...]:
     if node.op in ("get_attr", "placeholder", "output") or reader.is_quiet(node):
         return ()  # told by its place
     weights = (str(source.target) for source in node.all_input_nodes if source.op == "get_attr")
-    part = str((stamp_of(node) or {}).get("part", ""))
+    part = str(stamp_of(node).get("part", ""))
     own = (reader.own_name(original_name(name) or name) for name in weights)
     return node.op, reader.operator(node), part, code_of(node) if with_code else "", *own
 

@@ -13,10 +13,10 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lora_fx.adapters.materialize import traced_class
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import known_info
 from lora_fx.graph.input_checks import InputCheck, RelationCheck
+from lora_fx.tracing.transformers_models import traced_class
 
 _QUIET = (torch.ops.aten.sym_size.int, torch.ops.aten._assert_scalar.default, getattr)
 _LONGEST = 400  # characters of arguments: a list of a thousand numbers says no more than its beginning
@@ -262,10 +262,3 @@ def type_of_root(graph_module: fx.GraphModule) -> str:
     name = known_info(graph_module).model_class
     found = name.rpartition(":")[2].rpartition(".")[2]
     return "GraphModule" if not found or found.startswith("GraphModule") else found
-
-
-def stamp_of(node: fx.Node) -> Mapping[str, str] | None:
-    """Return what lora_fx wrote on a node of a branch: rule, site, adapter and part."""
-    custom = node.meta.get("custom")
-    stamp = custom.get("lora_fx") if isinstance(custom, Mapping) else None
-    return stamp if isinstance(stamp, Mapping) else None

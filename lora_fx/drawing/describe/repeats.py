@@ -18,8 +18,9 @@ from torch import fx
 
 from lora_fx.drawing.describe.difference import Difference, Entry, Union
 from lora_fx.drawing.describe.module_tree import Group, Item
-from lora_fx.drawing.describe.node_text import Reader, stamp_of
+from lora_fx.drawing.describe.node_text import Reader
 from lora_fx.graph.graph_module import same_values
+from lora_fx.graph.provenance import stamp_of
 
 _UNBACKED = re.compile(r"\bu\d+\b")  # the sizes that are found as the model computes are numbered through all layers
 _LIFTED = re.compile(r"((?:^|\.)lifted_tensor)_\d+$")
@@ -243,7 +244,7 @@ def _token(
             return "%{}:{}".format(*place(by_node[argument]))
         return f"%{_own_name(str(argument.target), group)}" if argument.op == "get_attr" else reader.value(argument)
 
-    stamp = stamp_of(node) or {}
+    stamp = stamp_of(node)
     return (
         reader.operator(node),
         _UNBACKED.sub("u", reader.arguments(node, name_of, longest=None)),

@@ -1,0 +1,57 @@
+"""Invariants of graphs with branches, by the state that a graph is in. Every pass checks what it returns, linear in the nodes.
+
+state       from                   legal in it
+base        unload, materialize    see lora_fx.graph.invariants
+branched    rewrite, transfer      plain nodes, and branches that can be taken out again, to which every factor belongs
+fused       fuse                   the same, with branches in nodes that compute several at a time
+folded      fold                   as base, and no tensor of an adapter is left that nothing reads
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+from lora_fx.branches.find import find_branches
+from lora_fx.branches.lower import lower
+from lora_fx.graph.adapter_names import is_factor, is_of_adapter
+from lora_fx.graph.graph_module import State, TracedGraphModule
+from lora_fx.graph.invariants import BASE, PLAIN, Rule, checked_by, nothing_is_fused
+
+GraphState = Literal["base", "branched", "fused", "folded"]
+
+
+def checked(graph_module: TracedGraphModule, state: GraphState) -> TracedGraphModule:
+    """Return a graph that a pass made, if it is legal in the state that the pass leaves it in.
+
+    Raises:
+        StateError: it is not. That is a fault of lora_fx, never of a model.
+    """
+    return checked_by(graph_module, state, _RULES[state])
+
+
+def _factors_are_in_branches(graph_module: TracedGraphModule, state: State) -> Iterator[str]:
+    """The branches can be found, and no factor is outside of them."""
+    aliases = state.aliases()
+    used = {
+        aliases[name] for found in find_branches(lower(graph_module)) for each in found.updates for name in each.names
+    }
+    for name, first in aliases.items():
+        if is_factor(name) and first not in used:
+            yield f"{name!r} is in no branch"
+
+
+def _nothing_is_left(graph_module: TracedGraphModule, state: State) -> Iterator[str]:
+    """What a fold took out has no tensors any more; branches that it was not asked for stay."""
+    read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
+    for name, first in state.aliases().items():
+        if is_of_adapter(name) and first not in read:
+            yield f"{name!r} is left"
+
+
+_RULES: Mapping[GraphState, tuple[Rule, ...]] = {
+    "base": BASE,
+    "branched": (*PLAIN, nothing_is_fused, _factors_are_in_branches),
+    "fused": (*PLAIN, _factors_are_in_branches),
+    "folded": (*BASE, _nothing_is_left),
+}
