@@ -21,7 +21,6 @@ from transformers import PreTrainedConfig
 
 import lora_fx
 from lora_fx.graph.info import info_of
-from lora_fx.tracing import trace as tracing
 
 LAYERS = (
     "num_hidden_layers",
@@ -78,7 +77,7 @@ WITH_WEIGHTS = ("bloom", "gpt_neo")
 
 @pytest.fixture(autouse=True)
 def _code_of_any_origin_is_stamped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracing, "foreign_part", lambda _model: None)
+    monkeypatch.setattr("lora_fx.tracing.trace.foreign_part", lambda _model: None)
 
 
 def deepened(model: nn.Module, device: str = "meta") -> nn.Module:
@@ -112,7 +111,7 @@ def traced_both(
     first = lora_fx.trace(model, *args, **settings)
     said = caplog.records[-1].getMessage()
     with monkeypatch.context() as patched:
-        patched.setattr(tracing, "layer_classes", lambda _model: [])
+        patched.setattr("lora_fx.tracing.trace.layer_classes", lambda _model: [])
         return first, lora_fx.trace(model, *args, **settings), said
 
 
@@ -426,7 +425,7 @@ class GivesAnother(Stack):
         (LeavesOut(), "is not called"),
         (LooksInside(), "linear"),
         (ChangesLayers(), "was changed before it was called"),
-        (GivesAnother(), "called with different things"),
+        (GivesAnother(), "called with different arguments"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )

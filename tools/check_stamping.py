@@ -32,7 +32,7 @@ def check(name: str) -> str:
     from graph_diff import first_difference
 
     import lora_fx
-    from lora_fx.tracing import trace as tracing
+    from lora_fx.tracing import trace
 
     torch.set_num_threads(1)
     known = name in architectures.ARCHITECTURES
@@ -54,7 +54,7 @@ def check(name: str) -> str:
     handler.close()
     logging.getLogger("lora_fx.tracing").removeHandler(handler)
     if "stamped" in said[-1]:
-        tracing.layer_classes = lambda _model: []
+        trace.layer_classes = lambda _model: []
         full = lora_fx.trace(model, dynamic=dynamic, inference=inference)
         difference = first_difference(graph, full)
         if difference is not None:

@@ -1,10 +1,10 @@
-"""The one place that calls ``torch.export``: what it is given, and what its refusals mean to the user of a model."""
+"""torch.export, called in one place: preparation of model and inputs, and refusals in terms of the user's model."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,11 +14,11 @@ import torch._dynamo.config
 from torch import fx, nn
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from lora_fx.errors import TraceError, first_line
 from lora_fx.graph.process_state import quiet
 from lora_fx.tracing.example_inputs import ExampleInputs
-from lora_fx.tracing.masking import broadcast_masks
 
 Dynamic = Mapping[str, Sequence[int]]
 
@@ -26,10 +26,10 @@ Dynamic = Mapping[str, Sequence[int]]
 def export(
     model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | None, *, training: bool
 ) -> torch.export.ExportedProgram:
-    """Export ``model`` in the mode that it is in.
+    """Export ``model`` in its current mode.
 
     Args:
-        model: called with ``inputs``; ``training`` says which mode it is in.
+        model: called with ``inputs``, in train or eval mode.
         inputs: as :func:`check_inputs` accepted them.
         dynamic: input name → dimensions that must vary; all others are fixed. ``None``: as ``inputs.axes`` say.
         training: for messages.
@@ -37,7 +37,7 @@ def export(
     Raises:
         TraceError: torch.export refuses; the message names the model's own line, or the dimension that it fixes.
     """
-    with _explicit_arguments(model, inputs), broadcast_masks(), quiet(), _without_cache(), _without_code():
+    with _explicit_arguments(model, inputs), _broadcast_masks(), quiet(), _without_cache(), _without_code():
         shapes = _dynamic_shapes(model, inputs, dynamic)
         try:
             return torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False, dynamic_shapes=shapes)
@@ -46,7 +46,7 @@ def export(
 
 
 def tie(model: nn.Module) -> None:
-    """Make tensors that are one in memory one object again under all their names (in place): a saved program forgets that."""
+    """Make tensors that share all their memory one object under all their names (in place), which a saved program forgets."""
     first: dict[object, Any] = {}
     for module in model.modules():
         for held in (module._parameters, module._buffers):
@@ -67,19 +67,19 @@ def check_inputs(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | Non
         ) from error
     for key, dims in (dynamic or {}).items():
         if key not in known:
-            raise TraceError(f"dynamic= names {key}, and the inputs are {', '.join(known)}.")
+            raise TraceError(f"dynamic= names {key!r}, expected one of the inputs: {', '.join(known)}.")
         tensors = [leaf for leaf in pytree.tree_leaves(known[key]) if isinstance(leaf, torch.Tensor)]
         rank = max((tensor.dim() for tensor in tensors), default=0)
         if not isinstance(dims, Sequence) or not all(type(dim) is int and 0 <= dim < rank for dim in dims):
             raise TraceError(
-                f"dynamic= says {dims!r} for {key!r}: a sequence of dimensions is expected, of which it has {rank} (0 to {rank - 1})."
+                f"dynamic= for {key!r}: expected a sequence of its {rank} dimensions (0 to {rank - 1}), got {dims!r}."
             )
 
 
 def in_order(model: nn.Module, inputs: ExampleInputs) -> ExampleInputs:
-    """Return the inputs as torch.export must have those of a GraphModule, which it runs by position, whatever the keywords.
+    """Return the inputs in the order of ``forward``, with the defaults of omitted arguments between them.
 
-    That is in the order of ``forward``, with the defaults of what was left out between them.
+    torch.export runs a GraphModule by position, whatever the keywords; other models keep their inputs.
     """
     if not isinstance(model, fx.GraphModule):
         return inputs
@@ -97,7 +97,7 @@ def _by_name(model: nn.Module, inputs: ExampleInputs) -> dict[str, Any]:
 
 @contextmanager
 def _explicit_arguments(model: nn.Module, inputs: ExampleInputs) -> Iterator[None]:
-    """Let ``model.forward`` name the inputs that it takes through ``**kwargs``: torch.export mistakes those (2.13)."""
+    """Let ``model.forward`` name the inputs that it takes through ``**kwargs``, which torch.export mistakes (2.13)."""
     original = model.forward
     signature = inspect.signature(original)
     named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -122,13 +122,38 @@ def _explicit_arguments(model: nn.Module, inputs: ExampleInputs) -> Iterator[Non
             model.forward = own
 
 
+@contextmanager
+def _broadcast_masks() -> Iterator[None]:
+    """Let transformers make attention masks by broadcasting inside the block.
+
+    Where a mask depends on more than positions (the images of Gemma 3), transformers 5 evaluates its mask function under
+    ``torch.vmap``, which leaves an operator on sub-graphs in the trace. The same functions work on index tensors that broadcast,
+    as transformers itself does with all other masks.
+    """
+    own = {kind: ALL_MASK_ATTENTION_FUNCTIONS[kind] for kind in ("sdpa", "eager")}
+    try:
+        for kind, make in own.items():
+            ALL_MASK_ATTENTION_FUNCTIONS[kind] = _without_vmap(make)
+        yield
+    finally:
+        for kind, make in own.items():
+            ALL_MASK_ATTENTION_FUNCTIONS[kind] = make
+
+
+def _without_vmap(make: Callable[..., Any]) -> Callable[..., Any]:
+    def broadcasting(*args: Any, **kwargs: Any) -> Any:
+        return make(*args, **({**kwargs, "use_vmap": False} if "use_vmap" in kwargs else kwargs))
+
+    return broadcasting
+
+
 def _without_cache() -> AbstractContextManager[None]:
-    """Keep torch from keeping fake results: with symbolic sizes a look-up takes as long as computing them."""
+    """Switch off torch's cache of fake results: with symbolic sizes a look-up takes as long as computing them."""
     return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)  # type: ignore[no-any-return]
 
 
 def _without_code() -> AbstractContextManager[None]:
-    """Let torch write the code of the graphs that it passes on when something asks for it, which nothing does."""
+    """Let torch generate the code of its graphs on demand, which never comes."""
     return _use_lazy_graph_module(True)
 
 
@@ -161,7 +186,7 @@ def _hint(varies: bool) -> Any:
     return torch.export.Dim.DYNAMIC if varies else torch.export.Dim.STATIC
 
 
-# torch.export's two ways of naming a dimension: inputs['x'].shape[1], and L['x'].size()[1].
+# torch.export names a dimension in two ways: inputs['x'].shape[1], and L['x'].size()[1].
 _FIXED_DIMENSION = re.compile(r"(?:inputs|L)(?P<path>(?:\['?\w+'?\])+)\.(?:shape|size\(\))\[(?P<dim>\d+)\]")
 
 
@@ -196,7 +221,7 @@ def _axis(inputs: ExampleInputs, name: str, dim: int) -> str:
 
 
 def _own_line(error: BaseException) -> str:
-    """Return the last line of the model's own code in the traceback, or that of its cause."""
+    """Return the last line of the model's own code in the traceback of an error."""
     found = ""
     traceback = error.__traceback__
     while traceback is not None:
@@ -208,5 +233,5 @@ def _own_line(error: BaseException) -> str:
 
 
 def is_model_code(file: str) -> bool:
-    """Tell whether a source file is neither torch's, nor ours, nor Python's own plumbing."""
+    """Tell whether a source file belongs neither to torch, nor to this package, nor to contextlib."""
     return "/torch/" not in file and "/lora_fx/" not in file and "contextlib" not in file

@@ -1,4 +1,4 @@
-"""From a ``torch.nn.Module`` and inputs to one plain graph in normal form, which was run beside the model."""
+"""Trace of a ``torch.nn.Module``: one plain graph in normal form, compared with the model on the example inputs."""
 
 from __future__ import annotations
 
@@ -27,24 +27,30 @@ from lora_fx.graph.input_checks import Constraints, add_checks
 from lora_fx.graph.invariants import checked_base
 from lora_fx.graph.process_state import uncollected
 from lora_fx.graph.signature import take_inputs
-from lora_fx.tracing import canonicalize as normal_form
+from lora_fx.tracing.canonicalize import (
+    follow_input_device,
+    inline_regions,
+    numbered,
+    remove_assertions,
+    use_first_names,
+    written_names,
+)
 from lora_fx.tracing.constraints import constraints_of
 from lora_fx.tracing.custom_autograd import check_functions, check_hooks, recorded_interference
 from lora_fx.tracing.example_inputs import ExampleInputs, config_of, varied, with_labels
 from lora_fx.tracing.example_inputs import example_inputs as make_inputs
 from lora_fx.tracing.model_state import is_exported, mode_of, preserved, set_mode, stateless
 from lora_fx.tracing.parity import check_evaluation, check_training, map_tensors, with_copied_buffers
-from lora_fx.tracing.repeated_layers.stamping import (
-    LEAST,
-    Departure,
-    FirstDeparts,
+from lora_fx.tracing.repeated_layers.call_values import FirstLayerDiffers, LayersDiffer
+from lora_fx.tracing.repeated_layers.expand import expand
+from lora_fx.tracing.repeated_layers.layer_classes import (
+    MIN_LAYERS,
     LayerClass,
-    expand,
     foreign_part,
     layer_classes,
-    stubbed,
     without_first,
 )
+from lora_fx.tracing.repeated_layers.stubs import stubbed
 from lora_fx.tracing.size_probing import examples_of, without_artefacts
 from lora_fx.tracing.torch_export import Dynamic, check_inputs, export, in_order, tie
 from lora_fx.tracing.train_eval import check_constants, remove_inactive_dropout, unite_modes
@@ -72,8 +78,8 @@ def trace(
     another (a count of calls) would not be seen.
 
     Args:
-        model: any module that ``torch.export`` takes, also one that PEFT wraps, and a ``GraphModule`` of any kind; a graph of
-            ours is copied. An ``ExportedProgram`` (a loaded ``.pt2``), or the module of one, has only the mode in which it was
+        model: any module that ``torch.export`` takes, also one that PEFT wraps, and a ``GraphModule`` of any kind; a traced
+            graph is copied. An ``ExportedProgram`` (a loaded ``.pt2``), or the module of one, has only the mode in which it was
             exported, and needs ``inference=True``. Its parameters keep their names, and its guards become input checks.
         example_inputs: keyword inputs as a mapping, or positional ones as a tuple. Made from the config of a transformers
             model when left out; those of the program for an ``ExportedProgram``. Values that are not tensors become constants
@@ -117,7 +123,7 @@ def trace(
 
 @dataclass(frozen=True)
 class _Task:
-    """What is traced, and how.
+    """A model to trace, and the settings of the trace.
 
     Attributes:
         classes: equal layers, of which one is traced.
@@ -132,7 +138,7 @@ class _Task:
 
     @property
     def info(self) -> GraphInfo:
-        """Record of where the graph comes from."""
+        """Record of the origin of the graph."""
         model, inputs = self.model, self.inputs
         return GraphInfo(
             inference=self.inference,
@@ -145,9 +151,9 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Trace:
-    """A flat graph, what it holds for, the tensors and modules that are not the model's, and its autograd functions.
+    """A flat graph, its constraints, the tensors and modules that are not the model's, and the model's autograd functions.
 
-    There are stubs in it until it is expanded.
+    It contains stubs until it is expanded.
     """
 
     graph: fx.Graph
@@ -159,7 +165,7 @@ class _Trace:
 
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise TraceError(f"a torch.nn.Module in Python is expected, and {model!r} is a {type(model).__name__}.")
+        raise TraceError(f"expected a torch.nn.Module in Python, got a {type(model).__name__}: {model!r}.")
     tensors = state_of(model).tensors
     check_names(tensors)
     if any(tensor.is_inference() for tensor in tensors.values()):
@@ -170,7 +176,7 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _check_loss(model: nn.Module, inputs: ExampleInputs) -> None:
-    """Raise unless the model returns a loss. In its first call it may choose one by the labels, and note that in its config.
+    """Raise :class:`TraceError` unless the model returns a loss. In its first call it may choose a kind by the labels, and note it in its config.
 
     On the meta device, where models cannot look at their inputs, nothing is checked.
     """
@@ -188,12 +194,12 @@ def _check_loss(model: nn.Module, inputs: ExampleInputs) -> None:
 def _inputs_of(model: nn.Module, given: Mapping[str, Any] | tuple[Any, ...] | ExampleInputs | None) -> ExampleInputs:
     if given is not None and not isinstance(given, Mapping | tuple | ExampleInputs):
         raise TraceError(
-            f"example_inputs are a {type(given).__name__}: a mapping of keyword inputs, or a tuple of positional ones, is expected."
+            f"example_inputs: expected a mapping of keyword inputs, or a tuple of positional ones, got a {type(given).__name__}."
         )
     seen: set[torch.Tensor] = set()
 
     def own(tensor: torch.Tensor) -> torch.Tensor:
-        """Return the tensor, or a copy where torch.export would take it for another input, or could not use it."""
+        """Return the tensor, or a copy where torch.export would mistake it for another input, or could not use it."""
         if tensor in seen or tensor.is_inference():
             return tensor.clone()
         seen.add(tensor)
@@ -203,14 +209,14 @@ def _inputs_of(model: nn.Module, given: Mapping[str, Any] | tuple[Any, ...] | Ex
 
 
 def _trace_equal_layers_once(task: _Task) -> TracedGraphModule:
-    """Trace with stamped layers where that gives the graph of a full trace, and otherwise in full, which also finds what is wrong."""
+    """Trace with stamped layers where that gives the graph of a full trace, and otherwise in full, which also reports errors."""
     name = type(task.model).__name__
     try:
         if (foreign := foreign_part(task.model)) is not None:
-            raise Departure(f"the code of {foreign} is neither torch's nor transformers'")
+            raise LayersDiffer(f"the code of {foreign} is neither torch's nor transformers'")
         classes = layer_classes(task.model)
         if not classes:
-            raise Departure(f"it has no {LEAST} equal layers")
+            raise LayersDiffer(f"it has no {MIN_LAYERS} equal layers")
         return _stamped(replace(task, classes=classes))
     except Exception as error:
         _logger.info("%s is traced in full: %s", name, first_line(str(_reason(error)), type(error).__name__))
@@ -218,13 +224,13 @@ def _trace_equal_layers_once(task: _Task) -> TracedGraphModule:
 
 
 def _stamped(task: _Task) -> TracedGraphModule:
-    """Trace with stamped layers. The first of a class may turn out to be called with something else than the others."""
+    """Trace with stamped layers, without the first of a class where that is called with other arguments than the rest."""
     try:
         with preserved(task.model):
             traced = _trace_all(task)
     except Exception as error:
         reason = _reason(error)
-        classes = without_first(task.classes, reason.path) if isinstance(reason, FirstDeparts) else []
+        classes = without_first(task.classes, reason.path) if isinstance(reason, FirstLayerDiffers) else []
         if not classes:
             raise
     else:
@@ -235,15 +241,15 @@ def _stamped(task: _Task) -> TracedGraphModule:
 
 
 def _reason(error: Exception) -> BaseException:
-    """Return why layers could not be stamped; torch.export's refusal of the trace is not it."""
+    """Return why layers could not be stamped, which may be the cause of torch.export's own error."""
     causes: list[BaseException] = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
-    return next((cause for cause in causes if isinstance(cause, Departure)), error)
+    return next((cause for cause in causes if isinstance(cause, LayersDiffer)), error)
 
 
 def _trace_all(task: _Task) -> TracedGraphModule:
-    """Trace in all modes, run the graph beside the model, and put checks into it of what it holds for."""
+    """Trace in all modes, compare the graph with the model, and add its input checks."""
     united = _trace(task, training=False) if task.inference else _trace_both(task)
     if task.classes:
         united = _expanded(task, united)
@@ -252,7 +258,7 @@ def _trace_all(task: _Task) -> TracedGraphModule:
     check_names(united.modules)
     meta = with_info({}, replace(task.info, examples=examples_of(task.inputs, united.constraints)))
     constraints = _verified(task, state, meta, united)
-    graph = normal_form.numbered(united.graph)
+    graph = numbered(united.graph)
     checks = add_checks(graph, constraints)
     graph.lint()
     return assemble(graph, state.with_modules(checks), meta=meta, training=False, trainable=frozenset())
@@ -280,17 +286,17 @@ def _trace(task: _Task, *, training: bool) -> _Trace:
         program = export(model, task.inputs, task.dynamic, training=training)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
-    normal_form.inline_regions(module, training=training)
+    inline_regions(module, training=training)
     graph, _ = copy_graph(module.graph)
     remove_inactive_dropout(graph)
-    written = normal_form.written_names(graph)
+    written = written_names(graph)
     if written:
         raise TraceError(
             f"the model writes to {', '.join(written)} while it computes{' in training' if training else ''}, and a graph would write to "
             f"the model's own. {'Use inference=True.' if training else 'Such a model is not supported.'}"
         )
-    normal_form.remove_assertions(graph)
-    normal_form.follow_input_device(graph)
+    remove_assertions(graph)
+    follow_input_device(graph)
     state = state_of(model)
     constants = {
         name: tensor
@@ -298,31 +304,31 @@ def _trace(task: _Task, *, training: bool) -> _Trace:
         if name not in state.tensors and isinstance(tensor, torch.Tensor)
     }
     if not task.classes:
-        normal_form.use_first_names(graph, {**{name: name for name in constants}, **state.aliases()})
+        use_first_names(graph, {**{name: name for name in constants}, **state.aliases()})
     graph.eliminate_dead_code()
     signature = inspect.signature(model.forward)
     constraints = constraints_of(program, graph, signature)
     if task.classes and any("max(" in relation or "min(" in relation for relation in constraints.relations):
-        raise Departure("some layers may say in other words what sizes the trace holds for")
+        raise LayersDiffer("some layers may say in other words what sizes the trace holds for")
     take_inputs(graph, signature, task.inputs.args, task.inputs.kwargs)
     return _Trace(graph, constants, constraints)
 
 
 def _expanded(task: _Task, traced: _Trace) -> _Trace:
-    """Let all layers that were stubs be copies of their templates."""
+    """Replace all stubs by copies of their templates."""
     state = state_of(task.model)
     expanded = expand(traced.graph, task.classes, list(state.tensors), traced.modules)
     graph, constants = expanded.graph, expanded.with_copies(traced.constants)
-    normal_form.use_first_names(graph, {**{name: name for name in constants}, **state.aliases()})
+    use_first_names(graph, {**{name: name for name in constants}, **state.aliases()})
     graph.eliminate_dead_code(lambda node: node.op == "call_module" or node.is_impure())
     unread = next((node.target for node in graph.find_nodes(op="call_module") if not node.users), None)
-    if unread is not None:  # with more layers, the two modes may differ in what is computed for it
-        raise Departure(f"nothing reads what {unread!r} returns")
+    if unread is not None:  # in a full trace the two modes may differ in its inputs
+        raise LayersDiffer(f"nothing reads what {unread!r} returns")
     return replace(traced, graph=graph, constants=constants, modules=expanded.modules)
 
 
 def _verified(task: _Task, state: State, meta: dict[str, Any], traced: _Trace) -> Constraints:
-    """Run the graph beside the model, and return what it holds for. On the meta device there is nothing to run."""
+    """Compare the graph with the model, and return its constraints. On the meta device nothing can be run."""
     model, inputs, inference = task.model, task.inputs, task.inference
     on_meta = any(tensor.is_meta for tensor in state.tensors.values())
     if not inference:

@@ -1,4 +1,15 @@
-"""Which layers of a model are equal: of each class of them one is traced, its template, and stamped for the others.
+"""Equal layers of a model: of each class one layer, the template, is traced, and its nodes are stamped for the others.
+
+Tracing costs tens of milliseconds of Python per node, and most models are one layer many times. For the length of the trace all
+layers of a class but the template are stubs; afterwards each stub in the graph becomes a copy of the template's nodes. The
+result is the graph of a full trace, node for node. Where that is not certain,
+:class:`~lora_fx.tracing.repeated_layers.call_values.LayersDiffer` is raised, and the model is traced in full.
+
+    layer_classes    equal layers (this module)
+    call_values      equality of values, and of calls of layers
+    stubs            placeholders of layers during the trace, and the check that all layers of a class are called alike
+    template_body    nodes of a template, and the check that no value passes its marks unseen
+    expand           stubs replaced by nodes
 
 Layers are the parts of a ``ModuleList`` or ``Sequential``. Two are of one class if no code can tell them apart but by their
 weights: by their fingerprints, apart from numbers that are their position in the list. A layer that shares a module or a
@@ -16,10 +27,12 @@ import torch
 from torch import fx, nn
 
 from lora_fx.tracing.repeated_layers.call_values import Frozen
-from lora_fx.tracing.repeated_layers.fingerprints import Key, fingerprint
 
-LEAST = 4
-"""Equal layers, below which stamping gains nothing."""
+Key = tuple[str, ...]
+"""Path of a module in the layer, and the name of its attribute, or of one of its tensors."""
+
+MIN_LAYERS = 4
+"""Fewest equal layers for which stamping pays."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +41,7 @@ class LayerClass:
 
     Attributes:
         paths: of the modules in the model, the template's first.
-        positional: where the layers hold their position.
+        positional: keys of attributes that hold the position of a layer.
     """
 
     paths: tuple[str, ...]
@@ -38,8 +51,8 @@ class LayerClass:
 def foreign_part(model: nn.Module) -> str | None:
     """Return the path and class of a part whose code is neither torch's nor transformers', or None.
 
-    Code can tell layers apart in ways that leave no trace in them: by what the model around them does to itself, to a class,
-    to an object that they share. Models of transformers are known not to; others are traced in full.
+    Code can tell layers apart in ways that leave no trace in them: the model around them may change itself, a class, or an object
+    that they share. Models of transformers are known not to do so; others are traced in full.
     """
     for path, module in model.named_modules():
         package = type(module).__module__.partition(".")[0]
@@ -52,7 +65,7 @@ _KNOWN = ("torch", "transformers")
 
 
 def layer_classes(model: nn.Module) -> list[LayerClass]:
-    """Return the classes of at least :data:`LEAST` equal layers of a model, none of them inside another."""
+    """Return the classes of at least :data:`MIN_LAYERS` equal layers of a model, none of them inside another."""
     if any(isinstance(module, fx.GraphModule | torch.jit.ScriptModule) for module in model.modules()) or _any_hooks():
         return []
     shared = _Sharing(model)
@@ -60,16 +73,16 @@ def layer_classes(model: nn.Module) -> list[LayerClass]:
     frozen = Frozen()
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{layer}.") for each in found for layer in each.paths)
-        if not inside and isinstance(module, nn.ModuleList | nn.Sequential) and len(module) >= LEAST:
+        if not inside and isinstance(module, nn.ModuleList | nn.Sequential) and len(module) >= MIN_LAYERS:
             layers = {f"{path}.{name}".removeprefix("."): layer for name, layer in module.named_children()}
             found += _classes(layers, frozen, shared)
     return found
 
 
 def without_first(classes: Iterable[LayerClass], path: str) -> list[LayerClass]:
-    """Return the classes without the layer of this path, the first of one of them; those that are too small are left out."""
+    """Return the classes without the layer of this path, the first of one of them; classes that become too small are dropped."""
     shortened = [replace(each, paths=each.paths[each.paths[0] == path :]) for each in classes]
-    return [each for each in shortened if len(each.paths) >= LEAST]
+    return [each for each in shortened if len(each.paths) >= MIN_LAYERS]
 
 
 def _classes(layers: dict[str, nn.Module], frozen: Frozen, shared: _Sharing) -> Iterator[LayerClass]:
@@ -85,11 +98,11 @@ def _classes(layers: dict[str, nn.Module], frozen: Frozen, shared: _Sharing) -> 
             else:
                 same.append(path)
     held = {path: positional & found.keys() for path, found in zip(layers, prints, strict=True)}
-    return (LayerClass(tuple(paths), held[paths[0]]) for _, paths in groups if len(paths) >= LEAST)
+    return (LayerClass(tuple(paths), held[paths[0]]) for _, paths in groups if len(paths) >= MIN_LAYERS)
 
 
 def _positional(prints: Sequence[dict[Key, Any]]) -> Iterator[Key]:
-    """Yield where all layers that have it hold an integer that is their position in the list, or that and some number."""
+    """Yield the keys under which all layers hold an integer that is their position in the list, up to one common offset."""
     for key in {key: None for found in prints for key in found}:
         held = [(index, found[key]) for index, found in enumerate(prints) if key in found]
         integers = key[1] == "attribute" and len(held) > 1 and all(_is_integer(value) for _, value in held)
@@ -102,13 +115,13 @@ def _is_integer(frozen: Any) -> bool:
 
 
 class _Sharing:
-    """Tells what a model holds in several places."""
+    """Count of the modules and storages of a model, by the number of their paths."""
 
     def __init__(self, model: nn.Module) -> None:
         self._total = Counter(_parts(model))
 
     def stands_alone(self, layer: nn.Module) -> bool:
-        """Tell whether nothing in a layer is also outside of it."""
+        """Tell whether a layer shares nothing with the rest of the model."""
         return all(self._total[part] == count for part, count in Counter(_parts(layer)).items())
 
 
@@ -145,3 +158,45 @@ def _any_hooks() -> bool:
             registered._global_backward_pre_hooks,
         )
     )
+
+
+_CONTENTS = ("_parameters", "_buffers", "_modules")
+
+
+def fingerprint(layer: nn.Module, frozen: Frozen) -> dict[Key, Any]:
+    """Return all attributes of a layer by value, and of its parameters and buffers the metadata, without reading their values.
+
+    Two layers of one fingerprint are traced to the same nodes.
+    """
+    found = contents(layer, frozen)
+    first: dict[int, str] = {}
+    for path, module in layer.named_modules(remove_duplicate=False):
+        for name, tensor in _tensors(module):
+            found[path, "tensor", name] = _described(tensor, frozen, first.setdefault(id(tensor), f"{path}.{name}"))
+    return found
+
+
+def contents(layer: nn.Module, frozen: Frozen) -> dict[Key, Any]:
+    """Return the attributes of a layer beside tensors."""
+    own = {module: path for path, module in reversed(list(layer.named_modules(remove_duplicate=False)))}
+    found: dict[Key, Any] = {}
+    for path, module in layer.named_modules(remove_duplicate=False):
+        found[path, "class"] = type(module)
+        found[path, "children"] = tuple(module._modules)
+        for name, value in vars(module).items():
+            if name not in _CONTENTS:
+                found[path, "attribute", name] = frozen(value, own)
+    return found
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
+    yield from module._parameters.items()
+    yield from module._buffers.items()
+
+
+def _described(tensor: torch.Tensor | None, frozen: Frozen, first: str) -> Any:
+    if tensor is None:
+        return None
+    form = (tensor.shape, tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad, tensor.is_leaf)
+    strides = (tensor.stride(), tensor.storage_offset()) if tensor.layout is torch.strided else None
+    return type(tensor), form, strides, first, frozen(dict(vars(tensor)), {})
