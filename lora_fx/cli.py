@@ -16,7 +16,7 @@ from lora_fx.errors import LoraFxError
 
 if TYPE_CHECKING:  # torch and transformers are slow to import, and `--help` needs neither
     import lora_fx
-    from lora_fx.folding.checkpoint import CheckpointReport
+    from lora_fx.folding.checkpoint_write import CheckpointReport
 
 app = typer.Typer(
     help="LoRA as graph surgery: rewrite a PyTorch model with low-rank branches, train it, fold them back into its weights.",

@@ -21,9 +21,11 @@ from killed import check_killed, server
 from safetensors.torch import load_file
 
 from lora_fx.errors import FoldError, LoraFxError
+from lora_fx.files import direct_io
 from lora_fx.files.safetensors import TensorFile, write_tensors
-from lora_fx.folding import checkpoint as checkpoints
-from lora_fx.folding.checkpoint import Changes, Checkpoint, write_merged
+from lora_fx.folding import checkpoint_write
+from lora_fx.folding.checkpoint import INDEX, SINGLE, Changes, Checkpoint
+from lora_fx.folding.checkpoint_write import write_merged
 from lora_fx.numerics.lowrank_merge import Factor, Merge, Merged, Update, merge_into, rounded
 from lora_fx.numerics.weight_view import SWAP, Step, View
 
@@ -90,7 +92,7 @@ def write(directory: Path, tensors: Mapping[str, torch.Tensor], shards: int = 1)
     (directory / "config.json").write_text('{"model_type": "llama"}')
     (directory / "tokenizer.model").write_bytes(bytes(range(256)) * 9000)
     if shards == 1:
-        write_tensors(directory / checkpoints.SINGLE, tensors, {"format": "pt"})
+        write_tensors(directory / SINGLE, tensors, {"format": "pt"})
         return directory
     places = {key: f"model-{number % shards + 1:05}-of-{shards:05}.safetensors" for number, key in enumerate(tensors)}
     for name in set(places.values()):
@@ -101,7 +103,7 @@ def write(directory: Path, tensors: Mapping[str, torch.Tensor], shards: int = 1)
 
 
 def _write_index(directory: Path, places: Any) -> None:
-    (directory / checkpoints.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
 def _tensors_in(directory: Path) -> Tensors:
@@ -124,7 +126,7 @@ def test_all_tensors_of_a_checkpoint_are_found(tmp_path: Path, shards: int) -> N
     base = write(tmp_path / "base", tensors, shards)
     checkpoint = Checkpoint.open(base)
     assert checkpoint.directory == base
-    assert checkpoint.index == (base / checkpoints.INDEX if shards > 1 else None)
+    assert checkpoint.index == (base / INDEX if shards > 1 else None)
     assert [file.path.name for file in checkpoint.files] == sorted(path.name for path in base.glob("*.safetensors"))
     assert checkpoint.size == sum(path.stat().st_size for path in base.glob("*.safetensors"))
     assert checkpoint.tensors.keys() == tensors.keys()
@@ -214,7 +216,7 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path: Path, kind: str) -> Non
     _write_index(base, places)
     with pytest.raises(LoraFxError) as caught:
         Checkpoint.open(base)
-    assert str(caught.value) == said.format(base=base, index=base / checkpoints.INDEX)
+    assert str(caught.value) == said.format(base=base, index=base / INDEX)
 
 
 def test_a_tensor_that_the_index_does_not_list_or_that_is_there_twice_is_refused(tmp_path: Path) -> None:
@@ -222,10 +224,7 @@ def test_a_tensor_that_the_index_does_not_list_or_that_is_there_twice_is_refused
     write_tensors(base / ONE, {"a": torch.ones(1), "c": torch.ones(1)}, {})
     with pytest.raises(LoraFxError) as caught:
         Checkpoint.open(base)
-    assert (
-        str(caught.value)
-        == f"{base / checkpoints.INDEX} does not list 'c', which is in {ONE}. Write the checkpoint again."
-    )
+    assert str(caught.value) == f"{base / INDEX} does not list 'c', which is in {ONE}. Write the checkpoint again."
     write_tensors(base / ONE, {"a": torch.ones(1), "b": torch.ones(1)}, {})
     with pytest.raises(LoraFxError) as caught:
         Checkpoint.open(base)
@@ -234,13 +233,13 @@ def test_a_tensor_that_the_index_does_not_list_or_that_is_there_twice_is_refused
 
 @pytest.mark.parametrize("text", ["{", "", "\xff", "[" * 100_000])
 def test_an_index_that_is_no_json_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / checkpoints.INDEX).write_text(text, "latin-1")
+    (tmp_path / INDEX).write_text(text, "latin-1")
     with pytest.raises(LoraFxError, match=r"index\.json is not JSON: .* Download it again"):
         Checkpoint.open(tmp_path)
 
 
 def test_an_index_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    (tmp_path / checkpoints.INDEX).mkdir()
+    (tmp_path / INDEX).mkdir()
     with pytest.raises(LoraFxError, match=r"cannot read .*index\.json: Is a directory"):
         Checkpoint.open(tmp_path)
 
@@ -273,7 +272,8 @@ def _go(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_changed_checkpoint_is_the_old_one_but_for_what_was_changed(
     tmp_path: Path, shards: int, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "PIECE", 8192)
+    monkeypatch.setattr(checkpoint_write, "PIECE", 8192)
+    monkeypatch.setattr(direct_io, "PIECE", 8192)
     _go(way, monkeypatch)
     tensors = weights()
     base, out = write(tmp_path / "base", tensors, shards), tmp_path / "new" / "out"
@@ -356,7 +356,7 @@ def test_what_is_no_part_of_the_checkpoint_is_not_copied_but_told(tmp_path: Path
     report = write_merged(Checkpoint.open(base), Changes(), tmp_path / "out")
     assert report.skipped == tuple(sorted(others))
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {*kept, "config.json", "tokenizer.model", ONE, TWO, checkpoints.INDEX}
+    assert written == {*kept, "config.json", "tokenizer.model", ONE, TWO, INDEX}
     assert all((tmp_path / "out" / name).read_text() == name for name in kept)
 
 
@@ -364,7 +364,7 @@ def test_what_is_no_part_of_the_checkpoint_is_not_copied_but_told(tmp_path: Path
 def test_at_most_three_changed_tensors_are_in_memory_and_two_if_they_are_the_largest(
     tmp_path: Path, others: Tensors, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "_SPACE", 2**10)
+    monkeypatch.setattr(checkpoint_write, "_SPACE", 2**10)
     tensors = {f"{number}.weight": torch.randn(64, 64) for number in range(20)}
     base = write(tmp_path / "base", {**tensors, **others})
     places: set[int] = set()
@@ -374,7 +374,7 @@ def test_at_most_three_changed_tensors_are_in_memory_and_two_if_they_are_the_lar
         assert rest[-1] is weight
         return merge_into(weight, *rest)
 
-    monkeypatch.setattr(checkpoints, "merge_into", merging)
+    monkeypatch.setattr(checkpoint_write, "merge_into", merging)
     write_merged(Checkpoint.open(base), changes_for(tensors), tmp_path / "out")
     assert len(places) <= number
 
@@ -537,7 +537,7 @@ def test_what_exists_is_replaced_only_if_asked(tmp_path: Path) -> None:
 def test_a_checkpoint_that_changes_meanwhile_is_refused(tmp_path: Path, kind: str) -> None:
     tensors = weights()
     base = write(tmp_path / "base", tensors)
-    checkpoint, path = Checkpoint.open(base), base / checkpoints.SINGLE
+    checkpoint, path = Checkpoint.open(base), base / SINGLE
     size = path.stat().st_size
     said = f"cannot read {path}: No such file or directory."
     if kind == "gone":
@@ -559,14 +559,14 @@ def test_tensors_may_lie_at_odd_places_of_a_file(
     _go(way, monkeypatch)
     tensors = weights()
     base = write(tmp_path / "base", tensors)
-    path = base / checkpoints.SINGLE
+    path = base / SINGLE
     file = TensorFile.open(path)
     text = file.header[8:].rstrip()
     text += b" " * (odd - len(text) % 4 + 4)
     path.write_bytes(len(text).to_bytes(8, "little") + text + path.read_bytes()[len(file.header) :])
     changes = changes_for(tensors)
     write_merged(Checkpoint.open(base), changes, tmp_path / "out", verify=True)
-    assert (tmp_path / "out" / checkpoints.SINGLE).read_bytes().startswith(len(text).to_bytes(8, "little") + text)
+    assert (tmp_path / "out" / SINGLE).read_bytes().startswith(len(text).to_bytes(8, "little") + text)
     assert _equal(_tensors_in(tmp_path / "out"), merged(tensors, changes))
 
 
@@ -608,7 +608,7 @@ def test_a_wrong_element_is_found(tmp_path: Path, key: str, monkeypatch: pytest.
             last[-1] ^= 1 << 8 * weight.element_size() - 4  # of the exponent
         return report
 
-    monkeypatch.setattr(checkpoints, "merge_into", corrupting)
+    monkeypatch.setattr(checkpoint_write, "merge_into", corrupting)
     said = _refusal(Checkpoint.open(base), changes_for(tensors), tmp_path / "out", verify=True)
     row, column = (size - 1 for size in tensors[key].shape[-2:])
     assert said.startswith(f"{key!r} was not written as it should be: at row {row}, column {column} it is ")
@@ -627,7 +627,7 @@ def test_too_many_neighbours_are_found(tmp_path: Path, monkeypatch: pytest.Monke
             _flipped(weight, 1, 1000)
         return report
 
-    monkeypatch.setattr(checkpoints, "merge_into", corrupting)
+    monkeypatch.setattr(checkpoint_write, "merge_into", corrupting)
     said = _refusal(Checkpoint.open(base), changes_for(tensors), tmp_path / "out", verify=True)
     assert said.startswith("'bf16.weight' was not written as it should be: 3")
     assert "of 350000 elements are not the exact ones rounded once" in said
@@ -636,12 +636,12 @@ def test_too_many_neighbours_are_found(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_value_that_was_not_put_in_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = weights()
     base = write(tmp_path / "base", tensors)
-    original = checkpoints._write
+    original = checkpoint_write.write_at
 
     def losing(new: Any, buffer: memoryview, *rest: Any) -> None:
         original(new, memoryview(bytes(len(buffer))) if len(buffer) == 100 else buffer, *rest)
 
-    monkeypatch.setattr(checkpoints, "_write", losing)
+    monkeypatch.setattr(checkpoint_write, "write_at", losing)
     said = _refusal(Checkpoint.open(base), changes_for(tensors), tmp_path / "out", verify=True)
     assert said.startswith("'norm.bias' was not written as it should be: it is not the value that was to be put in.")
 
@@ -661,12 +661,12 @@ def test_what_cancels_is_not_taken_for_wrong(tmp_path: Path) -> None:
 # Full disks.
 
 
-@pytest.mark.parametrize("step", ["_write", "_copy", "write_back_early", "ENOSPC of copy_file_range", "mkdir"])
+@pytest.mark.parametrize("step", ["write_at", "copy_bytes", "write_back_early", "ENOSPC of copy_file_range", "mkdir"])
 def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_args: Any, **_options: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    if step == "_copy" or "copy_file_range" in step:
+    if step == "copy_bytes" or "copy_file_range" in step:
         monkeypatch.delattr(os, "O_DIRECT")
     if step == "mkdir":
         original = Path.mkdir
@@ -676,7 +676,7 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path, step: str, monkeypat
     elif step.startswith("ENOSPC"):
         monkeypatch.setattr(os, "copy_file_range", fail)
     else:
-        monkeypatch.setattr(checkpoints, step, fail)
+        monkeypatch.setattr(direct_io if step == "write_back_early" else checkpoint_write, step, fail)
     tensors = weights()
     base, out = write(tmp_path / "base", tensors, 2), tmp_path / "new" / "out"
     for overwrite in (False, True):

@@ -28,7 +28,8 @@ from lora_fx.adapters.peft_format.reading import (
 )
 from lora_fx.adapters.transfer import plan_branches
 from lora_fx.errors import AdapterError, FoldError, LoraFxError
-from lora_fx.folding.checkpoint import Changes, Checkpoint, CheckpointReport, write_merged
+from lora_fx.folding.checkpoint import Changes, Checkpoint
+from lora_fx.folding.checkpoint_write import CheckpointReport, write_merged
 from lora_fx.folding.fold import recipe
 from lora_fx.graph.adapter_names import original_name
 from lora_fx.graph.graph_module import State, TracedGraphModule, state_of

@@ -1,0 +1,158 @@
+"""Checks around the writing of a changed checkpoint: refusals before anything is written, and a comparison with float64 after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from lora_fx.errors import FoldError, did_you_mean
+from lora_fx.files.safetensors import TensorEntry, TensorFile, bytes_of
+from lora_fx.folding.checkpoint import Changes, Checkpoint
+from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, Update, exact_blocks, rounded
+
+MISROUNDED = 1e-4
+"""Largest share of the elements of a weight in half precision that may be the neighbour of the exact one rounded once."""
+
+
+# Before anything is written.
+
+
+def check_fits(checkpoint: Checkpoint, changes: Changes) -> None:
+    """Refuse changes that do not fit the checkpoint: every problem is named."""
+    problems = [f"{key!r} is to be both added to and replaced" for key in changes.merges if key in changes.replacements]
+    for key in (*changes.merges, *changes.replacements):
+        if key not in checkpoint.tensors:
+            problems.append(f"there is no {key!r}{did_you_mean(key, checkpoint.tensors)}")
+    for key, merge in changes.merges.items():
+        if key in checkpoint.tensors:
+            problems += _merge_problems(key, merge, checkpoint.tensors[key][1], changes.tensors)
+    for key, value in changes.replacements.items():
+        if key in checkpoint.tensors:
+            problems += _replacement_problems(key, value, checkpoint.tensors[key][1])
+    if problems:
+        raise FoldError(f"{checkpoint.directory} cannot be changed so: {'; '.join(dict.fromkeys(problems))}.")
+
+
+def _merge_problems(key: str, merge: Merge, entry: TensorEntry, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    if entry.dtype not in FOLDABLE:
+        yield f"{key!r} is {entry.dtype}, to which nothing can be added: dequantise the checkpoint first"
+        return
+    if not merge.updates:
+        yield f"nothing is to be added to {key!r}"
+    for update in merge.updates:
+        lacking = [name for name in update.names if name not in tensors]
+        yield from (f"{name!r}, which is to be added to {key!r}, is missing" for name in lacking)
+        empty = [name for name in update.names if name in tensors and tensors[name].is_meta]
+        yield from (f"{name!r} is on the meta device: load it first" for name in empty)
+        if not lacking and not empty:
+            problem = _shape_problem(merge, update, entry, tensors)
+            if problem:
+                yield f"what is to be added to {key!r} does not fit: {problem}"
+
+
+def _shape_problem(merge: Merge, update: Update, entry: TensorEntry, tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Return why the product of an update is not of the weight's shape; None if it is."""
+    try:
+        weight = merge.stack(torch.empty(entry.shape, device="meta"))
+        product: torch.Tensor | None = None
+        for factor in update.factors:
+            tensor = factor.view.apply(torch.empty(tensors[factor.name].shape, device="meta"))
+            tensor = tensor if tensor.dim() == 3 else tensor[None]
+            product = tensor if product is None else tensor @ product
+    except (RuntimeError, IndexError, ValueError) as error:
+        return str(error).splitlines()[0]
+    if product is None or product.dim() != 3:
+        return "it is not a matrix or a stack of them"
+    matrices, rows, columns = product.shape
+    if update.places is not None:
+        rows = tensors[update.places].numel()
+    found = (matrices, columns, rows) if merge.layout == "in_out" else (matrices, rows, columns)
+    return None if found == tuple(weight.shape) else f"it is {list(found)}, the weight {list(weight.shape)}"
+
+
+def _replacement_problems(key: str, value: torch.Tensor, entry: TensorEntry) -> Iterator[str]:
+    if tuple(value.shape) != entry.shape:
+        yield f"the new value of {key!r} is {list(value.shape)}, the old one {list(entry.shape)}"
+    if value.is_meta:
+        yield f"the new value of {key!r} is on the meta device: load it first"
+    if value.dtype != entry.dtype and not {value.dtype, entry.dtype} <= FOLDABLE:
+        yield f"the new value of {key!r} is {value.dtype}, the old one {entry.dtype}: convert it first"
+
+
+def check_apart(checkpoint: Checkpoint, copied: Sequence[Path], out: Path) -> None:
+    """Refuse to replace a directory that holds what is read."""
+    place = out.resolve()
+    read = [checkpoint.directory, *copied, *(file.path for file in checkpoint.files)]  # may be links to somewhere else
+    if any(place in (path.resolve(), *path.resolve().parents) for path in read):
+        raise FoldError(f"{out} holds the checkpoint {checkpoint.directory} itself. Write to another directory.")
+
+
+# After all is written.
+
+
+def misrounded_share(checkpoint: Checkpoint, changes: Changes, directory: Path) -> float:
+    """Return the largest share of a weight in half precision that is not the exact result rounded once; refuse what is wrong."""
+    largest = 0.0
+    for file in checkpoint.files:
+        written = TensorFile.open(directory / file.path.name)
+        for key, entry in written.entries.items():
+            if key in changes.replacements:
+                expected = changes.new_value(entry)
+                if bytes_of(expected) != bytes_of(written.read(key)):
+                    raise FoldError(_wrong(key, "it is not the value that was to be put in"))
+            if key in changes.merges:
+                merge = changes.merges[key]
+                share = _share(key, file.read(key), written.read(key), merge, changes.factors_of(merge))
+                largest = max(largest, share)
+    return largest
+
+
+def _share(key: str, old: torch.Tensor, new: torch.Tensor, merge: Merge, tensors: Mapping[str, torch.Tensor]) -> float:
+    wrong, stack = 0, merge.stack(new)
+    source = merge.stack(old)
+    for index, rows, exact in exact_blocks(old, merge, tensors):
+        found = stack[index, rows]
+        if not found.numel():
+            continue
+        steps = (_steps(found) - _steps(rounded(exact, new.dtype))).abs()
+        wrong += int(steps.count_nonzero())
+        update = (exact - source[index, rows].double()).abs().max()
+        far = (steps > 1) & ((found.double() - exact).abs() > UNITS * update)
+        if far.any():
+            row, column = (int(place) for place in far.nonzero()[0])
+            where = f"row {rows.start + row}, column {column}"
+            raise FoldError(
+                _wrong(key, f"at {where} it is {found[row, column].item()}, exactly {exact[row, column].item()}")
+            )
+    if new.dtype.itemsize > 2:
+        return 0.0  # its sums are formed in its own precision, and are not exact to the last digit
+    elements = max(1, new.numel())
+    if wrong > MISROUNDED * elements + FEW:
+        raise FoldError(_wrong(key, f"{wrong} of {elements} elements are not the exact ones rounded once"))
+    return wrong / elements
+
+
+UNITS = 2.0**-18
+"""Part of the largest update of a block by which float32 may be off: where old value and update cancel, of many steps."""
+
+FEW = 4
+"""How many elements that are not correctly rounded are nothing to wonder at in the smallest weight."""
+
+
+def _steps(values: torch.Tensor) -> torch.Tensor:
+    """Return whole numbers of which neighbouring values of a floating-point type have neighbouring ones; -0 is 0."""
+    bits = values.contiguous().view(_INTEGERS[values.dtype.itemsize]).long()
+    least = torch.iinfo(_INTEGERS[values.dtype.itemsize]).min
+    return torch.where(bits < 0, least - bits, bits)
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _wrong(key: str, problem: str) -> str:
+    return (
+        f"{key!r} was not written as it should be: {problem}. Nothing was kept. Write again; if it happens again, "
+        "memory or disk are faulty, or lora_fx is."
+    )

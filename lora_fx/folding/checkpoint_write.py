@@ -1,0 +1,249 @@
+"""Writing a changed checkpoint: one tensor at a time, so that no model is ever in memory.
+
+W' = W + Σ scaling · B A        for each weight that is changed; all else is copied byte by byte
+
+Each file of the result has the header that the one of the checkpoint has, and its tensors in the same places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from lora_fx.files.atomic import replacing
+from lora_fx.files.direct_io import (
+    PIECE,
+    aligned_memory,
+    copy_bytes,
+    copy_file,
+    direct_descriptor,
+    place_in_page,
+    read_at,
+    reading,
+    write_at,
+)
+from lora_fx.files.safetensors import TensorEntry, TensorFile, bytes_of
+from lora_fx.folding.checkpoint import Changes, Checkpoint, size_of
+from lora_fx.folding.checkpoint_check import check_apart, check_fits, misrounded_share
+from lora_fx.folding.report import FoldedWeight, check_finite
+from lora_fx.graph.process_state import exclusive
+from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, Merged, merge_into
+
+WORKERS = 3
+"""How many threads read, compute and write: two keep the processor busy while one waits for the disk."""
+
+MEMORY = 3
+"""How many times the largest tensor may be taken of memory; of small ones, a little more."""
+
+_SPACE = 2**23  # what a merge needs beside the weight
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What was written.
+
+    Attributes:
+        weights: what was done to each weight that something was added to, in the order of the files.
+        copied_bytes: how many bytes of the files with tensors are those of the checkpoint, as they were.
+        merged_bytes: how many are new.
+        misrounded: largest share, of any weight in half precision, of elements that are not the exact result rounded once;
+            None if that was not looked at.
+        skipped: what of the directory was not copied.
+    """
+
+    weights: tuple[FoldedWeight, ...]
+    copied_bytes: int
+    merged_bytes: int
+    misrounded: float | None
+    skipped: tuple[str, ...]
+
+
+def write_merged(
+    checkpoint: Checkpoint,
+    changes: Changes,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    verify: bool = False,
+    progress: Callable[[int], object] = lambda _: None,
+) -> CheckpointReport:
+    """Write a checkpoint with some tensors changed, and with the other files of its directory.
+
+    Tensors that are not changed are copied as bytes. Of those that are, three at most are in memory at any time. What else
+    is in the directory is copied, but for directories, hidden files, and weights in other files than those of the
+    checkpoint. A process that is killed leaves nothing at ``out``, or what was there.
+
+    Args:
+        checkpoint: the one to start from; left as it is.
+        changes: what becomes of which tensor.
+        out: directory to be made.
+        overwrite: replace a directory that exists.
+        verify: read all that was changed once more, and compare it with what float64 gives.
+        progress: is called with the number of bytes done since its last call; they add up to ``checkpoint.size``.
+
+    Raises:
+        FoldError: the changes do not fit the checkpoint, a weight would become non-finite, or is not what was to be
+            written. Nothing was written.
+        LoraFxError: ``out`` exists or cannot be written, or the checkpoint cannot be read any more.
+    """
+    check_fits(checkpoint, changes)
+    copied, skipped = _other_files(checkpoint)
+    check_apart(checkpoint, copied, out)
+    changed = {**changes.merges, **changes.replacements}
+    with replacing(out, overwrite=overwrite) as beside:
+        beside.mkdir()
+        for path in copied:
+            copy_file(path, beside / path.name)
+        report = _write_files(checkpoint, changes, beside, progress)
+        check_finite(report)
+        misrounded = misrounded_share(checkpoint, changes, beside) if verify else None
+    merged_bytes = sum(checkpoint.tensors[key][1].size for key in changed)
+    weights = tuple(report[key] for key in checkpoint.tensors if key in changes.merges)
+    return CheckpointReport(weights, checkpoint.size - merged_bytes, merged_bytes, misrounded, skipped)
+
+
+# Files beside those with tensors.
+
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".gguf",
+    ".tflite",
+    ".ot",
+)
+_ADAPTER = "adapter_config.json"  # transformers would look for the adapter beside it
+
+
+def _other_files(checkpoint: Checkpoint) -> tuple[list[Path], tuple[str, ...]]:
+    """Return the files to be copied as they are, and the names of what is not."""
+    copied, skipped = [], []
+    own = {file.path.name for file in checkpoint.files}
+    for path in sorted(checkpoint.directory.iterdir()):
+        if path.name in own:
+            continue
+        weights = (
+            path.name.endswith((*_WEIGHTS, *(f"{end}.index.json" for end in _WEIGHTS))) and path != checkpoint.index
+        )
+        if not path.is_file() or path.name.startswith(".") or path.name == _ADAPTER or weights:
+            skipped.append(f"{path.name}/" if path.is_dir() else path.name)
+        else:
+            copied.append(path)
+    return copied, tuple(skipped)
+
+
+# Writing the files with tensors.
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some bytes of a file with tensors: those of one that is changed, or a run of others."""
+
+    file: TensorFile
+    start: int
+    end: int
+    key: str | None = None
+
+
+def _pieces(file: TensorFile, changed: Mapping[str, Any]) -> Iterator[_Piece]:
+    """Yield what is behind the header of a file, in order; runs of untouched tensors in steps of limited size."""
+    start = len(file.header)
+    ends = [entry for key, entry in file.entries.items() if key in changed]
+    for entry in [*ends, None]:
+        end = size_of(file) if entry is None else entry.start
+        for first in range(start, end, PIECE):
+            yield _Piece(file, first, min(first + PIECE, end))
+        if entry is not None:
+            yield _Piece(file, entry.start, entry.end, entry.name)
+            start = entry.end
+
+
+def _write_files(
+    checkpoint: Checkpoint, changes: Changes, directory: Path, progress: Callable[[int], object]
+) -> dict[str, FoldedWeight]:
+    changed = {**changes.merges, **changes.replacements}
+    for file in checkpoint.files:
+        with (directory / file.path.name).open("wb") as new:
+            new.write(file.header)
+            new.truncate(size_of(file))
+        progress(len(file.header))
+    pieces = [piece for file in checkpoint.files for piece in _pieces(file, changed)]
+    buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
+    size = max((piece.end - piece.start for piece in pieces if piece.key not in changes.replacements), default=0)
+    largest = max((entry.size for _, entry in checkpoint.tensors.values()), default=0)
+    for _ in range(max(2, min(WORKERS, MEMORY * largest // (size + _SPACE)))):
+        buffers.put(aligned_memory(size))
+    report: dict[str, FoldedWeight] = {}
+    with _workers() as pool:
+        outcomes = pool.map(partial(_write_piece, changes, directory, buffers), pieces)
+        for piece, outcome in zip(pieces, outcomes, strict=True):
+            if piece.key is not None and outcome is not None:
+                report[piece.key] = outcome
+            progress(piece.end - piece.start)
+    return report
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Yield threads that share the cores: each reads, computes and writes by itself, so that none waits for another."""
+    with exclusive():
+        threads = torch.get_num_threads()
+        share = max(1, threads // WORKERS)
+        try:
+            with ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(share,)) as pool:
+                yield pool
+        finally:
+            torch.set_num_threads(threads)  # libraries below torch have one number for all threads
+
+
+def _write_piece(
+    changes: Changes, directory: Path, buffers: SimpleQueue[torch.Tensor], piece: _Piece
+) -> FoldedWeight | None:
+    """Write one piece to the file of the same name, and return what there is to report of it."""
+    path, new_path = piece.file.path, directory / piece.file.path.name
+    with new_path.open("r+b", buffering=0) as new, direct_descriptor(new_path) as direct:
+        if piece.key is not None and piece.key in changes.replacements:
+            value = changes.new_value(piece.file.entries[piece.key])
+            write_at(new, bytes_of(value), piece.start)
+            return _replaced(piece.key, value)
+        buffer = buffers.get()
+        try:
+            with reading(path, size_of(piece.file)) as file:
+                if piece.key is None and direct is None:
+                    copy_bytes(file, new, piece.start, piece.end)
+                    return None
+                itemsize = 1 if piece.key is None else piece.file.entries[piece.key].dtype.itemsize
+                data = place_in_page(buffer, piece.start, piece.end - piece.start, itemsize)
+                read_at(file, bytes_of(data), piece.start)
+            report = None if piece.key is None else _merge(changes, piece.file.entries[piece.key], data)
+            write_at(new, bytes_of(data), piece.start, direct)
+        finally:
+            buffers.put(buffer)
+        return report
+
+
+def _merge(changes: Changes, entry: TensorEntry, data: torch.Tensor) -> FoldedWeight:
+    merge = changes.merges[entry.name]
+    weight = data.view(entry.dtype).view(entry.shape)
+    merged = merge_into(weight, merge, changes.factors_of(merge), weight)
+    return FoldedWeight(merge, merged, str(entry.dtype).removeprefix("torch."))
+
+
+def _replaced(key: str, value: torch.Tensor) -> FoldedWeight:
+    """Return an entry for a tensor that is replaced, so that its infinities are told like those of others."""
+    bad = int((~torch.isfinite(value)).count_nonzero()) if value.dtype in FOLDABLE else 0
+    return FoldedWeight(Merge(key, (key,), ()), Merged(non_finite=bad), str(value.dtype).removeprefix("torch."))
