@@ -32,6 +32,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check lora_fx tests tools
 	$(BIN)/ruff format --check lora_fx tests tools
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix lora_fx tests tools
