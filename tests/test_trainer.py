@@ -214,7 +214,7 @@ def test_the_best_checkpoint_is_loaded_in_the_end(tmp_path: Path) -> None:
 def test_a_callback_on_something_else_is_refused(tmp_path: Path) -> None:
     for model, kind in ((base(), "GPT2LMHeadModel"), (lora_fx.unload(rewritten()), "GraphModule")):
         with pytest.raises(
-            lora_fx.LoraFxError, match=f"for a graph with adapters, and the trainer has a {kind}: make one"
+            lora_fx.LoraFxError, match=f"expected a graph with adapters, and the trainer has a {kind}: make one"
         ):
             trained(model, tmp_path, AdapterCallback())
 
