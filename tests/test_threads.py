@@ -73,6 +73,7 @@ def in_threads(run: Callable[[int], None]) -> list[BaseException]:
 def process_state() -> tuple[Any, ...]:
     loggers = {name: each for name, each in logging.root.manager.loggerDict.items() if isinstance(each, logging.Logger)}
     logs = {name: (each.level, each.disabled, *each.filters, *each.handlers) for name, each in loggers.items()}
+    logs["handlers"] = tuple((each, *each.filters) for each in logging.root.handlers)
     return logging.root.manager.disable, logs, gc.isenabled(), list(warnings.filters), torch.get_num_threads()
 
 
@@ -127,6 +128,7 @@ def test_while_a_thread_traces_others_log_and_torch_does_not(caplog: pytest.LogC
         with quiet():
             spoken.warning("of this thread")
             own.warning("somebody else")
+            logging.getLogger("torch.made_inside").warning("of this thread, and a new logger")
             other = threading.Thread(target=spoken.warning, args=("of another thread",))
             other.start()
             other.join()

@@ -18,7 +18,7 @@ import torch
 
 _LOCK = threading.RLock()
 
-_SILENCED = ("torch", "onnxscript", "onnx_ir")
+_SILENCED = ("torch", "onnxscript", "onnx_ir", "transformers")
 
 
 @contextmanager
@@ -47,11 +47,13 @@ def forked_random_state(devices: Sequence[int] = (), *, seed: int | None = None)
 
     Args:
         devices: indices of CUDA devices.
-        seed: of the draws inside; None to draw from the current state.
+        seed: of the draws of the CPU inside; None to draw from the current state.
     """
     with exclusive(), torch.random.fork_rng(devices=list(devices)):
         if seed is not None:
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(
+                seed
+            )  # torch.manual_seed would seed all devices, of which none is restored
         yield
 
 
@@ -59,34 +61,42 @@ def forked_random_state(devices: Sequence[int] = (), *, seed: int | None = None)
 def quiet() -> Iterator[None]:
     """Keep torch from logging hundreds of lines about a failure that lora_fx reports in one, and from warning of its own doings.
 
-    Only records of this thread are dropped, and only those of the loggers of torch and of the packages for ONNX.
+    Only records of this thread are dropped, and only those of the loggers of torch, of transformers, and of the packages for
+    ONNX.
     """
     with exclusive():
         loggers = [
             logger
             for name, logger in list(logging.root.manager.loggerDict.items())
-            if isinstance(logger, logging.Logger) and name.partition(".")[0] in _SILENCED
+            if isinstance(logger, logging.Logger) and _family(name) in _SILENCED
         ]
-        muted = _OtherThreads(threading.get_ident())
-        for logger in loggers:
-            logger.addFilter(muted)
+        # Handlers too: modules that are first imported inside the block have loggers of which nothing is known yet.
+        handlers = {handler for logger in (*loggers, logging.root) for handler in logger.handlers}
+        filtered = [*loggers, *handlers, *([logging.lastResort] if logging.lastResort else [])]
+        muted = _Muted(threading.get_ident())
+        for each in filtered:
+            each.addFilter(muted)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="The tensor attribute")  # the tracer restores attributes
                 warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
                 yield
         finally:
-            for logger in loggers:
-                logger.removeFilter(muted)
+            for each in filtered:
+                each.removeFilter(muted)
 
 
-class _OtherThreads(logging.Filter):
-    """Drops the records of one thread."""
+def _family(name: str) -> str:
+    return name.partition(".")[0]
+
+
+class _Muted(logging.Filter):
+    """Drops the records that one thread logs under the silenced names."""
 
     def __init__(self, thread: int) -> None:
         super().__init__()
         self._thread = thread
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether another thread logs."""
-        return record.thread != self._thread
+        """Return whether the record is to be handled."""
+        return record.thread != self._thread or _family(record.name) not in _SILENCED

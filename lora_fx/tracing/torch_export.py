@@ -37,7 +37,7 @@ def export(
     Raises:
         TraceError: torch.export refuses; the message names the model's own line, or the dimension that it fixes.
     """
-    with _explicit_arguments(model, inputs), _broadcast_masks(), quiet(), _without_cache(), _without_code():
+    with quiet(), _explicit_arguments(model, inputs), _broadcast_masks(), _without_cache(), _without_code():
         shapes = _dynamic_shapes(model, inputs, dynamic)
         try:
             return torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False, dynamic_shapes=shapes)
