@@ -272,7 +272,7 @@ def test_what_cannot_be_selected_is_refused() -> None:
     ):
         with pytest.raises(lora_fx.PlanError, match=problem):
             lora_fx.combine(both, STRENGTHS, **settings)  # type: ignore[arg-type]
-    with pytest.raises(lora_fx.PlanError, match="nothing to combine"):
+    with pytest.raises(lora_fx.PlanError, match="expected at least one adapter"):
         lora_fx.combine(both, {})
     with pytest.raises(lora_fx.PlanError, match="the graph already has an adapter 'b'"):
         lora_fx.combine(both, {"a": 1.0}, adapter="b")

@@ -1,4 +1,4 @@
-"""Some of a graph's adapters, each at its own strength."""
+"""Activation of some of a graph's adapters, each at its own strength."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lora_fx.graph.graph_module import TracedGraphModule
 def activate(graph_module: fx.GraphModule, strengths: Mapping[str, float]) -> TracedGraphModule:
     """Return the graph with the branches of just these adapters: ``y + Σ strength · scaling · B(A(x))``.
 
-    Of an adapter that is left out, trained copies give way to the model's own parameters. ``{}`` gives the base. The parameters
-    are shared with ``graph_module``, which is left as it is; a strength is not relative to the one that it has there.
+    Trained copies of the other adapters give way to the model's own parameters. ``{}`` gives the base. The parameters
+    are shared with ``graph_module``, which is not changed. A strength replaces the present one of the adapter, it is no factor of it.
 
     Args:
         graph_module: made by lora_fx, with adapters.

@@ -1,4 +1,4 @@
-"""From a plan to a new graph with low-rank branches written out as nodes.
+"""Attaching an adapter: a new graph with the low-rank branches of a plan written out as nodes.
 
 A branch beside a site ``y = x W^T (+ bias)`` is these nodes, in this order (the casts only for half-precision weights)::
 
@@ -7,7 +7,7 @@ A branch beside a site ``y = x W^T (+ bias)`` is these nodes, in this order (the
 A and B are products of the kind that the site is. This is the order of operations of PEFT's layers, so that equal factors
 give equal bits (experts excepted: PEFT adds the update to all of their weights in every pass). The branch of one part of a fused
 projection has as many outputs as the part has features; a zero is put behind them, and each output feature of the site then
-takes the one that is its own, or the zero.
+takes its own one, or the zero.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def attach(
     """Return a new graph with a branch beside every chosen site, and copies in place of the parameters that train.
 
     Args:
-        graph_module: left as it is; the result has parameters of its own over the same storage.
+        graph_module: not changed; the result has parameters of its own over the same storage.
         plan: made for this graph.
         adapter: name of the new adapter.
         seed: of the initial factors. Without one they are drawn from torch's current random state, which is restored.
-        values: the adapter's parameters, all of them, by their names in the graph; no initial ones are drawn then. Those
-            train that require a gradient.
+        values: the adapter's parameters, all of them, by their names in the graph, in place of initial ones. Those with
+            ``requires_grad`` train.
 
     Raises:
         PlanError: the adapter name is taken or not usable, or a chosen site cannot get a branch.
@@ -112,12 +112,12 @@ def _branched(graph_module: TracedGraphModule, plan: Plan, state: State, adapter
         end = nodes[ends[site.name]] if site.name in ends else _complete(site, state)
         for branch in chosen.branches:
             behind = site if end in (site, biased(site)) else _added(end)
-            end = _Writer(graph, state, named, fakes, chosen, branch, adapter).write(site, end, behind)
+            end = _BranchWriter(graph, state, named, fakes, chosen, branch, adapter).write(site, end, behind)
     return graph
 
 
 def _complete(site: fx.Node, state: State) -> fx.Node:
-    """Return where the output of a site's module is complete: PEFT adds a branch to what the module returns, bias included."""
+    """Return the node with the complete output of a site's module: PEFT adds a branch to that, bias included."""
     total, parts = biased(site), operands(site)
     if total is None or parts is None or module_path(total) != module_path(site):
         return site
@@ -127,7 +127,7 @@ def _complete(site: fx.Node, state: State) -> fx.Node:
 
 
 def _added(end: fx.Node) -> fx.Node:
-    """Return what the last branch at a site adds: the second summand of its sum, which may be cast back."""
+    """Return the output of the last branch at a site: the second summand of its sum, which may be cast back."""
     total = end if end.target is aten.add.Tensor else end.args[0]
     added = total.args[1] if isinstance(total, fx.Node) and total.target is aten.add.Tensor else None
     return added if isinstance(added, fx.Node) else end
@@ -243,7 +243,7 @@ def _with_adapter(info: GraphInfo, adapter: str, plan: Plan) -> GraphInfo:
 
 
 @dataclass(frozen=True)
-class _Writer:
+class _BranchWriter:
     """Writes one branch into a graph; ``named`` has the ``get_attr`` of every tensor, and grows."""
 
     graph: fx.Graph
@@ -259,8 +259,8 @@ class _Writer:
 
         Args:
             base: the site's node.
-            end: what the branch is added to: the site itself, its sum with a bias, or its last branch so far.
-            behind: the node behind which it reads what the site does, which may be overwritten later.
+            end: the node to which the branch is added: the site itself, its sum with a bias, or its last branch so far.
+            behind: the node behind which the branch reads the site's input, which may be overwritten later.
         """
         setting, names = self.branch.setting, self.branch.names(self.adapter)
         parts = operands(base)

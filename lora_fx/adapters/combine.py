@@ -1,4 +1,4 @@
-"""One adapter made of several.
+"""Combination of several adapters into one.
 
 cat     [B₁ B₂] [w₁ s₁ A₁; w₂ s₂ A₂] = w₁ s₁ B₁ A₁ + w₂ s₂ B₂ A₂, of the sum of the ranks: the same function
 linear  (Σ √(wᵢ sᵢ) Bᵢ) (Σ √(wᵢ sᵢ) Aᵢ), of the rank that all have: another function, with the products Bᵢ Aⱼ of different ones
@@ -44,7 +44,7 @@ def combine(
     The scaling of the new adapter is 1, since theirs and the strengths are in its factors; it has a dropout if all have the same.
 
     Args:
-        graph_module: made by lora_fx, with adapters; left as it is. Adapters that ``strengths`` leaves out stay as they are.
+        graph_module: made by lora_fx, with adapters; not changed. Adapters that are not in ``strengths`` stay.
         strengths: adapter → factor of its scaling.
         adapter: name of the new one.
         method: ``"cat"`` or ``"linear"``.
@@ -58,7 +58,7 @@ def combine(
             f"method={method!r} is none of {', '.join(get_args(Method))}{did_you_mean(method, get_args(Method))}."
         )
     if not strengths:
-        raise PlanError("there is nothing to combine: name at least one adapter, with its strength.")
+        raise PlanError("expected at least one adapter with its strength, got none.")
     names = ordered(graph_module, strengths)
     kept = [name for name in adapters(graph_module) if name not in names]
     rest = activate(graph_module, {name: _strength(graph_module, name) for name in kept})
@@ -91,7 +91,7 @@ def combine(
 
 @dataclass(frozen=True)
 class _Member:
-    """A branch that is to be combined with others beside the same site."""
+    """A branch to combine with others beside the same site."""
 
     branch: BranchSpec
     a: torch.Tensor

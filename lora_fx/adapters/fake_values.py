@@ -1,6 +1,6 @@
-"""The values that new nodes have in a trace: fake tensors, from which shapes and dtypes can be read.
+"""Fake values of new nodes: tensors without data, from which shapes and dtypes can be read.
 
-To compute one with symbolic sizes takes milliseconds, and the layers of a model are mostly alike: what an operator makes of
+Computing one with symbolic sizes takes milliseconds, and the layers of a model are mostly alike: the result of an operator on
 arguments of the same shapes is computed once.
 """
 
@@ -17,7 +17,7 @@ from lora_fx.graph.graph_module import State
 
 
 class FakeValues:
-    """Gives new nodes of one graph their values.
+    """Fake values for the new nodes of one graph, each computed once.
 
     Args:
         state: of the graph, with the tensors that new nodes read.
@@ -28,7 +28,7 @@ class FakeValues:
         self._known: dict[Hashable, Any] = {}
 
     def record(self, node: fx.Node, like: fx.Node) -> None:
-        """Give a node its value, if the node ``like`` beside it has one, and all that it reads."""
+        """Give a node its value, if the node ``like`` beside it and all inputs have one."""
         fake = like.meta.get("val")
         if not isinstance(fake, FakeTensor):
             return
@@ -44,8 +44,8 @@ class FakeValues:
                 node.meta["val"] = arguments[0]
 
     def _once(self, compute: Callable[[], Any], *given: Any) -> Any:
-        """Return what was computed from something like ``given`` before, or compute it."""
-        key = _told_apart_by(given)
+        """Return the result for arguments like ``given``; computed at the first such call."""
+        key = _cache_key(given)
         if key not in self._known:
             self._known[key] = compute()
         return self._known[key]
@@ -56,13 +56,13 @@ def _run(mode: FakeTensorMode, target: Callable[..., Any], arguments: tuple[Any,
         return target(*arguments)
 
 
-def _told_apart_by(value: Any) -> Hashable:
-    """Return what a computation with fake values depends on: of a tensor what describes it, of a symbolic size the expression."""
+def _cache_key(value: Any) -> Hashable:
+    """Return everything that a computation with fake values depends on: the metadata of a tensor, the expression of a symbolic size."""
     if isinstance(value, torch.Tensor):
-        sizes = _told_apart_by((*value.shape, *value.stride(), value.storage_offset()))
+        sizes = _cache_key((*value.shape, *value.stride(), value.storage_offset()))
         return sizes, value.dtype, value.device, value.requires_grad
     if isinstance(value, torch.SymInt):
         return value.node.expr  # type: ignore[no-any-return]
     if isinstance(value, list | tuple):
-        return tuple(map(_told_apart_by, value))
+        return tuple(map(_cache_key, value))
     return type(value), value  # since 1 == 1.0 == True

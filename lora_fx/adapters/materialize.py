@@ -1,4 +1,4 @@
-"""From a graph that was traced on the meta device, without weights, to one that computes."""
+"""Weights for a graph that was traced on the meta device, and the input checks that it would have had with them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def materialize(
     """Return the graph with values for all of its tensors.
 
     Args:
-        graph_module: traced on the meta device; left as it is.
+        graph_module: traced on the meta device; not changed.
         state_dict: the model's weights, taken as they are. Factors of branches may be left out, and are then initialised.
         like: a module of the traced class with values for the buffers that no state dict has (rotary frequencies, position
             ids). A transformers model is made from its config, without weights, and run to find out whether size 1 is covered.

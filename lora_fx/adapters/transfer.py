@@ -1,4 +1,4 @@
-"""Adapters from one trace of a model onto another, by site."""
+"""Transfer of adapters from one trace of a model onto another, by site."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from lora_fx.sites.call_sites import sites
 def transfer(graph_module: TracedGraphModule, *, onto: TracedGraphModule) -> TracedGraphModule:
     """Return the graph ``onto`` with the adapters of ``graph_module``.
 
-    Sites correspond by module. An adapter that ``onto`` has already is given the trained factors; one that it has not is
+    Sites correspond by module. An adapter that ``onto`` already has gets the trained factors; any other is
     attached. The factors are the result's own parameters, over the storage of those of ``graph_module``.
 
     Args:
-        graph_module: a branched graph, left as it is.
-        onto: another trace of the same model (another mode, dtype of activations, or other inputs), left as it is.
+        graph_module: a branched graph, not changed.
+        onto: another trace of the same model (another mode, dtype of activations, or other inputs), not changed.
 
     Raises:
-        PlanError: one of the two is no graph of ours, a site of an adapter is missing in ``onto``, or has other features or another rank there.
+        PlanError: one of the two is no graph of lora_fx, a site of an adapter is missing in ``onto``, or has other features or another rank there.
     """
     result = as_traced(onto)
     factors = {name: p for name, p in as_traced(graph_module).named_parameters() if is_of_adapter(name)}
@@ -66,12 +66,14 @@ def _shape_text(tensor: torch.Tensor | None) -> str:
 
 
 def differences(mine: Mapping[str, tuple[str, BranchSpec]], theirs: Mapping[str, tuple[str, BranchSpec]]) -> list[str]:
-    """Return how branches of one adapter differ where that changes what they compute."""
-    told = {key: (_computes(mine.get(key)), _computes(theirs.get(key))) for key in dict.fromkeys((*mine, *theirs))}
+    """Return the differences between the branches of an adapter in two graphs that change the result."""
+    told = {
+        key: (_function_text(mine.get(key)), _function_text(theirs.get(key))) for key in dict.fromkeys((*mine, *theirs))
+    }
     return [f"{key}: {one} against {other}" for key, (one, other) in told.items() if one != other]
 
 
-def _computes(entry: tuple[str, BranchSpec] | None) -> str:
+def _function_text(entry: tuple[str, BranchSpec] | None) -> str:
     if entry is None:
         return "no branch"
     _, branch = entry
@@ -88,10 +90,10 @@ def recorded_plan(
         graph_module: has the adapter.
         adapter: its name.
         onto: a trace of the same model.
-        strength: the strength of the branches, if not that which they have.
+        strength: of the branches, in place of their own.
 
     Raises:
-        PlanError: ``onto`` has not all of the sites, or it is not known what made the adapter.
+        PlanError: ``onto`` has not all of the sites, or the adapter has no record.
     """
     branches = {
         key: (rule, branch if strength is None else replace(branch, setting=replace(branch.setting, strength=strength)))
@@ -110,12 +112,12 @@ def plan_branches(
     *,
     origin: Origin,
 ) -> Plan:
-    """Return a plan for branches that are known already.
+    """Return a plan for branches that are already known.
 
     Args:
-        graph_module: to get them.
+        graph_module: gets the branches.
         adapter: name of the adapter, for messages.
-        branches: by their keys: what chose them, and the branch.
+        branches: by their keys: the rule that chose the branch, and the branch.
         trained: parameters of the model that train.
         origin: of the adapter.
 
@@ -146,7 +148,7 @@ def branches_of(graph_module: fx.GraphModule, adapter: str) -> dict[str, tuple[s
     """Return the branches of an adapter by their keys, each with the rule that chose it.
 
     Raises:
-        PlanError: the graph has no such adapter, or it is not known what made it.
+        PlanError: the graph has no such adapter, or no record of it.
     """
     known = known_info(graph_module).adapters
     present = adapters(graph_module)
@@ -176,7 +178,7 @@ def trained_of(graph_module: nn.Module, adapter: str) -> tuple[Trained, ...]:
 
 
 def origin_of(graph_module: fx.GraphModule, adapter: str) -> Origin:
-    """Return where an adapter of a graph comes from."""
+    """Return the origin of an adapter."""
     return info_of(graph_module).origins[adapter]
 
 

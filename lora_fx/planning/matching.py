@@ -1,4 +1,4 @@
-"""One selection against one call site: every predicate, and the first that refuses; or against a parameter that may train."""
+"""Matching of one selection with a call site: every predicate, and the first that refuses. Or with a parameter, for training."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lora_fx.sites.roles import Purpose
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a selection does not claim a site.
+    """Reason for which a selection does not claim a site.
 
     Attributes:
-        agreed: how many predicates were asked before this one; the greater, the nearer the selection came.
+        agreed: number of predicates that matched before this one. The greater, the nearer the selection came.
         reason: in words.
     """
 
@@ -26,7 +26,7 @@ class Refusal:
 
 
 def refusal(selection: Selection, site: Site, purpose: Purpose) -> Refusal | None:
-    """Return why ``selection`` does not claim a site, or None if it does: a selection claims what all its predicates admit."""
+    """Return the reason for which ``selection`` does not claim a site, or None if all its predicates match."""
     reasons = (
         None if selection.matches_name(site.module) else "no selection names it",
         _op(selection, site),

@@ -42,7 +42,7 @@ def outputs_of(branch: BranchSpec, site: Site) -> int:
 
 
 def owners_of(site: Site) -> tuple[str, str]:
-    """Return the path that names a branch which all calls of the site's module share, and one of this call alone."""
+    """Return two owners of branches: one for all calls of the site's module together, one for this call alone."""
     path = site.module
     if path == site.weight:  # the name is the parameter's own: as torch does, beside it
         parent, _, leaf = path.rpartition(".")
@@ -133,7 +133,7 @@ def as_text(plan: Plan) -> str:
 
 
 def as_table(plan: Plan) -> Table:
-    """Return the same as a table of ``rich``."""
+    """Return a table of ``rich`` with a line for each site."""
     table = new_table()
     for heading, justify in _COLUMNS:
         table.add_column(heading, justify=justify, no_wrap=True, overflow="ignore")
@@ -150,7 +150,7 @@ def as_table(plan: Plan) -> Table:
 
 
 def totals(plan: Plan) -> str:
-    """Return one line that sums a plan up."""
+    """Return a one-line summary."""
     chosen = len(plan.chosen)
     line = f"{chosen} of {len(plan.decisions)} sites chosen by rules {plan.rules.name!r}, {plan.parameters} parameters added"
     if plan.trained:
@@ -160,7 +160,7 @@ def totals(plan: Plan) -> str:
 
 
 def as_data(plan: Plan) -> dict[str, Any]:
-    """Return the same as data for JSON."""
+    """Return a plan as data for JSON."""
     return {
         "rules": plan.rules.name,
         "chosen": len(plan.chosen),

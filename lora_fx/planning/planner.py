@@ -1,4 +1,4 @@
-"""Rules × call sites → a plan: for every site, chosen and how, or skipped and why. Changes nothing."""
+"""Planner: rules × call sites → a plan, without any change to the graph."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def plan(
     """Match rules against the call sites of a model or a graph.
 
     Args:
-        model: a graph of ours, or a model, which is then traced.
+        model: a graph of lora_fx, or a model, which is then traced.
         rules: see :func:`lora_fx.rules.rule_file.load`.
         example_inputs: see :func:`lora_fx.trace`.
         rank: replaces the ``[defaults]`` of the rules, as do ``alpha`` and ``dropout``.
@@ -82,8 +82,8 @@ def plan_sites(
 
     Args:
         found: the sites of a graph.
-        rules: what is wanted.
-        purpose_of: what each site is for, by its name.
+        rules: the selections and their settings.
+        purpose_of: roles and parts of each site, by its name.
         parameters: the parameters that the graph reads, each by all of its names, and their numbers of elements.
 
     Raises:
@@ -192,7 +192,7 @@ def _unfit(chosen: Chosen) -> Iterator[str]:
 
 
 def _chosen(site: Site, purpose: Purpose, rules: RuleSet, claims: Sequence[int], problems: list[str]) -> Chosen:
-    """Return the branches that the claims on a site come to; what cannot be reconciled is added to the problems."""
+    """Return the branches that the claims on a site amount to; conflicts are added to the problems."""
     branches: dict[Part | None, tuple[int, BranchSpec]] = {}
     for index in claims:
         selection = rules.select[index]
