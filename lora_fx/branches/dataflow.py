@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.graph.aten_kinds import VIEW, name_of, writes
-from lora_fx.numerics.weight_view import cast_of, is_view
+from lora_fx.sites.stored_weight import cast_of, is_view
 
 aten = torch.ops.aten
 

@@ -27,9 +27,10 @@ from lora_fx.graph.adapter_names import is_factor
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.provenance import source_line
 from lora_fx.numerics.lowrank_merge import Update
-from lora_fx.numerics.weight_view import Stored, View, cast_of
+from lora_fx.numerics.weight_view import View
 from lora_fx.rules.vocabulary import Op
 from lora_fx.sites.call_sites import biased, is_site
+from lora_fx.sites.stored_weight import Stored, cast_of
 from lora_fx.sites.weight_ops import CONVOLUTIONS, operands
 
 Nominate = Callable[[str], bool]

@@ -18,9 +18,10 @@ from torch import fx
 from lora_fx.branches.dataflow import COPIES, keeps_last, may_share
 from lora_fx.graph.adapter_names import is_places
 from lora_fx.numerics.lowrank_merge import Factor, Update
-from lora_fx.numerics.weight_view import SWAP, Stored, cast_of, shows, stored
+from lora_fx.numerics.weight_view import SWAP
 from lora_fx.rules.vocabulary import Op
-from lora_fx.sites.weight_ops import CONVOLUTIONS, Operands, is_pointwise, operands
+from lora_fx.sites.stored_weight import Stored, cast_of, shows, stored
+from lora_fx.sites.weight_ops import CONVOLUTIONS, WeightOp, is_pointwise, operands
 
 aten = torch.ops.aten
 
@@ -141,7 +142,7 @@ class Deltas:
     def _has_number(self, node: fx.Node) -> bool:
         return isinstance(node.kwargs.get("alpha", 1), int | float)
 
-    def _product(self, node: fx.Node, parts: Operands) -> Delta | Addition | None:
+    def _product(self, node: fx.Node, parts: WeightOp) -> Delta | Addition | None:
         """A product with a weight, to which an ``addmm`` adds something."""
         name = str(parts.weight.target)
         tensor = self._tensors[name]
@@ -166,7 +167,7 @@ class Deltas:
         made = made.scaled(parts.alpha)
         return made if parts.addend is None else self._sum(parts.addend, made)
 
-    def _weight_delta(self, node: fx.Node, left: Stored, parts: Operands) -> Delta:
+    def _weight_delta(self, node: fx.Node, left: Stored, parts: WeightOp) -> Delta:
         """A product of two factors: the right one is applied first."""
         right = Factor(str(parts.weight.target), parts.view.then(SWAP))
         dtype = left.dtype or self._tensors[str(left.node.target)].dtype
@@ -278,7 +279,7 @@ _LINEAR: Mapping[object, Callable[[Deltas, fx.Node], Delta | Addition | None]] =
 """Operator → what it makes of a ``Delta``."""
 
 
-def _continues(term: Term, parts: Operands, shape: torch.Size) -> bool:
+def _continues(term: Term, parts: WeightOp, shape: torch.Size) -> bool:
     """Tell whether a product goes on where a term is: it acts on each position by itself, as the term's own products do."""
     if term.op is None:
         return False

@@ -15,7 +15,7 @@ from lora_fx.errors import FoldError
 from lora_fx.graph.adapter_names import is_factor, is_of_adapter, original_name
 from lora_fx.graph.graph_module import State, TracedGraphModule, copy_graph, erase_unread, rebuilt, state_of
 from lora_fx.graph.info import known_info
-from lora_fx.numerics.weight_view import shows
+from lora_fx.sites.stored_weight import shows
 
 
 def unload(graph_module: fx.GraphModule, *, branches: Nominate = is_factor) -> TracedGraphModule:

@@ -25,8 +25,9 @@ from lora_fx.graph.aten_kinds import flattened
 from lora_fx.graph.graph_module import State, erase_unread, state_of
 from lora_fx.graph.provenance import module_path
 from lora_fx.numerics.lowrank_merge import Merge, Update
-from lora_fx.numerics.weight_view import AS_STORED, View, stored
+from lora_fx.numerics.weight_view import AS_STORED, View
 from lora_fx.sites.call_sites import sites
+from lora_fx.sites.stored_weight import stored
 from lora_fx.sites.weight_ops import readers
 
 

@@ -25,7 +25,7 @@ from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.process_state import forked_random_state
 from lora_fx.graph.provenance import module_path, source_line
 from lora_fx.graph.signature import InputCodeGen
-from lora_fx.numerics.weight_view import stored
+from lora_fx.sites.stored_weight import stored
 from lora_fx.tracing.parity import OwnStreams
 
 aten = torch.ops.aten

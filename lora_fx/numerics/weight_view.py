@@ -1,18 +1,14 @@
-"""How an operator sees a stored tensor: the transposes, reshapes and casts between the two, as plain data.
+"""Views of stored tensors: the transposes and reshapes between a tensor and the operator that reads it, as plain data.
 
-Only what moves each element to one place and changes no value is such a step. A cast to another floating-point type counts
-as the identity: the arithmetic that a fold replaces is that of real numbers, which is rounded once, at its end.
+A step moves each element to one place and changes no value, so a view can be undone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import fx
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -62,138 +58,3 @@ class View:
 
 
 AS_STORED = View()
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A named tensor as an operator reads it.
-
-    Attributes:
-        node: its ``get_attr``.
-        view: from the stored tensor to what is read.
-        dtype: to which it is cast, or None.
-        chosen: of a stack of matrices, the node that says which one is read, of ``stack[chosen]``; None for all.
-    """
-
-    node: fx.Node
-    view: View = AS_STORED
-    dtype: torch.dtype | None = None
-    chosen: fx.Node | None = None
-
-    @property
-    def dims(self) -> int | None:
-        """Number of dimensions of what is read, or None where nothing tells."""
-        shaping = [step for step in self.view.steps if step.kind != "swap"]
-        return len(shaping[-1].dims) if shaping else dims_of(self.node)
-
-    @property
-    def swapped(self) -> Stored:
-        """The same, with its last two dimensions exchanged."""
-        return replace(self, view=self.view.then(SWAP))
-
-
-def stored(value: Any) -> Stored | None:
-    """Return the named tensor that ``value`` is, seen through what :func:`shows` names; None if it is something else."""
-    passed: list[fx.Node] = []
-    while isinstance(value, fx.Node) and shows(value):
-        passed.append(value)
-        value = value.args[0]
-    if not isinstance(value, fx.Node) or value.op != "get_attr":
-        return None
-    found = Stored(value)
-    for node in reversed(passed):
-        step = step_of(node)
-        if found.chosen is not None and (_chosen(node) is not None or step not in (None, SWAP)):
-            return None  # of what was chosen, only the matrices are those of the stack
-        found = replace(
-            found,
-            view=found.view if step is None else found.view.then(step),
-            dtype=cast_of(node) or found.dtype,
-            chosen=_chosen(node) or found.chosen,
-        )
-    return found
-
-
-def shows(node: fx.Node) -> bool:
-    """Tell whether a node is a view of the tensor that it reads: a transpose, a reshape, a cast, or a choice of matrices."""
-    return is_view(node) or _chosen(node) is not None
-
-
-def _chosen(node: fx.Node) -> fx.Node | None:
-    """Return the node that chooses, of ``stack[chosen]``."""
-    indices: Any = node.args[1] if node.target is aten.index.Tensor else None
-    index = indices[0] if indices is not None and len(indices) == 1 else None
-    return index if isinstance(index, fx.Node) and dims_of(index) == 1 else None
-
-
-def is_view(node: fx.Node) -> bool:
-    """Tell whether a node shows all elements of the tensor that it reads, in other places or as another floating-point type."""
-    return cast_of(node) is not None or step_of(node) is not None
-
-
-def cast_of(node: fx.Node) -> torch.dtype | None:
-    """Return the floating-point type to which a node casts, or None if it does not, or does more."""
-    if node.target not in _CASTS:
-        return None
-    given: dict[Any, Any] = {**dict(enumerate(node.args)), **node.kwargs}
-    dtype = given.pop(1, None) or given.pop("dtype", None)
-    others = [value for key, value in given.items() if key != 0 and value not in (None, False)]
-    return dtype if not others and isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
-
-
-def dims_of(node: fx.Node) -> int | None:
-    """Return the number of dimensions of a node's value, or None where nothing tells."""
-    value = node.meta.get("val")
-    if value is None and node.op == "get_attr" and node.graph.owning_module is not None:
-        value = _attribute(node.graph.owning_module, str(node.target))
-    if isinstance(value, torch.Tensor):
-        return value.dim()
-    if node.target in _SIZED or node.target is aten.permute.default:
-        return len(node.args[1])  # type: ignore[arg-type]
-    source = node.args[0] if node.target in (*_ORDERED, *_CASTS) else None
-    return dims_of(source) if isinstance(source, fx.Node) else None
-
-
-def _attribute(module: Any, name: str) -> Any:
-    for part in name.split("."):
-        module = getattr(module, part, None)
-    return module
-
-
-def step_of(node: fx.Node) -> Step | None:
-    """Return what a node does to the dimensions of what it reads; None if it does nothing to them, or more than that."""
-    if not node.args or not isinstance(node.args[0], fx.Node) or node.kwargs:
-        return None
-    if node.target in _SIZED:
-        return _reshape(node.args[1])
-    if node.target in _RESHAPED:
-        value = node.meta.get("val")
-        return _reshape(tuple(value.shape)) if isinstance(value, torch.Tensor) else None
-    if node.target in (aten.t.default, aten.mT.default):
-        return SWAP
-    given: Any = node.args[1:]
-    if node.target is aten.transpose.int and set(given) == {-2, -1}:
-        return SWAP
-    dim = dims_of(node) if node.target in _ORDERED else None
-    if dim is None:
-        return None
-    order = list(range(dim))
-    if node.target is aten.transpose.int:
-        first, second = (position % dim for position in given)
-        order[first], order[second] = order[second], order[first]
-    elif node.target is aten.permute.default:
-        order = [position % dim for position in given[0]]
-    else:
-        order.reverse()
-    return SWAP if order == [*range(dim - 2), dim - 1, dim - 2] else Step("permute", tuple(order))
-
-
-def _reshape(sizes: Any) -> Step | None:
-    fixed = isinstance(sizes, list | tuple) and all(type(size) is int for size in sizes)
-    return Step("reshape", tuple(sizes)) if fixed else None
-
-
-_CASTS = (aten.to.dtype, aten._to_copy.default)
-_SIZED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-_RESHAPED = (aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.flatten.using_ints)
-_ORDERED = (aten.transpose.int, aten.permute.default, aten.numpy_T.default)

@@ -18,7 +18,7 @@ from lora_fx.graph.adapter_names import is_factor, original_name
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.provenance import module_path
 from lora_fx.rules.vocabulary import Layout, Op
-from lora_fx.sites.weight_ops import CONVOLUTIONS, Operands, operands
+from lora_fx.sites.weight_ops import CONVOLUTIONS, WeightOp, operands
 
 aten = torch.ops.aten
 
@@ -84,12 +84,12 @@ def sites(graph_module: fx.GraphModule) -> tuple[Site, ...]:
     return _numbered(found)
 
 
-def is_site(parts: Operands | None) -> TypeGuard[Operands]:
+def is_site(parts: WeightOp | None) -> TypeGuard[WeightOp]:
     """Tell whether a product is one beside which a branch can go: its weight is stored as a matrix, or a stack of them."""
     return parts is not None and parts.layout is not None and parts.alpha == 1
 
 
-def _site(node: fx.Node, parts: Operands, weight: str, name: str, shape: torch.Size) -> Site:
+def _site(node: fx.Node, parts: WeightOp, weight: str, name: str, shape: torch.Size) -> Site:
     assert parts.layout is not None
     kernel: tuple[int, ...] = ()
     if parts.op in CONVOLUTIONS:

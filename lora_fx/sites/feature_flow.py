@@ -16,7 +16,7 @@ from torch import fx
 
 from lora_fx.graph.aten_kinds import ACTIVATION, POINTWISE, POWER, SHAPE, name_of, shape_of, size_of, tensor_inputs
 from lora_fx.graph.records import Features
-from lora_fx.sites.weight_ops import Operands, operands
+from lora_fx.sites.weight_ops import WeightOp, operands
 
 _NO_FEATURE = -1
 
@@ -41,13 +41,13 @@ class Push:
     """The features of one site in every value that they reach, up to the next sites."""
 
     def __init__(
-        self, tensors: Mapping[str, torch.Tensor], source: fx.Node, parts: Operands, out_features: int
+        self, tensors: Mapping[str, torch.Tensor], source: fx.Node, parts: WeightOp, out_features: int
     ) -> None:
         self._constants = tensors
         self._values: dict[fx.Node, Pushed] = {source: self._start(source, parts, out_features)}
 
     @staticmethod
-    def _start(source: fx.Node, parts: Operands, out_features: int) -> Pushed:
+    def _start(source: fx.Node, parts: WeightOp, out_features: int) -> Pushed:
         shape = shape_of(source)
         everything = Features(((0, out_features),))
         if shape is None:

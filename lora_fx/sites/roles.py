@@ -39,7 +39,7 @@ from lora_fx.rules.vocabulary import ROLES, Part, Role
 from lora_fx.sites.attention import attentions
 from lora_fx.sites.call_sites import Site, sites
 from lora_fx.sites.feature_flow import Push, disjoint
-from lora_fx.sites.weight_ops import Operands, operands
+from lora_fx.sites.weight_ops import WeightOp, operands
 
 _SUMS = frozenset({"add", "sub", "rsub"})
 _GATES = frozenset({"mul", "div"})
@@ -110,7 +110,7 @@ class _Graph:
         self.position = {node: index for index, node in enumerate(self.nodes)}
         by_name = {node.name: node for node in self.nodes}
         self.sites: dict[fx.Node, Site] = {by_name[site.node]: site for site in known}
-        self.operands: dict[fx.Node, Operands] = {}
+        self.operands: dict[fx.Node, WeightOp] = {}
         for node in self.sites:
             parts = operands(node)
             assert parts is not None

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.numerics.weight_view import SWAP, Step, Stored, View, shows, stored
+from lora_fx.numerics.weight_view import SWAP, Step, View
 from lora_fx.rules.vocabulary import Layout, Op
+from lora_fx.sites.stored_weight import Stored, shows, stored
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Operands:
+class WeightOp:
     """What a node computes: ``addend + alpha · weight · input``.
 
     Attributes:
@@ -68,13 +69,13 @@ class Operands:
 CONVOLUTIONS: tuple[Op, ...] = ("conv1d", "conv2d", "conv3d")
 
 
-def operands(node: fx.Node) -> Operands | None:
+def operands(node: fx.Node) -> WeightOp | None:
     """Return what ``node`` multiplies, if it multiplies an input by a named weight; else None."""
     read = _READ.get(node.target.name()) if isinstance(node.target, torch._ops.OpOverload) else None
     return read(node) if read is not None else None
 
 
-def is_pointwise(parts: Operands, shape: torch.Size) -> bool:
+def is_pointwise(parts: WeightOp, shape: torch.Size) -> bool:
     """Tell whether a product with a weight of this shape leaves each position of its input where it is."""
     if parts.op not in CONVOLUTIONS:
         return True
@@ -125,7 +126,7 @@ def low_rank(site: fx.Node, value: fx.Node, a: fx.Node, b: fx.Node, rank: int, e
     return _by_expert(site, parts, _by_expert(site, parts, value, down, "A", emit), up, "B", emit)
 
 
-def _by_expert(site: fx.Node, parts: Operands, value: fx.Node, stack: fx.Node, part: str, emit: Emit) -> fx.Node:
+def _by_expert(site: fx.Node, parts: WeightOp, value: fx.Node, stack: fx.Node, part: str, emit: Emit) -> fx.Node:
     """Multiply by a stack of ``(out, in)`` as the site multiplies by its own."""
     how, chosen = parts.geometry
     if how == "grouped":
@@ -148,10 +149,10 @@ _POINTWISE: Mapping[Op, Any] = {
 # Reading.
 
 
-def _product(op: Op, value: Any, weight: Stored | None, dims: int, **more: Any) -> Operands | None:
+def _product(op: Op, value: Any, weight: Stored | None, dims: int, **more: Any) -> WeightOp | None:
     if weight is None or not isinstance(value, fx.Node) or weight.dims != dims:
         return None
-    return Operands(op, value, weight.node, weight.view, weight.dtype, **more)
+    return WeightOp(op, value, weight.node, weight.view, weight.dtype, **more)
 
 
 def _named(value: Any, *, swapped: bool = False) -> Stored | None:
@@ -162,12 +163,12 @@ def _named(value: Any, *, swapped: bool = False) -> Stored | None:
     return found.swapped if swapped else found
 
 
-def _linear(node: fx.Node) -> Operands | None:
+def _linear(node: fx.Node) -> WeightOp | None:
     given = _arguments(node)
     return _product("linear", given["input"], _named(given["weight"]), 2, addend=given["bias"])
 
 
-def _addmm(node: fx.Node) -> Operands | None:
+def _addmm(node: fx.Node) -> WeightOp | None:
     given = _arguments(node)
     if given["beta"] != 1 or not isinstance(given["alpha"], int | float):
         return None
@@ -175,7 +176,7 @@ def _addmm(node: fx.Node) -> Operands | None:
     return _product("linear", given["mat1"], _named(given["mat2"], swapped=True), 2, **more)
 
 
-def _baddbmm(node: fx.Node) -> Operands | None:
+def _baddbmm(node: fx.Node) -> WeightOp | None:
     given = _arguments(node)
     if given["beta"] != 1 or not isinstance(given["alpha"], int | float):
         return None
@@ -183,12 +184,12 @@ def _baddbmm(node: fx.Node) -> Operands | None:
     return _product("expert", given["batch1"], _named(given["batch2"], swapped=True), 3, **more)
 
 
-def _matmul(node: fx.Node) -> Operands | None:
+def _matmul(node: fx.Node) -> WeightOp | None:
     value, weight = node.args[:2]
     return _product("linear", value, _named(weight, swapped=True), 2) or _batched(node)
 
 
-def _batched(node: fx.Node) -> Operands | None:
+def _batched(node: fx.Node) -> WeightOp | None:
     left, right = node.args[:2]
     stack = stored(right)
     if stack is not None:
@@ -199,7 +200,7 @@ def _batched(node: fx.Node) -> Operands | None:
     return _product("expert", right, stack, 3, geometry=("left", stack.chosen))
 
 
-def _grouped(node: fx.Node) -> Operands | None:
+def _grouped(node: fx.Node) -> WeightOp | None:
     given = _arguments(node)
     value, weight, offsets, *others = given.values()
     if not isinstance(offsets, fx.Node) or any(other is not None for other in others):
@@ -207,10 +208,10 @@ def _grouped(node: fx.Node) -> Operands | None:
     return _product("expert", value, _named(weight, swapped=True), 3, geometry=("grouped", offsets))
 
 
-def _convolution(op: Op) -> Callable[[fx.Node], Operands | None]:
+def _convolution(op: Op) -> Callable[[fx.Node], WeightOp | None]:
     dims = int(op[4])
 
-    def read(node: fx.Node) -> Operands | None:
+    def read(node: fx.Node) -> WeightOp | None:
         given = _arguments(node)
         sizes = tuple(_several(given[name], dims) for name in ("stride", "padding", "dilation"))
         more = {"geometry": (*sizes, given["groups"]), "addend": given["bias"]}
@@ -226,7 +227,7 @@ def _several(value: Any, dims: int) -> Any:
     return values if isinstance(values, str) else tuple(values) * (dims if len(values) == 1 else 1)
 
 
-def _embedding(node: fx.Node) -> Operands | None:
+def _embedding(node: fx.Node) -> WeightOp | None:
     weight, index = node.args[:2]
     return _product("embedding", index, _named(weight, swapped=True), 2)
 
@@ -240,7 +241,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 
 
 # By name: operators of other libraries are not there before those are imported.
-_READ: Mapping[str, Callable[[fx.Node], Operands | None]] = {
+_READ: Mapping[str, Callable[[fx.Node], WeightOp | None]] = {
     "aten::linear": _linear,
     "aten::addmm": _addmm,
     "aten::mm": _matmul,
