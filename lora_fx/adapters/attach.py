@@ -36,7 +36,7 @@ from lora_fx.numerics.lowrank_merge import adapter_dtype, initial_factors
 from lora_fx.planning.plan import Chosen, Plan, Skipped, factor_shapes
 from lora_fx.planning.planner import check_attachable
 from lora_fx.sites.call_sites import biased
-from lora_fx.sites.weight_ops import low_rank, operands
+from lora_fx.sites.weight_ops import low_rank, weight_op
 
 aten = torch.ops.aten
 
@@ -118,7 +118,7 @@ def _branched(graph_module: TracedGraphModule, plan: Plan, state: State, adapter
 
 def _complete(site: fx.Node, state: State) -> fx.Node:
     """Return the node with the complete output of a site's module: PEFT adds a branch to that, bias included."""
-    total, parts = biased(site), operands(site)
+    total, parts = biased(site), weight_op(site)
     if total is None or parts is None or module_path(total) != module_path(site):
         return site
     bias = next(node for node in total.all_input_nodes if node is not site)
@@ -263,7 +263,7 @@ class _BranchWriter:
             behind: the node behind which the branch reads the site's input, which may be overwritten later.
         """
         setting, names = self.branch.setting, self.branch.names(self.adapter)
-        parts = operands(base)
+        parts = weight_op(base)
         assert parts is not None
         narrow = parts.dtype or self.state.tensors[self.chosen.site.weight].dtype
         wide = adapter_dtype(narrow)

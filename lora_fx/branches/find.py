@@ -31,7 +31,7 @@ from lora_fx.numerics.weight_view import View
 from lora_fx.rules.vocabulary import Op
 from lora_fx.sites.call_sites import biased, is_site
 from lora_fx.sites.stored_weight import Stored, cast_of
-from lora_fx.sites.weight_ops import CONVOLUTIONS, operands
+from lora_fx.sites.weight_ops import CONVOLUTIONS, weight_op
 
 Nominate = Callable[[str], bool]
 """Tells by the name of a parameter whether it is a factor of a branch."""
@@ -189,15 +189,15 @@ class _Walk:
         site = self._site_of(base)
         if site is None:
             return None
-        parts = operands(site)
-        assert parts is not None
-        narrow = parts.dtype or self._tensors[str(parts.weight.target)].dtype
+        product = weight_op(site)
+        assert product is not None
+        narrow = product.dtype or self._tensors[str(product.weight.target)].dtype
         total = biased(site)
         if total is not None and base is not site:  # the sum with a bias of a wider type has that type
             bias = next(each for each in total.all_input_nodes if each is not site)
             narrow = torch.promote_types(narrow, self._tensors[str(bias.target)].dtype)
         reshaped = base is not site and base is not biased(site)
-        weight = Stored(parts.weight, parts.view)
+        weight = Stored(product.weight, product.view)
         return _Joined(site, base, base, (), narrow, narrow, weight, reshaped).plus(delta)
 
     def _site_of(self, base: fx.Node) -> fx.Node | None:
@@ -213,8 +213,8 @@ class _Walk:
         return next(sites, None)
 
     def _is_site(self, node: fx.Node) -> bool:
-        parts = operands(node)
-        return is_site(parts) and node not in self._joined
+        product = weight_op(node)
+        return is_site(product) and node not in self._joined
 
     def _cast_back(self, node: fx.Node) -> _Joined | None:
         """Take a cast for part of a branch if the sum has another dtype than its site alone has."""
@@ -245,21 +245,23 @@ class _Walk:
 
     def _check_input(self, node: fx.Node, value: _Joined) -> None:
         """Refuse terms that read something else than their site does, or read it in another way."""
-        parts = operands(value.site)
-        assert parts is not None
-        weight = self._tensors[str(parts.weight.target)]
-        kernel = tuple(weight.shape[2:]) if parts.op in CONVOLUTIONS else ()
+        product = weight_op(value.site)
+        assert product is not None
+        weight = self._tensors[str(product.weight.target)]
+        kernel = tuple(weight.shape[2:]) if product.op in CONVOLUTIONS else ()
         for term in value.terms:
-            reached = self._flow.reaches(term.source, parts.input)
+            reached = self._flow.reaches(term.source, product.input)
             if reached is None:
-                raise _unexpected(node, f"it adds a branch that reads {term.source} to a site that reads {parts.input}")
-            written = self._flow.written_between({value.site: parts.input, term.product: term.source})
+                raise _unexpected(
+                    node, f"it adds a branch that reads {term.source} to a site that reads {product.input}"
+                )
+            written = self._flow.written_between({value.site: product.input, term.product: term.source})
             if written is not None:
                 raise _unexpected(written, f"it writes to what {value.site} and {term.product} read, between the two")
-            if (term.op, term.geometry, term.kernel) != (parts.op, parts.geometry, kernel):
+            if (term.op, term.geometry, term.kernel) != (product.op, product.geometry, kernel):
                 raise _unexpected(
                     node,
-                    f"it adds {_told(term.op, term.geometry, term.kernel)} to {_told(parts.op, parts.geometry, kernel)}",
+                    f"it adds {_told(term.op, term.geometry, term.kernel)} to {_told(product.op, product.geometry, kernel)}",
                 )
             apart = reached and not is_by_last(term.op, term.geometry)
             if apart or ((reached or value.reshaped) and not same_shapes(value.base, node)):

@@ -20,8 +20,8 @@ from lora_fx.graph.adapter_names import is_places
 from lora_fx.numerics.lowrank_merge import Factor, Update
 from lora_fx.numerics.weight_view import SWAP
 from lora_fx.rules.vocabulary import Op
-from lora_fx.sites.stored_weight import Stored, cast_of, shows, stored
-from lora_fx.sites.weight_ops import CONVOLUTIONS, WeightOp, is_pointwise, operands
+from lora_fx.sites.stored_weight import Stored, cast_of, is_transparent, stored
+from lora_fx.sites.weight_ops import CONVOLUTIONS, WeightOp, is_pointwise, weight_op
 
 aten = torch.ops.aten
 
@@ -112,13 +112,13 @@ class Deltas:
 
     def is_product(self, node: fx.Node) -> bool:
         """Tell whether a node multiplies by a factor."""
-        parts = operands(node)
-        return parts is not None and parts.weight in self._factors
+        product = weight_op(node)
+        return product is not None and product.weight in self._factors
 
     def touches(self, node: fx.Node) -> bool:
         """Tell whether a node depends on a factor, and not by way of a finished branch alone. A view of a factor is one, too."""
         inputs = node.all_input_nodes
-        if inputs and inputs[0] in self._factors and shows(node):
+        if inputs and inputs[0] in self._factors and is_transparent(node):
             self._factors.add(node)
             return False
         return any(source in self._factors or source in self._values for source in inputs)
@@ -131,9 +131,9 @@ class Deltas:
         return value
 
     def _value(self, node: fx.Node) -> Delta | Addition | None:
-        parts = operands(node)
-        if parts is not None:
-            return self._product(node, parts)
+        product = weight_op(node)
+        if product is not None:
+            return self._product(node, product)
         compute = _LINEAR.get(node.target)
         if compute is None or node.kwargs.keys() - {"alpha"} or not self._has_number(node):
             return self._same_features(node)
@@ -142,37 +142,37 @@ class Deltas:
     def _has_number(self, node: fx.Node) -> bool:
         return isinstance(node.kwargs.get("alpha", 1), int | float)
 
-    def _product(self, node: fx.Node, parts: WeightOp) -> Delta | Addition | None:
+    def _product(self, node: fx.Node, product: WeightOp) -> Delta | Addition | None:
         """A product with a weight, to which an ``addmm`` adds something."""
-        name = str(parts.weight.target)
+        name = str(product.weight.target)
         tensor = self._tensors[name]
-        if not tensor.is_floating_point() or (parts.op in CONVOLUTIONS and parts.layout is None):
+        if not tensor.is_floating_point() or (product.op in CONVOLUTIONS and product.layout is None):
             return None  # of a kernel that was reshaped, the places are not known
-        delta, factor = self._values.get(parts.input), Factor(name, parts.view)
+        delta, factor = self._values.get(product.input), Factor(name, product.view)
         if isinstance(delta, Delta):
-            if delta.is_placed or not all(_continues(term, parts, tensor.shape) for term in delta.terms):
+            if delta.is_placed or not all(_continues(term, product, tensor.shape) for term in delta.terms):
                 return None
             made = delta.updated(lambda update: replace(update, factors=(*update.factors, factor)))
-        elif self.is_factor(parts.weight) and parts.input in self._factors:
-            left = stored(parts.input)
-            if left is None or left.chosen is not None or parts.geometry not in ((), ("right", None)):
+        elif self.is_factor(product.weight) and product.input in self._factors:
+            left = stored(product.input)
+            if left is None or left.chosen is not None or product.geometry not in ((), ("right", None)):
                 return None
-            made = self._weight_delta(node, left, parts)
-        elif self.is_factor(parts.weight):
-            kernel = tuple(tensor.shape[2:]) if parts.op in CONVOLUTIONS else ()
-            term = Term(parts.input, parts.op, parts.geometry, kernel, node, Update((factor,)))
-            made = Delta((term,), parts.dtype or tensor.dtype)
+            made = self._weight_delta(node, left, product)
+        elif self.is_factor(product.weight):
+            kernel = tuple(tensor.shape[2:]) if product.op in CONVOLUTIONS else ()
+            term = Term(product.input, product.op, product.geometry, kernel, node, Update((factor,)))
+            made = Delta((term,), product.dtype or tensor.dtype)
         else:
             return None  # it is the addend that depends on a factor, or the choice of an expert
-        made = made.scaled(parts.alpha)
-        return made if parts.addend is None else self._sum(parts.addend, made)
+        made = made.scaled(product.alpha)
+        return made if product.addend is None else self._sum(product.addend, made)
 
-    def _weight_delta(self, node: fx.Node, left: Stored, parts: WeightOp) -> Delta:
+    def _weight_delta(self, node: fx.Node, left: Stored, product: WeightOp) -> Delta:
         """A product of two factors: the right one is applied first."""
-        right = Factor(str(parts.weight.target), parts.view.then(SWAP))
+        right = Factor(str(product.weight.target), product.view.then(SWAP))
         dtype = left.dtype or self._tensors[str(left.node.target)].dtype
         update = Update((right, Factor(str(left.node.target), left.view)))
-        return Delta((Term(parts.input, None, (), (), node, update),), dtype)
+        return Delta((Term(product.input, None, (), (), node, update),), dtype)
 
     def _scale(self, node: fx.Node) -> Delta | None:
         """A product with a number, or with a constant of one element; a quotient by a number."""
@@ -279,15 +279,15 @@ _LINEAR: Mapping[object, Callable[[Deltas, fx.Node], Delta | Addition | None]] =
 """Operator → what it makes of a ``Delta``."""
 
 
-def _continues(term: Term, parts: WeightOp, shape: torch.Size) -> bool:
+def _continues(term: Term, product: WeightOp, shape: torch.Size) -> bool:
     """Tell whether a product goes on where a term is: it acts on each position by itself, as the term's own products do."""
     if term.op is None:
         return False
     if term.op == "embedding":
-        return parts.op == "linear"
+        return product.op == "linear"
     if term.op in CONVOLUTIONS:
-        return parts.op == term.op and parts.groups == term.geometry[-1] and is_pointwise(parts, shape)
-    return (term.op, term.geometry) == (parts.op, parts.geometry)
+        return product.op == term.op and product.groups == term.geometry[-1] and is_pointwise(product, shape)
+    return (term.op, term.geometry) == (product.op, product.geometry)
 
 
 def _by_last(delta: Delta) -> bool:

@@ -15,7 +15,7 @@ from lora_fx.errors import FoldError
 from lora_fx.graph.adapter_names import is_factor, is_of_adapter, original_name
 from lora_fx.graph.graph_module import State, TracedGraphModule, copy_graph, erase_unread, rebuilt, state_of
 from lora_fx.graph.info import known_info
-from lora_fx.sites.stored_weight import shows
+from lora_fx.sites.stored_weight import is_transparent
 
 
 def unload(graph_module: fx.GraphModule, *, branches: Nominate = is_factor) -> TracedGraphModule:
@@ -98,7 +98,7 @@ def without_branches(
 def _erase_dead(graph: fx.Graph, node: fx.Node) -> None:
     """Erase a factor, and the views of it, that nothing reads."""
     for user in list(node.users):
-        if shows(user):
+        if is_transparent(user):
             _erase_dead(graph, user)
     if not node.users:
         graph.erase_node(node)

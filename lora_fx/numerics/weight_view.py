@@ -18,7 +18,7 @@ class Step:
     Attributes:
         kind: ``"swap"`` exchanges the last two dimensions, ``"permute"`` orders all of them, ``"reshape"`` gives new sizes,
             ``"stack"`` makes a stack of matrices, of which each has an equal share of the first dimension as its rows.
-        dims: the order, the sizes (-1: what is left), or the number of matrices.
+        dims: the order, the sizes (-1: the remaining elements), or the number of matrices.
     """
 
     kind: Literal["swap", "permute", "reshape", "stack"]
@@ -42,18 +42,18 @@ SWAP = Step("swap")
 
 @dataclass(frozen=True)
 class View:
-    """The steps from a stored tensor to what an operator reads, in their order."""
+    """The steps from a stored tensor to the value that an operator reads, in order."""
 
     steps: tuple[Step, ...] = ()
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return what the operator reads; nothing is copied where torch has a view."""
+        """Return the value that the operator reads; nothing is copied where torch has a view."""
         for step in self.steps:
             tensor = step.apply(tensor)
         return tensor
 
     def then(self, step: Step) -> View:
-        """Return the view with one step more; two swaps in a row are none."""
+        """Return the view with one more step; two swaps in a row cancel."""
         return View(self.steps[:-1]) if step == SWAP and self.steps[-1:] == (SWAP,) else View((*self.steps, step))
 
 

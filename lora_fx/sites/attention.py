@@ -25,15 +25,15 @@ from lora_fx.graph.aten_kinds import (
     name_of,
     tensor_inputs,
 )
-from lora_fx.sites.weight_ops import operands
+from lora_fx.sites.weight_ops import weight_op
 
 _SCORES = SHAPE | POINTWISE | STATISTIC | {"max", "tanh", "exp", "softplus"}
-"""What scores may pass through between their product and the softmax: scaling, masks, sinks, caps."""
+"""Operators that may lie between the product of scores and the softmax: scaling, masks, sinks, caps."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention: the values that are its operands, and its result. Relative attention has several queries and keys."""
+    """One attention: its operands, and its result. Relative attention has several queries and keys."""
 
     queries: tuple[fx.Node, ...]
     keys: tuple[fx.Node, ...]
@@ -42,7 +42,7 @@ class Attention:
 
 
 def attentions(nodes: Sequence[fx.Node]) -> Iterator[Attention]:
-    """Yield every attention among the nodes of a graph, in their order."""
+    """Yield every attention among the nodes of a graph, in graph order."""
     flow = nx.DiGraph((source, node) for node in nodes if is_tensor(node) for source in tensor_inputs(node))
     for node in nodes:
         name = name_of(node)
@@ -50,12 +50,12 @@ def attentions(nodes: Sequence[fx.Node]) -> Iterator[Attention]:
             query, key, value = flattened(node.args[:3])
             yield Attention((query,), (key,), (value,), node)
         elif name in SOFTMAX:
-            found = _written_out(flow, node)
+            found = _eager_attention(flow, node)
             if found is not None:
                 yield found
 
 
-def _written_out(flow: nx.DiGraph, softmax: fx.Node) -> Attention | None:
+def _eager_attention(flow: nx.DiGraph, softmax: fx.Node) -> Attention | None:
     scores = _Scores.behind(softmax)
     if not scores.queries:
         return None
@@ -69,21 +69,21 @@ def _written_out(flow: nx.DiGraph, softmax: fx.Node) -> Attention | None:
 
 
 def _products_of(flow: nx.DiGraph, softmax: fx.Node) -> Iterator[tuple[fx.Node, set[fx.Node]]]:
-    """Yield the products that read the result of a softmax, and everything that carries it there."""
+    """Yield the products that read the result of a softmax, and the nodes that carry it there."""
     carries = nx.subgraph_view(
         flow,
-        filter_node=lambda node: node is softmax or (name_of(node) in SHAPE | POINTWISE and operands(node) is None),
+        filter_node=lambda node: node is softmax or (name_of(node) in SHAPE | POINTWISE and weight_op(node) is None),
     )
     carriers = {softmax, *nx.descendants(carries, softmax)}
     users = {user for carrier in carriers for user in carrier.users}
     for user in sorted(users):
-        if name_of(user) in PRODUCT and operands(user) is None:
+        if name_of(user) in PRODUCT and weight_op(user) is None:
             yield user, carriers
 
 
 @dataclass
 class _Scores:
-    """The operands of the products of which the scores in front of a softmax are made."""
+    """The operands of the products that make the scores before a softmax."""
 
     queries: list[fx.Node] = field(default_factory=list)
     keys: list[fx.Node] = field(default_factory=list)
@@ -94,7 +94,7 @@ class _Scores:
         found = cls()
         dim = softmax.args[1] if len(softmax.args) > 1 else -1
         first = softmax.all_input_nodes[0]
-        rank = _rank(first)
+        rank = _dims(first)
         assert isinstance(dim, int)
         todo, seen = [(first, dim if dim < 0 or rank is None else dim - rank)], set()
         while todo:
@@ -102,7 +102,7 @@ class _Scores:
             if node in seen:
                 continue
             seen.add(node)
-            if operands(node) is not None:
+            if weight_op(node) is not None:
                 continue
             name = name_of(node)
             if name in PRODUCT:
@@ -115,8 +115,8 @@ class _Scores:
         nodes = list(flattened(product.args))
         if len(nodes) < 2:  # an einsum of one operand is no product
             return
-        left, right = nodes[-2:]  # baddbmm has a summand in front
-        if any(node.op == "get_attr" for node in (left, right)) or (_rank(left) or 0) < 3:
+        left, right = nodes[-2:]  # baddbmm has a summand before them
+        if any(node.op == "get_attr" for node in (left, right)) or (_dims(left) or 0) < 3:
             return
         if name_of(product) == "einsum":
             axis = _axis_of_einsum(str(product.args[0]), axis)
@@ -137,9 +137,9 @@ def _axis_of_einsum(equation: str, axis: int) -> int:
 
 
 def _axis_before(node: fx.Node, axis: int) -> int:
-    """Return where an axis (counted from the end) of a node's value was in what the node reads."""
+    """Return the axis (counted from the end) of a node's input that becomes this axis of its value."""
     name = name_of(node)
-    rank = _rank(node)
+    rank = _dims(node)
     if rank is None:
         return axis
     if name in ("transpose", "swapaxes"):
@@ -152,6 +152,6 @@ def _axis_before(node: fx.Node, axis: int) -> int:
     return axis
 
 
-def _rank(node: fx.Node) -> int | None:
+def _dims(node: fx.Node) -> int | None:
     value = node.meta.get("val")
     return value.dim() if isinstance(value, torch.Tensor) else None

@@ -1,6 +1,6 @@
 """Call sites: the nodes of a graph that multiply by a weight.
 
-A site is what computes, not a module: one shared module called twice is two sites, and a functional call is a site like any
+A site is a computation, not a module: one shared module called twice is two sites, and a functional call is a site like any
 other. The layout of its weight is read off the operator and the transposes before it.
 """
 
@@ -18,7 +18,7 @@ from lora_fx.graph.adapter_names import is_factor, original_name
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.provenance import module_path
 from lora_fx.rules.vocabulary import Layout, Op
-from lora_fx.sites.weight_ops import CONVOLUTIONS, WeightOp, operands
+from lora_fx.sites.weight_ops import CONVOLUTIONS, WeightOp, weight_op
 
 aten = torch.ops.aten
 
@@ -30,18 +30,18 @@ class Site:
     Attributes:
         name: the module path of the call, ``<module path>@n`` for the n-th of several calls of one module, or the full
             name of a bare parameter.
-        module: the same without ``@n``: what rules match.
+        module: the same without ``@n``; rules match this.
         node: name of the graph node.
-        op: what it is, in the words of rule files.
+        op: the kind of product, in the words of rule files.
         operator: the ATen operator.
         weight: first name of the weight.
         layout: layout of the weight, of each matrix where it is a stack of them.
         in_features: width of the input: of its last dimension, its channels, or the number of rows of a table.
         out_features: width of the output.
-        call: n of several calls, counted from 1; 0 where the module is called once.
-        matrices: how many matrices the weight is: of experts, or of the groups of a convolution.
+        call: n of several calls, counted from 1; 0 if the module is called once.
+        matrices: number of matrices in the weight: of experts, or of the groups of a convolution.
         kernel: sizes of the kernel of a convolution.
-        cast: the dtype to which the weight is cast before, or None.
+        cast: the dtype to which the weight is cast first, or None.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Site:
 
 
 def biased(site: fx.Node) -> fx.Node | None:
-    """Return the sum of a site's output with a bias that is a node of its own, if nothing else reads that output."""
+    """Return the sum of a site's output with a separate bias node, if nothing else reads that output."""
     user = next(iter(site.users)) if len(site.users) == 1 else None
     if user is None or user.target is not aten.add.Tensor or user.kwargs:
         return None
@@ -69,38 +69,38 @@ def biased(site: fx.Node) -> fx.Node | None:
 
 
 def sites(graph_module: fx.GraphModule) -> tuple[Site, ...]:
-    """Return every call site of a graph, in the order in which they compute; the factors of branches are none."""
+    """Return every call site of a graph, in execution order; products with the factors of branches are not call sites."""
     state = state_of(graph_module)
     names = state.names()
     found: list[Site] = []
     for node in graph_module.graph.nodes:
-        parts = operands(node)
-        if not is_site(parts) or is_factor(str(parts.weight.target)):
+        product = weight_op(node)
+        if not is_site(product) or is_factor(str(product.weight.target)):
             continue
-        weight = str(parts.weight.target)
+        weight = str(product.weight.target)
         original = original_name(weight)
-        name = _name(node, names[weight] if original is None else (original,))
-        found.append(_site(node, parts, weight, name, state.tensors[weight].shape))
-    return _numbered(found)
+        name = _site_name(node, names[weight] if original is None else (original,))
+        found.append(_site(node, product, weight, name, state.tensors[weight].shape))
+    return _with_call_numbers(found)
 
 
-def is_site(parts: WeightOp | None) -> TypeGuard[WeightOp]:
-    """Tell whether a product is one beside which a branch can go: its weight is stored as a matrix, or a stack of them."""
-    return parts is not None and parts.layout is not None and parts.alpha == 1
+def is_site(product: WeightOp | None) -> TypeGuard[WeightOp]:
+    """Tell whether a branch can go beside a product: its weight is stored as a matrix, or a stack of matrices."""
+    return product is not None and product.layout is not None and product.alpha == 1
 
 
-def _site(node: fx.Node, parts: WeightOp, weight: str, name: str, shape: torch.Size) -> Site:
-    assert parts.layout is not None
+def _site(node: fx.Node, product: WeightOp, weight: str, name: str, shape: torch.Size) -> Site:
+    assert product.layout is not None
     kernel: tuple[int, ...] = ()
-    if parts.op in CONVOLUTIONS:
-        matrices, kernel = parts.groups, tuple(shape[2:])
-        wide, high = shape[1] * parts.groups, shape[0]
+    if product.op in CONVOLUTIONS:
+        matrices, kernel = product.groups, tuple(shape[2:])
+        wide, high = shape[1] * product.groups, shape[0]
     else:
         matrices = shape[0] if len(shape) == 3 else 1
-        wide, high = shape[-2:] if parts.layout == "in_out" else (shape[-1], shape[-2])
+        wide, high = shape[-2:] if product.layout == "in_out" else (shape[-1], shape[-2])
     return Site(
-        name, name, node.name, parts.op, _operator(node), weight, parts.layout, wide, high,
-        matrices=matrices, kernel=kernel, cast=parts.dtype,
+        name, name, node.name, product.op, _operator(node), weight, product.layout, wide, high,
+        matrices=matrices, kernel=kernel, cast=product.dtype,
     )  # fmt: skip
 
 
@@ -109,12 +109,12 @@ def _operator(node: fx.Node) -> str:
     return node.target._opname
 
 
-def _name(node: fx.Node, names: Sequence[str]) -> str:
+def _site_name(node: fx.Node, names: Sequence[str]) -> str:
     path = module_path(node)
     return path if f"{path}.weight" in names else names[0].removesuffix(".weight")
 
 
-def _numbered(found: list[Site]) -> tuple[Site, ...]:
+def _with_call_numbers(found: list[Site]) -> tuple[Site, ...]:
     calls = Counter(site.module for site in found)
     seen: Counter[str] = Counter()
     numbered = []

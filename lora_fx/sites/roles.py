@@ -1,4 +1,4 @@
-"""What call sites are for, as the dataflow tells. No name of a module or parameter is read.
+"""Roles of call sites, read off the dataflow. No name of a module or parameter is read.
 
 Attention. An operand of an attention (``attention.py``) comes from the nearest sites before it, through operators that move
 values, rotate, scale or normalise them: those are its query, key or value projections. The site that reads the result is its
@@ -7,7 +7,7 @@ output projection. Attention is self-attention if its queries and keys are made 
 MLP. A site whose input is an activation of other sites' outputs, and which returns to the width that those read, is
 ``down``; where two outputs are multiplied, the activated one is ``gate`` and the other ``up``.
 
-A site that holds several of these in one weight has several roles, and ``parts`` says which of its features are which.
+A site that holds several of these in one weight has several roles, and ``parts`` says which of its features are whose.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from lora_fx.rules.vocabulary import ROLES, Part, Role
 from lora_fx.sites.attention import attentions
 from lora_fx.sites.call_sites import Site, sites
 from lora_fx.sites.feature_flow import Push, disjoint
-from lora_fx.sites.weight_ops import WeightOp, operands
+from lora_fx.sites.weight_ops import WeightOp, weight_op
 
 _SUMS = frozenset({"add", "sub", "rsub"})
 _GATES = frozenset({"mul", "div"})
@@ -50,11 +50,11 @@ _CHOOSES = _CARRIES | SOFTMAX | ACTIVATION | STATISTIC | frozenset({"topk", "sor
 
 @dataclass(frozen=True)
 class Purpose:
-    """What one site is for.
+    """The roles of one site.
 
     Attributes:
-        roles: in the order of the vocabulary; none where the dataflow says nothing.
-        parts: of a fused projection, the features of each part; empty where there are no parts, or where they overlap.
+        roles: in the order of the vocabulary; none if the dataflow says nothing.
+        parts: the features of each part of a fused projection; empty if there are no parts, or if they overlap.
     """
 
     roles: tuple[Role, ...] = ()
@@ -62,11 +62,11 @@ class Purpose:
 
 
 def purposes(graph_module: fx.GraphModule, known: Iterable[Site] | None = None) -> Mapping[str, Purpose]:
-    """Return what each call site is for, by its name.
+    """Return the roles of each call site, by its name.
 
     Args:
         graph_module: a graph in normal form.
-        known: its sites, where they have been found already.
+        known: its sites, if they have been found already.
     """
     graph = _Graph(graph_module, tuple(known) if known is not None else sites(graph_module))
     found = _Found()
@@ -80,7 +80,7 @@ def purposes(graph_module: fx.GraphModule, known: Iterable[Site] | None = None) 
 
 @dataclass(frozen=True)
 class _Found:
-    """The roles and parts found so far; filled by one search after the other."""
+    """The roles and parts found so far; one search after the other fills it."""
 
     roles: dict[fx.Node, set[Role]] = field(default_factory=dict)
     parts: dict[fx.Node, dict[Part, Features]] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class _Found:
 
 
 class _Graph:
-    """A graph, its sites, and what its values are made of."""
+    """A graph, its sites, and the sources of its values."""
 
     def __init__(self, graph_module: fx.GraphModule, known: tuple[Site, ...]) -> None:
         self.tensors = state_of(graph_module).tensors
@@ -110,27 +110,27 @@ class _Graph:
         self.position = {node: index for index, node in enumerate(self.nodes)}
         by_name = {node.name: node for node in self.nodes}
         self.sites: dict[fx.Node, Site] = {by_name[site.node]: site for site in known}
-        self.operands: dict[fx.Node, WeightOp] = {}
+        self.weight_ops: dict[fx.Node, WeightOp] = {}
         for node in self.sites:
-            parts = operands(node)
-            assert parts is not None
-            self.operands[node] = parts
+            product = weight_op(node)
+            assert product is not None
+            self.weight_ops[node] = product
         self._bases: dict[fx.Node, fx.Node] = {}
         self._writers: dict[fx.Node, list[fx.Node]] = {}
         self.constants: set[fx.Node] = set()
         self.reads = {node: self._reads(node) for node in self.nodes}
 
     def written(self, value: fx.Node) -> list[fx.Node]:
-        """Return a value and whatever writes to it in place."""
+        """Return a value and all nodes that write to it in place."""
         return list(dict.fromkeys([value, *self._writers.get(self._bases.get(value, value), ())]))
 
-    def at(self, reader: fx.Node, values: Iterable[fx.Node]) -> list[fx.Node]:
-        """Return these values and whatever has been written to them before ``reader``."""
+    def values_before(self, reader: fx.Node, values: Iterable[fx.Node]) -> list[fx.Node]:
+        """Return these values and all nodes that write to them before ``reader``."""
         before = self.position[reader]
         return [part for value in values for part in self.written(value) if self.position[part] < before]
 
     def _reads(self, node: fx.Node) -> list[fx.Node]:
-        """Return what the value of a node is made from: the tensors that it reads, and what was written to them before."""
+        """Return the sources of a node's value: the tensors that it reads, and the nodes that wrote to them before."""
         inputs = tensor_inputs(node)
         target = writes(node)
         if target is not None:
@@ -146,21 +146,21 @@ class _Graph:
 
     def push(self, source: fx.Node, last: fx.Node) -> Push:
         """Push the features of a site up to the node ``last``."""
-        push = Push(self.tensors, source, self.operands[source], self.sites[source].out_features)
+        push = Push(self.tensors, source, self.weight_ops[source], self.sites[source].out_features)
         for node in self.nodes[self.position[source] + 1 : self.position[last] + 1]:
             push.step(node)
         return push
 
     def is_projection(self, node: fx.Node) -> bool:
-        """Tell whether a site multiplies each position by a matrix, in whatever way."""
-        op = self.operands[node].op
+        """Tell whether a site multiplies each position by a matrix."""
+        op = self.weight_ops[node].op
         if op == "conv1d":
             return self.tensors[self.sites[node].weight].shape[-1] == 1
         return op in ("linear", "expert")
 
 
 Sources = frozenset[fx.Node]
-"""The sites of which a value is made; none where it is made of constants and positions alone."""
+"""The sites that a value is made of; none if it is made of constants and positions alone."""
 
 
 def _find_attention(graph: _Graph, found: _Found) -> None:
@@ -168,9 +168,9 @@ def _find_attention(graph: _Graph, found: _Found) -> None:
     kinds: dict[fx.Node, str] = {}
     for attention in attentions(graph.nodes):
         values_of: dict[Part, list[fx.Node]] = {
-            "query": graph.at(attention.result, attention.queries),
-            "key": graph.at(attention.result, attention.keys),
-            "value": graph.at(attention.result, attention.values),
+            "query": graph.values_before(attention.result, attention.queries),
+            "key": graph.values_before(attention.result, attention.keys),
+            "value": graph.values_before(attention.result, attention.values),
         }
         read_by: dict[Part, set[fx.Node]] = {}
         uses: dict[fx.Node, list[tuple[Part, fx.Node]]] = {}
@@ -178,35 +178,35 @@ def _find_attention(graph: _Graph, found: _Found) -> None:
             for value in values:
                 for site in made_of[value] or ():
                     uses.setdefault(site, []).append((part, value))
-                    read_by.setdefault(part, set()).add(graph.operands[site].input)
+                    read_by.setdefault(part, set()).add(graph.weight_ops[site].input)
         own = _starts(streams, read_by.get("query", set())) & _starts(streams, read_by.get("key", set()))
         kinds[attention.result] = kind = "self_attention" if own else "cross_attention"
-        for site, parts in uses.items():
-            fused = len({part for part, _ in parts}) > 1
+        for site, reads in uses.items():
+            fused = len({part for part, _ in reads}) > 1
             push = (
-                graph.push(site, max((value for _, value in parts), key=graph.position.__getitem__)) if fused else None
+                graph.push(site, max((value for _, value in reads), key=graph.position.__getitem__)) if fused else None
             )
-            for part, value in parts:
-                # What was written in place is reached at the write, and not at the views of it.
+            for part, value in reads:
+                # A value written in place is reached at the write, not at its views.
                 found.add(site, kind, part, push[value].features if push is not None and value in push else None)
-    for node, kind in _readers(graph, kinds):
+    for node, kind in _output_sites(graph, kinds):
         found.add(node, kind, "output")
 
 
 def _projections(graph: _Graph) -> dict[fx.Node, Sources | None]:
-    """Return for each value the nearest projections that it is made of, and nothing else; None if it is something else."""
+    """Return for each value the nearest projections that it is made of; None if anything else takes part in it."""
     made_of: dict[fx.Node, Sources | None] = {}
     for node in graph.nodes:
         if node in graph.sites:
-            made_of[node] = None if graph.operands[node].op == "embedding" else frozenset([node])
+            made_of[node] = None if graph.weight_ops[node].op == "embedding" else frozenset([node])
         elif node.op == "placeholder":
             made_of[node] = None if _is_floating(node) else frozenset()
         else:
-            made_of[node] = _joined(node, [made_of[source] for source in graph.reads[node]])
+            made_of[node] = _join_sources(node, [made_of[source] for source in graph.reads[node]])
     return made_of
 
 
-def _joined(node: fx.Node, inputs: list[Sources | None]) -> Sources | None:
+def _join_sources(node: fx.Node, inputs: list[Sources | None]) -> Sources | None:
     name = name_of(node)
     if all(value == frozenset() for value in inputs) or name in STATISTIC:
         return frozenset()
@@ -226,11 +226,11 @@ def _is_floating(node: fx.Node) -> bool:
 
 
 Streams = frozenset[fx.Node]
-"""Where the values that run through a model's layers start: embeddings and floating-point inputs."""
+"""The starts of the values that run through a model's layers: embeddings and floating-point inputs."""
 
 
 def _streams(graph: _Graph) -> dict[fx.Node, Streams]:
-    """Return for each value the streams it is made of. What attention brings in from elsewhere does not count."""
+    """Return for each value the streams it is made of. Values that attention brings in from elsewhere do not count."""
     streams: dict[fx.Node, Streams] = {}
     for node in graph.nodes:
         starts = _is_floating(node) if node.op == "placeholder" else _is_embedding(graph, node)
@@ -244,15 +244,15 @@ def _streams(graph: _Graph) -> dict[fx.Node, Streams]:
 
 
 def _starts(streams: Mapping[fx.Node, Streams], values: Iterable[fx.Node]) -> set[fx.Node]:
-    """Return the streams of these values; a value that is of none, such as a learned query, stands for itself."""
+    """Return the streams of these values; a value without one, such as a learned query, stands for itself."""
     return {start for value in values for start in streams[value] or (value,)}
 
 
 def _is_embedding(graph: _Graph, node: fx.Node) -> bool:
-    return node in graph.sites and graph.operands[node].op == "embedding"
+    return node in graph.sites and graph.weight_ops[node].op == "embedding"
 
 
-def _readers(graph: _Graph, kinds: Mapping[fx.Node, str]) -> Iterator[tuple[fx.Node, str]]:
+def _output_sites(graph: _Graph, kinds: Mapping[fx.Node, str]) -> Iterator[tuple[fx.Node, str]]:
     """Yield the sites that read the result of an attention, and its kind."""
     carried: dict[fx.Node, frozenset[str]] = {}
     for node in graph.nodes:
@@ -263,29 +263,29 @@ def _readers(graph: _Graph, kinds: Mapping[fx.Node, str]) -> Iterator[tuple[fx.N
         if not inputs:
             continue
         if node in graph.sites:
-            if graph.operands[node].op != "embedding" and graph.operands[node].input in carried:
-                for kind in carried[graph.operands[node].input]:
+            if graph.weight_ops[node].op != "embedding" and graph.weight_ops[node].input in carried:
+                for kind in carried[graph.weight_ops[node].input]:
                     yield node, kind
         elif name_of(node) in _CARRIES | NORM and not (name_of(node) in _SUMS and len(graph.reads[node]) > len(inputs)):
             carried[node] = frozenset().union(*(carried[source] for source in inputs))
 
 
 Flow = Mapping[fx.Node, bool]
-"""The projections of which a value is made, and whether each went through an activation."""
+"""The projections that a value is made of, and whether each went through an activation."""
 
 
 def _find_mlps(graph: _Graph, found: _Found) -> None:
     flows = _flows(graph)
     for node in graph.sites:
-        flow = flows.get(graph.operands[node].input)
+        flow = flows.get(graph.weight_ops[node].input)
         if not flow or not any(flow.values()) or not graph.is_projection(node):
             continue
-        kind = "expert" if graph.operands[node].op == "expert" else "mlp"
+        kind = "expert" if graph.weight_ops[node].op == "expert" else "mlp"
         if not _is_mlp(graph, found, node, flow):
             continue
         if len(flow) == 1:
             (inner,) = flow
-            gated = _gated(graph, inner, graph.operands[node].input)
+            gated = _gated_parts(graph, inner, graph.weight_ops[node].input)
             for part, features in gated.items():
                 found.add(inner, kind, part, features)
             if not gated:
@@ -299,9 +299,9 @@ def _find_mlps(graph: _Graph, found: _Found) -> None:
 
 
 def _is_mlp(graph: _Graph, found: _Found, down: fx.Node, inner: Iterable[fx.Node]) -> bool:
-    width, op = graph.sites[down].out_features, graph.operands[down].op
+    width, op = graph.sites[down].out_features, graph.weight_ops[down].op
     return not any(found.has(node, "self_attention", "cross_attention", "head") for node in (down, *inner)) and all(
-        graph.sites[node].in_features == width and graph.operands[node].op == op for node in inner
+        graph.sites[node].in_features == width and graph.weight_ops[node].op == op for node in inner
     )
 
 
@@ -332,8 +332,8 @@ def _flow(node: fx.Node, inputs: list[Flow | None]) -> Flow | None:
     return joined
 
 
-def _gated(graph: _Graph, inner: fx.Node, last: fx.Node) -> dict[Part, Features]:
-    """Return the gate and up features of a site whose output is split and multiplied with itself; nothing otherwise."""
+def _gated_parts(graph: _Graph, inner: fx.Node, last: fx.Node) -> dict[Part, Features]:
+    """Return the gate and up features of a site whose output is split and multiplied with itself; empty otherwise."""
     push = graph.push(inner, last)
     for node in graph.nodes[graph.position[inner] : graph.position[last] + 1]:
         factors = [push[source] for source in graph.reads[node] if source in push]
@@ -346,7 +346,7 @@ def _gated(graph: _Graph, inner: fx.Node, last: fx.Node) -> dict[Part, Features]
 
 
 def _find_heads(graph: _Graph, found: _Found) -> None:
-    """A head's output is what the graph returns, but for scaling, a cap, and a choice of positions."""
+    """Find heads: their output is returned by the graph, but for scaling, a cap, and a choice of positions."""
     todo, seen = graph.nodes[-1].all_input_nodes, set()
     while todo:
         node = todo.pop()
@@ -355,7 +355,7 @@ def _find_heads(graph: _Graph, found: _Found) -> None:
         seen.add(node)
         inputs = [source for source in graph.reads[node] if source not in graph.constants]
         if node in graph.sites:
-            if graph.operands[node].op == "linear":
+            if graph.weight_ops[node].op == "linear":
                 found.add(node, "head", "")
         elif len(inputs) == 1 and (name_of(node) in SHAPE | POINTWISE or _is_cap(node)):
             todo += inputs
@@ -368,10 +368,10 @@ def _is_cap(node: fx.Node) -> bool:
 
 def _find_embeddings(graph: _Graph, found: _Found) -> None:
     rows = set()
-    for node, parts in graph.operands.items():
-        if parts.op != "embedding":
+    for node, product in graph.weight_ops.items():
+        if product.op != "embedding":
             continue
-        if _is_input(parts.input):
+        if _is_input(product.input):
             found.add(node, "embedding", "")
             rows.add(graph.sites[node].in_features)
     for node, site in graph.sites.items():
@@ -380,7 +380,7 @@ def _find_embeddings(graph: _Graph, found: _Found) -> None:
 
 
 def _is_input(index: fx.Node) -> bool:
-    """Tell whether an index is an input of the graph, but for its shape and some values that were replaced."""
+    """Tell whether an index is an input of the graph, but for its shape and some replaced values."""
     while index.op != "placeholder":
         kept = {"where": 1, "masked_fill": 0}.get(
             name_of(index), 0 if name_of(index) in SHAPE | {"to", "clamp"} else None
@@ -399,9 +399,11 @@ def _is_number(node: fx.Node) -> bool:
 
 
 def _find_routers(graph: _Graph, found: _Found) -> None:
-    """A router's scores choose among as many experts as some stack of matrices has."""
+    """Find routers: their scores choose among as many experts as some stack of matrices has."""
     stacks = {
-        graph.tensors[graph.sites[n].weight].shape[0] for n, parts in graph.operands.items() if parts.op == "expert"
+        graph.tensors[graph.sites[n].weight].shape[0]
+        for n, product in graph.weight_ops.items()
+        if product.op == "expert"
     }
     if not stacks:
         return
@@ -412,7 +414,7 @@ def _find_routers(graph: _Graph, found: _Found) -> None:
             continue
         seen.add(node)
         if node in graph.sites:
-            if graph.operands[node].op == "linear" and graph.sites[node].out_features in stacks:
+            if graph.weight_ops[node].op == "linear" and graph.sites[node].out_features in stacks:
                 found.add(node, "router", "")
         elif name_of(node) in _CHOOSES:
             todo += graph.reads[node]

@@ -23,9 +23,9 @@ class Stored:
 
     Attributes:
         node: its ``get_attr``.
-        view: from the stored tensor to what is read.
-        dtype: to which it is cast, or None.
-        chosen: of a stack of matrices, the node that says which one is read, of ``stack[chosen]``; None for all.
+        view: from the stored tensor to the value that the operator reads.
+        dtype: the dtype to which it is cast, or None.
+        chosen: the index node of ``stack[chosen]``, which picks matrices of a stack; None if all of it is read.
     """
 
     node: fx.Node
@@ -35,20 +35,20 @@ class Stored:
 
     @property
     def dims(self) -> int | None:
-        """Number of dimensions of what is read, or None where nothing tells."""
+        """Number of dimensions of the value read, or None if it is not known."""
         shaping = [step for step in self.view.steps if step.kind != "swap"]
         return len(shaping[-1].dims) if shaping else dims_of(self.node)
 
     @property
     def swapped(self) -> Stored:
-        """The same, with its last two dimensions exchanged."""
+        """The same tensor with its last two dimensions exchanged."""
         return replace(self, view=self.view.then(SWAP))
 
 
 def stored(value: Any) -> Stored | None:
-    """Return the named tensor that ``value`` is, seen through what :func:`shows` names; None if it is something else."""
+    """Return the named tensor behind ``value``, through all transparent nodes (:func:`is_transparent`); None if there is none."""
     passed: list[fx.Node] = []
-    while isinstance(value, fx.Node) and shows(value):
+    while isinstance(value, fx.Node) and is_transparent(value):
         passed.append(value)
         value = value.args[0]
     if not isinstance(value, fx.Node) or value.op != "get_attr":
@@ -56,36 +56,36 @@ def stored(value: Any) -> Stored | None:
     found = Stored(value)
     for node in reversed(passed):
         step = step_of(node)
-        if found.chosen is not None and (_chosen(node) is not None or step not in (None, SWAP)):
-            return None  # of what was chosen, only the matrices are those of the stack
+        if found.chosen is not None and (_choosing_index(node) is not None or step not in (None, SWAP)):
+            return None  # a reshape after the choice mixes the chosen matrices: only their transpose is a view of the stack
         found = replace(
             found,
             view=found.view if step is None else found.view.then(step),
             dtype=cast_of(node) or found.dtype,
-            chosen=_chosen(node) or found.chosen,
+            chosen=_choosing_index(node) or found.chosen,
         )
     return found
 
 
-def shows(node: fx.Node) -> bool:
-    """Tell whether a node is a view of the tensor that it reads: a transpose, a reshape, a cast, or a choice of matrices."""
-    return is_view(node) or _chosen(node) is not None
+def is_transparent(node: fx.Node) -> bool:
+    """Tell whether a node only passes on the tensor that it reads: by a transpose, a reshape, a cast, or a choice of matrices."""
+    return is_view(node) or _choosing_index(node) is not None
 
 
-def _chosen(node: fx.Node) -> fx.Node | None:
-    """Return the node that chooses, of ``stack[chosen]``."""
+def _choosing_index(node: fx.Node) -> fx.Node | None:
+    """Return the index node of ``stack[chosen]``, or None if the node is no such choice."""
     indices: Any = node.args[1] if node.target is aten.index.Tensor else None
     index = indices[0] if indices is not None and len(indices) == 1 else None
     return index if isinstance(index, fx.Node) and dims_of(index) == 1 else None
 
 
 def is_view(node: fx.Node) -> bool:
-    """Tell whether a node shows all elements of the tensor that it reads, in other places or as another floating-point type."""
+    """Tell whether a node keeps all elements of the tensor that it reads: moved, or cast to another floating-point type."""
     return cast_of(node) is not None or step_of(node) is not None
 
 
 def cast_of(node: fx.Node) -> torch.dtype | None:
-    """Return the floating-point type to which a node casts, or None if it does not, or does more."""
+    """Return the floating-point type to which a node casts; None if it does not cast, or does more than that."""
     if node.target not in _CASTS:
         return None
     given: dict[Any, Any] = {**dict(enumerate(node.args)), **node.kwargs}
@@ -95,15 +95,15 @@ def cast_of(node: fx.Node) -> torch.dtype | None:
 
 
 def dims_of(node: fx.Node) -> int | None:
-    """Return the number of dimensions of a node's value, or None where nothing tells."""
+    """Return the number of dimensions of a node's value, or None if it is not known."""
     value = node.meta.get("val")
     if value is None and node.op == "get_attr" and node.graph.owning_module is not None:
         value = _attribute(node.graph.owning_module, str(node.target))
     if isinstance(value, torch.Tensor):
         return value.dim()
-    if node.target in _SIZED or node.target is aten.permute.default:
+    if node.target in _RESHAPES_TO_SIZES or node.target is aten.permute.default:
         return len(node.args[1])  # type: ignore[arg-type]
-    source = node.args[0] if node.target in (*_ORDERED, *_CASTS) else None
+    source = node.args[0] if node.target in (*_PERMUTATIONS, *_CASTS) else None
     return dims_of(source) if isinstance(source, fx.Node) else None
 
 
@@ -114,20 +114,20 @@ def _attribute(module: Any, name: str) -> Any:
 
 
 def step_of(node: fx.Node) -> Step | None:
-    """Return what a node does to the dimensions of what it reads; None if it does nothing to them, or more than that."""
+    """Return the step by which a node rearranges the tensor that it reads; None if it does not, or does more than that."""
     if not node.args or not isinstance(node.args[0], fx.Node) or node.kwargs:
         return None
-    if node.target in _SIZED:
-        return _reshape(node.args[1])
-    if node.target in _RESHAPED:
+    if node.target in _RESHAPES_TO_SIZES:
+        return _reshape_to(node.args[1])
+    if node.target in _RESHAPES_OF_RANK:
         value = node.meta.get("val")
-        return _reshape(tuple(value.shape)) if isinstance(value, torch.Tensor) else None
+        return _reshape_to(tuple(value.shape)) if isinstance(value, torch.Tensor) else None
     if node.target in (aten.t.default, aten.mT.default):
         return SWAP
     given: Any = node.args[1:]
     if node.target is aten.transpose.int and set(given) == {-2, -1}:
         return SWAP
-    dim = dims_of(node) if node.target in _ORDERED else None
+    dim = dims_of(node) if node.target in _PERMUTATIONS else None
     if dim is None:
         return None
     order = list(range(dim))
@@ -141,12 +141,12 @@ def step_of(node: fx.Node) -> Step | None:
     return SWAP if order == [*range(dim - 2), dim - 1, dim - 2] else Step("permute", tuple(order))
 
 
-def _reshape(sizes: Any) -> Step | None:
+def _reshape_to(sizes: Any) -> Step | None:
     fixed = isinstance(sizes, list | tuple) and all(type(size) is int for size in sizes)
     return Step("reshape", tuple(sizes)) if fixed else None
 
 
 _CASTS = (aten.to.dtype, aten._to_copy.default)
-_SIZED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-_RESHAPED = (aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.flatten.using_ints)
-_ORDERED = (aten.transpose.int, aten.permute.default, aten.numpy_T.default)
+_RESHAPES_TO_SIZES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_RESHAPES_OF_RANK = (aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.flatten.using_ints)
+_PERMUTATIONS = (aten.transpose.int, aten.permute.default, aten.numpy_T.default)

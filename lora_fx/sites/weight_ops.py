@@ -1,8 +1,8 @@
-"""Products of an input with a named weight, read and written. The only file that knows how a linear looks in ATen.
+"""Products of an input with a named weight, read and written: the only file that knows how a linear looks in ATen.
 
 Each is brought to one form: a matrix ``(out, in)``, or a stack of such, that acts on the features of the input. Of a
 convolution the features are the channels at the places under its kernel, and a stack has a matrix for each group; of an
-embedding they are the rows of its table; a stack of experts has a matrix for each, and something says which one is meant.
+embedding they are the rows of its table; a stack of experts has a matrix for each, and an index picks among them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import fx
 
 from lora_fx.numerics.weight_view import SWAP, Step, View
 from lora_fx.rules.vocabulary import Layout, Op
-from lora_fx.sites.stored_weight import Stored, shows, stored
+from lora_fx.sites.stored_weight import Stored, is_transparent, stored
 
 aten = torch.ops.aten
 
@@ -26,15 +26,15 @@ class WeightOp:
     """What a node computes: ``addend + alpha · weight · input``.
 
     Attributes:
-        op: what kind of product it is.
-        input: what it reads.
+        op: the kind of product.
+        input: the node that it reads.
         weight: the ``get_attr`` of its weight.
         view: from the weight as it is stored to a matrix ``(out, in)``, or a stack of them.
-        dtype: to which the weight is cast before, or None.
-        geometry: all else that says which features belong together: stride, padding, dilation and groups of a convolution;
+        dtype: the dtype to which the weight is cast first, or None.
+        geometry: the rest of what decides which features belong together: stride, padding, dilation and groups of a convolution;
             of experts, how one is chosen, and by which node.
-        addend: a bias, or whatever the operator adds.
-        alpha: a constant.
+        addend: the bias or other value that the operator adds.
+        alpha: a constant factor.
     """
 
     op: Op
@@ -48,14 +48,14 @@ class WeightOp:
 
     @property
     def layout(self) -> Layout | None:
-        """Layout of the weight as it is stored; None where more than a transpose lies between it and the operator."""
+        """Layout of the weight as it is stored; None if more than a transpose lies between it and the operator."""
         if self.op in CONVOLUTIONS:
             return "out_in" if len(self.view.steps) == 1 else None
         return {(): "out_in", (SWAP,): "in_out"}.get(self.view.steps)  # type: ignore[return-value]
 
     @property
     def groups(self) -> int:
-        """Groups of a convolution, 1 for all else."""
+        """Number of groups of a convolution; 1 for every other operator."""
         return int(self.geometry[-1]) if self.op in CONVOLUTIONS else 1
 
     @property
@@ -69,24 +69,24 @@ class WeightOp:
 CONVOLUTIONS: tuple[Op, ...] = ("conv1d", "conv2d", "conv3d")
 
 
-def operands(node: fx.Node) -> WeightOp | None:
-    """Return what ``node`` multiplies, if it multiplies an input by a named weight; else None."""
+def weight_op(node: fx.Node) -> WeightOp | None:
+    """Return ``node`` as a product of an input with a named weight; None if it is none."""
     read = _READ.get(node.target.name()) if isinstance(node.target, torch._ops.OpOverload) else None
     return read(node) if read is not None else None
 
 
-def is_pointwise(parts: WeightOp, shape: torch.Size) -> bool:
-    """Tell whether a product with a weight of this shape leaves each position of its input where it is."""
-    if parts.op not in CONVOLUTIONS:
+def is_pointwise(product: WeightOp, shape: torch.Size) -> bool:
+    """Tell whether a product with a weight of this shape maps each position by itself."""
+    if product.op not in CONVOLUTIONS:
         return True
-    stride, padding, *_ = parts.geometry
+    stride, padding, *_ = product.geometry
     return set(shape[2:]) == {1} and set(stride) == {1} and (isinstance(padding, str) or set(padding) == {0})
 
 
 def readers(weight: fx.Node) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...]]]:
-    """Yield what reads a weight, seen through transposes, casts and choices of experts, with the nodes in between."""
+    """Yield the nodes that read a weight, through transposes, casts and choices of experts, with the nodes in between."""
     for user in weight.users:
-        if shows(user):
+        if is_transparent(user):
             for reader, between in readers(user):
                 yield reader, (user, *between)
         else:
@@ -94,7 +94,7 @@ def readers(weight: fx.Node) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...]]]:
 
 
 Emit = Callable[..., fx.Node]
-"""Appends a node to a graph: what part of a branch it is, the operator, and its arguments."""
+"""Appends a node to a graph, given its part in the branch, the operator, and its arguments."""
 
 
 def low_rank(site: fx.Node, value: fx.Node, a: fx.Node, b: fx.Node, rank: int, emit: Emit) -> fx.Node:
@@ -102,41 +102,41 @@ def low_rank(site: fx.Node, value: fx.Node, a: fx.Node, b: fx.Node, rank: int, e
 
     Args:
         site: the site's node.
-        value: what the branch reads.
+        value: the input of the branch.
         a: ``(rank, in)``; with the kernel of a convolution; for experts ``(experts · rank, in)``.
         b: ``(out, rank)``; ``(out, rank, 1, …)``; for experts ``(out, rank · experts)``, as PEFT stores them.
-        rank: of each matrix.
+        rank: the rank of each matrix.
         emit: appends the nodes.
     """
-    parts = operands(site)
-    assert parts is not None
-    if parts.op == "linear":
+    product = weight_op(site)
+    assert product is not None
+    if product.op == "linear":
         return emit("B", aten.linear.default, emit("A", aten.linear.default, value, a), b)
-    if parts.op == "embedding":
+    if product.op == "embedding":
         found = emit("A", aten.embedding.default, emit("A", aten.t.default, a), value, *site.args[2:])
         return emit("B", aten.matmul.default, found, emit("B", aten.t.default, b))
-    if parts.op in CONVOLUTIONS:
-        *sizes, groups = (list(each) if isinstance(each, tuple) else each for each in parts.geometry)
+    if product.op in CONVOLUTIONS:
+        *sizes, groups = (list(each) if isinstance(each, tuple) else each for each in product.geometry)
         none, ones = [0] * len(sizes[0]), [1] * len(sizes[0])
         reduced = emit("A", site.target, value, a, None, *sizes, groups)
-        return emit("B", _POINTWISE[parts.op], reduced, b, None, ones, none, ones, groups)
-    experts = parts.weight.meta["val"].shape[0]
+        return emit("B", _POINTWISE[product.op], reduced, b, None, ones, none, ones, groups)
+    experts = product.weight.meta["val"].shape[0]
     down = emit("A", aten.reshape.default, a, [experts, rank, -1])
     up = emit("B", aten.permute.default, emit("B", aten.reshape.default, b, [-1, rank, experts]), [2, 0, 1])
-    return _by_expert(site, parts, _by_expert(site, parts, value, down, "A", emit), up, "B", emit)
+    return _by_expert(site, product, _by_expert(site, product, value, down, "A", emit), up, "B", emit)
 
 
-def _by_expert(site: fx.Node, parts: WeightOp, value: fx.Node, stack: fx.Node, part: str, emit: Emit) -> fx.Node:
+def _by_expert(site: fx.Node, product: WeightOp, value: fx.Node, stack: fx.Node, part: str, emit: Emit) -> fx.Node:
     """Multiply by a stack of ``(out, in)`` as the site multiplies by its own."""
-    how, chosen = parts.geometry
+    how, chosen = product.geometry
     if how == "grouped":
         return emit(part, site.target, value, emit(part, aten.transpose.int, stack, -2, -1), chosen)
     if chosen is not None:
         stack = emit(part, aten.index.Tensor, stack, [chosen])
-    product = aten.matmul.default if site.target is aten.matmul.default else aten.bmm.default  # which broadcasts
+    multiply = aten.matmul.default if site.target is aten.matmul.default else aten.bmm.default  # matmul broadcasts
     if how == "left":
-        return emit(part, product, stack, value)
-    return emit(part, product, value, emit(part, aten.transpose.int, stack, -2, -1))
+        return emit(part, multiply, stack, value)
+    return emit(part, multiply, value, emit(part, aten.transpose.int, stack, -2, -1))
 
 
 _POINTWISE: Mapping[Op, Any] = {
@@ -149,14 +149,14 @@ _POINTWISE: Mapping[Op, Any] = {
 # Reading.
 
 
-def _product(op: Op, value: Any, weight: Stored | None, dims: int, **more: Any) -> WeightOp | None:
+def _make_op(op: Op, value: Any, weight: Stored | None, dims: int, **more: Any) -> WeightOp | None:
     if weight is None or not isinstance(value, fx.Node) or weight.dims != dims:
         return None
     return WeightOp(op, value, weight.node, weight.view, weight.dtype, **more)
 
 
-def _named(value: Any, *, swapped: bool = False) -> Stored | None:
-    """Return the named tensor that is the whole of ``value``, with its last two dimensions exchanged where that is asked."""
+def _whole_tensor(value: Any, *, swapped: bool = False) -> Stored | None:
+    """Return the named tensor that is the whole of ``value``, on request with its last two dimensions exchanged."""
     found = stored(value)
     if found is None or found.chosen is not None:
         return None
@@ -165,7 +165,7 @@ def _named(value: Any, *, swapped: bool = False) -> Stored | None:
 
 def _linear(node: fx.Node) -> WeightOp | None:
     given = _arguments(node)
-    return _product("linear", given["input"], _named(given["weight"]), 2, addend=given["bias"])
+    return _make_op("linear", given["input"], _whole_tensor(given["weight"]), 2, addend=given["bias"])
 
 
 def _addmm(node: fx.Node) -> WeightOp | None:
@@ -173,7 +173,7 @@ def _addmm(node: fx.Node) -> WeightOp | None:
     if given["beta"] != 1 or not isinstance(given["alpha"], int | float):
         return None
     more = {"addend": given["self"], "alpha": given["alpha"]}
-    return _product("linear", given["mat1"], _named(given["mat2"], swapped=True), 2, **more)
+    return _make_op("linear", given["mat1"], _whole_tensor(given["mat2"], swapped=True), 2, **more)
 
 
 def _baddbmm(node: fx.Node) -> WeightOp | None:
@@ -181,23 +181,23 @@ def _baddbmm(node: fx.Node) -> WeightOp | None:
     if given["beta"] != 1 or not isinstance(given["alpha"], int | float):
         return None
     more = {"addend": given["self"], "alpha": given["alpha"], "geometry": ("right", None)}
-    return _product("expert", given["batch1"], _named(given["batch2"], swapped=True), 3, **more)
+    return _make_op("expert", given["batch1"], _whole_tensor(given["batch2"], swapped=True), 3, **more)
 
 
 def _matmul(node: fx.Node) -> WeightOp | None:
     value, weight = node.args[:2]
-    return _product("linear", value, _named(weight, swapped=True), 2) or _batched(node)
+    return _make_op("linear", value, _whole_tensor(weight, swapped=True), 2) or _batched(node)
 
 
 def _batched(node: fx.Node) -> WeightOp | None:
     left, right = node.args[:2]
     stack = stored(right)
     if stack is not None:
-        return _product("expert", left, stack.swapped, 3, geometry=("right", stack.chosen))
+        return _make_op("expert", left, stack.swapped, 3, geometry=("right", stack.chosen))
     stack = stored(left)
     if stack is None or stack.chosen is None:
         return None
-    return _product("expert", right, stack, 3, geometry=("left", stack.chosen))
+    return _make_op("expert", right, stack, 3, geometry=("left", stack.chosen))
 
 
 def _grouped(node: fx.Node) -> WeightOp | None:
@@ -205,7 +205,7 @@ def _grouped(node: fx.Node) -> WeightOp | None:
     value, weight, offsets, *others = given.values()
     if not isinstance(offsets, fx.Node) or any(other is not None for other in others):
         return None
-    return _product("expert", value, _named(weight, swapped=True), 3, geometry=("grouped", offsets))
+    return _make_op("expert", value, _whole_tensor(weight, swapped=True), 3, geometry=("grouped", offsets))
 
 
 def _convolution(op: Op) -> Callable[[fx.Node], WeightOp | None]:
@@ -213,23 +213,23 @@ def _convolution(op: Op) -> Callable[[fx.Node], WeightOp | None]:
 
     def read(node: fx.Node) -> WeightOp | None:
         given = _arguments(node)
-        sizes = tuple(_several(given[name], dims) for name in ("stride", "padding", "dilation"))
+        sizes = tuple(_per_dimension(given[name], dims) for name in ("stride", "padding", "dilation"))
         more = {"geometry": (*sizes, given["groups"]), "addend": given["bias"]}
-        found = _product(op, given["input"], _named(given["weight"]), dims + 2, **more)
+        found = _make_op(op, given["input"], _whole_tensor(given["weight"]), dims + 2, **more)
         return None if found is None else replace(found, view=found.view.then(Step("stack", (given["groups"],))))
 
     return read
 
 
-def _several(value: Any, dims: int) -> Any:
-    """Return sizes of a convolution with one for each dimension; a padding may be a word."""
+def _per_dimension(value: Any, dims: int) -> Any:
+    """Return a setting of a convolution with one size for each dimension; padding may be a word such as "same"."""
     values = (value,) if isinstance(value, int) else value
     return values if isinstance(values, str) else tuple(values) * (dims if len(values) == 1 else 1)
 
 
 def _embedding(node: fx.Node) -> WeightOp | None:
     weight, index = node.args[:2]
-    return _product("embedding", index, _named(weight, swapped=True), 2)
+    return _make_op("embedding", index, _whole_tensor(weight, swapped=True), 2)
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     return {**defaults, **dict(by_position), **node.kwargs}
 
 
-# By name: operators of other libraries are not there before those are imported.
+# By name: operators of other libraries do not exist before those are imported.
 _READ: Mapping[str, Callable[[fx.Node], WeightOp | None]] = {
     "aten::linear": _linear,
     "aten::addmm": _addmm,

@@ -31,7 +31,7 @@ from lora_fx.graph.provenance import stamp_of, write_stamp
 from lora_fx.numerics.bit_dropout import DropoutRate
 from lora_fx.numerics.fused_branch import add_update, reduce_features
 from lora_fx.sites.call_sites import biased, is_site
-from lora_fx.sites.weight_ops import operands
+from lora_fx.sites.weight_ops import weight_op
 
 aten = torch.ops.aten
 
@@ -157,11 +157,11 @@ def _groups(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterable[Seque
 
 def _outputs(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Yield the outputs of a linear site, with its bias and without, and what it reads."""
-    parts = operands(node)
-    if is_site(parts) and parts.op == "linear" and not is_factor(str(parts.weight.target)):
-        yield node, parts.input
+    product = weight_op(node)
+    if is_site(product) and product.op == "linear" and not is_factor(str(product.weight.target)):
+        yield node, product.input
         if (total := biased(node)) is not None:
-            yield total, parts.input
+            yield total, product.input
 
 
 def _may_write(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
