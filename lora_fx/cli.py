@@ -238,7 +238,7 @@ def fold(
             typer.echo(f"nothing was written; without --dry-run the result goes to {out}")
             return
         with tqdm(total=planned.checkpoint.size, desc="folding", unit="B", unit_scale=True) as bar:
-            written = planned.write(out, overwrite=overwrite, verify=verify, progress=bar.update)
+            written = planned.write(out, overwrite=overwrite, verify=verify, report=report, progress=bar.update)
     if report:
         from lora_fx.folding.report import FoldReport
 

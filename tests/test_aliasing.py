@@ -153,8 +153,8 @@ def test_uses_of_one_weight_in_both_layouts_share_no_value_even_with_equal_names
         lora_fx.fold(graph_module)
     folded = lora_fx.fold(graph_module, unshare=True)
     assert torch.allclose(folded(x), graph_module(x), rtol=0, atol=1e-5)
-    assert len(lora_fx.fold_report(folded)) == 2
-    assert {entry.merge.layout for entry in lora_fx.fold_report(folded)} == {"out_in", "in_out"}
+    assert len(lora_fx.fold_report(graph_module, folded)) == 2
+    assert {entry.merge.layout for entry in lora_fx.fold_report(graph_module, folded)} == {"out_in", "in_out"}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -166,7 +166,7 @@ def test_a_module_called_twice_with_one_adapter_is_merged_once_as_in_peft() -> N
     assert torch.allclose(folded(X), graph_module(X), rtol=0, atol=1e-6)
     assert torch.equal(wrapped.merge_and_unload().shared.weight, folded.shared.weight)
     assert first_difference(lora_fx.trace(model, (X[:3],)), folded) is None
-    assert len(lora_fx.fold_report(folded)) == 1
+    assert len(lora_fx.fold_report(graph_module, folded)) == 1
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_calls_with_adapters_of_their_own_are_untied_under_the_names_of_their_si
     folded = lora_fx.fold(graph_module, unshare=True)
     assert torch.allclose(folded(X), graph_module(X), rtol=0, atol=1e-6)
     assert set(folded.state_dict()) - set(model.state_dict()) == {"shared@2.weight"}
-    assert [name for entry in lora_fx.fold_report(folded) for name in entry.merge.names] == merged
+    assert [name for entry in lora_fx.fold_report(graph_module, folded) for name in entry.merge.names] == merged
     assert torch.equal(folded.shared.weight, model.shared.weight) is ("shared.weight" not in merged)
     again = lora_fx.fold(copy.deepcopy(folded))
     assert first_difference(folded, again) is None

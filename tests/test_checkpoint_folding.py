@@ -59,7 +59,7 @@ def test_the_merged_directory_loads_and_gives_the_logits_of_the_branched_graph(
     base.save_pretrained(tmp_path / "base", max_shard_size="100KB")  # type: ignore[operator]
     (tmp_path / "base" / "tokenizer.json").write_text("{}")
     adapter(base, tmp_path / "a", target_modules=list(ARCHITECTURES[name].target_modules))
-    report = fold_checkpoint(tmp_path / "base", [(tmp_path / "a", 1.0)], tmp_path / "out", verify=True)
+    report = fold_checkpoint(tmp_path / "base", [(tmp_path / "a", 1.0)], tmp_path / "out", verify=True, report=True)
     graph = lora_fx.from_adapter(base, tmp_path / "a", inference=True)
     merged = lora_fx.fold(graph)
     model = type(base).from_pretrained(tmp_path / "out", dtype=dtype).eval()  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ from lora_fx.files.safetensors import TensorFile, write_tensors
 from lora_fx.folding import checkpoint_write
 from lora_fx.folding.checkpoint import INDEX, SINGLE, Changes, Checkpoint
 from lora_fx.folding.checkpoint_write import write_merged
-from lora_fx.numerics.lowrank_merge import Factor, Merge, Merged, Update, merge_into, rounded
+from lora_fx.numerics.lowrank_merge import Factor, Merge, Update, measure, merge_into, rounded
 from lora_fx.numerics.weight_view import SWAP, Step, View
 
 Tensors = dict[str, torch.Tensor]
@@ -281,7 +281,7 @@ def test_a_changed_checkpoint_is_the_old_one_but_for_what_was_changed(
     changes, done = changes_for(tensors), list[int]()
     checkpoint = Checkpoint.open(base)
     threads = torch.get_num_threads()
-    report = write_merged(checkpoint, changes, out, verify=True, progress=done.append)
+    report = write_merged(checkpoint, changes, out, verify=True, report=True, progress=done.append)
     assert torch.get_num_threads() == threads
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before
     assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -307,7 +307,7 @@ def test_a_changed_checkpoint_is_the_old_one_but_for_what_was_changed(
     for weight in report.weights:
         key = weight.merge.weight.removeprefix("module.")
         assert f"torch.{weight.dtype}" == str(tensors[key].dtype)
-        assert weight.merged == merge_into(tensors[key], weight.merge, changes.tensors, None)
+        assert weight.merged == measure(tensors[key], weight.merge, changes.tensors, _tensors_in(out)[key])
     assert report.misrounded is not None
     assert report.misrounded <= 1e-4
 
@@ -369,7 +369,7 @@ def test_at_most_three_changed_tensors_are_in_memory_and_two_if_they_are_the_lar
     base = write(tmp_path / "base", {**tensors, **others})
     places: set[int] = set()
 
-    def merging(weight: torch.Tensor, *rest: Any) -> Merged:
+    def merging(weight: torch.Tensor, *rest: Any) -> int:
         places.add(weight.data_ptr())
         assert rest[-1] is weight
         return merge_into(weight, *rest)
@@ -601,7 +601,7 @@ def test_a_wrong_element_is_found(tmp_path: Path, key: str, monkeypatch: pytest.
     tensors = weights()
     base = write(tmp_path / "base", tensors, 2)
 
-    def corrupting(weight: torch.Tensor, merge: Merge, *rest: Any) -> Merged:
+    def corrupting(weight: torch.Tensor, merge: Merge, *rest: Any) -> int:
         report = merge_into(weight, merge, *rest)
         if merge.weight == f"module.{key}":
             last = weight.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]).view(-1)
@@ -621,7 +621,7 @@ def test_too_many_neighbours_are_found(tmp_path: Path, monkeypatch: pytest.Monke
     tensors = weights()
     base = write(tmp_path / "base", tensors, 2)
 
-    def corrupting(weight: torch.Tensor, *rest: Any) -> Merged:
+    def corrupting(weight: torch.Tensor, *rest: Any) -> int:
         report = merge_into(weight, *rest)
         if weight.shape == (700, 500):
             _flipped(weight, 1, 1000)

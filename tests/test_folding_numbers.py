@@ -21,12 +21,13 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fx
+from lora_fx.folding import fold as folding
 from lora_fx.folding.fold import recipe
 from lora_fx.graph.adapter_names import copy_name
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.info import GraphInfo, info_of, known_info, with_info
 from lora_fx.numerics import lowrank_merge as lowrank
-from lora_fx.numerics.lowrank_merge import Merge, Merged, merge_into
+from lora_fx.numerics.lowrank_merge import Merge, merge_into
 from lora_fx.numerics.weight_view import SWAP
 
 aten = torch.ops.aten
@@ -70,7 +71,7 @@ def rounded_once(dtype: torch.dtype, of: torch.dtype, number: int) -> NDArray[np
 
 
 @lru_cache
-def folded_of(dtype: torch.dtype, of: torch.dtype, number: int) -> lora_fx.TracedGraphModule:
+def branched_of(dtype: torch.dtype, of: torch.dtype, number: int) -> fx.GraphModule:
     hand = Hand()
     x = hand.input(2, IN, dtype=dtype)
     value = hand.linear(x, hand.get("lin.weight", value=weight_of(dtype)))
@@ -79,7 +80,12 @@ def folded_of(dtype: torch.dtype, of: torch.dtype, number: int) -> lora_fx.Trace
         delta = hand.linear(hand.linear(hand.to(x, of), down), up)
         value = hand.add(value, hand.mul(delta, ALPHA / RANK))
         value = value if of == dtype else hand.to(value, dtype)
-    return lora_fx.fold(hand.done(value))
+    return hand.done(value)
+
+
+@lru_cache
+def folded_of(dtype: torch.dtype, of: torch.dtype, number: int) -> lora_fx.TracedGraphModule:
+    return lora_fx.fold(branched_of(dtype, of, number))
 
 
 def merged_by_peft(dtype: torch.dtype, of: torch.dtype, number: int, *, safe: bool) -> NDArray[np.float64]:
@@ -135,7 +141,7 @@ def test_at_most_one_element_in_ten_thousand_is_not_the_exact_one_rounded_once_w
 
 
 def test_the_report_of_real_sizes_tells_how_much_is_lost_in_bfloat16() -> None:
-    (entry,) = lora_fx.fold_report(folded_of(BF16, F32, 2))
+    (entry,) = lora_fx.fold_report(branched_of(BF16, F32, 2), folded_of(BF16, F32, 2))
     before, after = weight_of(BF16), folded_of(BF16, F32, 2).lin.weight
     update = exact(BF16, F32, 2) - before.double().numpy()
     assert entry.dtype == "bfloat16"
@@ -186,7 +192,7 @@ def test_a_fold_computes_the_same_and_says_what_it_did() -> None:
     with unchanged(graph_module):
         folded = lora_fx.fold(graph_module)
     assert torch.allclose(folded(*hand.inputs), graph_module(*hand.inputs), rtol=0, atol=1e-12)
-    up, down = lora_fx.fold_report(folded)
+    up, down = lora_fx.fold_report(graph_module, folded)
     assert (up.merge.weight, up.merge.layout, up.merge.view.steps) == ("up.weight", "in_out", (SWAP,))
     assert (down.merge.weight, down.merge.layout, down.merge.view.steps) == ("down.weight", "out_in", ())
     assert [update.scaling for entry in (up, down) for update in entry.merge.updates] == [0.5, 0.25]
@@ -244,16 +250,16 @@ def test_a_second_fold_reports_its_own_and_remembers_what_was_merged_before() ->
     graph_module, hand = small()
     first = lora_fx.fold(graph_module, branches=lambda name: name.startswith("down.lora_"))
     assert operators(first).count("linear") == 3
-    assert [entry.merge.weight for entry in lora_fx.fold_report(first)] == ["down.weight"]
+    assert [entry.merge.weight for entry in lora_fx.fold_report(graph_module, first)] == ["down.weight"]
     second = lora_fx.fold(first)
-    assert [entry.merge.weight for entry in lora_fx.fold_report(second)] == ["up.weight"]
+    assert [entry.merge.weight for entry in lora_fx.fold_report(first, second)] == ["up.weight"]
     assert info_of(second).merged == ("down.weight", "up.weight")
     assert torch.allclose(second(*hand.inputs), graph_module(*hand.inputs), rtol=0, atol=1e-12)
     third = lora_fx.fold(second)
-    assert len(lora_fx.fold_report(third)) == 0
-    assert str(lora_fx.fold_report(third)) == "nothing was folded"
+    assert len(lora_fx.fold_report(second, third)) == 0
+    assert str(lora_fx.fold_report(second, third)) == "nothing was folded"
     assert (
-        str(lora_fx.fold_report(lora_fx.trace(graph_module, tuple(hand.inputs), inference=True)))
+        str(lora_fx.fold_report(graph_module, lora_fx.trace(graph_module, tuple(hand.inputs), inference=True)))
         == "nothing was folded"
     )
 
@@ -281,26 +287,56 @@ def ones(**sizes: float) -> dict[str, torch.Tensor]:
 
 def test_a_report_is_a_table_that_says_what_got_lost() -> None:
     graph_module, _ = small(BF16, changed=ones(up=2.0**-10, down=1.0), sizes=(1, 1))
-    report = lora_fx.fold_report(lora_fx.fold(graph_module))
+    report = lora_fx.fold_report(graph_module, lora_fx.fold(graph_module))
     assert str(report) == TABLE
     assert [entry.unchanged for entry in report] == [1.0, 0.0]
     whole, _ = small(BF16, changed=ones(up=1.0, down=0.5), sizes=(1, 1))
-    assert str(lora_fx.fold_report(lora_fx.fold(whole))).splitlines()[-1] == "2 weights, 50 elements with an update"
+    assert (
+        str(lora_fx.fold_report(whole, lora_fx.fold(whole))).splitlines()[-1] == "2 weights, 50 elements with an update"
+    )
 
 
 @pytest.mark.parametrize(("size", "kept"), [(2.0**-8, True), (2.0**-8 * (1 + 2.0**-7), False)])
 def test_an_update_of_up_to_half_a_step_of_bfloat16_is_lost_and_counted(size: float, kept: bool) -> None:
     graph_module, _ = small(BF16, changed=ones(up=size, down=1.0), sizes=(1, 1))
     folded = lora_fx.fold(graph_module)
-    entry, _ = lora_fx.fold_report(folded)
+    entry, _ = lora_fx.fold_report(graph_module, folded)
     assert entry.unchanged == float(kept)
     assert bool((folded.get_parameter("up.weight") == 1).all()) is kept
 
 
 def test_an_update_of_nothing_reports_no_elements() -> None:
     graph_module, _ = small(sizes=(0, 1))
-    entry, _ = lora_fx.fold_report(lora_fx.fold(graph_module))
+    entry, _ = lora_fx.fold_report(graph_module, lora_fx.fold(graph_module))
     assert (entry.merged.elements, entry.merged.unchanged, entry.unchanged) == (0, 0, 0.0)
+
+
+def test_a_report_needs_the_graph_as_it_was_and_says_so() -> None:
+    for before in ("the graph", "a copy that shares its weights"):
+        graph_module, _ = small()
+        given = graph_module if before == "the graph" else copy.copy(graph_module)
+        merged = lora_fx.fold(graph_module, inplace=True)
+        with pytest.raises(
+            lora_fx.FoldError, match=r"^the fold was in place, so that the weights before it are gone and "
+        ):
+            lora_fx.fold_report(given, merged)
+    graph_module, _ = small()
+    merged = lora_fx.fold(graph_module)
+    with pytest.raises(
+        lora_fx.FoldError, match=r"got a first graph without 'up\.lora_A\.default\.weight', which was merged"
+    ):
+        lora_fx.fold_report(merged, merged)
+    with pytest.raises(
+        lora_fx.FoldError, match=r"^expected 'up\.weight' alike in both graphs, got .*float32 before .*float64 after"
+    ):
+        lora_fx.fold_report(small(F32)[0], merged)
+
+
+def test_a_copy_made_before_a_fold_in_place_gives_its_report() -> None:
+    graph_module, _ = small()
+    before = copy.deepcopy(graph_module)
+    expected = lora_fx.fold_report(graph_module, lora_fx.fold(graph_module))
+    assert lora_fx.fold_report(before, lora_fx.fold(graph_module, inplace=True)) == expected
 
 
 def test_weights_under_two_names_are_reported_under_both() -> None:
@@ -309,7 +345,7 @@ def test_weights_under_two_names_are_reported_under_both() -> None:
     graph_module.tied.weight = graph_module.up.weight
     folded = lora_fx.fold(graph_module)
     assert folded.tied.weight is folded.up.weight
-    assert "up.weight = tied.weight " in str(lora_fx.fold_report(folded))
+    assert "up.weight = tied.weight " in str(lora_fx.fold_report(graph_module, folded))
     assert set(info_of(folded).merged) == {"up.weight", "down.weight", "tied.weight"}
 
 
@@ -360,6 +396,47 @@ def test_an_overflow_of_the_weights_dtype_is_an_error(inplace: bool) -> None:
     with pytest.raises(lora_fx.FoldError, match=r"^folding makes 'up\.weight' non-finite in 30 elements: "):
         lora_fx.fold(graph_module, inplace=inplace)
     assert _same_values(graph_module, before)
+
+
+@pytest.mark.parametrize("part", [0.2, 0.9])
+def test_near_its_largest_value_a_weight_folds_in_place_to_the_same_bits_or_not_at_all(part: float) -> None:
+    """There norms tell nothing, and the merge is computed before anything is written."""
+    changed = {
+        "down.weight": torch.full((4, 5), 65504.0, dtype=F16),
+        "down.lora_A.default.weight": torch.full((3, 5), 1.0, dtype=F16),
+        "down.lora_B.default.weight": torch.full((4, 3), -100.0, dtype=F16),
+    }
+    graph_module, _ = small(F16, changed=changed)
+    expected = lora_fx.fold(graph_module).state_dict()
+    bad, _ = small(F16, changed={**changed, "down.lora_B.default.weight": torch.full((4, 3), 40 * part, dtype=F16)})
+    for inplace in (False, True) if part == 0.9 else ():  # the last of two weights; the first is fine
+        before = _values(bad)
+        with pytest.raises(lora_fx.FoldError, match=r"^folding makes 'down\.weight' non-finite in 20 elements: "):
+            lora_fx.fold(bad, inplace=inplace)
+        assert _same_values(bad, before)
+    if part == 0.2:
+        expected = lora_fx.fold(bad).state_dict()
+        graph_module = bad
+    folded = lora_fx.fold(graph_module, inplace=True).state_dict()
+    assert all(torch.equal(folded[name], expected[name]) for name in ADAPTED)
+
+
+def test_in_place_a_weight_is_merged_once_where_norms_tell_that_it_stays_finite(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    outs: list[torch.Tensor | None] = []
+    monkeypatch.setattr(
+        folding,
+        "merge_into",
+        lambda weight, merge, tensors, out: outs.append(out) or merge_into(weight, merge, tensors, out),
+    )
+    graph_module, _ = small(F16)
+    lora_fx.fold(graph_module, inplace=True)
+    assert [out is None for out in outs] == [False, False]
+    outs.clear()
+    graph_module, _ = small(F16, changed={"up.weight": torch.full((6, 5), 30000.0, dtype=F16)})
+    lora_fx.fold(graph_module, inplace=True)
+    assert [out is None for out in outs] == [True, False, False]
 
 
 def test_a_weight_on_the_meta_device_cannot_be_folded_and_it_says_what_can() -> None:
@@ -425,12 +502,12 @@ def test_uses_that_need_different_values_are_refused_unless_one_asks_to_untie_th
 def test_an_untied_value_is_a_copy_and_the_other_use_keeps_the_weight(inplace: bool) -> None:
     graph_module, hand = shared()
     expected, before = graph_module(*hand.inputs), _values(graph_module)
-    place = graph_module.lin.weight.data_ptr()
+    place, original = graph_module.lin.weight.data_ptr(), copy.deepcopy(graph_module)
     folded = lora_fx.fold(graph_module, unshare=True, inplace=inplace)
     assert torch.allclose(folded(*hand.inputs), expected, rtol=0, atol=1e-12)
     assert folded.get_parameter("lin.weight").data_ptr() == place
     assert _same_values(graph_module, before)
-    (entry,) = lora_fx.fold_report(folded)
+    (entry,) = lora_fx.fold_report(original, folded)
     assert entry.merge.names == ("lin@2.weight",)
     assert info_of(folded).merged == ("lin@2.weight",)
 
@@ -638,7 +715,8 @@ def test_a_recipe_of_a_graph_without_weights_is_that_of_the_real_one_and_gives_i
     expected = lora_fx.fold(graph_module).state_dict()
     empty = copy.deepcopy(graph_module).to("meta")
     asked = recipe(empty)
-    assert asked == recipe(graph_module) == tuple(e.merge for e in lora_fx.fold_report(lora_fx.fold(graph_module)))
+    report = lora_fx.fold_report(graph_module, lora_fx.fold(graph_module))
+    assert asked == recipe(graph_module) == tuple(entry.merge for entry in report)
     assert [merge.names for merge in asked] == [("up.weight",), ("down.weight",)]
     assert {name for merge in asked for update in merge.updates for name in update.names} == (
         graph_module.state_dict().keys() - ADAPTED
@@ -648,7 +726,7 @@ def test_a_recipe_of_a_graph_without_weights_is_that_of_the_real_one_and_gives_i
         out = torch.empty_like(elsewhere[merge.weight])
         merged = merge_into(elsewhere[merge.weight], merge, elsewhere, out)
         assert isinstance(merge, Merge)
-        assert isinstance(merged, Merged)
+        assert merged == 0
         assert torch.equal(out, expected[merge.weight])
 
 
@@ -687,7 +765,7 @@ def test_a_trained_copy_takes_the_place_of_its_parameter_as_a_copy_of_its_own() 
         assert isinstance(folded.lin.bias, nn.Parameter)
         assert not folded.lin.bias.requires_grad
         assert set(info_of(folded).merged) == {"lin.weight", "lin.bias"}
-        assert [entry.merge.weight for entry in lora_fx.fold_report(folded)] == ["lin.weight"]
+        assert [entry.merge.weight for entry in lora_fx.fold_report(graph_module, folded)] == ["lin.weight"]
     base = lora_fx.unload(graph_module)
     assert set(base.state_dict()) == {"lin.weight", "lin.bias"}
     assert not base.lin.bias.any()

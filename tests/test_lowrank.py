@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,16 +16,17 @@ from peft.tuners import lora
 from torch import nn
 
 from lora_fx.numerics import lowrank_merge as lowrank
+from lora_fx.numerics.factor_init import adapter_dtype, initial_factors
 from lora_fx.numerics.lowrank_merge import (
     FOLDABLE,
     Factor,
     Merge,
     Merged,
     Update,
-    adapter_dtype,
-    initial_factors,
+    measure,
     merge_into,
     rounded,
+    surely_finite,
 )
 from lora_fx.numerics.weight_view import SWAP, Step, View
 
@@ -187,19 +189,20 @@ def test_a_merge_is_what_numpy_computes_in_blocks_of_any_size(
     monkeypatch.setattr(lowrank, "BLOCK_ELEMENTS", block)
     weight, merge, tensors, expected = _case(name, dtype)
     before, out = weight.clone(), torch.full_like(weight, 99)
-    merged = merge_into(weight, merge, tensors, out)
+    assert merge_into(weight, merge, tensors, out) == 0
+    merged = measure(weight, merge, tensors, out)
     assert np.array_equal(out.double().numpy(), expected)
     assert out.dtype == dtype
     assert torch.equal(weight, before)
     delta = expected - before.double().numpy()
     assert merged.elements == np.count_nonzero(delta)
-    assert (merged.unchanged, merged.non_finite) == (0, 0)
+    assert merged.unchanged == 0
     assert merged.update_norm == pytest.approx(np.linalg.norm(delta), rel=1e-6)
     assert merged.weight_norm == pytest.approx(np.linalg.norm(before.double().numpy()), rel=1e-6)
     assert np.abs(delta).max() > 0
-    assert merge_into(weight, merge, tensors, None) == merged  # nowhere to write to: the same is told
+    assert merge_into(weight, merge, tensors, None) == 0  # nowhere to write to
     assert torch.equal(weight, before)
-    assert merge_into(weight, merge, tensors, weight) == merged  # into itself
+    assert merge_into(weight, merge, tensors, weight) == 0  # into itself
     assert torch.equal(weight, out)
 
 
@@ -247,8 +250,8 @@ def test_one_element_that_overflows_is_seen() -> None:
     update = torch.zeros(3, 4)
     update[1, 2] = 10000
     merge = Merge("w", ("w",), (Update((Factor("a"),)),))
-    assert merge_into(weight, merge, {"a": update}, None).non_finite == 1
-    assert merge_into(weight, merge, {"a": update / 2}, None).non_finite == 0
+    assert merge_into(weight, merge, {"a": update}, None) == 1
+    assert merge_into(weight, merge, {"a": update / 2}, None) == 0
 
 
 @pytest.mark.parametrize("block", [1, 7, 36, 10**6])
@@ -279,7 +282,118 @@ def test_blocks_are_about_equal() -> None:
 def test_a_weight_without_elements_is_left_as_it_is() -> None:
     for shape in ((0, 4), (4, 0)):
         merge, tensors = Merge("w", ("w",), (Update((Factor("a"),)),)), {"a": torch.empty(shape)}
-        assert merge_into(torch.empty(shape), merge, tensors, torch.empty(shape)) == Merged()
+        assert merge_into(torch.empty(shape), merge, tensors, torch.empty(shape)) == 0
+        assert measure(torch.empty(shape), merge, tensors, torch.empty(shape)) == Merged()
+
+
+# Random merges.
+
+FACTORS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def random_merge(seed: int) -> tuple[torch.Tensor, Merge, Tensors]:
+    """Return a merge of small whole numbers and zeros of both signs, of which all dtypes have every sum exactly.
+
+    Dtype, layout, stack, strides, number and kind of updates, scalings and places are drawn.
+    """
+    source, values = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        numbers = torch.randint(-2, 3, shape, generator=values).float()
+        zeros = torch.rand(shape, generator=values) < source.choice([0.0, 0.5, 1.0], p=[0.5, 0.4, 0.1])
+        numbers[zeros] = source.choice([0.0, -0.0])
+        return numbers.mT.contiguous().mT if source.random() < 0.3 else numbers  # columns one behind the other
+
+    rows, columns, rank = (int(source.integers(1, most)) for most in (30, 40, 6))
+    stack = () if source.random() < 0.7 else (2,)
+    swapped = bool(source.random() < 0.4)
+    tensors: Tensors = {}
+    updates = []
+    for number in range(int(source.integers(1, 4))):
+        placed = source.random() < 0.2
+        height = int(source.integers(1, rows + 1)) if placed else rows
+        shapes = [[(height, columns)], [(rank, columns), (height, rank)], [(rank, columns), (2, rank), (height, 2)]]
+        factors = []
+        for place, shape in enumerate(shapes[int(source.integers(3))]):
+            name = f"{number}.{place}"
+            tensors[name] = draw(*stack, *shape).to(FACTORS[int(source.integers(4))])
+            factors.append(Factor(name))
+        scales, places = (), None
+        if source.random() < 0.2:
+            tensors[f"{number}.scale"] = torch.tensor(float(source.choice([0.5, 3.0, -1.0])))
+            scales = (f"{number}.scale",)
+        if placed:
+            tensors[f"{number}.places"] = torch.randint(0, height + 1, (rows,), generator=values)
+            places = f"{number}.places"
+        scaling = float(source.choice([1.0, 2.0, 0.5, -1.0, 3.0, 0.0]))
+        updates.append(Update(tuple(factors), scaling, scales, places))
+    weight = draw(*stack, *((columns, rows) if swapped else (rows, columns))).to(DTYPES[int(source.integers(4))])
+    return weight, Merge("w", ("w",), tuple(updates), SWAPPED if swapped else View()), tensors
+
+
+def _by_numpy(weight: torch.Tensor, merge: Merge, tensors: Tensors) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the sum of the updates and the merged weight in float64; an element to which zero is added keeps its sign."""
+    old = weight.double().numpy()
+    total = np.zeros_like(old)
+    for update in merge.updates:
+        factors = [tensors[factor.name].double().numpy() for factor in update.factors]
+        product = factors[0]
+        for factor in factors[1:]:
+            product = factor @ product
+        if update.places is not None:
+            padded = np.concatenate([product, np.zeros_like(product[..., :1, :])], axis=-2)
+            product = padded[..., tensors[update.places].numpy(), :]
+        scale = update.scaling * math.prod(float(tensors[name]) for name in update.scales)
+        total += scale * (product.swapaxes(-2, -1) if merge.layout == "in_out" else product)
+    return total, np.where(total == 0, old, old + total)
+
+
+@pytest.mark.parametrize("block", [7, 64, 2**17])
+def test_random_merges_give_the_bits_of_an_exact_sum_rounded_once(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digest is that of the results of the merge that counted as it went, before the report was computed apart."""
+    monkeypatch.setattr(lowrank, "BLOCK_ELEMENTS", block)
+    digest = hashlib.sha256()
+    for seed in range(600):
+        weight, merge, tensors = random_merge(seed)
+        delta, wanted = _by_numpy(weight, merge, tensors)
+        out = torch.empty_like(weight)
+        assert merge_into(weight, merge, tensors, out) == 0
+        rounded_once = half(wanted, weight.dtype) if weight.dtype.itemsize == 2 else wanted
+        assert same(out, rounded_once), seed
+        figures = measure(weight, merge, tensors, out)
+        lost = (delta != 0) & (rounded_once == weight.double().numpy())
+        assert (figures.elements, figures.unchanged) == (np.count_nonzero(delta), np.count_nonzero(lost))
+        assert figures.update_norm == pytest.approx(np.linalg.norm(delta), rel=1e-6)
+        assert surely_finite(weight, merge, tensors)
+        assert merge_into(weight, merge, tensors, weight) == 0  # into itself
+        bits = lowrank.BITS[weight.dtype]
+        assert torch.equal(weight.view(bits), out.view(bits))
+        digest.update(out.contiguous().view(torch.uint8).numpy().tobytes())
+    assert digest.hexdigest() == "c79cfd1b952a2c251196fca02c81a4e09456f97db5b299bf4ae4c4ec29723e38"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_exclude_infinities_only_where_there_is_none(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    merge, plain = Merge("w", ("w",), (Update(PAIR, 0.5, ("s",)),)), {"s": torch.tensor(2.0)}
+    pair = {"a": torch.full((3, 7), 0.25), "b": torch.full((5, 3), 0.25)}
+    weight = torch.ones(5, 7, dtype=dtype)
+    assert surely_finite(weight, merge, {**pair, **plain})
+    for bad in (math.nan, math.inf, largest):
+        for name in ("w", "a", "b", "s"):
+            tensors = {name: tensor.double() for name, tensor in {**pair, **plain, "w": weight}.items()}
+            tensors[name].view(-1)[-1] = bad
+            assert not surely_finite(tensors["w"].to(dtype), merge, tensors), (name, bad)
+    assert not surely_finite(torch.full((5, 7), largest / 8, dtype=dtype), merge, {**pair, **plain})
+    assert surely_finite(torch.full((5, 7), largest**0.25, dtype=dtype), merge, {**pair, **plain})
+
+
+def test_norms_take_a_product_for_no_smaller_than_what_it_is_computed_from() -> None:
+    """A large product of two factors overflows also where a third, a small scaling, would make it small again."""
+    merge = Merge("w", ("w",), (Update((*PAIR, Factor("c")), 1e-30),))
+    tensors = {"a": torch.full((2, 4), 1e-20), "b": torch.full((3, 2), 1e20), "c": torch.full((5, 3), 1e25)}
+    assert merge_into(torch.ones(5, 4), merge, tensors, None) == 20
+    assert not surely_finite(torch.ones(5, 4), merge, tensors)
 
 
 # Where the result goes.
@@ -321,15 +435,17 @@ def test_gradients_play_no_part(kind: str) -> None:
 def test_an_element_without_an_update_keeps_its_bits(dtype: torch.dtype) -> None:
     """Also the sign of a zero, which an addition of zero would lose, and what is in a NaN."""
     weight = torch.tensor([[-0.0, 0.0, math.nan, math.inf, 3.0], [-0.0, 1.0, 1.0, 1.0, 1.0]], dtype=dtype)
-    bits = lowrank._BITS[dtype]
+    bits = lowrank.BITS[dtype]
     weight[0, 2].view(bits).add_(1)
     tensors = {"a": torch.tensor([[0.0, 0, 0, 0, 0], [0, 0, 0, 2, -1]])}
     out = torch.empty_like(weight)
-    merged = merge_into(weight, Merge("w", ("w",), (Update((Factor("a"),)),)), tensors, out)
+    merge = Merge("w", ("w",), (Update((Factor("a"),)),))
+    non_finite = merge_into(weight, merge, tensors, out)
+    merged = measure(weight, merge, tensors, out)
     kept = tensors["a"] == 0
     assert torch.equal(out.view(bits)[kept], weight.view(bits)[kept])
     assert out[1, 3:].tolist() == [3, 0]
-    assert (merged.elements, merged.unchanged, merged.non_finite) == (2, 0, 2)
+    assert (merged.elements, merged.unchanged, non_finite) == (2, 0, 2)
 
 
 # Precision.
@@ -405,17 +521,26 @@ def test_a_weight_is_a_stack_of_matrices_as_they_are_stored(
     assert not stack.requires_grad
 
 
+SUM = Merge("w", ("w",), (Update((Factor("u"),)),))
+
+
 def _told(weight: torch.Tensor, update: torch.Tensor) -> Merged:
-    return merge_into(weight, Merge("w", ("w",), (Update((Factor("u"),)),)), {"u": update}, None)
+    out = torch.empty_like(weight)
+    merge_into(weight, SUM, {"u": update}, out)
+    return measure(weight, SUM, {"u": update}, out)
+
+
+def _non_finite(weight: torch.Tensor, update: torch.Tensor) -> int:
+    return merge_into(weight, SUM, {"u": update}, None)
 
 
 def test_what_is_told_of_a_merge_counts_elements_and_measures_norms() -> None:
     weight = torch.tensor([[1.0, 1, 1, 1], [0, 3, 0, 2]], dtype=torch.bfloat16)
     update = torch.tensor([[2.0**-10, 0, 2.0**-3, math.inf], [0, 1e-9, -0.0, math.nan]])
     merged = _told(weight, update)
-    assert (merged.elements, merged.unchanged, merged.non_finite) == (5, 2, 2)
+    assert (merged.elements, merged.unchanged, _non_finite(weight, update)) == (5, 2, 2)
     merged = _told(weight, torch.tensor([[3.0, 0, 0, 0], [0, 4, 0, 0]]))
-    assert merged == Merged(2, 0, 0, 5.0, pytest.approx(math.sqrt(17)))  # type: ignore[arg-type]
+    assert merged == Merged(2, 0, 5.0, pytest.approx(math.sqrt(17)))  # type: ignore[arg-type]
     assert merged.relative == pytest.approx(5 / math.sqrt(17))
 
 
@@ -423,7 +548,7 @@ def test_what_is_not_finite_is_counted_in_every_block(monkeypatch: pytest.Monkey
     monkeypatch.setattr(lowrank, "BLOCK_ELEMENTS", 4)
     update = torch.zeros(3, 4)
     update[0, 1] = update[2, 2] = update[2, 3] = math.inf
-    assert _told(torch.ones(3, 4), update).non_finite == 3
+    assert _non_finite(torch.ones(3, 4), update) == 3
 
 
 def test_an_update_of_which_the_square_is_too_small_for_its_dtype_is_one() -> None:
@@ -431,12 +556,12 @@ def test_an_update_of_which_the_square_is_too_small_for_its_dtype_is_one() -> No
     assert (merged.elements, merged.unchanged, merged.update_norm) == (3, 0, 2.0)
 
 
-@pytest.mark.parametrize("words", [1, 3, 2**15])
+@pytest.mark.parametrize("block", [1, 3, 2**15])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_kept_its_value_is_counted_in_weights_of_any_size(
-    dtype: torch.dtype, words: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lowrank, "_WORDS", words)
+    monkeypatch.setattr(lowrank, "BLOCK_ELEMENTS", block)
     for columns in (1, 2, 3, 4, 5, 7, 31, 32):
         weight, update = torch.ones(3, columns, dtype=dtype), torch.full((3, columns), 2.0**-60)
         update[1] = 1.0
@@ -447,18 +572,18 @@ def test_what_kept_its_value_is_counted_in_weights_of_any_size(
 def test_large_but_finite_values_are_not_taken_for_infinite_ones(dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     weight = torch.full((2, 8), largest, dtype=dtype)
-    assert _told(weight, torch.full((2, 8), -1.0)).non_finite == 0
-    assert _told(weight, torch.full((2, 8), largest, dtype=dtype)).non_finite == 16
+    assert _non_finite(weight, torch.full((2, 8), -1.0)) == 0
+    assert _non_finite(weight, torch.full((2, 8), largest, dtype=dtype)) == 16
     weight[1] *= -1
     update = torch.zeros(2, 8, dtype=dtype)
     update[:, 3] = torch.tensor([largest, -largest])
-    assert _told(weight, update).non_finite == 2  # one infinity of each sign
+    assert _non_finite(weight, update) == 2  # one infinity of each sign
 
 
 def test_the_size_of_an_update_is_told_as_a_part_of_that_of_the_weight() -> None:
-    assert Merged(30, 5, 10, 5.0, 13.0).relative == 5 / 13
+    assert Merged(30, 5, 5.0, 13.0).relative == 5 / 13
     assert Merged(update_norm=1.0).relative == math.inf
-    assert Merged(1, 0, 0, 0.0, 2.0).relative == 0
+    assert Merged(1, 0, 0.0, 2.0).relative == 0
 
 
 def test_every_floating_point_dtype_of_torch_that_has_an_arithmetic_can_be_merged_into() -> None:

@@ -49,7 +49,7 @@ def test_a_trace_of_a_wrapped_model_folds_to_the_weights_that_peft_merges(name: 
     assert mine.keys() == theirs.keys()  # no adapter is left, and nothing else is gone
     assert all(one_rounding(mine[key], theirs[key], before[key]) for key in theirs)
     changed = {key for key in mine if not torch.equal(mine[key], before[key])}
-    assert len(lora_fx.fold_report(folded)) == len(changed) > 0
+    assert len(lora_fx.fold_report(graph_module, folded)) == len(changed) > 0
     targets = ARCHITECTURES[name].target_modules
     assert all(key.removesuffix(".weight").endswith(tuple(targets)) for key in changed)
 
@@ -79,9 +79,9 @@ def wrapped_small(dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_every_kind_of_layer_that_peft_wraps_folds_in_every_precision(dtype: torch.dtype) -> None:
     wrapped = wrapped_small(dtype)
-    folded = lora_fx.fold(lora_fx.trace(wrapped, (INDEX,), inference=True))
-    expected = wrapped(INDEX)
-    assert len(lora_fx.fold_report(folded)) == 3
+    graph_module = lora_fx.trace(wrapped, (INDEX,), inference=True)
+    folded, expected = lora_fx.fold(graph_module), wrapped(INDEX)
+    assert len(lora_fx.fold_report(graph_module, folded)) == 3
     scale = float(expected.abs().max())
     assert torch.allclose(folded(INDEX), expected, rtol=0, atol=scale * {2: 2e-2, 4: 1e-6, 8: 1e-14}[dtype.itemsize])
     before = {name: p.clone() for name, p in renamed(wrapped).items()}
@@ -95,9 +95,13 @@ def test_two_active_adapters_fold_together_and_one_that_is_not_active_is_dropped
     wrapped.add_adapter("idle", peft.LoraConfig(r=3, target_modules=["lin"]))
     wrapped.base_model.set_adapter(["default", "second"])
     set_factors(wrapped.eval())
-    folded = lora_fx.fold(lora_fx.trace(wrapped, (INDEX,), inference=True))
+    graph_module = lora_fx.trace(wrapped, (INDEX,), inference=True)
+    folded = lora_fx.fold(graph_module)
     assert torch.allclose(folded(INDEX), wrapped(INDEX), rtol=0, atol=1e-6)
-    assert {entry.merge.weight.split(".")[-3]: len(entry.merge.updates) for entry in lora_fx.fold_report(folded)} == {
+    assert {
+        entry.merge.weight.split(".")[-3]: len(entry.merge.updates)
+        for entry in lora_fx.fold_report(graph_module, folded)
+    } == {
         "table": 1,
         "conv": 1,
         "lin": 2,
@@ -143,7 +147,7 @@ def test_adapters_of_stacked_experts_fold_to_the_weights_that_peft_merges() -> N
     theirs = dict(wrapped.merge_and_unload().named_parameters())
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    assert len(lora_fx.fold_report(folded)) == 3
+    assert len(lora_fx.fold_report(graph_module, folded)) == 3
 
 
 class Parametrized(nn.Module):

@@ -32,7 +32,7 @@ from lora_fx.graph.info import GraphInfo, info_of
 from lora_fx.graph.process_state import forked_random_state, uncollected
 from lora_fx.graph.provenance import module_path, write_stamp
 from lora_fx.graph.records import BranchSpec, Origin
-from lora_fx.numerics.lowrank_merge import adapter_dtype, initial_factors
+from lora_fx.numerics.factor_init import adapter_dtype, initial_factors
 from lora_fx.planning.plan import Chosen, Plan, Skipped, factor_shapes
 from lora_fx.planning.planner import check_attachable
 from lora_fx.sites.call_sites import biased

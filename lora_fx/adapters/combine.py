@@ -23,6 +23,7 @@ from lora_fx.errors import PlanError, did_you_mean
 from lora_fx.graph.adapter_names import adapters, copy_name
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.graph.records import BranchSpec, Origin
+from lora_fx.numerics.lowrank_merge import concatenated
 from lora_fx.planning.plan import owners_of
 from lora_fx.rules.rule_file import Setting
 from lora_fx.sites.call_sites import sites
@@ -128,10 +129,7 @@ def _combined(key: str, parts: Sequence[_Member], method: Method, dropout: float
 
 
 def _concatenated(parts: Sequence[_Member], matrices: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors of several matrices have the ranks of each matrix together in A, and those of B's columns as the site has them."""
-    scaled = [part.a * part.strength * part.scale for part in parts]
-    a = torch.cat([each.unflatten(0, (matrices, -1)) for each in scaled], dim=1).flatten(0, 1)
-    return a, torch.cat([part.b for part in parts], dim=1)
+    return concatenated([(part.a * part.strength * part.scale, part.b) for part in parts], matrices)
 
 
 def _summed(parts: Sequence[_Member], _matrices: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,6 +23,7 @@ from lora_fx.export.slot_table import FORMAT, OnnxSlot, SlotTable, onnxruntime_s
 from lora_fx.files.atomic import check_file, replacing
 from lora_fx.graph.graph_module import State, TracedGraphModule, as_traced, state_of
 from lora_fx.graph.records import BranchSpec
+from lora_fx.numerics.lowrank_merge import concatenated, with_all_rows
 from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import CONFIG_NAME, AdapterConfig
 from lora_fx.sites.call_sites import Site, sites
@@ -81,7 +82,7 @@ def onnx_adapter(
         raise ExportError("expected at least one adapter, with its strength, got none.")
     check_slots(graph_module, names)
     site_of = {owner: site for site in sites(graph_module) for owner in owners_of(site)}
-    products: dict[str, list[_Product]] = {}
+    products: dict[str, list[_ScaledPair]] = {}
     for name in names:
         for _, branch in branches_of(graph_module, name).values():
             if strengths is not None:
@@ -121,7 +122,7 @@ def onnx_adapter_from_peft(
     if not pairs:
         raise ExportError("expected at least one adapter, with its strength, got none.")
     table = read_slots(Path(model))
-    products: dict[str, list[_Product]] = {}
+    products: dict[str, list[_ScaledPair]] = {}
     for directory, strength in pairs:
         if not isinstance(strength, int | float) or not np.isfinite(strength):
             raise ExportError(f"{directory}: expected a finite number as strength, got {strength!r}.")
@@ -149,7 +150,7 @@ def read_slots(model: Path) -> SlotTable:
 
 
 @dataclass(frozen=True)
-class _Product:
+class _ScaledPair:
     """``scale · B A``, for all features of a site."""
 
     a: torch.Tensor
@@ -157,28 +158,24 @@ class _Product:
     scale: float
 
 
-def _of_branch(graph_module: TracedGraphModule, adapter: str, branch: BranchSpec, site: Site) -> _Product:
+def _of_branch(graph_module: TracedGraphModule, adapter: str, branch: BranchSpec, site: Site) -> _ScaledPair:
     """Return the product of a branch, with rows of zeros for features that it leaves alone."""
     names = branch.names(adapter)
     a, b = (graph_module.get_parameter(name).detach() for name in (names.a, names.b))
-    if branch.features is not None:
-        rows = b.new_zeros(site.out_features, b.shape[1])
-        rows[list(branch.features)] = b
-        b = rows
-    return _Product(a, b, branch.setting.scale)
+    return _ScaledPair(a, with_all_rows(b, branch.features, site.out_features), branch.setting.scale)
 
 
-def _combined(products: Sequence[_Product]) -> _Product:
+def _combined(products: Sequence[_ScaledPair]) -> _ScaledPair:
     """Return one product that is the sum of several: ``[B₁ B₂] [s₁ A₁; s₂ A₂]``. A scale that all have stays one."""
     scales = {product.scale for product in products}
     if len(scales) == 1:
-        a, scale = torch.cat([product.a for product in products]), scales.pop()
-    else:
-        a, scale = torch.cat([product.a * product.scale for product in products]), 1.0
-    return _Product(a, torch.cat([product.b for product in products], dim=1), scale)
+        return _ScaledPair(*concatenated([(product.a, product.b) for product in products]), scales.pop())
+    return _ScaledPair(*concatenated([(product.a * product.scale, product.b) for product in products]), 1.0)
 
 
-def _write(path: Path, products: Mapping[str, Sequence[_Product]], version: int, *, overwrite: bool) -> ExportedAdapter:
+def _write(
+    path: Path, products: Mapping[str, Sequence[_ScaledPair]], version: int, *, overwrite: bool
+) -> ExportedAdapter:
     runtime = onnx_package("onnxruntime")
     filled = {site: _combined(products[site]) for site in sorted(products)}
     values: dict[str, np.ndarray[Any, Any]] = {}
@@ -212,7 +209,7 @@ class _PeftReader:
         self._keys = dict(files.file.entries)
         self._problems: list[str] = []
 
-    def products(self) -> dict[str, _Product]:
+    def products(self) -> dict[str, _ScaledPair]:
         """Return the product for each slot, by its site."""
         self._problems += _unslotted(self._config)
         self._stop_if_wrong()
@@ -238,7 +235,7 @@ class _PeftReader:
             self._problems.append(f"{CONFIG_NAME}: {error}")
             return False
 
-    def _product(self, slot: Slot) -> _Product | None:
+    def _product(self, slot: Slot) -> _ScaledPair | None:
         try:
             setting = self._config.setting_of(slot.name)
         except TimeoutError as error:
@@ -246,7 +243,7 @@ class _PeftReader:
             return None
         shapes = slot.shapes(BranchSpec(slot.site.name, setting))
         a, b = (self._read(key, shape, slot) for key, shape in zip(slot.keys, shapes, strict=True))
-        return None if a is None or b is None else _Product(*slot.exchanged(a, b), setting.scale)
+        return None if a is None or b is None else _ScaledPair(*slot.exchanged(a, b), setting.scale)
 
     def _read(self, key: str, shape: tuple[int, ...], slot: Slot) -> torch.Tensor | None:
         entry = self._keys.pop(key, None)

@@ -92,6 +92,7 @@ class CheckpointFold:
         *,
         overwrite: bool = False,
         verify: bool = False,
+        report: bool = False,
         progress: Callable[[int], object] = lambda _: None,
     ) -> CheckpointReport:
         """Write the merged checkpoint.
@@ -100,6 +101,7 @@ class CheckpointFold:
             out: the directory to be made, beside which it is written first.
             overwrite: replace what is there.
             verify: read every changed tensor again, and compare it with the exact result.
+            report: read every merged tensor again, before and after, and measure the update.
             progress: called with the number of bytes that were written since the last call.
 
         Raises:
@@ -107,7 +109,13 @@ class CheckpointFold:
             LoraFxError: ``out`` exists, or cannot be written. Nothing is left then.
         """
         return write_merged(
-            self.checkpoint, self.changes, Path(out), overwrite=overwrite, verify=verify, progress=progress
+            self.checkpoint,
+            self.changes,
+            Path(out),
+            overwrite=overwrite,
+            verify=verify,
+            report=report,
+            progress=progress,
         )
 
 
@@ -184,10 +192,11 @@ def fold_checkpoint(
     example_inputs: Path | None = None,
     overwrite: bool = False,
     verify: bool = False,
+    report: bool = False,
 ) -> CheckpointReport:
     """Fold adapters into a checkpoint on disk: :func:`plan_checkpoint_fold`, then :meth:`CheckpointFold.write`."""
     planned = plan_checkpoint_fold(base, adapters, strict=strict, example_inputs=example_inputs)
-    return planned.write(out, overwrite=overwrite, verify=verify)
+    return planned.write(out, overwrite=overwrite, verify=verify, report=report)
 
 
 def _check_echoes(files: AdapterFiles, contents: Contents, places: _Places, state: State) -> None:

@@ -35,7 +35,7 @@ from lora_fx.folding.checkpoint import Changes, Checkpoint, size_of
 from lora_fx.folding.checkpoint_check import check_apart, check_fits, misrounded_share
 from lora_fx.folding.report import FoldedWeight, check_finite
 from lora_fx.graph.process_state import exclusive
-from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, Merged, merge_into
+from lora_fx.numerics.lowrank_merge import FOLDABLE, merge_into
 
 WORKERS = 3
 """How many threads read, compute and write: two keep the processor busy while one waits for the disk."""
@@ -51,7 +51,7 @@ class CheckpointReport:
     """What was written.
 
     Attributes:
-        weights: what was done to each weight that something was added to, in the order of the files.
+        weights: figures for each weight that something was added to, in the order of the files; none if they were not asked for.
         copied_bytes: how many bytes of the files with tensors are those of the checkpoint, as they were.
         merged_bytes: how many are new.
         misrounded: largest share, of any weight in half precision, of elements that are not the exact result rounded once;
@@ -73,6 +73,7 @@ def write_merged(
     *,
     overwrite: bool = False,
     verify: bool = False,
+    report: bool = False,
     progress: Callable[[int], object] = lambda _: None,
 ) -> CheckpointReport:
     """Write a checkpoint with some tensors changed, and with the other files of its directory.
@@ -87,6 +88,7 @@ def write_merged(
         out: directory to be made.
         overwrite: replace a directory that exists.
         verify: read all that was changed once more, and compare it with what float64 gives.
+        report: read every weight that something was added to once more, before and after, and measure the update.
         progress: is called with the number of bytes done since its last call; they add up to ``checkpoint.size``.
 
     Raises:
@@ -102,11 +104,10 @@ def write_merged(
         beside.mkdir()
         for path in copied:
             copy_file(path, beside / path.name)
-        report = _write_files(checkpoint, changes, beside, progress)
-        check_finite(report)
+        check_finite(_write_files(checkpoint, changes, beside, progress))
         misrounded = misrounded_share(checkpoint, changes, beside) if verify else None
+        weights = tuple(_measured(checkpoint, changes, beside)) if report else ()
     merged_bytes = sum(checkpoint.tensors[key][1].size for key in changed)
-    weights = tuple(report[key] for key in checkpoint.tensors if key in changes.merges)
     return CheckpointReport(weights, checkpoint.size - merged_bytes, merged_bytes, misrounded, skipped)
 
 
@@ -174,7 +175,8 @@ def _pieces(file: TensorFile, changed: Mapping[str, Any]) -> Iterator[_Piece]:
 
 def _write_files(
     checkpoint: Checkpoint, changes: Changes, directory: Path, progress: Callable[[int], object]
-) -> dict[str, FoldedWeight]:
+) -> dict[str, int]:
+    """Write all files with tensors, and return for each that is changed how many of its elements are not finite."""
     changed = {**changes.merges, **changes.replacements}
     for file in checkpoint.files:
         with (directory / file.path.name).open("wb") as new:
@@ -187,14 +189,14 @@ def _write_files(
     largest = max((entry.size for _, entry in checkpoint.tensors.values()), default=0)
     for _ in range(max(2, min(WORKERS, MEMORY * largest // (size + _SPACE)))):
         buffers.put(aligned_memory(size))
-    report: dict[str, FoldedWeight] = {}
+    non_finite: dict[str, int] = {}
     with _workers() as pool:
         outcomes = pool.map(partial(_write_piece, changes, directory, buffers), pieces)
-        for piece, outcome in zip(pieces, outcomes, strict=True):
-            if piece.key is not None and outcome is not None:
-                report[piece.key] = outcome
+        for piece, count in zip(pieces, outcomes, strict=True):
+            if piece.key is not None:
+                non_finite[piece.key] = count
             progress(piece.end - piece.start)
-    return report
+    return non_finite
 
 
 @contextmanager
@@ -210,40 +212,41 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
             torch.set_num_threads(threads)  # libraries below torch have one number for all threads
 
 
-def _write_piece(
-    changes: Changes, directory: Path, buffers: SimpleQueue[torch.Tensor], piece: _Piece
-) -> FoldedWeight | None:
-    """Write one piece to the file of the same name, and return what there is to report of it."""
+def _write_piece(changes: Changes, directory: Path, buffers: SimpleQueue[torch.Tensor], piece: _Piece) -> int:
+    """Write one piece to the file of the same name, and return how many elements that are new in it are not finite."""
     path, new_path = piece.file.path, directory / piece.file.path.name
     with new_path.open("r+b", buffering=0) as new, direct_descriptor(new_path) as direct:
         if piece.key is not None and piece.key in changes.replacements:
             value = changes.new_value(piece.file.entries[piece.key])
             write_at(new, bytes_of(value), piece.start)
-            return _replaced(piece.key, value)
+            return int((~torch.isfinite(value)).count_nonzero()) if value.dtype in FOLDABLE else 0
         buffer = buffers.get()
         try:
             with reading(path, size_of(piece.file)) as file:
                 if piece.key is None and direct is None:
                     copy_bytes(file, new, piece.start, piece.end)
-                    return None
+                    return 0
                 itemsize = 1 if piece.key is None else piece.file.entries[piece.key].dtype.itemsize
                 data = place_in_page(buffer, piece.start, piece.end - piece.start, itemsize)
                 read_at(file, bytes_of(data), piece.start)
-            report = None if piece.key is None else _merge(changes, piece.file.entries[piece.key], data)
+            non_finite = 0 if piece.key is None else _merge(changes, piece.file.entries[piece.key], data)
             write_at(new, bytes_of(data), piece.start, direct)
         finally:
             buffers.put(buffer)
-        return report
+        return non_finite
 
 
-def _merge(changes: Changes, entry: TensorEntry, data: torch.Tensor) -> FoldedWeight:
+def _merge(changes: Changes, entry: TensorEntry, data: torch.Tensor) -> int:
     merge = changes.merges[entry.name]
     weight = data.view(entry.dtype).view(entry.shape)
-    merged = merge_into(weight, merge, changes.factors_of(merge), weight)
-    return FoldedWeight(merge, merged, str(entry.dtype).removeprefix("torch."))
+    return merge_into(weight, merge, changes.factors_of(merge), weight)
 
 
-def _replaced(key: str, value: torch.Tensor) -> FoldedWeight:
-    """Return an entry for a tensor that is replaced, so that its infinities are told like those of others."""
-    bad = int((~torch.isfinite(value)).count_nonzero()) if value.dtype in FOLDABLE else 0
-    return FoldedWeight(Merge(key, (key,), ()), Merged(non_finite=bad), str(value.dtype).removeprefix("torch."))
+def _measured(checkpoint: Checkpoint, changes: Changes, directory: Path) -> Iterator[FoldedWeight]:
+    """Yield figures for each weight that something was added to, read from both checkpoints."""
+    for file in checkpoint.files:
+        written = TensorFile.open(directory / file.path.name)
+        for key in file.entries:
+            if key in changes.merges:
+                merge = changes.merges[key]
+                yield FoldedWeight.of(file.read(key), merge, changes.factors_of(merge), written.read(key))

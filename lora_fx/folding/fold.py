@@ -21,11 +21,11 @@ from lora_fx.branches.find import Nominate, find_branches
 from lora_fx.branches.remove import plain_graph, without_branches
 from lora_fx.branches.weight_uses import Value, values_of
 from lora_fx.errors import WITH_LABELS, FoldError
-from lora_fx.folding.report import FoldedWeight, check_finite
+from lora_fx.folding.report import check_finite
 from lora_fx.graph.adapter_names import is_factor, original_name
 from lora_fx.graph.graph_module import State, TracedGraphModule, state_of
 from lora_fx.graph.info import known_info, with_info
-from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, merge_into
+from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, merge_into, surely_finite
 
 
 def fold(
@@ -39,8 +39,8 @@ def fold(
     """Return the graph without its branches, with their product merged into the weights of their sites.
 
     The result computes what ``graph_module`` computes in evaluation, has the graph that the model was traced to, and the
-    model's ``state_dict`` keys. ``graph_module`` stays usable; only adapted weights are new tensors. What was done to each
-    of them is told by :func:`~lora_fx.folding.report.fold_report`.
+    model's ``state_dict`` keys. ``graph_module`` stays usable; only adapted weights are new tensors. Figures for each of them
+    are computed by :func:`~lora_fx.folding.report.fold_report`, of both graphs.
 
     A branch is found by the names of its factors and folded if it is linear, with constant factors, from its input to an
     addend of its site's output. Products are summed in float32 for float32 and bfloat16 weights and in float64 for others,
@@ -55,7 +55,7 @@ def fold(
         unshare: where uses of one weight need different values, un-tie them. A value keeps those names of the weight whose
             module uses it; one that has none is called ``<module>@<n>.weight``, for the n-th call.
         inplace: write into the weights themselves, without a second copy of any. ``graph_module`` and the model that it was
-            traced from are of no use afterwards. Where uses are un-tied, a weight is still copied.
+            traced from are of no use afterwards, and there is no report. Where uses are un-tied, a weight is still copied.
 
     Raises:
         FoldError: a branch is not linear, a weight would need different values at its uses, or would become non-finite, or
@@ -71,7 +71,7 @@ def fold(
     merges = [value.merge for value in values if value.updates]
     _check_foldable(merges, state)
     copied = _copied_weights(values, state) if inplace else {merge.weight for merge in merges}
-    merged, report = _merged(merges, state, copied)
+    merged = _merged(merges, state, copied)
     for value in values:  # those of an un-tied weight that keep it as it is may have a new name too
         new = [name for name in value.names if name not in state.tensors and name not in merged]
         merged.update(dict.fromkeys(new, state.tensors[value.weight]))
@@ -80,33 +80,32 @@ def fold(
     own = known_info(folded)
     names = (name for merge in merges for name in merge.names)
     changed = tuple(dict.fromkeys((*own.merged, *merged, *names)))
-    folded.meta.update(with_info({}, replace(own, folded=report, merged=changed)))
+    folded.meta.update(with_info({}, replace(own, folded=tuple(merges), merged=changed)))
     if inplace:
         _write(merges, state, copied)
         _consume(graph_module)
     return folded
 
 
-def _merged(
-    merges: Sequence[Merge], state: State, copied: Collection[str]
-) -> tuple[dict[str, torch.Tensor], tuple[FoldedWeight, ...]]:
-    """Return new tensors for the weights to be copied, and what there is to report of all; refuse what is not finite."""
+def _merged(merges: Sequence[Merge], state: State, copied: Collection[str]) -> dict[str, torch.Tensor]:
+    """Return new tensors for the weights to be copied; refuse a result that is not finite, of the other weights too."""
     merged: dict[str, torch.Tensor] = {}
-    report: list[FoldedWeight] = []
+    non_finite: dict[str, int] = {}
     for merge in merges:
         weight = state.tensors[merge.weight]
-        out = torch.empty_like(weight) if merge.weight in copied else None
-        outcome = merge_into(weight, merge, state.tensors, out)
-        report.append(FoldedWeight(merge, outcome, str(weight.dtype).removeprefix("torch.")))
-        if out is not None:
+        if merge.weight in copied:
+            out = torch.empty_like(weight)
+            non_finite[merge.weight] = merge_into(weight, merge, state.tensors, out)
             tensor = nn.Parameter(out) if isinstance(weight, nn.Parameter) else out
             merged.update(dict.fromkeys(merge.names, tensor))
-    check_finite({entry.merge.weight: entry for entry in report})
-    return merged, tuple(report)
+        elif not surely_finite(weight, merge, state.tensors):  # only few have norms that tell nothing
+            non_finite[merge.weight] = merge_into(weight, merge, state.tensors, None)
+    check_finite(non_finite)
+    return merged
 
 
 def _write(merges: Sequence[Merge], state: State, copied: Collection[str]) -> None:
-    """Merge into the weights themselves: all was computed once before, so that nothing can be refused any more."""
+    """Merge into the weights themselves, of which all results are known to be finite: nothing is refused any more."""
     for merge in merges:
         if merge.weight not in copied:
             weight = state.tensors[merge.weight]
@@ -123,7 +122,7 @@ def recipe(
 ) -> tuple[Merge, ...]:
     """Return what :func:`fold` would do to each weight, as data: factors by their names, scalings, layouts.
 
-    No tensor is read, so that the graph may be on the meta device: ``lowrank.merge_into`` carries a recipe out on tensors from
+    No tensor is read, so that the graph may be on the meta device: ``merge_into`` carries a recipe out on tensors from
     wherever they are.
 
     Args:

@@ -1,24 +1,28 @@
-"""What a fold did to each weight, as data and as a table for people."""
+"""Report of a fold: figures for each weight, computed when asked for, as data and as a table."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
+from torch import fx
+
+from lora_fx.branches.remove import plain_graph
 from lora_fx.errors import FoldError
-from lora_fx.graph.graph_module import TracedGraphModule
-from lora_fx.graph.info import info_of
-from lora_fx.numerics.lowrank_merge import Merge, Merged
+from lora_fx.graph.graph_module import TracedGraphModule, state_of
+from lora_fx.graph.info import info_of, known_info
+from lora_fx.numerics.lowrank_merge import Merge, Merged, measure
 from lora_fx.text_table import new_table, text_lines
 
 
 @dataclass(frozen=True)
 class FoldedWeight:
-    """What a fold did to one weight.
+    """Figures of a fold for one weight.
 
     Attributes:
-        merge: what was asked.
-        merged: what came of it.
+        merge: the updates.
+        merged: the figures.
         dtype: of the weight.
     """
 
@@ -26,15 +30,26 @@ class FoldedWeight:
     merged: Merged
     dtype: str
 
+    @staticmethod
+    def of(
+        weight: torch.Tensor, merge: Merge, tensors: Mapping[str, torch.Tensor], merged: torch.Tensor
+    ) -> FoldedWeight:
+        """Measure a merge by its weight before and after; see :func:`~lora_fx.numerics.lowrank_merge.measure`."""
+        return FoldedWeight(merge, measure(weight, merge, tensors, merged), str(weight.dtype).removeprefix("torch."))
+
     @property
     def unchanged(self) -> float:
         """Share of the elements with an update that kept their value: theirs was less than half a step of the dtype."""
         return self.merged.unchanged / self.merged.elements if self.merged.elements else 0.0
 
 
-def check_finite(weights: Mapping[str, FoldedWeight]) -> None:
-    """Raise :class:`FoldError` if a weight, here by its name, would not be finite."""
-    bad = {name: entry.merged.non_finite for name, entry in weights.items() if entry.merged.non_finite}
+def check_finite(non_finite: Mapping[str, int]) -> None:
+    """Raise :class:`FoldError` if a weight would not be finite.
+
+    Args:
+        non_finite: by the name of the weight, how many of its elements would not be.
+    """
+    bad = {name: count for name, count in non_finite.items() if count}
     if bad:
         listed = "; ".join(f"folding makes {name!r} non-finite in {count} elements" for name, count in bad.items())
         raise FoldError(f"{listed}: the weight or an adapter has a NaN, an infinity, or too large a value.")
@@ -81,6 +96,49 @@ class FoldReport:
         return f"{len(self.weights)} weights, {elements} elements with an update{lost if unchanged else ''}"
 
 
-def fold_report(folded: TracedGraphModule) -> FoldReport:
-    """Return what the fold that made this graph did to each weight; nothing if it had no branches."""
-    return FoldReport(info_of(folded).folded)
+def fold_report(before: fx.GraphModule, merged: TracedGraphModule) -> FoldReport:
+    """Return figures for each weight that a fold changed: elements with an update, how many kept their value, its size.
+
+    They are computed now, from the branches of ``before`` and the weights of both graphs, in about the time of a fold.
+
+    Args:
+        before: the graph that was folded, as it was then.
+        merged: the graph that :func:`~lora_fx.folding.fold.fold` returned for it. One without folded branches has no entries.
+
+    Raises:
+        FoldError: the fold was in place, so that the weights before it are gone, or ``before`` is not the graph that was folded.
+        PlanError: lora_fx did not make ``merged``.
+    """
+    merges = info_of(merged).folded
+    if not merges:
+        return FoldReport(())
+    if known_info(before).consumed:
+        raise FoldError(_IN_PLACE)
+    old, new = state_of(plain_graph(before)).tensors, state_of(merged).tensors
+    for merge in merges:
+        _check_pair(merge, old, new)
+    return FoldReport(tuple(FoldedWeight.of(old[merge.weight], merge, old, new[merge.names[0]]) for merge in merges))
+
+
+def _check_pair(merge: Merge, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> None:
+    read = (merge.weight, *(name for update in merge.updates for name in update.names))
+    lacking = [name for name in read if name not in old]
+    if lacking:
+        raise FoldError(
+            f"expected the graph that was folded and the result of its fold, got a first graph without {lacking[0]!r}, which "
+            f"was merged into {merge.weight!r}. Pass the graph that fold was given."
+        )
+    weight, result = old[merge.weight], new[merge.names[0]]
+    if weight.shape != result.shape or weight.dtype != result.dtype:
+        raise FoldError(
+            f"expected {merge.weight!r} alike in both graphs, got {tuple(weight.shape)} {weight.dtype} before the fold and "
+            f"{tuple(result.shape)} {result.dtype} after it. Pass the graph that fold was given."
+        )
+    if weight.numel() and weight.data_ptr() == result.data_ptr():
+        raise FoldError(_IN_PLACE)
+
+
+_IN_PLACE = (
+    "the fold was in place, so that the weights before it are gone and there is nothing to compare with. Fold without "
+    "inplace=True for a report."
+)

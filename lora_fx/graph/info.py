@@ -14,6 +14,7 @@ from torch import fx
 from lora_fx.errors import PlanError
 from lora_fx.graph.example_sizes import Examples
 from lora_fx.graph.records import BranchSpec, Origin
+from lora_fx.numerics.lowrank_merge import Merge
 
 RuledBranches = Mapping[str, tuple[str, BranchSpec]]
 """The branches of one adapter by their keys, each behind the rule that chose it."""
@@ -49,7 +50,7 @@ class GraphInfo:
     adapters: Mapping[str, RuledBranches] = field(default_factory=dict)
     skipped: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     origins: Mapping[str, Origin] = field(default_factory=dict)
-    folded: tuple[Any, ...] = ()
+    folded: tuple[Merge, ...] = ()
     merged: tuple[str, ...] = ()
     consumed: bool = False
 

@@ -11,7 +11,7 @@ projection B has a row for each feature of the part, and the rows of W of other 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lora_fx.numerics.weight_view import AS_STORED, SWAP, View
-from lora_fx.rules.vocabulary import Init, Layout, Op
+from lora_fx.rules.vocabulary import Layout
 
 
 @dataclass(frozen=True)
@@ -88,19 +88,17 @@ class Merge:
 
 @dataclass(frozen=True)
 class Merged:
-    """What a fold did to one weight.
+    """Figures of the merge of one weight, for a report.
 
     Attributes:
-        elements: how many the updates reach.
+        elements: number of elements that the updates reach.
         unchanged: how many of these kept their value, since the update is less than half a step of the weight's dtype.
-        non_finite: how many are infinite or no number after it.
         update_norm: Frobenius norm of the sum of the updates.
         weight_norm: that of the weight before.
     """
 
     elements: int = 0
     unchanged: int = 0
-    non_finite: int = 0
     update_norm: float = 0.0
     weight_norm: float = 0.0
 
@@ -112,8 +110,8 @@ class Merged:
 
 def merge_into(
     weight: torch.Tensor, merge: Merge, tensors: Mapping[str, torch.Tensor], out: torch.Tensor | None
-) -> Merged:
-    """Compute ``W + Σ scaling · B A``, rounded to the weight's dtype once.
+) -> int:
+    """Compute ``W + Σ scaling · B A``, rounded to the weight's dtype once; return how many elements are not finite.
 
     Products and sums are formed in float32 for float32 and bfloat16 weights, in float64 for all others. An element to which
     exactly zero is added keeps its bits. Only parts of a limited size are ever held in that precision.
@@ -122,46 +120,103 @@ def merge_into(
         weight: as it is stored.
         merge: the updates.
         tensors: the factors and all else that the updates name.
-        out: where the result goes: a tensor like ``weight``, or that itself. None: nowhere, for what there is to report.
+        out: where the result goes: a tensor like ``weight``, or that itself. None: nowhere, for the count alone.
     """
-    precision = torch.float32 if weight.dtype in (torch.float32, torch.bfloat16) else torch.float64
-    products = [_Product.of(update, tensors, precision) for update in merge.updates]
     source = merge.stack(weight)
     result = None if out is None else merge.stack(out)
-    largest = torch.finfo(weight.dtype).max / 2
-    spaces: dict[int, _Space] = {}
-    still = same = non_finite = 0  # elements without an update, with the same bits before and after, and no numbers
+    dtype, bits = weight.dtype, BITS[weight.dtype]
+    largest, negative_zero = torch.finfo(dtype).max / 2, torch.iinfo(bits).min
+    non_finite = 0
+    for index, rows, wide, delta in _block_sums(source, merge, tensors):
+        old, place = source[index, rows], None if result is None else result[index, rows]
+        wide += delta
+        flat = wide.view(-1)
+        finite = math.sqrt(torch.dot(flat, flat)) < largest  # no element is larger than the norm; false for a NaN
+        # Adding zero changes the bits of -0.0 and of a NaN alone: as an integer, -0.0 is the least that there is.
+        if finite and int(old.view(bits).amin()) != negative_zero:
+            if place is not None:
+                place.copy_(rounded(wide, dtype) if dtype == torch.float16 else wide)
+            continue
+        new = torch.where(delta == 0, old, rounded(wide, dtype))
+        if not finite:
+            non_finite += int((~torch.isfinite(new)).count_nonzero())
+        if place is not None:
+            place.copy_(new)
+    if out is not None and result is not None and result.data_ptr() != out.data_ptr():
+        out.detach().copy_(result.view(out.shape))
+    return non_finite
+
+
+def surely_finite(weight: torch.Tensor, merge: Merge, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Tell whether norms alone exclude that a merge gives an infinity or a NaN; false says nothing.
+
+    No element is larger than ``‖W‖ + Σ |scaling| ‖B‖ ‖A‖``, nor is any intermediate result where each of these is at least
+    one. A NaN or an infinity in the weight or in a factor is one in its norm.
+
+    Args:
+        weight: see :func:`merge_into`.
+        merge: see :func:`merge_into`.
+        tensors: see :func:`merge_into`.
+    """
+    bound = _norm(weight)
+    for update in merge.updates:
+        sizes = [_norm(tensors[factor.name]) for factor in update.factors]
+        sizes += [abs(float(tensors[name])) for name in update.scales]
+        # max(size, 1.0) is NaN for a NaN, max(1.0, size) is not
+        bound += math.prod((max(size, 1.0) for size in sizes), start=max(abs(update.scaling), 1.0))
+    return bound < torch.finfo(weight.dtype).max / 4
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    dtype = torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=dtype))
+
+
+def measure(weight: torch.Tensor, merge: Merge, tensors: Mapping[str, torch.Tensor], merged: torch.Tensor) -> Merged:
+    """Return the figures of a merge, of which the result is known.
+
+    Args:
+        weight: as it was before.
+        merge: see :func:`merge_into`.
+        tensors: see :func:`merge_into`.
+        merged: the weight after it.
+    """
+    source, result, bits = merge.stack(weight), merge.stack(merged), BITS[weight.dtype]
+    elements = unchanged = 0
     update_norms, weight_norms = [], []
+    for index, rows, wide, delta in _block_sums(source, merge, tensors):
+        reached = delta != 0
+        elements += int(reached.count_nonzero())
+        same = source[index, rows].view(bits) == result[index, rows].view(bits)
+        unchanged += int((same & reached).count_nonzero())
+        weight_norms.append(float(torch.linalg.vector_norm(wide)))
+        update_norms.append(math.sqrt(delta.square_().sum()))
+    return Merged(elements, unchanged, math.hypot(*update_norms), math.hypot(*weight_norms))
+
+
+def _block_sums(
+    source: torch.Tensor, merge: Merge, tensors: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[int, slice, torch.Tensor, torch.Tensor]]:
+    """Yield, block by block, which matrix, which rows, the weight there in the precision of the sums, and the sum of the updates.
+
+    Both tensors are the caller's until the next block, which has the same memory: new memory costs more than the arithmetic.
+    """
+    precision = torch.float32 if source.dtype in (torch.float32, torch.bfloat16) else torch.float64
+    products = [_Product.of(update, tensors, precision) for update in merge.updates]
+    spaces: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by height: a matrix has blocks of two heights at most
     for index, rows in _blocks(source):
-        old, height = source[index, rows], rows.stop - rows.start
-        space = spaces.get(height) or spaces.setdefault(height, _Space.of(old, precision))
-        delta, wide, new = space.delta, space.wide, space.new
+        old = source[index, rows]
+        shape = tuple(old.shape)
+        if shape[0] not in spaces:
+            wide, delta = (torch.empty(shape, dtype=precision, device=old.device) for _ in range(2))
+            spaces[shape[0]] = wide, delta
+        wide, delta = spaces[shape[0]]
         for number, product in enumerate(products):
             product.block(index, rows, merge.layout, wide if number else delta)
             if number:
                 delta += wide
-        zeros, update_norm = space.zeros_and_norm()
         wide.copy_(old)
-        weight_norm = float(torch.linalg.vector_norm(wide))
-        wide += delta
-        place = None if result is None else result[index, rows]
-        if place is not None and place.data_ptr() != old.data_ptr():
-            new = place
-        new.copy_(rounded(wide, weight.dtype) if precision == torch.float64 else wide)
-        if zeros:
-            torch.where(delta == 0, old, new, out=new)
-        still += zeros
-        same += space.same_bits(old, new)
-        if not update_norm + weight_norm < largest:  # no element is larger than its norm
-            non_finite += _non_finite(new, precision)
-        update_norms.append(update_norm)
-        weight_norms.append(weight_norm)
-        if place is not None and new is not place:
-            place.copy_(new)
-    if out is not None and result is not None and result.data_ptr() != out.data_ptr():
-        out.detach().copy_(result.view(out.shape))
-    elements, norms = source.numel() - still, (math.hypot(*update_norms), math.hypot(*weight_norms))
-    return Merged(elements, same - still, non_finite, *norms)
+        yield index, rows, wide, delta
 
 
 def exact_blocks(
@@ -226,67 +281,6 @@ class _Product:
             out *= self.scaling
 
 
-@dataclass(frozen=True)
-class _Space:
-    """Memory for what is computed of one block, used again for the next one: new memory costs more than the arithmetic.
-
-    It is to stay in the cache, and so no larger than needed: what is compared in the end takes the place of ``wide``.
-
-    Attributes:
-        delta: for the sum of the updates.
-        wide: for the weight in the same precision, and for what else is of that size.
-        wide_bits: that as integers.
-        new: for the result, where it must not be in its place yet.
-        same: one integer of the weight's size for each element.
-        rest: some more, which are to be zero.
-        words: both as words of eight bytes, in rows in which no lane flows over when they are added up.
-    """
-
-    delta: torch.Tensor
-    wide: torch.Tensor
-    wide_bits: torch.Tensor
-    new: torch.Tensor
-    same: torch.Tensor
-    rest: torch.Tensor
-    words: torch.Tensor
-
-    @staticmethod
-    def of(block: torch.Tensor, precision: torch.dtype) -> _Space:
-        lanes, count = 8 // block.element_size(), block.numel()
-        rows = -(-count // (lanes * _WORDS))
-        size = -(-count // (lanes * rows)) * lanes * rows
-        memory = torch.empty(size, dtype=precision, device=block.device)
-        wide, integers = memory[:count].view(block.shape), memory.view(_BITS[block.dtype])[:size]
-        return _Space(
-            delta=torch.empty_like(wide),
-            wide=wide,
-            wide_bits=wide.view(_BITS[precision]),
-            new=torch.empty(block.shape, dtype=block.dtype, device=block.device),
-            same=integers[:count].view(block.shape),
-            rest=integers[count:],
-            words=integers.view(torch.int64).view(rows, -1),
-        )
-
-    def zeros_and_norm(self) -> tuple[int, float]:
-        """Return how many elements of the sum of the updates are zero, and its norm."""
-        squares = torch.mul(self.delta, self.delta, out=self.wide)
-        some = int(self.wide_bits.amin()) <= 0  # or only their squares are: mostly none is
-        return int((self.delta == 0).count_nonzero()) if some else 0, math.sqrt(squares.sum())
-
-    def same_bits(self, old: torch.Tensor, new: torch.Tensor) -> int:
-        """Return how many elements have equal bits.
-
-        Ones and zeros of the weight's size are added up as words of eight bytes, each of which counts in several lanes at once:
-        several times as fast as ``count_nonzero``.
-        """
-        bits = self.same.dtype
-        torch.eq(new.view(bits), old.view(bits), out=self.same)
-        self.rest.zero_()
-        width = 8 * bits.itemsize
-        sums = self.words.sum(1).tolist()
-        return sum(word >> lane & ((1 << width) - 1) for word in sums for lane in range(0, 64, width))
-
-
 def _stacked(matrix: torch.Tensor) -> torch.Tensor:
     return matrix if matrix.dim() == 3 else matrix[None]
 
@@ -303,24 +297,38 @@ def _blocks(stack: torch.Tensor) -> Iterator[tuple[int, slice]]:
             yield index, slice(start, min(start + height, rows))
 
 
-def _non_finite(values: torch.Tensor, precision: torch.dtype) -> int:
-    """Return how many elements are infinite or no number. Mostly none is, which their sum tells faster."""
-    finite = torch.isfinite(values.sum(dtype=precision))
-    return 0 if finite else int((~torch.isfinite(values)).count_nonzero())
-
-
-_WORDS = 2**15
-"""How many words are added up at a time, so that no lane flows over."""
-
-_BITS: Mapping[torch.dtype, torch.dtype] = {
+BITS: Mapping[torch.dtype, torch.dtype] = {
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
     torch.float32: torch.int32,
     torch.float64: torch.int64,
 }
+"""Integers of the size of each floating-point type, by which its bits are compared."""
 
-FOLDABLE = frozenset(_BITS)
+FOLDABLE = frozenset(BITS)
 """Dtypes of the weights that can be merged into."""
+
+
+def concatenated(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], matrices: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and B of one product that is the sum of several, of the sum of their ranks: ``[B₁ B₂] [A₁; A₂] = B₁ A₁ + B₂ A₂``.
+
+    Args:
+        pairs: A and B of each.
+        matrices: how many a stack has, whose A are one below the other: then the ranks of each matrix are together in A.
+    """
+    a = torch.cat([a.unflatten(0, (matrices, -1)) for a, _ in pairs], dim=1).flatten(0, 1)
+    return a, torch.cat([b for _, b in pairs], dim=1)
+
+
+def with_all_rows(b: torch.Tensor, features: Iterable[int] | None, out_features: int) -> torch.Tensor:
+    """Return B for all output features, with zeros for those that it does not write to; None: it writes to all."""
+    if features is None:
+        return b
+    rows = b.new_zeros(out_features, *b.shape[1:])
+    rows[list(features)] = b
+    return rows
 
 
 def rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -337,46 +345,3 @@ def rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     bits -= ((back.abs() > exact.abs()) & torch.isfinite(exact)).int()  # towards zero
     bits |= (back != exact).int()
     return bits.view(torch.float32).to(dtype)
-
-
-def initial_factors(
-    shapes: tuple[Sequence[int], Sequence[int]],
-    rank: int,
-    like: torch.Tensor,
-    *,
-    computed: torch.dtype | None = None,
-    op: Op = "linear",
-    init: Init = "kaiming",
-) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return A and B of a new branch, one random and one zero, so that the branch starts as zero.
-
-    They are drawn on the CPU from torch's global generator, in the order of draws that PEFT has (each factor is first
-    initialised as its layer is, then once more), and rounded as PEFT rounds them, so that equal seeds give equal factors.
-
-    Args:
-        shapes: of A and of B.
-        rank: of the update.
-        like: the weight that the branch goes beside: gives the device and the dtype.
-        computed: the dtype in which the site multiplies, if that is not the weight's. Factors are float32 beside half precision.
-        op: of the site. Beside an embedding A is zero and B is normal, else B is zero.
-        init: of A otherwise: Kaiming-uniform with ``a = √5``, or normal with a standard deviation of ``1 / rank``.
-    """
-    a, b = (torch.empty(*shape) for shape in shapes)
-    if op == "embedding":
-        for factor in (a, b, b):
-            nn.init.normal_(factor)
-        a.zero_()
-    else:
-        for factor in (a, b, a) if init == "kaiming" else (a, b):
-            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
-        if init == "gaussian":
-            nn.init.normal_(a, std=1 / rank)
-        b.zero_()
-    dtype = adapter_dtype(computed or like.dtype)
-    a, b = (factor.to(like.device, like.dtype).to(dtype) for factor in (a, b))
-    return nn.Parameter(a), nn.Parameter(b)
-
-
-def adapter_dtype(computed: torch.dtype) -> torch.dtype:
-    """Return the dtype of the factors beside a site that computes in a dtype: float32 for half precision, else that."""
-    return torch.float32 if computed in (torch.float16, torch.bfloat16) else computed

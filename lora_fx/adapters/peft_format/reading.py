@@ -21,7 +21,7 @@ from lora_fx.files.safetensors import TensorFile
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
 from lora_fx.graph.graph_module import described, state_of
 from lora_fx.graph.records import BranchSpec, Origin, Trained
-from lora_fx.numerics.lowrank_merge import adapter_dtype
+from lora_fx.numerics.factor_init import adapter_dtype
 from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import ALL_LINEAR, CONFIG_NAME, AdapterConfig, read_config, trains_bias
 from lora_fx.sites.call_sites import Site, sites

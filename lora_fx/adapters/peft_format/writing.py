@@ -17,6 +17,7 @@ from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import info_of
 from lora_fx.graph.records import BranchSpec
+from lora_fx.numerics.lowrank_merge import concatenated, with_all_rows
 from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import (
     AdapterConfig,
@@ -110,14 +111,8 @@ class _Writer:
         for branch in branches:
             names = branch.names(self._adapter)
             a, b = (self._state.tensors[name].detach() for name in (names.a, names.b))
-            if branch.features is not None:
-                rows = b.new_zeros(site.out_features, *b.shape[1:])
-                rows[list(branch.features)] = b
-                b = rows
-            pairs.append((a, b))
-        if len(pairs) == 1:
-            return pairs[0]
-        return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
+            pairs.append((a, with_all_rows(b, branch.features, site.out_features)))
+        return pairs[0] if len(pairs) == 1 else concatenated(pairs)
 
     def _trained(self, adapted: Collection[str]) -> TrainedParts:
         trained = {each.name for each in trained_of(self._graph_module, self._adapter)}

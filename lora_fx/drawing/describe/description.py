@@ -100,7 +100,7 @@ def within(description: Description, module: str) -> Description:
 
 
 def _merges(graph_module: fx.GraphModule) -> tuple[Merge, ...]:
-    return tuple(entry.merge for entry in known_info(graph_module).folded)
+    return known_info(graph_module).folded
 
 
 def _description(union: Union, graph: Reader, show: Show, merges: Iterable[Merge]) -> Description:
