@@ -19,7 +19,8 @@ def activate(graph_module: fx.GraphModule, strengths: Mapping[str, float]) -> Tr
     """Return the graph with the branches of just these adapters: ``y + Σ strength · scaling · B(A(x))``.
 
     Trained copies of the other adapters give way to the model's own parameters. ``{}`` gives the base. The parameters
-    are shared with ``graph_module``, which is not changed. A strength replaces the present one of the adapter, it is no factor of it.
+    are shared with ``graph_module``, which is not changed. A strength replaces the present one of the adapter, it is no
+    factor of it.
 
     Args:
         graph_module: made by lora_fx, with adapters.

@@ -93,8 +93,9 @@ def save_adapter(
     """Write an adapter as PEFT does: ``PeftModel.from_pretrained(model, directory)`` computes what the graph computes.
 
     The file's metadata also name the rules, the versions, and a fingerprint of the base, see
-    :func:`lora_fx.adapters.peft_format.fingerprint.fingerprint`. Branches of parts of a fused projection become one for all of its features, whose B
-    has zeros in the rows of the others. It is written beside the target and moved into place.
+    :func:`lora_fx.adapters.peft_format.fingerprint.fingerprint`. Branches of parts of a fused projection become one for
+    all of its features, whose B has zeros in the rows of the others. It is written beside the target and moved into
+    place.
 
     Args:
         graph_module: with the adapter; left as it is.
