@@ -309,7 +309,7 @@ def test_named_tuples_are_inputs() -> None:
     ("inputs", "dynamic", "match"),
     [
         ([X], None, r"expected a mapping .*, or a tuple .*, got a list"),
-        (X, None, "example_inputs are a Tensor"),
+        (X, None, "example_inputs: expected a mapping .*, got a Tensor"),
         ((X, X), None, r"forward cannot be called with these example_inputs: too many positional.*It takes \(x\)"),
         ((), None, "missing a required argument: 'x'"),
         ({"y": X}, None, "missing a required argument: 'x'"),

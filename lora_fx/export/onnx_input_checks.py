@@ -17,7 +17,7 @@ import torch
 
 from lora_fx.export.onnx_ops import onnx_package
 from lora_fx.graph.input_checks import Constraints
-from lora_fx.graph.size_relations import interpret
+from lora_fx.graph.size_relations import Relation
 
 DOUBLE, INT64 = 11, 7
 """Types, as ONNX numbers them. Sizes are computed in double precision, which holds every size exactly."""
@@ -25,7 +25,7 @@ DOUBLE, INT64 = 11, 7
 
 def add_checks(model: Any, constraints: Constraints) -> None:
     """Insert checks into an ``onnx_ir`` model (in place). Fixed sizes, dtypes and ranks are part of its inputs already."""
-    conditions = constraints.conditions()
+    conditions = constraints.conditions
     if not conditions:
         return
     ir = onnx_package("onnx_ir")
@@ -51,9 +51,9 @@ class _Emitter:
         self._made: dict[tuple[Any, ...], Any] = {}
         self.nodes: list[Any] = []
 
-    def check(self, relation: str) -> Any:
+    def check(self, relation: Relation) -> Any:
         """Return ``[1]``, computed by a node that fails where the relation does not hold."""
-        holds = interpret(relation, self._size, self._number, self._apply)
+        holds = relation.interpret(self._size, self._number, self._apply)
         index = self.op("Cast", [self.op("Not", [holds])], to=INT64)
         name = f"expected {relation}, which the trace covers; trace again with example_inputs of these sizes"
         return self.op("Gather", [self._constant([1], torch.int64), index], name=name)

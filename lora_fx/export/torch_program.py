@@ -13,7 +13,6 @@ from torch import fx
 from lora_fx.errors import ExportError, TraceError
 from lora_fx.export.prepare import Exportable, explain
 from lora_fx.export.trial_inputs import larger_examples
-from lora_fx.graph.size_relations import as_guard
 from lora_fx.tracing.example_inputs import ExampleInputs
 from lora_fx.tracing.torch_export import export
 
@@ -31,7 +30,7 @@ def export_plain(exportable: Exportable) -> torch.export.ExportedProgram:
     except TraceError as error:
         raise ExportError(f"torch.export does not take this graph: {error}{explain(exportable, str(error))}") from error
     constraints = exportable.constraints
-    conditions = map(as_guard, (*constraints.fixed_sizes(), *constraints.conditions()))
+    conditions = [relation.guard for relation in (*constraints.fixed_sizes(), *constraints.conditions)]
     if _same_operators(exportable.plain.graph, program.graph):
         # torch.export assumes that sizes 0 and 1 do not occur: its guards exclude more than the trace does.
         program._guards_code.clear()

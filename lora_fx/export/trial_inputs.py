@@ -12,7 +12,6 @@ import torch
 from lora_fx.errors import ExportError, InputError
 from lora_fx.export.prepare import Exportable
 from lora_fx.graph.example_sizes import Dimension, cut_or_repeated, other_values
-from lora_fx.graph.size_relations import holds
 
 Sizes = Mapping[str, int]
 """The size of each axis that varies, by name."""
@@ -98,7 +97,7 @@ class _Axes:
         tensors, constraints = self.exportable.examples.tensors, self.exportable.constraints
         every = {(name, dim): size for name, tensor in tensors.items() for dim, size in enumerate(tensor.shape)}
         every |= self._by_dimension(sizes)
-        return all(holds(condition, every) for condition in constraints.conditions())
+        return all(condition.holds(every) for condition in constraints.conditions)
 
     def made(self, sizes: Sizes, *, masked: bool) -> Iterator[Mapping[str, torch.Tensor]]:
         """Yield inputs of these sizes with new values, then, for a model that refuses those, with the values of the examples."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import fx, nn
 from lora_fx.errors import InputError
 from lora_fx.graph.graph_module import erase_unread
 from lora_fx.graph.signature import signature_of
-from lora_fx.graph.size_relations import UNBOUNDED, interpret, renamed
+from lora_fx.graph.size_relations import UNBOUNDED, Relation
 
 PREFIX = "input_checks"
 """The module path below which a graph keeps its checks."""
@@ -99,12 +100,12 @@ class Constraints:
     Attributes:
         ranges: input → (lowest, highest) size of each dimension; ``UNBOUNDED`` where there is no highest.
         dtypes: input → dtype.
-        relations: conditions on sizes, as Python expressions over ``<input>.size(<dim>)``.
+        relations: conditions on sizes that are no ranges.
     """
 
     ranges: Mapping[str, tuple[tuple[int, int], ...]]
     dtypes: Mapping[str, torch.dtype]
-    relations: tuple[str, ...] = ()
+    relations: tuple[Relation, ...] = ()
 
     def intersection(self, other: Constraints) -> Constraints:
         """Return the constraints on inputs that both cover."""
@@ -119,26 +120,27 @@ class Constraints:
         return Constraints(
             {new: self.ranges[old] for old, new in names.items()},
             {new: self.dtypes[old] for old, new in names.items()},
-            tuple(renamed(relation, names) for relation in self.relations),
+            tuple(relation.renamed(names) for relation in self.relations),
         )
 
-    def fixed_sizes(self) -> tuple[str, ...]:
+    def fixed_sizes(self) -> tuple[Relation, ...]:
         """Return the sizes that do not vary, as relations."""
         return tuple(
-            f"{name}.size({dim}) == {low}"
+            Relation(f"{name}.size({dim}) == {low}")
             for name, ranges in self.ranges.items()
             for dim, (low, high) in enumerate(ranges)
             if low == high
         )
 
-    def conditions(self) -> tuple[str, ...]:
-        """Return the ranges of sizes that vary, and all relations, as relations."""
+    @cached_property
+    def conditions(self) -> tuple[Relation, ...]:
+        """The ranges of sizes that vary, and all relations, as relations."""
         bounds = []
         for name, ranges in self.ranges.items():
             for dim, (low, high) in enumerate(ranges):
                 if low != high:
-                    bounds.append(f"{name}.size({dim}) >= {low}")
-                    bounds += [f"{name}.size({dim}) <= {high}"] if high != UNBOUNDED else []
+                    bounds.append(Relation(f"{name}.size({dim}) >= {low}"))
+                    bounds += [Relation(f"{name}.size({dim}) <= {high}")] if high != UNBOUNDED else []
         return (*bounds, *self.relations)
 
 
@@ -159,7 +161,7 @@ def add_checks(graph: fx.Graph, constraints: Constraints) -> dict[str, nn.Module
         emitter = _RelationEmitter(graph, placeholders)
         for index, relation in enumerate(constraints.relations):
             target = f"{PREFIX}.relation_{index}"
-            modules[target] = RelationCheck(relation)
+            modules[target] = RelationCheck(relation.text)
             graph.call_module(target, (emitter.emit(relation),))
     return modules
 
@@ -173,14 +175,14 @@ def remove_checks(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Constrai
     """
     ranges: dict[str, tuple[tuple[int, int], ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
-    relations: list[str] = []
+    relations: list[Relation] = []
     for node in list(graph.nodes):
         check = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(check, InputCheck):
             ranges[check.name] = _ranges(check)
             dtypes[check.name] = check.dtype
         elif isinstance(check, RelationCheck):
-            relations.append(check.relation)
+            relations.append(Relation(check.relation))
         else:
             continue
         erase_unread(graph, node)
@@ -195,8 +197,8 @@ class _RelationEmitter:
         self._placeholders = placeholders
         self._emitted: dict[tuple[Any, ...], fx.Node] = {}
 
-    def emit(self, relation: str) -> Any:
-        return interpret(relation, self._size, int, self._call)
+    def emit(self, relation: Relation) -> Any:
+        return relation.interpret(self._size, int, self._call)
 
     def _size(self, name: str, dim: int) -> fx.Node:
         return self._call(torch.ops.aten.sym_size.int, (self._placeholders[name], dim))

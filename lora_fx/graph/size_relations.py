@@ -1,4 +1,4 @@
-"""Conditions on the sizes of inputs, as Python expressions over ``<input>.size(<dim>)``: read, evaluated and classified."""
+"""Relations: conditions on the sizes of inputs, Python expressions over ``<input>.size(<dim>)`` that are parsed once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import ast
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, reduce
+from dataclasses import dataclass
+from functools import cached_property, reduce
 from typing import Any, TypeVar
 
 import torch
@@ -16,173 +17,210 @@ from lora_fx.errors import TraceError
 UNBOUNDED = -1
 """Stands for "no upper bound" in a range (TorchScript has no optional list elements)."""
 
+Reference = tuple[str, int]
+"""A size: the name of an input, and one of its dimensions."""
 
-def parse_guard(guard: str, paths: Mapping[str, str]) -> str:
-    """Rewrite a guard of torch.export into a relation over ``<input>.size(<dim>)``.
+Compute = Callable[[Mapping[Reference, int]], Any]
 
-    Args:
-        guard: such as ``L['x'].size()[1] <= 16``.
-        paths: source of an input in guards (``L['x']``) → its name.
+T = TypeVar("T")
 
-    Raises:
-        TraceError: the guard speaks of something else than the sizes of the inputs.
+
+@dataclass(frozen=True)
+class Relation:
+    """A condition on the sizes of inputs. Two are equal if their texts are.
+
+    Attributes:
+        text: such as ``a.size(1) == b.size(1)``; graphs and files store relations as texts.
     """
-    tree = _SizeReferences(paths).visit(ast.parse(guard, mode="eval"))
-    return ast.unparse(ast.fix_missing_locations(tree))
 
+    text: str
 
-def as_guard(relation: str) -> str:
-    """Rewrite a relation into a guard of torch.export, whose sources are the inputs by name."""
-    return _SIZE.sub(r"L['\1'].size()[\2]", relation)
+    @classmethod
+    def from_guard(cls, guard: str, paths: Mapping[str, str]) -> Relation:
+        """Read a guard of torch.export.
 
+        Args:
+            guard: such as ``L['x'].size()[1] <= 16``.
+            paths: source of an input in guards (``L['x']``) → its name.
 
-def renamed(relation: str, names: Mapping[str, str]) -> str:
-    """Return the relation with other names for the inputs."""
-    return _SIZE.sub(lambda size: f"{names.get(size[1], size[1])}.size({size[2]})", relation)
+        Raises:
+            TraceError: the guard refers to anything but sizes of inputs.
+        """
+        tree = _SizeReferences(paths).visit(ast.parse(guard, mode="eval"))
+        return cls(ast.unparse(ast.fix_missing_locations(tree)))
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __reduce__(self) -> tuple[type[Relation], tuple[str]]:
+        return Relation, (self.text,)  # without cached values, some of which do not pickle
+
+    @property
+    def guard(self) -> str:
+        """The relation as a guard of torch.export, whose sources are the inputs by name."""
+        return _SIZE.sub(r"L['\1'].size()[\2]", self.text)
+
+    def renamed(self, names: Mapping[str, str]) -> Relation:
+        """Return the relation with other names for the inputs."""
+        return Relation(_SIZE.sub(lambda size: f"{names.get(size[1], size[1])}.size({size[2]})", self.text))
+
+    def check_supported(self) -> None:
+        """Raise :class:`TraceError` unless a graph can compute the relation."""
+        unknown = [part for part in ast.walk(self._tree) if not _is_known(part)]
+        if unknown:
+            raise TraceError(
+                f"torch.export bound this trace by {self.text!r}, of which {ast.unparse(unknown[0])!r} cannot be checked in a graph. "
+                "Trace with dynamic= naming fewer dynamic dimensions."
+            )
+
+    @cached_property
+    def bound(self) -> tuple[str, int, int, int] | None:
+        """The relation as a range of one dimension: (input, dim, low, high), or None if it is anything else."""
+        if self._comparison is None:
+            return None
+        left, operation, right = self._comparison
+        if isinstance(left, ast.Constant):
+            left, right, operation = right, left, _MIRRORED.get(type(operation), operation)
+        reference = _as_reference(left)
+        if reference is None or not (isinstance(right, ast.Constant) and isinstance(right.value, int)):
+            return None
+        bound = right.value
+        match operation:
+            case ast.LtE():
+                return (*reference, 0, bound)
+            case ast.Lt():
+                return (*reference, 0, bound - 1)
+            case ast.GtE():
+                return (*reference, bound, UNBOUNDED)
+            case ast.Gt():
+                return (*reference, bound + 1, UNBOUNDED)
+            case ast.Eq():
+                return (*reference, bound, bound)
+            case _:
+                return None
+
+    @cached_property
+    def references(self) -> frozenset[Reference]:
+        """The sizes to which the relation refers."""
+        found = (_as_reference(tree) for tree in ast.walk(self._tree) if isinstance(tree, ast.expr))
+        return frozenset(reference for reference in found if reference is not None)
+
+    @cached_property
+    def functions(self) -> frozenset[str]:
+        """The names of the functions that it calls, of ``FUNCTIONS``."""
+        calls = (tree.func for tree in ast.walk(self._tree) if isinstance(tree, ast.Call))
+        return frozenset(function.id for function in calls if isinstance(function, ast.Name))
+
+    @cached_property
+    def equal_sizes(self) -> tuple[Reference, Reference] | None:
+        """The two sizes that the relation declares equal, or None if it is anything else."""
+        if self._comparison is None or not isinstance(self._comparison[1], ast.Eq):
+            return None
+        left, right = _as_reference(self._comparison[0]), _as_reference(self._comparison[2])
+        return None if left is None or right is None else (left, right)
+
+    @property
+    def is_exclusion(self) -> bool:
+        """Whether it excludes single values: ``… != …``."""
+        return self._comparison is not None and isinstance(self._comparison[1], ast.NotEq)
+
+    def holds(self, sizes: Mapping[Reference, int]) -> bool:
+        """Tell whether the relation holds for these sizes; where it divides by zero it does not."""
+        try:
+            return bool(self._compute(sizes))
+        except ZeroDivisionError:
+            return False
+
+    def interpret(
+        self,
+        size: Callable[[str, int], T],
+        constant: Callable[[int], T],
+        apply: Callable[[Callable[..., Any], Sequence[T]], T],
+    ) -> T:
+        """Compute the relation from its leaves up; values may be functions, nodes of a graph, or values of a runtime.
+
+        Args:
+            size: returns the value of the size of a dimension, from (input, dim).
+            constant: returns that of a number.
+            apply: returns that of one of ``OPERATORS`` or ``FUNCTIONS``, from its one or two operands.
+
+        Raises:
+            TraceError: :meth:`check_supported` refuses the relation.
+        """
+
+        def value(tree: ast.expr) -> T:
+            reference = _as_reference(tree)
+            if reference is not None:
+                return size(*reference)
+            match tree:
+                case ast.Constant(value=int() as number):
+                    return constant(number)
+                case (
+                    ast.BinOp(left=left, op=op, right=right) | ast.Compare(left=left, ops=[op], comparators=[right])
+                ) if type(op) in OPERATORS:
+                    return apply(OPERATORS[type(op)], [value(left), value(right)])
+                case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
+                    return apply(OPERATORS[type(op)], [value(operand)])
+                case ast.BoolOp(op=op, values=values):
+                    return reduce(lambda left, right: apply(OPERATORS[type(op)], [left, right]), map(value, values))
+                case ast.Call(func=ast.Name(id=function), args=[left, right], keywords=[]) if function in FUNCTIONS:
+                    return apply(FUNCTIONS[function], [value(left), value(right)])
+            raise TraceError(
+                f"torch.export bound this trace by a condition that cannot be checked: {ast.unparse(tree)}. "
+                "Trace with dynamic= naming fewer dynamic dimensions."
+            )
+
+        return value(self._tree)
+
+    @cached_property
+    def _tree(self) -> ast.expr:
+        return ast.parse(self.text, mode="eval").body
+
+    @property
+    def _comparison(self) -> tuple[ast.expr, ast.cmpop, ast.expr] | None:
+        """The two sides and the operator of a single comparison."""
+        match self._tree:
+            case ast.Compare(left=left, ops=[operation], comparators=[right]):
+                return left, operation, right
+        return None
+
+    @cached_property
+    def _compute(self) -> Compute:
+        """A closure, since a relation is evaluated for many sizes."""
+
+        def apply(function: Callable[..., Any], operands: Sequence[Compute]) -> Compute:
+            if len(operands) == 1:
+                (only,) = operands
+                return lambda sizes: function(only(sizes))
+            first, second = operands
+            return lambda sizes: function(first(sizes), second(sizes))
+
+        def constant(value: int) -> Compute:
+            return lambda _: value
+
+        def size(name: str, dim: int) -> Compute:
+            return operator.itemgetter((name, dim))
+
+        return self.interpret(size, constant, apply)
 
 
 _SIZE = re.compile(r"\b(\w+)\.size\((\d+)\)")
 
 
-def check_relation(relation: str) -> None:
-    """Raise :class:`TraceError` where a relation is made of what neither this module nor a graph can compute."""
-    unknown = [part for part in ast.walk(ast.parse(relation, mode="eval")) if not _is_known(part)]
-    if unknown:
-        raise TraceError(
-            f"torch.export bound this trace by {relation!r}, of which {ast.unparse(unknown[0])!r} cannot be checked in a graph. "
-            "Trace with dynamic= naming fewer dynamic dimensions."
-        )
-
-
 def _is_known(tree: ast.AST) -> bool:
-    """Tell whether an expression is made of what relations know. Of others than expressions nothing is said."""
+    """Tell whether an expression is one that relations may contain; operators and contexts, which are no expressions, are."""
     match tree:
         case ast.BinOp(op=op) | ast.UnaryOp(op=op) | ast.BoolOp(op=op) | ast.Compare(ops=[op]):
             return type(op) in OPERATORS
         case ast.Call(func=ast.Name(id=function), args=[_, _], keywords=[]):
             return function in FUNCTIONS
         case ast.Call():
-            return as_reference(tree) is not None
+            return _as_reference(tree) is not None
         case ast.Constant(value=value):
             return isinstance(value, int)
         case ast.Attribute() | ast.Name():  # within a reference
             return True
     return not isinstance(tree, ast.expr)
-
-
-def as_bound(relation: str) -> tuple[str, int, int, int] | None:
-    """Read a relation as a range of one dimension: (input, dim, low, high), or None if it is something else."""
-    tree = ast.parse(relation, mode="eval").body
-    if not (isinstance(tree, ast.Compare) and len(tree.ops) == 1):
-        return None
-    left, operation, right = tree.left, tree.ops[0], tree.comparators[0]
-    if isinstance(left, ast.Constant):
-        left, right, operation = right, left, _MIRRORED.get(type(operation), operation)
-    reference = as_reference(left)
-    if reference is None or not (isinstance(right, ast.Constant) and isinstance(right.value, int)):
-        return None
-    bound = right.value
-    match operation:
-        case ast.LtE():
-            return (*reference, 0, bound)
-        case ast.Lt():
-            return (*reference, 0, bound - 1)
-        case ast.GtE():
-            return (*reference, bound, UNBOUNDED)
-        case ast.Gt():
-            return (*reference, bound + 1, UNBOUNDED)
-        case ast.Eq():
-            return (*reference, bound, bound)
-        case _:
-            return None
-
-
-def references(relation: str) -> set[tuple[str, int]]:
-    """Return the dimensions that a relation speaks of, as (input, dim)."""
-    found = (as_reference(tree) for tree in ast.walk(ast.parse(relation, mode="eval")) if isinstance(tree, ast.expr))
-    return {reference for reference in found if reference is not None}
-
-
-def holds(relation: str, sizes: Mapping[tuple[str, int], int]) -> bool:
-    """Tell whether a relation holds for these sizes of its dimensions; one that divides by zero does not."""
-    try:
-        return bool(_compiled(relation)(sizes))
-    except ZeroDivisionError:
-        return False
-
-
-Compute = Callable[[Mapping[tuple[str, int], int]], Any]
-
-
-@cache  # asked of many sizes
-def _compiled(relation: str) -> Compute:
-    def apply(function: Callable[..., Any], operands: Sequence[Compute]) -> Compute:
-        if len(operands) == 1:
-            (only,) = operands
-            return lambda sizes: function(only(sizes))
-        first, second = operands
-        return lambda sizes: function(first(sizes), second(sizes))
-
-    def constant(value: int) -> Compute:
-        return lambda _: value
-
-    def size(name: str, dim: int) -> Compute:
-        return operator.itemgetter((name, dim))
-
-    return interpret(relation, size, constant, apply)
-
-
-T = TypeVar("T")
-
-
-def interpret(
-    relation: str,
-    size: Callable[[str, int], T],
-    constant: Callable[[int], T],
-    apply: Callable[[Callable[..., Any], Sequence[T]], T],
-) -> T:
-    """Compute a relation from its leaves up, whatever its values are: functions, nodes of a graph, values of a runtime.
-
-    Args:
-        relation: of what :func:`check_relation` admits.
-        size: gives the value of the size of a dimension, from (input, dim).
-        constant: that of a number.
-        apply: that of one of ``OPERATORS`` or ``FUNCTIONS``, from its one or two operands.
-
-    Raises:
-        TraceError: the relation is made of something else.
-    """
-
-    def value(tree: ast.expr) -> T:
-        reference = as_reference(tree)
-        if reference is not None:
-            return size(*reference)
-        match tree:
-            case ast.Constant(value=int() as number):
-                return constant(number)
-            case ast.BinOp(left=left, op=op, right=right) | ast.Compare(left=left, ops=[op], comparators=[right]) if (
-                type(op) in OPERATORS
-            ):
-                return apply(OPERATORS[type(op)], [value(left), value(right)])
-            case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
-                return apply(OPERATORS[type(op)], [value(operand)])
-            case ast.BoolOp(op=op, values=values):
-                return reduce(lambda left, right: apply(OPERATORS[type(op)], [left, right]), map(value, values))
-            case ast.Call(func=ast.Name(id=function), args=[left, right], keywords=[]) if function in FUNCTIONS:
-                return apply(FUNCTIONS[function], [value(left), value(right)])
-        raise TraceError(
-            f"torch.export bound this trace by a condition that cannot be checked: {ast.unparse(tree)}. "
-            "Trace with dynamic= naming fewer dynamic dimensions."
-        )
-
-    return value(ast.parse(relation, mode="eval").body)
-
-
-@cache
-def excludes(relation: str) -> bool:
-    """Tell whether a relation excludes single values: ``… != …``."""
-    tree = ast.parse(relation, mode="eval").body
-    return isinstance(tree, ast.Compare) and len(tree.ops) == 1 and isinstance(tree.ops[0], ast.NotEq)
 
 
 _MIRRORED: Mapping[type[ast.cmpop], ast.cmpop] = {
@@ -235,8 +273,8 @@ class _SizeReferences(ast.NodeTransformer):
         )
 
 
-def as_reference(tree: ast.expr) -> tuple[str, int] | None:
-    """Read ``<input>.size(<dim>)`` as (input, dim); None for any other expression."""
+def _as_reference(tree: ast.expr) -> Reference | None:
+    """Read ``<input>.size(<dim>)``; None for any other expression."""
     match tree:
         case ast.Call(
             func=ast.Attribute(value=ast.Name(id=name), attr="size"), args=[ast.Constant(value=int() as dim)]

@@ -1,10 +1,12 @@
-"""What torch.export established about a trace → :class:`~lora_fx.graph.input_checks.Constraints`."""
+"""Constraints of a trace, read from the ranges, symbolic sizes and guards of torch.export."""
 
 from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import sympy
 import torch
@@ -13,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
 from lora_fx.graph.input_checks import Constraints
-from lora_fx.graph.size_relations import UNBOUNDED, as_bound, check_relation, parse_guard
+from lora_fx.graph.size_relations import UNBOUNDED, Reference, Relation
 
 Range = tuple[int, int]
 
@@ -27,7 +29,7 @@ def constraints_of(program: torch.export.ExportedProgram, graph: fx.Graph, signa
         signature: of the ``forward`` that was exported.
 
     Raises:
-        TraceError: torch.export bound the trace by something that is not a condition on input sizes.
+        TraceError: torch.export bound the trace by anything but conditions on input sizes.
     """
     placeholders = {
         str(node.target): node.meta["val"]
@@ -35,7 +37,7 @@ def constraints_of(program: torch.export.ExportedProgram, graph: fx.Graph, signa
         if isinstance(node.meta.get("val"), torch.Tensor)
     }
     ranges: dict[str, list[Range]] = {}
-    relations: list[str] = []
+    relations: list[Relation] = []
     source: dict[sympy.Expr, str] = {}
     derived: list[tuple[str, sympy.Expr]] = []
     for name, fake in placeholders.items():
@@ -48,22 +50,21 @@ def constraints_of(program: torch.export.ExportedProgram, graph: fx.Graph, signa
             expression = size.node.expr
             ranges[name].append(_range(program, expression))
             if expression in source:
-                relations.append(f"{source[expression]} == {reference}")
+                relations.append(Relation(f"{source[expression]} == {reference}"))
             elif isinstance(expression, sympy.Symbol):
                 source[expression] = reference
             else:
                 derived.append((reference, expression))
     relations += [_derived(reference, expression, source) for reference, expression in derived]
     paths = _paths(program, signature)
-    relations += [parse_guard(guard, paths) for guard in program._guards_code]
+    relations += [Relation.from_guard(guard, paths) for guard in program._guards_code]
     for relation in relations:
-        check_relation(relation)
-        bound = as_bound(relation)
-        if bound is not None:
-            name, dim, low, high = bound
+        relation.check_supported()
+        if relation.bound is not None:
+            name, dim, low, high = relation.bound
             ranges[name][dim] = _tighten(ranges[name][dim], low, high)
     dtypes = {name: fake.dtype for name, fake in placeholders.items()}
-    remaining = [relation for relation in relations if as_bound(relation) is None]
+    remaining = [relation for relation in relations if relation.bound is None]
     return Constraints({name: tuple(dims) for name, dims in ranges.items()}, dtypes, _independent(remaining))
 
 
@@ -80,22 +81,22 @@ def _tighten(current: Range, low: int, high: int) -> Range:
     return max(current[0], low), min(highs, default=UNBOUNDED)
 
 
-def _derived(reference: str, expression: sympy.Expr, source: Mapping[sympy.Expr, str]) -> str:
+def _derived(reference: str, expression: sympy.Expr, source: Mapping[sympy.Expr, str]) -> Relation:
     """Express that a size is ``a·s + b``: equal to that of another size ``s``, or, if nothing else has size ``s``, divisible."""
     unknown = [symbol for symbol in expression.free_symbols if symbol not in source]
     if not unknown:
         names = {symbol: sympy.Symbol(source[symbol]) for symbol in expression.free_symbols}
-        return f"{reference} == {expression.xreplace(names)}"
+        return Relation(f"{reference} == {expression.xreplace(names)}")
     if len(expression.free_symbols) == 1 and sympy.degree(expression, unknown[0]) == 1:
         factor, offset = expression.coeff(unknown[0], 1), expression.coeff(unknown[0], 0)
-        return f"({reference} - {offset}) % {factor} == 0"
+        return Relation(f"({reference} - {offset}) % {factor} == 0")
     raise TraceError(
         f"torch.export made {reference} depend on others as {expression}, which cannot be checked. Trace with fewer dynamic dimensions (dynamic=)."
     )
 
 
 def _paths(program: torch.export.ExportedProgram, signature: inspect.Signature) -> dict[str, str]:
-    """Map the sources that guards speak of (``L['x']``, ``L['args'][0]``, ``L['flat_args'][2]``) to placeholder names."""
+    """Map the sources in guards (``L['x']``, ``L['args'][0]``, ``L['flat_args'][2]``) to placeholder names."""
     names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
     leaves, spec = pytree.tree_flatten(program.example_inputs)
     assert len(leaves) == len(names)
@@ -107,20 +108,19 @@ def _paths(program: torch.export.ExportedProgram, signature: inspect.Signature) 
     return {ast.unparse(ast.parse(source, mode="eval")): name for source, name in paths.items()}
 
 
-def _independent(relations: Iterable[str]) -> tuple[str, ...]:
-    """Drop what follows from the equalities between sizes: torch.export records many consequences of one fact."""
+def _independent(relations: Iterable[Relation]) -> tuple[Relation, ...]:
+    """Drop consequences of the equalities between sizes: torch.export records many of one fact."""
     equal = _Equalities()
-    kept: list[str] = []
-    others: list[str] = []
+    kept: list[Relation] = []
+    others: list[Relation] = []
     for relation in dict.fromkeys(relations):
-        sides = _equal_sizes(relation)
-        if sides is None:
+        if relation.equal_sizes is None:
             others.append(relation)
-        elif equal.join(*sides):
+        elif equal.join(*relation.equal_sizes):
             kept.append(relation)
     seen: set[object] = set()
     for relation in others:
-        meaning = _as_sympy(ast.parse(relation, mode="eval").body, equal)
+        meaning = _meaning(relation, equal)
         if meaning is sympy.true or (meaning is not None and meaning in seen):
             continue
         seen.add(meaning)
@@ -129,18 +129,18 @@ def _independent(relations: Iterable[str]) -> tuple[str, ...]:
 
 
 class _Equalities:
-    """Union-find over size references."""
+    """Union-find over sizes."""
 
     def __init__(self) -> None:
-        self._parent: dict[str, str] = {}
+        self._parent: dict[Reference, Reference] = {}
 
-    def find(self, name: str) -> str:
-        while name in self._parent:
-            name = self._parent[name]
-        return name
+    def find(self, size: Reference) -> Reference:
+        while size in self._parent:
+            size = self._parent[size]
+        return size
 
-    def join(self, a: str, b: str) -> bool:
-        """Make two references equal; tell whether that was news."""
+    def join(self, a: Reference, b: Reference) -> bool:
+        """Make two sizes equal; tell whether they were not yet."""
         a, b = self.find(a), self.find(b)
         if a == b:
             return False
@@ -148,50 +148,32 @@ class _Equalities:
         return True
 
 
-def _equal_sizes(relation: str) -> tuple[str, str] | None:
-    match ast.parse(relation, mode="eval").body:
-        case ast.Compare(left=ast.Call() as left, ops=[ast.Eq()], comparators=[ast.Call() as right]) if _is_size(
-            left
-        ) and _is_size(right):
-            return ast.unparse(left), ast.unparse(right)
-    return None
-
-
-def _is_size(tree: ast.Call) -> bool:
-    return isinstance(tree.func, ast.Attribute) and tree.func.attr == "size"
-
-
-def _as_sympy(tree: ast.expr, equal: _Equalities) -> sympy.Basic | None:
+def _meaning(relation: Relation, equal: _Equalities) -> sympy.Basic | None:
     """Return the meaning of a relation over positive integers, or None where it has no simple one."""
-    match tree:
-        case ast.Constant(value=int() as value):
-            return sympy.Integer(value)
-        case ast.Call() if _is_size(tree):
-            return sympy.Symbol(equal.find(ast.unparse(tree)), integer=True, positive=True)
-        case ast.BinOp(left=left, op=op, right=right):
-            operands = _as_sympy(left, equal), _as_sympy(right, equal)
-        case ast.Compare(left=left, ops=[op], comparators=[right]):
-            operands = _as_sympy(left, equal), _as_sympy(right, equal)
-        case ast.BoolOp(op=ast.Or(), values=[left, right]):
-            arms = _as_sympy(left, equal), _as_sympy(right, equal)
-            return sympy.true if sympy.true in arms else None
-        case _:
+
+    def size(name: str, dim: int) -> sympy.Basic | None:
+        return sympy.Symbol("{}.size({})".format(*equal.find((name, dim))), integer=True, positive=True)
+
+    def apply(function: Callable[..., Any], operands: Sequence[sympy.Basic | None]) -> sympy.Basic | None:
+        if function is operator.or_:
+            return sympy.true if sympy.true in operands else None
+        if any(operand is None for operand in operands) or function not in _SYMPY:
             return None
-    if operands[0] is None or operands[1] is None or type(op) not in _SYMPY:
-        return None
-    return _SYMPY[type(op)](*operands)
+        return _SYMPY[function](*operands)
+
+    return relation.interpret(size, sympy.Integer, apply)
 
 
-_SYMPY = {
-    ast.Add: lambda a, b: a + b,
-    ast.Sub: lambda a, b: a - b,
-    ast.Mult: lambda a, b: a * b,
-    ast.FloorDiv: lambda a, b: sympy.floor(a / b),
-    ast.Mod: sympy.Mod,
-    ast.Eq: sympy.Eq,
-    ast.NotEq: sympy.Ne,
-    ast.Lt: sympy.Lt,
-    ast.LtE: sympy.Le,
-    ast.Gt: sympy.Gt,
-    ast.GtE: sympy.Ge,
+_SYMPY: Mapping[Callable[..., Any], Callable[..., sympy.Basic]] = {
+    operator.add: operator.add,
+    operator.sub: operator.sub,
+    operator.mul: operator.mul,
+    operator.floordiv: lambda a, b: sympy.floor(a / b),
+    operator.mod: sympy.Mod,
+    operator.eq: sympy.Eq,
+    operator.ne: sympy.Ne,
+    operator.lt: sympy.Lt,
+    operator.le: sympy.Le,
+    operator.gt: sympy.Gt,
+    operator.ge: sympy.Ge,
 }

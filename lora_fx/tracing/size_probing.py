@@ -1,4 +1,4 @@
-"""Which exclusions of a trace are artefacts, found out by running what they exclude.
+"""Artefacts among the exclusions of a trace, found by running the excluded sizes.
 
 torch.export never distinguishes sizes 0 and 1 from constants, so it reports ranges that start at 2, and guards such as
 ``x.size(1) // 3 != 1``, whether or not the model's Python treats those sizes in its own way. Slices of a buffer exclude its
@@ -19,12 +19,12 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.graph.example_sizes import Dimension, Examples, cut_or_repeated, other_values
 from lora_fx.graph.input_checks import Constraints
-from lora_fx.graph.size_relations import UNBOUNDED, excludes, holds, references
+from lora_fx.graph.size_relations import UNBOUNDED, Relation
 from lora_fx.tracing.example_inputs import ExampleInputs
 from lora_fx.tracing.parity import GraphFailed, ModelFailed, difference, map_tensors
 
-LARGEST, MOST = 4096, 4
-"""An exclusion is taken for an artefact only if it excludes at most ``MOST`` sizes, all below ``LARGEST``, and each was run."""
+MAX_SIZE, MAX_SIZES = 4096, 4
+"""An exclusion may be an artefact only if it excludes at most ``MAX_SIZES`` sizes, all below ``MAX_SIZE``; each of them is run."""
 
 
 def without_artefacts(
@@ -34,21 +34,21 @@ def without_artefacts(
     constraints: Constraints,
     set_training: Callable[[bool], object] | None = None,
 ) -> Constraints:
-    """Return the constraints without those exclusions under which graph and model agree.
+    """Return the constraints without exclusions of sizes at which graph and model agree.
 
     Args:
         model: the traced model, in eval mode, with weights.
         graph_module: its graph without input checks, in eval mode.
-        inputs: what it was traced with.
-        constraints: what torch.export established.
-        set_training: puts both into train mode, and back; left out, they are run in eval mode alone.
+        inputs: of the trace.
+        constraints: as torch.export established them.
+        set_training: switches both to train mode, and back; by default they are run in eval mode alone.
     """
     prober = _Prober(model, graph_module, inputs, examples_of(inputs, constraints), set_training)
     return prober.without_points(prober.without_lower_bounds(constraints))
 
 
 def examples_of(inputs: ExampleInputs, constraints: Constraints) -> Examples:
-    """Return the tensors among the inputs of a trace, by the names that its constraints have for them."""
+    """Return the tensors among the inputs of a trace, by their names in its constraints."""
     leaves = [leaf for leaf in pytree.tree_leaves((inputs.args, dict(inputs.kwargs))) if isinstance(leaf, torch.Tensor)]
     return Examples(dict(zip(constraints.ranges, [leaf.detach() for leaf in leaves], strict=True)), inputs.axes)
 
@@ -62,7 +62,7 @@ class _Prober:
     set_training: Callable[[bool], object] | None
 
     def without_lower_bounds(self, constraints: Constraints) -> Constraints:
-        """Take lower bounds of 2 to 1, for all axes that agree at 1: alone, by twos, and all together."""
+        """Lower bounds of 2 to 1 for all axes at whose size 1 model and graph agree: alone, in pairs, and all together."""
         bounded = {
             (name, dim)
             for name, ranges in constraints.ranges.items()
@@ -82,33 +82,33 @@ class _Prober:
         return replace(constraints, ranges=ranges)
 
     def without_points(self, constraints: Constraints) -> Constraints:
-        """Drop relations that exclude a few sizes of one axis, all of which agree."""
+        """Drop relations that exclude a few sizes of one axis, at all of which model and graph agree."""
         kept = tuple(relation for relation in constraints.relations if not self._is_artefact(relation, constraints))
         return replace(constraints, relations=kept)
 
-    def _is_artefact(self, relation: str, constraints: Constraints) -> bool:
-        if not excludes(relation):
+    def _is_artefact(self, relation: Relation, constraints: Constraints) -> bool:
+        if not relation.is_exclusion:
             return False
         dynamic = {(name, dim) for name, ranges in constraints.ranges.items() for dim in range(len(ranges))}
-        axes = [axis for axis in self.examples.together(dynamic).values() if axis & references(relation)]
+        axes = [axis for axis in self.examples.together(dynamic).values() if axis & relation.references]
         if len(axes) != 1:
             return False
         sizes = list(self._excluded(relation, axes[0], constraints))
-        if not 0 < len(sizes) <= MOST or sizes[-1] == LARGEST:
+        if not 0 < len(sizes) <= MAX_SIZES or sizes[-1] == MAX_SIZE:
             return False
         return all(self._agree(dict.fromkeys(axes[0], size)) for size in sizes)
 
-    def _excluded(self, relation: str, axis: set[Dimension], constraints: Constraints) -> Iterator[int]:
-        """Yield the sizes of an axis that this relation excludes and nothing else does."""
+    def _excluded(self, relation: Relation, axis: set[Dimension], constraints: Constraints) -> Iterator[int]:
+        """Yield the sizes of an axis that this relation alone excludes."""
         current = {
             (name, dim): size for name, tensor in self.examples.tensors.items() for dim, size in enumerate(tensor.shape)
         }
-        firm = [other for other in constraints.relations if not excludes(other)]
+        firm = [other for other in constraints.relations if not other.is_exclusion]
         low = max(constraints.ranges[name][dim][0] for name, dim in axis)
         highs = [high for name, dim in axis if (high := constraints.ranges[name][dim][1]) != UNBOUNDED]
-        for size in range(low, min([LARGEST, *highs]) + 1):
+        for size in range(low, min([MAX_SIZE, *highs]) + 1):
             sizes = {**current, **dict.fromkeys(axis, size)}
-            if not holds(relation, sizes) and all(holds(other, sizes) for other in firm):
+            if not relation.holds(sizes) and all(other.holds(sizes) for other in firm):
                 yield size
 
     def _agree(self, sizes: Mapping[Dimension, int]) -> bool:
@@ -123,7 +123,7 @@ class _Prober:
             return self._same(sizes)
 
     def _same(self, sizes: Mapping[Dimension, int]) -> bool:
-        """Run both on values of their own, and, where the model does not take any values, on those of the example."""
+        """Run both on new values, and, where the model does not take any values, on those of the example."""
         with torch.no_grad():
             for values in (other_values, cut_or_repeated):
                 try:
