@@ -42,7 +42,7 @@ def test_a_foreign_graph_is_refused_in_one_sentence() -> None:
         info_of(graph)
     assert str(caught.value).count("\n") == 0
     with pytest.raises(lora_fx.PlanError, match="without its record"):
-        lora_fx.fold_report(graph)
+        lora_fx.fold_report(graph, graph)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda graph: pickle.loads(pickle.dumps(graph)), saved])
