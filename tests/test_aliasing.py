@@ -1,4 +1,4 @@
-"""Weights with several uses: merged once where all are adapted alike, else refused, or un-tied where that is asked for.
+"""Weights with several uses: merged once where all are adapted alike, else refused, or untied where that is asked for.
 
 PEFT merges into whatever module the adapter sits in, and so into every other use of its weight. Its output stands beside ours.
 """

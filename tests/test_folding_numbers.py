@@ -476,9 +476,7 @@ def test_a_weight_of_a_dtype_without_arithmetic_cannot_be_folded() -> None:
 def test_what_is_no_graph_is_refused(call: Any) -> None:
     with pytest.raises(lora_fx.FoldError) as caught:
         call(nn.Linear(2, 2))
-    assert str(caught.value) == (
-        "a graph is expected, and this is a Linear: make one with lora_fx.rewrite or lora_fx.trace."
-    )
+    assert str(caught.value) == ("expected a graph, got a Linear: make one with lora_fx.rewrite or lora_fx.trace.")
 
 
 def shared(dtype: torch.dtype = F64) -> tuple[fx.GraphModule, Hand]:

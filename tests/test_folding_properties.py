@@ -686,7 +686,7 @@ def check_refused(made: Branched) -> None:
 
 
 def check_untied(made: Branched) -> None:
-    """Fail unless un-tying computes what the branches do, or cannot be done for want of metadata."""
+    """Fail unless untying computes what the branches do, or cannot be done for want of metadata."""
     before = {name: tensor.clone() for name, tensor in made.graph.state_dict().items()}
     untied, reason = folded_or_refused(made.graph, unshare=True)
     if untied is None:

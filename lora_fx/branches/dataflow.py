@@ -1,4 +1,4 @@
-"""Which values of a graph are equal once its branches are folded, and which are laid out alike."""
+"""Equality of values once branches are folded: through dropout, casts, copies and reshapes, unless something writes between."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_fx.sites.stored_weight import cast_of, is_view
 aten = torch.ops.aten
 
 COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default)
-"""Return what they read."""
+"""Operators that return the value of their input."""
 
 _RESHAPES = (
     aten.view.default,
@@ -26,11 +26,11 @@ _RESHAPES = (
 
 
 class Flow:
-    """What is known of the values of a graph, node by node in its order.
+    """Identities, shared memory and writes of the values of a graph, node by node in graph order.
 
     Args:
         graph_module: the graph.
-        in_branch: tells whether a node is a product with a factor: what drops out for such alone is a branch's own.
+        in_branch: tells whether a node is a product with a factor: a dropout that only such nodes read is a branch's own.
     """
 
     def __init__(self, graph_module: fx.GraphModule, in_branch: Callable[[fx.Node], bool]) -> None:
@@ -42,8 +42,8 @@ class Flow:
         self._writer_of: dict[str, fx.Node] = {}
 
     def note(self, node: fx.Node) -> None:
-        """Note of the next node whose memory its value may share, and to whose memory it writes."""
-        targets = self._written(node)
+        """Record whose memory the value of the next node may share, and to whose memory it writes."""
+        targets = self._write_targets(node)
         source = next(iter(targets or node.all_input_nodes), None)
         if source is not None and (targets or may_share(node)):
             self._memory[node] = self._memory.get(source, source)
@@ -58,7 +58,7 @@ class Flow:
         return next((self._writer_of[name] for name in names if name in self._writer_of), None)
 
     def reaches(self, source: fx.Node, wanted: fx.Node) -> bool | None:
-        """Tell whether two nodes have the same values once folded, and whether a reshape lies between; None if they differ."""
+        """Compare two nodes as they are once folded: None if they differ, else whether a reshape lies between."""
         mine, theirs = (dict(self._identities(node)) for node in (source, wanted))
         met = next((node for node in mine if node in theirs), None)
         return None if met is None else mine[met] or theirs[met]
@@ -71,14 +71,14 @@ class Flow:
         """
         chains = [[node for node, _ in self._identities(source)] for source in read.values()]
         met = next(node for node in chains[0] if all(node in chain for chain in chains))
-        apart = {node for chain in chains for node in chain[: chain.index(met)]}
-        events = [self._position[node] for node in (*apart, *read)]
-        memory = {self._memory.get(node, node) for node in (*apart, met)}
+        before_meeting = {node for chain in chains for node in chain[: chain.index(met)]}
+        events = [self._position[node] for node in (*before_meeting, *read)]
+        memory = {self._memory.get(node, node) for node in (*before_meeting, met)}
         written = (node for place in memory for node in self._writers.get(place, ()))
         return next((node for node in written if min(events) < self._position[node] < max(events)), None)
 
-    def _written(self, node: fx.Node) -> list[fx.Node]:
-        """Return what a node may write to: what its operator says, and all that it reads where nobody says."""
+    def _write_targets(self, node: fx.Node) -> list[fx.Node]:
+        """Return the values to which a node may write: as its schema says; without a schema, all that it reads."""
         if isinstance(node.target, torch._ops.OpOverload):
             target = writes(node)
             return [] if target is None else [target]
@@ -90,13 +90,13 @@ class Flow:
         return node.all_input_nodes if computes else []
 
     def _identities(self, node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
-        """Yield a node and what it is a copy of, once folded: through dropout, casts, and reshapes, which it says."""
+        """Yield a node and its originals once folded, through dropout, casts and reshapes, each with whether a reshape lies between."""
         reshaped = False
         while True:
             yield node, reshaped
-            if not self._is_identity(node) and not keeps_last(node):
+            if not self._is_identity(node) and not keeps_last_dim(node):
                 return
-            reshaped = reshaped or keeps_last(node)
+            reshaped = reshaped or keeps_last_dim(node)
             node = node.all_input_nodes[0]
 
     def _is_identity(self, node: fx.Node) -> bool:
@@ -108,7 +108,7 @@ class Flow:
 
 
 def _is_pure(function: object) -> bool:
-    """Tell whether a function of Python, of those that compute with sizes, leaves its arguments as they are."""
+    """Tell whether a Python function (of the kind that computes with sizes) leaves its arguments unchanged."""
     module, name = str(getattr(function, "__module__", "")), str(getattr(function, "__name__", ""))
     if module == "_operator":
         return not (name.startswith("i") and name[1:] in _IN_PLACE) and name not in ("setitem", "delitem")
@@ -136,14 +136,14 @@ _IN_PLACE = frozenset(
 
 
 def may_share(node: fx.Node) -> bool:
-    """Tell whether a node's value may lie in the memory of something else."""
+    """Tell whether a node's value may share memory with another value."""
     computed = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
     copies = node.target in COPIES and node.target is not aten.clone.default
     return not computed or name_of(node) in VIEW or is_view(node) or copies or node.target is aten.dropout.default
 
 
-def keeps_last(node: fx.Node) -> bool:
-    """Tell whether a node is a reshape that leaves the last dimension alone: positions keep their order in memory."""
+def keeps_last_dim(node: fx.Node) -> bool:
+    """Tell whether a node is a reshape that keeps the last dimension: positions keep their order in memory."""
     if node.target not in _RESHAPES or not isinstance(node.args[0], fx.Node):
         return False
     before, after = (each.meta.get("val") for each in (node.args[0], node))
@@ -154,7 +154,7 @@ def keeps_last(node: fx.Node) -> bool:
 
 
 def same_shapes(left: fx.Node, right: fx.Node) -> bool:
-    """Tell whether two values have the same shape in the trace, and whatever sizes it is run with."""
+    """Tell whether two values have the same shape in the trace, and at every size that the graph may run with."""
     mine, theirs = (node.meta.get("val") for node in (left, right))
     if not isinstance(mine, torch.Tensor) or not isinstance(theirs, torch.Tensor) or mine.dim() != theirs.dim():
         return False

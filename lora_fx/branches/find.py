@@ -1,7 +1,7 @@
-"""Finding branches in a graph: nominated by the names of their factors, validated by their algebra.
+"""Recognition of branches in a graph: nominated by the names of their factors, validated by their algebra.
 
 A value that depends on a factor must be linear in a site's input, with constant factors (a ``Delta``), until it is added to
-that site's output. One walk in graph order keeps what is found:
+that site's output. One walk in graph order records the sums:
 
     Joined    site + Delta                      the sum with the output of a site, and sums with further deltas
               weight + Delta                    a product of factors alone may be added to a weight itself, as PEFT does for
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.branches.dataflow import Flow, keeps_last, same_shapes
-from lora_fx.branches.linear_terms import Addition, Delta, Deltas, Term, is_by_last
+from lora_fx.branches.dataflow import Flow, keeps_last_dim, same_shapes
+from lora_fx.branches.linear_terms import Addition, Delta, Deltas, Term, features_are_last
 from lora_fx.errors import FoldError
 from lora_fx.graph.adapter_names import is_factor
 from lora_fx.graph.graph_module import state_of
@@ -42,12 +42,12 @@ class FoundBranch:
     """All branches beside one site.
 
     Attributes:
-        site: the site's node; where terms are added to the weight itself, the node that does that.
-        base: what the terms are added to: the site's node, its sum with a bias, or a reshape of either; or the weight.
+        site: the site's node; if terms are added to the weight itself, the node of that sum.
+        base: the value to which the terms are added: the site's node, its sum with a bias, or a reshape of either; or the weight.
         end: the node that the rest of the graph reads in place of ``base``.
-        terms: what is added.
+        terms: the summands of the branches.
         weight: the ``get_attr`` of the weight.
-        view: of the weight, in which the updates are.
+        view: the view of the weight in which the updates are.
     """
 
     site: fx.Node
@@ -59,7 +59,7 @@ class FoundBranch:
 
     @property
     def updates(self) -> tuple[Update, ...]:
-        """What is added to the site's weight."""
+        """The updates of the site's weight."""
         return tuple(term.update for term in self.terms)
 
 
@@ -67,13 +67,13 @@ def find_branches(graph_module: fx.GraphModule, nominate: Nominate = is_factor) 
     """Return the branches of a graph, one record for each site that has any.
 
     Args:
-        graph_module: of ATen operators.
+        graph_module: a graph of ATen operators.
         nominate: tells the factors of branches by their names.
 
     Raises:
         FoldError: a nominated branch computes something that cannot be folded; the message names the node.
     """
-    walk = _Walk(graph_module, nominate)
+    walk = _BranchFinder(graph_module, nominate)
     if not walk.has_factors:
         return ()
     for node in graph_module.graph.nodes:
@@ -110,11 +110,11 @@ class _Joined:
         )
 
 
-class _Walk:
-    """The walk through a graph, and where deltas were found to join.
+class _BranchFinder:
+    """One walk through a graph, and the sums found on it.
 
     Attributes:
-        has_factors: whether there is anything to find.
+        has_factors: whether the graph has any factor of a branch.
     """
 
     def __init__(self, graph_module: fx.GraphModule, nominate: Nominate) -> None:
@@ -131,7 +131,7 @@ class _Walk:
         self._holders = {prefix for name in factors for prefix in _prefixes(name)}
         self._deltas = Deltas(self._tensors)
         self._flow = Flow(graph_module, self._deltas.is_product)
-        self._joined: dict[fx.Node, _Joined] = {}
+        self._sums: dict[fx.Node, _Joined] = {}
         self._extended: set[fx.Node] = set()
 
     def step(self, node: fx.Node) -> None:
@@ -155,13 +155,13 @@ class _Walk:
         else:
             joined = self._cast_back(node)
         if joined is not None:
-            self._joined[node] = joined
+            self._sums[node] = joined
             self._extended.add(joined.previous)
 
     def found(self) -> tuple[FoundBranch, ...]:
-        """Return what was found; raise where a branch cannot be taken out without changing something else."""
+        """Return the branches found; raise if one cannot be taken out without changing something else."""
         branches = []
-        for node, value in self._joined.items():
+        for node, value in self._sums.items():
             stray = next((user for user in value.previous.users if user is not node), None)
             if stray is not None and not (
                 value.is_weight and value.previous is value.base
@@ -170,15 +170,15 @@ class _Walk:
                     stray, f"it reads {value.previous}, the output of a site before all branches are added to it"
                 )
             if node not in self._extended:
-                self._check(node, value)
+                self._check_branch(node, value)
                 weight = value.weight
                 branches.append(FoundBranch(value.site, value.base, node, value.terms, weight.node, weight.view))
         return tuple(branches)
 
     def _join(self, node: fx.Node, addition: Addition) -> _Joined | None:
-        """Return the sum of a delta with the output of a site, or with a weight, or with such a sum; None for all else."""
+        """Return the sum of a delta with the output of a site, with a weight, or with such a sum; None for other values."""
         base, delta = addition.base, addition.delta
-        joined = self._joined.get(base)
+        joined = self._sums.get(base)
         if joined is not None:
             return replace(joined.plus(delta), previous=base) if joined.is_weight == delta.is_weight else None
         if delta.is_weight:
@@ -193,7 +193,7 @@ class _Walk:
         assert product is not None
         narrow = product.dtype or self._tensors[str(product.weight.target)].dtype
         total = biased(site)
-        if total is not None and base is not site:  # the sum with a bias of a wider type has that type
+        if total is not None and base is not site:  # a bias of a wider type widens the sum
             bias = next(each for each in total.all_input_nodes if each is not site)
             narrow = torch.promote_types(narrow, self._tensors[str(bias.target)].dtype)
         reshaped = base is not site and base is not biased(site)
@@ -201,9 +201,9 @@ class _Walk:
         return _Joined(site, base, base, (), narrow, narrow, weight, reshaped).plus(delta)
 
     def _site_of(self, base: fx.Node) -> fx.Node | None:
-        """Return the site whose output this is, with its bias or without, through reshapes that nothing else reads."""
+        """Return the site with this output, with its bias or without, through reshapes that nothing else reads."""
         node = base
-        while keeps_last(node):
+        while keeps_last_dim(node):
             node = node.args[0]  # type: ignore[assignment]
             if len(node.users) > 1:
                 return None
@@ -214,19 +214,19 @@ class _Walk:
 
     def _is_site(self, node: fx.Node) -> bool:
         product = weight_op(node)
-        return is_site(product) and node not in self._joined
+        return is_site(product) and node not in self._sums
 
     def _cast_back(self, node: fx.Node) -> _Joined | None:
-        """Take a cast for part of a branch if the sum has another dtype than its site alone has."""
+        """Return the cast of a sum back to the dtype of its site, as part of the branch; None for other casts."""
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node):
             return None
-        joined = self._joined.get(source)
+        joined = self._sums.get(source)
         if joined is None or joined.dtype == joined.narrow or cast_of(node) != joined.narrow:
             return None
         return replace(joined, previous=source, dtype=joined.narrow)
 
-    def _check(self, node: fx.Node, value: _Joined) -> None:
+    def _check_branch(self, node: fx.Node, value: _Joined) -> None:
         if value.dtype != value.narrow:
             raise _unexpected(
                 node, f"the sum has dtype {value.dtype} and must be cast back to {value.narrow}, that of its site"
@@ -237,14 +237,14 @@ class _Walk:
             raise _unexpected(writer, "it writes to a weight or a factor while the graph computes")
         if not value.is_weight:
             self._check_input(node, value)
-        wanted = tuple(self._seen(str(value.weight.node.target), value.weight.view))
-        shapes = [self._shape(term.update) for term in value.terms]
-        unlike = next((shape for shape in shapes if shape != wanted), None)
-        if unlike is not None:
-            raise _unexpected(node, f"it adds an update of shape {unlike} to a weight of {wanted}")
+        wanted = tuple(self._viewed_shape(str(value.weight.node.target), value.weight.view))
+        shapes = [self._update_shape(term.update) for term in value.terms]
+        misfit = next((shape for shape in shapes if shape != wanted), None)
+        if misfit is not None:
+            raise _unexpected(node, f"it adds an update of shape {misfit} to a weight of {wanted}")
 
     def _check_input(self, node: fx.Node, value: _Joined) -> None:
-        """Refuse terms that read something else than their site does, or read it in another way."""
+        """Refuse terms that do not read the input of their site, or read it in another way."""
         product = weight_op(value.site)
         assert product is not None
         weight = self._tensors[str(product.weight.target)]
@@ -261,22 +261,22 @@ class _Walk:
             if (term.op, term.geometry, term.kernel) != (product.op, product.geometry, kernel):
                 raise _unexpected(
                     node,
-                    f"it adds {_told(term.op, term.geometry, term.kernel)} to {_told(product.op, product.geometry, kernel)}",
+                    f"it adds {_product_text(term.op, term.geometry, term.kernel)} to {_product_text(product.op, product.geometry, kernel)}",
                 )
-            apart = reached and not is_by_last(term.op, term.geometry)
+            apart = reached and not features_are_last(term.op, term.geometry)
             if apart or ((reached or value.reshaped) and not same_shapes(value.base, node)):
                 raise _unexpected(node, f"it adds values of other positions to {value.base}, or of positions not known")
 
-    def _shape(self, update: Update) -> tuple[int, ...]:
-        """Return the shape of an update; none if its factors do not go together."""
-        shapes = [self._seen(factor.name, factor.view) for factor in update.factors]
+    def _update_shape(self, update: Update) -> tuple[int, ...]:
+        """Return the shape of an update; an empty one if its factors do not fit together."""
+        shapes = [self._viewed_shape(factor.name, factor.view) for factor in update.factors]
         first, last = shapes[0], shapes[-1]
         if any(shape[:-2] != first[:-2] for shape in shapes):
-            return ()  # of stacks that are not alike
+            return ()  # stacks of different sizes
         rows = last[-2] if update.places is None else self._tensors[update.places].numel()
         return (*first[:-2], rows, first[-1])
 
-    def _seen(self, name: str, view: View) -> torch.Size:
+    def _viewed_shape(self, name: str, view: View) -> torch.Size:
         """Return the shape of a tensor in a view."""
         return view.apply(torch.empty(self._tensors[name].shape, device="meta")).shape
 
@@ -286,7 +286,7 @@ def _prefixes(name: str) -> Iterator[str]:
     return (".".join(parts[:end]) for end in range(1, len(parts)))
 
 
-def _told(op: Op | None, geometry: tuple[Any, ...], kernel: tuple[int, ...]) -> str:
+def _product_text(op: Op | None, geometry: tuple[Any, ...], kernel: tuple[int, ...]) -> str:
     more = [f"kernel {kernel}"] * bool(kernel) + [f"{geometry}"] * bool(geometry)
     return f"{op} ({', '.join(more)})" if more else str(op)
 

@@ -1,4 +1,4 @@
-"""What a branch has computed so far: a value that is linear in the input of a site, with constant factors.
+"""Linear terms: the value of an unfinished branch, linear in the input of a site, with constant factors.
 
     Delta     Σ scaling · … M₂ M₁ x            products with weights, scalings by constants, casts, reshapes that keep features
                                               together, sums of deltas, and features put in their places among zeros
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.branches.dataflow import COPIES, keeps_last, may_share
+from lora_fx.branches.dataflow import COPIES, keeps_last_dim, may_share
 from lora_fx.graph.adapter_names import is_places
 from lora_fx.numerics.lowrank_merge import Factor, Update
 from lora_fx.numerics.weight_view import SWAP
@@ -32,7 +32,7 @@ class Term:
 
     Attributes:
         source: the node that the first product reads.
-        op: what kind of product that is; None if it is one of factors alone, without any input.
+        op: the kind of that product; None for a product of factors alone, without any input.
         geometry: which features of the source belong together, as the first product says.
         kernel: that of the first product, if it is a convolution.
         product: the node of the first product.
@@ -52,7 +52,7 @@ class Delta:
     """A value that is linear in the sources of its terms.
 
     Attributes:
-        terms: of which it is the sum.
+        terms: its summands.
         dtype: of the value.
         padded: whether a zero stands behind its last feature.
         reshaped: whether its positions are no longer laid out as those of a source.
@@ -70,7 +70,7 @@ class Delta:
 
     @property
     def is_placed(self) -> bool:
-        """Whether its features are on the way to places of their own, or there."""
+        """Whether its features are put in places of their own, or padded for that."""
         return self.padded or any(term.update.places is not None for term in self.terms)
 
     def updated(self, change: Callable[[Update], Update]) -> Delta:
@@ -84,14 +84,14 @@ class Delta:
 
 @dataclass(frozen=True)
 class Addition:
-    """The sum of a delta and something that is none."""
+    """The sum of a delta and a value that is no delta."""
 
     base: fx.Node
     delta: Delta
 
 
 class Deltas:
-    """The nodes of a graph that are deltas, or factors, as far as it has been walked through.
+    """The deltas and factors among the nodes of a graph that have been visited.
 
     Args:
         tensors: of the graph, by name.
@@ -116,7 +116,7 @@ class Deltas:
         return product is not None and product.weight in self._factors
 
     def touches(self, node: fx.Node) -> bool:
-        """Tell whether a node depends on a factor, and not by way of a finished branch alone. A view of a factor is one, too."""
+        """Tell whether a node reads a factor or a delta; finished branches do not count. A view of a factor is recorded as one."""
         inputs = node.all_input_nodes
         if inputs and inputs[0] in self._factors and is_transparent(node):
             self._factors.add(node)
@@ -124,7 +124,7 @@ class Deltas:
         return any(source in self._factors or source in self._values for source in inputs)
 
     def step(self, node: fx.Node) -> Delta | Addition | None:
-        """Return what a node that touches a factor makes of it; None where that is not linear, or not known to be."""
+        """Return the value of a node that reads a factor or a delta; None if it is not linear, or not known to be."""
         value = self._value(node)
         if isinstance(value, Delta):
             self._values[node] = value
@@ -143,11 +143,11 @@ class Deltas:
         return isinstance(node.kwargs.get("alpha", 1), int | float)
 
     def _product(self, node: fx.Node, product: WeightOp) -> Delta | Addition | None:
-        """A product with a weight, to which an ``addmm`` adds something."""
+        """Return the value of a product with a weight, and of the sum that an ``addmm`` makes of it."""
         name = str(product.weight.target)
         tensor = self._tensors[name]
         if not tensor.is_floating_point() or (product.op in CONVOLUTIONS and product.layout is None):
-            return None  # of a kernel that was reshaped, the places are not known
+            return None  # the places under a reshaped kernel are not known
         delta, factor = self._values.get(product.input), Factor(name, product.view)
         if isinstance(delta, Delta):
             if delta.is_placed or not all(_continues(term, product, tensor.shape) for term in delta.terms):
@@ -163,26 +163,26 @@ class Deltas:
             term = Term(product.input, product.op, product.geometry, kernel, node, Update((factor,)))
             made = Delta((term,), product.dtype or tensor.dtype)
         else:
-            return None  # it is the addend that depends on a factor, or the choice of an expert
+            return None  # only the addend, or the choice of an expert, depends on a factor
         made = made.scaled(product.alpha)
         return made if product.addend is None else self._sum(product.addend, made)
 
     def _weight_delta(self, node: fx.Node, left: Stored, product: WeightOp) -> Delta:
-        """A product of two factors: the right one is applied first."""
+        """Return the delta of a product of two factors: the right one is applied first."""
         right = Factor(str(product.weight.target), product.view.then(SWAP))
         dtype = left.dtype or self._tensors[str(left.node.target)].dtype
         update = Update((right, Factor(str(left.node.target), left.view)))
         return Delta((Term(product.input, None, (), (), node, update),), dtype)
 
     def _scale(self, node: fx.Node) -> Delta | None:
-        """A product with a number, or with a constant of one element; a quotient by a number."""
+        """Scale by a number, or by a constant of one element; divide by a number."""
         left, right = node.args[:2]
         delta, other = (left, right) if isinstance(self._values.get(left), Delta) else (right, left)  # type: ignore[arg-type]
         value = self._values.get(delta)  # type: ignore[arg-type]
         if not isinstance(value, Delta):
             return None
         if isinstance(other, bool) or not isinstance(other, int | float):
-            scale = self._constant(other, value.dtype)
+            scale = self._one_element_constant(other, value.dtype)
             divides = node.target not in (aten.mul.Tensor, aten.mul.Scalar)
             if scale is None or divides:
                 return None
@@ -192,7 +192,7 @@ class Deltas:
             return value.scaled(1 / other) if delta is left and other != 0 else None
         return value.scaled(other)
 
-    def _constant(self, value: Any, dtype: torch.dtype) -> tuple[str, torch.dtype] | None:
+    def _one_element_constant(self, value: Any, dtype: torch.dtype) -> tuple[str, torch.dtype] | None:
         """Return the name of a tensor with one element and at most one dimension, and the dtype of a product with it."""
         found = stored(value)
         if found is None or found.chosen is not None:
@@ -208,15 +208,15 @@ class Deltas:
         return value.scaled(-1) if isinstance(value, Delta) else None
 
     def _pad(self, node: fx.Node) -> Delta | None:
-        """A zero behind the features."""
+        """Pad with one zero behind the features."""
         value, widths, *number = node.args
         delta = self._values.get(value)  # type: ignore[arg-type]
         if not isinstance(delta, Delta) or delta.is_placed or number not in ([], [0], [0.0]):
             return None
-        return replace(delta, padded=True) if list(widths) == [0, 1] and _by_last(delta) else None  # type: ignore[arg-type]
+        return replace(delta, padded=True) if list(widths) == [0, 1] and _has_features_last(delta) else None  # type: ignore[arg-type]
 
-    def _place(self, node: fx.Node) -> Delta | None:
-        """Padded features: each output feature of the site takes its own, or the zero."""
+    def _place_features(self, node: fx.Node) -> Delta | None:
+        """Gather padded features: each output feature of the site takes its own, or the zero."""
         value, dim, places = node.args
         delta = self._values.get(value)  # type: ignore[arg-type]
         named = isinstance(places, fx.Node) and places.op == "get_attr" and is_places(str(places.target))
@@ -225,7 +225,7 @@ class Deltas:
         return replace(delta, padded=False).updated(lambda update: replace(update, places=str(places.target)))  # type: ignore[union-attr]
 
     def _add(self, node: fx.Node) -> Delta | Addition | None:
-        """``left + alpha · right``, or ``left - alpha · right``; in place only where nothing else sees ``left``."""
+        """Add or subtract: ``left ± alpha · right``; in place only if nothing else sees ``left``."""
         left, right = node.args[:2]
         in_place = node.target in (aten.add_.Tensor, aten.sub_.Tensor)
         if in_place and (not isinstance(left, fx.Node) or len(left.users) > 1 or may_share(left)):
@@ -238,7 +238,7 @@ class Deltas:
         return self._sum(right, mine) if isinstance(mine, Delta) and alpha == 1 else None
 
     def _sum(self, base: Any, delta: Delta) -> Delta | Addition | None:
-        """A delta plus another one, or plus something else."""
+        """Return the sum of a delta with another delta, or with any other value."""
         if delta.padded or not isinstance(base, fx.Node):
             return None
         other = self._values.get(base)
@@ -251,7 +251,7 @@ class Deltas:
         return replace(other, terms=other.terms + delta.terms, dtype=dtype, reshaped=reshaped)
 
     def _same_features(self, node: fx.Node) -> Delta | None:
-        """A cast, or a reshape that keeps the features together."""
+        """Return a delta after a cast, a copy, or a reshape that keeps the features together."""
         value = self._values.get(node.args[0]) if node.args else None  # type: ignore[arg-type]
         if not isinstance(value, Delta):
             return None
@@ -260,7 +260,7 @@ class Deltas:
             return replace(value, dtype=dtype)
         if node.target in COPIES and len(node.all_input_nodes) == 1:
             return value
-        return replace(value, reshaped=True) if _by_last(value) and keeps_last(node) else None
+        return replace(value, reshaped=True) if _has_features_last(value) and keeps_last_dim(node) else None
 
 
 _LINEAR: Mapping[object, Callable[[Deltas, fx.Node], Delta | Addition | None]] = {
@@ -270,17 +270,17 @@ _LINEAR: Mapping[object, Callable[[Deltas, fx.Node], Delta | Addition | None]] =
     aten.div.Scalar: Deltas._scale,
     aten.neg.default: Deltas._negate,
     aten.constant_pad_nd.default: Deltas._pad,
-    aten.index_select.default: Deltas._place,
+    aten.index_select.default: Deltas._place_features,
     aten.add.Tensor: Deltas._add,
     aten.add_.Tensor: Deltas._add,
     aten.sub.Tensor: Deltas._add,
     aten.sub_.Tensor: Deltas._add,
 }
-"""Operator → what it makes of a ``Delta``."""
+"""Operator → the method that computes its value from deltas."""
 
 
 def _continues(term: Term, product: WeightOp, shape: torch.Size) -> bool:
-    """Tell whether a product goes on where a term is: it acts on each position by itself, as the term's own products do."""
+    """Tell whether a product continues a term: it acts on each position by itself, as the term's own products do."""
     if term.op is None:
         return False
     if term.op == "embedding":
@@ -290,11 +290,11 @@ def _continues(term: Term, product: WeightOp, shape: torch.Size) -> bool:
     return (term.op, term.geometry) == (product.op, product.geometry)
 
 
-def _by_last(delta: Delta) -> bool:
-    """Tell whether the features of a delta are its last dimension, and all others are positions."""
-    return all(is_by_last(term.op, term.geometry) for term in delta.terms)
+def _has_features_last(delta: Delta) -> bool:
+    """Tell whether the last dimension of a delta holds its features, and all others are positions."""
+    return all(features_are_last(term.op, term.geometry) for term in delta.terms)
 
 
-def is_by_last(op: Op | None, geometry: tuple[Any, ...]) -> bool:
-    """Tell whether the features that a product makes are its last dimension, and all others are positions."""
+def features_are_last(op: Op | None, geometry: tuple[Any, ...]) -> bool:
+    """Tell whether the last dimension of a product holds its features, and all others are positions."""
     return op in ("linear", "embedding") or geometry[:1] == ("grouped",)

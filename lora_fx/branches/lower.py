@@ -1,4 +1,4 @@
-"""Fused branches written out again as plain operators, which fold, verify and the exporters know."""
+"""Lowering: fused branches written out again as plain operators, which fold, verify and the exporters know."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Graph = TypeVar("Graph", bound=fx.GraphModule)
 
 
 def lower(graph_module: Graph) -> Graph | TracedGraphModule:
-    """Return the graph that a fused one was made of, with the same names of nodes; a graph that is not fused, itself.
+    """Return the graph from which a fused one was made, with the same node names; a graph that is not fused is returned itself.
 
     Args:
         graph_module: left as it is; the result has parameters of its own over the same storage.
@@ -35,14 +35,14 @@ def lower(graph_module: Graph) -> Graph | TracedGraphModule:
 
 
 def describe(node: fx.Node, like: fx.Node, value: Any) -> None:
-    """Give a new node the origin of another one, and a value."""
+    """Give a new node the origin of another node, and a value."""
     node.meta = {key: like.meta[key] for key in ("nn_module_stack", "stack_trace") if key in like.meta}
     if value is not None:
         node.meta["val"] = value
 
 
 def _write_plain(graph: fx.Graph, fused: fx.Node) -> None:
-    """Write a branch out again; its stamp and the names of its nodes are there unless someone's pass lost them."""
+    """Write a branch out again, with its stamp and the names of its nodes, unless another pass lost them."""
     arguments: Any = fused.args
     base, part, b, scaling, narrow, *places = arguments
     reduced, index = part.args
@@ -61,7 +61,7 @@ def _write_plain(graph: fx.Graph, fused: fx.Node) -> None:
         write_stamp(node, {**stamp, "part": part}, like=fused)
         return node
 
-    with graph.inserting_before(part):  # what is read from here may be overwritten before it is added
+    with graph.inserting_before(part):  # the values read here may be overwritten before the sum
         value = x if wide is None else emit("cast", reads, aten.to.dtype, x, wide)
         if rates and isinstance(rates[0][index], fx.Node):
             value = emit("dropout", reads, str(rates[0][index].target), value)
@@ -85,7 +85,7 @@ def _cast(node: fx.Node, dtype: torch.dtype | None) -> Any:
 
 
 def _rows(value: Any, b: fx.Node, more: int = 0) -> Any:
-    """Return a value with as many features as B has rows, and some more."""
+    """Return a value with one feature for each row of B, and ``more``."""
     factor = b.meta.get("val")
     if value is None or factor is None:
         return None

@@ -1,4 +1,4 @@
-"""Back to the graph as it was before the rewrite: branches taken out, with what only they had."""
+"""Removal of branches: the graph as it was before the rewrite, without the tensors and modules that only branches had."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def plain_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Return a graph whose branches can be taken out, written out as plain nodes.
 
     Raises:
-        FoldError: it is no graph, or was folded in place.
+        FoldError: the argument is no graph, or was folded in place.
     """
     if not isinstance(graph_module, fx.GraphModule):
         raise FoldError(
-            f"a graph is expected, and this is a {type(graph_module).__name__}: make one with lora_fx.rewrite or lora_fx.trace."
+            f"expected a graph, got a {type(graph_module).__name__}: make one with lora_fx.rewrite or lora_fx.trace."
         )
     if known_info(graph_module).consumed:
         raise FoldError(
@@ -61,8 +61,8 @@ def without_branches(
     Args:
         graph_module: of plain nodes.
         found: all of its branches.
-        values: what becomes of each weight; uses that need different ones are un-tied.
-        state: for the result, which drops what only the branches had.
+        values: the values of each weight; uses that need different ones are untied.
+        state: for the result, without the tensors and modules that only the branches had.
         nominate: tells the factors of branches by their names.
     """
     graph, copies = copy_graph(graph_module.graph)
@@ -71,7 +71,7 @@ def without_branches(
     separate(graph, values, copies)
     for branch in found:
         base = copies[branch.base]
-        if branch.base is branch.weight:  # which the sum may read under another name by now
+        if branch.base is branch.weight:  # untying may have given the sum another get_attr
             base = copies[branch.site].all_input_nodes[branch.site.all_input_nodes.index(branch.base)]
         copies[branch.end].replace_all_uses_with(base)
         erase_unread(graph, copies[branch.end])
@@ -96,7 +96,7 @@ def without_branches(
 
 
 def _erase_dead(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a factor, and the views of it, that nothing reads."""
+    """Erase a factor and its views, as far as nothing reads them."""
     for user in list(node.users):
         if is_transparent(user):
             _erase_dead(graph, user)

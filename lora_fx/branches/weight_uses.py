@@ -1,10 +1,10 @@
-"""Weights with several uses: which of these need one value after a fold, and under which names.
+"""Weights with several uses: the values that they need after a fold, and the names of these.
 
 The uses of a weight are counted before it is changed. Those with equal updates go on to share a value; where that is not
-all of them, the weight is un-tied if that was asked for, and refused otherwise. Names after un-tying:
+all of them, the weight is untied if the caller asked for that, and refused otherwise. Names after untying:
 
 1. a name that the weight has in the module that uses it (``lm_head.weight`` for the head, of an embedding and a head);
-2. else, for the first of the values, all names that nobody else claims;
+2. else, for the first of the values, all names that no other value claims;
 3. else a new one: the site's name and the parameter's own, ``shared@2.weight`` for the second call of ``shared``.
 """
 
@@ -37,11 +37,11 @@ class Use:
 
     Attributes:
         reader: the node that computes with it.
-        weight: the ``get_attr`` by which it does; None for a module that holds it.
+        weight: the ``get_attr`` that it reads; None for a module that holds the weight.
         between: the transposes and casts between the two.
-        site: name of the site that it is; the module path, if it is none.
-        updates: those of the branches beside it.
-        view: of the weight, in which these are.
+        site: name of the site; the module path, if the reader is no site.
+        updates: of the branches beside it.
+        view: the view of the weight in which these are.
     """
 
     reader: fx.Node
@@ -58,7 +58,7 @@ class Value:
 
     Attributes:
         weight: first name of the weight.
-        uses: that read it.
+        uses: the uses that read it.
         names: in the state dict.
     """
 
@@ -68,12 +68,12 @@ class Value:
 
     @property
     def updates(self) -> tuple[Update, ...]:
-        """What is added to the weight."""
+        """The updates of the weight."""
         return self.uses[0].updates
 
     @property
     def merge(self) -> Merge:
-        """The same as data."""
+        """The value as data, without graph nodes."""
         return Merge(self.weight, self.names, self.updates, self.uses[0].view)
 
 
@@ -81,8 +81,8 @@ def values_of(graph_module: fx.GraphModule, found: Sequence[FoundBranch], *, uns
     """Return the values of every weight that has a branch at one of its uses.
 
     Raises:
-        FoldError: uses of a weight need different values, and ``unshare`` is not set, or it cannot be told which name is
-            whose. All weights of which this is so are named.
+        FoldError: uses of a weight need different values, and ``unshare`` is not set, or it is not known which
+            name belongs to which value. The message names all such weights.
     """
     state = state_of(graph_module)
     names, aliases = state.names(), state.aliases()
@@ -92,56 +92,56 @@ def values_of(graph_module: fx.GraphModule, found: Sequence[FoundBranch], *, uns
         groups: dict[object, list[Use]] = {}
         for use in uses:
             groups.setdefault((frozenset(Counter(use.updates).items()), use.view), []).append(use)
-        parted = [Value(weight, tuple(group)) for group in groups.values()]
-        twice = next((use for use in uses if use.updates and _reads(use.reader, weight, aliases) > 1), None)
+        distinct = [Value(weight, tuple(group)) for group in groups.values()]
+        twice = next((use for use in uses if use.updates and _read_count(use.reader, weight, aliases) > 1), None)
         if twice is not None:
             problems.append(
-                f"{twice.reader.name} reads {weight!r} twice, and only once with a branch. Give the model two weights, or adapt neither use."
+                f"{twice.reader.name} reads {weight!r} twice, but only once with a branch. Give the model two weights, or adapt neither use."
             )
-        elif len(parted) > 1 and not unshare:
+        elif len(distinct) > 1 and not unshare:
             problems.append(
-                f"{weight!r} is used {len(uses)} times, and its uses need different values after folding: {_listed(uses)}. "
-                "Adapt all uses alike, give the model separate weights before the rewrite, or un-tie them with unshare=True."
+                f"{weight!r} is used {len(uses)} times, and its uses need different values after folding: {_uses_text(uses)}. "
+                "Adapt all uses alike, give the model separate weights before the rewrite, or untie them with unshare=True."
             )
         else:
-            values += _named(parted, original_names(names[weight]), state.tensors.keys(), problems)
+            values += _with_names(distinct, original_names(names[weight]), state.tensors.keys(), problems)
     if problems:
         raise FoldError(" ".join(problems))
     return tuple(values)
 
 
 def original_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the model's parameters for those of copies that stand in for them."""
+    """Return the names of the model's parameters, also for trained copies that replace them."""
     return tuple(original_name(name) or name for name in names)
 
 
 def separate(graph: fx.Graph, values: Sequence[Value], copies: Mapping[fx.Node, fx.Node]) -> None:
-    """Give every value of an un-tied weight a ``get_attr`` of its own (in place).
+    """Give every value of an untied weight a ``get_attr`` of its own (in place).
 
     Args:
         graph: a copy of the graph that the values are of.
         values: of every weight that has a branch.
         copies: nodes of that graph → nodes of ``graph``.
     """
-    parted = Counter(value.weight for value in values)
+    values_per_weight = Counter(value.weight for value in values)
     named = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
     left: dict[fx.Node, None] = {}
     for value in values:
-        if parted[value.weight] == 1:
+        if values_per_weight[value.weight] == 1:
             continue
         for use in value.uses:
             if use.weight is None or value.names[0] in original_names([str(use.weight.target)]):
                 continue
             path = [copies[node] for node in (use.weight, *use.between)]
             reader = copies[use.reader]
-            reader.replace_input_with(path[-1], _copied(graph, named, path, value.names[0]))
+            reader.replace_input_with(path[-1], _copy_path(graph, named, path, value.names[0]))
             left.update(dict.fromkeys(reversed(path)))
-    for node in left:  # what was copied for some uses may be read by others still
+    for node in left:  # paths copied for some uses may still serve others
         erase_unread(graph, node)
 
 
-def _copied(graph: fx.Graph, named: dict[str, fx.Node], path: Sequence[fx.Node], name: str) -> fx.Node:
-    """Return the end of a path from a ``get_attr``, copied for another tensor; ``named`` has those that are there, and grows."""
+def _copy_path(graph: fx.Graph, named: dict[str, fx.Node], path: Sequence[fx.Node], name: str) -> fx.Node:
+    """Return the end of a path from a ``get_attr``, copied for another tensor; new ``get_attr`` nodes go into ``named``."""
     first, *between = path
     if name not in named:
         with graph.inserting_after(first):
@@ -160,7 +160,7 @@ def _uses(graph_module: fx.GraphModule, found: Sequence[FoundBranch], state: Sta
     aliases, at = state.aliases(), {branch.site: branch for branch in found}
     name_of = {site.node: site.name for site in sites(graph_module)}
     uses: dict[str, list[Use]] = {aliases[str(branch.weight.target)]: [] for branch in found}
-    held = _held(state, aliases)
+    held = _tensors_of_modules(state, aliases)
     for node in graph_module.graph.nodes:
         if node.op == "get_attr" and aliases.get(str(node.target)) in uses:
             for reader, between in readers(node):
@@ -177,7 +177,7 @@ def _uses(graph_module: fx.GraphModule, found: Sequence[FoundBranch], state: Sta
     return {weight: sorted(each, key=lambda use: order[use.reader]) for weight, each in uses.items()}
 
 
-def _held(state: State, aliases: Mapping[str, str]) -> Mapping[str, set[str]]:
+def _tensors_of_modules(state: State, aliases: Mapping[str, str]) -> Mapping[str, set[str]]:
     """Map every leaf module to the tensors that it holds, by their first names."""
     held: dict[str, set[str]] = {name: set() for name in state.modules}
     for name, first in aliases.items():
@@ -187,7 +187,9 @@ def _held(state: State, aliases: Mapping[str, str]) -> Mapping[str, set[str]]:
     return held
 
 
-def _named(values: Sequence[Value], names: tuple[str, ...], taken: Collection[str], problems: list[str]) -> list[Value]:
+def _with_names(
+    values: Sequence[Value], names: tuple[str, ...], taken: Collection[str], problems: list[str]
+) -> list[Value]:
     """Return the values of one weight with their names."""
     if len(values) == 1:
         return [replace(values[0], names=names)]
@@ -199,7 +201,7 @@ def _named(values: Sequence[Value], names: tuple[str, ...], taken: Collection[st
                 owner.setdefault(name, index)
     if len(names) > 1 and not owner:
         problems.append(
-            f"{' and '.join(names)} are one tensor, and the graph no longer says which module uses it where, so that un-tying cannot "
+            f"{' and '.join(names)} are one tensor, and the graph no longer says which module uses it where, so that untying cannot "
             "tell whose value is whose. Fold the graph that lora_fx made, not a copy without metadata."
         )
     plain = next((index for index, value in enumerate(values) if not value.updates), 0)
@@ -214,7 +216,7 @@ def _named(values: Sequence[Value], names: tuple[str, ...], taken: Collection[st
 
 
 def _new_name(site: str, name: str, taken: Collection[str]) -> str:
-    """Return the name of a value that none of the weight's names is left for: the site's, and the parameter's own."""
+    """Return a new name for a value without any of the weight's names: the site's name, and the parameter's own."""
     module, _, call = (site or name).partition("@")
     own = "" if module == name else f".{name.rpartition('.')[2]}"
     first = int(call or 2)
@@ -222,11 +224,11 @@ def _new_name(site: str, name: str, taken: Collection[str]) -> str:
     return next(candidate for candidate in candidates if candidate not in taken)
 
 
-def _reads(reader: fx.Node, weight: str, aliases: Mapping[str, str]) -> int:
-    """Return how many arguments of a node are a weight, or a view of it."""
+def _read_count(reader: fx.Node, weight: str, aliases: Mapping[str, str]) -> int:
+    """Return the number of a node's arguments that are a weight, or a view of it."""
     found = [stored(argument) for argument in flattened((reader.args, list(reader.kwargs.values())))]
     return sum(each is not None and aliases.get(str(each.node.target)) == weight for each in found)
 
 
-def _listed(uses: Sequence[Use]) -> str:
+def _uses_text(uses: Sequence[Use]) -> str:
     return "; ".join(f"{use.reader.name} ({use.site}, {'with' if use.updates else 'without'} a branch)" for use in uses)

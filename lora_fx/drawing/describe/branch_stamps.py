@@ -14,7 +14,7 @@ from lora_fx.graph.provenance import stamp_of
 
 
 @dataclass(frozen=True)
-class Branch:
+class StampedBranch:
     """One branch, of one site.
 
     Attributes:
@@ -28,7 +28,7 @@ class Branch:
     factors: tuple[str, ...]
 
 
-def branches_of(graph_module: fx.GraphModule) -> Mapping[fx.Node, Branch]:
+def branches_of(graph_module: fx.GraphModule) -> Mapping[fx.Node, StampedBranch]:
     """Return for each stamped node the branch that it is of: those of one site and adapter that hang together.
 
     What a branch is added to may be the end of another.
@@ -49,10 +49,10 @@ def branches_of(graph_module: fx.GraphModule) -> Mapping[fx.Node, Branch]:
     factors: dict[fx.Node, set[str]] = {}
     for node in stamped:
         factors.setdefault(root(node), set()).update(_factors(node))
-    return {node: Branch(*owner[node], tuple(sorted(factors[root(node)]))) for node in stamped}
+    return {node: StampedBranch(*owner[node], tuple(sorted(factors[root(node)]))) for node in stamped}
 
 
-def settings_of(graph_module: fx.GraphModule, branches: Iterable[Branch]) -> dict[Branch, dict[str, Any]]:
+def settings_of(graph_module: fx.GraphModule, branches: Iterable[StampedBranch]) -> dict[StampedBranch, dict[str, Any]]:
     """Return what is known of each branch: site, adapter, and by the graph's record of its adapters rule, rank and the rest."""
     recorded: dict[tuple[str, str], dict[str, Any]] = {}
     for adapter, specs in known_info(graph_module).adapters.items():

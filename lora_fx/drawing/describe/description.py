@@ -111,7 +111,9 @@ def _description(union: Union, graph: Reader, show: Show, merges: Iterable[Merge
     gather_steps(root)
     names = inline_single(root)
     covered = coverage(graph, merges)
-    writer = _Writer(union, root, names, settings, {each.site.node: i for i, each in enumerate(covered)}, graph)
+    writer = _DescriptionWriter(
+        union, root, names, settings, {each.site.node: i for i, each in enumerate(covered)}, graph
+    )
     stacks, elsewhere = matrices(covered)
     groups = writer.groups()
     return _filled(
@@ -182,7 +184,7 @@ def _filled(data: Mapping[str, Any], always: Sequence[str] = ()) -> dict[str, An
 
 
 @dataclass
-class _Writer:
+class _DescriptionWriter:
     """Names everything, and writes nodes and groups as data."""
 
     union: Union

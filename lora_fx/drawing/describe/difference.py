@@ -15,7 +15,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lora_fx.drawing.describe.align import aligned
-from lora_fx.drawing.describe.branch_stamps import Branch, branches_of
+from lora_fx.drawing.describe.branch_stamps import StampedBranch, branches_of
 from lora_fx.drawing.describe.node_text import Reader
 from lora_fx.graph.adapter_names import original_name
 from lora_fx.graph.aten_kinds import size_of
@@ -141,7 +141,7 @@ def _by_place(reader: Reader, *, nested: bool) -> dict[tuple[str, ...], list[fx.
     return places
 
 
-def _place(node: fx.Node, reader: Reader, branch: Branch | None, *, nested: bool) -> tuple[str, ...]:
+def _place(node: fx.Node, reader: Reader, branch: StampedBranch | None, *, nested: bool) -> tuple[str, ...]:
     """Return where a node is looked for in the other graph; within a place, order decides.
 
     Args:

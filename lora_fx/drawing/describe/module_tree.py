@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lora_fx.drawing.describe.branch_stamps import Branch, branches_of
+from lora_fx.drawing.describe.branch_stamps import StampedBranch, branches_of
 from lora_fx.drawing.describe.difference import Entry, Union
 from lora_fx.drawing.describe.node_text import Frame
 
@@ -43,7 +43,7 @@ class Group:
     items: list[Item] = field(default_factory=list)
     call: int = 1
     copies: int = 0
-    branch: Branch | None = None
+    branch: StampedBranch | None = None
 
     def entries(self) -> Iterator[Entry]:
         """Yield all operators in it, at any depth."""
@@ -78,7 +78,7 @@ def modules_of(union: Union, title: str) -> Group:
         reader: branches_of(reader.graph_module) for reader in dict.fromkeys(entry.reader for entry in union.entries)
     }
     made: dict[tuple[Frame, ...], Group] = {(): root}
-    opened: dict[Branch, Group] = {}
+    opened: dict[StampedBranch, Group] = {}
     for entry in union.entries:
         if entry.hidden:
             continue

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_fx.drawing.render.text import MARKS, captions, counts_of, heading, marked, plural, visible
-from lora_fx.drawing.render.view import Routes, Shown, View
+from lora_fx.drawing.render.view import IndexedDescription, Routes, Shown
 
 _COLOURS = {  # of a status: line, filling, text
     "added": ("#1f5fbf", "#dbe9ff"),
@@ -46,7 +46,7 @@ def dot(description: Mapping[str, Any]) -> str:
     Open are the groups of its first view and those around a change, as long as they fit; of a repeat the first item stands
     for all.
     """
-    view = View(description)
+    view = IndexedDescription(description)
     shown = Shown(view)
     routes = Routes(view, shown)
     lines = [
@@ -62,7 +62,7 @@ def dot(description: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _content(identity: str, view: View, shown: Shown, routes: Routes) -> Iterator[str]:
+def _content(identity: str, view: IndexedDescription, shown: Shown, routes: Routes) -> Iterator[str]:
     """Yield the nodes and the clusters within an open group."""
     for item in shown.inside[identity]:
         if item in shown.boxes:
@@ -77,7 +77,7 @@ def _content(identity: str, view: View, shown: Shown, routes: Routes) -> Iterato
         yield from _pills(item, view, routes)
 
 
-def _box(item: str, view: View, shown: Shown, routes: Routes) -> str:
+def _box(item: str, view: IndexedDescription, shown: Shown, routes: Routes) -> str:
     items = shown.boxes[item]
     if item not in shown.chains:
         return f"{_id(item)} [label={_quoted('… ' + plural(view.operators(items), 'more operator'))} style=dotted]"
@@ -88,7 +88,7 @@ def _box(item: str, view: View, shown: Shown, routes: Routes) -> str:
     return f"{_id(item)} [label={_quoted(*lines)}]"
 
 
-def _cluster(identity: str, view: View, shown: Shown, routes: Routes) -> Iterator[str]:
+def _cluster(identity: str, view: IndexedDescription, shown: Shown, routes: Routes) -> Iterator[str]:
     group = view.group(identity)
     first, second = _group_lines(group)
     looks = 'color="#c4c4c4" bgcolor="#ffffff"'
@@ -125,7 +125,7 @@ def _status(group: Mapping[str, Any]) -> str:
     return next((status for status in MARKS if counts["nodes"] and counts.get(status) == counts["nodes"]), "same")
 
 
-def _closed(identity: str, view: View, shown: Shown) -> str:
+def _closed(identity: str, view: IndexedDescription, shown: Shown) -> str:
     group = view.group(identity)
     name, note = _group_lines(group)
     status = _status(group)
@@ -142,7 +142,7 @@ def _closed(identity: str, view: View, shown: Shown) -> str:
     return f"{_id(identity)} [label={_quoted(mark + name, second)} {looks} {stack}]"
 
 
-def _operator(identity: str, view: View, routes: Routes) -> str:
+def _operator(identity: str, view: IndexedDescription, routes: Routes) -> str:
     node = view.node(identity)
     status = node["status"]
     mark = f"{MARKS[status]} " if status != "same" else ""
@@ -171,7 +171,7 @@ def _weight(weight: Mapping[str, Any]) -> str:
     return visible(f"{weight['short']} {shape[0]}" if shape else weight["short"])
 
 
-def _pills(item: str, view: View, routes: Routes) -> Iterator[str]:
+def _pills(item: str, view: IndexedDescription, routes: Routes) -> Iterator[str]:
     """Yield the names of values from afar: one each above an operator, one for all above a closed group."""
     pills = routes.pills.get(item, {})
     ids = list(dict.fromkeys(_pill(source, item) for source in pills))
@@ -192,7 +192,7 @@ def _pill(source: str, item: str) -> str:
     return f"{source}:{item}" if item.startswith("n") else f"pills:{item}"
 
 
-def _source_name(source: str, view: View, shown: Shown) -> str:
+def _source_name(source: str, view: IndexedDescription, shown: Shown) -> str:
     """Return the name of a value, and the closed group it comes from."""
     name = visible(view.node(source)["name"], 30)
     standing = shown.standing_for(source, view)
@@ -201,7 +201,7 @@ def _source_name(source: str, view: View, shown: Shown) -> str:
     return f"{visible(view.group(standing)['name'], 30)} · {name}"
 
 
-def _edges(view: View, shown: Shown, routes: Routes) -> Iterator[str]:
+def _edges(view: IndexedDescription, shown: Shown, routes: Routes) -> Iterator[str]:
     for source, item, status in routes.edges:
         looks = f" [{_LINES[status]}]" if status in _LINES else ""
         yield f"{_id(source)} -> {_id(item)}{looks}"

@@ -24,7 +24,7 @@ _SIZEABLE = 16
 _CHAIN = 3
 
 
-class View:
+class IndexedDescription:
     """A description, and what is asked of it over and over."""
 
     def __init__(self, description: Mapping[str, Any]) -> None:
@@ -155,7 +155,7 @@ class Shown:
         closed: how many groups should be open, and have no room.
     """
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: IndexedDescription) -> None:
         self.inside: dict[str, list[str]] = {}
         self.gathered: dict[str, str] = {}
         self.boxes: dict[str, list[str]] = {}
@@ -165,7 +165,7 @@ class Shown:
         self._room = _NODES
         self._open(view.root, view)
 
-    def _open(self, identity: str, view: View) -> None:
+    def _open(self, identity: str, view: IndexedDescription) -> None:
         """Open a group and those inside of it, in the order of the graph, as long as there is room."""
         chains = list(view.chains(view.content(identity)))
         content = [chain[0] for chain in chains]
@@ -194,7 +194,7 @@ class Shown:
                 self._open(item, view)
                 opened |= {form: item} if item in self.inside else {}
 
-    def _needs(self, items: Sequence[str], view: View) -> int:
+    def _needs(self, items: Sequence[str], view: IndexedDescription) -> int:
         """Return how many nodes of a picture these items are, with the pills that stand above them."""
         if not items:
             return 0
@@ -222,7 +222,7 @@ class Shown:
             self.gathered |= dict.fromkeys(chain, shown[-1])
         return shown
 
-    def standing_for(self, node: str, view: View) -> str | None:
+    def standing_for(self, node: str, view: IndexedDescription) -> str | None:
         """Return the item of the picture that a node is, or is in; in a repeat, that of the first item.
 
         Of a node outside of the picture, None.
@@ -248,7 +248,7 @@ class Shown:
         first = self.inside[cluster][0]
         return self.first_in(first) if first in self.inside else first
 
-    def clusters(self, item: str, view: View) -> list[str]:
+    def clusters(self, item: str, view: IndexedDescription) -> list[str]:
         """Return the clusters around an item of the picture, the outermost first."""
         around = [item.split(":")[0]] if item in self.boxes else view.way(item)[:-1]
         if item in self.boxes:
@@ -256,12 +256,12 @@ class Shown:
         return [group for group in around if group in self.inside and not self._is_flat(group, view)]
 
     @staticmethod
-    def _is_flat(group: str, view: View) -> bool:
+    def _is_flat(group: str, view: IndexedDescription) -> bool:
         """Tell whether a group is the item that stands for its repeat, whose cluster is that of the repeat."""
         return group in view.around and view.first(view.around[group]) == group
 
 
-def _most_telling(items: Sequence[str], count: int, view: View) -> list[str]:
+def _most_telling(items: Sequence[str], count: int, view: IndexedDescription) -> list[str]:
     """Return as many items, in order: first those with a change, then those nearest to the start."""
     chosen = [item for item in items if view.differs(item)][:count]
     chosen += [item for item in items if not view.differs(item)][: count - len(chosen)]
@@ -288,7 +288,7 @@ class Routes:
         left_out: how many edges have no room.
     """
 
-    view: View
+    view: IndexedDescription
     shown: Shown
     edges: dict[tuple[str, str, str], None] = field(default_factory=dict)
     pills: dict[str, dict[str, str]] = field(default_factory=dict)
