@@ -463,7 +463,7 @@ def test_fused_graphs_are_taken_and_what_is_no_graph_with_weights_is_refused(tmp
     with torch.device("meta"):
         empty = lora_fx.trace(transformers.BertModel(build("bert").config))  # type: ignore[arg-type]
     for wrong, problem in (
-        (build("bert"), "a graph of lora_fx is expected"),
+        (build("bert"), "expected a graph of lora_fx"),
         (empty, "the graph is on the meta device"),
     ):
         with pytest.raises(lora_fx.PlanError, match=problem):

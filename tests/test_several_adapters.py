@@ -267,7 +267,7 @@ def test_what_cannot_be_selected_is_refused() -> None:
     with pytest.raises(lora_fx.PlanError, match="strengths are given by the names of adapters"):
         lora_fx.activate(both, ["a"])  # type: ignore[arg-type]
     for problem, settings in (
-        (r"method='ties' is none of cat, linear", {"method": "ties"}),
+        (r"expected a method of cat, linear, got 'ties'", {"method": "ties"}),
         (r"must have one rank, and those of .* are 3, 5", {"method": "linear"}),
     ):
         with pytest.raises(lora_fx.PlanError, match=problem):

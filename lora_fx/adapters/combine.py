@@ -56,7 +56,7 @@ def combine(
     """
     if method not in get_args(Method):
         raise PlanError(
-            f"method={method!r} is none of {', '.join(get_args(Method))}{did_you_mean(method, get_args(Method))}."
+            f"expected a method of {', '.join(get_args(Method))}, got {method!r}{did_you_mean(method, get_args(Method))}."
         )
     if not strengths:
         raise PlanError("expected at least one adapter with its strength, got none.")

@@ -154,7 +154,7 @@ def branches_of(graph_module: fx.GraphModule, adapter: str) -> dict[str, tuple[s
     present = adapters(graph_module)
     if not isinstance(adapter, str):
         raise PlanError(
-            f"the name of an adapter is expected, and this is {adapter!r}; the graph has: {', '.join(present) or 'none'}."
+            f"expected the name of an adapter, got {adapter!r}; the graph has: {', '.join(present) or 'none'}."
         )
     if adapter not in present:
         raise PlanError(

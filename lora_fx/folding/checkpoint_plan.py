@@ -19,8 +19,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from lora_fx.adapters.attach import attach
 from lora_fx.adapters.peft_format.fingerprint import fingerprint_on_disk
 from lora_fx.adapters.peft_format.reading import (
+    AdapterContents,
     AdapterFiles,
-    Contents,
     another_value,
     check_base,
     read_adapter,
@@ -199,7 +199,7 @@ def fold_checkpoint(
     return planned.write(out, overwrite=overwrite, verify=verify, report=report)
 
 
-def _check_echoes(files: AdapterFiles, contents: Contents, places: _Places, state: State) -> None:
+def _check_echoes(files: AdapterFiles, contents: AdapterContents, places: _Places, state: State) -> None:
     """Compare what an adapter's file has of the model's own tensors with the checkpoint."""
     problems, names = [], _all_names(state)
     for name, key in contents.echoes.items():
@@ -218,7 +218,7 @@ def _all_names(state: State) -> dict[str, tuple[str, ...]]:
 
 def _attached(
     graph_module: TracedGraphModule,
-    contents: Contents,
+    contents: AdapterContents,
     adapter: str,
     strength: float,
     values: Mapping[str, nn.Parameter],

@@ -23,7 +23,7 @@ from lora_fx.graph.signature import InputCodeGen
 
 @dataclass(frozen=True)
 class State:
-    """What a graph computes with: tensors by every name they have (ties are one object under several), and leaf modules."""
+    """The state of a graph: tensors by every name they have (ties are one object under several), and leaf modules."""
 
     tensors: Mapping[str, torch.Tensor]
     non_persistent: frozenset[str] = frozenset()
@@ -180,10 +180,10 @@ def state_of(module: nn.Module) -> State:
 
 
 def as_traced(module: nn.Module) -> TracedGraphModule:
-    """Return a graph of ours, and refuse what is none, such as a wrapper of one.
+    """Return a graph of lora_fx; refuse anything else, such as a wrapper of one.
 
     Raises:
-        PlanError: it is something else.
+        PlanError: it is no graph of lora_fx.
     """
     if isinstance(module, TracedGraphModule):
         return module
@@ -195,7 +195,7 @@ def as_traced(module: nn.Module) -> TracedGraphModule:
         if wrapped is None
         else f"it wraps one, which is its attribute {wrapped!r}: pass that"
     )
-    raise PlanError(f"a graph of lora_fx is expected, and this is a {type(module).__name__}: {advice}.")
+    raise PlanError(f"expected a graph of lora_fx, got a {type(module).__name__}: {advice}.")
 
 
 def assemble(
@@ -293,7 +293,7 @@ _EMPTY = fx.GraphModule(nn.Module(), fx.Graph())
 
 
 def erase_unread(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node that nothing reads, and then what only it read (in place)."""
+    """Erase a node that nothing reads, and its inputs that nothing else reads (in place)."""
     if node.users or node.op == "placeholder" or node._erased:
         return
     inputs = node.all_input_nodes

@@ -54,7 +54,7 @@ def fuse(graph_module: TracedGraphModule) -> TracedGraphModule:
         graph_module: left as it is; the result has parameters of its own over the same storage.
 
     Raises:
-        PlanError: it is no graph of ours.
+        PlanError: it is no graph of lora_fx.
     """
     graph_module = as_traced(graph_module)
     graph, _ = copy_graph(graph_module.graph)

@@ -101,7 +101,7 @@ _MOST = 10
 
 
 @dataclass(frozen=True)
-class Contents:
+class AdapterContents:
     """What a directory says of an adapter, fitted to a graph.
 
     Attributes:
@@ -131,7 +131,7 @@ class Contents:
         return values | copies
 
 
-def read_contents(files: AdapterFiles, graph_module: fx.GraphModule) -> Contents:
+def read_contents(files: AdapterFiles, graph_module: fx.GraphModule) -> AdapterContents:
     """Fit what a directory holds to a graph, which may be on the meta device.
 
     Raises:
@@ -176,7 +176,7 @@ class _Reader:
         self._graph_module = graph_module
         self._problems: list[str] = []
 
-    def contents(self) -> Contents:
+    def contents(self) -> AdapterContents:
         chosen = [site for site in self._sites.values() if self._selected(site)]
         self._stop_if_wrong()
         self._problems += apart_from_calls(self._graph_module, {site.module for site in chosen})
@@ -196,7 +196,7 @@ class _Reader:
         self._stop_if_wrong()
         _, origin = recorded(self._files.file.metadata)
         config = self._config
-        return Contents(
+        return AdapterContents(
             {branches[slot].key: (CONFIG_NAME, branches[slot]) for slot in branches},
             tuple(Trained(name, CONFIG_NAME, value.numel()) for name, value in values.items()),
             {branches[slot].key: pair for slot, pair in read.items()},

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from lora_fx.adapters.attach import attach
 from lora_fx.adapters.peft_format.fingerprint import fingerprint, metadata
-from lora_fx.adapters.peft_format.reading import FILE_NAME, Contents, check_base, read_adapter, read_contents
+from lora_fx.adapters.peft_format.reading import FILE_NAME, AdapterContents, check_base, read_adapter, read_contents
 from lora_fx.adapters.peft_format.writing import to_peft
 from lora_fx.adapters.transfer import branches_of, differences, origin_of, plan_branches, trained_of
 from lora_fx.branches.invariants import checked
@@ -40,7 +40,7 @@ def from_adapter(
     """Return a graph of ``model`` with the adapter that a directory holds: its targets, ranks, scalings and values.
 
     Args:
-        model: a module, or a graph of ours; left as it is.
+        model: a module, or a graph of lora_fx; not changed.
         directory: with ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT or :func:`save_adapter` writes them.
         adapter: name for it in the graph.
         strict: see :func:`load_adapter`.
@@ -52,7 +52,7 @@ def from_adapter(
         AdapterError: see :func:`load_adapter`.
         TraceError: the model cannot be traced.
     """
-    read_adapter(Path(directory))  # what is wrong with it alone is told before the model is traced
+    read_adapter(Path(directory))  # a malformed directory is refused before the model is traced
     graph_module = trace(model, example_inputs, dynamic=dynamic, inference=inference)
     return load_adapter(graph_module, directory, adapter, strict=strict)
 
@@ -66,7 +66,7 @@ def load_adapter(
     to the dtype that they have in the graph, if that loses nothing.
 
     Args:
-        graph_module: left as it is.
+        graph_module: not changed.
         directory: see :func:`from_adapter`.
         adapter: name for it in the graph.
         strict: whether another base than the one that the adapter was trained on, as far as the file tells, is an error. If
@@ -98,7 +98,7 @@ def save_adapter(
     place.
 
     Args:
-        graph_module: with the adapter; left as it is.
+        graph_module: with the adapter; not changed.
         directory: to be made.
         adapter: its name, which does not appear in the files.
         overwrite: replace a directory that holds nothing but an adapter.
@@ -125,7 +125,7 @@ def save_adapter(
 
 
 def _traced(graph_module: fx.GraphModule) -> TracedGraphModule:
-    """Return a graph of ours as plain nodes with weights, or refuse what is none."""
+    """Return a graph of lora_fx as plain nodes with weights; refuse anything else."""
     traced = as_traced(graph_module)
     if any(parameter.is_meta for parameter in traced.parameters()):
         raise PlanError("the graph is on the meta device, without weights: lora_fx.materialize gives it some.")
@@ -133,7 +133,7 @@ def _traced(graph_module: fx.GraphModule) -> TracedGraphModule:
 
 
 def _with_values(
-    graph_module: TracedGraphModule, adapter: str, contents: Contents, values: Mapping[str, nn.Parameter]
+    graph_module: TracedGraphModule, adapter: str, contents: AdapterContents, values: Mapping[str, nn.Parameter]
 ) -> TracedGraphModule:
     """Return a graph whose adapter, which must be like that of the directory, has other values."""
     mine = branches_of(graph_module, adapter)

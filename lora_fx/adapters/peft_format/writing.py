@@ -51,10 +51,10 @@ def to_peft(graph_module: TracedGraphModule, adapter: str) -> PeftAdapter:
         PlanError: the graph has no such adapter.
         AdapterError: PEFT has no way to say what it is; all problems are named.
     """
-    return _Writer(graph_module, adapter).peft_adapter()
+    return _PeftWriter(graph_module, adapter).peft_adapter()
 
 
-class _Writer:
+class _PeftWriter:
     """Says in PEFT's words what an adapter is, and collects what cannot be said."""
 
     def __init__(self, graph_module: TracedGraphModule, adapter: str) -> None:
