@@ -88,7 +88,7 @@ def plan(
     """Show every call site of a model: its shape, operator and role, and whether rules give it a branch, and why."""
     from lora_fx.planning.plan import as_data, as_text
     from lora_fx.planning.planner import plan as make_plan
-    from lora_fx.rules.rule_file import load
+    from lora_fx.rules.lookup import load
     from lora_fx.tracing.example_inputs import read_example_inputs
     from lora_fx.tracing.transformers_models import empty_model
 
@@ -347,7 +347,7 @@ def export(
 
     import lora_fx
     from lora_fx.files.atomic import check_file
-    from lora_fx.rules.rule_file import load
+    from lora_fx.rules.lookup import load
 
     with _reported():
         check_file(out, overwrite=overwrite)

@@ -11,7 +11,8 @@ from torch import nn
 from lora_fx.adapters.attach import attach
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.planning.planner import plan_graph
-from lora_fx.rules.rule_file import RuleSet, load
+from lora_fx.rules.lookup import load
+from lora_fx.rules.rule_file import RuleSet
 from lora_fx.tracing.torch_export import Dynamic
 from lora_fx.tracing.trace import trace
 

@@ -250,7 +250,7 @@ def test_where_an_adapter_comes_from_goes_with_it(tmp_path: Path) -> None:
 def test_patterns_do_not_overlap_and_mean_what_they_should(names: dict[str, float], expected: dict[str, int]) -> None:
     from peft.utils.other import get_pattern_key
 
-    from lora_fx.rules.peft_config.config import patterns
+    from lora_fx.rules.peft_config.target_names import patterns
 
     found = patterns(names, 8.0)
     assert found == expected

@@ -19,7 +19,7 @@ from lora_fx.branches import find as branches
 from lora_fx.graph.graph_module import State
 from lora_fx.planning import matching
 from lora_fx.planning.planner import plan_graph
-from lora_fx.rules.rule_file import load
+from lora_fx.rules.lookup import load
 
 aten = torch.ops.aten
 RULES = {"defaults": {"rank": 2, "dropout": 0.1}, "select": [{"op": ["linear"]}]}

@@ -17,7 +17,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.graph.graph_module import state_of
-from lora_fx.rules.rule_file import load
+from lora_fx.rules.lookup import load
 from lora_fx.sites.call_sites import sites
 from lora_fx.tracing.example_inputs import example_inputs
 

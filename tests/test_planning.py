@@ -10,7 +10,7 @@ import lora_fx
 from lora_fx.graph.records import Features
 from lora_fx.planning.plan import Chosen, Plan, Skipped
 from lora_fx.planning.planner import plan_sites
-from lora_fx.rules.rule_file import load
+from lora_fx.rules.lookup import load
 from lora_fx.rules.vocabulary import Op
 from lora_fx.sites.call_sites import Site
 from lora_fx.sites.roles import Purpose

@@ -20,7 +20,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from lora_fx.errors import RuleError
-from lora_fx.rules.rule_file import FOREIGN_KEYS, Bounds, RuleSet, Selection, Setting, builtin, directory, load
+from lora_fx.rules.lookup import builtin, directory, load
+from lora_fx.rules.rule_file import FOREIGN_KEYS, Bounds, RuleSet, Selection, Setting
 from lora_fx.rules.toml_lines import FILE_BYTES, toml_lines
 from lora_fx.rules.vocabulary import ROLES
 
@@ -500,7 +501,7 @@ def test_an_unknown_name_lists_what_there_is(tmp_path: Path) -> None:
 
 
 def test_auto_without_a_file_goes_by_role(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="lora_fx.rules.rule_file"):
+    with caplog.at_level(logging.INFO, logger="lora_fx.rules.lookup"):
         rules = load("auto", "no_such_model")
         assert load("auto") == rules
         load("auto", "t5")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from test_ruleset import VALIDATOR, paths
 
 from lora_fx.errors import RuleError
-from lora_fx.rules.rule_file import FOREIGN_KEYS, RuleSet, Selection, directory, load
+from lora_fx.rules.lookup import directory, load
+from lora_fx.rules.rule_file import FOREIGN_KEYS, RuleSet, Selection
 from lora_fx.rules.toml_lines import toml_lines
 from lora_fx.rules.vocabulary import OPS, PARTS, ROLES
 

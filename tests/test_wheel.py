@@ -45,7 +45,7 @@ def test_an_installed_wheel_carries_its_rules(tmp_path: Path) -> None:
     code = """
         from pathlib import Path
         import lora_fx
-        from lora_fx.rules.rule_file import builtin, directory
+        from lora_fx.rules.lookup import builtin, directory
         from transformers import T5Config, T5ForConditionalGeneration
         model = T5ForConditionalGeneration(T5Config(vocab_size=97, d_model=40, d_kv=12, d_ff=72, num_layers=1, num_heads=4))
         graph_module = lora_fx.rewrite(model, rules="t5")

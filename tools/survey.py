@@ -36,7 +36,7 @@ from small_models import model_types, small_model  # noqa: E402
 
 import lora_fx  # noqa: E402
 from lora_fx.graph.graph_module import TracedGraphModule  # noqa: E402
-from lora_fx.rules.rule_file import load  # noqa: E402
+from lora_fx.rules.lookup import load  # noqa: E402
 from lora_fx.rules.vocabulary import ROLES  # noqa: E402
 from lora_fx.sites.call_sites import sites  # noqa: E402
 from lora_fx.sites.roles import purposes  # noqa: E402

@@ -11,7 +11,7 @@ from lora_fx.drawing.describe.description import Description, Show, describe, de
 from lora_fx.errors import LoraFxError
 from lora_fx.folding.fold import recipe
 from lora_fx.planning.planner import plan_graph
-from lora_fx.rules.rule_file import load
+from lora_fx.rules.lookup import load
 from lora_fx.tracing.example_inputs import read_example_inputs
 from lora_fx.tracing.trace import trace
 from lora_fx.tracing.transformers_models import empty_model

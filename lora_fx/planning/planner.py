@@ -18,7 +18,8 @@ from lora_fx.graph.process_state import uncollected
 from lora_fx.graph.records import BranchSpec, Trained
 from lora_fx.planning.matching import refusal, trains
 from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, outputs_of, owners_of
-from lora_fx.rules.rule_file import RuleSet, Selection, load
+from lora_fx.rules.lookup import load
+from lora_fx.rules.rule_file import RuleSet, Selection
 from lora_fx.rules.vocabulary import Part
 from lora_fx.sites.call_sites import Site, sites
 from lora_fx.sites.roles import Purpose, purposes
@@ -38,7 +39,7 @@ def plan(
 
     Args:
         model: a graph of lora_fx, or a model, which is then traced.
-        rules: see :func:`lora_fx.rules.rule_file.load`.
+        rules: see :func:`lora_fx.rules.lookup.load`.
         example_inputs: see :func:`lora_fx.trace`.
         rank: replaces the ``[defaults]`` of the rules, as do ``alpha`` and ``dropout``.
         alpha: numerator of the scaling ``alpha / rank``.

@@ -19,17 +19,13 @@ A selection claims the call sites that all its predicates admit. Whatever a file
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -37,9 +33,9 @@ from pydantic import (
     SkipValidation,
 )
 
-from lora_fx.errors import RuleError, did_you_mean
+from lora_fx.errors import RuleError
 from lora_fx.rules.safe_regex import matched, problem_of
-from lora_fx.rules.toml_lines import KeyPath, read_toml
+from lora_fx.rules.toml_lines import KeyPath
 from lora_fx.rules.validation import (
     Bounds,
     Flag,
@@ -56,10 +52,6 @@ from lora_fx.rules.validation import (
     wrong,
 )
 from lora_fx.rules.vocabulary import Init, Op, Part, RoleName, Scaling
-
-_log = logging.getLogger(__name__)
-
-RULES_PATH = "LORA_FX_RULES"  # environment variable: directories of rule files
 
 # How other tools spell our keys: an unknown key is an error, and these get a better hint than spelling distance can give.
 FOREIGN_KEYS = {
@@ -343,109 +335,3 @@ class RuleSet(RuleFile):
         document = {**self.defaults.model_dump(), **changed}
         defaults = validated(Defaults, document, f"arguments to rules {self.name!r}", within=("defaults",))
         return self.model_copy(update={"defaults": defaults})
-
-
-def load(
-    rules: str | Path | Mapping[str, Any] | RuleSet,
-    model_type: str | None = None,
-    directories: Sequence[str | Path] = (),
-) -> RuleSet:
-    """Load rules.
-
-    A name is looked for in ``directories``, then in those of the environment variable ``LORA_FX_RULES``, then among the
-    built-in rules; in each of them a file's stem comes before its ``model_types``. A file hides those of the same stem in
-    later directories.
-
-    Args:
-        rules: the stem of a rule file or one of its ``model_types``, ``"auto"`` (by ``model_type``; the queries and values
-            of attention where there is no file for it), ``"all-linear"`` (every linear but routers and the head over
-            the vocabulary), a path to a ``.toml`` file, a mapping with the keys of such a file, or a loaded rule set.
-        model_type: the model's ``config.model_type``, for ``"auto"``.
-        directories: of further rule files.
-
-    Raises:
-        RuleError: there is no such rule file or directory, or the file is malformed; every problem of the file is named.
-    """
-    if isinstance(rules, RuleSet):
-        return rules
-    if isinstance(rules, Mapping):
-        return _rule_set(rules, "custom", "rules", {})
-    if isinstance(rules, Path) or rules.endswith(".toml"):
-        return _read(Path(rules))
-    if rules == "all-linear":
-        return _made(rules, Selection(op=("linear",), exclude_role=("lm_head", "router")))
-    folders = _folders(directories)
-    name = model_type if rules == "auto" else rules
-    found = None if name is None else _find(name, folders)
-    if found is None and rules == "auto":
-        why = f"no rule file is for model type {name!r}" if name else "the model has no config.model_type"
-        _log.info("%s: rules 'auto' select the query and value projections of attention by their role", why)
-        return _made(rules, Selection(role=("attention.query", "attention.value")))
-    return found or _unknown(rules, folders)
-
-
-def directory() -> Path:
-    """Return the directory of the built-in rule files: ``rules/`` of a checkout, ``lora_fx/_rules/`` of a wheel."""
-    package = Path(str(resources.files("lora_fx")))
-    packaged = package / "_rules"
-    return packaged if packaged.is_dir() else package.parent / "rules"
-
-
-def builtin() -> Sequence[RuleSet]:
-    """Return every built-in rule set, sorted by name."""
-    return [_read(path) for path in _files(directory())]
-
-
-def _folders(directories: Sequence[str | Path]) -> list[Path]:
-    listed = [Path(entry) for entry in os.environ.get(RULES_PATH, "").split(os.pathsep) if entry]
-    for folder in (given := [*map(Path, directories), *listed]):
-        if not folder.is_dir():
-            origin = f"the environment variable {RULES_PATH}" if folder in listed else "directories"
-            raise RuleError(str(folder), [f"is no directory; it is listed in {origin}"])
-    return [*given, directory()]
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.toml") if path.is_file())
-
-
-def _find(name: str | None, folders: Sequence[Path]) -> RuleSet | None:
-    hidden: set[str] = set()
-    for folder in folders:
-        paths = {path.stem: path for path in _files(folder) if path.stem not in hidden}
-        if name in paths:
-            return _read(paths[name])
-        found = next((rules for rules in map(_read, paths.values()) if name in rules.model_types), None)
-        if found:
-            return found
-        hidden |= paths.keys()
-    return None
-
-
-def _unknown(name: str, folders: Sequence[Path]) -> NoReturn:
-    names = {
-        folder: sorted({n for path in _files(folder) for n in (path.stem, *_read(path).model_types)})
-        for folder in folders
-    }
-    near = did_you_mean(name, {"auto", "all-linear", *(n for known in names.values() for n in known)})
-    built_in = ", ".join(names.pop(directory()))
-    further = "".join(f"; in {folder}: {', '.join(known)}" for folder, known in names.items())
-    problem = f"there are no built-in rules of this name{near}; built in: {built_in}{further}; or give the path of a .toml file"
-    raise RuleError(f"rules={name!r}", [problem])
-
-
-def _made(name: str, selection: Selection) -> RuleSet:
-    return RuleSet(
-        name=name, source=f"rules={name!r}", defaults=Defaults(rank=8, alpha=32, dropout=0.1), select=(selection,)
-    )
-
-
-def _read(path: Path) -> RuleSet:
-    document, lines = read_toml(path)
-    return _rule_set(document, path.stem, str(path), lines)
-
-
-def _rule_set(document: Mapping[str, Any], name: str, source: str, lines: Mapping[KeyPath, int]) -> RuleSet:
-    file = validated(RuleFile, document, source, lines)
-    said = {key: getattr(file, key) for key in RuleFile.model_fields}
-    return RuleSet(name=name, source=source, lines=lines, **said)

@@ -47,7 +47,7 @@ from lora_fx.adapters.transfer import parameters_of
 from lora_fx.graph.adapter_names import is_factor_b
 from lora_fx.numerics.lowrank_merge import BLOCK_ELEMENTS
 from lora_fx.planning.planner import plan_graph
-from lora_fx.rules.rule_file import load
+from lora_fx.rules.lookup import load
 
 RANK, ALPHA = 16, 32
 WIDE, INNER = 4096, 11008

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_fx.planning.planner import plan_sites
-from lora_fx.rules.rule_file import RuleSet, load
+from lora_fx.rules.lookup import load
+from lora_fx.rules.rule_file import RuleSet
 from lora_fx.rules.vocabulary import Role
 from lora_fx.sites.call_sites import Site
 from lora_fx.sites.roles import Purpose

@@ -36,7 +36,7 @@ import lora_fx
 from lora_fx.adapters.attach import attach
 from lora_fx.drawing.draw import describe
 from lora_fx.planning.planner import plan_graph
-from lora_fx.rules.rule_file import load
+from lora_fx.rules.lookup import load
 
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000)
 TINY = Llama(width=32, inner=64, layers=3, heads=4, groups=2, vocabulary=64)

@@ -19,15 +19,9 @@ from lora_fx.graph.info import info_of
 from lora_fx.graph.records import BranchSpec
 from lora_fx.numerics.lowrank_merge import concatenated, with_all_rows
 from lora_fx.planning.plan import owners_of
-from lora_fx.rules.peft_config.config import (
-    AdapterConfig,
-    TrainedParts,
-    modules_of,
-    patterns,
-    targets,
-    trained_parts,
-    trains_bias,
-)
+from lora_fx.rules.peft_config.config import AdapterConfig, trains_bias
+from lora_fx.rules.peft_config.name_matching import modules_of
+from lora_fx.rules.peft_config.target_names import TrainedParts, patterns, targets, trained_parts
 from lora_fx.sites.call_sites import Site, sites
 
 

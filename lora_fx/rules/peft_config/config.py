@@ -7,17 +7,15 @@ that changed the base weights, and every option that this file does not know and
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
 from lora_fx.errors import AdapterError, RuleError
+from lora_fx.rules.peft_config.name_matching import admits_layer, is_bias, is_named, modules_of, value_of_pattern
 from lora_fx.rules.rule_file import Dropout, Regex, Setting
-from lora_fx.rules.safe_regex import matched
 from lora_fx.rules.validation import (
     Flag,
     Natural,
@@ -139,17 +137,21 @@ class AdapterConfig(Table):
         Raises:
             TimeoutError: a regular expression takes too long.
         """
-        if self.exclude_modules is not None and _named(module, self.exclude_modules):
+        if self.exclude_modules is not None and is_named(module, self.exclude_modules):
             return False
         if any(f".{saved}." in f".{module}." for saved in self.modules_to_save or ()):
             return False
-        if self.target_modules is None or not _named(module, self.target_modules):
+        if self.target_modules is None or not is_named(module, self.target_modules):
             return False
-        return isinstance(self.target_modules, str) or module in self.target_modules or self._admits_layer(module)
+        return (
+            isinstance(self.target_modules, str)
+            or module in self.target_modules
+            or admits_layer(module, self.layers_to_transform, self.layers_pattern)
+        )
 
     def selects_parameter(self, parameter: str) -> bool:
         """Tell whether a parameter gets a branch of its own."""
-        return self.target_parameters is not None and _named(parameter, self.target_parameters)
+        return self.target_parameters is not None and is_named(parameter, self.target_parameters)
 
     def saves(self, module: str) -> bool:
         """Tell whether a module trains as a whole."""
@@ -165,8 +167,8 @@ class AdapterConfig(Table):
         Raises:
             TimeoutError: a regular expression takes too long.
         """
-        rank = _of_pattern(self.rank_pattern, module, self.r)
-        alpha = _of_pattern(self.alpha_pattern, module, self.lora_alpha)
+        rank = value_of_pattern(self.rank_pattern, module, self.r)
+        alpha = value_of_pattern(self.alpha_pattern, module, self.lora_alpha)
         init: Literal["gaussian", "kaiming"] = "gaussian" if self.init_lora_weights == "gaussian" else "kaiming"
         return Setting(rank, alpha, self.lora_dropout, "rslora" if self.use_rslora else "standard", init)
 
@@ -174,19 +176,8 @@ class AdapterConfig(Table):
         """Return the file, with all keys that PEFT 0.21 writes, in its form."""
         said = {key: value for key, value in self.model_dump(mode="json").items() if key in AdapterConfig.model_fields}
         for key in ("lora_alpha", "alpha_pattern"):
-            said[key] = _whole(said[key])
+            said[key] = whole_numbers(said[key])
         return json.dumps({**_UNUSED, **said}, indent=2, sort_keys=True)
-
-    def _admits_layer(self, module: str) -> bool:
-        layers = self.layers_to_transform
-        if layers is None or layers == ():
-            return True
-        patterns = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern or ()
-        expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\..*" for pattern in patterns] or [
-            r".*?\.[^.]*\.(?P<idx>\d+)\..*"
-        ]
-        index = next((found for each in expressions if (found := _layer(each, module)) is not None), None)
-        return index is not None and index in ((layers,) if isinstance(layers, int) else layers)
 
 
 _UNUSED: Mapping[str, Any] = {
@@ -266,148 +257,17 @@ def read_config(directory: Path) -> AdapterConfig:
     return config
 
 
-def patterns(values: Mapping[str, float], default: float) -> dict[str, Any]:
-    """Return ``rank_pattern`` or ``alpha_pattern`` for modules whose value is not the default.
-
-    No two keys match one module: PEFT sorts them when it saves, so that overlapping ones change their meaning.
-
-    Args:
-        values: module → value, for all modules of the adapter.
-        default: of those that no key needs to match.
-    """
-    found: dict[str, Any] = {}
-    by_leaf: dict[str, list[str]] = {}
-    for module in values:
-        by_leaf.setdefault(module.rpartition(".")[2], []).append(module)
-    for leaf, modules in by_leaf.items():
-        wanted = {values[module] for module in modules}
-        if wanted == {default}:
-            continue
-        alike = len(wanted) == 1 and bool(_PLAIN.fullmatch(leaf)) and _matched(leaf, values) == set(modules)
-        for module in [leaf] if alike else [m for m in modules if values[m] != default]:
-            single = _PLAIN.fullmatch(module) and (alike or _matched(module, values) == {module})
-            key = module if single else f"^{re.escape(module)}"
-            found[key] = _whole(values[modules[0]] if alike else values[module])
-    return found
-
-
-_PLAIN = re.compile(r"[\w.-]+")
-"""Names that mean themselves as regular expressions, but for the dot."""
-
-
-def targets(chosen: Sequence[str], others: Sequence[str]) -> tuple[str, ...] | str:
-    """Return ``target_modules`` that select exactly these modules: by the ends of their names where these tell them apart.
-
-    For no modules it is the word by which PEFT takes an adapter without branches.
-
-    Args:
-        chosen: names of the modules to select.
-        others: names of all other modules, which must not match.
-    """
-    if not chosen:
-        return DUMMY
-    leaves = tuple(sorted({module.rpartition(".")[2] for module in chosen}))
-    if not any(_named(module, leaves) for module in others):
-        return leaves
-    if not any(_named(module, tuple(chosen)) for module in others):
-        return tuple(chosen)
-    return "|".join(re.escape(module) for module in chosen)
-
-
-@dataclass(frozen=True)
-class TrainedParts:
-    """What of the model itself trains, in PEFT's words."""
-
-    bias: Bias
-    modules: tuple[str, ...]
-
-
-def trained_parts(
-    trained: Collection[str],
-    parameters: Sequence[str],
-    unread: Collection[str],
-    adapted: Collection[str],
-    modules: Collection[str],
-) -> TrainedParts:
-    """Say in PEFT's words which of a model's parameters train.
-
-    Args:
-        trained: their names.
-        parameters: the names of all.
-        unread: names of those that the model does not compute with, of which it is all the same whether they train.
-        adapted: names of the modules with a branch.
-        modules: names of those that can train as a whole, which lists of modules cannot.
-
-    Raises:
-        ValueError: it cannot be said; the argument lists the parameters left over.
-    """
-    wanted, either = set(trained), {*trained, *unread}
-    whole: list[str] = []
-    covered: set[str] = set()
-    candidates = {path for name in trained for path in modules_of(name)} & set(modules)
-    for module in sorted(candidates, key=lambda path: (path.count("."), path)):
-        parts = {n for n in parameters if any(path.endswith(module) for path in modules_of(n))}  # as PEFT matches names
-        if parts <= either and not parts <= covered and not all(map(_is_bias, parts)):
-            whole.append(module)
-            covered |= parts
-    rest = wanted - covered
-    biases = {name for name in parameters if _is_bias(name)} - (wanted - rest)
-    of_adapted = {name for name in biases if name.rpartition(".")[0] in set(adapted)}
-    kinds: dict[Bias, set[str]] = {"none": set(), "lora_only": of_adapted, "all": biases}
-    bias = next((kind for kind, names in kinds.items() if rest <= names <= rest | set(unread)), None)
-    if bias is None:
-        raise ValueError(", ".join(sorted(rest)))
-    return TrainedParts(bias, tuple(whole))
-
-
 def trains_bias(config: AdapterConfig, parameter: str, adapted: Collection[str]) -> bool:
     """Tell whether a config lets a parameter train as a bias."""
-    if config.bias == "none" or not _is_bias(parameter):
+    if config.bias == "none" or not is_bias(parameter):
         return False
     return config.bias == "all" or parameter.rpartition(".")[0] in adapted
 
 
-def _is_bias(parameter: str) -> bool:
-    return parameter.rpartition(".")[2] == "bias"
-
-
-def modules_of(parameter: str) -> Iterator[str]:
-    """Yield the paths of the modules that a parameter is in, the outermost first."""
-    parts = parameter.split(".")
-    return (".".join(parts[:end]) for end in range(1, len(parts)))
-
-
-def _matched(key: str, modules: Mapping[str, float]) -> set[str]:
-    return {module for module in modules if _admits(key, module)}
-
-
-Value = TypeVar("Value")
-
-
-def _of_pattern(pattern: Mapping[str, Value], module: str, default: Value) -> Value:
-    """Return the value of the first key that matches, else of one that is the name itself, which need not match it."""
-    return next((value for key, value in pattern.items() if _admits(key, module)), pattern.get(module, default))
-
-
-def _admits(key: str, module: str) -> bool:
-    return matched(rf"(.*\.)?({key})", module) is not None
-
-
-def _named(module: str, names: str | Sequence[str]) -> bool:
-    if isinstance(names, str):
-        return matched(names, module) is not None
-    return any(f".{module}".endswith(f".{name}") for name in names)
-
-
-def _layer(expression: str, module: str) -> int | None:
-    found = matched(expression, module)
-    return int(found["idx"]) if found else None
-
-
-def _whole(value: Any) -> Any:
+def whole_numbers(value: Any) -> Any:
     """Return numbers without a fraction as integers, as PEFT's users write them."""
     if isinstance(value, dict):
-        return {key: _whole(item) for key, item in value.items()}
+        return {key: whole_numbers(item) for key, item in value.items()}
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
