@@ -196,7 +196,7 @@ def train(graph_module: TracedGraphModule, tokenizer: Any, corpus: Corpus, steps
 
 
 def prototype_loss(vectors: torch.Tensor) -> torch.Tensor:
-    """Return the cross-entropy of picking the own topic by similarity to topic means, the paragraph itself left out of its own.
+    """Return the cross-entropy of picking the own topic by similarity to topic means; the mean of its own topic is without the paragraph itself.
 
     Args:
         vectors: unit vectors ``(topics, paragraphs, hidden)``.
@@ -219,7 +219,7 @@ def _batches(corpus: Corpus, steps: int) -> Iterator[list[str]]:
 
 
 def embed(graph_module: torch.nn.Module, tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
-    """Return unit vectors ``(len(texts), hidden)``: the mean of the last hidden states, paddings left out."""
+    """Return unit vectors ``(len(texts), hidden)``: the mean of the last hidden states without padding."""
     batch = tokenize(tokenizer, texts)
     hidden = graph_module(**batch).last_hidden_state
     weights = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)

@@ -38,7 +38,7 @@ def materialize(
 
     Args:
         graph_module: traced on the meta device; not changed.
-        state_dict: the model's weights, taken as they are. Factors of branches may be left out, and are then initialised.
+        state_dict: the model's weights, taken as they are. Factors of branches may be missing, and are then initialised.
         like: a module of the traced class with values for the buffers that no state dict has (rotary frequencies, position
             ids). A transformers model is made from its config, without weights, and run to find out whether size 1 is covered.
         seed: of the factors that are initialised.
@@ -80,7 +80,7 @@ def materialize(
 
 
 def _check_fit(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
-    """Raise unless the given tensors are those that are wanted, with all problems; what adapters have may be left out."""
+    """Raise unless the given tensors are the wanted ones, with all problems; tensors of adapters may be missing."""
     problems = [f"{name!r} is missing" for name in wanted if name not in given and not is_of_adapter(name)]
     problems += [f"{name!r} is unknown" for name in given if name not in wanted]
     problems += [

@@ -2,7 +2,7 @@
 
 W' = W + Σ scaling · B A        (transposed for weights that are laid out (in, out))
 
-First it is found out what is to be done to which weight, without touching any: the recipe. All that can be refused is
+First comes the recipe, which says what to add to which weight, and touches none. All that can be refused is
 refused before anything is computed, and all weights are looked at before the first error is raised.
 """
 
@@ -53,7 +53,7 @@ def fold(
         branches: tells by a parameter's name whether it is a factor of a branch. By default the names that lora_fx and
             PEFT give: ``<module>.lora_A.<adapter>.weight``, ``….lora_embedding_A.<adapter>``, and so for B.
         unshare: where uses of one weight need different values, un-tie them. A value keeps those names of the weight whose
-            module uses it; one that has none is called ``<module>@<n>.weight``, for the n-th call.
+            module uses it; a value without such a name is called ``<module>@<n>.weight``, for the n-th call.
         inplace: write into the weights themselves, without a second copy of any. ``graph_module`` and the model that it was
             traced from are of no use afterwards, and there is no report. Where uses are un-tied, a weight is still copied.
 

@@ -70,7 +70,7 @@ def is_factor_b(name: str) -> bool:
 
 
 def is_embedding_factor(name: str) -> bool:
-    """Tell whether a parameter name is one that PEFT gives a factor beside an embedding; ours have those of all factors."""
+    """Tell whether PEFT gives a factor beside an embedding this name; lora_fx names all factors alike."""
     return is_factor(name) and _EMBEDDING_FACTOR.fullmatch(name) is not None
 
 
@@ -92,7 +92,7 @@ def original_name(name: str) -> str | None:
 
 
 def is_of_adapter(name: str) -> bool:
-    """Tell whether a tensor name is one that adapters bring along."""
+    """Tell whether a tensor of this name belongs to an adapter."""
     return is_factor(name) or is_places(name) or original_name(name) is not None
 
 

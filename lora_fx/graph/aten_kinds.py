@@ -21,7 +21,7 @@ VIEW = _words(
     detach view_as_complex view_as_real getitem
     """
 )
-"""Return the same storage, so that what is written to the result is written to what they read."""
+"""Return views: a write to the result is a write to their input."""
 
 SHAPE = VIEW | _words(
     """
@@ -78,7 +78,7 @@ def name_of(node: fx.Node) -> str:
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
-    """Return the nodes with tensor values of which a node's value is made; sizes are left out."""
+    """Return the nodes with tensor values from which a node's value is computed, without sizes."""
     if name_of(node) in EMPTY:
         return []
     read = node.all_input_nodes[1:] if name_of(node) == "copy" else node.all_input_nodes

@@ -327,7 +327,7 @@ def _take_values(
     Torch would write them into the storage, which is also that of the model, or (``assign=True``) put new parameters in
     place of the old, a different one under each name of a tied tensor. Here parameters stay the objects that they are and
     get new storage. Afterwards ``values`` holds the graph's own tensors, so that torch, which goes on from there and
-    reports what is missing, unexpected or of another shape, puts each in its own place.
+    reports missing and unexpected keys and other shapes, puts each in its own place.
     """
     state = state_of(module)
     assign = bool(options.get("assign_to_params_buffers", False))

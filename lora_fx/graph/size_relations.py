@@ -208,7 +208,7 @@ _SIZE = re.compile(r"\b(\w+)\.size\((\d+)\)")
 
 
 def _is_known(tree: ast.AST) -> bool:
-    """Tell whether an expression is one that relations may contain; operators and contexts, which are no expressions, are."""
+    """Tell whether relations may contain a node of a syntax tree; operators and contexts, which are no expressions, may be there."""
     match tree:
         case ast.BinOp(op=op) | ast.UnaryOp(op=op) | ast.BoolOp(op=op) | ast.Compare(ops=[op]):
             return type(op) in OPERATORS

@@ -82,7 +82,7 @@ def _products(x: torch.Tensor, factors: Sequence[torch.Tensor]) -> tuple[torch.T
 
 
 LEAST_ELEMENTS = 2**16
-"""Of an output to which a product is added where it is computed: of a smaller one that takes longer than two operators do."""
+"""Smallest output to which a product is added in place: for a smaller one that takes longer than two operators do."""
 
 
 def _sum(base: torch.Tensor, reduced: torch.Tensor, factor: torch.Tensor, scaling: float) -> torch.Tensor:

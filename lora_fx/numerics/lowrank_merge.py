@@ -65,8 +65,8 @@ class Merge:
 
     Attributes:
         weight: its name.
-        names: those that the result has: all of the weight's, unless uses of it were un-tied.
-        updates: what is added to it.
+        names: of the result: all of the weight's, unless uses of it were untied.
+        updates: the products to add to it.
         view: from the weight as it is stored to a matrix ``(out, in)``, or a stack of them.
     """
 
@@ -241,7 +241,7 @@ def exact_blocks(
 
 
 BLOCK_ELEMENTS = 2**17
-"""How many elements of a weight are merged at a time: what is computed from them stays in the cache."""
+"""How many elements of a weight are merged at a time: few enough for all intermediate results to stay in the cache."""
 
 DEVICE_BLOCK_ELEMENTS = 2**25
 """How many on any other device than the CPU, where each step has to be large; for bfloat16 weights they take 320 MiB."""

@@ -126,7 +126,7 @@ class Push:
         return size
 
     def _constant(self, node: fx.Node, value: torch.Tensor) -> torch.Tensor:
-        """Return the value of an index tensor; for every other tensor, which brings no features, one that marks all places empty."""
+        """Return the value of an index tensor; for every other tensor, which brings no features, all places marked empty."""
         while name_of(node) in ("lift_fresh_copy", "detach", "to"):
             node = node.all_input_nodes[0]
         known = self._constants.get(str(node.target)) if node.op == "get_attr" else None

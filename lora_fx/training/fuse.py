@@ -8,7 +8,7 @@ A branch beside a site, ``z = y + s · (D(x) Aᵀ) Bᵀ`` with a dropout D or wi
 So x is read once and gets one gradient, instead of one for each branch; dz B serves both dx and dA; the product with B is
 added where it is computed. No node has to move, since the first product needs nothing but x and factors: one node for all of a
 group would have to wait for the last site, and most models read the output of the first before that (q is reshaped before k
-is computed), so that sites would have to move, and could not be put back in order.
+is computed), so that sites would have to move, and their order could not be restored.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def _branch(total: fx.Node, read: Mapping[fx.Node, fx.Node], modules: Mapping[st
 
 
 def _placed(update: Any) -> tuple[Any, fx.Node | None]:
-    """Return the padded rows and the places of what is put where a part's features are, or nothing if it is not."""
+    """Return the padded rows and the places of a product that is spread over a part's features, or nothing for any other."""
     found = isinstance(update, fx.Node) and update.target is aten.index_select.default and len(update.args) == 3
     padded, dim, places = update.args if found else (None, None, None)
     is_ours = isinstance(places, fx.Node) and places.op == "get_attr" and is_places(str(places.target)) and dim == -1
