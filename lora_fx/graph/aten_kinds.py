@@ -1,9 +1,10 @@
-"""Kinds of ATen operators, as the search for roles sees them: what they do to positions and features, not what they compute."""
+"""Kinds of ATen operators by their effect on positions and features, and their arguments by the names of the schema."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ VIEW = _words(
     detach view_as_complex view_as_real getitem
     """
 )
-"""Return views: a write to the result is a write to their input."""
+"""Return a view, so that a write to the result is a write to the argument."""
 
 SHAPE = VIEW | _words(
     """
@@ -29,7 +30,7 @@ SHAPE = VIEW | _words(
     flip pad constant_pad_nd unsafe_split unsafe_chunk
     """
 )
-"""Move values about, and leave each as it is."""
+"""Move values, and change none."""
 
 POINTWISE = _words(
     """
@@ -57,7 +58,7 @@ NORM = _words("layer_norm rms_norm group_norm native_layer_norm batch_norm insta
 """Normalise their first argument."""
 
 STATISTIC = _words("mean var std rsqrt sqrt norm linalg_vector_norm sum amax amin")
-"""Of which norms are made; no path for what they read."""
+"""Parts of norms; features do not flow through them."""
 
 POWER = _words("pow square")
 
@@ -78,7 +79,7 @@ def name_of(node: fx.Node) -> str:
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
-    """Return the nodes with tensor values from which a node's value is computed, without sizes."""
+    """Return the nodes with tensor values from which a node's value is computed; sizes are skipped."""
     if name_of(node) in EMPTY:
         return []
     read = node.all_input_nodes[1:] if name_of(node) == "copy" else node.all_input_nodes
@@ -92,10 +93,32 @@ def is_tensor(node: fx.Node) -> bool:
 
 
 def writes(node: fx.Node) -> fx.Node | None:
-    """Return what a node writes to in place, if it does."""
+    """Return the node whose value a node changes in place, or None."""
     schema = getattr(node.target, "_schema", None)
     first = node.args[0] if node.args else None
     return first if schema is not None and schema.is_mutable and isinstance(first, fx.Node) else None
+
+
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """Return all arguments of a node, defaults included, by the names of its schema; by position where it has no schema."""
+    if getattr(node.target, "_schema", None) is None:
+        return {**{str(index): value for index, value in enumerate(node.args)}, **node.kwargs}
+    defaults = _defaults(node.target)
+    return {**defaults, **dict(zip(defaults, node.args, strict=False)), **node.kwargs}
+
+
+@cache  # torch makes new Python objects of a schema at every access
+def _defaults(operator: Any) -> Mapping[str, Any]:
+    return {argument.name: argument.default_value for argument in operator._schema.arguments}
+
+
+def set_argument(node: fx.Node, name: str, value: Any) -> None:
+    """Set an argument of an operator call by its name in the schema."""
+    position = list(_defaults(node.target)).index(name)
+    if position < len(node.args):
+        node.update_arg(position, value)
+    else:
+        node.update_kwarg(name, value)
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:

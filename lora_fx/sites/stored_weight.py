@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from lora_fx.graph.aten_kinds import arguments_of
 from lora_fx.numerics.weight_view import AS_STORED, SWAP, Step, View
 
 aten = torch.ops.aten
@@ -88,9 +89,9 @@ def cast_of(node: fx.Node) -> torch.dtype | None:
     """Return the floating-point type to which a node casts; None if it does not cast, or does more than that."""
     if node.target not in _CASTS:
         return None
-    given: dict[Any, Any] = {**dict(enumerate(node.args)), **node.kwargs}
-    dtype = given.pop(1, None) or given.pop("dtype", None)
-    others = [value for key, value in given.items() if key != 0 and value not in (None, False)]
+    given = arguments_of(node)
+    dtype = given.pop("dtype")
+    others = [value for name, value in given.items() if name != "self" and value not in (None, False)]
     return dtype if not others and isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from lora_fx.graph.aten_kinds import arguments_of
 from lora_fx.numerics.weight_view import SWAP, Step, View
 from lora_fx.rules.vocabulary import Layout, Op
 from lora_fx.sites.stored_weight import Stored, is_transparent, stored
@@ -164,12 +165,12 @@ def _whole_tensor(value: Any, *, swapped: bool = False) -> Stored | None:
 
 
 def _linear(node: fx.Node) -> WeightOp | None:
-    given = _arguments(node)
+    given = arguments_of(node)
     return _make_op("linear", given["input"], _whole_tensor(given["weight"]), 2, addend=given["bias"])
 
 
 def _addmm(node: fx.Node) -> WeightOp | None:
-    given = _arguments(node)
+    given = arguments_of(node)
     if given["beta"] != 1 or not isinstance(given["alpha"], int | float):
         return None
     more = {"addend": given["self"], "alpha": given["alpha"]}
@@ -177,7 +178,7 @@ def _addmm(node: fx.Node) -> WeightOp | None:
 
 
 def _baddbmm(node: fx.Node) -> WeightOp | None:
-    given = _arguments(node)
+    given = arguments_of(node)
     if given["beta"] != 1 or not isinstance(given["alpha"], int | float):
         return None
     more = {"addend": given["self"], "alpha": given["alpha"], "geometry": ("right", None)}
@@ -201,7 +202,7 @@ def _batched(node: fx.Node) -> WeightOp | None:
 
 
 def _grouped(node: fx.Node) -> WeightOp | None:
-    given = _arguments(node)
+    given = arguments_of(node)
     value, weight, offsets, *others = given.values()
     if not isinstance(offsets, fx.Node) or any(other is not None for other in others):
         return None
@@ -212,7 +213,7 @@ def _convolution(op: Op) -> Callable[[fx.Node], WeightOp | None]:
     dims = int(op[4])
 
     def read(node: fx.Node) -> WeightOp | None:
-        given = _arguments(node)
+        given = arguments_of(node)
         sizes = tuple(_per_dimension(given[name], dims) for name in ("stride", "padding", "dilation"))
         more = {"geometry": (*sizes, given["groups"]), "addend": given["bias"]}
         found = _make_op(op, given["input"], _whole_tensor(given["weight"]), dims + 2, **more)
@@ -230,14 +231,6 @@ def _per_dimension(value: Any, dims: int) -> Any:
 def _embedding(node: fx.Node) -> WeightOp | None:
     weight, index = node.args[:2]
     return _make_op("embedding", index, _whole_tensor(weight, swapped=True), 2)
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """Return all arguments of an operator by the names of its schema, defaults too."""
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
-    defaults = {argument.name: argument.default_value for argument in arguments}
-    by_position = zip(defaults, node.args, strict=False)
-    return {**defaults, **dict(by_position), **node.kwargs}
 
 
 # By name: operators of other libraries do not exist before those are imported.

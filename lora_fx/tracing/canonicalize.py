@@ -1,19 +1,20 @@
-"""From what ``torch.export`` returns to the normal form: one flat graph of ATen operators, in passes of one concern each.
+"""Normal form of a trace: one flat graph of ATen operators, made from the output of torch.export in passes of one concern each.
 
-The passes edit the graph they are given, which belongs to the tracer. In their order:
+The passes edit the given graph, which belongs to the tracer. In their order:
 
     inline_regions            wrapped sub-graphs (``no_grad`` and disabled-autocast regions of rotary embeddings)
-    written_names             (nothing is changed) tensors that a model writes to, which is refused
-    remove_assertions         metadata assertions; what they protect is checked on the inputs
+    written_names             (changes nothing) tensors that a model writes to, which is refused
+    remove_assertions         metadata assertions; the input checks replace them
     use_first_names           one ``get_attr`` a tensor, under its first name; none for unused tensors
     follow_input_device       device literals → the device of an input
-    numbered                  names that do not tell the history of a graph
+    numbered                  names that do not depend on the history of a graph
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
+from lora_fx.graph.aten_kinds import arguments_of
 from lora_fx.graph.provenance import source_line
 
 aten = torch.ops.aten
@@ -30,7 +32,7 @@ higher_order = torch.ops.higher_order
 def inline_regions(module: fx.GraphModule, *, training: bool) -> None:
     """Replace calls of wrapped sub-graphs by their nodes.
 
-    What a ``no_grad`` region computes does not require a gradient; a ``detach`` on each result says so in the flat graph.
+    Results of a ``no_grad`` region do not require a gradient; a ``detach`` on each of them says so in the flat graph.
 
     Args:
         module: edited.
@@ -58,13 +60,13 @@ def inline_regions(module: fx.GraphModule, *, training: bool) -> None:
         if (
             node.op == "get_attr"
             and not node.users
-            and isinstance(_attribute(module, str(node.target)), fx.GraphModule)
+            and isinstance(attrgetter(str(node.target))(module), fx.GraphModule)
         ):
             graph.erase_node(node)
 
 
 def _remove_writes_to_itself(graph: fx.Graph) -> None:
-    """Remove ``x.set_(x)``: with that begins a parametrization, which a model may register for the length of a call."""
+    """Remove ``x.set_(x)``, with which a parametrization begins; a model may register one for the length of a call."""
     for node in graph.find_nodes(op="call_function", target=aten.set_.source_Tensor):
         if node.args[0] is node.args[1]:
             node.replace_all_uses_with(node.args[0])
@@ -88,13 +90,13 @@ def _region(module: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, tupl
             "Trace the parts on either side of it as models of their own."
         )
     assert isinstance(callee, fx.Node)
-    region = _attribute(module, str(callee.target))
+    region = attrgetter(str(callee.target))(module)
     assert isinstance(region, fx.GraphModule)
     return region, tuple(operands), detached
 
 
 def _check_writes(region: fx.GraphModule, operands: tuple[Any, ...]) -> None:
-    """Refuse writes to what a region is given; those to the model's own tensors and inputs are refused anyway."""
+    """Refuse writes to the operands of a region; writes to the model's own tensors and inputs are refused anyway."""
     computed = (node for node in operands if isinstance(node, fx.Node) and node.op not in ("get_attr", "placeholder"))
     outside = {storage for node in computed if _is_differentiable(node.meta.get("val")) for storage in _storages(node)}
     for node in region.graph.nodes:
@@ -149,11 +151,11 @@ def written_names(graph: fx.Graph) -> list[str]:
 def _written(node: fx.Node) -> Iterator[object]:
     """Yield the storages that an operator writes to. Views share theirs, whatever operators made them."""
     schema = getattr(node.target, "_schema", None)
-    if schema is None or node.target is aten.detach_.default:  # which writes for autograd, and no values
+    if schema is None or node.target is aten.detach_.default:  # detach_ writes no values
         return
-    given = {**dict(zip([argument.name for argument in schema.arguments], node.args, strict=False)), **node.kwargs}
+    given = arguments_of(node)
     written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    if given.get("training") is True or given.get("use_input_stats") is True:  # schemas do not say so
+    if given.get("training") is True or given.get("use_input_stats") is True:  # schemas do not mark these writes
         written += ["running_mean", "running_var"]
     for operand in pytree.tree_leaves([given.get(name) for name in written]):
         if isinstance(operand, fx.Node):
@@ -202,7 +204,7 @@ def follow_input_device(graph: fx.Graph) -> None:
 def numbered(graph: fx.Graph) -> fx.Graph:
     """Return a copy in which nodes are named by their operators, and numbered in their order; inputs and tensors keep their names.
 
-    Of what torch.export notes about a node, what we read is kept.
+    Of torch.export's metadata only the entries that this package reads are kept.
     """
     made = fx.Graph()
     image: dict[fx.Node, fx.Node] = {}
@@ -216,7 +218,7 @@ def numbered(graph: fx.Graph) -> fx.Graph:
 
 
 def _name(node: fx.Node) -> str | None:
-    """Return what a copy of a node is named after; a call of a module after its path."""
+    """Return the name that a copy of a node is to have; None for a call of a module, which fx names after its path."""
     if node.op == "call_function":
         return _NUMBER.sub("", node.name)
     return None if node.op == "call_module" else node.name
@@ -224,10 +226,3 @@ def _name(node: fx.Node) -> str | None:
 
 _NUMBER = re.compile(r"(_\d+)+$")
 _KEPT = ("val", "nn_module_stack", "stack_trace", "custom")
-
-
-def _attribute(module: fx.GraphModule, target: str) -> object:
-    value: object = module
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value

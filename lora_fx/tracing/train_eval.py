@@ -1,6 +1,6 @@
-"""Train and eval in one graph: the two traces of a model are compared, and what differs becomes a module that knows the mode.
+"""Train and eval mode in one graph: the two traces of a model are compared, and differences become modules that know the mode.
 
-A trace bakes ``model.training`` in. So a model is traced in both modes, and the two graphs are walked side by side. They
+A trace has a fixed ``model.training``. So a model is traced in both modes, and the two graphs are walked side by side. They
 may differ only in these ways, each of which a module can express:
 
     a dropout that drops in the train trace only   ``nn.Dropout(p)``
@@ -23,6 +23,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
+from lora_fx.graph.aten_kinds import arguments_of, set_argument
 from lora_fx.graph.graph_module import same_values
 from lora_fx.graph.provenance import module_path, source_line
 
@@ -55,7 +56,7 @@ class ModeSwitch(nn.Module):
 
 
 def unite_modes(train: fx.Graph, evaluation: fx.Graph, taken: Collection[str] = ()) -> dict[str, nn.Module]:
-    """Make ``train``, the graph of the train trace, serve both modes (in place), and return the modules it now calls.
+    """Make ``train``, the graph of the train trace, serve both modes (in place), and return the modules that it now calls.
 
     Args:
         train: edited; inactive dropout was removed from both graphs.
@@ -65,7 +66,7 @@ def unite_modes(train: fx.Graph, evaluation: fx.Graph, taken: Collection[str] = 
     Raises:
         TraceError: the two graphs differ in a way that no module expresses.
     """
-    walk = _Walk(train, evaluation)
+    walk = _ModeComparison(train, evaluation)
     for node in train.nodes:
         if node.op not in _NAMED:
             walk.step(node)
@@ -92,8 +93,8 @@ def remove_inactive_dropout(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-class _Walk:
-    """The walk of the train graph along the eval graph, and how far it has come.
+class _ModeComparison:
+    """Comparison of the train graph with the eval graph, node by node.
 
     A node that is the identity on values (``contiguous``, which is recorded only where the strides of the fake tensors ask for
     it, and those depend on the attention kernel) may be missing on either side, and a dropout in the eval graph.
@@ -137,7 +138,7 @@ class _Walk:
     def _corresponds(self, node: fx.Node, other: fx.Node) -> bool:
         if (node.op, node.target) != (other.op, other.target):
             return False
-        mine, theirs = named_arguments(node), named_arguments(other)
+        mine, theirs = arguments_of(node), arguments_of(other)
         mode_argument = MODE_ARGUMENTS.get(node.target)
         if mode_argument is not None:
             values = mine.pop(mode_argument, None), theirs.pop(mode_argument, None)
@@ -157,18 +158,7 @@ def _same(mine: object, theirs: object) -> bool:
     )
 
 
-def named_arguments(node: fx.Node) -> dict[str, Any]:
-    """Return the arguments of a node that are not defaults, by the names of the schema; by position where there is none."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return {**{str(i): value for i, value in enumerate(node.args)}, **node.kwargs}
-    names = [argument.name for argument in schema.arguments]
-    defaults = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    return {name: value for name, value in given.items() if name not in defaults or not _same(value, defaults[name])}
-
-
-def _express(graph: fx.Graph, walk: _Walk, taken: Collection[str]) -> dict[str, nn.Module]:
+def _express(graph: fx.Graph, walk: _ModeComparison, taken: Collection[str]) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {}
     for node in list(graph.nodes):
         if node in walk.dropouts:
@@ -193,25 +183,15 @@ def _express(graph: fx.Graph, walk: _Walk, taken: Collection[str]) -> dict[str, 
     return modules
 
 
-def set_argument(node: fx.Node, name: str, value: Any) -> None:
-    """Set an argument of an operator call by the name its schema gives it."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    position = names.index(name)
-    if position < len(node.args):
-        node.update_arg(position, value)
-    else:
-        node.update_kwarg(name, value)
-
-
 def _dropout_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     named = [path for path, kind in stack.values() if str(getattr(kind, "__name__", kind)).endswith("Dropout")]
-    own = [path for path in named if path]  # the model itself has none
+    own = [path for path in named if path]  # the path of the model itself is empty
     return own[-1] if own else f"{module_path(node)}.dropout".removeprefix(".")
 
 
 def _free(name: str, taken: Collection[str]) -> str:
-    """Return a path that neither lies below one that is taken, nor above: modules must not hide each other or tensors."""
+    """Return a path that lies neither below a taken one nor above: modules must not hide each other or tensors."""
 
     def collides(candidate: str) -> bool:
         return any(f"{a}.".startswith(f"{b}.") for other in taken for a, b in ((candidate, other), (other, candidate)))
@@ -222,9 +202,9 @@ def _free(name: str, taken: Collection[str]) -> str:
 
 
 def _line(node: fx.Node) -> str:
-    """Return the model's line that recorded a node, or what reads it."""
+    """Return the model's line that recorded a node, or the nearest of its readers."""
     readers = [node]
-    for reader in readers:  # which grows
+    for reader in readers:  # the list grows inside the loop
         if source_line(reader):
             return source_line(reader)
         readers += [user for user in reader.users if user not in readers]
