@@ -74,6 +74,18 @@ def first_line(message: str, otherwise: str) -> str:
     return next((line.strip() for line in message.splitlines() if line.strip()), otherwise)
 
 
+def listed(items: Sequence[str], most: int, separator: str = ", ") -> str:
+    """Return ``"x, y and 3 more"``: the first items of a list, and how many there are besides.
+
+    Args:
+        items: in the order in which they are named.
+        most: how many are named.
+        separator: ``"; "`` for items that are sentences; then ``"x; y, and 3 more"``.
+    """
+    named, rest = separator.join(items[:most]), len(items) - most
+    return named if rest <= 0 else f"{named}{'' if separator == ', ' else ','} and {rest} more"
+
+
 def did_you_mean(found: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the nearest known spellings, or an empty string."""
     near = get_close_matches(found, sorted(known), n=3, cutoff=0.6)

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, listed
 from lora_fx.files.atomic import check_free, replacing
 from lora_fx.folding.fold import fold
 from lora_fx.folding.transformers_directory import DTYPES, check_loads, contents_of, write
@@ -190,15 +190,14 @@ def _check_traced_from(model: nn.Module, graph_module: TracedGraphModule, merged
         if name not in folded_before and not same_values(tensor, mine[name])
     ]
     if differences:
-        more = f", and {len(differences) - _MOST} more" if len(differences) > _MOST else ""
         raise LoraFxError(
-            f"the graph was not traced from this {type(model).__name__}: {'; '.join(differences[:_MOST])}{more}. Pass the model that "
+            f"the graph was not traced from this {type(model).__name__}: {listed(differences, _MAX_NAMED, '; ')}. Pass the model that "
             "was traced. If only its weights were changed since, give it those of the graph: "
             "model.load_state_dict(lora_fx.fold(graph).state_dict(), assign=True)."
         )
 
 
-_MOST = 3
+_MAX_NAMED = 3
 
 
 def _put(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -27,7 +27,7 @@ from lora_fx.adapters.peft_format.reading import (
     read_contents,
 )
 from lora_fx.adapters.transfer import plan_branches
-from lora_fx.errors import AdapterError, FoldError, LoraFxError
+from lora_fx.errors import AdapterError, FoldError, LoraFxError, listed
 from lora_fx.folding.checkpoint import Changes, Checkpoint
 from lora_fx.folding.checkpoint_write import CheckpointReport, write_merged
 from lora_fx.folding.fold import recipe
@@ -287,7 +287,7 @@ class _Places:
         return _Places(checkpoint, plain, converted)
 
     def fingerprint(self, state: State) -> dict[str, str | None]:
-        """Return the fingerprint of the base, see :func:`lora_fx.adapters.peft_format.fingerprint.departures`."""
+        """Return the fingerprint of the base, see :func:`lora_fx.adapters.peft_format.fingerprint.differences`."""
         found = {
             first: next((self.plain[name] for name in names if name in self.plain), None)
             for first, names in state.names().items()
@@ -307,10 +307,9 @@ class _Places:
             return keys
         made_of = next((self.converted[name] for name in names if name in self.converted), ())
         if made_of:
-            told = ", ".join(made_of[:3]) + (f" and {len(made_of) - 3} more" if len(made_of) > 3 else "")
             raise FoldError(
-                f"{self.checkpoint.directory} does not store {names[0]!r} as the model has it: transformers makes it of {told}. Load the model, fold "
-                "with lora_fx.from_adapter and lora_fx.fold, and write it with lora_fx.huggingface.save_pretrained."
+                f"{self.checkpoint.directory} does not store {names[0]!r} as the model has it: transformers makes it of "
+                f"{listed(made_of, 3)}. Load the model, fold with lora_fx.from_adapter and lora_fx.fold, and write it with lora_fx.huggingface.save_pretrained."
             )
         raise FoldError(
             f"{self.checkpoint.directory} has no tensor for {' or '.join(map(repr, names))}, which an adapter changes. Is it the checkpoint of "

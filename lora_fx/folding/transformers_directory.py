@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, listed
 from lora_fx.graph.graph_module import described, state_of
 from lora_fx.graph.process_state import exclusive, forked_random_state
 
@@ -181,7 +181,6 @@ def check_loads(model_class: Any, contents: Contents, directory: Path, target: P
 
 
 def _not_given_back(model_class: Any, contents: Contents, target: Path, problems: list[str]) -> str:
-    more = f", and {len(problems) - _MOST} more" if len(problems) > _MOST else ""
     if contents.untied:
         first, name = contents.untied[0]
         advice = (
@@ -195,12 +194,12 @@ def _not_given_back(model_class: Any, contents: Contents, target: Path, problems
             "needs a config that fits. verify=False writes it nevertheless."
         )
     return (
-        f"{target}: {model_class.__name__}.from_pretrained does not give back what would be written: {'; '.join(problems[:_MOST])}{more}. "
+        f"{target}: {model_class.__name__}.from_pretrained does not give back what would be written: {listed(problems, _MAX_NAMED, '; ')}. "
         f"Nothing was written. {advice}"
     )
 
 
-_MOST = 3
+_MAX_NAMED = 3
 
 
 def _difference(contents: Contents, name: str, found: torch.Tensor | None) -> str | None:
@@ -273,9 +272,8 @@ def _check_names(empty: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     state = state_of(empty)
     other = sorted(tensors.keys() ^ (state.tensors.keys() - state.non_persistent))
     if other:
-        more = f" and {len(other) - _MOST} more" if len(other) > _MOST else ""
         raise LoraFxError(
-            f"the config of this {type(empty).__name__} makes another model: {', '.join(map(repr, other[:_MOST]))}{more} in one of them "
+            f"the config of this {type(empty).__name__} makes another model: {listed([*map(repr, other)], _MAX_NAMED)} in one of them "
             "only. from_pretrained could not load what would be written. Bring model.config up to date."
         )
 
@@ -315,9 +313,8 @@ def _check_finite(contents: Contents, made: Mapping[str, torch.Tensor]) -> None:
         and bool(torch.isfinite(contents.tensors[name]).all())
     ]
     if beyond:
-        more = f" and {len(beyond) - _MOST} more" if len(beyond) > _MOST else ""
         raise LoraFxError(
-            f"{', '.join(map(repr, beyond[:_MOST]))}{more} would not be finite in {contents.dtype}: values are beyond its range. "
+            f"{listed([*map(repr, beyond)], _MAX_NAMED)} would not be finite in {contents.dtype}: values are beyond its range. "
             "Choose a wider dtype (torch.bfloat16 has the range of torch.float32)."
         )
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.errors import TraceError
+from lora_fx.errors import TraceError, listed
 from lora_fx.graph.process_state import forked_random_state
 
 
@@ -104,8 +104,8 @@ def mode_of(model: nn.Module, *, inference: bool) -> bool:
         others = [name for name, mode in given.items() if mode != expected[name]]
         raise TraceError(
             f"the modules of {type(model).__name__} are in different modes, and a graph has one: it is in {_mode(given[''])} mode, "
-            f"and in {_mode(not given[''])} mode {'is' if len(others) == 1 else 'are'} {', '.join(others[:8])}"
-            f"{', …' if len(others) > 8 else ''}. Call model.train() or model.eval() first."
+            f"and in {_mode(not given[''])} mode {'is' if len(others) == 1 else 'are'} "
+            f"{listed(others, 8)}. Call model.train() or model.eval() first."
         )
     return given[""]
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, listed
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.graph.info import info_of
 from lora_fx.graph.process_state import forked_random_state
@@ -76,19 +76,15 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing or (unused and not names):
         problem = (
-            f"no values for {_some(missing)}, which would be random"
+            f"no values for {listed(missing, 5)}, which would be random"
             if missing
-            else f"values for {_some(unused)}, which would be lost"
+            else f"values for {listed(unused, 5)}, which would be lost"
         )
         raise LoraFxError(
             f"{path}: the files have {problem}. Let 'architectures' in config.json name the class that was saved; it says {names}."
         )
     assert isinstance(loaded, nn.Module)
     return loaded.eval()
-
-
-def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:5])}{' and more' if len(names) > 5 else ''}"
 
 
 def _read_config(path: Path) -> Any:

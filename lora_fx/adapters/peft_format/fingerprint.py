@@ -86,7 +86,7 @@ def recorded(given: Mapping[str, str]) -> tuple[dict[str, str], Origin]:
     return base, Origin(rules.get("name", ""), rules.get("sha256", ""))
 
 
-def departures(trained_on: Mapping[str, str], found: Mapping[str, str | None]) -> Iterator[str]:
+def differences(trained_on: Mapping[str, str], found: Mapping[str, str | None]) -> Iterator[str]:
     """Yield how a base differs from the one that an adapter was trained on, for every tensor that does.
 
     Args:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 
-from lora_fx.adapters.peft_format.fingerprint import departures, recorded
+from lora_fx.adapters.peft_format.fingerprint import differences, recorded
 from lora_fx.adapters.peft_format.keys import PREFIX, Slot, apart_from_calls, base_key, base_name, slots, transposed
 from lora_fx.errors import AdapterError, LoraFxError, did_you_mean
 from lora_fx.files.safetensors import TensorFile
@@ -80,24 +80,27 @@ def check_base(files: AdapterFiles, found: Mapping[str, str | None], *, strict: 
 
     Args:
         files: of the adapter.
-        found: fingerprint of the base, see :func:`lora_fx.adapters.peft_format.fingerprint.departures`; empty if its weights are not known.
+        found: fingerprint of the base, see :func:`lora_fx.adapters.peft_format.fingerprint.differences`; empty if its weights are not known.
         strict: whether a difference is an error, or else a warning.
 
     Raises:
         AdapterError: they differ.
     """
     trained_on, _ = recorded(files.file.metadata)
-    unlike = list(departures(trained_on, found)) if trained_on and found else []
+    unlike = list(differences(trained_on, found)) if trained_on and found else []
     if unlike:
         source = str(files.directory)
         if strict:
-            told = [*unlike[:_MOST], *([f"and {len(unlike) - _MOST} more tensors"] if len(unlike) > _MOST else [])]
+            told = [
+                *unlike[:_MAX_NAMED],
+                *([f"and {len(unlike) - _MAX_NAMED} more tensors"] if len(unlike) > _MAX_NAMED else []),
+            ]
             advice = "the adapter was trained on another base; pass that model, or strict=False"
             raise AdapterError(source, [advice, *told])
         warnings.warn(f"{source}: the adapter was trained on another base:\n  " + "\n  ".join(unlike), stacklevel=3)
 
 
-_MOST = 10
+_MAX_NAMED = 10
 
 
 @dataclass(frozen=True)
