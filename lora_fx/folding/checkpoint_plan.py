@@ -309,7 +309,8 @@ class _Places:
         if made_of:
             raise FoldError(
                 f"{self.checkpoint.directory} does not store {names[0]!r} as the model has it: transformers makes it of "
-                f"{listed(made_of, 3)}. Load the model, fold with lora_fx.from_adapter and lora_fx.fold, and write it with lora_fx.huggingface.save_pretrained."
+                f"{listed(made_of, 3)}. Load the model, fold with lora_fx.from_adapter and lora_fx.fold, and write it with "
+                "lora_fx.huggingface.save_pretrained."
             )
         raise FoldError(
             f"{self.checkpoint.directory} has no tensor for {' or '.join(map(repr, names))}, which an adapter changes. Is it the checkpoint of "
