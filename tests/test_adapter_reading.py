@@ -115,7 +115,7 @@ TENSORS: dict[str, tuple[Callable[[Tensors], Any], tuple[str, ...]]] = {
     ),
     "of another shape": (
         lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4, 24)}),
-        (f"{KEY}.lora_A.weight: expected shape (3, 24), rank 3 at {QUERY}, of 24 and 24 features, found (4, 24)",),
+        (f"{KEY}.lora_A.weight: expected shape (3, 24), rank 3 at {QUERY}, of 24 and 24 features, got (4, 24)",),
     ),
     "integers": (
         lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(3, 24, dtype=torch.int32)}),

@@ -13,10 +13,10 @@ import torch
 from lora_fx.adapters.activate import ordered
 from lora_fx.adapters.peft_format.fingerprint import fingerprint
 from lora_fx.adapters.peft_format.keys import PREFIX, Slot, base_name, slots
-from lora_fx.adapters.peft_format.reading import FILE_NAME, AdapterFiles, check_base, is_selected, read_adapter
+from lora_fx.adapters.peft_format.reading import AdapterFiles, KeyLedger, check_base, read_adapter
 from lora_fx.adapters.transfer import branches_of
 from lora_fx.branches.lower import lower
-from lora_fx.errors import AdapterError, ExportError, LoraFxError, did_you_mean, first_line
+from lora_fx.errors import ExportError, LoraFxError, did_you_mean, first_line
 from lora_fx.export.onnx_ops import onnx_package
 from lora_fx.export.onnx_slots import check_slots
 from lora_fx.export.slot_table import FORMAT, OnnxSlot, SlotTable, onnxruntime_says, version_of
@@ -26,6 +26,7 @@ from lora_fx.graph.records import BranchSpec
 from lora_fx.numerics.lowrank_merge import concatenated, with_all_rows
 from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import CONFIG_NAME, AdapterConfig
+from lora_fx.rules.rule_file import Setting
 from lora_fx.sites.call_sites import Site, sites
 
 
@@ -206,73 +207,57 @@ class _PeftReader:
     def __init__(self, files: AdapterFiles, table: SlotTable) -> None:
         self._files, self._table = files, table
         self._config = files.config
-        self._keys = dict(files.file.entries)
-        self._problems: list[str] = []
+        self._ledger = KeyLedger(files)
 
     def products(self) -> dict[str, _ScaledPair]:
         """Return the product for each slot, by its site."""
-        self._problems += _unslotted(self._config)
-        self._stop_if_wrong()
-        chosen = [slot for slot in self._table.slots if self._selected(slot)]
-        self._problems += [slot.apart for slot in chosen if slot.apart]
-        self._stop_if_wrong()
+        self._ledger.problems += _unslotted(self._config)
+        self._ledger.stop_if_wrong()
+        chosen = [slot for slot in self._table.slots if self._ledger.selects(_site(slot))]
+        self._ledger.problems += [slot.apart for slot in chosen if slot.apart]
+        self._ledger.stop_if_wrong()
         placed = slots([_site(slot) for slot in chosen], self._table.base, {})
-        products = {slot.site: self._product(placed[slot.module]) for slot in chosen}
+        settings = {slot.module: self._ledger.setting_of(placed[slot.module].name) for slot in chosen}
+        self._ledger.stop_if_wrong()
+        products = {slot.site: self._product(placed[slot.module], settings[slot.module]) for slot in chosen}
         self._check_rest()
         if not chosen:
-            self._problems.append(f"{CONFIG_NAME} selects no site at which the model has a slot")
-        self._stop_if_wrong()
+            self._ledger.problems.append(f"{CONFIG_NAME} selects no site at which the model has a slot")
+        self._ledger.stop_if_wrong()
         return {site: product for site, product in products.items() if product is not None}
 
-    def _stop_if_wrong(self) -> None:
-        if self._problems:
-            raise AdapterError(str(self._files.directory), self._problems)
-
-    def _selected(self, slot: OnnxSlot) -> bool:
-        try:
-            return is_selected(_site(slot), self._config, self._keys)
-        except TimeoutError as error:
-            self._problems.append(f"{CONFIG_NAME}: {error}")
-            return False
-
-    def _product(self, slot: Slot) -> _ScaledPair | None:
-        try:
-            setting = self._config.setting_of(slot.name)
-        except TimeoutError as error:
-            self._problems.append(f"{CONFIG_NAME}: {error}")
-            return None
+    def _product(self, slot: Slot, setting: Setting) -> _ScaledPair | None:
         shapes = slot.shapes(BranchSpec(slot.site.name, setting))
         a, b = (self._read(key, shape, slot) for key, shape in zip(slot.keys, shapes, strict=True))
         return None if a is None or b is None else _ScaledPair(*slot.exchanged(a, b), setting.scale)
 
     def _read(self, key: str, shape: tuple[int, ...], slot: Slot) -> torch.Tensor | None:
-        entry = self._keys.pop(key, None)
+        features = f"of {slot.site.in_features} and {slot.site.out_features} features"
+        entry = self._ledger.take(key, shape, f"{CONFIG_NAME} selects {slot.name!r}", features)
         if entry is None:
-            self._problems.append(f"{key}: missing in {FILE_NAME}: {CONFIG_NAME} selects {slot.name!r}")
-            return None
-        if entry.shape != shape:
-            self._problems.append(
-                f"{key}: expected shape {shape}, of {slot.site.in_features} and {slot.site.out_features} features, got {entry.shape}"
-            )
             return None
         if not entry.dtype.is_floating_point or torch.promote_types(entry.dtype, torch.float32) != torch.float32:
-            self._problems.append(f"{key}: expected float32, or a dtype that converts to it exactly, got {entry.dtype}")
+            self._ledger.problems.append(
+                f"{key}: expected float32, or a dtype that converts to it exactly, got {entry.dtype}"
+            )
             return None
         return self._files.file.read(key).to(torch.float32)
 
     def _check_rest(self) -> None:
         """Collect every key that no slot takes, except copies of the model's own tensors."""
         modules = {slot.module for slot in self._table.slots}
-        for key in self._keys:
+        for key in self._ledger.unread:
             name = base_name(key, self._table.base)
             if name is None:
                 module = key.removeprefix(PREFIX).partition(".lora_")[0]
-                self._problems.append(
+                self._ledger.problems.append(
                     f"{key}: the model has no slot for it{did_you_mean(module, modules - {module})}. Export the model with rules that "
                     "choose its site too"
                 )
             elif fingerprint(State({name: self._files.file.read(key)})) != {name: self._table.base[name]}:
-                self._problems.append(f"{key}: another value than the model's {name!r}, and slots take A and B alone")
+                self._ledger.problems.append(
+                    f"{key}: another value than the model's {name!r}, and slots take A and B alone"
+                )
 
 
 def _unslotted(config: AdapterConfig) -> Iterator[str]:

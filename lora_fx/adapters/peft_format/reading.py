@@ -17,13 +17,14 @@ from torch import fx, nn
 from lora_fx.adapters.peft_format.fingerprint import differences, recorded
 from lora_fx.adapters.peft_format.keys import PREFIX, Slot, apart_from_calls, base_key, base_name, slots, transposed
 from lora_fx.errors import AdapterError, LoraFxError, did_you_mean
-from lora_fx.files.safetensors import TensorFile
+from lora_fx.files.safetensors import TensorEntry, TensorFile
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
 from lora_fx.graph.graph_module import described, state_of
 from lora_fx.graph.records import BranchSpec, Origin, Trained
 from lora_fx.numerics.factor_init import adapter_dtype
 from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import ALL_LINEAR, CONFIG_NAME, AdapterConfig, read_config, trains_bias
+from lora_fx.rules.rule_file import Setting
 from lora_fx.sites.call_sites import Site, sites
 
 FILE_NAME = "adapter_model.safetensors"
@@ -167,36 +168,82 @@ def is_selected(site: Site, config: AdapterConfig, keys: Collection[str]) -> boo
     return config.selects(site.module)
 
 
+class KeyLedger:
+    """The keys of an adapter's file that no branch has taken yet, and the problems found on the way, which are raised together."""
+
+    def __init__(self, files: AdapterFiles) -> None:
+        self.unread = dict(files.file.entries)
+        self.problems: list[str] = []
+        self._directory, self._config = files.directory, files.config
+
+    def stop_if_wrong(self) -> None:
+        """Raise :class:`AdapterError` with all problems so far, if there are any."""
+        if self.problems:
+            raise AdapterError(str(self._directory), self.problems)
+
+    def selects(self, site: Site) -> bool:
+        """Tell whether the adapter has factors beside a site; see :func:`is_selected`."""
+        try:
+            return is_selected(site, self._config, self.unread)
+        except TimeoutError as error:
+            self.problems.append(f"{CONFIG_NAME}: {error}")
+            return False
+
+    def setting_of(self, module: str) -> Setting:
+        """Return the settings of the branch at a module or a parameter; the default ones with a problem."""
+        try:
+            return self._config.setting_of(module)
+        except TimeoutError as error:
+            self.problems.append(f"{CONFIG_NAME}: {error}")
+            return AdapterConfig(peft_type="LORA").setting_of(module)
+
+    def take(self, key: str, shape: tuple[int, ...], why: str, of: str) -> TensorEntry | None:
+        """Take a key from the unread ones, and return its entry; None with a problem.
+
+        Args:
+            key: in the file.
+            shape: that it is to have.
+            why: a key is expected, for the message where it is missing.
+            of: the reason for the shape, for the message where it has another.
+        """
+        entry = self.unread.pop(key, None)
+        if entry is None:
+            self.problems.append(f"{key}: missing in {FILE_NAME}: {why}")
+        elif entry.shape != shape:
+            self.problems.append(f"{key}: expected shape {shape}, {of}, got {entry.shape}")
+            return None
+        return entry
+
+
 class _Reader:
     """Reads an adapter for a graph, and collects what is wrong."""
 
     def __init__(self, files: AdapterFiles, graph_module: fx.GraphModule) -> None:
         self._files = files
         self._config = files.config
-        self._keys = dict(files.file.entries)
+        self._ledger = KeyLedger(files)
         self._state = state_of(graph_module)
         self._sites = {site.module: site for site in sites(graph_module)}
         self._graph_module = graph_module
-        self._problems: list[str] = []
 
     def contents(self) -> AdapterContents:
         chosen = [site for site in self._sites.values() if self._selected(site)]
-        self._stop_if_wrong()
-        self._problems += apart_from_calls(self._graph_module, {site.module for site in chosen})
-        self._stop_if_wrong()
+        self._ledger.stop_if_wrong()
+        self._ledger.problems += apart_from_calls(self._graph_module, {site.module for site in chosen})
+        self._ledger.stop_if_wrong()
         own = {name: tensor for name, tensor in self._state.tensors.items() if not is_of_adapter(name)}
         self._first = self._state.aliases()
         placed = slots(chosen, own, transposed(self._graph_module, chosen))
         branches = {slot: self._branch(slot) for slot in placed.values()}
-        self._stop_if_wrong()
+        self._ledger.stop_if_wrong()
         factors = {slot: self._factors(slot, branch) for slot, branch in branches.items()}
         copies = self._copies(own, [slot.name for slot in branches if not slot.is_parameter])
         self._rest(own, [slot.name for slot in branches])
-        self._stop_if_wrong()
+        self._ledger.stop_if_wrong()
         read = {slot: self._read_factors(slot, *names) for slot, names in factors.items()}
         values = {name: self._read(key, own[name]) for name, key in copies.items()}
         echoes = self._check_rest(own, copies)
-        self._stop_if_wrong()
+        self._ledger.stop_if_wrong()
         _, origin = recorded(self._files.file.metadata)
         config = self._config
         return AdapterContents(
@@ -208,30 +255,21 @@ class _Reader:
             echoes,
         )
 
-    def _stop_if_wrong(self) -> None:
-        if self._problems:
-            raise AdapterError(str(self._files.directory), self._problems)
-
     def _selected(self, site: Site) -> bool:
         try:
-            if site.module != site.weight and self._config.selects_parameter(f"{site.module}.weight"):
-                self._problems.append(
-                    f"{CONFIG_NAME}: target_parameters names the weight of the module {site.module!r}, which is supported for bare "
-                    "parameters alone. Merge the adapter with PEFT, and use the result"
-                )
-                return False
-            return is_selected(site, self._config, self._keys)
+            unsupported = site.module != site.weight and self._config.selects_parameter(f"{site.module}.weight")
         except TimeoutError as error:
-            self._problems.append(f"{CONFIG_NAME}: {error}")
+            self._ledger.problems.append(f"{CONFIG_NAME}: {error}")
             return False
+        if unsupported:
+            self._ledger.problems.append(
+                f"{CONFIG_NAME}: target_parameters names the weight of the module {site.module!r}, which is supported for bare "
+                "parameters alone. Merge the adapter with PEFT, and use the result"
+            )
+        return not unsupported and self._ledger.selects(site)
 
     def _branch(self, slot: Slot) -> BranchSpec:
-        try:
-            setting = self._config.setting_of(slot.name)
-        except TimeoutError as error:
-            self._problems.append(f"{CONFIG_NAME}: {error}")
-            setting = AdapterConfig(peft_type="LORA").setting_of(slot.name)
-        return BranchSpec(owners_of(slot.site)[0], setting, op=slot.site.op)
+        return BranchSpec(owners_of(slot.site)[0], self._ledger.setting_of(slot.name), op=slot.site.op)
 
     def _factors(self, slot: Slot, branch: BranchSpec) -> tuple[str, str]:
         """Take the keys of a branch from those of the file, and check what the header says of them."""
@@ -245,7 +283,7 @@ class _Reader:
             told = (
                 f"rank {rank} at {slot.name}, of {slot.site.in_features} and {slot.site.out_features} features{groups}"
             )
-            self._take(key, shape, f"{CONFIG_NAME} selects {slot.name!r}", told)
+            self._ledger.take(key, shape, f"{CONFIG_NAME} selects {slot.name!r}", told)
         return slot.keys
 
     def _copies(self, own: Mapping[str, torch.Tensor], adapted: Collection[str]) -> dict[str, str]:
@@ -264,38 +302,31 @@ class _Reader:
             declared.setdefault(first, []).append(name)
             if first in taken:
                 continue  # another name of a tied parameter, compared with the value under the first
-            self._take(key, tuple(tensor.shape), f"{CONFIG_NAME} says {why}", f"as {name} in the graph")
+            self._ledger.take(key, tuple(tensor.shape), f"{CONFIG_NAME} says {why}", f"as {name} in the graph")
             taken[first] = key
         names = self._state.names()
         for first, meant in declared.items():
             tied = names[first]
             if len(meant) < len(tied):
-                self._problems.append(
+                self._ledger.problems.append(
                     f"{' and '.join(tied)}: one tied parameter, of which {' and '.join(meant)} would train alone. Un-tie them in the "
                     "model first"
                 )
         return taken
 
-    def _take(self, key: str, shape: tuple[int, ...], why: str, told: str) -> None:
-        entry = self._keys.pop(key, None)
-        if entry is None:
-            self._problems.append(f"{key}: missing in {FILE_NAME}: {why}")
-        elif entry.shape != shape:
-            self._problems.append(f"{key}: expected shape {shape}, {told}, found {entry.shape}")
-
     def _rest(self, own: Mapping[str, torch.Tensor], chosen: Collection[str]) -> None:
         """Name every key that nothing asked for, but for copies of the model's own tensors."""
         dead = set()
-        for key in list(self._keys):
+        for key in list(self._ledger.unread):
             if base_name(key, own) is not None:
                 continue
             module = key.removeprefix(PREFIX).partition(".lora_")[0]
             if self._is_dead(module, own):
                 dead.add(module)
-                del self._keys[key]
+                del self._ledger.unread[key]
                 continue
-            self._problems.append(f"{key}: {self._why_not(key, chosen)}")
-            del self._keys[key]
+            self._ledger.problems.append(f"{key}: {self._why_not(key, chosen)}")
+            del self._ledger.unread[key]
         if dead:
             warnings.warn(
                 f"{self._files.directory}: has branches at {', '.join(sorted(dead))}, which the model never computes with; they are "
@@ -338,16 +369,18 @@ class _Reader:
         value = self._files.file.read(key)
         if not value.is_floating_point():
             if value.dtype != like.dtype:
-                self._problems.append(
+                self._ledger.problems.append(
                     f"{key}: expected {like.dtype}, or what converts to it exactly, found {value.dtype}"
                 )
             return value
         if not like.is_floating_point() or torch.promote_types(value.dtype, like.dtype) != like.dtype:
-            self._problems.append(f"{key}: expected {like.dtype}, or what converts to it exactly, found {value.dtype}")
+            self._ledger.problems.append(
+                f"{key}: expected {like.dtype}, or what converts to it exactly, found {value.dtype}"
+            )
             return value
         bad = int((~torch.isfinite(value)).count_nonzero())
         if bad:
-            self._problems.append(f"{key}: expected finite numbers, found {bad} of {value.numel()} that are not")
+            self._ledger.problems.append(f"{key}: expected finite numbers, found {bad} of {value.numel()} that are not")
         return value.to(like.dtype) if like.is_meta else value.to(like.device, like.dtype)
 
     def _check_rest(self, own: Mapping[str, torch.Tensor], copies: Mapping[str, str]) -> dict[str, str]:
@@ -356,7 +389,7 @@ class _Reader:
         Return those that have no values to compare with.
         """
         echoes = {}
-        for key, entry in self._keys.items():
+        for key, entry in self._ledger.unread.items():
             name = base_name(key, own)
             assert name is not None
             of_copy = ".original_module." not in key and self._first[name] in copies
@@ -368,10 +401,10 @@ class _Reader:
                 other.is_meta or torch.equal(value.to(other.dtype), other.cpu())
             )
             if not same and not isinstance(own[name], nn.Parameter) and self._config.saves_any(name):
-                self._problems.append(
+                self._ledger.problems.append(
                     f"{key}: the buffer {name!r} of a module that trains has changed too (running statistics, for instance), and an "
                     "adapter keeps the buffers of the model. Give the model these values first"
                 )
             elif not same:
-                self._problems.append(another_value(key, name, other))
+                self._ledger.problems.append(another_value(key, name, other))
         return echoes
