@@ -108,7 +108,7 @@ def nodes_of_factors(graph_module: lora_fx.TracedGraphModule) -> list[Any]:
 def test_outputs_and_gradients_are_no_farther_from_fp64_than_those_of_the_plain_graph(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_fx.numerics.fused_branch.LEAST_ELEMENTS", 0)  # as if all were large
+    monkeypatch.setattr("lora_fx.numerics.fused_branch.MIN_ELEMENTS", 0)  # as if all were large
     before, after = (
         distances(results(name, graph), exact(name, dtype))
         for graph in (plain(name, dtype), lora_fx.fuse(plain(name, dtype)))
@@ -340,7 +340,7 @@ def test_the_output_of_one_site_may_be_read_before_the_next_one() -> None:
 def test_gradients_come_to_whatever_needs_them_at_every_number_of_dimensions(
     dtype: torch.dtype, shape: tuple[int, ...], least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_fx.numerics.fused_branch.LEAST_ELEMENTS", least)
+    monkeypatch.setattr("lora_fx.numerics.fused_branch.MIN_ELEMENTS", least)
 
     def forward(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.lin(x), self.other(x)

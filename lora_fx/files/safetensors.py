@@ -44,7 +44,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ORDER = {dtype: place for place, dtype in enumerate(DTYPES.values())}
-_LARGEST_HEADER = 100_000_000  # that of the safetensors library
+_MAX_HEADER = 100_000_000  # that of the safetensors library
 
 
 @dataclass(frozen=True)
@@ -210,9 +210,9 @@ def _read_header(path: Path, size: int) -> bytes:
             raise LoraFxError(
                 f"{path} is cut off, or no safetensors file: its header is to have {length} bytes, but the file has {size}. {_AGAIN}"
             )
-        if length > _LARGEST_HEADER:
+        if length > _MAX_HEADER:
             raise LoraFxError(
-                f"{path}: the header has {length} bytes; at most {_LARGEST_HEADER} are allowed. Split the file into shards."
+                f"{path}: the header has {length} bytes; at most {_MAX_HEADER} are allowed. Split the file into shards."
             )
         file.seek(0)
         return file.read(8 + length)

@@ -129,7 +129,7 @@ def _share(key: str, old: torch.Tensor, new: torch.Tensor, merge: Merge, tensors
     if new.dtype.itemsize > 2:
         return 0.0  # its sums are formed in its own precision, and are not exact to the last digit
     elements = max(1, new.numel())
-    if wrong > MISROUNDED * elements + FEW:
+    if wrong > MISROUNDED * elements + MAX_MISROUNDED_ELEMENTS:
         raise FoldError(_wrong(key, f"{wrong} of {elements} elements are not the exact ones rounded once"))
     return wrong / elements
 
@@ -137,8 +137,8 @@ def _share(key: str, old: torch.Tensor, new: torch.Tensor, merge: Merge, tensors
 UNITS = 2.0**-18
 """Part of the largest update of a block by which float32 may be off: where old value and update cancel, of many steps."""
 
-FEW = 4
-"""How many elements that are not correctly rounded are nothing to wonder at in the smallest weight."""
+MAX_MISROUNDED_ELEMENTS = 4
+"""Elements that may be the neighbour of the correctly rounded one in a weight of any size, however small."""
 
 
 def _steps(values: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Dropout whose backward pass knows from a bit for each element which of them stayed; knows no graph.
+"""Dropout with a mask of one bit for each element, for the backward pass; knows no graph.
 
-Autograd keeps the mask as a tensor of the input's size, and the result as another. To draw the mask once more instead, from the
-random state before the first time, would keep nothing; but to draw is most of what dropout costs on a CPU.
+Autograd keeps the mask as a tensor of the input's size, and the result as another. Drawing the mask a second time, from the
+saved random state, would keep nothing; but drawing is most of the cost of dropout on a CPU.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class DropoutRate(nn.Dropout):
 
 
 def dropped(x: torch.Tensor, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what ``nn.Dropout`` returns from the same random state, bit for bit, and what :func:`mask_of` reads.
+    """Return the result of ``nn.Dropout`` from the same random state, bit for bit, and its mask as bits for :func:`mask_of`.
 
     Args:
         x: of floating point.
-        rate: above 0. What stays is divided by ``1 - rate``.
+        rate: above 0. Elements that stay are divided by ``1 - rate``.
     """
     draws = rate < 1 and x.numel() > 0
     if draws and x.device.type in ("cuda", "xpu"):  # there torch draws, drops and scales in one pass
@@ -44,7 +44,7 @@ def mask_of(packed: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> t
 
     Args:
         packed: from :func:`dropped`.
-        shape: of the mask, row by row as that of what was dropped.
+        shape: of the mask: that of the dropped tensor, or its rows.
         dtype: of the mask.
     """
     words = packed.to(torch.int64).mul_(_EACH).bitwise_and_(_DIAGONAL).add_(_BELOW).bitwise_right_shift_(7)

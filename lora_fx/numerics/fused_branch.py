@@ -1,13 +1,13 @@
-"""What the nodes of a fused graph compute: branches in few passes over memory; knows no graph.
+"""Operators of a fused graph: branches in few passes over memory; knows no graph.
 
 z = y + s · h Bᵀ,   h = D(x) Aᵀ   where D drops, or is the identity
 
 dh = s · dz B        dB = s · dzᵀ h        dA = dhᵀ D(x)        dx = Σ D(dh A)        dy = dz
 
-Autograd's own operators do just that, and keep x, h and factors. Where precisions mix (half-precision weights, factors of
-single precision) they would keep x in the wide type, and cast dz there and back: functions of our own keep x as it is, and
-cast it again. Where features are dropped they would keep D(x) and a mask as large for each branch: ours keep x, and the mask as
-bits.
+Autograd's own operators compute this, and keep x, h and the factors. Where precisions mix (half-precision weights, factors of
+single precision) they would keep x in the wide type, and cast dz there and back: the autograd functions here keep x as it is,
+and cast it again. With dropout they would keep D(x) and a mask as large for each branch: the functions here keep x, and the
+mask as bits.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def reduce_features(
     Args:
         x: features are its last dimension.
         factors: ``(rank, in)`` each.
-        wide: to which x is cast before, or None.
-        rates: of the dropout before each factor; none at all where nothing is ever dropped.
+        wide: the dtype to which x is cast before the product, or None.
+        rates: of the dropout before each factor; empty without any dropout.
     """
     if has_torch_function_unary(x):  # as of the proxy of a graph that is being written
         return handle_torch_function(reduce_features, (x,), x, factors, wide, rates)
@@ -58,10 +58,10 @@ def add_update(
 
     Args:
         base: the output of a site, or its sum with other updates.
-        reduced: what :func:`reduce_features` returned for the branch.
+        reduced: the result of :func:`reduce_features` for the branch.
         factor: B, ``(out, rank)``.
         scaling: of the branch.
-        narrow: to which the sum is cast, or None.
+        narrow: the dtype to which the sum is cast, or None.
         places: for each output feature the row of B that belongs to it, or the number of rows for none; None where each has
             its own.
     """
@@ -81,13 +81,13 @@ def _products(x: torch.Tensor, factors: Sequence[torch.Tensor]) -> tuple[torch.T
     return torch.split(linear(x, torch.cat(list(factors))), ranks, -1)
 
 
-LEAST_ELEMENTS = 2**16
+MIN_ELEMENTS = 2**16
 """Smallest output to which a product is added in place: for a smaller one that takes longer than two operators do."""
 
 
 def _sum(base: torch.Tensor, reduced: torch.Tensor, factor: torch.Tensor, scaling: float) -> torch.Tensor:
     alike = (base.dtype, base.shape[:-1]) == (reduced.dtype, reduced.shape[:-1])  # autocast may have made them differ
-    if torch.compiler.is_compiling() or base.numel() < LEAST_ELEMENTS or not alike:
+    if torch.compiler.is_compiling() or base.numel() < MIN_ELEMENTS or not alike:
         return base + scaling * linear(reduced, factor)
     return torch.addmm(_rows(base), _rows(reduced), factor.t(), alpha=scaling).view(base.shape)
 

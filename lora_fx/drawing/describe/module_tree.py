@@ -13,8 +13,8 @@ from lora_fx.drawing.describe.node_text import Frame
 
 GroupKind = Literal["model", "module", "repeat", "branch", "steps"]
 
-_MOST_ITEMS = 120  # that a group shows at once; a chain of layers is easier to lay out, and to read
-_MOST_COPIES = 400
+_MAX_ITEMS = 120  # that a group shows at once; a chain of layers is easier to lay out, and to read
+_MAX_COPIES = 400
 _STEPS = 60  # in one part of what is more
 _SHORTEST_RUN = 6
 
@@ -132,7 +132,7 @@ def gather_steps(group: Group) -> None:
             gather_steps(item)
     if any(inner.is_layer for item in group.items if isinstance(item, Group) for inner in item.groups()):
         group.items = list(_runs(group.items))
-    while len(group.items) > (_MOST_COPIES if group.kind == "repeat" else _MOST_ITEMS):
+    while len(group.items) > (_MAX_COPIES if group.kind == "repeat" else _MAX_ITEMS):
         group.items = [
             Group(
                 "steps",

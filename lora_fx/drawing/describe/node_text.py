@@ -19,7 +19,7 @@ from lora_fx.graph.input_checks import InputCheck, RelationCheck
 from lora_fx.tracing.transformers_models import traced_class
 
 _QUIET = (torch.ops.aten.sym_size.int, torch.ops.aten._assert_scalar.default, getattr)
-_LONGEST = 400  # characters of arguments: a list of a thousand numbers says no more than its beginning
+_MAX_LENGTH = 400  # characters of arguments: a list of a thousand numbers says no more than its beginning
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Reader:
         return f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', node.target)}".lstrip(".")
 
     def arguments(
-        self, node: fx.Node, name_of: Callable[[fx.Node], str] | None = None, longest: int | None = _LONGEST
+        self, node: fx.Node, name_of: Callable[[fx.Node], str] | None = None, longest: int | None = _MAX_LENGTH
     ) -> str:
         """Return the arguments of a node as text; sizes are expressions.
 

@@ -15,7 +15,7 @@ from lora_fx.drawing.describe.module_tree import Group, Item
 
 EdgeStatus = Literal["same", "added", "removed"]
 
-_MOST_READERS = 4
+_MAX_READERS = 4
 """How many items of one group may have an edge from a shared tensor; more get stubs."""
 
 
@@ -62,7 +62,7 @@ class _Collected:
         made = Wiring(dict(self.edges))
         for source, readers in self.of_shared.items():
             for reader, status in readers.items():
-                if len(readers) <= _MOST_READERS:
+                if len(readers) <= _MAX_READERS:
                     made.edges.setdefault((self.sources[source], reader), status)
                 else:
                     made.stubs.append(Stub(source, (reader,), status, shared=True))

@@ -17,7 +17,7 @@ _NODES = 400
 _EDGES = 1200
 _EDGES_IN = 8
 # So many closed groups may each have an edge from one shared value; more have its name in a pill.
-_FEW = 4
+_MAX_EDGES_OF_SHARED = 4
 # Siblings of so many operators that are alike, such as every second layer, are opened once.
 _SIZEABLE = 16
 # So many operators in a row that say nothing but their names are one box.
@@ -310,7 +310,7 @@ class Routes:
         for item, found in reads.items():
             single = item.startswith("n") or item in self.shown.chains
             for read in found:
-                self._connect(item, read, as_pill=read.shared and (single or boxes[read.source] > _FEW))
+                self._connect(item, read, as_pill=read.shared and (single or boxes[read.source] > _MAX_EDGES_OF_SHARED))
             self._limit(item)
         kept = list(self.edges)[:_EDGES]
         self.left_out = len(self.edges) - len(kept)

@@ -31,7 +31,7 @@ from lora_fx.rules.validation import (
 )
 
 CONFIG_NAME = "adapter_config.json"
-LONGEST = 2**24  # bytes of a config: none that anybody wrote comes near
+MAX_BYTES = 2**24  # of a config: real ones have a few thousand
 
 DUMMY = "dummy-target-modules"
 """By what PEFT adapts no module."""
@@ -274,13 +274,13 @@ def whole_numbers(value: Any) -> Any:
 def _document(path: Path) -> Mapping[str, Any]:
     try:
         with path.open("rb") as file:
-            text = file.read(LONGEST + 1)
+            text = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise AdapterError(
             str(path.parent), [f"expected a PEFT adapter, with {path.name}: {error.strerror}"]
         ) from error
-    if len(text) > LONGEST:
-        raise AdapterError(str(path), [f"expected a config, found more than {LONGEST} bytes"])
+    if len(text) > MAX_BYTES:
+        raise AdapterError(str(path), [f"expected a config, found more than {MAX_BYTES} bytes"])
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
