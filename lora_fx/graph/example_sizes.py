@@ -1,4 +1,4 @@
-"""The inputs that a graph was traced with, and inputs of other sizes made of them."""
+"""Example inputs of a trace, and inputs of other sizes made from them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Dimension = tuple[str, int]
 
 @dataclass(frozen=True)
 class Examples:
-    """What a graph was traced with.
+    """Example inputs of a trace.
 
     Attributes:
         tensors: placeholder → its value.

@@ -1,7 +1,7 @@
-"""Gradients that a trace would lose: what a model's own code does to its backward.
+"""Gradients that a trace would lose: custom autograd functions and hooks in a model's own code.
 
 torch.export keeps the operators of a forward and differentiates those. An ``autograd.Function`` whose ``backward`` is just their
-derivative loses nothing; one that says otherwise (a straight-through estimator) would train differently, in silence, and so
+derivative loses nothing; any other (a straight-through estimator) would train differently, in silence, and so
 would a model with hooks on gradients.
 """
 
@@ -30,7 +30,7 @@ Call = tuple[Any, ...]
 
 @dataclass
 class Interference:
-    """What a model does to its own backward: autograd functions that it applies, and lines that hook gradients."""
+    """Changes of a model to its own backward: autograd functions that it applies, and lines that hook gradients."""
 
     functions: set[Any] = field(default_factory=set)
     lines: list[str] = field(default_factory=list)
@@ -178,7 +178,7 @@ def _is_derivative(function: Any, given: Call) -> bool:
 
 
 def _others_like(given: Call) -> Iterator[Call]:
-    """Yield arguments, and then noise of all magnitudes in place of what is real in them. All in single precision or better."""
+    """Yield the arguments, then noise of all magnitudes in place of their real tensors. All in single precision or better."""
     generator = torch.Generator().manual_seed(0)
 
     def leaf(value: Any, magnitude: float | None) -> Any:

@@ -24,7 +24,7 @@ BATCH, SEQUENCE, TARGET_SEQUENCE = 2, 7, 5
 
 @dataclass(frozen=True)
 class ExampleInputs:
-    """What a model is traced with.
+    """Inputs of a trace.
 
     Attributes:
         args: positional inputs.
@@ -133,7 +133,7 @@ def with_labels(model: nn.Module, inputs: ExampleInputs) -> ExampleInputs:
 
 
 def _labels(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return labels as the model's class takes them; one of those for tokens is left out of the loss."""
+    """Return labels as the model's class takes them; where they are for tokens, the loss skips one."""
     kind, config = type(model).__name__, model.config
     generator = torch.Generator().manual_seed(1)
 
@@ -162,7 +162,7 @@ def _labels(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"labels": labels}
 
 
-_IGNORED = -100  # as transformers marks what is left out of a loss
+_IGNORED = -100  # transformers' mark of labels that the loss skips
 _TOKENS = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ")
 _TOKEN_CLASSES = ("TOKEN_CLASSIFICATION",)
 _CLASSES = ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")
@@ -199,7 +199,7 @@ def varied(inputs: ExampleInputs, dynamic: Mapping[str, Sequence[int]] | None) -
 
 
 def graph_inputs(inputs: ExampleInputs) -> dict[str, Any]:
-    """Return the keyword inputs that hold tensors: those that a graph takes."""
+    """Return the keyword inputs that hold tensors, which are the inputs of a graph."""
     return {
         name: value
         for name, value in inputs.kwargs.items()
@@ -236,7 +236,7 @@ def _from_config(model: Any, device: torch.device) -> ExampleInputs:
 
 
 def _beside(model: Any) -> tuple[str, ...]:
-    """Return what is made beside the main input: the text to an image, and the image to a text.
+    """Return the names of further inputs: the text to an image, and the image to a text.
 
     A language model that takes images in place of tokens also runs without one, and is traced so where its config does not
     say how many tokens an image takes.

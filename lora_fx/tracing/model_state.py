@@ -1,4 +1,4 @@
-"""A trace leaves the model as it was, whatever the model's code did meanwhile; and what that code kept for itself is refused.
+"""State of a model during a trace: restored afterwards, and refused where the model's code keeps values for itself.
 
 A model may cache values in its attributes, count its calls, or draw from Python's random numbers. None of this reaches a
 graph, which would repeat what happened once.
