@@ -1,4 +1,4 @@
-"""What is special to transformers models: computing with folded weights inside the model, and saving them as its own."""
+"""transformers integration: run a model with folded weights, write them back, and save them as its own."""
 
 from __future__ import annotations
 
@@ -89,14 +89,14 @@ def save_pretrained(
         directory: to be made. It is there once it is whole.
         overwrite: replace a directory that exists.
         dtype: of the weights that are written, float16, bfloat16, float32 or float64; those of the model by default. The
-            merged values are rounded once. What ``from_pretrained(dtype=…)`` leaves in another dtype is written in that.
-        verify: load what was written, before it is moved into place, and compare every parameter and persistent buffer bit
+            merged values are rounded once. Weights that ``from_pretrained(dtype=…)`` keeps in another dtype are written in that one.
+        verify: load the written directory before it is moved into place, and compare every parameter and persistent buffer bit
             for bit. That takes the memory of a second model.
         options: passed to the model's ``save_pretrained``: ``max_shard_size``, ``variant``.
 
     Raises:
         LoraFxError: the directory exists or cannot be written, the graph was traced from another model, a weight has a value
-            beyond the range of ``dtype``, or ``from_pretrained`` does not give back what was written.
+            beyond the range of ``dtype``, or ``from_pretrained`` does not restore the written weights.
         FoldError: the branches cannot be folded.
     """
     if not isinstance(model, transformers.PreTrainedModel):
@@ -125,7 +125,7 @@ def _folded_of(model: nn.Module, graph_module: TracedGraphModule) -> TracedGraph
 
 
 def _changed(model: nn.Module, merged: TracedGraphModule) -> dict[str, nn.Parameter]:
-    """Return new parameters for those whose values fold changed; what is one in the graph is one."""
+    """Return new parameters for the ones whose values fold changed; tied ones are one object."""
     current = dict(model.named_parameters(remove_duplicate=False))
     made: dict[int, nn.Parameter] = {}
     new: dict[str, nn.Parameter] = {}
@@ -154,7 +154,7 @@ def _untied(model: nn.Module, graph_module: TracedGraphModule) -> tuple[tuple[st
 def _check_traced_from(model: nn.Module, graph_module: TracedGraphModule, merged: TracedGraphModule) -> None:
     """Raise unless the model has the tensors that the graph was traced with, or others of the same values and ties.
 
-    Of a graph that is folded already, the merged weights are not compared: their former values are gone. What it un-tied
+    Of a graph that is folded already, the merged weights are not compared: their former values are gone. Weights that it untied
     may be one in the model.
     """
     model_state, graph_state = state_of(model), state_of(graph_module)

@@ -1,6 +1,6 @@
 """Serving a model with slots: one ``onnxruntime.InferenceSession``, and any number of adapters, one for each call.
 
-Needs onnxruntime and numpy alone. onnxruntime itself does all this too; what it does not do is to look. It takes an adapter of
+Needs onnxruntime and numpy alone. onnxruntime itself can do all this, but checks nothing. It takes an adapter of
 another base, the first of two that fill one slot, and none at all where inputs are bound (``run_with_iobinding``) or the call
 does not wait (``run_async``); and it does not keep an adapter alive that it runs with.
 """
@@ -116,7 +116,7 @@ class OnnxSession:
         Args:
             inputs: name → array, of all inputs of the model.
             adapter: name of the one adapter to run with; by default none, which gives what the base gives.
-            outputs: names of those that are wanted, by default all.
+            outputs: names of the outputs to return, by default all.
 
         Returns:
             Name → value, of the outputs.

@@ -27,16 +27,16 @@ except ImportError:  # not on Windows: there what a killed process leaves is not
 def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a path beside ``target`` to write a file or a directory to; move it into place if the block succeeds.
 
-    All that was written is on the disk before it is moved. At every moment ``target`` is what it was before or what it is
-    to be, also when the process is killed or the machine stops; what is written beside it goes when the block fails, and at
-    the next call for the same ``target`` if the process was killed.
+    All bytes are on the disk before the move. At every moment ``target`` is the old one or the new one, whole, also when the
+    process is killed or the machine stops; the scratch beside it is removed when the block fails, and at the next call for the
+    same ``target`` if the process was killed.
 
-    What else the block writes into the directory of that path is moved beside ``target`` first. It should have names that
-    nothing there has, or only the same thing.
+    Companions that the block writes into the directory of that path are moved beside ``target`` first. Their names should be
+    free there, or belong to the same companion.
 
     Args:
         target: the final path; its directory is made where it is missing.
-        overwrite: replace what is there.
+        overwrite: replace an existing file or directory.
 
     Raises:
         LoraFxError: something exists at ``target`` and is not to be replaced, or something cannot be written, there or
@@ -126,7 +126,10 @@ def _locked_scratch(target: Path) -> tuple[Path, int | None]:
             lock = _locked(scratch)
             if os.path.samestat(os.fstat(lock), scratch.stat()):
                 return scratch, lock
-        except (BlockingIOError, FileNotFoundError):  # another process takes what is not locked yet for abandoned
+        except (
+            BlockingIOError,
+            FileNotFoundError,
+        ):  # another process takes a scratch that is not locked yet for abandoned
             continue
         except OSError:  # a file system without locks
             return scratch, None
@@ -178,7 +181,7 @@ def _move(written: Path, target: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def _moved_beside(written: Path, target: Path) -> Iterator[None]:
-    """Move what was written beside ``written``; what is new among that is gone if the block fails."""
+    """Move the companions of ``written`` beside ``target``; new ones are removed if the block fails."""
     new = []
     try:
         for companion in written.parent.iterdir():
@@ -247,7 +250,7 @@ def _flush_directory(directory: Path) -> None:
 def writable(path: Path) -> Iterator[IO[bytes]]:
     """Open a new file for a library in another language, which an exception within a write would leave in disorder.
 
-    What stops a write, the system or the user, is kept; the library goes on, and it is raised when the block ends.
+    The error or interrupt that stops a write is kept; the library goes on, and it is raised when the block ends.
 
     Raises:
         OSError: something could not be written.
@@ -264,7 +267,7 @@ def writable(path: Path) -> Iterator[IO[bytes]]:
 
 
 class _Recording(io.FileIO):
-    """A file that writes all of what it is given, until something stops it."""
+    """A file that writes all bytes that it is given, until an error or an interrupt stops it."""
 
     stopped: BaseException | None = None
 

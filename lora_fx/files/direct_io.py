@@ -22,7 +22,7 @@ PIECE = 2**23
 """How many bytes are copied in one step, and written in one call."""
 
 PAGE = 4096
-"""What places in a file and in memory are multiples of, where bytes go from one to the other without a copy between."""
+"""Alignment of places in a file and in memory between which bytes go without a copy."""
 
 
 @contextmanager

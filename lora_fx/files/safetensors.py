@@ -1,7 +1,7 @@
 """Files of the safetensors format: where each tensor lies in them, and writing new ones, always of the same bytes.
 
 A file is ``<u64 length><JSON header><bytes of the tensors>``, little-endian, without gaps. Nothing in it is ever executed.
-What a header says is checked against the file before anything of that size is allocated.
+A header is checked against the size of the file before anything is allocated by it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ORDER = {dtype: place for place, dtype in enumerate(DTYPES.values())}
-_MAX_HEADER = 100_000_000  # that of the safetensors library
+_MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class TensorFile:
         metadata, entries = _parsed(path, header, size)
         try:
             with safe_open(path, framework="numpy"):
-                pass  # the library has checked what it checks
+                pass  # opening is the library's check of the header
         except (SafetensorError, OSError) as error:
             raise LoraFxError(f"{path} is not a valid safetensors file: {error}. {_AGAIN}") from error
         return cls(path, metadata, entries, header)

@@ -151,11 +151,11 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Changes:
-    """What is to become of a checkpoint, as data.
+    """Changes to a checkpoint, as data.
 
     Attributes:
-        merges: by the key of a tensor, what is added to it. ``Merge.weight`` and ``Merge.names`` are for reports only.
-        replacements: by the key of a tensor, its new value, of the same shape.
+        merges: the updates to add, by the key of the tensor. ``Merge.weight`` and ``Merge.names`` are for reports only.
+        replacements: new values of the same shape, by the key of the tensor.
         tensors: the factors, and all else that updates name.
     """
 

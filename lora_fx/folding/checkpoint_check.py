@@ -82,7 +82,7 @@ def _replacement_problems(key: str, value: torch.Tensor, entry: TensorEntry) -> 
 
 
 def check_apart(checkpoint: Checkpoint, copied: Sequence[Path], out: Path) -> None:
-    """Refuse to replace a directory that holds what is read."""
+    """Refuse to replace a directory that holds an input."""
     place = out.resolve()
     read = [checkpoint.directory, *copied, *(file.path for file in checkpoint.files)]  # may be links to somewhere else
     if any(place in (path.resolve(), *path.resolve().parents) for path in read):
@@ -93,7 +93,7 @@ def check_apart(checkpoint: Checkpoint, copied: Sequence[Path], out: Path) -> No
 
 
 def misrounded_share(checkpoint: Checkpoint, changes: Changes, directory: Path) -> float:
-    """Return the largest share of a weight in half precision that is not the exact result rounded once; refuse what is wrong."""
+    """Return the largest share of a weight in half precision that is not the exact result rounded once; refuse wrong values."""
     largest = 0.0
     for file in checkpoint.files:
         written = TensorFile.open(directory / file.path.name)

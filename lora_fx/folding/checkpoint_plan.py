@@ -1,8 +1,8 @@
 """Adapters folded into a checkpoint on disk, without a model in memory.
 
 The model is traced on the meta device from its config; the adapters are attached to that graph as they would be to one with
-weights, and the recipe of its fold says what is added to which weight, and in which layout it is stored. So what can be
-refused is refused before a byte is written. Only then are tensors read, one at a time.
+weights, and the recipe of its fold says which updates go to which weight, and in which layout it is stored. So all refusals
+come before a byte is written. Only then are tensors read, one at a time.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from lora_fx.tracing.transformers_models import empty_model
 
 @dataclass(frozen=True)
 class CheckpointFold:
-    """What a fold of a checkpoint will do.
+    """Plan of a fold of a checkpoint.
 
     Attributes:
         checkpoint: the base.
-        changes: what is done to which of its tensors.
+        changes: merges and replacements of its tensors.
         adapters: the directories, each with its strength.
     """
 
@@ -99,13 +99,13 @@ class CheckpointFold:
 
         Args:
             out: the directory to be made, beside which it is written first.
-            overwrite: replace what is there.
+            overwrite: replace a directory that exists.
             verify: read every changed tensor again, and compare it with the exact result.
             report: read every merged tensor again, before and after, and measure the update.
             progress: called with the number of bytes that were written since the last call.
 
         Raises:
-            FoldError: a result is not finite, or not what it should be.
+            FoldError: a result is not finite, or not the exact one.
             LoraFxError: ``out`` exists, or cannot be written. Nothing is left then.
         """
         return write_merged(
@@ -127,14 +127,14 @@ def plan_checkpoint_fold(
     example_inputs: Path | None = None,
     step: Callable[[str], None] = lambda _: None,
 ) -> CheckpointFold:
-    """Find out what folding adapters into a checkpoint does to each of its tensors. None of these is read.
+    """Plan the fold of adapters into a checkpoint, tensor by tensor. None of them is read.
 
     Args:
         base: directory with a ``config.json`` and safetensors files.
         adapters: directories as PEFT or :func:`lora_fx.save_adapter` write them, each with the factor of its scaling.
         strict: see :func:`lora_fx.load_adapter`.
         example_inputs: a safetensors file of the inputs to trace with, by name; by default they are made from the config.
-        step: called with what is being done, for a display.
+        step: called with the name of each step, for a display.
 
     Raises:
         AdapterError: an adapter is malformed, or does not fit the model.
@@ -259,8 +259,8 @@ class _Places:
 
     Attributes:
         checkpoint: it.
-        plain: name in the model → key, of those that are stored as the model has them.
-        converted: name in the model → keys, of those that transformers makes of others as it loads.
+        plain: name in the model → key, for tensors that are stored as the model has them.
+        converted: name in the model → keys, for tensors that transformers computes from others as it loads.
     """
 
     checkpoint: Checkpoint

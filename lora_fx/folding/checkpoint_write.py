@@ -43,20 +43,20 @@ WORKERS = 3
 MEMORY = 3
 """How many times the largest tensor may be taken of memory; of small ones, a little more."""
 
-_SPACE = 2**23  # what a merge needs beside the weight
+_SPACE = 2**23  # bytes that a merge needs beside the weight
 
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What was written.
+    """Outcome of a fold of a checkpoint.
 
     Attributes:
         weights: figures for each weight that something was added to, in the order of the files; none if they were not asked for.
         copied_bytes: how many bytes of the files with tensors are those of the checkpoint, as they were.
         merged_bytes: how many are new.
         misrounded: largest share, of any weight in half precision, of elements that are not the exact result rounded once;
-            None if that was not looked at.
-        skipped: what of the directory was not copied.
+            None without ``verify``.
+        skipped: files and directories that were not copied.
     """
 
     weights: tuple[FoldedWeight, ...]
@@ -78,22 +78,22 @@ def write_merged(
 ) -> CheckpointReport:
     """Write a checkpoint with some tensors changed, and with the other files of its directory.
 
-    Tensors that are not changed are copied as bytes. Of those that are, three at most are in memory at any time. What else
-    is in the directory is copied, but for directories, hidden files, and weights in other files than those of the
+    Tensors without a change are copied as bytes. Of changed ones, three at most are in memory at any time. The other files of
+    the directory are copied, but for directories, hidden files, and weights in other files than those of the
     checkpoint. A process that is killed leaves nothing at ``out``, or what was there.
 
     Args:
         checkpoint: the one to start from; left as it is.
-        changes: what becomes of which tensor.
+        changes: merges and replacements of its tensors.
         out: directory to be made.
         overwrite: replace a directory that exists.
-        verify: read all that was changed once more, and compare it with what float64 gives.
+        verify: read all changed tensors once more, and compare them with the results in float64.
         report: read every weight that something was added to once more, before and after, and measure the update.
         progress: is called with the number of bytes done since its last call; they add up to ``checkpoint.size``.
 
     Raises:
-        FoldError: the changes do not fit the checkpoint, a weight would become non-finite, or is not what was to be
-            written. Nothing was written.
+        FoldError: the changes do not fit the checkpoint, a weight would become non-finite, or was written
+            wrongly. Nothing was kept.
         LoraFxError: ``out`` exists or cannot be written, or the checkpoint cannot be read any more.
     """
     check_fits(checkpoint, changes)
@@ -131,7 +131,7 @@ _ADAPTER = "adapter_config.json"  # transformers would look for the adapter besi
 
 
 def _other_files(checkpoint: Checkpoint) -> tuple[list[Path], tuple[str, ...]]:
-    """Return the files to be copied as they are, and the names of what is not."""
+    """Return the files to copy as they are, and the names of the skipped ones."""
     copied, skipped = [], []
     own = {file.path.name for file in checkpoint.files}
     for path in sorted(checkpoint.directory.iterdir()):
@@ -152,7 +152,7 @@ def _other_files(checkpoint: Checkpoint) -> tuple[list[Path], tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some bytes of a file with tensors: those of one that is changed, or a run of others."""
+    """Some bytes of a file with tensors: of one changed tensor, or a run of others."""
 
     file: TensorFile
     start: int
@@ -161,7 +161,7 @@ class _Piece:
 
 
 def _pieces(file: TensorFile, changed: Mapping[str, Any]) -> Iterator[_Piece]:
-    """Yield what is behind the header of a file, in order; runs of untouched tensors in steps of limited size."""
+    """Yield the pieces behind the header of a file, in order; runs of untouched tensors in steps of limited size."""
     start = len(file.header)
     ends = [entry for key, entry in file.entries.items() if key in changed]
     for entry in [*ends, None]:

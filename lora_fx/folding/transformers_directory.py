@@ -1,8 +1,8 @@
 """A transformers directory: which tensors and which config it holds, and whether ``from_pretrained`` gives them back.
 
-A config has one switch for ties, ``tie_word_embeddings``. Where a tie of the model is gone, it is turned off, and whatever
-else that un-ties is stored as well. T5 and its kin tie whatever their config says, but not where both weights are in the
-files with different values. That what is written is loaded is found out by loading it.
+A config has one switch for ties, ``tie_word_embeddings``. Where a tie of the model is gone, it is turned off, and all
+other weights that this unties are stored as well. T5 and its kin tie whatever their config says, but not where both weights are in the
+files with different values. Whether the directory loads is tested by loading it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from lora_fx.graph.graph_module import described, state_of
 from lora_fx.graph.process_state import exclusive, forked_random_state
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Those that a directory can be written in."""
+"""Dtypes in which a directory can be written."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a directory is to hold, and a model that is loaded from it with it.
+    """Contents of a directory, and so of a model that is loaded from it.
 
     Attributes:
         config: of that model.
@@ -62,13 +62,13 @@ class Contents:
 def contents_of(
     model: Any, values: Mapping[str, torch.Tensor], untied: tuple[tuple[str, str], ...], dtype: torch.dtype | None
 ) -> Contents:
-    """Return what is to be written for a model with other values.
+    """Return the contents of a directory for a model with other values.
 
     Args:
         model: a transformers model; left as it is.
-        values: by all names of its parameters and buffers; what is one object is tied.
+        values: by all names of its parameters and buffers; names of one object are tied.
         untied: pairs of names that are one tensor of the model, and two of ``values``.
-        dtype: of what is written; None for that of each tensor.
+        dtype: of the files; None for the dtype of each tensor.
 
     Raises:
         LoraFxError: the class of the model makes no model of its config, or another one.
@@ -124,7 +124,7 @@ def write(model: Any, contents: Contents, directory: Path, options: Mapping[str,
     for name, tensor in contents.tensors.items():
         first = contents.stored[name]
         is_parameter = isinstance(tensor, nn.Parameter)
-        if first not in made:  # transformers stores one of those that share storage
+        if first not in made:  # transformers stores one of the names that share storage
             stored = contents.converted(first, new=id(tensor) in seen)
             made[first] = nn.Parameter(stored, requires_grad=False) if is_parameter else stored
             seen.add(id(tensor))
@@ -142,13 +142,13 @@ def write(model: Any, contents: Contents, directory: Path, options: Mapping[str,
 def check_loads(model_class: Any, contents: Contents, directory: Path, target: Path, variant: str | None) -> None:
     """Raise unless ``from_pretrained`` gives every tensor of ``contents`` back, bit for bit, with its ties.
 
-    What a class keeps in float32 whatever it is stored in (parts of T5, where the rest is float16) may be in that.
+    Weights that a class always keeps in float32 (parts of T5, where the rest is float16) may be in float32.
 
     Args:
         model_class: whose ``from_pretrained`` is meant.
         contents: of the directory.
         directory: that was written.
-        target: what it is going to be called.
+        target: its final path.
         variant: under which it was written.
 
     Raises:
@@ -203,13 +203,11 @@ _MAX_NAMED = 3
 
 
 def _difference(contents: Contents, name: str, found: torch.Tensor | None) -> str | None:
-    """Return how a loaded tensor differs from the one that was written, in words."""
+    """Return how a loaded tensor differs from the written one, in words."""
     if found is None:
         return f"{name!r} is not in the loaded model"
     written = contents.converted(name)
-    kept = (
-        torch.promote_types(written.dtype, found.dtype) == found.dtype
-    )  # what is loaded into a wider dtype is the same
+    kept = torch.promote_types(written.dtype, found.dtype) == found.dtype  # a wider dtype has the same values
     if written.shape != found.shape or not kept:
         return f"{name!r} is {described(written)}, and loaded as {described(found)}"
     expected = written.to(found.device, found.dtype)
@@ -218,7 +216,7 @@ def _difference(contents: Contents, name: str, found: torch.Tensor | None) -> st
 
 
 def _untied(model: Any) -> Any:
-    """Return a copy of a model's config that ties nothing; one that says the same where its switch is more than that."""
+    """Return a copy of a model's config that ties nothing; an equal copy where the switch has a further meaning."""
     config = copy.deepcopy(model.config)
     if any(_reads_switch(kind) for kind in {type(module) for module in model.modules()}):
         return config
@@ -320,7 +318,7 @@ def _check_finite(contents: Contents, made: Mapping[str, torch.Tensor]) -> None:
 
 
 _TRANSFORMERS = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, NotImplementedError)
-"""What transformers raises about models and configs that it cannot deal with."""
+"""Exceptions of transformers about models and configs that it cannot handle."""
 
 
 @contextmanager

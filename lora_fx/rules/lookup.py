@@ -1,4 +1,4 @@
-"""Lookup of rules: by path, by the name of a file, by model type, and those that are selected by role. Imports no torch."""
+"""Lookup of rules: by path, by the name of a file, by model type, or by role. Imports no torch."""
 
 from __future__ import annotations
 

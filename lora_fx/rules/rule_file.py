@@ -132,7 +132,7 @@ OF_BRANCHES = ("rank", "alpha", "dropout", "scaling", "init", "features", "calls
 
 
 class Selection(_Table):
-    """One ``[[select]]``: the call sites it claims, those that all its predicates admit, and what is done there."""
+    """One ``[[select]]``: the call sites that all its predicates admit, and the branches that they get."""
 
     target: Patterns | None = None
     """Whole dotted names or their ends, any of them: "q" is the end of "layer.0.q", not of "seq"; * stands for anything within a part."""
@@ -141,10 +141,10 @@ class Selection(_Table):
     """A regular expression that matches the whole dotted name."""
 
     role: Annotated[tuple[Role, ...], Items('["attention.query"]')] | None = None
-    """What a site is for, as the dataflow tells, any of these."""
+    """Any of these roles, as the dataflow tells."""
 
     op: Annotated[tuple[Annotated[Op, one_of(Op)], ...], Items('["linear"]')] | None = None
-    """What a site computes, any of these."""
+    """Any of these kinds of operator."""
 
     layers: Annotated[tuple[Layers, ...], Items('[0, "4-7"]')] | None = None
     """Layers, or ranges of them with both ends included. The layer of a name is the first of its parts that is a number."""
@@ -156,10 +156,10 @@ class Selection(_Table):
     """Width of the output."""
 
     exclude: Patterns | None = None
-    """What is left out of all this, as in target."""
+    """Excluded names, as in target."""
 
     exclude_role: Annotated[tuple[Role, ...], Items('["head"]')] | None = None
-    """What is left out of all this, as in role."""
+    """Excluded roles, as in role."""
 
     calls: Calls = "all"
     """Whether all calls of a module share one branch, each has its own, or which of them, counted from 1, have their own."""
@@ -244,7 +244,7 @@ _ELSEWHERE = {
     "name": "unknown key; a rule set is named after its file",
     "inputs": "unknown key; example inputs are given by --example-inputs FILE.safetensors, or by example_inputs= in Python",
 }
-"""Keys that a rule file might be expected to have, and what is said of them."""
+"""Keys that a rule file might be expected to have, and the hint for each."""
 
 
 class RuleFile(_Table):
@@ -261,7 +261,7 @@ class RuleFile(_Table):
 
     @classmethod
     def unknown(cls, key: str) -> str:
-        """Return what is said of a key that the table does not have."""
+        """Return the message for a key that the table does not have."""
         return _ELSEWHERE.get(key) or super().unknown(key)
 
 

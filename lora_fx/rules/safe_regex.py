@@ -15,7 +15,7 @@ REGEX_LENGTH = 100_000  # characters with counted repetitions written out, which
 
 def problem_of(pattern: str) -> str | None:
     """Return why a pattern cannot be used, ``"expected …, found …"``, or None if it can."""
-    # What a pattern costs to compile is bounded beforehand: ((a{1000}){1000}){1000} would take all memory there is.
+    # The cost of compiling a pattern is bounded beforehand: ((a{1000}){1000}){1000} would take all memory there is.
     if re.search(r"\(\?[\w-]*x", pattern):  # where comments can stand in the middle of a number
         return f"expected a pattern without the verbose flag x, found {shown(pattern)}"
     counts = [int(count[:9]) for braces in re.findall(r"\{[^}]*", pattern) for count in re.findall(r"[0-9]+", braces)]

@@ -39,7 +39,7 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Mapping[KeyPath, int]]:
         raise RuleError(str(path), [f"is not UTF-8 text: {error}"]) from error
     except RecursionError as error:
         raise RuleError(str(path), ["is not valid TOML: it nests too deep"]) from error
-    except ValueError as error:  # tomllib's own, and that of an integer with too many digits
+    except ValueError as error:  # tomllib's own error, and Python's for an integer with too many digits
         raise RuleError(str(path), [f"is not valid TOML: {error}"]) from error
 
 

@@ -51,7 +51,7 @@ shown = _Shown().repr
 
 
 def located(path: KeyPath, lines: Mapping[KeyPath, int]) -> str:
-    """Return a key path as problems name it, with its line, or that of the table it is in, where that is known."""
+    """Return a key path as problems name it, with its line, or the line of its table, where one is known."""
     line = _line_of(path, lines)
     parts = (f"[{part}]" if isinstance(part, int) else f".{_quoted(part)}" for part in path)
     return (f"line {line}: " if line else "") + "".join(parts).removeprefix(".")
@@ -96,7 +96,7 @@ Text = Annotated[str, Field(strict=True), expecting("a string")]
 
 
 def beside(problems: Sequence[tuple[KeyPath, str]], handler: Callable[[Any], Made], value: Any) -> Made:
-    """Return what ``handler`` makes of a value, or raise the problems together with those that it finds."""
+    """Return the result of ``handler`` for a value, or raise these problems together with its own."""
     found = list(problems)
     try:
         made = handler(value)
@@ -144,9 +144,9 @@ class Table(BaseModel):
 
     @classmethod
     def as_a_whole(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:  # noqa: ARG003
-        """Yield a key, or nothing for the table, and what is wrong with how the given values go together.
+        """Yield a key, or nothing for the table, and the problem with the combination of the given values.
 
-        The values are not validated yet, so that this is told beside what is wrong with each of them.
+        The values are not validated yet, so that these problems are reported beside those of each value.
         """
         yield from ()
 
@@ -166,7 +166,7 @@ class Table(BaseModel):
 
     @classmethod
     def unknown(cls, key: str) -> str:
-        """Return what is said of a key that the table does not have."""
+        """Return the message for a key that the table does not have."""
         known = sorted(cls.model_fields)
         foreign = cls.foreign_keys.get(key)
         hint = f" (did you mean {foreign!r}?)" if foreign in known else did_you_mean(key, known)

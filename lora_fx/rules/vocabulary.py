@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 Op = Literal["linear", "conv1d", "conv2d", "conv3d", "embedding", "expert"]
-"""What a call site is: a product with a matrix in either layout, a convolution, a look-up, a product with stacked matrices."""
+"""Kind of a call site: a product with a matrix in either layout, a convolution, a look-up, a product with stacked matrices."""
 
 Layout = Literal["out_in", "in_out"]
 """Whether a weight is ``(out, in)``, as in ``nn.Linear``, or ``(in, out)``, as in GPT-2's ``Conv1D``."""
@@ -30,7 +30,7 @@ Role = Literal[
     "head",
     "lm_head",
 ]
-"""What a call site is for, as the dataflow tells."""
+"""Role of a call site, as the dataflow tells."""
 
 RoleName = Literal[
     Role,
@@ -39,7 +39,7 @@ RoleName = Literal[
     "attention.value",
     "attention.output",
 ]
-"""What a rule may say: a role, or one of attention without telling self from cross."""
+"""A role as a rule names it: also a role of attention without telling self from cross."""
 
 Part = Literal["query", "key", "value", "gate", "up"]
 """A part of the output features of a fused projection."""
@@ -56,6 +56,6 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 
 def role_is(role: Role, name: RoleName) -> bool:
-    """Tell whether a role is meant by a rule's name for it: ``attention.query`` means that of self- and of cross-attention."""
+    """Tell whether a rule's name means a role: ``attention.query`` means the query of self-attention and of cross-attention."""
     kind, _, part = role.partition(".")
     return role == name or (kind.endswith("_attention") and name == f"attention.{part}")

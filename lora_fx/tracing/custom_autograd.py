@@ -81,7 +81,7 @@ def check_hooks(model: nn.Module, lines: Iterable[str]) -> None:
 def check_functions(model: nn.Module, call: Callable[[], object], functions: Set[Any]) -> None:
     """Raise :class:`TraceError` unless the functions' backwards are the derivatives of their forwards.
 
-    Each is compared at what it was given, and at values of many magnitudes: a clamp whose backward lets all through agrees
+    Each is compared at its actual arguments, and at values of many magnitudes: a clamp whose backward lets all through agrees
     with its derivative wherever it does not clamp.
 
     Args:
@@ -173,7 +173,7 @@ def _is_derivative(function: Any, given: Call) -> bool:
             all(map(agree, _derivatives(function.apply, values), _derivatives(operators, values)))
             for values in _others_like(given)
         )
-    except Exception:  # what cannot be compared is not known to agree
+    except Exception:  # without a comparison nothing is known
         return False
 
 

@@ -182,7 +182,7 @@ def varied(inputs: ExampleInputs, dynamic: Mapping[str, Sequence[int]] | None) -
 
     Args:
         inputs: keyword inputs; others stay as they are.
-        dynamic: input → dimensions that must vary; ``None``: those that have a name in ``inputs.axes``.
+        dynamic: input → dimensions that must vary; ``None``: the ones with a name in ``inputs.axes``.
     """
 
     def of_two(name: str, value: Any) -> Any:
@@ -223,7 +223,7 @@ def _from_config(model: Any, device: torch.device) -> ExampleInputs:
             f"{type(model).__name__} takes {', '.join(_parameters(model))}, and its main input {main!r} is not made from a config "
             "yet: pass example_inputs (on the command line, --example-inputs FILE.safetensors)."
         )
-    generator = torch.Generator().manual_seed(0)  # one of its own leaves the caller's random state alone
+    generator = torch.Generator().manual_seed(0)  # its own, so that the caller's random state stays
     inputs: dict[str, torch.Tensor] = {}
     for name in (main, *_beside(model)):
         inputs |= _MADE[name](model, generator)

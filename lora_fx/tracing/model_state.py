@@ -23,7 +23,7 @@ from lora_fx.graph.process_state import forked_random_state
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Put back the mode of every module, ``requires_grad``, attributes and the random state.
+    """Restore the mode of every module, ``requires_grad``, attributes and the random state.
 
     Inside, gradients are on, whatever they are outside, and all floating-point parameters require one: torch.export records
     regions without gradients and layout operators by that, and a graph shall not depend on where it was traced, nor on what
@@ -48,9 +48,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def stateless(model: nn.Module) -> Iterator[None]:
-    """Put back what the model's Python changes inside, and refuse it where a graph would have to do the same at every call.
+    """Restore all changes by the model's Python inside, and refuse the ones that a graph would have to repeat at every call.
 
-    Caches and flags (what has been done already) are just put back: whether a graph does without is found out by running it.
+    Caches and flags are just restored: whether a graph needs them shows when it is run.
 
     Raises:
         TraceError: an attribute counts or measures, or random numbers were drawn from Python or numpy.
@@ -86,11 +86,11 @@ def stateless(model: nn.Module) -> Iterator[None]:
 def mode_of(model: nn.Module, *, inference: bool) -> bool:
     """Return whether a model is in train mode, and not in eval mode. The modes of its modules are left changed.
 
-    What torch.export made is taken to be in eval mode.
+    A module that torch.export made counts as being in eval mode.
 
     Raises:
         TraceError: the modules are in other modes than ``model.train()`` or ``model.eval()`` gives them, and a graph has one;
-            or there is no train mode, and ``inference`` does not do without.
+            or there is no train mode, and ``inference`` is false.
     """
     given: dict[str, bool] = {name: module.training for name, module in model.named_modules()}
     if inference and is_exported(model):
@@ -143,14 +143,14 @@ def _mode(training: bool) -> str:
 
 @dataclass(frozen=True)
 class _Holder:
-    """A dict or list that holds attributes, and what it held."""
+    """A dict or list that holds attributes, and its former contents."""
 
     name: str
     items: Any
     former: Any
 
     def restore(self) -> None:
-        """Put back what it held."""
+        """Restore the former contents."""
         if self._changed() and isinstance(self.items, list):
             self.items[:] = self.former.values()
         elif self._changed():  # all anew, for their order

@@ -2,7 +2,7 @@
 
 torch.export never distinguishes sizes 0 and 1 from constants, so it reports ranges that start at 2, and guards such as
 ``x.size(1) // 3 != 1``, whether or not the model's Python treats those sizes in its own way. Slices of a buffer exclude its
-exact length likewise. So the graph and the model are run at the excluded sizes. Where they agree, the exclusion goes; where
+exact length in the same way. So the graph and the model are run at the excluded sizes. Where they agree, the exclusion goes; where
 they do not, it stays. Without weights nothing can be run: then it waits for ``materialize``.
 """
 

@@ -74,8 +74,8 @@ def trace(
 
     Of four equal layers or more in a model of transformers one is traced, and its nodes are stamped for
     the others, wherever that gives the graph of a full trace. The logger ``lora_fx.tracing`` says at level INFO whether it did,
-    and if not, why. A model with a part of other origin is traced in full: what its layers remember in Python from the call of
-    another (a count of calls) would not be seen.
+    and if not, why. A model with a part of other origin is traced in full: state that its layers keep in Python from one
+    call to the next (a count of calls) would not be seen.
 
     Args:
         model: any module that ``torch.export`` takes, also one that PEFT wraps, and a ``GraphModule`` of any kind; a traced

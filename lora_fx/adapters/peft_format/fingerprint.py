@@ -1,4 +1,4 @@
-"""Where an adapter comes from: the rules that made it, the base that it was trained on, and what its config said of that."""
+"""Provenance of an adapter: its rules, the base that it was trained on, and the name that its config gives that base."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def recorded(given: Mapping[str, str]) -> tuple[dict[str, str], Origin]:
 
 
 def differences(trained_on: Mapping[str, str], found: Mapping[str, str | None]) -> Iterator[str]:
-    """Yield how a base differs from the one that an adapter was trained on, for every tensor that does.
+    """Yield every difference between a base and the base that an adapter was trained on, tensor by tensor.
 
     Args:
         trained_on: fingerprint of the one.

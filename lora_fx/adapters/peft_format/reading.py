@@ -1,7 +1,7 @@
-"""What an adapter directory holds, fitted to a graph.
+"""Strict reading of an adapter directory for a graph.
 
-Reading is strict. What the config selects, what the file holds and what the graph has must agree key by key; all that does
-not is told at once.
+The selection of the config, the keys of the file and the sites of the graph must agree key by key; all disagreements are
+reported at once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class AdapterFiles:
 
     Attributes:
         directory: where it is.
-        config: what it says of the adapter.
+        config: of the adapter.
         file: with the tensors.
     """
 
@@ -77,7 +77,7 @@ def read_adapter(directory: Path) -> AdapterFiles:
 
 
 def check_base(files: AdapterFiles, found: Mapping[str, str | None], *, strict: bool) -> None:
-    """Compare a base with the one that an adapter was trained on, if its file tells that.
+    """Compare a base with the base that an adapter was trained on, if the adapter's file has its fingerprint.
 
     Args:
         files: of the adapter.
@@ -106,7 +106,7 @@ _MAX_NAMED = 10
 
 @dataclass(frozen=True)
 class AdapterContents:
-    """What a directory says of an adapter, fitted to a graph.
+    """An adapter from a directory, fitted to a graph.
 
     Attributes:
         branches: by their keys: what chose them, and the branch.
@@ -145,7 +145,7 @@ def read_contents(files: AdapterFiles, graph_module: fx.GraphModule) -> AdapterC
 
 
 def another_value(key: str, name: str, own: torch.Tensor) -> str:
-    """Return what is said of a tensor in an adapter's file that differs from the model's own."""
+    """Return the message for a tensor in an adapter's file that differs from the model's own."""
     return (
         f"{key}: another value than the model's {name!r} ({described(own)}), and {CONFIG_NAME} lets neither a bias nor a module train "
         "there. If that is meant, as of a resized embedding, add its module to modules_to_save"
@@ -164,7 +164,7 @@ def is_selected(site: Site, config: AdapterConfig, keys: Collection[str]) -> boo
         config.target_modules is None and not config.target_parameters
     ):
         a, _ = Slot(site, site.module, site.module).keys
-        return a in keys  # PEFT chose by the model; what it chose is what it wrote
+        return a in keys  # PEFT chose by the model, and wrote keys for its choice
     return config.selects(site.module)
 
 
@@ -216,7 +216,7 @@ class KeyLedger:
 
 
 class _Reader:
-    """Reads an adapter for a graph, and collects what is wrong."""
+    """Reads an adapter for a graph, and collects all problems."""
 
     def __init__(self, files: AdapterFiles, graph_module: fx.GraphModule) -> None:
         self._files = files
@@ -335,7 +335,7 @@ class _Reader:
             )
 
     def _is_dead(self, module: str, own: Mapping[str, torch.Tensor]) -> bool:
-        """Tell whether a module that the config selects is one that the graph does not compute with."""
+        """Tell whether the config selects a module that the graph does not compute with."""
         weight = f"{module}.weight"
         if weight not in own or module in self._sites or not self._config.selects(module):
             return False
@@ -386,7 +386,7 @@ class _Reader:
     def _check_rest(self, own: Mapping[str, torch.Tensor], copies: Mapping[str, str]) -> dict[str, str]:
         """Compare what the file has of the model's own tensors (PEFT writes adapted embeddings, for instance) with these.
 
-        Return those that have no values to compare with.
+        Return the ones without values to compare with.
         """
         echoes = {}
         for key, entry in self._ledger.unread.items():

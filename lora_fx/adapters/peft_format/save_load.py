@@ -69,12 +69,12 @@ def load_adapter(
         graph_module: not changed.
         directory: see :func:`from_adapter`.
         adapter: name for it in the graph.
-        strict: whether another base than the one that the adapter was trained on, as far as the file tells, is an error. If
-            not, it is a warning that lists every tensor that differs.
+        strict: whether another base than the adapter's own, by the fingerprint in its file, is an error. If not, it is a warning
+            that lists every tensor that differs.
 
     Raises:
         AdapterError: the directory is malformed, of an unsupported kind, or does not fit the graph. All problems are named.
-        PlanError: the adapter cannot be in this graph, beside those that it has.
+        PlanError: the adapter does not fit beside the other adapters of the graph.
     """
     graph_module = _traced(graph_module)
     files = read_adapter(Path(directory))

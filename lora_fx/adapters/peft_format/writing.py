@@ -30,7 +30,7 @@ class PeftAdapter:
     """An adapter as PEFT has it.
 
     Attributes:
-        config: what it adapts.
+        config: its ``adapter_config.json``.
         tensors: by PEFT's keys.
     """
 
@@ -43,7 +43,7 @@ def to_peft(graph_module: TracedGraphModule, adapter: str) -> PeftAdapter:
 
     Raises:
         PlanError: the graph has no such adapter.
-        AdapterError: PEFT has no way to say what it is; all problems are named.
+        AdapterError: PEFT has no words for it; all problems are named.
     """
     return _PeftWriter(graph_module, adapter).peft_adapter()
 
@@ -116,7 +116,7 @@ class _PeftWriter:
         unread = {name for name in names if self._first[name] not in read}
         try:
             own = {name for name in names if self._first[name] in trained}
-            # A list of modules is not called, and has no parameters of its own: PEFT takes what is in it.
+            # A list of modules is not called, and has no parameters of its own: PEFT takes its items.
             modules = _called_modules(self._graph_module) | {name.rpartition(".")[0] for name in names}
             return trained_parts(own, names, unread, adapted, modules)
         except ValueError as error:

@@ -1,7 +1,7 @@
 """``adapter_config.json`` of a PEFT adapter directory, as data: which modules it adapts, and how. Imports no torch.
 
-Read as PEFT 0.21 reads it. What would change the result and is not supported is refused by its name: DoRA, initialisations
-that changed the base weights, and every option that this file does not know and that is switched on.
+Read as PEFT 0.21 reads it. Unsupported options that would change the result are refused by name: DoRA, initialisations that
+changed the base weights, and every unknown option that is switched on.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DUMMY = "dummy-target-modules"
 """By what PEFT adapts no module."""
 
 ALL_LINEAR = "all-linear"
-"""What PEFT's users write for all linear layers but the head; its files have the layers' names instead."""
+"""Word of PEFT's users for all linear layers but the head; its files have the layers' names instead."""
 
 
 def _check_init(init: bool | str) -> bool | str:
@@ -61,7 +61,7 @@ Bias = Literal["none", "all", "lora_only"]
 
 
 class AdapterConfig(Table):
-    """What an adapter adapts, and how, in PEFT's words."""
+    """Modules that an adapter adapts, and how, in PEFT's words."""
 
     peft_type: Annotated[Literal["LORA"], expecting('"LORA", the only kind of adapter that lora_fx applies')]
     """The kind of adapter."""
@@ -70,13 +70,13 @@ class AdapterConfig(Table):
     """Rank of the branches that ``rank_pattern`` does not name."""
 
     lora_alpha: Number = 8
-    """Numerator of the scaling of those that ``alpha_pattern`` does not name."""
+    """Numerator of the scaling of the branches that ``alpha_pattern`` does not name."""
 
     rank_pattern: dict[Regex, Positive] = {}  # noqa: RUF012 -- pydantic copies it
     """Regular expression → rank. The first that matches a name, or its end after a dot, counts."""
 
     alpha_pattern: dict[Regex, Number] = {}  # noqa: RUF012
-    """Likewise, the numerator of the scaling."""
+    """Regular expression → numerator of the scaling, matched as in ``rank_pattern``."""
 
     use_rslora: Flag = False
     """Whether the scaling is alpha / √rank, not alpha / rank."""
@@ -88,7 +88,7 @@ class AdapterConfig(Table):
     """A regular expression for whole names, or names and ends of names after a dot."""
 
     exclude_modules: Annotated[Regex | Names | None, expecting("a regular expression or a list of names")] = None
-    """Likewise, what is left out."""
+    """Modules without a branch, given as in ``target_modules``."""
 
     layers_to_transform: Annotated[Natural | tuple[Natural, ...] | None, expecting("an integer or a list of them")] = (
         None
@@ -96,7 +96,7 @@ class AdapterConfig(Table):
     """Of the modules that are listed by their names, only those in these layers."""
 
     layers_pattern: Annotated[Regex | tuple[Regex, ...] | None, expecting("a name or a list of names")] = None
-    """What stands before the number of a layer."""
+    """The part of a name before the number of a layer."""
 
     target_parameters: Names | None = None
     """Parameters that are no module's ``weight``, or ends of their names after a dot."""
@@ -205,7 +205,7 @@ _UNUSED: Mapping[str, Any] = {
     "use_dora": False,
     "use_qalora": False,
 }
-"""What else PEFT writes, as it stands where it is not used."""
+"""The other keys that PEFT writes, with their values where they are unused."""
 
 _VARIANTS: Mapping[str, str] = {
     "use_dora": "DoRA",
@@ -223,7 +223,7 @@ _VARIANTS: Mapping[str, str] = {
     "loftq_config": "LoftQ, which changed the base weights,",
     "ensure_weight_tying": "one trained copy for tied modules",
 }
-"""What the options are that lora_fx cannot apply."""
+"""Options that lora_fx cannot apply, by their names for people."""
 
 _WITHOUT_EFFECT = frozenset({"runtime_config", "megatron_core", "qalora_group_size", "eva_config"})
 """Keys that say nothing by themselves of what the adapter computes."""

@@ -18,7 +18,7 @@ def patterns(values: Mapping[str, float], default: float) -> dict[str, Any]:
 
     Args:
         values: module → value, for all modules of the adapter.
-        default: of those that no key needs to match.
+        default: the value of modules that no key needs to match.
     """
     found: dict[str, Any] = {}
     by_leaf: dict[str, list[str]] = {}
@@ -61,7 +61,7 @@ def targets(chosen: Sequence[str], others: Sequence[str]) -> tuple[str, ...] | s
 
 @dataclass(frozen=True)
 class TrainedParts:
-    """What of the model itself trains, in PEFT's words."""
+    """Parameters of the model itself that train, in PEFT's words."""
 
     bias: Bias
     modules: tuple[str, ...]
@@ -79,9 +79,9 @@ def trained_parts(
     Args:
         trained: their names.
         parameters: the names of all.
-        unread: names of those that the model does not compute with, of which it is all the same whether they train.
+        unread: names of parameters that the model does not compute with, so that it does not matter whether they train.
         adapted: names of the modules with a branch.
-        modules: names of those that can train as a whole, which lists of modules cannot.
+        modules: names of modules that can train as a whole, which lists of modules cannot.
 
     Raises:
         ValueError: it cannot be said; the argument lists the parameters left over.
