@@ -126,7 +126,7 @@ def test_where_there_is_no_factor_nothing_is_walked_through(
     graphs: list[lora_fx.TracedGraphModule], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     branched = rewritten(graphs[0])
-    count = counted(monkeypatch, branches._Walk, "step")
+    count = counted(monkeypatch, branches._BranchFinder, "step")
     assert count(lambda: branches.find_branches(graphs[0])) == 0
     assert count(lambda: branches.find_branches(branched)) == len(branched.graph.nodes)
 

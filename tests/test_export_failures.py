@@ -331,7 +331,7 @@ def at(kind: str, moment: str, blow: Callable[[], None]) -> Any:
             "onnx": (onnxruntime, "InferenceSession", instead),
             "pt2": (torch.export, "load", instead),
         }[format],
-        "comparing": (_comparing, "_relative", instead),
+        "comparing": (_comparing, "compare_values", instead),
         "moving": (files, "_move", instead),
         "moved": (files, "_move", after(files._move)),
         "cleaning up": (_onnx, "_remove_unnamed", instead),

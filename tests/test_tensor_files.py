@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import safetensors as tensor_files
+from lora_fx.files import safetensors as tensor_files
 from lora_fx.files.safetensors import DTYPES, TensorEntry, TensorFile, write_tensors
 
 AGAIN = "Copy or download it again."
