@@ -15,7 +15,7 @@ GroupKind = Literal["model", "module", "repeat", "branch", "steps"]
 
 _MAX_ITEMS = 120  # that a group shows at once; a chain of layers is easier to lay out, and to read
 _MAX_COPIES = 400
-_STEPS = 60  # in one part of what is more
+_STEPS = 60  # operators in each part of a group with too many
 _SHORTEST_RUN = 6
 
 _INDEXED = re.compile(r"(?:.*\.)?\d+")
@@ -100,7 +100,9 @@ def _module(entry: Entry, made: dict[tuple[Frame, ...], Group], root: Group) -> 
         key = (*key, frame)
         if key not in made:
             name = frame.path.removeprefix(f"{group.path}.") if group.path else frame.path
-            again = f"@{frame.call}" if frame.call != group.call else ""  # that a module around is called again says it
+            again = (
+                f"@{frame.call}" if frame.call != group.call else ""
+            )  # a second call of a module around it says the same
             made[key] = Group("module", f"{name}{again}", frame.path, frame.type, call=frame.call)
             group.items.append(made[key])
         group = made[key]
@@ -122,7 +124,7 @@ def inline_single(group: Group) -> Mapping[Entry, str]:
 
 
 def gather_steps(group: Group) -> None:
-    """Part what is too much to be seen at once into steps (in place).
+    """Split groups with too many items to be seen at once into steps (in place).
 
     In a module that holds layers, runs of plain operators (of masks and positions) become one group each; anywhere, so do parts of
     more items than a person or a layout can take in.

@@ -1,4 +1,4 @@
-"""What one graph says of its nodes, as text: values with named sizes, arguments, weights, the calls of modules around a node."""
+"""Texts about the nodes of one graph: values with named sizes, arguments, weights, the calls of modules around a node."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_fx.graph.input_checks import InputCheck, RelationCheck
 from lora_fx.tracing.transformers_models import traced_class
 
 _QUIET = (torch.ops.aten.sym_size.int, torch.ops.aten._assert_scalar.default, getattr)
-_MAX_LENGTH = 400  # characters of arguments: a list of a thousand numbers says no more than its beginning
+_MAX_LENGTH = 400  # characters of arguments: the beginning of a list of a thousand numbers is enough
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Reader:
         self._frames: dict[str, Frame | None] = {}
 
     def frames(self, node: fx.Node) -> tuple[Frame, ...]:
-        """Return the calls of modules around a node, from the outside; the model itself is left out.
+        """Return the calls of modules around a node, from the outside, without the model itself.
 
         A node without a record of them, put in by someone else, is where all that it reads and is read by is.
         """
@@ -83,7 +83,7 @@ class Reader:
 
     @cached_property
     def _wrapper(self) -> str:
-        """The path, with a dot, of the innermost module in which all is computed, as in what PEFT or a container wraps."""
+        """The path, with a dot, of the innermost module in which everything is computed, as under a wrapper of PEFT or a container."""
         nodes = [
             node for node in self.graph_module.graph.nodes if node.op.startswith("call") and not self.is_quiet(node)
         ]
@@ -91,12 +91,12 @@ class Reader:
         return f"{shared[-1][0].path}." if shared else ""
 
     def own_name(self, name: str) -> str:
-        """Return the name of a module or tensor without what wrappers put around it, PEFT's for instance."""
+        """Return the name of a module or tensor without the prefixes of wrappers, such as PEFT's."""
         parts = f"{name}.".removeprefix(self._wrapper).removesuffix(".").split(".")
         return ".".join(part for part in parts if part != "base_layer")
 
     def value(self, node: fx.Node) -> str:
-        """Return dtype and shape of a node's value, or an expression where it is a size; nothing where it is not known."""
+        """Return dtype and shape of a node's value, or an expression where it is a size; nothing for an unknown value."""
         if node.op == "get_attr":
             tensor = self._tensors.get(str(node.target))
             return "" if tensor is None else self._of(tensor)
@@ -258,7 +258,7 @@ def _frame(key: str, path: str, kind: Any) -> Frame | None:
 
 
 def type_of_root(graph_module: fx.GraphModule) -> str:
-    """Return the class of the model that a graph was traced from, as far as it is known."""
+    """Return the class of the model that a graph was traced from, if it is known."""
     name = known_info(graph_module).model_class
     found = name.rpartition(":")[2].rpartition(".")[2]
     return "GraphModule" if not found or found.startswith("GraphModule") else found

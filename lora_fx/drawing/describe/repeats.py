@@ -22,7 +22,7 @@ from lora_fx.drawing.describe.node_text import Reader
 from lora_fx.graph.graph_module import same_values
 from lora_fx.graph.provenance import stamp_of
 
-_UNBACKED = re.compile(r"\bu\d+\b")  # the sizes that are found as the model computes are numbered through all layers
+_UNBACKED = re.compile(r"\bu\d+\b")  # sizes that depend on data are numbered through all layers
 _LIFTED = re.compile(r"((?:^|\.)lifted_tensor)_\d+$")
 _INDEX = re.compile(r"(?P<stem>(?:.*\.)?)(?P<index>\d+)")
 
@@ -90,7 +90,7 @@ def _collapse(group: Group, form_of: Callable[[Group], _Form]) -> None:
 
 
 def _runs(items: Sequence[Item], form_of: Callable[[Group], _Form]) -> Iterator[list[Item]]:
-    """Yield the items in order, those together that are alike."""
+    """Yield the items in order, equal neighbours together."""
     run: list[Item] = []
     forms: list[_Form] = []
     for item in items:
@@ -112,7 +112,7 @@ def _runs(items: Sequence[Item], form_of: Callable[[Group], _Form]) -> Iterator[
 
 
 def _parted(run: list[Item], forms: Sequence[_Form]) -> Iterator[list[Item]]:
-    """Yield a run in parts, in each of which all are read by the same: by those after them, at one distance, or by one outside.
+    """Yield a run in parts with equal readers: later items at one distance, or one reader outside.
 
     The last, behind which there are none that read them, may be read by others.
     """
@@ -123,7 +123,7 @@ def _parted(run: list[Item], forms: Sequence[_Form]) -> Iterator[list[Item]]:
     part = run[:1]
     for index in range(1, len(run)):
         before, here = read[index - 1], read[index]
-        # What reads one from a distance that for the next is behind the end of the run: others may read that instead.
+        # A reader at a distance that is behind the end of the run for the next item: another may read that instead.
         beyond = {each for each in before if isinstance(each[1], int) and index + each[1] >= len(run)}
         gained = here - before
         if before - here == beyond and (
@@ -177,7 +177,7 @@ def _named(members: Sequence[Group]) -> str:
 
 
 def _is_alike(forms: Sequence[_Form], form: _Form) -> bool:
-    """Tell whether a group goes on with a run of groups that are alike."""
+    """Tell whether a group continues a run of equal groups."""
     last = forms[-1]
     if form.digest != last.digest or form.content != last.content:
         return False
@@ -185,14 +185,14 @@ def _is_alike(forms: Sequence[_Form], form: _Form) -> bool:
         here, there = _source(forms[:-1], mine), _source(forms, theirs)
         if here == there:
             continue
-        # What an early one reads from before the run, later ones read from within it, at one distance.
+        # An early item reads from before the run what later ones read from within it, at one distance.
         if not isinstance(there, tuple) or isinstance(here, tuple) or len(forms) > there[0]:
             return False
     return True
 
 
 def _source(forms: Sequence[_Form], entry: Entry) -> Entry | tuple[int, int]:
-    """Return how far back in the run a source is, and its position there; or itself where it is none of the run's."""
+    """Return how far back in the run a source is, and its position there; or the source itself where it is outside of the run."""
     for distance, form in enumerate(reversed(forms), 1):
         if entry in form.positions:
             return distance, form.positions[entry]
@@ -236,7 +236,7 @@ def _token(
     union: Union,
     setting: Mapping[str, Any] | None,
 ) -> tuple[Any, ...]:
-    """Return all that an operator is, without the index of the group."""
+    """Return everything that tells an operator from others, without the index of the group."""
     reader, node = entry.reader, entry.node
 
     def name_of(argument: fx.Node) -> str:
@@ -263,7 +263,7 @@ def _token(
 
 
 def _own_difference(difference: Difference, group: Group) -> tuple[str, ...]:
-    """Return a difference without the index of the group. What was read before and is read now, the wiring tells."""
+    """Return a difference without the index of the group. Former and present inputs are compared by the wiring."""
     if difference.wiring:
         return (difference.what,)
     return difference.what, *(text.replace(f"{group.path}.", "") for text in (difference.before, difference.after))

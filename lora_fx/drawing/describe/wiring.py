@@ -1,4 +1,4 @@
-"""The dataflow as each group sees it: edges between the items in it, and stubs for what they read from outside.
+"""The dataflow as each group sees it: edges between its items, and stubs for values from outside.
 
 So a group can be laid out by itself, whatever else is open. A tensor that several layers read (a mask, cos, sin) is a stub at
 each use: drawn as edges, it would tie the picture in knots.
@@ -31,7 +31,7 @@ class Stub:
 
 @dataclass
 class Wiring:
-    """What is between the items of one group, and what they read from outside of it."""
+    """Edges between the items of one group, and stubs for the values that they read from outside."""
 
     edges: dict[tuple[Item, Item], EdgeStatus] = field(default_factory=dict)
     stubs: list[Stub] = field(default_factory=list)
@@ -53,12 +53,12 @@ class _Collected:
     edges: dict[tuple[Item, Item], EdgeStatus] = field(default_factory=dict)
     of_shared: dict[Entry, dict[Item, EdgeStatus]] = field(
         default_factory=dict
-    )  # what an edge from a shared tensor reaches
-    sources: dict[Entry, Item] = field(default_factory=dict)  # the item that such a tensor is in
+    )  # readers of each shared tensor, with an edge from it
+    sources: dict[Entry, Item] = field(default_factory=dict)  # the item that holds such a tensor
     stubs: dict[tuple[Entry, Item | None, EdgeStatus], list[Item]] = field(default_factory=dict)
 
     def wiring(self) -> Wiring:
-        """Return the edges and stubs, once it is known how many items read each shared tensor."""
+        """Return the edges and stubs, after all readers of shared tensors are counted."""
         made = Wiring(dict(self.edges))
         for source, readers in self.of_shared.items():
             for reader, status in readers.items():
@@ -81,7 +81,7 @@ def _chains(group: Group, around: tuple[Group, ...]) -> Iterator[tuple[Entry, tu
 
 
 def _read(reader: Entry, union: Union) -> Iterator[tuple[Entry, EdgeStatus]]:
-    """Yield what a node reads and read, and what became of that."""
+    """Yield the former and present sources of a node, each with its status."""
     whole: EdgeStatus | None = reader.status if reader.status in ("added", "removed") else None
     gained = union.gained.get(reader, ())
     for source in union.inputs[reader]:
@@ -115,7 +115,7 @@ def _record(
         item: Item = chain[level + 1] if level + 1 < len(chain) else reader
         if not shared:
             wirings[chain[level]].stubs.setdefault((source, None, status), []).append(item)
-        elif item is reader:  # a group that is closed does not say what all layers read
+        elif item is reader:  # a closed group does not show values that all layers read
             wirings[chain[level]].stubs.setdefault((source, item, status), []).append(item)
 
 

@@ -1,4 +1,4 @@
-"""The difference of two graphs as a picture in DOT: what is on the way to a change is open, all else is closed."""
+"""The difference of two graphs as a picture in DOT: groups on the way to a change are open, all others closed."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _cluster(identity: str, view: IndexedDescription, shown: Shown, routes: Rout
             f'color="{line}" bgcolor="#f5f9ff"' if _status(group) == "added" else f'color="{line}" bgcolor="#fffaf5"'
         )
         looks += " style=dashed" if _status(group) == "removed" else ""
-    # The branches in an open module can be seen; how many copies of them there are can not.
+    # The branches in an open module can be seen; the number of their copies cannot.
     if group["kind"] == "repeat":
         item = view.first(identity)
         note = view.group(item).get("note") if item is not None else None
@@ -136,7 +136,7 @@ def _closed(identity: str, view: IndexedDescription, shown: Shown) -> str:
     second = " · ".join(part for part in (count, changes, note, alike) if part)
     stack = "peripheries=2" if group["kind"] == "repeat" else ""
     looks = _STYLES[status]
-    if changes:  # what is to be seen inside shows at its border
+    if changes:  # changes inside show at the border
         line, _ = _COLOURS[next(each for each in MARKS if group["counts"].get(each))]
         looks = f'color="{line}"'
     return f"{_id(identity)} [label={_quoted(mark + name, second)} {looks} {stack}]"
@@ -212,13 +212,13 @@ def _edges(view: IndexedDescription, shown: Shown, routes: Routes) -> Iterator[s
             cluster = next((group for group in shown.clusters(item, view) if group not in around), None)
             if cluster is not None:
                 drawn[source, cluster] = None
-    for source, cluster in drawn:  # what the pills in a cluster name is above it
+    for source, cluster in drawn:  # values named by the pills in a cluster are above it
         stack = "_stack" if view.group(cluster)["kind"] == "repeat" else ""
         yield f"{_id(source)} -> {_id(shown.first_in(cluster))} [lhead=cluster_{cluster}{stack} {_FAINT}]"
 
 
 def _heading(description: Mapping[str, Any], shown: Shown, routes: Routes) -> str:
-    """Return the title, the legend, and what is not shown, as a label of DOT like HTML: it alone sets text in a row."""
+    """Return the title, the legend and the number of hidden items as an HTML-like label of DOT, the only one that sets text in a row."""
     title = _html(heading(description))
     sides = _html(captions(description))
     counts = counts_of(description) if description.get("show", "diff") in ("diff", "fold") else {}
@@ -260,7 +260,7 @@ def _cell(status: str, text: str) -> str:
 
 
 def _html(text: str) -> str:
-    """Escape a text for a label of DOT like HTML, in which escapes by backslash hold too."""
+    """Escape a text for an HTML-like label of DOT, in which escapes by backslash hold too."""
     return html.escape(text.replace("\\", "\\\\"))
 
 
@@ -269,7 +269,7 @@ def _id(item: str) -> str:
 
 
 def _quoted(*lines: str, end: str = "") -> str:
-    """Return lines as a quoted string of DOT, where nothing of them is an escape or an entity.
+    """Return lines as a quoted string of DOT without escapes or entities of their own.
 
     Args:
         lines: the text.

@@ -1,4 +1,4 @@
-"""Laying a picture out by Graphviz, in a process of its own: neither its crashes nor its endless layouts reach the caller."""
+"""Layout by Graphviz in a process of its own: neither its crashes nor its endless layouts reach the caller."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OTHERWISE = "or write .html, .dot, .json or .txt, which need no Graphviz"
 _DPI = "120"
 _STARTS = {"svg": b"<?xml", "png": b"\x89PNG\r\n"}
 
-# Imports nothing but pygraphviz, from the directory that it is told: lora_fx, with it torch, would take seconds.
+# Imports nothing but pygraphviz, from the given directory: lora_fx, and with it torch, would take seconds.
 _CHILD = """
 import sys
 sys.path.append(sys.argv[1])
@@ -57,7 +57,7 @@ def render(dot_text: str, kind: Literal["svg", "png"], timeout: float = 60) -> b
 
 
 def _command(kind: str) -> list[str]:
-    # What stands in the current directory is not imported, also where it is called pygraphviz.
+    # Nothing in the current directory is imported, not even a file called pygraphviz.
     places = [place for place in sys.path if place and Path(place) != Path.cwd()]
     found = importlib.machinery.PathFinder.find_spec("pygraphviz", places)
     if found is not None and found.origin is not None:
@@ -72,9 +72,9 @@ def _command(kind: str) -> list[str]:
 
 
 def _run(command: list[str], given: bytes, timeout: float) -> tuple[int, bytes, bytes]:
-    """Run a command that is gone afterwards, with all that it started."""
+    """Run a command, and end it with all its children."""
     pipe = subprocess.PIPE
-    environment = {**os.environ, "LC_ALL": "C"}  # a language may change how text is set
+    environment = {**os.environ, "LC_ALL": "C"}  # a locale may change the layout of text
     try:
         process = subprocess.Popen(  # noqa: S603 -- an interpreter or Graphviz, and no shell
             command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, start_new_session=os.name == "posix"
@@ -114,6 +114,6 @@ def _ending(status: int) -> str:
 
 
 def _without_comments(svg: bytes) -> bytes:
-    """Leave out the version of Graphviz, the address of a DTD, and the names of nodes that it writes as comments."""
+    """Remove the version of Graphviz, the address of a DTD, and the names of nodes in comments."""
     text = re.sub(rb"<!--.*?-->|<!DOCTYPE[^>]*>", b"", svg, flags=re.DOTALL)
     return re.sub(rb"\n\s*\n+", b"\n", text)

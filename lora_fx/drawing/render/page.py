@@ -1,4 +1,4 @@
-"""One HTML file that shows a description of a graph: everything it needs is in it, and it reads nothing else."""
+"""One HTML file that shows a description of a graph: self-contained, without any request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-# Nothing of these may stand in the text of a script element: they could end it, or start a comment.
+# Not allowed in the text of a script element: they could end it, or start a comment.
 _ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
 
@@ -61,5 +61,5 @@ def _hash(text: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Return what a title can show: one line, of characters that UTF-8 has."""
+    """Return a text as a title can show it: one line, of characters that UTF-8 has."""
     return " ".join(text.encode("utf-8", "replace").decode().split())

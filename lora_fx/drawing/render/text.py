@@ -17,7 +17,7 @@ _GROUPS_SHOWN = 300
 
 
 def visible(text: object, limit: int = 60) -> str:
-    """Return a name on one line that shows what it holds: no control or direction characters, not longer than ``limit``."""
+    """Return a name on one line without control or direction characters, at most ``limit`` characters long."""
     start = str(text)[: limit + 1]
     shown = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in start)
     return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
@@ -29,13 +29,13 @@ def plural(count: int, noun: str) -> str:
 
 
 def captions(description: Mapping[str, Any]) -> str:
-    """Return ``"traced → rewritten"``, or the one of the two that there is."""
+    """Return ``"traced → rewritten"``, or the only one of the two."""
     sides = [visible(description[side]) for side in ("before", "after") if description.get(side)]
     return " → ".join(sides)
 
 
 def on_the_way(description: Mapping[str, Any]) -> set[str]:
-    """Return the groups that are open in the first view, those around a change, and the branches that are changes."""
+    """Return the groups that are open in the first view: the ones around a change, and changed branches."""
     around = {item: f"g{index}" for index, group in enumerate(description["groups"]) for item in group["items"]}
     found: set[str] = set()
     for start in (*description["open"], *description.get("changes", ())):
@@ -59,14 +59,14 @@ def text(description: Mapping[str, Any]) -> str:
 
 
 def heading(description: Mapping[str, Any]) -> str:
-    """Return the class of the model, and the module of it that is shown, if it is not all."""
+    """Return the class of the model, and the path of the module that is shown, unless it is the whole model."""
     root = description.get("root")
     module = f" · {description['groups'][int(root[1:])]['path']}" if root else ""
     return visible(f"{description['title']}{module}", 120)
 
 
 def counts_of(description: Mapping[str, Any]) -> Mapping[str, int]:
-    """Return how many operators there are of each status, and how many branches, of what is shown."""
+    """Return the number of shown operators of each status, and of shown branches."""
     root = description.get("root")
     if root is None:
         counts: Mapping[str, int] = description["counts"]
@@ -135,7 +135,7 @@ def _row(group: Mapping[str, Any], depth: int) -> tuple[str, str, str, str, str]
 
 
 def _inside(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the items of a group; of a repeat those of its first item."""
+    """Return the items of a group; of a repeat, the items of its first item."""
     items: list[str] = group["items"]
     if group["kind"] == "repeat" and items and items[0].startswith("g"):
         return list(groups[int(items[0][1:])]["items"])
@@ -143,7 +143,7 @@ def _inside(group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> li
 
 
 def _matrix(matrix: Mapping[str, Any], sites: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the ranks of a stack of layers, where rows that follow each other and are equal are one."""
+    """Return the ranks of a stack of layers; equal rows in sequence are one."""
     columns = matrix["columns"]
     merged: list[tuple[str, str, list[str]]] = []
     for row in matrix["rows"]:
@@ -163,7 +163,7 @@ def _matrix(matrix: Mapping[str, Any], sites: Sequence[Mapping[str, Any]]) -> li
 
 
 def _short(columns: Sequence[str]) -> list[str]:
-    """Return the last part of each name, and as many more as tell it from the others."""
+    """Return the last part of each name, with as many more parts as tell it from the others."""
     parts = [column.split(".") for column in columns]
     short = []
     for mine in parts:
@@ -252,7 +252,7 @@ def _what_differs(node: Mapping[str, Any]) -> str:
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> Table:
-    """Return a table that takes no name for markup; columns that are empty throughout are left out."""
+    """Return a table in which no name is taken for markup, without its empty columns."""
     kept = [index for index in range(len(headings)) if index == 0 or any(row[index] for row in rows)]
     table = new_table()
     to_the_right = set(right)

@@ -1,4 +1,4 @@
-"""What of a description a static picture shows, and how that is connected; knows nothing of DOT.
+"""Selection of the items and edges of a description that a static picture shows; knows nothing of DOT.
 
 What is on the way to a change is open, all else is closed; of a repeat the first item stands for all.
 """
@@ -12,20 +12,20 @@ from typing import Any
 
 from lora_fx.drawing.render.text import marked, on_the_way
 
-# More is no picture any more, and takes Graphviz minutes.
+# More items are unreadable, and take Graphviz minutes.
 _NODES = 400
 _EDGES = 1200
 _EDGES_IN = 8
 # So many closed groups may each have an edge from one shared value; more have its name in a pill.
 _MAX_EDGES_OF_SHARED = 4
-# Siblings of so many operators that are alike, such as every second layer, are opened once.
+# Equal siblings with this many operators, such as every second layer, are opened once.
 _SIZEABLE = 16
-# So many operators in a row that say nothing but their names are one box.
+# This many operators in a row with nothing to show but their names are one box.
 _CHAIN = 3
 
 
 class IndexedDescription:
-    """A description, and what is asked of it over and over."""
+    """A description with indices for frequent questions."""
 
     def __init__(self, description: Mapping[str, Any]) -> None:
         self.nodes: Sequence[Mapping[str, Any]] = description["nodes"]
@@ -54,7 +54,7 @@ class IndexedDescription:
         return self.nodes[int(identity[1:])]
 
     def _wanted(self, description: Mapping[str, Any]) -> set[str]:
-        """Return the groups to open: of the repeats those with a change."""
+        """Return the groups to open; of repeats, only the ones with a change."""
         return {
             identity
             for identity in on_the_way(description)
@@ -69,7 +69,7 @@ class IndexedDescription:
         return str(group["items"][0])
 
     def content(self, identity: str) -> Sequence[str]:
-        """Return what an open group shows."""
+        """Return the items that an open group shows."""
         first = self.first(identity)
         if first is not None:
             return self.content(first)
@@ -88,7 +88,7 @@ class IndexedDescription:
         return sum(self.group(item)["counts"]["nodes"] if item.startswith("g") else 1 for item in items)
 
     def form(self, item: str, *, outermost: bool = True) -> int:
-        """Return a number that items have in common which are equal but for their names and what they read from outside."""
+        """Return a number that is the same for items that are equal but for their names and their sources outside."""
         if item.startswith("n"):
             node = self.node(item)
             weights = tuple((weight["short"], weight.get("value")) for weight in node.get("weights", ()))
@@ -118,7 +118,7 @@ class IndexedDescription:
         return self._ways[item]
 
     def chains(self, items: Sequence[str]) -> Iterator[list[str]]:
-        """Yield items in order, those together that are a plain chain: each reads, and is read by, one other; none differs."""
+        """Yield items in order, plain chains together: each item has one source and one reader; none differs."""
         chain_of: dict[str, list[str]] = {}
         for item in items:
             before = self._plain(item)
@@ -134,7 +134,7 @@ class IndexedDescription:
                 yield chain
 
     def _plain(self, item: str) -> str | None:
-        """Return what an item reads, perhaps nothing, if it is an operator of at most one input that only its name tells of."""
+        """Return the sources of an item, perhaps none, if it is an operator with at most one input and nothing to show but its name."""
         if not item.startswith("n"):
             return None
         node = self.node(item)
@@ -144,7 +144,7 @@ class IndexedDescription:
 
 
 class Shown:
-    """What of a description is in the picture.
+    """The part of a description that is in the picture.
 
     Attributes:
         inside: what each open group shows.
@@ -195,7 +195,7 @@ class Shown:
                 opened |= {form: item} if item in self.inside else {}
 
     def _needs(self, items: Sequence[str], view: IndexedDescription) -> int:
-        """Return how many nodes of a picture these items are, with the pills that stand above them."""
+        """Return the number of nodes of a picture for these items, with the pills above them."""
         if not items:
             return 0
         group, among = (
@@ -207,7 +207,7 @@ class Shown:
         return len(items) + pills
 
     def _with_boxes(self, identity: str, chains: Iterable[Sequence[str]], kept: set[str]) -> list[str]:
-        """Return what is shown of a group: of its chains those that are kept, and boxes that stand for all others."""
+        """Return the shown items of a group: the chains that are kept, and boxes in place of all others."""
         shown: list[str] = []
         for chain in chains:
             is_kept = chain[0] in kept
@@ -223,7 +223,7 @@ class Shown:
         return shown
 
     def standing_for(self, node: str, view: IndexedDescription) -> str | None:
-        """Return the item of the picture that a node is, or is in; in a repeat, that of the first item.
+        """Return the item of the picture that is or holds a node; in a repeat, the one of the first item.
 
         Of a node outside of the picture, None.
         """
@@ -257,7 +257,7 @@ class Shown:
 
     @staticmethod
     def _is_flat(group: str, view: IndexedDescription) -> bool:
-        """Tell whether a group is the item that stands for its repeat, whose cluster is that of the repeat."""
+        """Tell whether a group stands for its repeat, and so shares its cluster."""
         return group in view.around and view.first(view.around[group]) == group
 
 
@@ -278,7 +278,7 @@ class _Read:
 
 @dataclass
 class Routes:
-    """How what is shown is connected.
+    """Edges between the shown items.
 
     Attributes:
         edges: between items of the picture, with their status.
@@ -317,7 +317,7 @@ class Routes:
         self.edges = dict.fromkeys(kept)
 
     def _limit(self, item: str) -> None:
-        """Leave out edges to an item that reads very many: those without a change, the oldest first."""
+        """Drop edges to an item with very many sources: unchanged ones, the oldest first."""
         edges = [edge for edge in self.edges if edge[1] == item]
         excess = len(edges) - _EDGES_IN
         if excess <= 1:
@@ -339,7 +339,7 @@ class Routes:
             self.sources.setdefault(source, []).append(item)
 
     def _reads(self, item: str) -> Iterator[_Read]:
-        """Yield what an item of the picture reads from outside of it."""
+        """Yield the sources of an item of the picture outside of it."""
         if item in self.shown.boxes:
             yield from dict.fromkeys(read for each in self.shown.boxes[item] for read in self._reads(each))
         elif item.startswith("g"):
@@ -358,14 +358,14 @@ class Routes:
         for source in node.get("inputs", ()):
             stub = stubs.get(source, {})
             status = stub.get("status") or statuses.get(self._position_beside(source, item), "same")
-            # Of what is in a group, its edges say only that it is read, which it may have been before.
+            # An edge from a group says only that something in it is read, which may have been so before.
             status = "added" if self.view.node(source)["status"] == "added" else status
             yield _Read(source, status, bool(stub.get("shared")))
         for source in node.get("former", ()):
             yield _Read(source, "removed", shared=False)
 
     def _position_beside(self, source: str, item: str) -> int | None:
-        """Return the position, in the group of an item, of what holds a source."""
+        """Return the position, in the group of an item, of the item that holds a source."""
         way = self.view.way(source)
         group = self.view.around[item]
         return self.view.position[way[way.index(group) + 1]] if group in way[:-1] else None
