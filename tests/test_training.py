@@ -597,14 +597,14 @@ def test_lora_plus_knows_the_names_that_peft_gives_factors_beside_embeddings() -
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"ratio": 0}, "ratio must be a finite number above 0, and is 0"),
-        ({"ratio": -16.0}, r"ratio must be .* is -16\.0"),
-        ({"ratio": float("nan")}, "ratio must be .* is nan"),
-        ({"ratio": "16"}, "ratio must be .* is '16'"),
-        ({"lr": 0.0}, r"lr must be a finite number above 0, and is 0\.0"),
-        ({"lr": float("inf")}, "lr must be .* is inf"),
-        ({"embedding_lr": -1}, "embedding_lr must be .* is -1"),
-        ({"weight_decay": -0.1}, r"weight_decay must be a finite number, 0 or above, and is -0\.1"),
+        ({"ratio": 0}, "expected a finite number above 0 for ratio, got 0"),
+        ({"ratio": -16.0}, r"expected .* for ratio, got -16\.0"),
+        ({"ratio": float("nan")}, "expected .* for ratio, got nan"),
+        ({"ratio": "16"}, "expected .* for ratio, got '16'"),
+        ({"lr": 0.0}, r"expected a finite number above 0 for lr, got 0\.0"),
+        ({"lr": float("inf")}, "expected .* for lr, got inf"),
+        ({"embedding_lr": -1}, "expected .* for embedding_lr, got -1"),
+        ({"weight_decay": -0.1}, r"expected a finite number, 0 or above, for weight_decay, got -0\.1"),
     ],
 )
 @LLAMA

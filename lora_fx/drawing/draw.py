@@ -1,6 +1,6 @@
-"""Pictures of graphs, and of what a pass changed in them: a page, SVG, PNG, DOT, JSON, text.
+"""Pictures of graphs, and of the changes that a pass made in them: a page, SVG, PNG, DOT, JSON, text.
 
-All are written from one description (see :mod:`lora_fx.drawing.describe.description`), which has no layout; a writer has nothing else.
+All are written from one description (see :mod:`lora_fx.drawing.describe.description`), which has no layout; a writer reads nothing else.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FORMATS: Mapping[str, Callable[[Description], str | bytes]] = {
     "json": _json,
     "text": text,
 }
-"""What can be written, by its name."""
+"""The writers of pictures, by the name of their format."""
 
 _SUFFIXES = {".txt": "text", **{f".{name}": name for name in FORMATS if name != "text"}}
 
@@ -61,11 +61,11 @@ def draw(
     module: str = "",
     overwrite: bool = False,
 ) -> None:
-    """Draw two graphs as one, with what differs between them, or one of the two alone.
+    """Draw two graphs as one, with their differences, or one of the two alone.
 
     Weights stand in the label of the operator that reads them; layers that are exactly alike are one box, ``layers.0–31 ×32``,
-    and a branch is one unit. What was added is blue, thick and has a ``+``; what was removed orange, dashed, ``−``; what reads
-    something else purple, ``⇄``; what has another argument, weight or shape ochre, ``~``.
+    and a branch is one unit. Added nodes are blue, thick and have a ``+``; removed ones are orange, dashed, ``−``; nodes that
+    read other nodes purple, ``⇄``; nodes with another argument, weight or shape ochre, ``~``.
 
     Args:
         before: for instance ``trace(model)``.
@@ -85,22 +85,22 @@ def draw(
     for graph in (before, after):
         if not isinstance(graph, fx.GraphModule):
             raise ExportError(
-                f"graphs are drawn, and this is a {type(graph).__name__}: trace it first, lora_fx.trace(model)."
+                f"expected graphs to draw, got a {type(graph).__name__}: trace it first, lora_fx.trace(model)."
             )
     alone = {"before": before, "after": after}
     if show != "diff" and show not in alone:
         raise ExportError(
-            f"show is 'before', 'after' or 'diff', and not {show!r}. Of a fold, draw(base, fold(graph), path)."
+            f"show: expected 'before', 'after' or 'diff', got {show!r}. For a fold, draw(base, fold(graph), path)."
         )
     description = describe_graph(alone[show], show) if show in alone else describe(before, after)
     save(within(description, module), target, name, overwrite=overwrite)
 
 
 def format_of(path: Path) -> str:
-    """Return the one of the :data:`FORMATS` that the name of a file asks for.
+    """Return the format in :data:`FORMATS` for the suffix of a file.
 
     Raises:
-        ExportError: it asks for none of them.
+        ExportError: the suffix is not known.
     """
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:

@@ -1,4 +1,4 @@
-"""The description of a model in files, and of what rules change in it. Weights are not read."""
+"""Descriptions of models in files, and of the changes that rules make in them. Weights are not read."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def describe_model(
     example_inputs: Path | None = None,
     step: Callable[[str], object] = lambda _: None,
 ) -> Description:
-    """Return the description of a model, and of what rules change in it.
+    """Return the description of a model, and of the changes that rules make in it.
 
     Args:
-        path: a model directory or its ``config.json``, of which the structure is made without weights.
+        path: a model directory or its ``config.json``; the model is built without weights.
         rules: see :func:`lora_fx.rewrite`.
-        show: the graph before, after, both with their difference, or what a fold of the branches leaves of that: nothing.
-            Without weights nothing is computed; that everything can be folded is checked.
+        show: the graph before, after, both with their difference, or the result of a fold, which differs in no node. Without
+            weights nothing is computed; only that all branches can be folded is checked.
         directories: with further rule files, searched first.
         rank: replaces the default rank of the rules.
         example_inputs: a safetensors file of the inputs to trace with, by name.
-        step: told what is being done.
+        step: called with a line about each step.
 
     Raises:
         LoraFxError: of the kind that reading, tracing, planning and folding raise.

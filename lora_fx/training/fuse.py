@@ -1,4 +1,4 @@
-"""Branches → the same function in fewer passes over memory, and back.
+"""Fusion of branches: the same function in fewer passes over memory.
 
 A branch beside a site, ``z = y + s · (D(x) Aᵀ) Bᵀ`` with a dropout D or without, becomes two nodes::
 
@@ -6,9 +6,12 @@ A branch beside a site, ``z = y + s · (D(x) Aᵀ) Bᵀ`` with a dropout D or wi
     z    = add_update(y, h, B, s, narrow, places)        for each branch, where its sum stands
 
 So x is read once and gets one gradient, instead of one for each branch; dz B serves both dx and dA; the product with B is
-added where it is computed. No node has to move, since the first product needs nothing but x and factors: one node for all of a
+added where it is computed. No node has to move, since the first product needs only x and factors: a single node for a whole
 group would have to wait for the last site, and most models read the output of the first before that (q is reshaped before k
 is computed), so that sites would have to move, and their order could not be restored.
+
+Branches are matched node by node as they are attached, not by their algebra (:mod:`lora_fx.branches.find`): lowering has to
+write out exactly the nodes that were fused, and a branch in any other form stays as it is.
 """
 
 from __future__ import annotations
@@ -40,21 +43,21 @@ def fuse(graph_module: TracedGraphModule) -> TracedGraphModule:
     """Return a graph that computes the same, with the same parameters, in fewer passes over memory.
 
     Outputs and gradients are as close to the exact ones as before, but not the same bits. Branches beside linear sites are
-    fused; those beside sites of other kinds (convolutions, embeddings, stacked experts) stay as they are. What needs the
-    branches themselves (fold, exporters) takes them from :func:`~lora_fx.lowering.lower`.
+    fused; those beside sites of other kinds (convolutions, embeddings, stacked experts) stay as they are. Passes that need the
+    branches themselves (fold, exporters) take them from :func:`~lora_fx.branches.lower.lower`.
 
     Dropout draws the masks that the graph drew before, from equal seeds and in the same order, and follows the mode and ``p``
     of the same modules, which are still ``nn.Dropout``. The masks are kept as bits for the backward pass.
 
     A factor that a loss does not depend on has a gradient of zero where others of its group have one, and not None: an optimizer
     with weight decay then moves it. Derivatives of gradients, and forward-mode ones, are those of the plain graph only without
-    dropout and factors of another dtype than the weights; with them torch refuses: :func:`~lora_fx.lowering.lower`.
+    dropout and factors of another dtype than the weights; with them torch refuses, and :func:`~lora_fx.branches.lower.lower` helps.
 
     Args:
         graph_module: left as it is; the result has parameters of its own over the same storage.
 
     Raises:
-        PlanError: it is no graph of lora_fx.
+        PlanError: the argument is no graph of lora_fx.
     """
     graph_module = as_traced(graph_module)
     graph, _ = copy_graph(graph_module.graph)
@@ -68,16 +71,16 @@ def fuse(graph_module: TracedGraphModule) -> TracedGraphModule:
 
 
 @dataclass(frozen=True)
-class _Branch:
-    """A branch as it is attached.
+class _AttachedBranch:
+    """A branch in the form in which it is attached.
 
     Attributes:
         nodes: ``[cast], [dropout], A, B, scale, [pad, place], add, [cast]``, in this order.
         a: ``get_attr`` of A.
-        b: that of B.
+        b: ``get_attr`` of B.
         scaling: a number.
-        wide: to which x is cast, or None.
-        narrow: to which the sum is cast, or None.
+        wide: the dtype to which x is cast, or None.
+        narrow: the dtype to which the sum is cast back, or None.
         dropout: the call of its module, or None.
         places: ``get_attr`` of the places of a part's features, or None.
     """
@@ -93,7 +96,7 @@ class _Branch:
 
     @property
     def x(self) -> fx.Node:
-        """What it reads, which may be the output of a branch that was fused since."""
+        """The input, which may be the output of a branch that has been fused meanwhile."""
         return self.nodes[0].args[0]  # type: ignore[return-value]
 
     @property
@@ -112,32 +115,32 @@ class _Branch:
         return self.nodes[-1 if self.narrow is None else -2]
 
 
-def _branches(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Sequence[_Branch]:
+def _branches(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Sequence[_AttachedBranch]:
     """Return the branches beside linear sites that can be fused."""
-    read: dict[fx.Node, fx.Node] = {}  # by the output of a site, of a branch too: what the site reads
+    input_of: dict[fx.Node, fx.Node] = {}  # output of a site, also after its branches → input of the site
     found = []
     for node in graph.nodes:
-        read.update(_outputs(node))
-        branch = _branch(node, read, modules)
+        input_of.update(_outputs(node))
+        branch = _attached_branch(node, input_of, modules)
         if branch is not None:
             found.append(branch)
-            read[branch.nodes[-1]] = branch.x
-    # A module cannot both drop and tell its rate.
+            input_of[branch.nodes[-1]] = branch.x
+    # The module of a fused dropout becomes a DropoutRate, which only returns p: no plain call of it may remain.
     dropouts = {branch.dropout for branch in found}
     shared = {node.target for node in graph.find_nodes(op="call_module") if node not in dropouts}
     return [branch for branch in found if branch.dropout is None or branch.dropout.target not in shared]
 
 
-def _groups(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterable[Sequence[_Branch]]:
-    """Return the branches of a graph; those in a group read the same, and nothing is written to between them.
+def _groups(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterable[Sequence[_AttachedBranch]]:
+    """Return groups of branches that read one input, without a write to any tensor between them.
 
-    A group draws its masks where its first branch stands, one after the other: nothing else draws between those either.
+    A group draws its masks one after the other at its first branch, so nothing else may draw between its branches either.
     """
     position = {node: index for index, node in enumerate(graph.nodes)}
     draws = dict(zip(graph.nodes, accumulate((_may_draw(node) for node in graph.nodes), initial=0), strict=False))
     branches = {branch.nodes[-1]: branch for branch in _branches(graph, modules)}
-    open_groups: dict[tuple[fx.Node, torch.dtype | None], list[_Branch]] = {}
-    groups: list[list[_Branch]] = []
+    open_groups: dict[tuple[fx.Node, torch.dtype | None], list[_AttachedBranch]] = {}
+    groups: list[list[_AttachedBranch]] = []
     written = -1
     for node in graph.nodes:
         branch = branches.get(node)
@@ -156,7 +159,7 @@ def _groups(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterable[Seque
 
 
 def _outputs(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Yield the outputs of a linear site, with its bias and without, and what it reads."""
+    """Yield the outputs of a linear site, with its bias and without, each with the site's input."""
     product = weight_op(node)
     if is_site(product) and product.op == "linear" and not is_factor(str(product.weight.target)):
         yield node, product.input
@@ -176,40 +179,42 @@ def _may_draw(node: fx.Node) -> bool:
     return (node.op == "call_module" and bool(node.args)) or torch.Tag.nondeterministic_seeded in tags
 
 
-def _branch(total: fx.Node, read: Mapping[fx.Node, fx.Node], modules: Mapping[str, nn.Module]) -> _Branch | None:
-    """Return the branch that ends in this sum, if it is one as attached, and nothing else reads its nodes."""
-    base, update = _pair(total, aten.add.Tensor)
-    padded, places = _placed(update)
+def _attached_branch(
+    total: fx.Node, input_of: Mapping[fx.Node, fx.Node], modules: Mapping[str, nn.Module]
+) -> _AttachedBranch | None:
+    """Return the branch that ends in this sum, if it has the form as attached and nothing else reads its nodes."""
+    base, update = _two_arguments(total, aten.add.Tensor)
+    padded, places = _padded_and_places(update)
     scale = update if places is None else padded.args[0]
-    product, scaling = _pair(scale, aten.mul.Tensor)
-    reduced, b = _pair(product, aten.linear.default)
-    value, a = _pair(reduced, aten.linear.default)
-    if not (_is_factor(a) and _is_factor(b)) or base not in read or type(scaling) not in (int, float):
+    product, scaling = _two_arguments(scale, aten.mul.Tensor)
+    reduced, b = _two_arguments(product, aten.linear.default)
+    value, a = _two_arguments(reduced, aten.linear.default)
+    if not (_is_factor(a) and _is_factor(b)) or base not in input_of or type(scaling) not in (int, float):
         return None
     middle = (reduced, product, scale) if places is None else (reduced, product, scale, padded, update)
     nodes: tuple[fx.Node, ...] = (*middle, total)
-    dropout = value if _is_dropout(value, modules) and value is not read[base] else None
+    dropout = value if _is_dropout(value, modules) and value is not input_of[base] else None
     if dropout is not None:
         nodes, value = (dropout, *nodes), dropout.args[0]
-    x, wide, narrow = read[base], None, None
+    x, wide, narrow = input_of[base], None, None
     if value is not x:
-        source, wide = _pair(value, aten.to.dtype)
+        source, wide = _two_arguments(value, aten.to.dtype)
         end = next(iter(total.users), total)
-        _, narrow = _pair(end, aten.to.dtype)
+        _, narrow = _two_arguments(end, aten.to.dtype)
         if source is not x or narrow is None:
             return None
         nodes = (value, *nodes, end)
     if any(len(node.users) != 1 for node in nodes[:-1]):
         return None
-    return _Branch(nodes, a, b, scaling, wide, narrow, dropout, places)
+    return _AttachedBranch(nodes, a, b, scaling, wide, narrow, dropout, places)
 
 
-def _placed(update: Any) -> tuple[Any, fx.Node | None]:
-    """Return the padded rows and the places of a product that is spread over a part's features, or nothing for any other."""
+def _padded_and_places(update: Any) -> tuple[Any, fx.Node | None]:
+    """Return the padded rows and the places of an update that is put at the features of a part; else two Nones."""
     found = isinstance(update, fx.Node) and update.target is aten.index_select.default and len(update.args) == 3
     padded, dim, places = update.args if found else (None, None, None)
-    is_ours = isinstance(places, fx.Node) and places.op == "get_attr" and is_places(str(places.target)) and dim == -1
-    if not is_ours or _pair(padded, aten.constant_pad_nd.default)[1] != [0, 1]:
+    is_named = isinstance(places, fx.Node) and places.op == "get_attr" and is_places(str(places.target)) and dim == -1
+    if not is_named or _two_arguments(padded, aten.constant_pad_nd.default)[1] != [0, 1]:
         return None, None
     return padded, places
 
@@ -221,12 +226,12 @@ def _is_dropout(node: Any, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def _drops(module: nn.Module) -> TypeGuard[nn.Dropout]:
-    """Tell whether a module drops, and leaves what it is given as it is."""
+    """Tell whether a module is a dropout that leaves its input unchanged."""
     return type(module) is nn.Dropout and not module.inplace
 
 
-def _pair(node: Any, target: object) -> tuple[Any, Any]:
-    """Return both arguments of a call, or nothing if it is not one of this operator with two."""
+def _two_arguments(node: Any, target: object) -> tuple[Any, Any]:
+    """Return both arguments of a call of this operator with exactly two; else two Nones."""
     found = isinstance(node, fx.Node) and node.target is target and len(node.args) == 2 and not node.kwargs
     return tuple(node.args) if found else (None, None)
 
@@ -235,7 +240,7 @@ def _is_factor(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "get_attr" and is_factor(str(node.target))
 
 
-def _write_fused(graph: fx.Graph, group: Sequence[_Branch]) -> None:
+def _write_fused(graph: fx.Graph, group: Sequence[_AttachedBranch]) -> None:
     first = group[0]
     with graph.inserting_before(first.nodes[0]):
         rates = [0.0 if branch.dropout is None else _write_rate(graph, branch.dropout) for branch in group]
@@ -245,7 +250,7 @@ def _write_fused(graph: fx.Graph, group: Sequence[_Branch]) -> None:
     values = [branch.product.meta.get("val") for branch in group]
     describe(reduced, first.product, None if None in values else values)
     for index, (branch, value) in enumerate(zip(group, values, strict=True)):
-        with graph.inserting_before(branch.nodes[0]):  # where a lowered branch will read x again
+        with graph.inserting_before(branch.nodes[0]):  # a lowered branch reads x here again
             part = graph.call_function(operator.getitem, (reduced, index))
         describe(part, branch.product, value)
         with graph.inserting_before(branch.total):

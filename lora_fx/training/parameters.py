@@ -1,4 +1,4 @@
-"""The parameters of a graph: how many train, and at which rates."""
+"""Trainable parameters of a graph: their number, and the learning rates of LoRA+."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_fx.graph.info import known_info
 
 @dataclass(frozen=True)
 class ParameterSummary:
-    """How many parameters train. ``str()`` is the line that PEFT prints.
+    """Numbers of trainable and of all parameters. ``str()`` is the line that PEFT prints.
 
     Attributes:
         trainable: number of elements in parameters that require a gradient.
@@ -65,25 +65,25 @@ def lora_plus_groups(
         graph_module: with an adapter that trains.
         lr: the rate of A, and of trained copies.
         ratio: the rate of B over that of A. The authors find about 16; harder tasks gain from more.
-        weight_decay: of all groups, but none of biases and norms. It is said in each group, so the optimizer's own does not count.
+        weight_decay: of all groups but those of biases and norms. Each group states it, which overrides the optimizer's own.
         embedding_lr: the rate of both factors beside an embedding.
 
     Raises:
-        LoraFxError: nothing trains, or a number makes no sense.
+        LoraFxError: nothing trains, or a number is not finite or out of range.
     """
     for name, value in (("lr", lr), ("ratio", ratio), ("embedding_lr", embedding_lr)):
         if not _is_number(value) or value <= 0:
-            raise LoraFxError(f"lora_plus_groups: {name} must be a finite number above 0, and is {value!r}.")
+            raise LoraFxError(f"lora_plus_groups: expected a finite number above 0 for {name}, got {value!r}.")
     if not _is_number(weight_decay) or weight_decay < 0:
         raise LoraFxError(
-            f"lora_plus_groups: weight_decay must be a finite number, 0 or above, and is {weight_decay!r}."
+            f"lora_plus_groups: expected a finite number, 0 or above, for weight_decay, got {weight_decay!r}."
         )
     rates = {"A": lr, "B": lr * ratio, "embedding": embedding_lr, "own": lr, "own vectors": lr}
     embedding = _embedding_factors(graph_module)
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in graph_module.named_parameters():
         if parameter.requires_grad:
-            kind = "embedding" if name in embedding else _kind(name, parameter)
+            kind = "embedding" if name in embedding else _parameter_kind(name, parameter)
             groups.setdefault(kind, []).append(parameter)
     if not groups:
         raise LoraFxError(
@@ -96,8 +96,8 @@ def lora_plus_groups(
     ]
 
 
-def _kind(name: str, parameter: nn.Parameter) -> str:
-    """Tell what a parameter is, as far as its name and shape say."""
+def _parameter_kind(name: str, parameter: nn.Parameter) -> str:
+    """Return the kind of a parameter, as far as its name and shape say."""
     if is_embedding_factor(name):
         return "embedding"
     if is_factor(name):
@@ -110,7 +110,7 @@ def _is_number(value: object) -> bool:
 
 
 def _embedding_factors(graph_module: fx.GraphModule) -> set[str]:
-    """Return the names of the factors beside embeddings, as the graph's record of its adapters tells."""
+    """Return the names of the factors beside embeddings, by the graph's record of its adapters."""
     found: set[str] = set()
     for adapter, branches in known_info(graph_module).adapters.items():
         for _, branch in branches.values():

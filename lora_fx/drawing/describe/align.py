@@ -1,4 +1,7 @@
-"""The longest common subsequence of two sequences: which items of the one are which of the other, in order."""
+"""Alignment of two sequences by a long common subsequence.
+
+difflib.SequenceMatcher would do, but takes 20 seconds for 5,000 nodes of few kinds (without autojunk, which drops frequent items).
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from itertools import pairwise
 
-_LARGEST = 4_000_000
-"""How many pairs are compared one by one. Beyond, of what no single item tells apart, only the ends are aligned."""
+MAX_PAIRS = 4_000_000
+"""Pairs that are compared one by one. Longer sequences without unique items are aligned at their ends alone."""
 
 Pair = tuple[int, int]
 
@@ -16,8 +19,8 @@ Pair = tuple[int, int]
 def aligned(old: Sequence[Hashable], new: Sequence[Hashable]) -> Iterator[Pair]:
     """Yield the positions of equal items that go together, in order.
 
-    Equal ends are taken off. Between items that occur once in each (patience sorting), the rest is aligned likewise; where
-    there are none, by dynamic programming.
+    Equal ends are taken off. Items that occur once in each sequence are anchors (patience sorting), between which the rest
+    is aligned recursively; without anchors, by dynamic programming.
     """
     waiting = [(0, len(old), 0, len(new))]
     while waiting:
@@ -35,20 +38,20 @@ def aligned(old: Sequence[Hashable], new: Sequence[Hashable]) -> Iterator[Pair]:
             edges = [(start - 1, first - 1), *anchors, (stop, last)]
             yield from anchors
             waiting += [(a + 1, c, b + 1, d) for (a, b), (c, d) in pairwise(edges)]
-        elif (stop - start) * (last - first) <= _LARGEST:
-            yield from _longest(old, new, start, stop, first, last)
+        elif (stop - start) * (last - first) <= MAX_PAIRS:
+            yield from _longest_common_subsequence(old, new, start, stop, first, last)
 
 
 def _anchors(
     old: Sequence[Hashable], new: Sequence[Hashable], start: int, stop: int, first: int, last: int
 ) -> list[Pair]:
-    """Return the longest run, in order in both, of items that occur once in each."""
+    """Return the longest run of items that occur once in each sequence, in the order of both."""
     mine, theirs = Counter(old[start:stop]), Counter(new[first:last])
     place = {new[index]: index for index in range(first, last) if theirs[new[index]] == 1}
     pairs = [
         (index, place[old[index]]) for index in range(start, stop) if mine[old[index]] == 1 and old[index] in place
     ]
-    tails: list[int] = []  # of the runs of each length so far, the smallest last position in ``new``
+    tails: list[int] = []  # for each length of a run so far, the smallest last position in ``new``
     ends: list[int] = []
     before: list[int] = []
     for number, (_, position) in enumerate(pairs):
@@ -64,11 +67,11 @@ def _anchors(
     return found[::-1]
 
 
-def _longest(
+def _longest_common_subsequence(
     old: Sequence[Hashable], new: Sequence[Hashable], start: int, stop: int, first: int, last: int
 ) -> Iterator[Pair]:
     width = last - first
-    lengths = [[0] * (width + 1)]  # of the longest common subsequence of what is behind each pair of positions
+    lengths = [[0] * (width + 1)]  # of the longest common subsequence behind each pair of positions
     for index in range(stop - 1, start - 1, -1):
         below, row = lengths[-1], [0] * (width + 1)
         for column in range(width - 1, -1, -1):

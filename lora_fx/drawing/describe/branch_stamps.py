@@ -1,4 +1,4 @@
-"""The branches that lora_fx wrote into a graph: the nodes of each by their stamps, and what is known of it."""
+"""Branches that lora_fx wrote into a graph: the nodes of each by their stamps, and its recorded settings."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class StampedBranch:
 
 
 def branches_of(graph_module: fx.GraphModule) -> Mapping[fx.Node, StampedBranch]:
-    """Return for each stamped node the branch that it is of: those of one site and adapter that hang together.
+    """Return the branch of each stamped node: connected nodes of one site and adapter are one branch.
 
-    What a branch is added to may be the end of another.
+    A branch may be added to the end of another.
     """
     stamped = [node for node in graph_module.graph.nodes if node.op != "get_attr" and stamp_of(node)]
     owner = {node: (_stamp(node, "site"), _stamp(node, "adapter")) for node in stamped}
@@ -53,16 +53,16 @@ def branches_of(graph_module: fx.GraphModule) -> Mapping[fx.Node, StampedBranch]
 
 
 def settings_of(graph_module: fx.GraphModule, branches: Iterable[StampedBranch]) -> dict[StampedBranch, dict[str, Any]]:
-    """Return what is known of each branch: site, adapter, and by the graph's record of its adapters rule, rank and the rest."""
+    """Return the settings of each branch: site, adapter, and from the graph's record rule, rank and the rest."""
     recorded: dict[tuple[str, str], dict[str, Any]] = {}
     for adapter, specs in known_info(graph_module).adapters.items():
         for rule, planned in specs.values():
             setting = planned.setting
-            told: dict[str, Any] = {"rule": rule, "rank": setting.rank, "alpha": setting.alpha}
-            told |= {"scaling": setting.scale, "dropout": setting.dropout}
-            told |= {} if planned.part is None else {"part": planned.part}
+            known: dict[str, Any] = {"rule": rule, "rank": setting.rank, "alpha": setting.alpha}
+            known |= {"scaling": setting.scale, "dropout": setting.dropout}
+            known |= {} if planned.part is None else {"part": planned.part}
             names = planned.names(adapter)
-            recorded |= {(adapter, names.a): told, (adapter, names.b): told}
+            recorded |= {(adapter, names.a): known, (adapter, names.b): known}
     return {
         branch: {
             "site": branch.site,
@@ -80,14 +80,14 @@ def _stamp(node: fx.Node, key: str) -> str:
 
 
 def _summands(node: fx.Node) -> Sequence[fx.Node]:
-    """Return what a node of a branch reads of its own branch: of a sum not what it is added to."""
+    """Return the nodes of its own branch that a node reads: of a sum, not the value to which the branch is added."""
     if _stamp(node, "part") == "add":
         return [source for source in node.args[1:] if isinstance(source, fx.Node)]
     return node.all_input_nodes
 
 
 def _factors(node: fx.Node) -> set[str]:
-    """Return the factors that a node reads, also through views of them."""
+    """Return the factors that a node reads, directly or through views."""
     found: set[str] = set()
     for source in node.all_input_nodes:
         if source.op == "get_attr" and is_factor(str(source.target)):

@@ -1,4 +1,4 @@
-"""Which call sites have a branch, of which rank, by which rule or why not; and the matrix layer × projection of that."""
+"""Coverage of call sites: the branches of each, their ranks and rules or the reason for none; as a matrix layer × projection."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Covered:
     Attributes:
         site: the site.
         state: whether it has a branch, or had one that is merged into its weight.
-        ranks: of the branches that it has.
-        rule: that chose it, as far as it is known.
-        reason: for which it was skipped, as far as it is known.
+        ranks: of its branches.
+        rule: the rule that chose it, if known.
+        reason: the reason why it was skipped, if known.
     """
 
     site: Site
@@ -43,8 +43,8 @@ def coverage(graph: Reader, merges: Iterable[Merge]) -> tuple[Covered, ...]:
     """Return all call sites of a graph, in order.
 
     Args:
-        graph: that has branches, or was folded.
-        merges: what a fold did, or would do, to its weights.
+        graph: a graph with branches, or a folded one.
+        merges: the merges that a fold made in its weights, or would make.
     """
     module = graph.graph_module
     merged = {name for merge in merges if merge.updates for name in merge.names}
@@ -72,14 +72,16 @@ def _branched(graph: Reader, found: Sequence[Site]) -> Mapping[str, tuple[tuple[
         return {}
     try:
         branches = find_branches(lower(module))
-    except FoldError:  # it can be drawn all the same; what lora_fx wrote itself is known by its stamps
-        return _stamped(graph, found)
-    rules = {site: rule for site, (_, rule) in _stamped(graph, found).items()}
+    except (
+        FoldError
+    ):  # such a graph can be drawn all the same: the branches that lora_fx wrote are known by their stamps
+        return _branched_by_stamps(graph, found)
+    rules = {site: rule for site, (_, rule) in _branched_by_stamps(graph, found).items()}
     tensors = state_of(module).tensors
     return {branch.site.name: (_ranks(branch.updates, tensors), rules.get(branch.site.name, "")) for branch in branches}
 
 
-def _stamped(graph: Reader, found: Sequence[Site]) -> Mapping[str, tuple[tuple[int, ...], str]]:
+def _branched_by_stamps(graph: Reader, found: Sequence[Site]) -> Mapping[str, tuple[tuple[int, ...], str]]:
     node_of = {site.name: site.node for site in found}
     ranks: dict[str, tuple[int, ...]] = {}
     rules: dict[str, list[str]] = {}
@@ -103,7 +105,7 @@ def _ranks(updates: Iterable[Update], tensors: Mapping[str, torch.Tensor]) -> tu
 
 @dataclass(frozen=True)
 class Matrix:
-    """The sites in one stack of layers: in each row those of a layer, as positions in the list of all; None where it has none."""
+    """The sites in one stack of layers: a row for each layer, with positions in the list of all sites; None where it has no site."""
 
     stack: str
     columns: tuple[str, ...]
@@ -111,7 +113,7 @@ class Matrix:
 
 
 def matrices(covered: Sequence[Covered]) -> tuple[tuple[Matrix, ...], tuple[int, ...]]:
-    """Return a matrix for each stack of layers, and the sites that are in none."""
+    """Return a matrix for each stack of layers, and the sites outside of all stacks."""
     stacks: dict[str, dict[str, dict[str, int]]] = {}
     elsewhere = []
     for position, each in enumerate(covered):

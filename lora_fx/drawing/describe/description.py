@@ -1,13 +1,13 @@
-"""The neutral description of one graph, or of what differs between two: data for JSON, without any layout.
+"""Neutral description of one graph, or of the difference of two: data for JSON, without any layout.
 
 Every writer reads this and nothing else. Its keys::
 
-    format, title, show, before, after      what it is of
-    counts, changes                         the difference in numbers, and what of it to visit, in graph order
+    format, title, show, before, after      its subject
+    counts, changes                         the difference in numbers, and the changed nodes and branches, in graph order
     nodes                                   operators, in graph order; ``"n<position>"`` names one
     groups                                  modules, repeats, branches, steps; ``"g<position>"`` names one, ``"g0"`` the model
-    open                                    the groups that a first view shows the inside of
-    root                                    the group that a picture is of, if it is not of the whole model
+    open                                    the groups that are open in the first view
+    root                                    the group that is drawn, if it is not the whole model
     sites, coverage, elsewhere              call sites, as a matrix for each stack of layers, and those in no stack
     lines                                   lines of the model's source, to which nodes refer by position
 
@@ -35,14 +35,14 @@ from lora_fx.graph.provenance import source_of, stamp_of
 from lora_fx.numerics.lowrank_merge import Merge
 
 Description = Mapping[str, Any]
-"""What :func:`describe` returns."""
+"""The result of :func:`describe`."""
 
 Show = Literal["before", "after", "diff", "fold"]
 
 FORMAT = 1
 
 _STATUSES: tuple[Status, ...] = ("added", "removed", "rewired", "changed")
-_IN_FIRST_VIEW = 120  # items of all open groups together
+_MAX_FIRST_VIEW = 120  # items of all open groups together
 
 
 def describe_graph(graph_module: fx.GraphModule, show: Show = "after") -> Description:
@@ -58,20 +58,20 @@ def describe(
     show: Show = "diff",
     merges: Iterable[Merge] | None = None,
 ) -> Description:
-    """Return the description of two graphs as one, with what differs between them.
+    """Return the description of two graphs as one, with their differences.
 
-    Nodes are matched by where they come from: the call of a module, the operator, their order there; those of branches by their
-    stamps. A node that both graphs have is ``changed`` if another argument, weight, shape or dtype was found, and ``rewired`` if it
-    only reads other nodes.
+    Nodes are matched by their origin: the call of a module, the operator, their order there; those of branches by their
+    stamps. A node of both graphs is ``changed`` if an argument, weight, shape or dtype differs, and ``rewired`` if it only
+    reads other nodes.
 
     Args:
         before: a graph, for instance of ``trace``.
-        after: what a pass made of it, or another trace.
-        show: what is said to be shown.
-        merges: what a fold did to the weights of ``after``; by default what that graph knows of it.
+        after: the result of a pass, or another trace.
+        show: the value of the key ``show``.
+        merges: the merges that a fold made in the weights of ``after``; by default those that the graph records.
 
     Returns:
-        Data for JSON, as told at the head of this module.
+        Data for JSON, as described at the head of this module.
     """
     after_reader = Reader(after)
     union = unite(Reader(before), after_reader)
@@ -79,10 +79,10 @@ def describe(
 
 
 def within(description: Description, module: str) -> Description:
-    """Return a description that is of one module; all else of it stays to be found.
+    """Return a description rooted at one module; the data of the rest is kept.
 
     Raises:
-        ExportError: nothing is drawn of such a module, or it is one operator.
+        ExportError: there is no such module in the graph, or it is a single operator.
     """
     if not module:
         return description
@@ -127,7 +127,7 @@ def _description(union: Union, graph: Reader, show: Show, merges: Iterable[Merge
             "nodes": writer.nodes(),
             "groups": groups,
             "lines": list(writer.lines),
-            "sites": [{**_site(each), "node": writer.node_ids[each.site.node]} for each in covered],
+            "sites": [{**_site_data(each), "node": writer.node_ids[each.site.node]} for each in covered],
             "coverage": [
                 {
                     "stack": matrix.stack,
@@ -146,17 +146,19 @@ _ALWAYS = ("counts", "open", "changes", "nodes", "groups", "lines", "sites", "co
 
 
 def _settings(root: Group, union: Union) -> dict[Group, dict[str, Any]]:
-    """Return what is known of each branch."""
-    modules = [entry.reader.graph_module for entry in reversed(union.entries)]  # that after first: its record counts
+    """Return the settings of each branch."""
+    modules = [
+        entry.reader.graph_module for entry in reversed(union.entries)
+    ]  # the graph after comes first: its record wins
     groups = {group: group.branch for group in root.groups() if group.branch is not None}
     known = [settings_of(graph, groups.values()) for graph in dict.fromkeys(modules)]
-    # A branch that is in one of the graphs alone is recorded there.
+    # A branch that only one of the graphs has is recorded there.
     return {group: max((each[branch] for each in known), key=len) for group, branch in groups.items()}
 
 
 def _first_view(root: Group) -> Iterator[Group]:
-    """Yield the groups that are open at first: what is around the layers, as long as it can be taken in."""
-    left = _IN_FIRST_VIEW
+    """Yield the groups that are open at first: those around the layers, up to a readable number of items."""
+    left = _MAX_FIRST_VIEW
     level = [root]
     while level:
         following: list[Group] = []
@@ -171,21 +173,21 @@ def _first_view(root: Group) -> Iterator[Group]:
         level = following
 
 
-def _site(each: Any) -> dict[str, Any]:
+def _site_data(each: Any) -> dict[str, Any]:
     site = each.site
-    told = {"name": site.name, "op": site.op, "in": site.in_features, "out": site.out_features, "weight": site.weight}
-    told |= {"state": each.state, "decision": each.rule, "reason": each.reason}
-    return {**_filled(told), "ranks": list(each.ranks)}
+    data = {"name": site.name, "op": site.op, "in": site.in_features, "out": site.out_features, "weight": site.weight}
+    data |= {"state": each.state, "decision": each.rule, "reason": each.reason}
+    return {**_filled(data), "ranks": list(each.ranks)}
 
 
 def _filled(data: Mapping[str, Any], always: Sequence[str] = ()) -> dict[str, Any]:
-    """Return data without the keys that have no value."""
+    """Return data without keys of empty value."""
     return {key: value for key, value in data.items() if key in always or value not in (None, "", [], {}, False)}
 
 
 @dataclass
 class _DescriptionWriter:
-    """Names everything, and writes nodes and groups as data."""
+    """Writes nodes and groups as data, with an identifier for each."""
 
     union: Union
     root: Group
@@ -259,7 +261,7 @@ class _DescriptionWriter:
         return f"{self.names[entry]} · {name}" if entry in self.names else name
 
     def groups(self) -> list[dict[str, Any]]:
-        """Return all groups, each before those in it."""
+        """Return all groups, each before its inner groups."""
         wirings = wire(self.root, self.union)
         counts: dict[Group, dict[str, int]] = {}
         branches: dict[Group, list[Mapping[str, Any]]] = {}
@@ -296,7 +298,7 @@ class _DescriptionWriter:
                 "name": group.name,
                 "path": group.path,
                 "type": group.type,
-                "note": _note(branches) if group.branch is None else _branch_note(self.settings[group]),
+                "note": _branches_note(branches) if group.branch is None else _branch_note(self.settings[group]),
                 "parent": None if around is None else self.ids[around],
                 "counts": dict(counts),
                 "items": [self.ids[item] for item in group.items],
@@ -312,7 +314,7 @@ class _DescriptionWriter:
         )
 
     def totals(self) -> dict[str, int]:
-        """Return how many operators there are of each status, and how many branches."""
+        """Return the number of operators of each status, and of branches."""
         found = dict.fromkeys(("nodes", *_STATUSES, "same"), 0)
         found["nodes"] = len(self._drawn)
         for entry in self._drawn:
@@ -320,7 +322,7 @@ class _DescriptionWriter:
         return {**found, "branches": sum(map(_has_branch, self._groups))}
 
     def changes(self) -> list[str]:
-        """Return what of the difference is visited: whole branches, and operators outside of them."""
+        """Return the changes to visit: whole branches, and operators outside of branches."""
         found: dict[str, None] = {}
         for entry in self._drawn:
             if entry.status != "same":
@@ -336,15 +338,15 @@ def _has_branch(group: Group) -> bool:
 _KINDS: Mapping[str, str] = {"placeholder": "input", "output": "output", "call_module": "module"}
 
 
-def _note(branches: Sequence[Mapping[str, Any]]) -> str:
+def _branches_note(branches: Sequence[Mapping[str, Any]]) -> str:
     if not branches:
         return ""
     ranks = sorted({branch["rank"] for branch in branches if "rank" in branch})
-    told = f"LoRA ×{len(branches)}"
-    return f"{told}, rank {', '.join(map(str, ranks))}" if ranks else told
+    note = f"LoRA ×{len(branches)}"
+    return f"{note}, rank {', '.join(map(str, ranks))}" if ranks else note
 
 
 def _branch_note(branch: Mapping[str, Any]) -> str:
     words = {key: branch[key] for key in ("rank", "alpha", "scaling") if key in branch}
-    told = [f"{key} {value:g}" for key, value in words.items()]
-    return ", ".join([*told, str(branch["part"])] if "part" in branch else told)
+    texts = [f"{key} {value:g}" for key, value in words.items()]
+    return ", ".join([*texts, str(branch["part"])] if "part" in branch else texts)

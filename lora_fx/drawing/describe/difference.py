@@ -1,7 +1,7 @@
-"""Two graphs as one: every node of either once, with what became of it.
+"""Union of two graphs: every node of either once, with its status.
 
-Nodes are matched by where they come from: those of branches by their stamps, tensors by their names, inputs by theirs, and all
-others by their place among the operators of one call of a module, in order. What is matched is compared argument by argument.
+Nodes are matched by their origin: those of branches by their stamps, tensors and inputs by their names, and all others by their
+place among the operators of one call of a module, in order. Matched nodes are compared argument by argument.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Status = Literal["same", "added", "removed", "rewired", "changed"]
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing in which a node differs between two graphs; ``wiring`` if that is which node it reads."""
+    """One difference of a node between two graphs; ``wiring`` if it reads another node."""
 
     what: str
     before: str
@@ -40,11 +40,11 @@ class Entry:
     """One node of the union of two graphs.
 
     Attributes:
-        node: of the graph after; of the graph before where it was removed.
+        node: of the graph after; a removed node, of the graph before.
         reader: of that graph.
-        status: what became of it.
-        differences: what the two graphs have different; for nodes that both have.
-        hidden: weights, sizes and checks that are in both: they stand in the labels of what reads them.
+        status: its status in the difference.
+        differences: between the two graphs, for a node of both.
+        hidden: whether it is a weight, size or check of both graphs, which stands in the labels of its readers.
     """
 
     node: fx.Node
@@ -59,10 +59,10 @@ class Union:
     """Two graphs as one.
 
     Attributes:
-        entries: in the order of the graph after, removed nodes behind what they followed.
-        inputs: what a node reads that is drawn, in the order of its arguments.
-        gained: what of that it did not read before; of nodes that are in both graphs.
-        former: what it read before, and reads no more.
+        entries: in the order of the graph after; removed nodes follow their predecessors.
+        inputs: the drawn nodes that a node reads, in the order of its arguments.
+        gained: those of them that it did not read before, for nodes of both graphs.
+        former: the nodes that it read before, and no longer reads.
     """
 
     entries: tuple[Entry, ...]
@@ -117,13 +117,13 @@ def _drawn(nodes: Sequence[fx.Node], entries: Mapping[fx.Node, Entry]) -> tuple[
 
 
 def _match(before: Reader, after: Reader) -> dict[fx.Node, fx.Node]:
-    """Return for nodes of the graph before what they are in the graph after."""
+    """Return the counterparts in the graph after for nodes of the graph before."""
     nested = all(any(reader.frames(n) for n in reader.graph_module.graph.nodes) for reader in (before, after))
-    old, new = (_by_place(reader, nested=nested) for reader in (before, after))
+    old, new = (_nodes_by_origin(reader, nested=nested) for reader in (before, after))
     matched: dict[fx.Node, fx.Node] = {}
-    for place, nodes in old.items():
-        others = new.get(place, [])
-        for with_code in (True, False):  # an operator may come from another line; those that do not come first
+    for origin, nodes in old.items():
+        others = new.get(origin, [])
+        for with_code in (True, False):  # operators of the same line of code match first, then those whose line changed
             mine = [_key(node, before, with_code) for node in nodes]
             theirs = [_key(node, after, with_code) for node in others]
             found = {nodes[left]: others[right] for left, right in aligned(mine, theirs)}
@@ -133,22 +133,22 @@ def _match(before: Reader, after: Reader) -> dict[fx.Node, fx.Node]:
     return matched
 
 
-def _by_place(reader: Reader, *, nested: bool) -> dict[tuple[str, ...], list[fx.Node]]:
+def _nodes_by_origin(reader: Reader, *, nested: bool) -> dict[tuple[str, ...], list[fx.Node]]:
     branches = branches_of(reader.graph_module)
-    places: dict[tuple[str, ...], list[fx.Node]] = {}
+    by_origin: dict[tuple[str, ...], list[fx.Node]] = {}
     for node in reader.graph_module.graph.nodes:
-        places.setdefault(_place(node, reader, branches.get(node), nested=nested), []).append(node)
-    return places
+        by_origin.setdefault(_origin_of(node, reader, branches.get(node), nested=nested), []).append(node)
+    return by_origin
 
 
-def _place(node: fx.Node, reader: Reader, branch: StampedBranch | None, *, nested: bool) -> tuple[str, ...]:
-    """Return where a node is looked for in the other graph; within a place, order decides.
+def _origin_of(node: fx.Node, reader: Reader, branch: StampedBranch | None, *, nested: bool) -> tuple[str, ...]:
+    """Return the origin of a node, by which it is looked up in the other graph; nodes of one origin match in order.
 
     Args:
         node: of a graph.
         reader: of that graph.
-        branch: that the node is of.
-        nested: whether both graphs know the modules that their nodes come from.
+        branch: the branch of the node, if any.
+        nested: whether both graphs record the modules of their nodes.
     """
     if node.op == "get_attr":
         return "tensor", reader.own_name(original_name(str(node.target)) or str(node.target))
@@ -166,9 +166,9 @@ def _place(node: fx.Node, reader: Reader, branch: StampedBranch | None, *, neste
 
 
 def _key(node: fx.Node, reader: Reader, with_code: bool) -> tuple[str, ...]:
-    """Return what is equal of a node in both graphs: operator, weights, part in a branch, and line of code if all have one."""
+    """Return the key by which nodes of one origin match: operator, weights, part in a branch, and on request line of code."""
     if node.op in ("get_attr", "placeholder", "output") or reader.is_quiet(node):
-        return ()  # told by its place
+        return ()  # its origin identifies it
     weights = (str(source.target) for source in node.all_input_nodes if source.op == "get_attr")
     part = str(stamp_of(node).get("part", ""))
     own = (reader.own_name(original_name(name) or name) for name in weights)
@@ -178,11 +178,11 @@ def _key(node: fx.Node, reader: Reader, with_code: bool) -> tuple[str, ...]:
 def _compare(
     old: fx.Node, new: fx.Node, image: Mapping[fx.Node, fx.Node], before: Reader, after: Reader
 ) -> tuple[Status, tuple[Difference, ...]]:
-    """Return what became of a node that both graphs have. Weights are looked at where they are read."""
+    """Return status and differences of a node of both graphs. Weights are compared at the nodes that read them."""
     if new.op == "get_attr":
         return "same", ()
     changed, rewired = [], []
-    for what, mine, theirs in _arguments(old, new, image):
+    for what, mine, theirs in _argument_differences(old, new, image):
         values = all(isinstance(each, fx.Node) and each.op != "get_attr" for each in (mine, theirs))
         if values:
             rewired.append(Difference(what, mine.name, theirs.name, wiring=True))
@@ -191,7 +191,7 @@ def _compare(
     for source in old.all_input_nodes:
         if source.op == "get_attr" and image.get(source) in new.all_input_nodes:
             changed += _weight_difference(source, image[source], before, after)
-    if old.op == "call_module" and (mine := _module(old, before)) != (theirs := _module(new, after)):
+    if old.op == "call_module" and (mine := _module_text(old, before)) != (theirs := _module_text(new, after)):
         changed.append(Difference("module", mine, theirs))
     if not _same_value(old, new, before, after):
         changed.append(Difference("value", before.value(old), after.value(new)))
@@ -213,8 +213,10 @@ def _weight_difference(old: fx.Node, new: fx.Node, before: Reader, after: Reader
     return []
 
 
-def _arguments(old: fx.Node, new: fx.Node, image: Mapping[fx.Node, fx.Node]) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the arguments in which two nodes differ: where, the one before, the one after."""
+def _argument_differences(
+    old: fx.Node, new: fx.Node, image: Mapping[fx.Node, fx.Node]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the arguments in which two nodes differ: position, value before, value after."""
     mine, mine_spec = pytree.tree_flatten((old.args, dict(sorted(old.kwargs.items()))))
     theirs, theirs_spec = pytree.tree_flatten((new.args, dict(sorted(new.kwargs.items()))))
     if mine_spec != theirs_spec:
@@ -227,21 +229,21 @@ def _arguments(old: fx.Node, new: fx.Node, image: Mapping[fx.Node, fx.Node]) -> 
             yield f"argument {index}", left, right
 
 
-def _module(node: fx.Node, reader: Reader) -> str:
+def _module_text(node: fx.Node, reader: Reader) -> str:
     return repr(reader.graph_module.get_submodule(str(node.target)))
 
 
 def _same_value(old: fx.Node, new: fx.Node, before: Reader, after: Reader) -> bool:
-    """Tell whether two values have one dtype and shape: by their expressions, or by the sizes of their traces."""
+    """Tell whether two values have one dtype and shape, by their expressions or by the sizes of their traces."""
     left, right = before.value(old), after.value(new)
     if left == right or not left or not right:
         return True
-    sizes = _sizes(old)
-    return sizes is not None and sizes == _sizes(new)
+    sizes = _traced_sizes(old)
+    return sizes is not None and sizes == _traced_sizes(new)
 
 
-def _sizes(node: fx.Node) -> Any:
-    """Return dtype and sizes of a value as they were in the trace, or None where there are none."""
+def _traced_sizes(node: fx.Node) -> Any:
+    """Return dtype and sizes of a value in the trace, or None if it has none."""
     value = node.meta.get("val")
     leaves = pytree.tree_leaves(value)
     if not all(isinstance(leaf, torch.Tensor | torch.SymInt | int) for leaf in leaves):
