@@ -595,9 +595,9 @@ def test_operators_without_a_module_are_where_their_neighbours_are() -> None:
 
 def test_what_is_no_graph_is_refused(tmp_path: Path) -> None:
     graph: Any = traced("bert")
-    with pytest.raises(lora_fx.ExportError, match="graphs are drawn, and this is a BertModel: trace it first"):
+    with pytest.raises(lora_fx.ExportError, match="expected graphs to draw, got a BertModel: trace it first"):
         lora_fx.draw(build("bert"), graph, tmp_path / "graph.txt")  # type: ignore[arg-type]
-    with pytest.raises(lora_fx.ExportError, match="show is 'before', 'after' or 'diff', and not 'fold'"):
+    with pytest.raises(lora_fx.ExportError, match="show: expected 'before', 'after' or 'diff', got 'fold'"):
         lora_fx.draw(graph, graph, tmp_path / "graph.txt", show="fold")  # type: ignore[arg-type]
     (tmp_path / "graph.txt").mkdir()
     (tmp_path / "graph.txt" / "precious").write_text("kept")
