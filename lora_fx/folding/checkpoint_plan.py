@@ -68,7 +68,7 @@ class CheckpointFold:
             merge = self.changes.merges.get(key)
             if merge is None and key not in self.changes.replacements:
                 continue
-            done = "replaced" if merge is None else " + ".join(map(self._told, merge.updates))
+            done = "replaced" if merge is None else " + ".join(map(self._product_text, merge.updates))
             shape = " × ".join(map(str, entry.shape))
             table.add_row(key, str(entry.dtype).removeprefix("torch."), shape, merge.layout if merge else "", done)
         changed = len(self.changes.merges) + len(self.changes.replacements)
@@ -82,7 +82,7 @@ class CheckpointFold:
             ]
         )
 
-    def _told(self, update: Update) -> str:
+    def _product_text(self, update: Update) -> str:
         rank = self.changes.tensors[update.factors[0].name].shape[0]
         return f"{update.scaling:g} · B A of rank {rank}"
 
@@ -154,11 +154,11 @@ def plan_checkpoint_fold(
     graph_module = trace(model, inputs, inference=True)
     places = _Places.of(model, checkpoint)
     step("fitting the adapters")
-    base_told = places.fingerprint(state_of(graph_module))
+    base_fingerprint = places.fingerprint(state_of(graph_module))
     factors: dict[str, torch.Tensor] = {}
     copies: dict[str, torch.Tensor] = {}
     for index, (files, (_, strength)) in enumerate(zip(opened, adapters, strict=True)):
-        check_base(files, base_told, strict=strict)
+        check_base(files, base_fingerprint, strict=strict)
         contents = read_contents(files, graph_module)
         if contents.copies and strength != 1:
             raise AdapterError(

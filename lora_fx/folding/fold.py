@@ -48,7 +48,7 @@ def fold(
 
     Args:
         graph_module: of ATen operators: made by lora_fx, a copy of such, or a trace of a model with branches of its own.
-        strengths: the adapters to fold, as for :func:`~lora_fx.activating.activate`; the others are dropped. By default all
+        strengths: the adapters to fold, as for :func:`~lora_fx.adapters.activate.activate`; the others are dropped. By default all
             branches are folded as they are.
         branches: tells by a parameter's name whether it is a factor of a branch. By default the names that lora_fx and
             PEFT give: ``<module>.lora_A.<adapter>.weight``, ``….lora_embedding_A.<adapter>``, and so for B.

@@ -132,7 +132,7 @@ def write(model: Any, contents: Contents, directory: Path, options: Mapping[str,
         owner = double.get_submodule(path)
         (owner._parameters if is_parameter else owner._buffers)[leaf] = made[first]
     _check_finite(contents, made)
-    with _told(type(model).__name__):
+    with _writing_errors(type(model).__name__):
         double.save_pretrained(directory, **options)
         if contents.dtype is not None:  # transformers writes that of the first parameter, which may be kept in float32
             double.config.dtype = contents.dtype
@@ -322,7 +322,7 @@ _TRANSFORMERS = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, 
 
 
 @contextmanager
-def _told(name: str) -> Iterator[None]:
+def _writing_errors(name: str) -> Iterator[None]:
     """Turn errors of writing into those of the system, where they are that, or else into LoraFxError."""
     try:
         yield
