@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from lora_fx.errors import StateError
+from lora_fx.errors import StateError, listed
 from lora_fx.graph.graph_module import State, TracedGraphModule, state_of
 from lora_fx.numerics.fused_branch import add_update, reduce_features
 
@@ -34,7 +34,7 @@ def checked_by(graph_module: TracedGraphModule, state: str, rules: Sequence[Rule
     problems = [problem for rule in rules for problem in rule(graph_module, tensors)]
     if problems:
         raise StateError(
-            f"a pass of lora_fx left a graph that is not legal in state {state!r}: {'; '.join(problems[:5])}. "
+            f"a pass of lora_fx left a graph that is not legal in state {state!r}: {listed(problems, 5, '; ')}. "
             "Please report this, with the model and the rules."
         )
     return graph_module

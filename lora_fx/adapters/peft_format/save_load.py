@@ -16,7 +16,7 @@ from lora_fx.adapters.peft_format.writing import to_peft
 from lora_fx.adapters.transfer import branches_of, differences, origin_of, plan_branches, trained_of
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import lower
-from lora_fx.errors import AdapterError, LoraFxError, PlanError
+from lora_fx.errors import AdapterError, LoraFxError, PlanError, listed
 from lora_fx.files.atomic import replacing
 from lora_fx.files.safetensors import write_tensors
 from lora_fx.graph.adapter_names import adapters
@@ -117,7 +117,7 @@ def save_adapter(
             raise LoraFxError(f"{target} is a file, and an adapter is a directory. Choose another name.")
         other = sorted(path.name for path in target.iterdir() if path.name not in (CONFIG_NAME, FILE_NAME, "README.md"))
         if other:
-            raise LoraFxError(f"{target} holds more than an adapter: {', '.join(other[:5])}. Choose another name.")
+            raise LoraFxError(f"{target} holds more than an adapter: {listed(other, 5)}. Choose another name.")
     with replacing(target, overwrite=overwrite) as beside:
         beside.mkdir()
         write_tensors(beside / FILE_NAME, content.tensors, metadata(origin_of(graph_module, adapter), base))
