@@ -553,5 +553,5 @@ def test_an_onnx_file_is_onnx_whatever_its_name(name: str, tmp_path: Path) -> No
 
 def test_a_pt2_has_a_name_that_torch_loads(tmp_path: Path) -> None:
     graph = lora_fx.trace(Linear(), (torch.randn(3, 5),), inference=True)
-    with pytest.raises(lora_fx.ExportError, match=r"end in \.pt2"):
+    with pytest.raises(lora_fx.ExportError, match=r"ends in \.pt2"):
         lora_fx.export.pt2(graph, tmp_path / "model.pt")
