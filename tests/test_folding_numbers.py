@@ -834,3 +834,13 @@ def test_a_graph_that_was_traced_with_labels_is_not_folded() -> None:
     graph_module.meta.update(with_info({}, GraphInfo(labels=True)))
     with pytest.raises(lora_fx.FoldError, match=r"^this graph was traced with labels, for training"):
         lora_fx.fold(graph_module)
+
+
+def test_a_seed_may_be_a_number_of_numpy() -> None:
+    rules, model = {"select": [{"regex": "0"}]}, nn.Sequential(nn.Linear(4, 5))
+    made = [
+        lora_fx.rewrite(model, rules, rank=2, example_inputs=(torch.ones(3, 4),), seed=seed)
+        for seed in (7, np.int64(7))
+    ]
+    a, b = (dict(each.named_parameters())["0.lora_A.default.weight"] for each in made)
+    assert torch.equal(a, b)

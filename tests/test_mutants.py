@@ -18,15 +18,15 @@ MUTANTS = {
     "swapped A and B": ("right, *others = map(_stacked, factors)", "right, *others = map(_stacked, reversed(factors))"),
     "missing transpose": ("(self.left[index] @ right[:, rows]).T", "(self.left[index] @ right[:, rows])"),
     "second adapter ignored": ("                delta += wide\n", "                pass\n"),
-    "double rounding": (FOLD, "        wide += delta.to(weight.dtype)\n"),
+    "double rounding": (FOLD, "        wide += delta.to(dtype)\n"),
 }
 
 
 def run(tmp_path: Path, was: str, becomes: str) -> subprocess.CompletedProcess[str]:
-    """Run the unit tests of lowrank.py in a copy of the project in which one line of it is another."""
+    """Run the unit tests of lowrank_merge.py in a copy of the project in which one line of it is another."""
     for folder in ("lora_fx", "tests", "rules"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    source = tmp_path / "lora_fx" / "lowrank.py"
+    source = tmp_path / "lora_fx" / "numerics" / "lowrank_merge.py"
     text = source.read_text(encoding="utf-8")
     assert was in text
     source.write_text(text.replace(was, becomes), encoding="utf-8")

@@ -168,6 +168,8 @@ def surely_finite(weight: torch.Tensor, merge: Merge, tensors: Mapping[str, torc
 
 
 def _norm(tensor: torch.Tensor) -> float:
+    if tensor.dtype not in BITS:  # torch has no norm of float8, and none is needed: an exact pass takes its place
+        return math.inf
     # Half precision sums in float32 all the same; with dtype= torch would first copy the tensor, at 20 times the cost.
     return float(torch.linalg.vector_norm(tensor.detach()))
 
