@@ -51,9 +51,8 @@ def forked_random_state(devices: Sequence[int] = (), *, seed: int | None = None)
     """
     with exclusive(), torch.random.fork_rng(devices=list(devices)):
         if seed is not None:
-            torch.default_generator.manual_seed(
-                seed
-            )  # torch.manual_seed would seed all devices, of which none is restored
+            # torch.manual_seed would seed all devices, of which none is restored.
+            torch.default_generator.manual_seed(int(seed))
         yield
 
 
