@@ -86,6 +86,12 @@ def listed(items: Sequence[str], most: int, separator: str = ", ") -> str:
     return named if rest <= 0 else f"{named}{'' if separator == ', ' else ','} and {rest} more"
 
 
+def shortened(lines: Sequence[str], most: int, noun: str) -> list[str]:
+    """Return the first lines of a list, and a further line with the number of the others: ``"and 3 more tensors"``."""
+    rest = len(lines) - most
+    return [*lines[:most], *([f"and {rest} more {noun}"] if rest > 0 else [])]
+
+
 def did_you_mean(found: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the nearest known spellings, or an empty string."""
     near = get_close_matches(found, sorted(known), n=3, cutoff=0.6)

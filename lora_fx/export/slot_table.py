@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from lora_fx.errors import ExportError, did_you_mean, first_line
+from lora_fx.errors import ExportError, did_you_mean, first_line, shortened
 
 KEY = "lora_fx.slots"
 """Key in the model's metadata of its slots, as JSON."""
@@ -125,10 +125,7 @@ class SlotTable:
         ]
         problems += [problem for slot in self.slots for problem in slot.problems(found)]
         problems += [] if found else ["it has no parameters"]
-        return [
-            *problems[:MAX_PROBLEMS],
-            *([f"and {len(problems) - MAX_PROBLEMS} more problems"] if len(problems) > MAX_PROBLEMS else []),
-        ]
+        return shortened(problems, MAX_PROBLEMS, "problems")
 
     def to_text(self) -> str:
         """Return the metadata as text, the same for equal slots."""

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from lora_fx.adapters.peft_format.fingerprint import differences, recorded
 from lora_fx.adapters.peft_format.keys import PREFIX, Slot, apart_from_calls, base_key, base_name, slots, transposed
-from lora_fx.errors import AdapterError, LoraFxError, did_you_mean
+from lora_fx.errors import AdapterError, LoraFxError, did_you_mean, shortened
 from lora_fx.files.safetensors import TensorEntry, TensorFile
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
 from lora_fx.graph.graph_module import described, state_of
@@ -92,12 +92,8 @@ def check_base(files: AdapterFiles, found: Mapping[str, str | None], *, strict: 
     if unlike:
         source = str(files.directory)
         if strict:
-            told = [
-                *unlike[:_MAX_NAMED],
-                *([f"and {len(unlike) - _MAX_NAMED} more tensors"] if len(unlike) > _MAX_NAMED else []),
-            ]
             advice = "the adapter was trained on another base; pass that model, or strict=False"
-            raise AdapterError(source, [advice, *told])
+            raise AdapterError(source, [advice, *shortened(unlike, _MAX_NAMED, "tensors")])
         warnings.warn(f"{source}: the adapter was trained on another base:\n  " + "\n  ".join(unlike), stacklevel=3)
 
 
