@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import typer
 
-from lora_fx.cli import DRAW_EXAMPLES, draw
+from lora_fx.cli.draw_command import EXAMPLES, draw
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-app.command(epilog=DRAW_EXAMPLES)(draw)
+app.command(epilog=EXAMPLES)(draw)
 
 if __name__ == "__main__":
     app()

@@ -1,0 +1,25 @@
+"""What the commands print to: results, progress and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+
+from lora_fx.errors import LoraFxError
+
+console = Console()
+errors = Console(stderr=True)
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Report a LoraFxError as one message, without a traceback, and exit with 1."""
+    try:
+        yield
+    except LoraFxError as error:
+        errors.print("[bold red]error:[/bold red]", end=" ")
+        errors.print(str(error), soft_wrap=True, markup=False, highlight=False)
+        raise typer.Exit(1) from error

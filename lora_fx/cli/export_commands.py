@@ -1,0 +1,189 @@
+"""``lora-fx export`` and ``lora-fx export-adapter``: files for other runtimes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lora_fx.cli.console import errors, reported
+from lora_fx.cli.options import ExampleInputsFile, Overwrite, RulesDirectories, Strengths, Strict, strengths_of
+
+if TYPE_CHECKING:  # torch and transformers are slow to import, and `--help` needs neither
+    import lora_fx
+
+EXAMPLES = (
+    "Examples:  lora-fx export model --format onnx model.onnx   ·   lora-fx export base --adapter style --adapter facts "
+    "--strength 1 --strength 0.5 --format torchscript model.pt   ·   lora-fx export base --adapter style --branched --format pt2 model.pt2   ·   "
+    "lora-fx export base --slots --rules t5 slots.onnx"
+)
+ADAPTER_EXAMPLES = (
+    "Examples:  lora-fx export-adapter adapter slots.onnx adapter.onnx_adapter   ·   lora-fx export-adapter style facts slots.onnx "
+    "both.onnx_adapter --strength 1 --strength 0.5"
+)
+
+
+class ExportFormat(StrEnum):
+    """File formats of ``lora-fx export``."""
+
+    torchscript = "torchscript"
+    onnx = "onnx"
+    pt2 = "pt2"
+
+
+class Dtype(StrEnum):
+    """Dtypes that weights are loaded in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+ExportFormatOption = Annotated[
+    ExportFormat | None, typer.Option("--format", "-f", help="What to write; with --slots, onnx.")
+]
+ExportAdapters = Annotated[
+    list[Path] | None, typer.Option(help="Directory of a PEFT adapter, which is folded in. May be repeated.")
+]
+Branched = Annotated[
+    bool, typer.Option("--branched", help="Leave adapters as branches beside their weights; do not fold them.")
+]
+Slots = Annotated[
+    bool,
+    typer.Option(
+        "--slots",
+        help="Write the base as ONNX, with a slot for any adapter at each site that --rules choose or an --adapter has; "
+        "see export-adapter.",
+    ),
+]
+SlotRules = Annotated[
+    str | None,
+    typer.Option(help="With --slots: name of built-in rules, auto, all-linear, or the path of a .toml file."),
+]
+WeightsDtype = Annotated[
+    Dtype, typer.Option(help="Of the weights; auto is that of the files. onnxruntime's CPU kernels want float32.")
+]
+VerifyFile = Annotated[
+    bool, typer.Option(help="Load the written file and compare it with the graph before it is moved to OUT.")
+]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(help="Largest difference allowed, as a part of an output's largest value. By default by precision."),
+]
+
+
+def export(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL_DIR", help="A transformers model: config.json and safetensors files.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to be made.")],
+    format: ExportFormatOption = None,
+    adapter: ExportAdapters = None,
+    strength: Strengths = None,
+    branched: Branched = False,
+    slots: Slots = False,
+    rules: SlotRules = None,
+    rules_dir: RulesDirectories = None,
+    dtype: WeightsDtype = Dtype.auto,
+    example_inputs: ExampleInputsFile = None,
+    overwrite: Overwrite = False,
+    verify: VerifyFile = True,
+    tolerance: Tolerance = None,
+    strict: Strict = True,
+) -> None:
+    """Write a model for another runtime: TorchScript, ONNX, or torch.export's pt2, with dynamic batch and sequence.
+
+    The written file is run at the sizes of the trace and at others, and the largest difference is printed.
+    """
+    adapters = adapter or []
+    strengths = strengths_of(adapters, strength)
+    if branched and not adapters:
+        raise typer.BadParameter("--branched leaves adapters as branches, and there is none: name one by --adapter")
+    if slots and (branched or strength):
+        raise typer.BadParameter(_NO_SLOTS)
+    if rules is not None and not slots:
+        raise typer.BadParameter("--rules choose the sites of --slots, which was not given")
+    chosen_format = _export_format(format, out, slots=slots)
+
+    import lora_fx
+    from lora_fx.files.atomic import check_file
+    from lora_fx.rules.lookup import load
+
+    with reported():
+        check_file(out, overwrite=overwrite)
+        with errors.status("loading the model") as status:
+            graph, model_type = _loaded_graph(model, dtype, example_inputs, status.update)
+            for number, directory in enumerate(adapters):
+                status.update(f"adding {directory}")
+                graph = lora_fx.load_adapter(graph, directory, f"adapter_{number}", strict=strict)
+            if slots and (rules or not adapters):
+                graph = lora_fx.rewrite(graph, load(rules or "auto", model_type, rules_dir or ()))
+            if adapters and not slots:
+                chosen = {f"adapter_{number}": factor for number, factor in enumerate(strengths)}
+                status.update("folding")
+                graph = lora_fx.activate(graph, chosen) if branched else lora_fx.fold(graph, chosen)
+        write = getattr(lora_fx.export, chosen_format.value)
+        slotted = {"slots": True} if slots else {}  # an option of onnx alone
+        exported = write(graph, out, overwrite=overwrite, verify=verify, tolerance=tolerance, **slotted)
+    typer.echo(str(exported))
+
+
+def _loaded_graph(
+    model: Path, dtype: Dtype, example_inputs: Path | None, step: Callable[[str], object]
+) -> tuple[lora_fx.TracedGraphModule, str | None]:
+    """Return the graph of the model in a directory, and its model type."""
+    import torch
+
+    import lora_fx
+    from lora_fx.tracing.example_inputs import read_example_inputs
+    from lora_fx.tracing.transformers_models import load_model
+
+    loaded = load_model(model, None if dtype is Dtype.auto else getattr(torch, dtype.value))
+    step(f"tracing {type(loaded).__name__}")
+    inputs = None if example_inputs is None else read_example_inputs(example_inputs, loaded)
+    return lora_fx.trace(loaded, inputs, inference=True), getattr(loaded.config, "model_type", None)
+
+
+def export_adapter(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PEFT_DIR... MODEL.onnx OUT",
+            help="PEFT adapters, which become one; a model that export --slots wrote; and the file to be made.",
+            show_default=False,
+        ),
+    ],
+    strength: Strengths = None,
+    overwrite: Overwrite = False,
+    strict: Strict = True,
+) -> None:
+    """Write an adapter for a model with slots, in onnxruntime's adapter format. Of the model, only the ONNX file is needed."""
+    if len(paths) < 3:
+        raise typer.BadParameter("name one adapter or more, the ONNX model with slots, and the file to be made")
+    *adapters, model, out = paths
+    pairs = list(zip(adapters, strengths_of(adapters, strength), strict=True))
+
+    import lora_fx
+
+    with reported():
+        exported = lora_fx.export.onnx_adapter_from_peft(pairs, model, out, strict=strict, overwrite=overwrite)
+    typer.echo(str(exported))
+
+
+_NO_SLOTS = "--slots writes ONNX, without any adapter: leave out --format, --branched and --strength"
+
+
+def _export_format(format: ExportFormat | None, out: Path, *, slots: bool) -> ExportFormat:
+    if slots:
+        if format not in (None, ExportFormat.onnx):
+            raise typer.BadParameter(_NO_SLOTS)
+        return ExportFormat.onnx
+    if format is None:
+        raise typer.BadParameter("name a format by --format: torchscript, onnx or pt2")
+    if format is ExportFormat.pt2 and out.suffix != ".pt2":
+        raise typer.BadParameter(f"{out}: torch.export loads files whose names end in .pt2")
+    return format

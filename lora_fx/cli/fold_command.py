@@ -1,0 +1,86 @@
+"""``lora-fx fold``: adapters merged into a checkpoint on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lora_fx.cli.console import errors, reported
+from lora_fx.cli.options import ExampleInputsFile, Strengths, Strict, strengths_of
+
+if TYPE_CHECKING:  # torch and transformers are slow to import, and `--help` needs neither
+    from lora_fx.folding.checkpoint_write import CheckpointReport
+
+EXAMPLES = (
+    "Examples:  lora-fx fold base-model adapter merged   ·   lora-fx fold base-model style facts merged --strength 1 "
+    "--strength 0.5 --verify --report   ·   lora-fx fold base-model adapter merged --dry-run"
+)
+
+
+def fold(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="BASE_DIR ADAPTER_DIR... OUT_DIR",
+            help="A transformers checkpoint (config.json and safetensors files), PEFT adapters, and the directory to be made.",
+            show_default=False,
+        ),
+    ],
+    strength: Strengths = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT_DIR if it exists, all at once.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every changed tensor again and compare it with the exact result.")
+    ] = False,
+    report: Annotated[bool, typer.Option("--report", help="Print what the fold changed in every weight.")] = False,
+    example_inputs: ExampleInputsFile = None,
+    strict: Strict = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the changes without writing them.")] = False,
+) -> None:
+    """Merge adapters into a checkpoint on disk, one tensor in memory at a time.
+
+    All else is copied byte by byte; config, tokenizer, index, shards and their order stay.
+
+    The result is written beside OUT_DIR and moved into place; after an interrupt, run the command again.
+    """
+    if len(directories) < 3:
+        raise typer.BadParameter("name the base, one adapter or more, and the directory to be made")
+    base, *adapters, out = directories
+    strengths = strengths_of(adapters, strength)
+
+    from tqdm.auto import tqdm
+
+    from lora_fx.files.atomic import check_free
+    from lora_fx.folding.checkpoint_plan import plan_checkpoint_fold
+
+    with reported():
+        if not dry_run:
+            check_free(out, overwrite=overwrite)
+        with errors.status("opening the checkpoint") as status:
+            pairs = list(zip(adapters, strengths, strict=True))
+            planned = plan_checkpoint_fold(
+                base, pairs, strict=strict, example_inputs=example_inputs, step=status.update
+            )
+        if dry_run:
+            typer.echo(str(planned))
+            typer.echo(f"nothing was written; without --dry-run the result goes to {out}")
+            return
+        with tqdm(total=planned.checkpoint.size, desc="folding", unit="B", unit_scale=True) as bar:
+            written = planned.write(out, overwrite=overwrite, verify=verify, report=report, progress=bar.update)
+    if report:
+        from lora_fx.folding.report import FoldReport
+
+        typer.echo(str(FoldReport(written.weights)))
+    _tell_written(written, out)
+
+
+def _tell_written(written: CheckpointReport, out: Path) -> None:
+    """Print the outcome of a fold on disk: verification, files left out, bytes."""
+    if written.misrounded is not None:
+        typer.echo(
+            f"verified: at most {written.misrounded:.1e} of the elements of a weight are not the exact result rounded once"
+        )
+    if written.skipped:
+        typer.echo(f"not copied: {', '.join(written.skipped)}")
+    typer.echo(f"{out}: {written.merged_bytes / 1e6:.1f} MB merged, {written.copied_bytes / 1e6:.1f} MB copied")
