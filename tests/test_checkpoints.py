@@ -204,8 +204,8 @@ INDEXES: dict[str, tuple[Any, str]] = {
     "no object": ([], "{index} has no weight_map from the names of tensors to those of files. Download it again."),
 } | {
     f"outside: {name!r}": ({**GOOD, "c": name},
-        "{index}: " + repr(name) + " is not the name of a file beside it, and none elsewhere is read. Correct the weight_map.")
-    for name in ("../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..", ".", "", "a\\b", "a\0b")
+        "{index}: " + repr(name) + " is not the path of a file in its directory, and none elsewhere is read. Correct the weight_map.")
+    for name in ("../x.safetensors", "/etc/passwd", "sub/../../x.safetensors", "..", ".", "", "a\\b", "a\0b")
 }  # fmt: skip
 
 
@@ -219,16 +219,94 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path: Path, kind: str) -> Non
     assert str(caught.value) == said.format(base=base, index=base / INDEX)
 
 
-def test_a_tensor_that_the_index_does_not_list_or_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+def test_a_tensor_that_the_index_does_not_list_is_refused(tmp_path: Path) -> None:
     base = write(tmp_path / "base", {"a": torch.ones(1), "b": torch.ones(2)}, 2)
     write_tensors(base / ONE, {"a": torch.ones(1), "c": torch.ones(1)}, {})
     with pytest.raises(LoraFxError) as caught:
         Checkpoint.open(base)
     assert str(caught.value) == f"{base / INDEX} does not list 'c', which is in {ONE}. Write the checkpoint again."
-    write_tensors(base / ONE, {"a": torch.ones(1), "b": torch.ones(1)}, {})
-    with pytest.raises(LoraFxError) as caught:
+
+
+def _overlaid(base: Path, named: str, *, equal: bool) -> tuple[Tensors, Checkpoint]:
+    """Return the tensors of the first shard, of which the second has two too; the index names one file for them."""
+    tensors = {"square.weight": weights()["square.weight"], "norm.bias": weights()["norm.bias"]}
+    base.mkdir()
+    write_tensors(base / ONE, {**tensors, "one": torch.ones(3)}, {})
+    write_tensors(
+        base / TWO, {**(tensors if equal else {k: t + 1 for k, t in tensors.items()}), "two": torch.ones(2)}, {}
+    )
+    _write_index(base, {**dict.fromkeys(tensors, named), "one": ONE, "two": TWO})
+    return tensors, Checkpoint.open(base)
+
+
+def test_of_a_tensor_in_two_shards_the_one_that_the_index_names_changes(tmp_path: Path) -> None:
+    tensors, checkpoint = _overlaid(tmp_path / "base", TWO, equal=False)
+    newer = {key: tensor + 1 for key, tensor in tensors.items()}
+    assert _equal({key: checkpoint.read(key) for key in tensors}, newer)
+    changes = changes_for(newer)
+    report = write_merged(checkpoint, changes, tmp_path / "out", verify=True, report=True)
+    assert (tmp_path / "out" / ONE).read_bytes() == (tmp_path / "base" / ONE).read_bytes()
+    assert _equal(load_file(tmp_path / "out" / TWO), {**merged(newer, changes), "two": torch.ones(2)})
+    assert report.merged_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert len(report.weights) == 1
+
+
+@pytest.mark.parametrize("named", [ONE, TWO])
+def test_a_tensor_that_is_equal_in_two_shards_changes_in_both(tmp_path: Path, named: str) -> None:
+    tensors, checkpoint = _overlaid(tmp_path / "base", named, equal=True)
+    changes = changes_for(tensors)
+    report = write_merged(checkpoint, changes, tmp_path / "out", verify=True, report=True)
+    new = merged(tensors, changes)
+    assert _equal(load_file(tmp_path / "out" / ONE), {**new, "one": torch.ones(3)})
+    assert _equal(load_file(tmp_path / "out" / TWO), {**new, "two": torch.ones(2)})
+    assert report.merged_bytes == 2 * sum(tensor.nbytes for tensor in tensors.values())
+    assert len(report.weights) == 1
+
+
+def test_an_index_that_names_another_value_than_transformers_loads_is_refused(tmp_path: Path) -> None:
+    tensors, checkpoint = _overlaid(tmp_path / "base", ONE, equal=False)
+    assert _refusal(checkpoint, changes_for(tensors), tmp_path / "out") == (
+        f"{tmp_path / 'base'}: 'square.weight' is in {ONE}, and with another value in {TWO}; 'norm.bias' is in {ONE}, and with another "
+        f"value in {TWO}. The index names the former; transformers reads files in the order of their names, and loads the latter. Write "
+        "the checkpoint again, with the value that is meant alone."
+    )
+    write_merged(checkpoint, Changes(), tmp_path / "out")  # what is copied is loaded as before
+    assert _same_directories(tmp_path / "base", tmp_path / "out")
+
+
+@pytest.mark.parametrize("links", [False, True])
+def test_shards_in_a_directory_that_the_index_names_are_read_and_written_there(tmp_path: Path, links: bool) -> None:
+    tensors = weights()
+    base = write(tmp_path / "base", tensors, 3)
+    places = {key: f"./parts//{name}" for key, name in json.loads((base / INDEX).read_text())["weight_map"].items()}
+    (base / "parts").mkdir()
+    for name in {Path(place).name for place in places.values()}:
+        (base / name).rename(base / "parts" / name)
+        if links:
+            (base / "parts" / name).rename(tmp_path / name)
+            (base / "parts" / name).symlink_to(Path("../..") / name)
+    (base / "parts" / "model-00009-of-00009.safetensors").write_bytes(b"stale")
+    _write_index(base, places)
+    changes = changes_for(tensors)
+    report = write_merged(Checkpoint.open(base), changes, tmp_path / "out", verify=True, report=True)
+    assert report.left == {"parts/model-00009-of-00009.safetensors": "old weights in another form"}
+    assert _equal(_tensors_in(tmp_path / "out" / "parts"), merged(tensors, changes))
+    assert (tmp_path / "out" / INDEX).read_bytes() == (base / INDEX).read_bytes()
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+
+
+def test_a_path_that_leaves_the_directory_by_a_link_is_refused(tmp_path: Path) -> None:
+    base = write(tmp_path / "base", {"a": torch.ones(1)})
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (base / SINGLE).rename(tmp_path / "elsewhere" / "x.safetensors")
+    (base / "link").symlink_to(tmp_path / "elsewhere" / "deep")
+    write_tensors(base / "x.safetensors", {"a": torch.ones(1)}, {})
+    _write_index(base, {"a": "link/../x.safetensors"})
+    with pytest.raises(LoraFxError, match=r"'link/\.\./x\.safetensors' is not the path of a file in its directory"):
         Checkpoint.open(base)
-    assert str(caught.value) == f"{base}: 'b' is in both {ONE} and {TWO}. Write the checkpoint again."
+    (base / "link").unlink()
+    (base / "link").mkdir()
+    assert Checkpoint.open(base).shards == {"a": "x.safetensors"}
 
 
 @pytest.mark.parametrize("text", ["{", "", "\xff", "[" * 100_000])
@@ -300,7 +378,7 @@ def test_a_changed_checkpoint_is_the_old_one_but_for_what_was_changed(
     assert sum(done) == checkpoint.size
     new = sum(tensors[key].nbytes for key in (*changes.merges, *changes.replacements))
     assert (report.merged_bytes, report.copied_bytes) == (new, checkpoint.size - new)
-    assert report.skipped == ()
+    assert report.left == {}
     assert [entry.merge for entry in report.weights] == [
         changes.merges[key] for file in checkpoint.files for key in file.entries if key in changes.merges
     ]
@@ -331,33 +409,6 @@ def test_files_of_a_cache_of_links_are_read_and_written_as_files(tmp_path: Path)
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in real.iterdir())
     assert _equal(_tensors_in(tmp_path / "out"), merged(tensors, changes))
-
-
-def test_what_is_no_part_of_the_checkpoint_is_not_copied_but_told(tmp_path: Path) -> None:
-    base = write(tmp_path / "base", weights(), 2)
-    others = [
-        ".gitattributes", "adapter_config.json", "adapter_model.safetensors", "dangling", "flax_model.msgpack", "model.onnx",
-        "model.onnx_data", "pipe", "pytorch_model.bin", "pytorch_model.bin.index.json", "sub/", "tf_model.h5",
-        "training_args.bin", "weights.gguf", "weights.pth",
-    ]  # fmt: skip
-    for name in others:
-        if name == "sub/":
-            (base / "sub").mkdir()
-            (base / "sub" / "text").write_text("")
-        elif name == "pipe":
-            os.mkfifo(base / name)
-        elif name == "dangling":
-            (base / name).symlink_to("nowhere")
-        else:
-            (base / name).write_text("")
-    kept = ["chat_template.jinja", "modeling_own.py", "special_tokens_map.json"]
-    for name in kept:
-        (base / name).write_text(name)
-    report = write_merged(Checkpoint.open(base), Changes(), tmp_path / "out")
-    assert report.skipped == tuple(sorted(others))
-    written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {*kept, "config.json", "tokenizer.model", ONE, TWO, INDEX}
-    assert all((tmp_path / "out" / name).read_text() == name for name in kept)
 
 
 @pytest.mark.parametrize(("others", "number"), [({}, 2), ({"large": torch.zeros(2, 2**21)}, 3)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -117,21 +117,56 @@ class TensorFile:
         Raises:
             LoraFxError: the file has no such tensor, or does not have all of its bytes any more.
         """
-        entry = self.entries.get(name)
-        if entry is None:
+        entry = self._entry(name)
+        return self._elements(entry, entry.start, entry.end).reshape(entry.shape)
+
+    def pieces(self, name: str, elements: int) -> Iterator[torch.Tensor]:
+        """Yield the elements of a tensor in order, in flat tensors of ``elements`` of them at most; it raises as ``read``."""
+        entry = self._entry(name)
+        step = elements * entry.dtype.itemsize
+        for start in range(entry.start, entry.end, step):
+            yield self._elements(entry, start, min(start + step, entry.end))
+
+    def _entry(self, name: str) -> TensorEntry:
+        if name not in self.entries:
             raise LoraFxError(f"{self.path} has no tensor {name!r}.")
-        data = torch.empty(entry.size, dtype=torch.uint8)
+        return self.entries[name]
+
+    def _elements(self, entry: TensorEntry, start: int, end: int) -> torch.Tensor:
+        data = torch.empty(end - start, dtype=torch.uint8)
         try:
             with self.path.open("rb", buffering=0) as file:
-                file.seek(entry.start)
+                file.seek(start)
                 fill(data.numpy().data, file.readinto)
         except EOFError as error:
             raise LoraFxError(
-                f"{self.path} became shorter while it was read: {name!r} is not there any more."
+                f"{self.path} became shorter while it was read: {entry.name!r} is not there any more."
             ) from error
         except OSError as error:
-            raise LoraFxError(f"cannot read {name!r} in {self.path}: {error.strerror or error}.") from error
-        return data.view(entry.dtype).reshape(entry.shape)
+            raise LoraFxError(f"cannot read {entry.name!r} in {self.path}: {error.strerror or error}.") from error
+        return data.view(entry.dtype)
+
+
+def equal_in_files(
+    one: tuple[TensorFile, TensorEntry], other: tuple[TensorFile, TensorEntry], dtype: torch.dtype | None = None
+) -> bool:
+    """Tell whether two tensors in files have one shape and equal values, of which little is in memory at a time.
+
+    Args:
+        one: a file, and the place of a tensor there.
+        other: the same of the other tensor.
+        dtype: in which their values are compared; by default their dtypes are compared, and their bytes.
+    """
+    (file, entry), (second, like) = one, other
+    if entry.shape != like.shape or (dtype is None and entry.dtype != like.dtype):
+        return False
+    pairs = zip(file.pieces(entry.name, _PIECE), second.pieces(like.name, _PIECE), strict=True)
+    if dtype is None:
+        return all(bytes_of(mine) == bytes_of(theirs) for mine, theirs in pairs)
+    return all(torch.equal(mine.to(dtype), theirs.to(dtype)) for mine, theirs in pairs)
+
+
+_PIECE = 2**22  # elements that are compared at a time
 
 
 def fill(buffer: memoryview, readinto: Any) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,18 +24,24 @@ class Checkpoint:
     """A directory with the weights of a transformers model, of which only headers were read.
 
     Attributes:
-        directory: where it is.
-        files: those with tensors, by name.
+        directory: where it is; of a directory of sentence-transformers, the whole.
+        model: the directory in it, or itself, that has the config and the weights.
+        files: those with tensors, in the order of their names, in which transformers reads them.
         index: the file that says which tensor is in which of them, or None where there is one only.
+        shards: what it says: for each key the path of its file, in the directory and with forward slashes.
     """
 
     directory: Path
+    model: Path
     files: tuple[TensorFile, ...]
     index: Path | None = None
+    shards: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
         """Find the weights in a directory: ``model.safetensors``, or the files that ``model.safetensors.index.json`` lists.
+
+        They may be in the module of sentence-transformers that is a transformer (``0_Transformer``), as ``modules.json`` says.
 
         Raises:
             LoraFxError: there are none, or two kinds of them, a file is missing or damaged, or the index does not fit.
@@ -41,22 +49,38 @@ class Checkpoint:
         if not directory.is_dir():
             kind = "is not a directory" if directory.exists() else "does not exist"
             raise LoraFxError(f"{directory} {kind}; a directory with {SINGLE} or {INDEX} was expected.")
-        single, index = directory / SINGLE, directory / INDEX
+        model = _model_directory(directory)
+        single, index = model / SINGLE, model / INDEX
         if single.exists() and index.exists():
             raise LoraFxError(
-                f"{directory} has both {SINGLE} and {INDEX}, which may hold different weights; transformers reads the "
+                f"{model} has both {SINGLE} and {INDEX}, which may hold different weights; transformers reads the "
                 "former only. Remove the one that is not meant."
             )
         if index.exists():
-            return cls(directory, _shards(index), index)
+            places = _weight_map(index)
+            names = {key: (model / name).relative_to(directory).as_posix() for key, name in places.items()}
+            return cls(directory, model, _files(index, places), index, names)
         if not single.exists():
-            raise LoraFxError(_no_weights(directory))
-        return cls(directory, (TensorFile.open(single),))
+            raise LoraFxError(_no_weights(model))
+        return cls(directory, model, (TensorFile.open(single),))
 
     @cached_property
     def tensors(self) -> Mapping[str, tuple[TensorFile, TensorEntry]]:
-        """For each key, the file that it is in and its place there."""
-        return {key: (file, entry) for file in self.files for key, entry in file.entries.items()}
+        """For each key, the file that it is in and its place there; of several files, the one that the index names."""
+        return {
+            key: (file, entry)
+            for file in self.files
+            for key, entry in file.entries.items()
+            if self.shards.get(key) in (None, self.name_of(file))
+        }
+
+    def name_of(self, file: TensorFile) -> str:
+        """Return the path of one of the files in the directory, with forward slashes."""
+        return file.path.relative_to(self.directory).as_posix()
+
+    def others_with(self, key: str) -> tuple[TensorFile, ...]:
+        """Return further files that have a tensor of that name, in the order in which transformers reads them."""
+        return tuple(file for file in self.files if key in file.entries and file is not self.tensors[key][0])
 
     @property
     def size(self) -> int:
@@ -87,6 +111,24 @@ def size_of(file: TensorFile) -> int:
     return max((entry.end for entry in file.entries.values()), default=len(file.header))
 
 
+def _model_directory(directory: Path) -> Path:
+    """Return the module of sentence-transformers that is a transformer, where the directory has no config of its own."""
+    listing = directory / "modules.json"
+    if (directory / "config.json").exists() or not listing.is_file():
+        return directory
+    modules = _json(listing)
+    found = [
+        directory / path
+        for module in (modules if isinstance(modules, list) else [])
+        if isinstance(module, dict)
+        and str(module.get("type")).endswith(".Transformer")
+        and isinstance(path := module.get("path"), str)
+        and path not in ("", ".", "..")
+        and not {"/", "\\", "\0"} & set(path)
+    ]
+    return found[0] if len(found) == 1 and found[0].is_dir() else directory
+
+
 def _no_weights(directory: Path) -> str:
     names = sorted(path.name for path in directory.iterdir())
     pickles = [
@@ -104,49 +146,56 @@ def _no_weights(directory: Path) -> str:
 # An index and its shards.
 
 
-def _shards(index: Path) -> tuple[TensorFile, ...]:
-    places = _weight_map(index)
+def _files(index: Path, places: Mapping[str, str]) -> tuple[TensorFile, ...]:
     names = sorted(set(places.values()))
-    for name in names:
-        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise LoraFxError(
-                f"{index}: {name!r} is not the name of a file beside it, and none elsewhere is read. Correct the weight_map."
-            )
     missing = [name for name in names if not (index.parent / name).exists()]
     if missing:
         raise LoraFxError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} lists. Download it again.")
     files = tuple(TensorFile.open(index.parent / name) for name in names)
-    found: dict[str, str] = {}
-    for file in files:
+    found: dict[str, list[str]] = {}
+    for name, file in zip(names, files, strict=True):
         for key in file.entries:
-            if key in found:
-                raise LoraFxError(
-                    f"{index.parent}: {key!r} is in both {found[key]} and {file.path.name}. Write the checkpoint again."
-                )
-            found[key] = file.path.name
+            found.setdefault(key, []).append(name)
     for key, name in places.items():
-        if found.get(key) != name:
-            where = f"it is in {found[key]}" if key in found else "it is in none"
+        if name not in found.get(key, ()):
+            where = f"it is in {found[key][0]}" if key in found else "it is in none"
             raise LoraFxError(f"{index}: {key!r} is to be in {name}, but {where}. Write the checkpoint again.")
     unlisted = [key for key in found if key not in places]
     if unlisted:
         raise LoraFxError(
-            f"{index} does not list {unlisted[0]!r}, which is in {found[unlisted[0]]}. Write the checkpoint again."
+            f"{index} does not list {unlisted[0]!r}, which is in {found[unlisted[0]][0]}. Write the checkpoint again."
         )
     return files
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _json(path: Path) -> Any:
     try:
-        found = json.loads(index.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise LoraFxError(f"cannot read {index}: {error.strerror or error}.") from error
+        raise LoraFxError(f"cannot read {path}: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:
-        raise LoraFxError(f"{index} is not JSON: {error}. Download it again.") from error
+        raise LoraFxError(f"{path} is not JSON: {error}. Download it again.") from error
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = _json(index)
     places = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise LoraFxError(f"{index} has no weight_map from the names of tensors to those of files. Download it again.")
-    return places
+    paths = {name: _below(index, name) for name in set(places.values())}
+    return {key: paths[name] for key, name in places.items()}
+
+
+def _below(index: Path, name: str) -> str:
+    """Return the path of a shard, normalised, if it stays in the directory of the index; links may lead elsewhere."""
+    path = posixpath.normpath(name)
+    inside = path not in (".", "..") and not path.startswith(("/", "../")) and not {"\\", "\0"} & set(name)
+    given = index.parent / name if inside else index.parent
+    if not inside or (given.exists() and not given.samefile(index.parent / path)):  # "a/../b", where a is a link
+        raise LoraFxError(
+            f"{index}: {name!r} is not the path of a file in its directory, and none elsewhere is read. Correct the weight_map."
+        )
+    return path
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from lora_fx.errors import FoldError, did_you_mean
-from lora_fx.files.safetensors import TensorEntry, TensorFile, bytes_of
+from lora_fx.errors import FoldError, did_you_mean, listed
+from lora_fx.files.safetensors import TensorEntry, TensorFile, bytes_of, equal_in_files
 from lora_fx.folding.checkpoint import Changes, Checkpoint
 from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, Update, exact_blocks, rounded
 
@@ -81,6 +81,39 @@ def _replacement_problems(key: str, value: torch.Tensor, entry: TensorEntry) -> 
         yield f"the new value of {key!r} is {value.dtype}, the old one {entry.dtype}: convert it first"
 
 
+def changed_in_files(checkpoint: Checkpoint, changes: Changes) -> dict[str, frozenset[str]]:
+    """Return the changed tensors of each file, by its path in the directory.
+
+    Of several tensors of one name, the index names the one that counts. Others of its value are changed with it, so that all who
+    read the result find one value; a different one is left as it is.
+
+    Raises:
+        FoldError: another value is in a file that transformers reads later, and so would load instead. All such are named.
+    """
+    changed = {checkpoint.name_of(file): set[str]() for file in checkpoint.files}
+    problems = []
+    for key in (*changes.merges, *changes.replacements):
+        named = checkpoint.tensors[key]
+        places = [named[0], *checkpoint.others_with(key)]
+        same = [file for file in places if file is named[0] or equal_in_files(named, (file, file.entries[key]))]
+        last = max(places, key=checkpoint.name_of)
+        if last not in same:
+            problems.append(
+                f"{key!r} is in {checkpoint.name_of(named[0])}, and with another value in {checkpoint.name_of(last)}"
+            )
+        for file in same:
+            changed[checkpoint.name_of(file)].add(key)
+    if problems:
+        raise FoldError(
+            f"{checkpoint.directory}: {listed(problems, _MAX_NAMED, '; ')}. The index names the former; transformers reads files in the "
+            "order of their names, and loads the latter. Write the checkpoint again, with the value that is meant alone."
+        )
+    return {name: frozenset(keys) for name, keys in changed.items()}
+
+
+_MAX_NAMED = 3
+
+
 def check_apart(checkpoint: Checkpoint, copied: Sequence[Path], out: Path) -> None:
     """Refuse to replace a directory that holds an input."""
     place = out.resolve()
@@ -92,12 +125,17 @@ def check_apart(checkpoint: Checkpoint, copied: Sequence[Path], out: Path) -> No
 # After all is written.
 
 
-def misrounded_share(checkpoint: Checkpoint, changes: Changes, directory: Path) -> float:
+def misrounded_share(
+    checkpoint: Checkpoint, changes: Changes, changed: Mapping[str, frozenset[str]], directory: Path
+) -> float:
     """Return the largest share of a weight in half precision that is not the exact result rounded once; refuse wrong values."""
     largest = 0.0
     for file in checkpoint.files:
-        written = TensorFile.open(directory / file.path.name)
+        name = checkpoint.name_of(file)
+        written = TensorFile.open(directory / name)
         for key, entry in written.entries.items():
+            if key not in changed[name]:
+                continue
             if key in changes.replacements:
                 expected = changes.new_value(entry)
                 if bytes_of(expected) != bytes_of(written.read(key)):

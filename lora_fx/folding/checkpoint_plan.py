@@ -29,6 +29,8 @@ from lora_fx.adapters.peft_format.reading import (
 from lora_fx.adapters.transfer import plan_branches
 from lora_fx.errors import AdapterError, FoldError, LoraFxError, listed
 from lora_fx.folding.checkpoint import Changes, Checkpoint
+from lora_fx.folding.checkpoint_check import changed_in_files, check_fits
+from lora_fx.folding.checkpoint_files import Companions, companions_of, lines_of_left
 from lora_fx.folding.checkpoint_write import CheckpointReport, write_merged
 from lora_fx.folding.fold import recipe
 from lora_fx.graph.adapter_names import original_name
@@ -48,11 +50,13 @@ class CheckpointFold:
         checkpoint: the base.
         changes: merges and replacements of its tensors.
         adapters: the directories, each with its strength.
+        companions: the other files of the base, those that go along and those that stay behind.
     """
 
     checkpoint: Checkpoint
     changes: Changes
     adapters: tuple[tuple[Path, float], ...]
+    companions: Companions
 
     @property
     def changed_bytes(self) -> int:
@@ -79,6 +83,8 @@ class CheckpointFold:
                 *(f"adapter {directory} at strength {strength:g}" for directory, strength in self.adapters),
                 f"{changed} tensors, {self.changed_bytes / 1e6:.1f} MB, change; {copied} tensors, "
                 f"{(self.checkpoint.size - self.changed_bytes) / 1e6:.1f} MB with the headers, are copied as they are",
+                f"{len(self.companions.files)} other files are copied: {listed(self.companions.files, _MAX_NAMED)}",
+                *lines_of_left(self.companions.left),
             ]
         )
 
@@ -130,7 +136,7 @@ def plan_checkpoint_fold(
     """Plan the fold of adapters into a checkpoint, tensor by tensor. None of them is read.
 
     Args:
-        base: directory with a ``config.json`` and safetensors files.
+        base: directory with a ``config.json`` and safetensors files, or of sentence-transformers.
         adapters: directories as PEFT or :func:`lora_fx.save_adapter` write them, each with the factor of its scaling.
         strict: see :func:`lora_fx.load_adapter`.
         example_inputs: a safetensors file of the inputs to trace with, by name; by default they are made from the config.
@@ -145,10 +151,11 @@ def plan_checkpoint_fold(
     if not adapters:
         raise LoraFxError("there is nothing to fold: name at least one adapter directory.")
     checkpoint = Checkpoint.open(Path(base))
+    companions = companions_of(checkpoint)
     opened = [read_adapter(Path(directory)) for directory, _ in adapters]
     step("reading the config")
-    model = empty_model(Path(base))
-    _check_not_quantised(model, Path(base))
+    model = empty_model(checkpoint.model)
+    _check_not_quantised(model, checkpoint.model)
     step(f"tracing {type(model).__name__}")
     inputs = None if example_inputs is None else read_example_inputs(example_inputs, model)
     graph_module = trace(model, inputs, inference=True)
@@ -180,7 +187,12 @@ def plan_checkpoint_fold(
     names = _all_names(state_of(graph_module))
     replaced = {key: value for name, value in copies.items() for key in places.of_names(names[name])}
     changes = Changes(merges=merges, replacements=replaced, tensors=factors)
-    return CheckpointFold(checkpoint, changes, tuple((Path(directory), s) for directory, s in adapters))
+    check_fits(checkpoint, changes)
+    changed_in_files(checkpoint, changes)
+    return CheckpointFold(checkpoint, changes, tuple((Path(directory), s) for directory, s in adapters), companions)
+
+
+_MAX_NAMED = 10
 
 
 def fold_checkpoint(

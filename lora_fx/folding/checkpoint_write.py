@@ -7,14 +7,13 @@ Each file of the result has the header that the one of the checkpoint has, and i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
 import torch
 
@@ -32,7 +31,8 @@ from lora_fx.files.direct_io import (
 )
 from lora_fx.files.safetensors import TensorEntry, TensorFile, bytes_of
 from lora_fx.folding.checkpoint import Changes, Checkpoint, size_of
-from lora_fx.folding.checkpoint_check import check_apart, check_fits, misrounded_share
+from lora_fx.folding.checkpoint_check import changed_in_files, check_apart, check_fits, misrounded_share
+from lora_fx.folding.checkpoint_files import companions_of
 from lora_fx.folding.report import FoldedWeight, check_finite
 from lora_fx.graph.process_state import exclusive
 from lora_fx.numerics.lowrank_merge import FOLDABLE, merge_into
@@ -56,14 +56,14 @@ class CheckpointReport:
         merged_bytes: how many are new.
         misrounded: largest share, of any weight in half precision, of elements that are not the exact result rounded once;
             None without ``verify``.
-        skipped: files and directories that were not copied.
+        left: files and directories that were not copied, each with the reason, by their paths in the directory.
     """
 
     weights: tuple[FoldedWeight, ...]
     copied_bytes: int
     merged_bytes: int
     misrounded: float | None
-    skipped: tuple[str, ...]
+    left: Mapping[str, str]
 
 
 def write_merged(
@@ -78,9 +78,9 @@ def write_merged(
 ) -> CheckpointReport:
     """Write a checkpoint with some tensors changed, and with the other files of its directory.
 
-    Tensors without a change are copied as bytes. Of changed ones, three at most are in memory at any time. The other files of
-    the directory are copied, but for directories, hidden files, and weights in other files than those of the
-    checkpoint. A process that is killed leaves nothing at ``out``, or what was there.
+    Tensors without a change are copied as bytes. Of changed ones, three at most are in memory at any time. The rest of the
+    directory is copied as :func:`~lora_fx.folding.checkpoint_files.companions_of` lists it. A process that is killed leaves
+    nothing at ``out``, or what was there.
 
     Args:
         checkpoint: the one to start from; left as it is.
@@ -97,54 +97,21 @@ def write_merged(
         LoraFxError: ``out`` exists or cannot be written, or the checkpoint cannot be read any more.
     """
     check_fits(checkpoint, changes)
-    copied, skipped = _other_files(checkpoint)
-    check_apart(checkpoint, copied, out)
-    changed = {**changes.merges, **changes.replacements}
+    companions = companions_of(checkpoint)
+    check_apart(checkpoint, [checkpoint.directory / name for name in companions.files], out)
+    changed = changed_in_files(checkpoint, changes)
     with replacing(out, overwrite=overwrite) as beside:
         beside.mkdir()
-        for path in copied:
-            copy_file(path, beside / path.name)
-        check_finite(_write_files(checkpoint, changes, beside, progress))
-        misrounded = misrounded_share(checkpoint, changes, beside) if verify else None
+        for name in companions.directories:
+            (beside / name).mkdir()
+        for name in companions.files:
+            copy_file(checkpoint.directory / name, beside / name)
+        check_finite(_write_files(checkpoint, changes, changed, beside, progress))
+        misrounded = misrounded_share(checkpoint, changes, changed, beside) if verify else None
         weights = tuple(_measured(checkpoint, changes, beside)) if report else ()
-    merged_bytes = sum(checkpoint.tensors[key][1].size for key in changed)
-    return CheckpointReport(weights, checkpoint.size - merged_bytes, merged_bytes, misrounded, skipped)
-
-
-# Files beside those with tensors.
-
-_WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".onnx_data",
-    ".gguf",
-    ".tflite",
-    ".ot",
-)
-_ADAPTER = "adapter_config.json"  # transformers would look for the adapter beside it
-
-
-def _other_files(checkpoint: Checkpoint) -> tuple[list[Path], tuple[str, ...]]:
-    """Return the files to copy as they are, and the names of the skipped ones."""
-    copied, skipped = [], []
-    own = {file.path.name for file in checkpoint.files}
-    for path in sorted(checkpoint.directory.iterdir()):
-        if path.name in own:
-            continue
-        weights = (
-            path.name.endswith((*_WEIGHTS, *(f"{end}.index.json" for end in _WEIGHTS))) and path != checkpoint.index
-        )
-        if not path.is_file() or path.name.startswith(".") or path.name == _ADAPTER or weights:
-            skipped.append(f"{path.name}/" if path.is_dir() else path.name)
-        else:
-            copied.append(path)
-    return copied, tuple(skipped)
+    entries = [file.entries[key] for file in checkpoint.files for key in changed[checkpoint.name_of(file)]]
+    merged_bytes = sum(entry.size for entry in entries)
+    return CheckpointReport(weights, checkpoint.size - merged_bytes, merged_bytes, misrounded, companions.left)
 
 
 # Writing the files with tensors.
@@ -152,38 +119,44 @@ def _other_files(checkpoint: Checkpoint) -> tuple[list[Path], tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some bytes of a file with tensors: of one changed tensor, or a run of others."""
+    """Some bytes of a file with tensors, and the file of the result: of one changed tensor, or a run of others."""
 
     file: TensorFile
+    target: Path
     start: int
     end: int
     key: str | None = None
 
 
-def _pieces(file: TensorFile, changed: Mapping[str, Any]) -> Iterator[_Piece]:
+def _pieces(file: TensorFile, target: Path, changed: Collection[str]) -> Iterator[_Piece]:
     """Yield the pieces behind the header of a file, in order; runs of untouched tensors in steps of limited size."""
     start = len(file.header)
     ends = [entry for key, entry in file.entries.items() if key in changed]
     for entry in [*ends, None]:
         end = size_of(file) if entry is None else entry.start
         for first in range(start, end, PIECE):
-            yield _Piece(file, first, min(first + PIECE, end))
+            yield _Piece(file, target, first, min(first + PIECE, end))
         if entry is not None:
-            yield _Piece(file, entry.start, entry.end, entry.name)
+            yield _Piece(file, target, entry.start, entry.end, entry.name)
             start = entry.end
 
 
 def _write_files(
-    checkpoint: Checkpoint, changes: Changes, directory: Path, progress: Callable[[int], object]
+    checkpoint: Checkpoint,
+    changes: Changes,
+    changed: Mapping[str, frozenset[str]],
+    directory: Path,
+    progress: Callable[[int], object],
 ) -> dict[str, int]:
     """Write all files with tensors, and return for each that is changed how many of its elements are not finite."""
-    changed = {**changes.merges, **changes.replacements}
+    pieces: list[_Piece] = []
     for file in checkpoint.files:
-        with (directory / file.path.name).open("wb") as new:
+        name = checkpoint.name_of(file)
+        with (directory / name).open("wb") as new:
             new.write(file.header)
             new.truncate(size_of(file))
         progress(len(file.header))
-    pieces = [piece for file in checkpoint.files for piece in _pieces(file, changed)]
+        pieces += _pieces(file, directory / name, changed[name])
     buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
     size = max((piece.end - piece.start for piece in pieces if piece.key not in changes.replacements), default=0)
     largest = max((entry.size for _, entry in checkpoint.tensors.values()), default=0)
@@ -191,7 +164,7 @@ def _write_files(
         buffers.put(aligned_memory(size))
     non_finite: dict[str, int] = {}
     with _workers() as pool:
-        outcomes = pool.map(partial(_write_piece, changes, directory, buffers), pieces)
+        outcomes = pool.map(partial(_write_piece, changes, buffers), pieces)
         for piece, count in zip(pieces, outcomes, strict=True):
             if piece.key is not None:
                 non_finite[piece.key] = count
@@ -212,17 +185,16 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
             torch.set_num_threads(threads)  # libraries below torch have one number for all threads
 
 
-def _write_piece(changes: Changes, directory: Path, buffers: SimpleQueue[torch.Tensor], piece: _Piece) -> int:
-    """Write one piece to the file of the same name, and return how many elements that are new in it are not finite."""
-    path, new_path = piece.file.path, directory / piece.file.path.name
-    with new_path.open("r+b", buffering=0) as new, direct_descriptor(new_path) as direct:
+def _write_piece(changes: Changes, buffers: SimpleQueue[torch.Tensor], piece: _Piece) -> int:
+    """Write one piece to its file, and return how many elements that are new in it are not finite."""
+    with piece.target.open("r+b", buffering=0) as new, direct_descriptor(piece.target) as direct:
         if piece.key is not None and piece.key in changes.replacements:
             value = changes.new_value(piece.file.entries[piece.key])
             write_at(new, bytes_of(value), piece.start)
             return int((~torch.isfinite(value)).count_nonzero()) if value.dtype in FOLDABLE else 0
         buffer = buffers.get()
         try:
-            with reading(path, size_of(piece.file)) as file:
+            with reading(piece.file.path, size_of(piece.file)) as file:
                 if piece.key is None and direct is None:
                     copy_bytes(file, new, piece.start, piece.end)
                     return 0
@@ -245,8 +217,8 @@ def _merge(changes: Changes, entry: TensorEntry, data: torch.Tensor) -> int:
 def _measured(checkpoint: Checkpoint, changes: Changes, directory: Path) -> Iterator[FoldedWeight]:
     """Yield figures for each weight that something was added to, read from both checkpoints."""
     for file in checkpoint.files:
-        written = TensorFile.open(directory / file.path.name)
+        written = TensorFile.open(directory / checkpoint.name_of(file))
         for key in file.entries:
-            if key in changes.merges:
+            if key in changes.merges and checkpoint.tensors[key][0] is file:
                 merge = changes.merges[key]
                 yield FoldedWeight.of(file.read(key), merge, changes.factors_of(merge), written.read(key))
