@@ -146,6 +146,94 @@ def test_stacked_experts_come_back_as_they_were(make: Any, tmp_path: Path) -> No
     assert all(torch.allclose(merged[key], theirs[key], atol=1e-6) for key in theirs)
 
 
+def olmoe() -> nn.Module:
+    config = transformers.OlmoeConfig(
+        vocab_size=60, hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_experts=5, num_experts_per_tok=2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.OlmoeForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (mixtral, {"target_parameters": ["gate.weight", "experts.down_proj"], "rank_pattern": {"gate.weight": 3}}),
+        (olmoe, {"target_parameters": ["mlp.gate.weight"]}),
+        (gpt_oss, {"target_parameters": ["router.weight"], "bias": "lora_only"}),
+    ],
+)
+def test_the_weights_of_routers_come_back_as_they_were(make: Any, settings: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    base = make().eval()
+    wrapped = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=4, lora_alpha=6, target_modules=[], **settings)
+    )
+    set_factors(wrapped, scale=0.3)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if parameter.requires_grad and "lora_" not in name:
+                parameter.add_(0.3)
+    wrapped.eval().save_pretrained(str(tmp_path / "peft"))
+    mine = lora_fx.from_adapter(base, tmp_path / "peft", inference=True)
+    batch = {"input_ids": torch.randint(0, 60, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
+    found, expected, before = (each(**batch).logits.detach() for each in (mine, wrapped, base))
+    assert torch.allclose(found, expected, atol=2e-6 * float(expected.abs().max()))
+    assert not torch.allclose(found, before, atol=1e-3)
+    lora_fx.save_adapter(mine, tmp_path / "ours")
+    files_equal(tmp_path / "ours", tmp_path / "peft")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
+    assert torch.equal(again(**batch).logits, expected)
+    merged = lora_fx.fold(mine).state_dict()
+    theirs = wrapped.merge_and_unload().state_dict()
+    assert all(torch.allclose(merged[key], theirs[key], atol=1e-6) for key in theirs)
+
+
+WEIGHTS = ["q_proj.weight", "embed_tokens.weight", "lm_head.weight"]
+
+
+def small_llama() -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_the_weights_of_linears_and_embeddings_are_read_as_peft_reads_them(tmp_path: Path) -> None:
+    base = small_llama()
+    wrapped = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=[], target_parameters=WEIGHTS)
+    )
+    set_factors(wrapped, scale=0.3)
+    wrapped.eval().save_pretrained(str(tmp_path / "peft"))
+    mine = lora_fx.from_adapter(base, tmp_path / "peft", inference=True)
+    batch = {"input_ids": torch.randint(0, 60, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
+    expected = wrapped(**batch).logits
+    assert torch.allclose(mine(**batch).logits, expected, atol=1e-6)
+    assert not torch.allclose(base(**batch).logits, expected, atol=1e-2)
+    lora_fx.save_adapter(mine, tmp_path / "ours")  # beside the calls of the modules, which is the same here
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
+    assert torch.allclose(again(**batch).logits, expected, atol=1e-6)
+    merged, theirs = lora_fx.fold(mine).state_dict(), wrapped.merge_and_unload().state_dict()
+    assert all(torch.allclose(merged[key], theirs[key], atol=1e-6) for key in theirs)
+
+
+def test_a_module_and_its_weight_cannot_both_be_adapted_and_no_weight_of_a_convolution(tmp_path: Path) -> None:
+    base = nn.Sequential(Kinds()).eval()
+    wrapped = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=["proj"]))
+    wrapped.save_pretrained(str(tmp_path))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    said = json.dumps({**config, "target_parameters": ["proj.weight", "conv.weight"]})
+    (tmp_path / "adapter_config.json").write_text(said)
+    with pytest.raises(lora_fx.AdapterError) as caught:
+        lora_fx.from_adapter(base, tmp_path, example_inputs=(IDS,))
+    assert caught.value.problems == (
+        "adapter_config.json: target_parameters names '0.conv.weight', the weight of a convolution, which PEFT takes for a stack of "
+        "matrices. Merge the adapter with PEFT, and use the result",
+        "adapter_config.json: target_parameters names '0.proj.weight', and target_modules selects its module: PEFT adapts one of the two",
+    )
+
+
 def test_parts_of_a_projection_are_saved_as_one_branch_with_zeros(tmp_path: Path) -> None:
     rules = {"select": [{"role": ["attention.query"], "features": ["query", "value"], "rank": 3, "alpha": 4}]}
     mine = lora_fx.rewrite(traced("gpt2"), rules).eval()
@@ -334,6 +422,11 @@ class Attending(Around):
         return self.attention(x, x, x, need_weights=False)[0]  # type: ignore[no-any-return]
 
 
+class Regularised(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.weight.norm()
+
+
 @pytest.mark.parametrize(
     ("model", "target", "problem"),
     [
@@ -345,21 +438,71 @@ class Attending(Around):
             "table",
             r"table: its module computes more than the product, aten\.mul",
         ),
-        (Outside(nn.Linear(6, 6)), "lin", r"lin: its weight is multiplied with outside of the module"),
-        (Both(nn.Linear(6, 6)), "lin", r"lin: its weight is multiplied with outside of the module"),
-        (Attending(), "out_proj", r"attention\.out_proj: its weight is multiplied with outside of the module"),
     ],
     ids=lambda each: type(each).__name__ if isinstance(each, nn.Module) else "",
 )
-def test_where_a_module_is_not_the_product_alone_peft_would_compute_something_else(
+def test_where_a_module_is_not_the_product_alone_its_weight_is_what_peft_can_adapt(
     model: nn.Module, target: str, problem: str, tmp_path: Path
+) -> None:
+    ids = IDS[:, :5].clone()
+    rules = {"select": [{"target": [target], "rank": 2, "dropout": 0.1}]}
+    mine = lora_fx.rewrite(model.eval(), rules, example_inputs=(ids,)).eval()
+    set_factors(mine)
+    with pytest.warns(UserWarning, match=r"trains with a dropout of 0\.1; PEFT has none where it adapts a parameter"):
+        lora_fx.save_adapter(mine, tmp_path / "ours")
+    assert read_config(tmp_path / "ours").target_parameters == (f"{target}.weight",)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "ours")).eval()
+    assert torch.allclose(theirs(ids), mine(ids), atol=1e-5)
+    assert not torch.allclose(model(ids), mine(ids), atol=1e-2)
+    back = lora_fx.from_adapter(model, tmp_path / "ours", example_inputs=(ids,)).eval()
+    assert torch.equal(back(ids), mine(ids))
+    peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=[target])).save_pretrained(
+        str(tmp_path / "peft"), save_embedding_layers=False
+    )
+    with pytest.raises(lora_fx.AdapterError, match=problem):
+        lora_fx.load_adapter(lora_fx.trace(model, (ids,)), tmp_path / "peft")
+
+
+class Owner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(7, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.matrix) * self.matrix.norm()
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "said", "problem"),
+    [
+        (Outside(nn.Linear(6, 6)), "lin", {}, r"lin: its weight is multiplied with outside of the module"),
+        (Both(nn.Linear(6, 6)), "lin", {}, r"lin: its weight is multiplied with outside of the module"),
+        (Attending(), "out_proj", {}, r"attention\.out_proj: its weight is multiplied with outside of the module"),
+        (
+            Around(Regularised(6, 6)),
+            "lin",
+            {"target_modules": [], "target_parameters": ["lin.weight"]},
+            r"lin: its weight is read by aten\.linalg_vector_norm\.default too",
+        ),
+        (
+            Around(Owner()),
+            "matrix",
+            {"target_modules": [], "target_parameters": ["lin.matrix"]},
+            r"lin\.matrix: its weight is read by aten\.linalg_vector_norm\.default too",
+        ),
+    ],
+    ids=lambda each: type(each).__name__ if isinstance(each, nn.Module) else "",
+)
+def test_where_peft_would_compute_something_else_it_is_refused(
+    model: nn.Module, target: str, said: dict[str, Any], problem: str, tmp_path: Path
 ) -> None:
     model.eval()
     ids = IDS[:, :5].clone()
     mine = lora_fx.rewrite(model, {"select": [{"target": [target], "rank": 2}]}, example_inputs=(ids,))
-    with pytest.raises(lora_fx.AdapterError, match=problem):
+    with pytest.raises(lora_fx.AdapterError, match=problem if target == "matrix" else r"computes more|outside"):
         lora_fx.save_adapter(mine, tmp_path / "ours")
-    peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=[target])).save_pretrained(
+    config = peft.LoraConfig(r=2, **(said or {"target_modules": [target]}))  # type: ignore[arg-type]
+    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(
         str(tmp_path / "peft"), save_embedding_layers=False
     )
     with pytest.raises(lora_fx.AdapterError, match=problem):

@@ -214,9 +214,11 @@ class _PeftReader:
         self._ledger.problems += _unslotted(self._config)
         self._ledger.stop_if_wrong()
         chosen = [slot for slot in self._table.slots if self._ledger.selects(_site(slot))]
-        self._ledger.problems += [slot.apart for slot in chosen if slot.apart]
+        weights = self._ledger.weights_of(map(_site, chosen))
+        reasons = [slot.apart_as_weight if slot.module in weights else slot.apart for slot in chosen]
+        self._ledger.problems += filter(None, reasons)
         self._ledger.stop_if_wrong()
-        placed = slots([_site(slot) for slot in chosen], self._table.base, {})
+        placed = slots([_site(slot) for slot in chosen], self._table.base, {}, weights)
         settings = {slot.module: self._ledger.setting_of(placed[slot.module].name) for slot in chosen}
         self._ledger.stop_if_wrong()
         products = {slot.site: self._product(placed[slot.module], settings[slot.module]) for slot in chosen}

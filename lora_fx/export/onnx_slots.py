@@ -185,19 +185,20 @@ def _problems(graph_module: TracedGraphModule, names: Sequence[str]) -> Iterator
 def _slots(plan: Plan, base: TracedGraphModule) -> dict[str, OnnxSlot]:
     """Return the slot of every chosen site, by the site's name; sites that share a branch have equal ones."""
     modules = {chosen.site.module for chosen in plan.chosen}
-    problems = list(apart_from_calls(base, modules))
-    apart = (
-        {module: text for module in modules for text in problems if text.startswith(f"{module}: ")} if problems else {}
-    )
-    return {chosen.site.name: _slot(chosen, apart) for chosen in plan.chosen}
+    apart, as_weights = apart_from_calls(base, modules), apart_from_calls(base, modules, modules)
+    return {
+        chosen.site.name: _slot(chosen, apart.get(chosen.site.module, ""), as_weights.get(chosen.site.module, ""))
+        for chosen in plan.chosen
+    }
 
 
-def _slot(chosen: Chosen, apart: Mapping[str, str]) -> OnnxSlot:
+def _slot(chosen: Chosen, apart: str, apart_as_weight: str) -> OnnxSlot:
     site, owner = chosen.site, chosen.branches[0].owner
-    why = apart.get(site.module, "")
     if owner != owners_of(site)[0]:
         why = f"{owner}: each call of {site.module} has a slot of its own, and an adapter of PEFT's is for all of them"
-    return OnnxSlot(owner, site.module, site.weight, site.layout, site.in_features, site.out_features, why)
+        apart = apart_as_weight = why
+    features = site.in_features, site.out_features
+    return OnnxSlot(owner, site.module, site.weight, site.layout, *features, apart, apart_as_weight)
 
 
 def _probing(plan: Plan, base: TracedGraphModule) -> Iterator[tuple[str, nn.Parameter]]:

@@ -44,6 +44,7 @@ class OnnxSlot:
         in_features: width of A.
         out_features: height of B.
         apart: why an adapter of PEFT's does not fit there, since it would compute something else; empty where it fits.
+        apart_as_weight: the same of an adapter that names the weight, under ``target_parameters``.
     """
 
     site: str
@@ -53,6 +54,7 @@ class OnnxSlot:
     in_features: int
     out_features: int
     apart: str = ""
+    apart_as_weight: str = ""
 
     @property
     def a(self) -> str:

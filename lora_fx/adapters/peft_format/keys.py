@@ -2,8 +2,10 @@
 
     linear, convolution   base_model.model.<module>.lora_A.weight            as here
     embedding             base_model.model.<module>.lora_embedding_A         as here
-    bare parameter        base_model.model.<parent>.lora_A.weight            of the last parameter of <parent> that is adapted
+    parameter             base_model.model.<parent>.lora_A.weight            of the last parameter of <parent> that is adapted
                           base_model.model.<parent>.base_layer.lora_A.weight of the one before, and so on
+
+A parameter is one that ``target_parameters`` names: a bare one, or the weight of a module, as of a router.
 
 PEFT takes a stack of matrices for ``(experts, out, in)`` unless its module says ``is_transposed``, and a single one for
 ``(out, in)``. Where it is mistaken, its A has the outputs and its B the inputs: ``ΔWᵀ = A B`` in place of ``ΔW = B A``.
@@ -11,7 +13,7 @@ PEFT takes a stack of matrices for ``(experts, out, in)`` unless its module says
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +24,7 @@ from lora_fx.graph.provenance import module_path, source_line, stamp_of
 from lora_fx.graph.records import BranchSpec
 from lora_fx.planning.plan import factor_shapes
 from lora_fx.sites.call_sites import Site, biased, sites
+from lora_fx.sites.weight_ops import readers, weight_op
 from lora_fx.tracing.transformers_models import traced_class
 
 PREFIX = "base_model.model."
@@ -45,13 +48,13 @@ class Slot:
 
     @property
     def is_parameter(self) -> bool:
-        """Whether it is a bare parameter, which the config names under ``target_parameters``."""
-        return self.site.module == self.site.weight
+        """Whether the config names it under ``target_parameters``: a bare parameter, or the weight of a module."""
+        return is_bare(self.site) or self.name != self.site.module
 
     @property
     def keys(self) -> tuple[str, str]:
         """The keys of A and B."""
-        if self.site.op == "embedding":
+        if self.site.op == "embedding" and not self.is_parameter:
             return f"{PREFIX}{self.path}.lora_embedding_A", f"{PREFIX}{self.path}.lora_embedding_B"
         return f"{PREFIX}{self.path}.lora_A.weight", f"{PREFIX}{self.path}.lora_B.weight"
 
@@ -70,19 +73,32 @@ class Slot:
         return columns.contiguous(), rows.contiguous()
 
 
-def slots(chosen: Iterable[Site], order: Iterable[str], transposed: Mapping[str, bool]) -> dict[str, Slot]:
+def is_bare(site: Site) -> bool:
+    """Tell whether a site multiplies by a bare parameter, whose name is the site's."""
+    return site.module == site.weight
+
+
+def parameter_of(site: Site) -> str:
+    """Return what ``target_parameters`` calls the weight of a site."""
+    return site.module if is_bare(site) else f"{site.module}.weight"
+
+
+def slots(
+    chosen: Iterable[Site], order: Iterable[str], transposed: Mapping[str, bool], weights: Collection[str] = ()
+) -> dict[str, Slot]:
     """Return the slot of each of these sites, by their modules; calls of one module share it.
 
     Args:
         chosen: the sites that an adapter has branches beside.
         order: the names of all parameters of the model, in its order.
         transposed: of modules with parameters that are stacks of matrices stored ``(in, out)``: whether they say so.
+        weights: modules whose weight ``target_parameters`` names.
     """
     by_module = {site.module: site for site in chosen}
-    bare = [name for name in order if name in by_module and by_module[name].weight == name]
+    named = {parameter_of(site) for site in by_module.values() if is_bare(site) or site.module in weights}
     depths: dict[str, int] = {}
     paths: dict[str, str] = {}
-    for name in reversed(bare):
+    for name in reversed([name for name in order if name in named]):
         parent = name.rpartition(".")[0]
         depth = depths[parent] = depths.get(parent, -1) + 1
         paths[name] = ".".join([parent] * bool(parent) + ["base_layer"] * depth)
@@ -90,8 +106,9 @@ def slots(chosen: Iterable[Site], order: Iterable[str], transposed: Mapping[str,
     for module, site in by_module.items():
         is_stack = site.op == "expert"
         says_so = is_stack and transposed.get(module.rpartition(".")[0], False)
-        swapped = module in paths and site.layout == "in_out" and not says_so
-        found[module] = Slot(site, module, paths.get(module, module), swapped)
+        name = parameter_of(site)
+        swapped = name in paths and site.layout == "in_out" and not says_so
+        found[module] = Slot(site, name if name in paths else module, paths.get(name, module), swapped)
     return found
 
 
@@ -117,35 +134,71 @@ def base_name(key: str, names: Collection[str]) -> str | None:
     return next((name for name in found if name in names), None) if key.startswith(PREFIX) else None
 
 
-def apart_from_calls(graph_module: fx.GraphModule, modules: Collection[str]) -> Iterator[str]:
-    """Yield at which of these modules a branch of PEFT's, which is beside the call, computes something else, and why.
+def apart_from_calls(
+    graph_module: fx.GraphModule, modules: Collection[str], weights: Collection[str] = ()
+) -> dict[str, str]:
+    """Return at which of these modules PEFT would compute something else than a branch beside the product, and why.
 
-    Of a graph whose nodes do not tell their modules, nothing is known.
+    PEFT has its branch beside the call of a module; of what ``target_parameters`` names, it adds the update to the parameter
+    for the length of the call. Of a graph whose nodes do not tell their modules, nothing is known.
+
+    Args:
+        graph_module: with the call sites.
+        modules: of the sites in question; of a bare parameter, its name.
+        weights: those modules whose weight ``target_parameters`` names.
     """
     frames: dict[str, list[fx.Node]] = {}
     nodes = {node.name: node for node in graph_module.graph.nodes}
     for node in graph_module.graph.nodes:
         if not stamp_of(node):
             frames.setdefault(_frame(node)[0], []).append(node)
-    for site in (site for site in sites(graph_module) if site.module in modules):
+    found: dict[str, str] = {}
+    adapted = [site for site in sites(graph_module) if site.module in modules]
+    for site in adapted:
         node = nodes[site.node]
-        frame, kind = _frame(node)
-        if site.module == site.weight or not node.meta.get("nn_module_stack"):
+        if not node.meta.get("nn_module_stack"):
             continue
-        if module_path(node) != site.module:
-            yield f"{site.module}: its weight is multiplied with outside of the module{source_line(node)}{_BESIDE}"
-            continue
-        if site.op == "embedding" and kind.endswith("ScaledWordEmbedding"):
-            continue  # of transformers; PEFT knows of their scale
-        total = biased(node)
-        own = [each for each in frames[frame] if each.op == "call_function" and not _depends_on_weights_alone(each)]
-        more = [each for each in own if each not in (node, total) and not _moves_values(each)]
-        if more:
-            told = f"{more[0].target}{source_line(more[0])}"
-            yield f"{site.module}: its module computes more than the product, {told}{_BESIDE}"
+        if is_bare(site) or site.module in weights:
+            products = {nodes[each.node] for each in adapted if each.module == site.module}
+            reason = _apart_from_parameter(parameter_of(site).rpartition(".")[0], node, products)
+        else:
+            reason = _apart_from_module(site, node, frames)
+        if reason:
+            found.setdefault(site.module, f"{site.module}: {reason}")
+    return found
+
+
+def _apart_from_parameter(owner: str, node: fx.Node, products: Collection[fx.Node]) -> str:
+    """Return why the module that owns the weight of a product, during its call, is not the place of these products alone."""
+    if not _is_inside(node, owner):
+        return f"its weight is multiplied with outside of the module{source_line(node)}{_IN_CALL}"
+    product = weight_op(node)
+    assert product is not None
+    others = [each for each, _ in readers(product.weight) if each not in products and _is_inside(each, owner)]
+    return f"its weight is read by {others[0].target} too{source_line(others[0])}{_IN_CALL}" if others else ""
+
+
+def _apart_from_module(site: Site, node: fx.Node, frames: Mapping[str, Collection[fx.Node]]) -> str:
+    """Return why the call of a module is not the product alone, given the nodes of each call."""
+    frame, kind = _frame(node)
+    if module_path(node) != site.module:
+        return f"its weight is multiplied with outside of the module{source_line(node)}{_BESIDE}"
+    if site.op == "embedding" and kind.endswith("ScaledWordEmbedding"):
+        return ""  # of transformers; PEFT knows of their scale
+    total = biased(node)
+    own = [each for each in frames[frame] if each.op == "call_function" and not _depends_on_weights_alone(each)]
+    more = [each for each in own if each not in (node, total) and not _moves_values(each)]
+    return f"its module computes more than the product, {more[0].target}{source_line(more[0])}{_BESIDE}" if more else ""
+
+
+def _is_inside(node: fx.Node, module: str) -> bool:
+    """Tell whether a node was recorded in a call of a module, or of one inside of it."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return not module or any(path.split("@")[0] == module for path, _ in stack.values())
 
 
 _BESIDE = "; PEFT's branch is beside the call of the module, and would compute something else"
+_IN_CALL = "; PEFT changes the parameter during the call of its module, and would compute something else"
 
 
 def _frame(node: fx.Node) -> tuple[str, str]:
@@ -176,7 +229,7 @@ def transposed(graph_module: fx.GraphModule, chosen: Collection[Site]) -> dict[s
     parents = {
         site.module.rpartition(".")[0]
         for site in chosen
-        if site.module == site.weight and site.op == "expert" and site.layout == "in_out"
+        if is_bare(site) and site.op == "expert" and site.layout == "in_out"
     }
     model = traced_class(graph_module) if parents and isinstance(graph_module, TracedGraphModule) else None
     if model is None:

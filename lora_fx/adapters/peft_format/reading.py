@@ -7,7 +7,7 @@ reported at once.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,7 +15,17 @@ import torch
 from torch import fx, nn
 
 from lora_fx.adapters.peft_format.fingerprint import differences, recorded
-from lora_fx.adapters.peft_format.keys import PREFIX, Slot, apart_from_calls, base_key, base_name, slots, transposed
+from lora_fx.adapters.peft_format.keys import (
+    PREFIX,
+    Slot,
+    apart_from_calls,
+    base_key,
+    base_name,
+    is_bare,
+    parameter_of,
+    slots,
+    transposed,
+)
 from lora_fx.errors import AdapterError, LoraFxError, did_you_mean, shortened
 from lora_fx.files.safetensors import TensorEntry, TensorFile
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
@@ -154,8 +164,10 @@ def is_selected(site: Site, config: AdapterConfig, keys: Collection[str]) -> boo
     Raises:
         TimeoutError: a regular expression takes too long.
     """
-    if site.module == site.weight:
-        return config.selects_parameter(site.weight)
+    if config.selects_parameter(parameter_of(site)):
+        return True
+    if is_bare(site):
+        return False
     if str(config.target_modules).lower() == ALL_LINEAR or (
         config.target_modules is None and not config.target_parameters
     ):
@@ -184,6 +196,20 @@ class KeyLedger:
         except TimeoutError as error:
             self.problems.append(f"{CONFIG_NAME}: {error}")
             return False
+
+    def weights_of(self, chosen: Iterable[Site]) -> set[str]:
+        """Return which of these sites' modules have a weight that ``target_parameters`` names; problems where PEFT adapts none."""
+        weights = {s.module: s for s in chosen if not is_bare(s) and self._config.selects_parameter(parameter_of(s))}
+        for module, site in weights.items():
+            where = f"{CONFIG_NAME}: target_parameters names {parameter_of(site)!r}"
+            if site.kernel:
+                self.problems.append(
+                    f"{where}, the weight of a convolution, which PEFT takes for a stack of matrices. Merge the adapter with PEFT, "
+                    "and use the result"
+                )
+            if self._config.selects(module):
+                self.problems.append(f"{where}, and target_modules selects its module: PEFT adapts one of the two")
+        return set(weights)
 
     def setting_of(self, module: str) -> Setting:
         """Return the settings of the branch at a module or a parameter; the default ones with a problem."""
@@ -223,18 +249,20 @@ class _Reader:
         self._graph_module = graph_module
 
     def contents(self) -> AdapterContents:
-        chosen = [site for site in self._sites.values() if self._selected(site)]
+        chosen = [site for site in self._sites.values() if self._ledger.selects(site)]
+        weights = self._ledger.weights_of(chosen)
         self._ledger.stop_if_wrong()
-        self._ledger.problems += apart_from_calls(self._graph_module, {site.module for site in chosen})
+        apart = apart_from_calls(self._graph_module, {site.module for site in chosen}, weights)
+        self._ledger.problems += apart.values()
         self._ledger.stop_if_wrong()
         own = {name: tensor for name, tensor in self._state.tensors.items() if not is_of_adapter(name)}
         self._first = self._state.aliases()
-        placed = slots(chosen, own, transposed(self._graph_module, chosen))
+        placed = slots(chosen, own, transposed(self._graph_module, chosen), weights)
         branches = {slot: self._branch(slot) for slot in placed.values()}
         self._ledger.stop_if_wrong()
         factors = {slot: self._factors(slot, branch) for slot, branch in branches.items()}
-        copies = self._copies(own, [slot.name for slot in branches if not slot.is_parameter])
-        self._rest(own, [slot.name for slot in branches])
+        copies = self._copies(own, [slot.site.module for slot in branches if not is_bare(slot.site)])
+        self._rest(own, [slot.site.module for slot in branches])
         self._ledger.stop_if_wrong()
         read = {slot: self._read_factors(slot, *names) for slot, names in factors.items()}
         values = {name: self._read(key, own[name]) for name, key in copies.items()}
@@ -250,19 +278,6 @@ class _Reader:
             replace(origin, task_type=config.task_type, base=config.base_model_name_or_path, revision=config.revision),
             echoes,
         )
-
-    def _selected(self, site: Site) -> bool:
-        try:
-            unsupported = site.module != site.weight and self._config.selects_parameter(f"{site.module}.weight")
-        except TimeoutError as error:
-            self._ledger.problems.append(f"{CONFIG_NAME}: {error}")
-            return False
-        if unsupported:
-            self._ledger.problems.append(
-                f"{CONFIG_NAME}: target_parameters names the weight of the module {site.module!r}, which is supported for bare "
-                "parameters alone. Merge the adapter with PEFT, and use the result"
-            )
-        return not unsupported and self._ledger.selects(site)
 
     def _branch(self, slot: Slot) -> BranchSpec:
         return BranchSpec(owners_of(slot.site)[0], self._ledger.setting_of(slot.name), op=slot.site.op)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from lora_fx.adapters.peft_format.keys import Slot, apart_from_calls, base_key, slots, transposed
+from lora_fx.adapters.peft_format.keys import Slot, apart_from_calls, base_key, is_bare, slots, transposed
 from lora_fx.adapters.transfer import branches_of, origin_of, parameters_of, trained_of
 from lora_fx.errors import AdapterError
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
@@ -64,7 +64,8 @@ class _PeftWriter:
     def peft_adapter(self) -> PeftAdapter:
         site_of = {owner: site for site in sites(self._graph_module) for owner in owners_of(site)}
         chosen = [site_of[owner] for owner in self._branches]
-        placed = slots(chosen, self._own, transposed(self._graph_module, chosen))
+        weights, apart = self._named_weights(chosen)
+        placed = slots(chosen, self._own, transposed(self._graph_module, chosen), weights)
         tensors: dict[str, torch.Tensor] = {}
         settings: dict[str, tuple[int, float]] = {}
         for owner, branches in self._branches.items():
@@ -82,8 +83,8 @@ class _PeftWriter:
                 continue
             tensors |= dict(zip(slot.keys, slot.exchanged(*self._dense(branches, slot.site)), strict=True))
             settings[slot.name] = (sum(branch.setting.rank for branch in branches), self._scale(owner))
-        self._problems += apart_from_calls(self._graph_module, {site.module for site in chosen})
-        adapted = [slot.name for slot in placed.values() if not slot.is_parameter]
+        self._problems += apart.values()
+        adapted = [slot.site.module for slot in placed.values() if not is_bare(slot.site)]
         parts = self._trained(adapted)
         if self._problems:
             raise AdapterError(f"adapter {self._adapter!r} cannot be written for PEFT", self._problems)
@@ -91,6 +92,15 @@ class _PeftWriter:
         config = _config(self._graph_module, self._adapter, branches, placed, settings)
         config = config.model_copy(update={"bias": parts.bias, "modules_to_save": parts.modules or None})
         return PeftAdapter(config, {**tensors, **self._copies(config, adapted)})
+
+    def _named_weights(self, chosen: Collection[Site]) -> tuple[set[str], dict[str, str]]:
+        """Return the modules to adapt by their weights, since they compute more than the product, and where PEFT cannot adapt."""
+        modules = {site.module for site in chosen}
+        apart = apart_from_calls(self._graph_module, modules)
+        matrices = {site.module for site in chosen if site.module in apart and not is_bare(site) and not site.kernel}
+        as_weights = apart_from_calls(self._graph_module, matrices, matrices) if matrices else {}
+        weights = matrices - as_weights.keys()
+        return weights, {module: reason for module, reason in apart.items() if module not in weights}
 
     def _scale(self, owner: str) -> float:
         scales = sorted({branch.setting.scale for branch in self._branches[owner]})
@@ -150,15 +160,23 @@ def _config(
     alphas = {name: _alpha(rank, scale, rslora=rslora) for name, (rank, scale) in settings.items()}
     rank, alpha = _most_common(ranks.values(), 8.0), _most_common(alphas.values(), 8.0)
     dropouts = Counter(branch.setting.dropout for branch in branches)
-    if len(dropouts) > 1:
+    modules = [slot.name for slot in placed.values() if not slot.is_parameter]
+    parameters = tuple(slot.name for slot in placed.values() if slot.is_parameter)
+    if len(dropouts) > 1 and not parameters:
         told = ", ".join(f"{dropout:g}" for dropout in sorted(dropouts))
         warnings.warn(
             f"adapter {adapter!r} trains with the dropouts {told}; PEFT has one for all, and {max(dropouts):g} is written. What the adapter "
             "computes in evaluation is the same.",
             stacklevel=4,
         )
-    modules = [slot.name for slot in placed.values() if not slot.is_parameter]
-    parameters = tuple(slot.name for slot in placed.values() if slot.is_parameter)
+    dropout = max(dropouts, default=0.0)
+    if parameters and dropout:
+        warnings.warn(
+            f"adapter {adapter!r} trains with a dropout of {dropout:g}; PEFT has none where it adapts a parameter, and 0 is written. What the "
+            "adapter computes in evaluation is the same.",
+            stacklevel=4,
+        )
+        dropout = 0.0
     others = sorted(_module_paths(graph_module) - set(modules))
     info = info_of(graph_module)
     library, _, class_name = info.model_class.partition(":")
@@ -172,7 +190,7 @@ def _config(
         rank_pattern={name: int(value) for name, value in patterns(ranks, rank).items()},
         alpha_pattern=patterns(alphas, alpha),
         use_rslora=rslora,
-        lora_dropout=max(dropouts, default=0.0),
+        lora_dropout=dropout,
         target_modules=targets(modules, others) if modules or not parameters else None,
         target_parameters=parameters or None,
         init_lora_weights="gaussian" if gaussian else True,
