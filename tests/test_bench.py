@@ -25,9 +25,9 @@ import checkpoint_fold  # noqa: E402
 import contenders  # noqa: E402
 import folds  # noqa: E402
 import gpu  # noqa: E402
+import guides  # noqa: E402
 import inference  # noqa: E402
 import measuring  # noqa: E402
-import readme  # noqa: E402
 import tracing  # noqa: E402
 import training  # noqa: E402
 from results import Conditions, Goal, Measured, Result, load, save, table  # noqa: E402
@@ -246,7 +246,7 @@ def test_all_rows_that_were_found_make_the_table_and_a_failure_is_told(
     assert [result.row for result in every.found_in(tmp_path)] == ["C2", "C9", "H2"]
     assert capsys.readouterr().out == table(every.found_in(tmp_path)) + "\n"
     with pytest.raises(typer.Exit) as error:
-        every.main(["C3", "C1"], out=tmp_path, write=True)  # and README.md is left as it is
+        every.main(["C3", "C1"], out=tmp_path, write=True)  # and the guide is left as it is
     assert error.value.exit_code == 1
     assert "C3: it broke" in capsys.readouterr().err
     with pytest.raises(typer.BadParameter, match="C0"):
@@ -257,12 +257,12 @@ def test_all_rows_that_were_found_make_the_table_and_a_failure_is_told(
 def test_a_table_is_put_between_its_markers_alone(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     path.write_text("a\n<!-- made by x.py -->\nold\n\nold\n<!-- end -->\nb\n<!-- made by y.py -->\n<!-- end -->\n")
-    readme.write("x.py", r"new \1", path)
-    readme.write("y.py", "other", path)
+    guides.write("x.py", r"new \1", [path])
+    guides.write("y.py", "other", [path])
     text = "a\n<!-- made by x.py -->\nnew \\1\n<!-- end -->\nb\n<!-- made by y.py -->\nother\n<!-- end -->\n"
     assert path.read_text() == text
-    with pytest.raises(SystemExit, match=r"0 places for what z\.py makes"):
-        readme.write("z.py", "none", path)
+    with pytest.raises(SystemExit, match=r"expected '<!-- made by z\.py -->' once .* got it 0 times"):
+        guides.write("z.py", "none", [path])
     assert path.read_text() == text
 
 

@@ -71,9 +71,9 @@ def test_there_is_no_module_of_odds_and_ends() -> None:
     assert {path.stem for path in FILES} & {"utils", "util", "helpers", "common", "misc"} == set()
 
 
-def test_the_tree_in_the_readme_is_that_of_the_package() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    tree = re.search(r"```text\nlora_fx/\n(.*?)```", readme, re.DOTALL)
+def test_the_tree_in_the_guide_is_that_of_the_package() -> None:
+    guide = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    tree = re.search(r"```text\nlora_fx/\n(.*?)```", guide, re.DOTALL)
     assert tree is not None
     listed: set[str] = set()
     package = folder = PACKAGE

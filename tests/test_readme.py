@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import guides
 import pytest
 from architectures import ARCHITECTURES
 from typer.testing import CliRunner
@@ -14,33 +15,70 @@ from typer.testing import CliRunner
 from lora_fx.cli import app
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+NAMES = [str(path.parent.relative_to(ROOT)) for path in guides.GUIDES]  # the folders that a guide stands in
+MAX_README_BYTES = 15_000
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+def text_of(folder: str) -> str:
+    return (ROOT / folder / "README.md").read_text(encoding="utf-8")
 
 
+def blocks(language: str, folder: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text_of(folder), flags=re.DOTALL | re.MULTILINE)
+
+
+def test_the_readme_is_short_and_has_a_link_to_every_guide() -> None:
+    assert len(text_of(".").encode()) <= MAX_README_BYTES
+    assert set(NAMES) == {
+        ".",
+        "rules",
+        "lora_fx",
+        "lora_fx/adapters",
+        "lora_fx/drawing",
+        "lora_fx/export",
+        "lora_fx/folding",
+        "lora_fx/training",
+        "tests",
+        "tools/bench",
+    }
+    for folder in NAMES[1:]:
+        assert f"]({folder}/README.md)" in text_of("."), folder
+
+
+@pytest.mark.parametrize("folder", NAMES)
+def test_every_link_leads_somewhere(folder: str) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", text_of(folder)):
+        path = (ROOT / folder / target).resolve() if target else ROOT / folder / "README.md"
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("folder", [name for name in NAMES if blocks("python", name)])
 def test_the_code_runs_and_prints_what_it_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The blocks of one guide run one after another; a comment right after a ``print`` is what it prints."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    for block in blocks("python"):
+    for block in blocks("python", folder):
         capsys.readouterr()
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, f"{folder}/README.md", "exec"), names)
         printed = capsys.readouterr().out
-        for line in re.findall(r"^# (.*)$", block, flags=re.MULTILINE):
-            assert line in printed
-    assert len(blocks("python")) == 13
+        for comment in re.findall(r"^(?:print\(.*|\))\n((?:# .*\n)+)", block, flags=re.MULTILINE):
+            for line in comment.splitlines():
+                assert line.removeprefix("# ") in printed
 
 
 def test_the_rule_file_shown_is_the_one_there_is() -> None:
-    assert blocks("toml") == [(ROOT / "rules" / "t5.toml").read_text(encoding="utf-8")]
+    assert blocks("toml", "rules") == [(ROOT / "rules" / "t5.toml").read_text(encoding="utf-8")]
 
 
 def table(tool: str = "check_architectures") -> dict[str, list[str]]:
-    rows = re.search(rf"<!-- made by tools/{tool}\.py -->\n(.*?)\n(?:\n|<!-- end -->)", README, flags=re.DOTALL)
+    rows = re.search(
+        rf"<!-- made by tools/{tool}\.py -->\n(.*?)\n(?:\n|<!-- end -->)", text_of("tests"), flags=re.DOTALL
+    )
     assert rows is not None
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[1].splitlines()[2:]]
     return {name: rest for name, *rest in cells}
@@ -90,19 +128,24 @@ def test_the_table_of_exports_is_what_its_command_prints() -> None:
     assert len(found) == len(expected)
 
 
-def test_every_file_it_names_is_there() -> None:
-    for name in re.findall(r"`(\w+\.py)`", README):
+@pytest.mark.parametrize("folder", NAMES)
+def test_every_file_it_names_is_there(folder: str) -> None:
+    for name in re.findall(r"`(\w+\.py)`", text_of(folder)):
         assert list((ROOT / "lora_fx").rglob(name)), name
-    for command in re.findall(r"pytest (tests/\w+\.py)", README):
-        assert (ROOT / command).is_file()
+    for command in re.findall(r"(?:pytest|python) ((?:tests|tools)/[\w/]+\.py)", text_of(folder)):
+        assert (ROOT / command).is_file(), command
 
 
 PICTURES = ROOT / "tools" / "pictures"
 
 
 def commands() -> list[list[str]]:
-    """Return the arguments of the commands that make the pictures, as the README names them."""
-    return [line.split()[1:] for line in "\n".join(blocks("sh")).splitlines() if line.startswith("lora-fx draw")]
+    """Return the arguments of the commands that make the pictures, as the guide names them."""
+    return [
+        line.split()[1:]
+        for line in "\n".join(blocks("sh", "lora_fx/drawing")).splitlines()
+        if line.startswith("lora-fx draw")
+    ]
 
 
 @pytest.mark.parametrize("command", commands(), ids=lambda command: command[-1])
@@ -117,12 +160,16 @@ def test_the_pictures_are_what_their_commands_make(
     assert [text.strip() for text in there.itertext() if text.strip()] == [
         t.strip() for t in here.itertext() if t.strip()
     ]
-    assert f"({PICTURES.relative_to(ROOT)}/{name})" in README
+    assert f"(../../{PICTURES.relative_to(ROOT)}/{name})" in text_of("lora_fx/drawing")
 
 
 def test_the_matrix_is_what_its_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    shown = re.search(r"<!-- made by tools/visualize\.py -->\n```\n(.*?)```\n<!-- end -->", README, flags=re.DOTALL)
+    shown = re.search(
+        r"<!-- made by tools/visualize\.py -->\n```\n(.*?)```\n<!-- end -->",
+        text_of("lora_fx/drawing"),
+        flags=re.DOTALL,
+    )
     assert shown is not None
     printed = CliRunner().invoke(app, ["draw", "tools/pictures/t5.json"]).stdout
     assert shown[1] in printed

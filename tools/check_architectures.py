@@ -1,4 +1,4 @@
-"""Check every architecture of the mapping against PEFT and print what was found as the README's table.
+"""Check every architecture of the mapping against PEFT and print what was found as the table of tests/README.md.
 
 Example:  python tools/check_architectures.py --write
 """
@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import guides
 import peft
-import readme
 import torch
 import transformers
 import typer
@@ -97,16 +97,16 @@ def _training(name: str, mine: Any, theirs: Any) -> float:
 
 
 def main(
-    write: Annotated[bool, typer.Option(help="Put the table into README.md instead of printing it.")] = False,
+    write: Annotated[bool, typer.Option(help="Put the table into tests/README.md instead of printing it.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Check these architectures alone.")] = None,
 ) -> None:
-    """Check every architecture of the mapping against PEFT and make the README's table."""
+    """Check every architecture of the mapping against PEFT and make the table of tests/README.md."""
     transformers.logging.set_verbosity_error()
     names = only or list(architectures.ARCHITECTURES)
     rows = [check(name) for name in track(names, "checking", disable=not sys.stderr.isatty())]
     table = "\n".join([*HEADER, *rows])
     if write:
-        readme.write("tools/check_architectures.py", table)
+        guides.write("tools/check_architectures.py", table)
     else:
         print(table)
 

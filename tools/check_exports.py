@@ -1,4 +1,4 @@
-"""Export every small model of the tests to every format, and print what came of it as the README's tables.
+"""Export every small model of the tests to every format, and print what came of it as the tables of tests/README.md.
 
 Each export is compared with its graph by the exporter itself, at the sizes of the trace, at others, and with each axis at 1.
 
@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
-import readme
+import guides
 import typer
 from rich.progress import track
 
@@ -69,7 +69,7 @@ def check(name: str) -> Row:
 
 
 def names() -> tuple[list[str], list[str]]:
-    """Return the models of the mapping, with those that the README promises beside them, and all others."""
+    """Return the models of the mapping, with those that tests/README.md promises beside them, and all others."""
     import architectures
     import families
 
@@ -92,7 +92,9 @@ def tables(rows: Iterable[Row], promised: Iterable[str]) -> str:
 
 def main(
     only: Annotated[list[str] | None, typer.Option(help="Just these models. May be repeated.")] = None,
-    write: Annotated[bool, typer.Option("--write", help="Put the tables into README.md; else print them.")] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="Put the tables into tests/README.md; else print them.")
+    ] = False,
     jobs: Annotated[int, typer.Option(help="Number of processes.")] = os.cpu_count() or 1,
 ) -> None:
     """Export every small model of the tests to every format, and print what came of it."""
@@ -102,7 +104,7 @@ def main(
         rows = list(track(pool.map(check, chosen), total=len(chosen), description="exporting"))
     made = tables(rows, promised)
     if write:
-        readme.write("tools/check_exports.py", made)
+        guides.write("tools/check_exports.py", made)
     else:
         typer.echo(made)
 

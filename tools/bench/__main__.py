@@ -1,8 +1,8 @@
-"""All rows that need no GPU, one after another, each in a process of its own; the table of them is the README's.
+"""All rows that need no GPU, one after another, each in a process of its own; the table of them is in README.md beside this file.
 
     python tools/bench                                 # what ``make bench`` runs, without --write
     python tools/bench C2 C9                           # these rows; the others of the table are as they were found before
-    python tools/bench --write                         # puts the table into README.md
+    python tools/bench --write                         # puts the table into the guide
 
 Each row is found in OUT/<row>.json, and the table is made of all that are there: also of H1, H1-long, H2 and H3, which
 ``python tools/bench/gpu.py H1 --json OUT/H1.json`` writes on a machine with a GPU.
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-import readme
+import guides
 
 HERE = Path(__file__).parent
 ROWS: dict[str, tuple[str, ...]] = {
@@ -60,7 +60,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where what was found is written, a JSON file a row.")] = Path(
         "bench-output"
     ),
-    write: Annotated[bool, typer.Option("--write", help="Put the table into README.md.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Put the table into the guide.")] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="With sizes that take little time, and show nothing.")] = False,
 ) -> None:
     """Run the benchmarks, and print the table."""
@@ -83,7 +83,7 @@ def main(
     if failures:
         raise typer.Exit(1)
     if write:
-        readme.write("tools/bench", text)
+        guides.write("tools/bench", text)
 
 
 EXAMPLES = "Examples:  python tools/bench --write   ·   python tools/bench C2 C9 --out found"

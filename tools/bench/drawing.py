@@ -1,7 +1,7 @@
 """What pictures of a Llama cost: making them, opening the page in a browser, and whether they stay as large as they were.
 
     python tools/bench/drawing.py                    # prints a table
-    python tools/bench/drawing.py --write            # puts it into README.md, with the machine and the date
+    python tools/bench/drawing.py --write            # puts it into the guide, with the machine and the date
 
 Drawn is what ``rewrite(rules="llama")`` changes: branches at q and v of every layer. Weights are on the meta device. The longer
 model is the traced one with its last layer repeated: ``torch.export`` takes minutes for so many layers.
@@ -30,7 +30,7 @@ from shapes import LLAMA_8B
 ROOT = Path(__file__).parent.parent.parent
 sys.path += [str(ROOT / "tests"), str(ROOT / "tools")]
 
-import readme  # noqa: E402
+import guides  # noqa: E402
 from browser import launched, opened, settled  # noqa: E402
 from playwright.sync_api import Browser, Page  # noqa: E402
 
@@ -174,7 +174,7 @@ def table(small: Sequence[str], large: Sequence[str]) -> str:
 
 def main(
     repetitions: Annotated[int, typer.Option(min=1, help="Of everything that is timed.")] = 5,
-    write: Annotated[bool, typer.Option("--write", help="Put the table into README.md.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Put the table into the guide.")] = False,
 ) -> None:
     """Print the table."""
     console = Console(stderr=True)
@@ -190,7 +190,7 @@ def main(
     )
     print(text)
     if write:
-        readme.write("tools/bench/drawing.py", text)
+        guides.write("tools/bench/drawing.py", text)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The MiniLM of the demo in every format: size on disk, and latency beside eager transformers.
 
     python tools/bench/exports.py                    # prints a table
-    python tools/bench/exports.py --write            # puts it into README.md, with the machine and the date
+    python tools/bench/exports.py --write            # puts it into the guide, with the machine and the date
 
 All run the folded weights, in one process, on the threads that torch takes by default, in alternation: each repetition times
 every format once, beginning with another, and the ratio is that of the medians. What is first called at a size is warmed up before.
@@ -27,7 +27,7 @@ from rich.console import Console
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-import readme
+import guides
 
 import lora_fx
 from lora_fx.demo import SEED, load_model, read_corpus
@@ -92,7 +92,7 @@ def size_of(path: Path) -> int:
 
 def main(
     repetitions: Annotated[int, typer.Option(help="Timed calls of each format at each size.")] = 40,
-    write: Annotated[bool, typer.Option("--write", help="Put the table into README.md.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Put the table into the guide.")] = False,
 ) -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory() as directory, torch.inference_mode(False), torch.no_grad():
@@ -114,7 +114,7 @@ def main(
     text = "\n".join(lines)
     print(text)
     if write:
-        readme.write("tools/bench/exports.py", text)
+        guides.write("tools/bench/exports.py", text)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How fast an adapter is folded in memory, beside the bounds of the machine and beside PEFT.
 
     python tools/bench/folding.py                    # prints a table
-    python tools/bench/folding.py --write            # puts it into README.md, with the machine and the date
+    python tools/bench/folding.py --write            # puts it into the guide, with the machine and the date
 
 Folded are bfloat16 weights of the shapes of Llama 2 7B, with a branch of rank 16 at each. All runs are in one process and take
 turns; times are medians, rates are bytes of weights a second. Times are of the processor, on one thread: threads that wait for
@@ -39,7 +39,7 @@ from torch import nn
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-import readme
+import guides
 
 import lora_fx
 from lora_fx.adapters.attach import attach
@@ -160,7 +160,7 @@ def table(size: int, seconds: Mapping[str, float]) -> str:
 def main(
     gigabytes: Annotated[float, typer.Option(min=0.01, help="Size of the weights.")] = 1.0,
     repetitions: Annotated[int, typer.Option(min=1, help="Of each, after one that warms up.")] = 5,
-    write: Annotated[bool, typer.Option("--write", help="Put the table into README.md.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Put the table into the guide.")] = False,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ) -> None:
     """Print the table."""
@@ -174,7 +174,7 @@ def main(
         result = {"conditions": asdict(conditions), "bytes": size, "rank": RANK, "seconds": seconds}
         as_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if write:
-        readme.write("tools/bench/folding.py", text)
+        guides.write("tools/bench/folding.py", text)
 
 
 if __name__ == "__main__":

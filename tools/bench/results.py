@@ -1,4 +1,4 @@
-"""What benchmarks found: as data, as JSON, and as the README's table. Nothing is measured here."""
+"""What benchmarks found: as data, as JSON, and as the table of tools/bench/README.md. Nothing is measured here."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How long every pass takes on graphs of a thousand to a hundred thousand nodes, and how that grows: it is to be linear.
 
     python tools/bench/scaling.py                    # prints a table
-    python tools/bench/scaling.py --write            # puts it into README.md, with the machine and the date
+    python tools/bench/scaling.py --write            # puts it into the guide, with the machine and the date
 
 The graphs are one traced Llama with its last layer repeated, node by node. Its weights are tiny and real, so that fold and
 verify compute, and nearly all of the time is that of the graph. Times are of the processor, on one thread, so that other
@@ -30,7 +30,7 @@ from shapes import Llama
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-import readme
+import guides
 
 import lora_fx
 from lora_fx.adapters.attach import attach
@@ -111,7 +111,7 @@ def main(
     largest: Annotated[
         int, typer.Option(min=SIZES[1], help="Leave out graphs with more nodes; two sizes show how a cost grows.")
     ] = SIZES[-1],
-    write: Annotated[bool, typer.Option("--write", help="Put the table into README.md.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Put the table into the guide.")] = False,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ) -> None:
     """Print the table."""
@@ -135,7 +135,7 @@ def main(
         result = {"conditions": asdict(conditions), "nodes": nodes, "seconds": times, "exponents": exponents}
         as_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if write:
-        readme.write("tools/bench/scaling.py", text)
+        guides.write("tools/bench/scaling.py", text)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One model with slots and an adapter a request, beside a folded model of each adapter, and PEFT in eager mode.
 
     python tools/bench/slots.py                      # prints a table
-    python tools/bench/slots.py --write              # puts it into README.md, with the machine and the date
+    python tools/bench/slots.py --write              # puts it into the guide, with the machine and the date
 
 A GPT-2 of 12 layers and width 768, of random weights and a vocabulary of 1000, with adapters of ranks 8 and 16 beside every
 c_attn. All run in one process, on the threads that torch takes by default, in alternation: each repetition times every
@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-import readme
+import guides
 
 import lora_fx
 from lora_fx.runtime import OnnxSession
@@ -177,7 +177,7 @@ def latencies(runs: Mapping[str, Run], batch: int, sequence: int, seconds: float
 def main(
     layers: Annotated[int, typer.Option(help="Of the model.")] = 12,
     seconds: Annotated[float, typer.Option(help="Of timing at each size.")] = 15,
-    write: Annotated[bool, typer.Option("--write", help="Put the table into README.md.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Put the table into the guide.")] = False,
 ) -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory() as directory, torch.no_grad():
@@ -202,7 +202,7 @@ def main(
     text = "\n".join(lines)
     print(text)
     if write:
-        readme.write("tools/bench/slots.py", text)
+        guides.write("tools/bench/slots.py", text)
 
 
 if __name__ == "__main__":
