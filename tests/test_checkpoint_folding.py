@@ -15,7 +15,7 @@ import transformers
 from architectures import ARCHITECTURES, EACH, build, run
 from conftest import set_factors
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -23,6 +23,7 @@ import lora_fx
 from lora_fx.cli import app
 from lora_fx.folding.checkpoint_plan import fold_checkpoint, plan_checkpoint_fold
 from lora_fx.graph.graph_module import State
+from lora_fx.tracing.transformers_models import empty_model, untie_as_loaded
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -207,6 +208,130 @@ def test_tied_weights_are_refused(tmp_path: Path) -> None:
         fold_checkpoint(tmp_path / "base", [(tmp_path / "a", 1.0)], tmp_path / "out")
     assert "tie_word_embeddings" in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+# The config ties, and the files decide.
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def small_llama(*, tie_word_embeddings: bool) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tie_word_embeddings,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def two_values(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint whose config ties embedding and head, of which the files have a value each."""
+    directory = tmp_path_factory.mktemp("two values") / "base"
+    small_llama(tie_word_embeddings=False).save_pretrained(directory)
+    said = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**said, "tie_word_embeddings": True}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    ],
+    ids=["head", "embedding", "trained head", "both trained"],
+)
+def test_embedding_and_head_with_a_value_each_are_folded_as_transformers_loads_them(
+    settings: dict[str, Any], two_values: Path, tmp_path: Path
+) -> None:
+    def load(directory: Path) -> Any:
+        return transformers.LlamaForCausalLM.from_pretrained(directory).eval()
+
+    wrapped = adapter(load(two_values), tmp_path / "a", **settings)
+    with torch.no_grad():  # the trained copies too
+        for number, (name, parameter) in enumerate(wrapped.named_parameters()):
+            if "modules_to_save" in name:
+                parameter.add_(torch.linspace(-0.3, 0.2, parameter.numel()).view_as(parameter) * (number + 1))
+    wrapped.save_pretrained(str(tmp_path / "a"))
+    ids = torch.arange(3, 18).reshape(3, 5)
+    expected = wrapped.merge_and_unload()(input_ids=ids).logits
+    plan = plan_checkpoint_fold(two_values, [(tmp_path / "a", 1.0)])
+    assert plan.untied == ((EMBEDDING, HEAD),)
+    assert (
+        f"{EMBEDDING} and {HEAD} are two tensors with other values, and stay apart, as transformers loads them. The config ties them: "
+        "set tie_word_embeddings to false for programs that go by it alone"
+    ) in str(plan).splitlines()
+    plan.write(tmp_path / "out", verify=True)
+    loaded = load(tmp_path / "out")
+    assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
+    assert torch.equal(loaded(input_ids=ids).logits, expected)
+    assert (expected - load(two_values)(input_ids=ids).logits).abs().max() > 1e-3
+
+
+def test_trained_copies_of_a_pair_with_one_value_are_taken_or_refused_on_disk_as_in_memory(tmp_path: Path) -> None:
+    model = small_llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    wrapped = adapter(model, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    copies = [value for name, value in wrapped.named_parameters() if "modules_to_save" in name]
+    with torch.no_grad():
+        for value in copies:
+            value.copy_(torch.linspace(-0.3, 0.2, value.numel()).view_as(value))
+    wrapped.save_pretrained(str(tmp_path / "a"))
+    fold_checkpoint(tmp_path / "base", [(tmp_path / "a", 1.0)], tmp_path / "out")
+    memory = lora_fx.fold(lora_fx.from_adapter(model, tmp_path / "a", inference=True)).state_dict()
+    loaded = type(model).from_pretrained(tmp_path / "out")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert all(torch.equal(value, memory[key]) for key, value in loaded.state_dict().items())
+    with torch.no_grad():
+        copies[1].add_(0.1)
+    wrapped.save_pretrained(str(tmp_path / "b"))
+    for fold in (
+        lambda: plan_checkpoint_fold(tmp_path / "base", [(tmp_path / "b", 1.0)]),
+        lambda: lora_fx.from_adapter(model, tmp_path / "b", inference=True),
+    ):
+        with pytest.raises(lora_fx.AdapterError) as caught:
+            fold()
+        assert str(caught.value) == (
+            f"{tmp_path / 'b'}: base_model.model.lm_head.weight: expected the trained value of 'model.embed_tokens.weight', with which "
+            "'lm_head.weight' is one tied parameter, found another. Un-tie them in the model first"
+        )
+
+
+TIED = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+
+
+def test_of_tied_names_those_are_untied_that_transformers_loads_apart(tmp_path: Path) -> None:
+    config = transformers.T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=2)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    rest = {key: value for key, value in tensors_of(tmp_path).items() if key not in TIED}
+    for values in (
+        (0, None, None, 1),
+        (None, 0, None, 1),
+        (None, 0, 1, None),
+        (0, None, None, 0),
+        (0, 1, 0, 2),
+        (None, None, 0, 0),
+        (0, 1, 1, 1),
+    ):
+        stored = {
+            name: torch.full((40, 16), float(value))
+            for name, value in zip(TIED, values, strict=True)
+            if value is not None
+        }
+        save_file({**rest, **stored}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        loaded, empty = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path), empty_model(tmp_path)
+        untied = untie_as_loaded(empty, {*rest, *stored}, lambda one, other, s=stored: torch.equal(s[one], s[other]))  # type: ignore[misc]
+
+        def ties(model: nn.Module) -> list[bool]:
+            return [model.get_parameter(one) is model.get_parameter(other) for one in TIED for other in TIED]
+
+        assert ties(empty) == ties(loaded), values
+        assert empty.all_tied_weights_keys == loaded.all_tied_weights_keys
+        assert all(name not in loaded.all_tied_weights_keys for _, name in untied)
 
 
 def test_the_embeddings_that_peft_adds_to_a_file_are_compared_with_the_checkpoint(

@@ -73,6 +73,8 @@ def fold(
         from lora_fx.folding.report import FoldReport
 
         typer.echo(str(FoldReport(written.weights)))
+    for line in planned.untied_lines:
+        typer.echo(line)
     _tell_written(written, out)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from lora_fx.adapters.peft_format.reading import (
 )
 from lora_fx.adapters.transfer import plan_branches
 from lora_fx.errors import AdapterError, FoldError, LoraFxError, listed
+from lora_fx.files.safetensors import equal_in_files
 from lora_fx.folding.checkpoint import Changes, Checkpoint
 from lora_fx.folding.checkpoint_check import changed_in_files, check_fits
 from lora_fx.folding.checkpoint_files import Companions, companions_of, lines_of_left
@@ -39,7 +41,7 @@ from lora_fx.numerics.lowrank_merge import Merge, Update
 from lora_fx.text_table import new_table, text_lines
 from lora_fx.tracing.example_inputs import read_example_inputs
 from lora_fx.tracing.trace import trace
-from lora_fx.tracing.transformers_models import empty_model
+from lora_fx.tracing.transformers_models import empty_model, untie_as_loaded
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,29 @@ class CheckpointFold:
         changes: merges and replacements of its tensors.
         adapters: the directories, each with its strength.
         companions: the other files of the base, those that go along and those that stay behind.
+        untied: pairs of parameters that the config ties, and for which the files have two values.
     """
 
     checkpoint: Checkpoint
     changes: Changes
     adapters: tuple[tuple[Path, float], ...]
     companions: Companions
+    untied: tuple[tuple[str, str], ...] = ()
 
     @property
     def changed_bytes(self) -> int:
         """Number of bytes of the tensors that change."""
         changed = {*self.changes.merges, *self.changes.replacements}
         return sum(self.checkpoint.find(key)[1].size for key in changed)
+
+    @property
+    def untied_lines(self) -> list[str]:
+        """Return a line for each pair that the config ties and the files do not."""
+        return [
+            f"{source} and {name} are two tensors with other values, and stay apart, as transformers loads them. The config ties them: set "
+            "tie_word_embeddings to false for programs that go by it alone"
+            for source, name in self.untied
+        ]
 
     def __str__(self) -> str:
         table = new_table()
@@ -81,6 +94,7 @@ class CheckpointFold:
             [
                 *text_lines(table),
                 *(f"adapter {directory} at strength {strength:g}" for directory, strength in self.adapters),
+                *self.untied_lines,
                 f"{changed} tensors, {self.changed_bytes / 1e6:.1f} MB, change; {copied} tensors, "
                 f"{(self.checkpoint.size - self.changed_bytes) / 1e6:.1f} MB with the headers, are copied as they are",
                 f"{len(self.companions.files)} other files are copied: {listed(self.companions.files, _MAX_NAMED)}",
@@ -133,7 +147,7 @@ def plan_checkpoint_fold(
     example_inputs: Path | None = None,
     step: Callable[[str], None] = lambda _: None,
 ) -> CheckpointFold:
-    """Plan the fold of adapters into a checkpoint, tensor by tensor. None of them is read.
+    """Plan the fold of adapters into a checkpoint, tensor by tensor. Read are only those that the config ties and the files have twice.
 
     Args:
         base: directory with a ``config.json`` and safetensors files, or of sentence-transformers.
@@ -156,10 +170,11 @@ def plan_checkpoint_fold(
     step("reading the config")
     model = empty_model(checkpoint.model)
     _check_not_quantised(model, checkpoint.model)
+    places = _Places.of(model, checkpoint)
+    untied = untie_as_loaded(model, places.plain, partial(places.equal, dtype=getattr(model.config, "dtype", None)))
     step(f"tracing {type(model).__name__}")
     inputs = None if example_inputs is None else read_example_inputs(example_inputs, model)
     graph_module = trace(model, inputs, inference=True)
-    places = _Places.of(model, checkpoint)
     step("fitting the adapters")
     base_fingerprint = places.fingerprint(state_of(graph_module))
     factors: dict[str, torch.Tensor] = {}
@@ -189,7 +204,8 @@ def plan_checkpoint_fold(
     changes = Changes(merges=merges, replacements=replaced, tensors=factors)
     check_fits(checkpoint, changes)
     changed_in_files(checkpoint, changes)
-    return CheckpointFold(checkpoint, changes, tuple((Path(directory), s) for directory, s in adapters), companions)
+    strengths = tuple((Path(directory), strength) for directory, strength in adapters)
+    return CheckpointFold(checkpoint, changes, strengths, companions, untied)
 
 
 _MAX_NAMED = 10
@@ -297,6 +313,11 @@ class _Places:
         plain = {name: keys[0] for name, keys in made_of.items() if len(keys) == 1 and name not in converts}
         converted = {name: tuple(keys) for name, keys in made_of.items() if name not in plain}
         return _Places(checkpoint, plain, converted)
+
+    def equal(self, one: str, other: str, *, dtype: torch.dtype | None) -> bool:
+        """Tell whether two tensors that are stored as the model has them are equal when they are loaded in a dtype."""
+        first, second = (self.checkpoint.find(self.plain[name]) for name in (one, other))
+        return equal_in_files(first, second, dtype if dtype is not None else first[1].dtype)
 
     def fingerprint(self, state: State) -> dict[str, str | None]:
         """Return the fingerprint of the base, see :func:`lora_fx.adapters.peft_format.fingerprint.differences`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,34 @@ def empty_model(path: str | Path) -> nn.Module:
     config = _read_config(path)
     with torch.device("meta"):
         return _build(config, path)
+
+
+def untie_as_loaded(
+    model: Any, stored: Collection[str], equal: Callable[[str, str], bool]
+) -> tuple[tuple[str, str], ...]:
+    """Untie parameters of an empty model that files have two values for, as ``from_pretrained`` does whatever the config says.
+
+    Args:
+        model: a transformers model on the meta device; changed in place.
+        stored: names of the tensors that the files have.
+        equal: tells whether the files have equal values for two of these names.
+
+    Returns:
+        For each parameter that was untied, the name of the other one, and its own.
+    """
+    valued = {name: name for name in stored}  # whose value a name gets
+    untied = []
+    for target, source in dict(getattr(model, "all_tied_weights_keys", {})).items():
+        if target in valued and source in valued and not equal(valued[source], valued[target]):
+            untied.append((source, target))
+        elif target in valued:
+            valued.setdefault(source, valued[target])
+    for _, name in untied:
+        path, _, leaf = name.rpartition(".")
+        own = nn.Parameter(torch.empty_like(model.get_parameter(name)), model.get_parameter(name).requires_grad)
+        model.get_submodule(path).register_parameter(leaf, own)
+        del model.all_tied_weights_keys[name]
+    return tuple(untied)
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:

@@ -416,6 +416,11 @@ class _Reader:
                     f"{key}: the buffer {name!r} of a module that trains has changed too (running statistics, for instance), and an "
                     "adapter keeps the buffers of the model. Give the model these values first"
                 )
+            elif not same and of_copy and name != self._first[name]:
+                self._ledger.problems.append(
+                    f"{key}: expected the trained value of {self._first[name]!r}, with which {name!r} is one tied parameter, found another. "
+                    "Un-tie them in the model first"
+                )
             elif not same:
                 self._ledger.problems.append(another_value(key, name, other))
         return echoes
