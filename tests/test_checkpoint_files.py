@@ -1,4 +1,4 @@
-"""All that lies beside the weights of a checkpoint goes along with a folded one, or is named with the reason why it stays behind."""
+"""All that lies beside the weights of a checkpoint goes along with a folded one, or is named with the reason why it does not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from lora_fx.cli import app
 from lora_fx.errors import LoraFxError
 from lora_fx.folding.checkpoint import Changes, Checkpoint
-from lora_fx.folding.checkpoint_files import companions_of, lines_of_left
+from lora_fx.folding.checkpoint_files import companions_of, skipped_lines
 from lora_fx.folding.checkpoint_plan import fold_checkpoint
 from lora_fx.folding.checkpoint_write import write_merged
 
@@ -46,7 +46,7 @@ OLD = [
     "openvino_model.xml", "original/", "own-Q4_K_M.gguf", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin",
     "pytorch_model.bin.index.json", "renamed.safetensors", "rust_model.ot", "tf_model.h5", "weights.npz",
 ]  # fmt: skip
-LEFT = {
+SKIPPED = {
     **dict.fromkeys((".cache/", ".git/", "1_Pooling/__pycache__/", "__pycache__/"), "a repository or a cache"),
     **dict.fromkeys(STATE, "a training state"),
     **dict.fromkeys(
@@ -77,7 +77,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_of_a_directory_with_one_of_everything_all_goes_along_but_old_weights_and_training_states(base: Path) -> None:
-    put(base, *ALONG, *LEFT)
+    put(base, *ALONG, *SKIPPED)
     (base / "empty").mkdir()
     save_file({"a.weight": torch.zeros(3, 2), "b": torch.ones(1)}, base / "renamed.safetensors")
     save_file({"v_head.weight": torch.ones(1, 2)}, base / "value_head.safetensors")
@@ -86,18 +86,18 @@ def test_of_a_directory_with_one_of_everything_all_goes_along_but_old_weights_an
     directories = {f"{parent}/" for path in ALONG for parent in list(Path(path).parents)[:-1]}
     assert written(base.parent / "out") == sorted([*ALONG, *directories, "empty/", "model.safetensors"])
     assert all((base.parent / "out" / path).read_bytes() == before[base / path] for path in ALONG)
-    assert report.left == LEFT
+    assert report.skipped == SKIPPED
     assert {path: path.read_bytes() for path in base.rglob("*") if path.is_file()} == before
 
 
-def test_what_stays_behind_is_told_in_a_line_for_each_reason(base: Path) -> None:
-    put(base, *LEFT)
-    assert lines_of_left(companions_of(Checkpoint.open(base)).left) == [
-        "left behind (a repository or a cache): .cache/, .git/, 1_Pooling/__pycache__/, __pycache__/",
-        "left behind (an adapter, which transformers would add to the result): adapter_config.json, adapter_model.safetensors",
-        "left behind (a training state): checkpoint-12/, custom_checkpoint_0.pkl, global_step12/, optimizer.bin, optimizer.pt, "
+def test_what_is_skipped_is_told_in_a_line_for_each_reason(base: Path) -> None:
+    put(base, *SKIPPED)
+    assert skipped_lines(companions_of(Checkpoint.open(base)).skipped) == [
+        "not copied (a repository or a cache): .cache/, .git/, 1_Pooling/__pycache__/, __pycache__/",
+        "not copied (an adapter, which transformers would add to the result): adapter_config.json, adapter_model.safetensors",
+        "not copied (a training state): checkpoint-12/, custom_checkpoint_0.pkl, global_step12/, optimizer.bin, optimizer.pt, "
         "optimizer_0/, pytorch_model_fsdp.bin, random_states_0.pkl, rng_state.pth, rng_state_3.pth and 6 more",
-        "left behind (old weights in another form): consolidated.00.pth, consolidated.safetensors, coreml/, flax_model.msgpack, "
+        "not copied (old weights in another form): consolidated.00.pth, consolidated.safetensors, coreml/, flax_model.msgpack, "
         "ggml-model-q4_0.bin, gguf/, metal/, model-00001-of-00002.safetensors, model.ckpt.data-00000-of-00001, model.ckpt.index and 17 more",
     ]  # renamed.safetensors holds no tensors here
 
@@ -129,7 +129,7 @@ def test_what_cannot_be_read_is_an_error_before_anything_is_written(
     (base / "1_Pooling" / "itself").symlink_to("itself")
     (base / "1_Pooling" / "back").symlink_to("..")
     (base / "1_Pooling" / "up").symlink_to(base.parent.parent)
-    (base / "pytorch_model.bin").symlink_to("../blobs/never downloaded")  # which stays behind anyway
+    (base / "pytorch_model.bin").symlink_to("../blobs/never downloaded")  # which is skipped anyway
     os.mkfifo(base / "pipe")
     with socket.socket(socket.AF_UNIX) as opened:
         monkeypatch.chdir(base)
@@ -233,31 +233,31 @@ def test_a_directory_of_sentence_transformers_loads_and_encodes_as_with_the_merg
         (base / "modules.json").write_text(json.dumps(modules))
         put(base, f"{module}/pytorch_model.bin")
     report = fold_checkpoint(base, [(adapter, 1.0)], tmp_path / "out", verify=True)
-    assert report.left == ({f"{module}/pytorch_model.bin": "old weights in another form"} if module else {})
-    assert written(tmp_path / "out") == [path for path in written(base) if path not in report.left]
+    assert report.skipped == ({f"{module}/pytorch_model.bin": "old weights in another form"} if module else {})
+    assert written(tmp_path / "out") == [path for path in written(base) if path not in report.skipped]
     merged = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS)
     assert abs(merged - vectors).max() < 1e-6
 
 
-def test_a_trial_shows_what_is_copied_and_what_stays_behind(sentences: tuple[Path, Path, Any], tmp_path: Path) -> None:
+def test_a_trial_shows_what_is_copied_and_what_is_skipped(sentences: tuple[Path, Path, Any], tmp_path: Path) -> None:
     base, adapter, _ = sentences
     base = shutil.copytree(base, tmp_path / "base")
     put(base, "pytorch_model.bin", "runs/", "onnx/")
-    left = [
-        "left behind (old weights in another form): onnx/, pytorch_model.bin",
-        "left behind (a training state): runs/",
+    skipped = [
+        "not copied (old weights in another form): onnx/, pytorch_model.bin",
+        "not copied (a training state): runs/",
     ]
     call = ["fold", str(base), str(adapter), str(tmp_path / "out")]
     trial = CliRunner().invoke(app, [*call, "--dry-run"])
     assert trial.exit_code == 0, trial.output
     assert trial.stdout.splitlines()[-4:-1] == [
-        "10 other files are copied: 1_Pooling/config.json, 2_Dense/config.json, 2_Dense/model.safetensors, README.md, config.json, "
+        "copied too: 1_Pooling/config.json, 2_Dense/config.json, 2_Dense/model.safetensors, README.md, config.json, "
         "config_sentence_transformers.json, modules.json, sentence_bert_config.json, tokenizer.json, tokenizer_config.json",
-        *left,
+        *skipped,
     ]
     assert not (tmp_path / "out").exists()
     done = CliRunner().invoke(app, call)
-    assert done.stdout.splitlines()[:-1] == left, done.output
+    assert done.stdout.splitlines()[:-1] == skipped, done.output
     (base / "tokenizer.json").unlink()
     (base / "tokenizer.json").symlink_to("gone")
     refused = CliRunner().invoke(app, [*call[:-1], str(tmp_path / "other")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -375,6 +376,21 @@ def test_a_quantised_checkpoint_is_refused(base: tuple[nn.Module, Path], tmp_pat
         lora_fx.FoldError, match=r"its weights are quantised \(gptq\), and nothing can be added to them"
     ):
         plan_checkpoint_fold(quantised, [(tmp_path / "a", 1.0)])
+
+
+def test_a_config_that_names_other_weights_is_refused(base: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    model, directory = base
+    adapter(model, tmp_path / "a", target_modules=["q_proj"])
+    named = shutil.copytree(directory, tmp_path / "base")
+    said = {**json.loads((named / "config.json").read_text()), "transformers_weights": "new.safetensors"}
+    (named / "config.json").write_text(json.dumps(said))
+    shutil.copy(named / "model.safetensors", named / "new.safetensors")
+    with pytest.raises(lora_fx.FoldError) as caught:
+        plan_checkpoint_fold(named, [(tmp_path / "a", 1.0)])
+    assert str(caught.value) == (
+        f"{named}: expected the weights in model.safetensors, found that config.json names 'new.safetensors' (transformers_weights), "
+        "which transformers loads. Rename that to model.safetensors, and remove the key."
+    )
 
 
 def test_the_command_line(base: tuple[nn.Module, Path], tmp_path: Path) -> None:

@@ -289,7 +289,7 @@ def test_shards_in_a_directory_that_the_index_names_are_read_and_written_there(t
     _write_index(base, places)
     changes = changes_for(tensors)
     report = write_merged(Checkpoint.open(base), changes, tmp_path / "out", verify=True, report=True)
-    assert report.left == {"parts/model-00009-of-00009.safetensors": "old weights in another form"}
+    assert report.skipped == {"parts/model-00009-of-00009.safetensors": "old weights in another form"}
     assert _equal(_tensors_in(tmp_path / "out" / "parts"), merged(tensors, changes))
     assert (tmp_path / "out" / INDEX).read_bytes() == (base / INDEX).read_bytes()
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
@@ -378,7 +378,7 @@ def test_a_changed_checkpoint_is_the_old_one_but_for_what_was_changed(
     assert sum(done) == checkpoint.size
     new = sum(tensors[key].nbytes for key in (*changes.merges, *changes.replacements))
     assert (report.merged_bytes, report.copied_bytes) == (new, checkpoint.size - new)
-    assert report.left == {}
+    assert report.skipped == {}
     assert [entry.merge for entry in report.weights] == [
         changes.merges[key] for file in checkpoint.files for key in file.entries if key in changes.merges
     ]

@@ -17,7 +17,7 @@ from torch import nn
 
 from lora_fx.errors import LoraFxError
 from lora_fx.files import safetensors as tensor_files
-from lora_fx.files.safetensors import DTYPES, TensorEntry, TensorFile, write_tensors
+from lora_fx.files.safetensors import DTYPES, TensorEntry, TensorFile, equal_in_files, write_tensors
 
 AGAIN = "Copy or download it again."
 
@@ -313,6 +313,36 @@ def test_the_bytes_depend_on_no_order(tmp_path: Path) -> None:
     assert list(file.metadata) == ["a", "format", "z"]
     assert file.header[8:].startswith(b'{"__metadata__":{"a":"\xc3\xa9"')
     assert len(file.header) % 8 == 0
+
+
+@pytest.mark.parametrize("elements", [1, 5, 100])
+def test_tensors_in_files_are_compared_piece_by_piece(
+    tmp_path: Path, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensor_files, "_PIECE", elements)
+    values = torch.linspace(-1, 1, 12).view(3, 4)
+    other = values.clone()
+    other[2, 3] += 1e-6
+    write_tensors(tmp_path / "one", {"a": values, **_tensors()}, {})
+    write_tensors(
+        tmp_path / "two",
+        {"same": values, "other": other, "turned": values.reshape(4, 3), "half": values.bfloat16(), **_tensors()},
+        {},
+    )
+    one, two = TensorFile.open(tmp_path / "one"), TensorFile.open(tmp_path / "two")
+
+    def equal(name: str, second: str, dtype: torch.dtype | None = None) -> bool:
+        return equal_in_files((one, one.entries[name]), (two, two.entries[second]), dtype)
+
+    assert [equal("a", name) for name in ("same", "other", "turned", "half")] == [True, False, False, False]
+    assert [equal("a", name, torch.bfloat16) for name in ("same", "other", "turned", "half")] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+    assert all(equal(name, name) for name in _tensors())  # of every dtype and shape
+    assert torch.equal(torch.cat(list(one.pieces("a", elements))), values.flatten())
 
 
 def test_without_metadata_or_tensors_there_is_still_a_file(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def fold(
 ) -> None:
     """Merge adapters into a checkpoint on disk, one tensor in memory at a time.
 
-    All else in BASE_DIR is copied byte by byte; config, tokenizer, code, index, shards and their order stay. Left behind, and
+    All else in BASE_DIR is copied byte by byte; config, tokenizer, code, index, shards and their order stay. Not copied, and
     named, are other forms of the old weights (pytorch_model.bin, GGUF, onnx/, …) and training states.
 
     The result is written beside OUT_DIR and moved into place; after an interrupt, run the command again.
@@ -79,13 +79,13 @@ def fold(
 
 
 def _tell_written(written: CheckpointReport, out: Path) -> None:
-    """Print the outcome of a fold on disk: verification, files left behind, bytes."""
-    from lora_fx.folding.checkpoint_files import lines_of_left
+    """Print the outcome of a fold on disk: verification, skipped files, bytes."""
+    from lora_fx.folding.checkpoint_files import skipped_lines
 
     if written.misrounded is not None:
         typer.echo(
             f"verified: at most {written.misrounded:.1e} of the elements of a weight are not the exact result rounded once"
         )
-    for line in lines_of_left(written.left):
+    for line in skipped_lines(written.skipped):
         typer.echo(line)
     typer.echo(f"{out}: {written.merged_bytes / 1e6:.1f} MB merged, {written.copied_bytes / 1e6:.1f} MB copied")

@@ -1,7 +1,7 @@
 """Files beside the weights of a checkpoint: all go along with a folded one, but for other forms of its weights and what trained them.
 
 Nothing is judged by what programs are known to read: a directory of sentence-transformers has modules in directories of their
-own, a tokenizer its templates, a model its code. So the files that stay behind are listed here, and no others do.
+own, a tokenizer its templates, a model its code. So what is skipped is listed here, and all else goes along.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ANYWHERE: Mapping[str, Sequence[str]] = {
         ".git", ".git/", ".hg/", ".svn/", ".cache/", ".huggingface/", "__pycache__/", ".ipynb_checkpoints/", ".*.partial/",
     ),
 }  # fmt: skip
-"""Patterns of names, by the reason why such files stay behind; those of directories end in a slash."""
+"""Patterns of names, by the reason why such files are skipped; those of directories end in a slash."""
 
 _OLD_WEIGHTS = "old weights in another form"
 
@@ -57,16 +57,16 @@ class Companions:
     Attributes:
         files: that are copied byte by byte.
         directories: that are made, each after the one that it is in.
-        left: what stays behind, and why; paths of directories end in a slash.
+        skipped: not copied, and why; paths of directories end in a slash.
     """
 
     files: tuple[str, ...]
     directories: tuple[str, ...]
-    left: Mapping[str, str]
+    skipped: Mapping[str, str]
 
 
 def companions_of(checkpoint: Checkpoint) -> Companions:
-    """List what goes along with a checkpoint, and what stays behind. Links are followed.
+    """List what goes along with a checkpoint, and what is skipped. Links are followed.
 
     Raises:
         LoraFxError: something that would go along cannot be read: a broken link, a link to a directory that it is in, a file
@@ -79,29 +79,29 @@ def companions_of(checkpoint: Checkpoint) -> Companions:
             f"{checkpoint.directory} cannot be copied as a whole, and nothing was written: {listed(problems, _MAX_NAMED, '; ')}."
         )
     return Companions(
-        tuple(entry.path for entry in found if not entry.left and not entry.path.endswith("/")),
-        tuple(entry.path for entry in found if not entry.left and entry.path.endswith("/")),
-        {entry.path: entry.left for entry in found if entry.left},
+        tuple(entry.path for entry in found if not entry.skipped and not entry.path.endswith("/")),
+        tuple(entry.path for entry in found if not entry.skipped and entry.path.endswith("/")),
+        {entry.path: entry.skipped for entry in found if entry.skipped},
     )
 
 
 _MAX_NAMED = 10
 
 
-def lines_of_left(left: Mapping[str, str]) -> list[str]:
-    """Return a line for each reason why files stay behind."""
+def skipped_lines(skipped: Mapping[str, str]) -> list[str]:
+    """Return a line for each reason why files are skipped."""
     by_reason: dict[str, list[str]] = {}
-    for path, reason in left.items():
+    for path, reason in skipped.items():
         by_reason.setdefault(reason, []).append(path)
-    return [f"left behind ({reason}): {listed(paths, _MAX_NAMED)}" for reason, paths in by_reason.items()]
+    return [f"not copied ({reason}): {listed(paths, _MAX_NAMED)}" for reason, paths in by_reason.items()]
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A file or a directory: ``left`` says why it stays behind, ``problem`` why it cannot be read."""
+    """A file or a directory: ``skipped`` says why it is not copied, ``problem`` why it cannot be read."""
 
     path: str
-    left: str = ""
+    skipped: str = ""
     problem: str = ""
 
 
@@ -124,15 +124,17 @@ def _entries(checkpoint: Checkpoint, place: Path, around: tuple[Path, ...]) -> I
         is_directory = _is_directory(checkpoint.directory / path)
         written = f"{path.as_posix()}/" if is_directory else path.as_posix()
         holds_shards = any(path in shard.parents for shard in shards)
-        left = "" if holds_shards else _why_left(checkpoint, path, is_directory, place in {s.parent for s in shards})
-        if left or not is_directory:
-            yield _Entry(written, left, "" if left else _problem(checkpoint.directory / path))
+        skipped = (
+            "" if holds_shards else _skip_reason(checkpoint, path, is_directory, place in {s.parent for s in shards})
+        )
+        if skipped or not is_directory:
+            yield _Entry(written, skipped, "" if skipped else _problem(checkpoint.directory / path))
         else:
             yield from _entries(checkpoint, path, (*around, real))
 
 
-def _why_left(checkpoint: Checkpoint, path: Path, is_directory: bool, beside_weights: bool) -> str:
-    """Return why a file or a directory stays behind; an empty text if it goes along."""
+def _skip_reason(checkpoint: Checkpoint, path: Path, is_directory: bool, beside_weights: bool) -> str:
+    """Return why a file or a directory is skipped; an empty text if it goes along."""
     if checkpoint.directory / path == checkpoint.index:
         return ""
     table = {**_ANYWHERE, **_BESIDE_WEIGHTS} if beside_weights or path.parent == Path() else _ANYWHERE

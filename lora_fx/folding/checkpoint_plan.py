@@ -32,7 +32,7 @@ from lora_fx.errors import AdapterError, FoldError, LoraFxError, listed
 from lora_fx.files.safetensors import equal_in_files
 from lora_fx.folding.checkpoint import Changes, Checkpoint
 from lora_fx.folding.checkpoint_check import changed_in_files, check_fits
-from lora_fx.folding.checkpoint_files import Companions, companions_of, lines_of_left
+from lora_fx.folding.checkpoint_files import Companions, companions_of, skipped_lines
 from lora_fx.folding.checkpoint_write import CheckpointReport, write_merged
 from lora_fx.folding.fold import recipe
 from lora_fx.graph.adapter_names import original_name
@@ -52,7 +52,7 @@ class CheckpointFold:
         checkpoint: the base.
         changes: merges and replacements of its tensors.
         adapters: the directories, each with its strength.
-        companions: the other files of the base, those that go along and those that stay behind.
+        companions: the other files of the base, those that go along and those that are skipped.
         untied: pairs of parameters that the config ties, and for which the files have two values.
     """
 
@@ -97,8 +97,8 @@ class CheckpointFold:
                 *self.untied_lines,
                 f"{changed} tensors, {self.changed_bytes / 1e6:.1f} MB, change; {copied} tensors, "
                 f"{(self.checkpoint.size - self.changed_bytes) / 1e6:.1f} MB with the headers, are copied as they are",
-                f"{len(self.companions.files)} other files are copied: {listed(self.companions.files, _MAX_NAMED)}",
-                *lines_of_left(self.companions.left),
+                f"copied too: {listed(self.companions.files, _MAX_NAMED)}",
+                *skipped_lines(self.companions.skipped),
             ]
         )
 
@@ -170,6 +170,7 @@ def plan_checkpoint_fold(
     step("reading the config")
     model = empty_model(checkpoint.model)
     _check_not_quantised(model, checkpoint.model)
+    _check_weights_named(model, checkpoint)
     places = _Places.of(model, checkpoint)
     untied = untie_as_loaded(model, places.plain, partial(places.equal, dtype=getattr(model.config, "dtype", None)))
     step(f"tracing {type(model).__name__}")
@@ -278,6 +279,17 @@ def _check_not_quantised(model: nn.Module, base: Path) -> None:
         raise FoldError(
             f"{base}: its weights are quantised ({method or 'by an unnamed method'}), and nothing can be added to them. Fold into "
             "the checkpoint that they were made of, and quantise the result."
+        )
+
+
+def _check_weights_named(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Refuse a config that names other weights than those that are read where it names none."""
+    named = getattr(model.config, "transformers_weights", None)
+    used = (checkpoint.index or checkpoint.files[0].path).relative_to(checkpoint.model).as_posix()
+    if named is not None and named != used:
+        raise FoldError(
+            f"{checkpoint.model}: expected the weights in {used}, found that config.json names {named!r} (transformers_weights), which "
+            f"transformers loads. Rename that to {used}, and remove the key."
         )
 
 

@@ -56,14 +56,14 @@ class CheckpointReport:
         merged_bytes: how many are new.
         misrounded: largest share, of any weight in half precision, of elements that are not the exact result rounded once;
             None without ``verify``.
-        left: files and directories that were not copied, each with the reason, by their paths in the directory.
+        skipped: files and directories that were not copied, each with the reason, by their paths in the directory.
     """
 
     weights: tuple[FoldedWeight, ...]
     copied_bytes: int
     merged_bytes: int
     misrounded: float | None
-    left: Mapping[str, str]
+    skipped: Mapping[str, str]
 
 
 def write_merged(
@@ -111,7 +111,7 @@ def write_merged(
         weights = tuple(_measured(checkpoint, changes, beside)) if report else ()
     entries = [file.entries[key] for file in checkpoint.files for key in changed[checkpoint.name_of(file)]]
     merged_bytes = sum(entry.size for entry in entries)
-    return CheckpointReport(weights, checkpoint.size - merged_bytes, merged_bytes, misrounded, companions.left)
+    return CheckpointReport(weights, checkpoint.size - merged_bytes, merged_bytes, misrounded, companions.skipped)
 
 
 # Writing the files with tensors.

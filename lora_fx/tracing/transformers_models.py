@@ -51,7 +51,8 @@ def untie_as_loaded(
     Returns:
         For each parameter that was untied, the name of the other one, and its own.
     """
-    valued = {name: name for name in stored}  # whose value a name gets
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    valued = {name: name for name in stored if name in parameters}  # whose value a name gets
     untied = []
     for target, source in dict(getattr(model, "all_tied_weights_keys", {})).items():
         if target in valued and source in valued and not equal(valued[source], valued[target]):
@@ -60,7 +61,7 @@ def untie_as_loaded(
             valued.setdefault(source, valued[target])
     for _, name in untied:
         path, _, leaf = name.rpartition(".")
-        own = nn.Parameter(torch.empty_like(model.get_parameter(name)), model.get_parameter(name).requires_grad)
+        own = nn.Parameter(torch.empty_like(parameters[name]), parameters[name].requires_grad)
         model.get_submodule(path).register_parameter(leaf, own)
         del model.all_tied_weights_keys[name]
     return tuple(untied)
