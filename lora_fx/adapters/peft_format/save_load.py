@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from lora_fx.adapters.attach import attach
 from lora_fx.adapters.peft_format.fingerprint import fingerprint, metadata
 from lora_fx.adapters.peft_format.reading import FILE_NAME, AdapterContents, check_base, read_adapter, read_contents
-from lora_fx.adapters.peft_format.writing import to_peft
+from lora_fx.adapters.peft_format.writing import PeftAdapter, to_peft
 from lora_fx.adapters.transfer import branches_of, differences, origin_of, plan_branches, trained_of
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import lower
 from lora_fx.errors import AdapterError, LoraFxError, PlanError, listed
-from lora_fx.files.atomic import replacing
+from lora_fx.files.atomic import check_file, replacing
 from lora_fx.files.safetensors import write_tensors
 from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, state_of
 from lora_fx.graph.info import info_of
+from lora_fx.graph.records import BranchSpec
+from lora_fx.numerics.lowrank_merge import with_all_rows
 from lora_fx.rules.peft_config.config import CONFIG_NAME
 from lora_fx.tracing.torch_export import Dynamic
 from lora_fx.tracing.trace import trace
@@ -62,8 +65,9 @@ def load_adapter(
 ) -> TracedGraphModule:
     """Return the graph with the adapter that a directory holds.
 
-    An adapter of this name that the graph has already is given the values; it must have the same branches. Factors are converted
-    to the dtype that they have in the graph, if that loses nothing.
+    An adapter of this name that the graph has already is given the values; it must have the same branches. Where it has branches
+    for parts of a fused projection, which :func:`save_adapter` writes as one, each takes the ranks and rows that are its own.
+    Factors are converted to the dtype that they have in the graph, if that loses nothing.
 
     Args:
         graph_module: not changed.
@@ -80,11 +84,11 @@ def load_adapter(
     files = read_adapter(Path(directory))
     check_base(files, fingerprint(state_of(graph_module)), strict=strict)
     contents = read_contents(files, graph_module)
-    values = contents.values_of(adapter, inference=info_of(graph_module).inference)
     if adapter not in adapters(graph_module):
+        values = contents.values_of(adapter, inference=info_of(graph_module).inference)
         plan = plan_branches(graph_module, adapter, contents.branches, contents.trained, origin=contents.origin)
         return attach(graph_module, plan, adapter=adapter, values=values)
-    return _with_values(graph_module, adapter, contents, values)
+    return _with_values(graph_module, adapter, contents)
 
 
 def save_adapter(
@@ -111,7 +115,6 @@ def save_adapter(
     graph_module = _traced(graph_module)
     target = Path(directory)
     content = to_peft(graph_module, adapter)
-    base = fingerprint(state_of(graph_module))
     if overwrite and target.exists():
         if not target.is_dir():
             raise LoraFxError(f"{target} is a file, and an adapter is a directory. Choose another name.")
@@ -120,8 +123,39 @@ def save_adapter(
             raise LoraFxError(f"{target} holds more than an adapter: {listed(other, 5)}. Choose another name.")
     with replacing(target, overwrite=overwrite) as beside:
         beside.mkdir()
-        write_tensors(beside / FILE_NAME, content.tensors, metadata(origin_of(graph_module, adapter), base))
-        (beside / CONFIG_NAME).write_text(content.config.to_json())
+        _write(graph_module, adapter, content, beside / FILE_NAME)
+
+
+def write_adapter_files(graph_module: TracedGraphModule, directory: Path, adapter: str) -> None:
+    """Write the files of an adapter into a directory, which is made where it is missing; other files in it stay.
+
+    Args:
+        graph_module: with the adapter; not changed.
+        directory: such as a checkpoint of a trainer, which has files of its own. An adapter in it is replaced.
+        adapter: its name.
+
+    Raises:
+        PlanError: the graph has no such adapter.
+        AdapterError: PEFT has no way to say what the adapter is. All problems are named.
+        LoraFxError: the directory cannot be written to.
+    """
+    graph_module = _traced(graph_module)
+    content = to_peft(graph_module, adapter)
+    check_file(directory / FILE_NAME, overwrite=True)
+    with replacing(directory / FILE_NAME, overwrite=True) as beside:
+        _write(graph_module, adapter, content, beside)
+
+
+def check_writable(graph_module: TracedGraphModule, adapter: str) -> None:
+    """Raise what :func:`save_adapter` would raise for the adapter itself, wherever it is written to."""
+    to_peft(_traced(graph_module), adapter)
+
+
+def _write(graph_module: TracedGraphModule, adapter: str, content: PeftAdapter, file: Path) -> None:
+    """Write the file of an adapter's tensors, and its config beside it."""
+    base = fingerprint(state_of(graph_module))
+    write_tensors(file, content.tensors, metadata(origin_of(graph_module, adapter), base))
+    file.with_name(CONFIG_NAME).write_text(content.config.to_json())
 
 
 def _traced(graph_module: fx.GraphModule) -> TracedGraphModule:
@@ -132,11 +166,11 @@ def _traced(graph_module: fx.GraphModule) -> TracedGraphModule:
     return lower(traced)
 
 
-def _with_values(
-    graph_module: TracedGraphModule, adapter: str, contents: AdapterContents, values: Mapping[str, nn.Parameter]
-) -> TracedGraphModule:
+def _with_values(graph_module: TracedGraphModule, adapter: str, contents: AdapterContents) -> TracedGraphModule:
     """Return a graph whose adapter, which must be like that of the directory, has other values."""
     mine = branches_of(graph_module, adapter)
+    contents = _in_parts(contents, [branch for _, branch in mine.values()])
+    values = contents.values_of(adapter, inference=info_of(graph_module).inference)
     # Dropout is how the graph trains, and no property of the values.
     dropout = {branch.owner: branch.setting.dropout for _, branch in mine.values()}
     theirs = {
@@ -153,3 +187,40 @@ def _with_values(
         raise AdapterError(problem, unlike)
     kept = {name: nn.Parameter(value.detach()) for name, value in values.items()}
     return checked(rebuilt(graph_module, tensors=kept), "branched")
+
+
+def _in_parts(contents: AdapterContents, branches: Sequence[BranchSpec]) -> AdapterContents:
+    """Return the contents with branches for parts of fused projections in place of each that is the sum of such ones.
+
+    The inverse of writing them as one: their ranks lie one after the other, and B has zeros in the rows of all other features.
+
+    Args:
+        contents: with one branch for all features of a site.
+        branches: of the graph, in the order in which they are written.
+    """
+    parts: dict[str, list[BranchSpec]] = {}
+    for branch in branches:
+        if branch.features is not None:
+            parts.setdefault(branch.owner, []).append(branch)
+    found, factors = dict(contents.branches), dict(contents.factors)
+    for owner, each in parts.items():
+        ranks = [branch.setting.rank for branch in each]
+        rule, whole = found.get(owner, ("", None))
+        if (
+            whole is None
+            or sum(ranks) != whole.setting.rank
+            or {b.setting.scale for b in each} != {whole.setting.scale}
+        ):
+            continue
+        a, b = factors[owner]
+        pairs = list(zip(a.split(ranks), b.split(ranks, dim=1), strict=True))
+        own = [(a.clone(), b[list(branch.features or ())]) for branch, (a, b) in zip(each, pairs, strict=True)]
+        full = [
+            with_all_rows(b, branch.features, len(rows))
+            for branch, (_, b), (_, rows) in zip(each, own, pairs, strict=True)
+        ]
+        if all(torch.equal(mine, rows) for mine, (_, rows) in zip(full, pairs, strict=True)):
+            del found[owner], factors[owner]
+            found |= {branch.key: (rule, branch) for branch in each}
+            factors |= {branch.key: pair for branch, pair in zip(each, own, strict=True)}
+    return replace(contents, branches=found, factors=factors)
