@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -18,7 +17,7 @@ from transformers.training_args import TrainingArguments
 from lora_fx.adapters.peft_format.reading import read_adapter
 from lora_fx.adapters.peft_format.save_load import check_writable, load_adapter, save_adapter, write_adapter_files
 from lora_fx.adapters.transfer import branches_of, parameters_of
-from lora_fx.errors import AdapterError, LoraFxError, listed, shortened
+from lora_fx.errors import AdapterError, LoraFxError, shortened
 from lora_fx.files.atomic import replacing
 from lora_fx.files.safetensors import TensorFile, write_tensors
 from lora_fx.graph.adapter_names import adapter_of, adapters, is_of_adapter
@@ -29,7 +28,7 @@ PRIVATE_NAMES = ("_load_from_checkpoint", "_load_best_model")
 """Methods of transformers' ``Trainer`` that are no public names and that :func:`prepare` wraps: there it looks for PEFT's class."""
 
 OTHER_NAME = "graph_state.safetensors"
-"""File of a checkpoint with what training changes and an adapter has no place for: see :func:`prepare`."""
+"""File of a checkpoint with the parameters that train and are of no adapter: see :func:`prepare`."""
 
 _DEFAULT = "default"  # the adapter that PEFT writes to the top of a directory
 _STATE_DICT_NAME = "model.safetensors"  # of transformers; until there was `prepare`, checkpoints of graphs had one
@@ -47,9 +46,8 @@ def prepare(trainer: Any) -> None:
         trainer.save_model("final")  # peft.PeftModel.from_pretrained(model, "final")
 
     A directory has ``adapter_config.json`` and ``adapter_model.safetensors`` of the adapter ``default``, a directory of its name
-    for each other adapter, and no copy of the base. What training changes besides (running statistics of batch norms, parameters
-    that were made trainable by hand) is in ``graph_state.safetensors`` beside them, where there is any. Files are written into a
-    directory that exists; others in it stay.
+    for each other adapter, and no copy of the base. Parameters of the model that were made trainable by hand are in
+    ``graph_state.safetensors`` beside them, if there are any. Files are written into a directory that exists; others in it stay.
 
     ``resume_from_checkpoint`` and ``load_best_model_at_end`` read such directories, those that PEFT's ``Trainer`` wrote, and those
     of :class:`AdapterCallback`. The curve goes on as if it had not been interrupted. A checkpoint with other adapters than the
@@ -93,7 +91,7 @@ class AdapterCallback(TrainerCallback):
 
         trainer = transformers.Trainer(graph, arguments, train_dataset=rows, callbacks=[AdapterCallback()])
 
-    From then on the state dict of the graph holds what training changes, and loading such a state dict misses nothing: one with
+    From then on the state dict of the graph holds the trained parameters alone, and loading such a state dict misses nothing: one with
     other adapters than the graph's is refused. So ``resume_from_checkpoint``, ``load_best_model_at_end`` and ``save_model`` work
     as for any model, with small files. Beside the trainer's own files each checkpoint gets a directory for each adapter, of its
     name, which :func:`~lora_fx.load_adapter` and PEFT read.
@@ -105,7 +103,7 @@ class AdapterCallback(TrainerCallback):
     """
 
     def on_init_end(self, *_event: Any, model: Any = None, **_context: Any) -> None:
-        """Restrict the graph's state dict to what training changes; the graph that ``model_init`` makes later has its turn then."""
+        """Restrict the graph's state dict to what trains; the graph that ``model_init`` makes later has its turn then."""
         _hook(_graph_in(model, "AdapterCallback"))
 
     def on_train_begin(
@@ -214,7 +212,7 @@ def adapter_directories(directory: Path) -> dict[str, Path]:
 
 def _write(graph: TracedGraphModule, directory: Path) -> None:
     tensors = state_of(graph).tensors
-    other = {name: tensors[name] for name in _changing(graph) if not is_of_adapter(name)}
+    other = {name: tensors[name] for name in _trained(graph) if not is_of_adapter(name)}
     if other:
         with replacing(directory / OTHER_NAME, overwrite=True) as beside:
             write_tensors(beside, other, {"format": "pt"})
@@ -223,7 +221,7 @@ def _write(graph: TracedGraphModule, directory: Path) -> None:
 
 
 def _read(graph: TracedGraphModule, directory: Path) -> None:
-    """Give a graph what a checkpoint has of its adapters, and of all else that training changes (in place)."""
+    """Give a graph what a checkpoint has of its adapters, and of other parameters that train (in place)."""
     found = adapter_directories(directory)
     held, wanted = {adapter: _ranks_on_disk(path) for adapter, path in found.items()}, _ranks(graph)
     if held.keys() != wanted.keys():
@@ -242,9 +240,9 @@ def _read(graph: TracedGraphModule, directory: Path) -> None:
 
 
 def _read_other(graph: TracedGraphModule, directory: Path) -> dict[str, torch.Tensor]:
-    """Return what a checkpoint has of what training changes besides adapters, by its name in the graph."""
+    """Return the values that a checkpoint has for the parameters that train and are of no adapter, by their names in the graph."""
     tensors = state_of(graph).tensors
-    names = sorted(name for name in _changing(graph) if not is_of_adapter(name))
+    names = sorted(name for name in _trained(graph) if not is_of_adapter(name))
     path = next((path for name in (OTHER_NAME, _STATE_DICT_NAME) if (path := directory / name).is_file()), None)
     found: dict[str, torch.Tensor] = {}
     if names and path is not None:
@@ -255,20 +253,11 @@ def _read_other(graph: TracedGraphModule, directory: Path) -> dict[str, torch.Te
         for name, value in found.items()
         if value.shape != tensors[name].shape
     ]
-    missing = [name for name in names if name not in found]
     problems += [
-        f"{name}: trains in the graph, and the checkpoint has no value of it"
-        for name in missing
-        if isinstance(tensors[name], nn.Parameter)
+        f"{name}: trains in the graph, and the checkpoint has no value of it" for name in names if name not in found
     ]
     if problems:
         raise AdapterError(str(directory), shortened(problems, _MAX_NAMED, "tensors"))
-    if missing:
-        warnings.warn(
-            f"{directory} has no running statistics, which PEFT does not write: the graph keeps its own of "
-            f"{listed(missing, 3)}.",
-            stacklevel=2,
-        )
     return found
 
 
@@ -305,36 +294,33 @@ def _adapters_text(ranks: Mapping[str, Collection[int]]) -> str:
     return f"adapter{'s' if len(told) > 1 else ''} {' and '.join(told)}" if told else "no adapter"
 
 
-def _changing(graph: nn.Module) -> set[str]:
-    """Return the first name of each tensor that training changes: parameters that train, and running statistics."""
-    state = state_of(graph)
-    first = state.aliases()
-    trained = {name for name in state.names() if state.tensors[name].requires_grad}
-    buffers = {f"{path}.{name}" for path, module in state.modules.items() for name, _ in module.named_buffers()}
-    return trained | {first[name] for name in buffers - state.non_persistent}
+def _trained(graph: nn.Module) -> set[str]:
+    """Return the first name of each parameter that trains."""
+    tensors, names = state_of(graph).tensors, state_of(graph).names()
+    return {name for name in names if tensors[name].requires_grad}
 
 
 def _is_hooked(graph: nn.Module) -> bool:
-    return _keep_changing in graph._state_dict_hooks.values()
+    return _keep_trained in graph._state_dict_hooks.values()
 
 
 def _hook(graph: nn.Module) -> None:
-    """Restrict the state dict of a graph to what training changes, once; loading one misses nothing, and other adapters are refused."""
+    """Restrict the state dict of a graph to what trains, once; loading one misses nothing, and other adapters are refused."""
     if not _is_hooked(graph):
-        graph.register_state_dict_post_hook(_keep_changing)
+        graph.register_state_dict_post_hook(_keep_trained)
         graph.register_load_state_dict_pre_hook(_check_adapters)
         graph.register_load_state_dict_post_hook(_miss_no_frozen)
 
 
-def _keep_changing(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    kept = {f"{prefix}{name}" for name in _changing(module)}
+def _keep_trained(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    kept = {f"{prefix}{name}" for name in _trained(module)}
     for name in [name for name in state_dict if name.startswith(prefix) and name not in kept]:
         del state_dict[name]
 
 
 def _miss_no_frozen(module: nn.Module, keys: Any) -> None:
-    changing = _changing(module)
-    keys.missing_keys[:] = [name for name in keys.missing_keys if name in changing]
+    trained = _trained(module)
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name in trained]
 
 
 def _check_adapters(module: TracedGraphModule, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
@@ -346,7 +332,7 @@ def _check_adapters(module: TracedGraphModule, state_dict: Mapping[str, Any], pr
     }
     problems = [
         f"{name}: expected {described(tensors[name])}, got {described(given[name]) if name in given else 'none'}"
-        for name in sorted(_changing(module))
+        for name in sorted(_trained(module))
         if is_of_adapter(name) and (name not in given or given[name].shape != tensors[name].shape)
     ]
     problems += [f"{name}: the graph has no such tensor" for name in given if name not in tensors]

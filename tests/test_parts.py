@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import families
@@ -13,6 +14,7 @@ import torch
 from architectures import build, inputs, model, run, traced
 from conftest import set_factors, unchanged
 from graph_diff import first_difference
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_fx
@@ -86,6 +88,25 @@ def test_a_dense_adapter_with_zero_rows_gives_the_same(name: str) -> None:
     expected = run(name, theirs, 3, 11)
     expected = expected if isinstance(expected, torch.Tensor) else expected[0]
     assert torch.allclose(own(name, graph_module), expected, rtol=0, atol=1e-6 * max(1.0, float(expected.abs().max())))
+
+
+def test_parts_come_back_from_the_one_branch_that_is_written(name: str, tmp_path: Path) -> None:
+    graph_module = rewritten(name)
+    lora_fx.save_adapter(graph_module, tmp_path / "adapter")
+    other = copy.deepcopy(graph_module)
+    set_factors(other, seed=5)
+    loaded = lora_fx.load_adapter(other, tmp_path / "adapter")
+    wanted = graph_module.state_dict()
+    assert {key: torch.equal(value, wanted[key]) for key, value in loaded.state_dict().items()} == dict.fromkeys(
+        wanted, True
+    )
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    b = next(key for key in tensors if "lora_B" in key)
+    tensors[b] += 1  # not only in the rows that are a part's own
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(lora_fx.AdapterError, match="no branch against rank 6"):
+        lora_fx.load_adapter(other, tmp_path / "adapter")
 
 
 def test_a_part_trains_and_survives_copies(name: str) -> None:

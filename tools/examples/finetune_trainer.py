@@ -19,7 +19,7 @@ from rich.console import Console
 
 import lora_fx
 from lora_fx.demo import load_model, read_corpus
-from lora_fx.trainer import AdapterCallback
+from lora_fx.trainer import prepare
 
 CHAPTERS = ("typesseq", "typesmapping", "import", "class", "exceptions", "specialnames", "string-methods", "debugger")
 RULES = {
@@ -76,8 +76,8 @@ def main(
         train_dataset=rows(corpus.train),
         eval_dataset=rows(corpus.held_out),
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
-        callbacks=[AdapterCallback()],
     )
+    prepare(trainer)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
