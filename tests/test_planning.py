@@ -122,6 +122,19 @@ def test_what_is_skipped_says_which_predicate_came_nearest() -> None:
     }
 
 
+def test_what_is_skipped_by_its_layer_or_by_exclude_says_so() -> None:
+    plan = planned(
+        {"target": ["q"], "layers": ["2-"], "optional": True}, {"role": ["attention.query"], "exclude": ["qkv"]}
+    )
+    reasons = {decision.site.name: decision.reason for decision in plan if isinstance(decision, Skipped)}
+    assert reasons["layer.0.qkv"] == "its name is in exclude"
+    plan = planned({"target": ["q", "embed"], "layers": [0, "2-4"], "optional": True})
+    reasons = {decision.site.name: decision.reason for decision in plan if isinstance(decision, Skipped)}
+    assert reasons["layer.1.q"] == "it is in layer 1, not in 0 or 2-4"
+    assert reasons["embed"] == "it is in no numbered layer, not in 0 or 2-4"
+    assert reasons["layer.1.up"] == "no selection names it"
+
+
 def test_a_selection_without_a_match_is_an_error_unless_it_is_optional() -> None:
     with pytest.raises(
         lora_fx.RuleError, match=r"select\[1\] matches no call site: of 'layer\.1\.up', its role is mlp\.up, not router"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_fx.rules.rule_file import Selection
+from lora_fx.rules.rule_file import Selection, layer_of
 from lora_fx.rules.validation import Bounds
 from lora_fx.rules.vocabulary import RoleName, role_is
 from lora_fx.sites.call_sites import Site
@@ -24,11 +24,18 @@ class Refusal:
     agreed: int
     reason: str
 
+    @property
+    def by_name(self) -> bool:
+        """Whether a predicate on the name refuses: target, regex, layers or exclude."""
+        return self.agreed < _ON_NAMES
+
 
 def refusal(selection: Selection, site: Site, purpose: Purpose) -> Refusal | None:
     """Return the reason for which ``selection`` does not claim a site, or None if all its predicates match."""
     reasons = (
-        None if selection.matches_name(site.module) else "no selection names it",
+        None if selection.names(site.module) else "no selection names it",
+        _layer(selection, site.module),
+        "its name is in exclude" if selection.excludes(site.module) else None,
         _op(selection, site),
         _role(selection, purpose),
         _bounds(selection.in_features, site.in_features, "in_features"),
@@ -63,6 +70,14 @@ def trains(selection: Selection, purpose_of: Mapping[Site, Purpose]) -> Callable
         return any(map(named.matches_name, modules if admitted is None else modules & admitted))
 
     return means
+
+
+def _layer(selection: Selection, name: str) -> str | None:
+    if selection.admits_layer(name):
+        return None
+    index = layer_of(name)
+    where = "it is in no numbered layer" if index is None else f"it is in layer {index}"
+    return f"{where}, not in {_one_of(selection.layers or ())}"
 
 
 def _op(selection: Selection, site: Site) -> str | None:
@@ -108,3 +123,7 @@ def _features(selection: Selection, purpose: Purpose) -> str | None:
 
 def _one_of(items: Sequence[object]) -> str:
     return " or ".join(str(item) for item in items)
+
+
+_ON_NAMES = 3
+"""Number of the predicates on names, which are asked first."""

@@ -253,7 +253,7 @@ def _matches_nothing(known: Mapping[Site, Purpose], rules: RuleSet, index: int) 
         return f"{rules.where(index)} matches no parameter that the model uses; name a module, or a part of its dotted name's end"
     where = f"{rules.where(index)} matches no call site"
     named = {site: refusal(selection, site, purpose) for site, purpose in known.items()}
-    near = [(site, reason) for site, reason in named.items() if reason is not None and reason.agreed > 0]
+    near = [(site, reason) for site, reason in named.items() if reason is not None and not reason.by_name]
     if near:
         site, nearest = max(near, key=lambda pair: pair[1].agreed)
         return f"{where}: of {site.name!r}, {nearest.reason}. Say optional = true if that is meant"

@@ -206,12 +206,25 @@ class Selection(_Table):
         Raises:
             RuleError: the regular expression takes too long; ``where`` says which selection it is of.
         """
-        return (
-            (self.target is None or _ends_in(name, self.target))
-            and (self.layers is None or any(_admits(layers, name) for layers in self.layers))
-            and not _ends_in(name, self.exclude or ())
-            and (self.regex is None or _matches(self.regex, name, where))
+        return self.admits_layer(name) and not self.excludes(name) and self.names(name, where)
+
+    def names(self, name: str, where: str = "a selection") -> bool:
+        """Tell whether target and regex admit a dotted name.
+
+        Raises:
+            RuleError: as :meth:`matches_name` does.
+        """
+        return (self.target is None or _ends_in(name, self.target)) and (
+            self.regex is None or _matches(self.regex, name, where)
         )
+
+    def admits_layer(self, name: str) -> bool:
+        """Tell whether layers admit a dotted name."""
+        return self.layers is None or any(_admits(layers, name) for layers in self.layers)
+
+    def excludes(self, name: str) -> bool:
+        """Tell whether exclude has a dotted name."""
+        return _ends_in(name, self.exclude or ())
 
 
 def _ends_in(name: str, patterns: Sequence[str]) -> bool:
@@ -225,8 +238,13 @@ def _ends(pattern: str) -> list[str]:
     return re.sub(r"[?\[]", r"[\g<0>]", pattern).split(".")  # of fnmatch, * alone is ours
 
 
+def layer_of(name: str) -> int | None:
+    """Return the first number among the parts of a dotted name."""
+    return next((int(part) for part in name.split(".") if part.isascii() and part.isdecimal()), None)
+
+
 def _admits(layers: int | str, name: str) -> bool:
-    index = next((int(part) for part in name.split(".") if part.isascii() and part.isdecimal()), None)
+    index = layer_of(name)
     if index is None or isinstance(layers, int):
         return index == layers
     first, _, last = layers.partition("-")
