@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerCallback, TrainerState
 from transformers.training_args import TrainingArguments
@@ -30,6 +30,7 @@ PRIVATE_NAMES = ("_load_from_checkpoint", "_load_best_model")
 OTHER_NAME = "graph_state.safetensors"
 """File of a checkpoint with the parameters that train and are of no adapter: see :func:`prepare`."""
 
+aten = torch.ops.aten
 _DEFAULT = "default"  # the adapter that PEFT writes to the top of a directory
 _STATE_DICT_NAME = "model.safetensors"  # of transformers; until there was `prepare`, checkpoints of graphs had one
 _MAX_NAMED = 10
@@ -57,8 +58,9 @@ def prepare(trainer: Any) -> None:
     nothing.
 
     Args:
-        trainer: an object of ``transformers.Trainer`` or a subclass, which trains a graph. Its public method ``save_model`` is
-            wrapped, and so are its methods of :data:`PRIVATE_NAMES`; an :class:`AdapterCallback` is added.
+        trainer: an object of ``transformers.Trainer`` or a subclass, which trains a graph. Its public methods ``save_model`` and
+            ``get_decay_parameter_names`` (which looks for ``nn.LayerNorm``) are wrapped, and so are its methods of
+            :data:`PRIVATE_NAMES`; an :class:`AdapterCallback` is added.
 
     Raises:
         LoraFxError: the trainer's model is no graph with adapters, or the object lacks a method that is to be wrapped.
@@ -66,8 +68,9 @@ def prepare(trainer: Any) -> None:
     handler = getattr(trainer, "callback_handler", None)
     if any(isinstance(each, _PreparedCallback) for each in getattr(handler, "callbacks", ())):
         return
-    wraps: dict[str, Callable[..., None]] = {
+    wraps: dict[str, Callable[..., Any]] = {
         "save_model": _save_model,
+        "get_decay_parameter_names": _decaying,
         **dict(zip(PRIVATE_NAMES, (_load_from_checkpoint, _load_best_model), strict=True)),
     }
     missing = [name for name in ("add_callback", "pop_callback", *wraps) if not hasattr(trainer, name)]
@@ -182,6 +185,16 @@ def _save_model(trainer: Any, save_model: Callable[..., None], *args: Any, **opt
         save_model(*args, **options)
     finally:
         trainer.model = graph
+
+
+def _decaying(_trainer: Any, names_of: Callable[[nn.Module], list[str]], model: nn.Module) -> list[str]:
+    """Return the names of the parameters with weight decay, as for the model: without the weights of layer norms."""
+    names = names_of(model)
+    if not isinstance(model, TracedGraphModule):
+        return names
+    nodes = model.graph.find_nodes(op="call_function", target=aten.layer_norm.default)
+    norms = {str(node.args[2].target) for node in nodes if len(node.args) > 2 and isinstance(node.args[2], fx.Node)}
+    return [name for name in names if name not in norms]
 
 
 def _load_from_checkpoint(

@@ -26,7 +26,7 @@ from transformers.trainer_utils import HPSearchBackend
 import lora_fx
 from lora_fx.trainer import OTHER_NAME, PRIVATE_NAMES, AdapterCallback, prepare
 
-pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.xdist_group("trainer")]
+pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.xdist_group("trainer checkpoints")]
 
 STEPS, VOCABULARY = 4, 37
 TARGETS = ["q_proj", "v_proj"]
@@ -422,8 +422,37 @@ def test_a_parameter_that_was_made_trainable_by_hand_is_in_the_checkpoint(runs: 
 
 
 @functools.cache
+def gpt2() -> nn.Module:
+    """Return GPT-2 without dropout, so that nothing depends on a random state."""
+    model = build("gpt2")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+@functools.cache
 def fused_projection() -> lora_fx.TracedGraphModule:
-    return lora_fx.trace(build("gpt2"), labels=True)
+    return lora_fx.trace(gpt2(), labels=True)
+
+
+def test_a_layer_norm_that_trains_has_no_weight_decay_as_with_peft(tmp_path: Path) -> None:
+    """Else the optimizer's groups, and with them its state in PEFT's checkpoint, would be of other parameters."""
+    config = peft.LoraConfig(
+        r=2, lora_alpha=3, target_modules=["c_attn"], modules_to_save=["ln_f"], fan_in_fan_out=True
+    )
+    model = peft.get_peft_model(copy.deepcopy(gpt2()), config)
+    set_factors(model.base_model.model)
+    model.save_pretrained(tmp_path / "start")
+    made = lora_fx.from_adapter(fused_projection(), tmp_path / "start")
+    theirs = trainer_of(model, tmp_path / "peft", weight_decay=0.5, eval_strategy="no")
+    theirs.train()
+    mine = prepared(made, tmp_path / "mine", weight_decay=0.5, eval_strategy="no")
+    mine.train(resume_from_checkpoint=str(tmp_path / "peft" / "checkpoint-2"))
+    assert curve(mine) == curve(theirs)
+    wanted = load_file(tmp_path / "peft" / "checkpoint-4" / "adapter_model.safetensors")
+    assert equal(load_file(tmp_path / "mine" / "checkpoint-4" / "adapter_model.safetensors"), wanted)
+    assert any("ln_f" in name for name in wanted)
 
 
 def test_branches_of_parts_are_resumed_from_the_one_branch_that_peft_has(tmp_path: Path) -> None:
@@ -459,7 +488,7 @@ def test_prepare_says_what_it_needs(tmp_path: Path) -> None:
     with pytest.raises(
         lora_fx.LoraFxError,
         match="prepare expected a trainer of transformers, got a SimpleNamespace without add_callback, pop_callback, save_model, "
-        "_load_from_checkpoint, _load_best_model: give it the Trainer object itself",
+        "get_decay_parameter_names, _load_from_checkpoint, _load_best_model: give it the Trainer object itself",
     ):
         prepare(types.SimpleNamespace(model=graph()))
 
