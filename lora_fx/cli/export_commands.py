@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_fx.cli.console import errors, reported
-from lora_fx.cli.options import ExampleInputsFile, Overwrite, RulesDirectories, Strengths, Strict, strengths_of
+from lora_fx.cli.options import (
+    ExampleInputsFile,
+    Overwrite,
+    RulesDirectories,
+    Stacks,
+    Strengths,
+    Strict,
+    stacks_of,
+    strengths_of,
+)
 
 if TYPE_CHECKING:  # torch and transformers are slow to import, and `--help` needs neither
     import lora_fx
@@ -94,13 +103,14 @@ def export(
     verify: VerifyFile = True,
     tolerance: Tolerance = None,
     strict: Strict = True,
+    stacks: Stacks = None,
 ) -> None:
     """Write a model for another runtime: TorchScript, ONNX, or torch.export's pt2, with dynamic batch and sequence.
 
     The written file is run at the sizes of the trace and at others, and the largest difference is printed.
     """
     adapters = adapter or []
-    strengths = strengths_of(adapters, strength)
+    strengths, layouts = strengths_of(adapters, strength), stacks_of(adapters, stacks)
     if branched and not adapters:
         raise typer.BadParameter("--branched leaves adapters as branches, and there is none: name one by --adapter")
     if slots and (branched or strength):
@@ -117,9 +127,9 @@ def export(
         check_file(out, overwrite=overwrite)
         with errors.status("loading the model") as status:
             graph, model_type = _loaded_graph(model, dtype, example_inputs, status.update)
-            for number, directory in enumerate(adapters):
+            for number, (directory, layout) in enumerate(zip(adapters, layouts, strict=True)):
                 status.update(f"adding {directory}")
-                graph = lora_fx.load_adapter(graph, directory, f"adapter_{number}", strict=strict)
+                graph = lora_fx.load_adapter(graph, directory, f"adapter_{number}", strict=strict, stacks=layout)
             if slots and (rules or not adapters):
                 graph = lora_fx.rewrite(graph, load(rules or "auto", model_type, rules_dir or ()))
             if adapters and not slots:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_fx.cli.console import errors, reported
-from lora_fx.cli.options import ExampleInputsFile, Strengths, Strict, strengths_of
+from lora_fx.cli.options import ExampleInputsFile, Stacks, Strengths, Strict, stacks_of, strengths_of
 
 if TYPE_CHECKING:  # torch and transformers are slow to import, and `--help` needs neither
     from lora_fx.folding.checkpoint_write import CheckpointReport
@@ -36,6 +36,7 @@ def fold(
     report: Annotated[bool, typer.Option("--report", help="Print what the fold changed in every weight.")] = False,
     example_inputs: ExampleInputsFile = None,
     strict: Strict = True,
+    stacks: Stacks = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the changes without writing them.")] = False,
 ) -> None:
     """Merge adapters into a checkpoint on disk, one tensor in memory at a time.
@@ -48,7 +49,7 @@ def fold(
     if len(directories) < 3:
         raise typer.BadParameter("name the base, one adapter or more, and the directory to be made")
     base, *adapters, out = directories
-    strengths = strengths_of(adapters, strength)
+    strengths, layouts = strengths_of(adapters, strength), stacks_of(adapters, stacks)
 
     from tqdm.auto import tqdm
 
@@ -61,7 +62,7 @@ def fold(
         with errors.status("opening the checkpoint") as status:
             pairs = list(zip(adapters, strengths, strict=True))
             planned = plan_checkpoint_fold(
-                base, pairs, strict=strict, example_inputs=example_inputs, step=status.update
+                base, pairs, strict=strict, stacks=layouts, example_inputs=example_inputs, step=status.update
             )
         if dry_run:
             typer.echo(str(planned))

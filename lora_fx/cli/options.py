@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:  # torch is slow to import, and `--help` does not need it
+    from lora_fx.adapters.peft_format.stacks import StackLayout
 
 Rules = Annotated[str, typer.Option(help="Name of built-in rules, auto, all-linear, or the path of a .toml file.")]
 RulesDirectories = Annotated[
@@ -16,6 +20,23 @@ Rank = Annotated[int | None, typer.Option(help="Replaces the default rank of the
 Strengths = Annotated[
     list[float] | None,
     typer.Option(help="Factor of an adapter's scaling, once for each, in their order. By default all are 1."),
+]
+
+
+class StacksIn(StrEnum):
+    """Layouts of the factors of stacked experts in an adapter's file."""
+
+    auto = "auto"
+    as_stored = "as_stored"
+    exchanged = "exchanged"
+
+
+Stacks = Annotated[
+    list[StacksIn] | None,
+    typer.Option(
+        help="How an adapter of stacked experts has A and B, once for each adapter, in their order; asked for where neither their "
+        "shapes nor the version of PEFT tell."
+    ),
 ]
 ExampleInputsFile = Annotated[
     Path | None,
@@ -37,3 +58,15 @@ def strengths_of(adapters: list[Path], given: list[float] | None) -> list[float]
             f"{len(adapters)} adapters, and {len(strengths)} strengths: give one for each, or none"
         )
     return strengths
+
+
+def stacks_of(adapters: list[Path], given: list[StacksIn] | None) -> list[StackLayout | None]:
+    """Return the layout of the stacked experts of each adapter: as given, or None where its file tells."""
+    chosen = given or [StacksIn.auto] * len(adapters)
+    if len(chosen) != len(adapters):
+        raise typer.BadParameter(
+            f"{len(adapters)} adapters, and {len(chosen)} times --stacks: give it once for each (auto where the file tells), or not "
+            "at all"
+        )
+    told: dict[StacksIn, StackLayout | None] = {StacksIn.as_stored: "as_stored", StacksIn.exchanged: "exchanged"}
+    return [told.get(each) for each in chosen]

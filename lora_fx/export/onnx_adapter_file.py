@@ -218,7 +218,7 @@ class _PeftReader:
         reasons = [slot.apart_as_weight if slot.module in weights else slot.apart for slot in chosen]
         self._ledger.problems += filter(None, reasons)
         self._ledger.stop_if_wrong()
-        placed = slots([_site(slot) for slot in chosen], self._table.base, {}, weights)
+        placed = slots([_site(slot) for slot in chosen], self._table.base, weights)
         settings = {slot.module: self._ledger.setting_of(placed[slot.module].name) for slot in chosen}
         self._ledger.stop_if_wrong()
         products = {slot.site: self._product(placed[slot.module], settings[slot.module]) for slot in chosen}
@@ -231,7 +231,7 @@ class _PeftReader:
     def _product(self, slot: Slot, setting: Setting) -> _ScaledPair | None:
         shapes = slot.shapes(BranchSpec(slot.site.name, setting))
         a, b = (self._read(key, shape, slot) for key, shape in zip(slot.keys, shapes, strict=True))
-        return None if a is None or b is None else _ScaledPair(*slot.exchanged(a, b), setting.scale)
+        return None if a is None or b is None else _ScaledPair(*slot.converted(a, b), setting.scale)
 
     def _read(self, key: str, shape: tuple[int, ...], slot: Slot) -> torch.Tensor | None:
         features = f"of {slot.site.in_features} and {slot.site.out_features} features"

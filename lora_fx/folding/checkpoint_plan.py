@@ -27,6 +27,7 @@ from lora_fx.adapters.peft_format.reading import (
     read_adapter,
     read_contents,
 )
+from lora_fx.adapters.peft_format.stacks import StackLayout
 from lora_fx.adapters.transfer import plan_branches
 from lora_fx.errors import AdapterError, FoldError, LoraFxError, listed
 from lora_fx.files.safetensors import equal_in_files
@@ -144,6 +145,7 @@ def plan_checkpoint_fold(
     adapters: Sequence[tuple[str | Path, float]],
     *,
     strict: bool = True,
+    stacks: Sequence[StackLayout | None] = (),
     example_inputs: Path | None = None,
     step: Callable[[str], None] = lambda _: None,
 ) -> CheckpointFold:
@@ -153,6 +155,7 @@ def plan_checkpoint_fold(
         base: directory with a ``config.json`` and safetensors files, or of sentence-transformers.
         adapters: directories as PEFT or :func:`lora_fx.save_adapter` write them, each with the factor of its scaling.
         strict: see :func:`lora_fx.load_adapter`.
+        stacks: see :func:`lora_fx.load_adapter`; one for each adapter, or none.
         example_inputs: a safetensors file of the inputs to trace with, by name; by default they are made from the config.
         step: called with the name of each step, for a display.
 
@@ -166,7 +169,10 @@ def plan_checkpoint_fold(
         raise LoraFxError("there is nothing to fold: name at least one adapter directory.")
     checkpoint = Checkpoint.open(Path(base))
     companions = companions_of(checkpoint)
-    opened = [read_adapter(Path(directory)) for directory, _ in adapters]
+    if stacks and len(stacks) != len(adapters):
+        raise LoraFxError(f"stacks: expected a layout or None for each of {len(adapters)} adapters, got {len(stacks)}.")
+    layouts = stacks or [None] * len(adapters)
+    opened = [read_adapter(Path(directory), layout) for (directory, _), layout in zip(adapters, layouts, strict=True)]
     step("reading the config")
     model = empty_model(checkpoint.model)
     _check_not_quantised(model, checkpoint.model)
@@ -218,13 +224,14 @@ def fold_checkpoint(
     out: str | Path,
     *,
     strict: bool = True,
+    stacks: Sequence[StackLayout | None] = (),
     example_inputs: Path | None = None,
     overwrite: bool = False,
     verify: bool = False,
     report: bool = False,
 ) -> CheckpointReport:
     """Fold adapters into a checkpoint on disk: :func:`plan_checkpoint_fold`, then :meth:`CheckpointFold.write`."""
-    planned = plan_checkpoint_fold(base, adapters, strict=strict, example_inputs=example_inputs)
+    planned = plan_checkpoint_fold(base, adapters, strict=strict, stacks=stacks, example_inputs=example_inputs)
     return planned.write(out, overwrite=overwrite, verify=verify, report=report)
 
 

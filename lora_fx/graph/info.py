@@ -13,7 +13,7 @@ from torch import fx
 
 from lora_fx.errors import PlanError
 from lora_fx.graph.example_sizes import Examples
-from lora_fx.graph.records import BranchSpec, Origin
+from lora_fx.graph.records import BranchSpec, Origin, StackModule
 from lora_fx.numerics.lowrank_merge import Merge
 
 RuledBranches = Mapping[str, tuple[str, BranchSpec]]
@@ -32,6 +32,7 @@ class GraphInfo:
         constants: inputs of the trace that are no tensors, by their names.
         model_class: of the model that was traced, as ``module:qualified.name``.
         config: of the transformers model that was traced, a copy of its own.
+        stacks: the modules of the model with parameters that are stacks of matrices, by their paths.
         examples: the inputs of the trace.
         adapters: adapter → its branches.
         skipped: adapter → sites without a branch, each with the reason.
@@ -46,6 +47,7 @@ class GraphInfo:
     constants: Mapping[str, Any] = field(default_factory=dict)
     model_class: str = ""
     config: Any = None
+    stacks: Mapping[str, StackModule] = field(default_factory=dict)
     examples: Examples | None = None
     adapters: Mapping[str, RuledBranches] = field(default_factory=dict)
     skipped: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

@@ -110,3 +110,16 @@ class Origin:
     def of(rules: RuleSet) -> Origin:
         """Return the origin of an adapter that rules make."""
         return Origin(rules.name, rules.digest)
+
+
+@dataclass(frozen=True)
+class StackModule:
+    """What PEFT goes by at a module with parameters that are stacks of matrices.
+
+    Attributes:
+        classes: its class and those that it derives from, as ``module:qualified.name``.
+        transposed: whether it says ``is_transposed``.
+    """
+
+    classes: tuple[str, ...]
+    transposed: bool

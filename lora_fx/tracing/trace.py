@@ -26,6 +26,7 @@ from lora_fx.graph.info import GraphInfo, with_info
 from lora_fx.graph.input_checks import Constraints, add_checks
 from lora_fx.graph.invariants import checked_base
 from lora_fx.graph.process_state import uncollected
+from lora_fx.graph.records import StackModule
 from lora_fx.graph.signature import take_inputs
 from lora_fx.tracing.canonicalize import (
     follow_input_device,
@@ -146,6 +147,9 @@ class _Task:
             constants={name: value for name, value in inputs.kwargs.items() if not _has_tensor(value)},
             model_class=f"{type(model).__module__}:{type(model).__qualname__}",
             config=config_of(model),
+            stacks={
+                path: stack for path, module in model.named_modules(remove_duplicate=False) if (stack := _stack(module))
+            },
         )
 
 
@@ -161,6 +165,18 @@ class _Trace:
     constraints: Constraints
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     functions: Set[Any] = frozenset()
+
+
+def _stack(module: nn.Module) -> StackModule | None:
+    """Return the record of a module that has a stack of matrices among its own parameters.
+
+    None for another, and for one of a graph, which keeps the parameters of a module but not its class and attributes.
+    """
+    kinds = [kind for kind in type(module).__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module]
+    if not kinds or isinstance(module, fx.GraphModule) or all(p.ndim != 3 for p in module.parameters(recurse=False)):
+        return None
+    classes = tuple(f"{kind.__module__}:{kind.__qualname__}" for kind in kinds)
+    return StackModule(classes, bool(getattr(module, "is_transposed", False)))
 
 
 def _check_model(model: nn.Module) -> None:

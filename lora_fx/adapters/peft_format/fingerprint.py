@@ -78,12 +78,13 @@ def metadata(origin: Origin, base: Mapping[str, str]) -> dict[str, str]:
 
 def recorded(given: Mapping[str, str]) -> tuple[dict[str, str], Origin]:
     """Return the fingerprint of the base and the origin that a file's metadata name; nothing where lora_fx did not write it."""
-    try:
-        said = json.loads(given.get(_KEY, "{}"))
-    except (ValueError, RecursionError):
-        said = {}
-    base, rules = (_texts(said.get(key)) if isinstance(said, dict) else {} for key in ("base", "rules"))
-    return base, Origin(rules.get("name", ""), rules.get("sha256", ""))
+    rules = _recorded_texts(given, "rules")
+    return _recorded_texts(given, "base"), Origin(rules.get("name", ""), rules.get("sha256", ""))
+
+
+def recorded_version(given: Mapping[str, str], package: str) -> str | None:
+    """Return the version of a package that a file's metadata name; None where lora_fx did not write it."""
+    return _recorded_texts(given, "versions").get(package)
 
 
 def differences(trained_on: Mapping[str, str], found: Mapping[str, str | None]) -> Iterator[str]:
@@ -105,5 +106,10 @@ def differences(trained_on: Mapping[str, str], found: Mapping[str, str | None]) 
             yield f"{name}: other values" if told == telling else f"{name}: was {told}, is {telling}"
 
 
-def _texts(value: Any) -> dict[str, str]:
+def _recorded_texts(given: Mapping[str, str], key: str) -> dict[str, str]:
+    try:
+        said = json.loads(given.get(_KEY, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    value = said.get(key) if isinstance(said, dict) else None
     return {k: v for k, v in value.items() if isinstance(v, str)} if isinstance(value, dict) else {}

@@ -7,8 +7,8 @@
 
 A parameter is one that ``target_parameters`` names: a bare one, or the weight of a module, as of a router.
 
-PEFT takes a stack of matrices for ``(experts, out, in)`` unless its module says ``is_transposed``, and a single one for
-``(out, in)``. Where it is mistaken, its A has the outputs and its B the inputs: ``ΔWᵀ = A B`` in place of ``ΔW = B A``.
+PEFT takes a single matrix for ``(out, in)``; what it takes a stack of them for, see :mod:`lora_fx.adapters.peft_format.stacks`.
+Where it is mistaken, its A has the outputs and its B the inputs: ``ΔWᵀ = A B`` in place of ``ΔW = B A``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lora_fx.graph.graph_module import TracedGraphModule
+from lora_fx.adapters.peft_format.stacks import StackLayout
 from lora_fx.graph.provenance import module_path, source_line, stamp_of
 from lora_fx.graph.records import BranchSpec
 from lora_fx.planning.plan import factor_shapes
 from lora_fx.sites.call_sites import Site, biased, sites
 from lora_fx.sites.weight_ops import readers, weight_op
-from lora_fx.tracing.transformers_models import traced_class
 
 PREFIX = "base_model.model."
 
@@ -38,18 +37,29 @@ class Slot:
         site: the call site that the branch is beside.
         name: what the config calls it: the path of a module, or the full name of a parameter.
         path: of the layer that PEFT puts there.
-        swapped: whether PEFT's A is on the side of the outputs.
+        layout: of the factors of a stack of matrices in the file.
     """
 
     site: Site
     name: str
     path: str
-    swapped: bool = False
+    layout: StackLayout = "exchanged"
 
     @property
     def is_parameter(self) -> bool:
         """Whether the config names it under ``target_parameters``: a bare parameter, or the weight of a module."""
         return is_bare(self.site) or self.name != self.site.module
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is a parameter that is a stack of matrices."""
+        return self.is_parameter and self.site.op == "expert"
+
+    @property
+    def swapped(self) -> bool:
+        """Whether PEFT's A is on the side of the outputs."""
+        last_is_in = self.site.layout == "out_in"
+        return self.is_parameter and last_is_in == (self.is_stack and self.layout == "as_stored")
 
     @property
     def keys(self) -> tuple[str, str]:
@@ -63,7 +73,7 @@ class Slot:
         a, b = factor_shapes(branch, self.site)
         return ((a[0], b[0]), (a[1], b[1])) if self.swapped else (a, b)
 
-    def exchanged(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def converted(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return PEFT's factors for ours, or ours for PEFT's: where these differ, each is made of the other one."""
         if not self.swapped:
             return a, b
@@ -84,15 +94,18 @@ def parameter_of(site: Site) -> str:
 
 
 def slots(
-    chosen: Iterable[Site], order: Iterable[str], transposed: Mapping[str, bool], weights: Collection[str] = ()
+    chosen: Iterable[Site],
+    order: Iterable[str],
+    weights: Collection[str] = (),
+    layouts: Mapping[str, StackLayout] | None = None,
 ) -> dict[str, Slot]:
     """Return the slot of each of these sites, by their modules; calls of one module share it.
 
     Args:
         chosen: the sites that an adapter has branches beside.
         order: the names of all parameters of the model, in its order.
-        transposed: of modules with parameters that are stacks of matrices stored ``(in, out)``: whether they say so.
         weights: modules whose weight ``target_parameters`` names.
+        layouts: of the factors of stacks of matrices in the file, by the names of the stacks.
     """
     by_module = {site.module: site for site in chosen}
     named = {parameter_of(site) for site in by_module.values() if is_bare(site) or site.module in weights}
@@ -104,11 +117,9 @@ def slots(
         paths[name] = ".".join([parent] * bool(parent) + ["base_layer"] * depth)
     found = {}
     for module, site in by_module.items():
-        is_stack = site.op == "expert"
-        says_so = is_stack and transposed.get(module.rpartition(".")[0], False)
         name = parameter_of(site)
-        swapped = name in paths and site.layout == "in_out" and not says_so
-        found[module] = Slot(site, name if name in paths else module, paths.get(name, module), swapped)
+        layout = (layouts or {}).get(name, "exchanged")
+        found[module] = Slot(site, name if name in paths else module, paths.get(name, module), layout)
     return found
 
 
@@ -222,16 +233,3 @@ def _moves_values(node: fx.Node) -> bool:
 RESHAPES = frozenset(
     {"view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "contiguous", "clone"}
 )
-
-
-def transposed(graph_module: fx.GraphModule, chosen: Collection[Site]) -> dict[str, bool]:
-    """Return for the modules with stacks of matrices that are stored (in, out) whether they say so themselves."""
-    parents = {
-        site.module.rpartition(".")[0]
-        for site in chosen
-        if is_bare(site) and site.op == "expert" and site.layout == "in_out"
-    }
-    model = traced_class(graph_module) if parents and isinstance(graph_module, TracedGraphModule) else None
-    if model is None:
-        return {}
-    return {parent: bool(getattr(model.get_submodule(parent), "is_transposed", False)) for parent in parents}

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 
-from lora_fx.adapters.peft_format.fingerprint import differences, recorded
+from lora_fx.adapters.peft_format.fingerprint import differences, recorded, recorded_version
 from lora_fx.adapters.peft_format.keys import (
     PREFIX,
     Slot,
@@ -24,17 +24,19 @@ from lora_fx.adapters.peft_format.keys import (
     is_bare,
     parameter_of,
     slots,
-    transposed,
 )
+from lora_fx.adapters.peft_format.stacks import LAYOUTS, Stack, StackLayout, Writer, is_transposed, stack_layouts
 from lora_fx.errors import AdapterError, LoraFxError, did_you_mean, shortened
 from lora_fx.files.safetensors import TensorEntry, TensorFile
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
 from lora_fx.graph.graph_module import described, state_of
+from lora_fx.graph.info import known_info
 from lora_fx.graph.records import BranchSpec, Origin, Trained
 from lora_fx.numerics.factor_init import adapter_dtype
 from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import ALL_LINEAR, CONFIG_NAME, AdapterConfig, read_config, trains_bias
 from lora_fx.rules.rule_file import Setting
+from lora_fx.rules.validation import shown
 from lora_fx.sites.call_sites import Site, sites
 
 FILE_NAME = "adapter_model.safetensors"
@@ -49,19 +51,28 @@ class AdapterFiles:
         directory: where it is.
         config: of the adapter.
         file: with the tensors.
+        stacks: the layout of the factors of stacked experts, if it was given.
     """
 
     directory: Path
     config: AdapterConfig
     file: TensorFile
+    stacks: StackLayout | None = None
 
 
-def read_adapter(directory: Path) -> AdapterFiles:
+def read_adapter(directory: Path, stacks: StackLayout | None = None) -> AdapterFiles:
     """Open an adapter directory.
+
+    Args:
+        directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        stacks: the layout of the factors of stacked experts, where the directory does not tell it.
 
     Raises:
         AdapterError: something is missing or malformed, or of an unsupported kind.
     """
+    if stacks is not None and stacks not in LAYOUTS:
+        problem = f"stacks: expected {' or '.join(map(repr, LAYOUTS))}, got {shown(stacks)}"
+        raise AdapterError(str(directory), [problem])
     if not (directory / CONFIG_NAME).is_file() and directory.is_dir():
         inner = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_NAME}"))
         if inner:
@@ -79,7 +90,7 @@ def read_adapter(directory: Path) -> AdapterFiles:
             raise AdapterError(str(directory), [problem])
         raise AdapterError(str(directory), [f"expected {FILE_NAME}, which is not there"])
     try:
-        return AdapterFiles(directory, config, TensorFile.open(path))
+        return AdapterFiles(directory, config, TensorFile.open(path), stacks)
     except AdapterError:
         raise
     except LoraFxError as error:
@@ -257,9 +268,9 @@ class _Reader:
         self._ledger.stop_if_wrong()
         own = {name: tensor for name, tensor in self._state.tensors.items() if not is_of_adapter(name)}
         self._first = self._state.aliases()
-        placed = slots(chosen, own, transposed(self._graph_module, chosen), weights)
-        branches = {slot: self._branch(slot) for slot in placed.values()}
+        branches = {slot: self._branch(slot) for slot in slots(chosen, own, weights).values()}
         self._ledger.stop_if_wrong()
+        branches = self._with_layouts(branches)
         factors = {slot: self._factors(slot, branch) for slot, branch in branches.items()}
         copies = self._copies(own, [slot.site.module for slot in branches if not is_bare(slot.site)])
         self._rest(own, [slot.site.module for slot in branches])
@@ -282,9 +293,25 @@ class _Reader:
     def _branch(self, slot: Slot) -> BranchSpec:
         return BranchSpec(owners_of(slot.site)[0], self._ledger.setting_of(slot.name), op=slot.site.op)
 
+    def _with_layouts(self, branches: Mapping[Slot, BranchSpec]) -> dict[Slot, BranchSpec]:
+        """Return the branches with the layouts that the file has at stacks of matrices."""
+        stacks = [self._stack(*each) for each in branches.items() if each[0].is_stack and each[0].site.matrices > 1]
+        writer = Writer(self._config.peft_version, recorded_version(self._files.file.metadata, "transformers"))
+        layouts, problems = stack_layouts(stacks, writer, self._files.stacks)
+        self._ledger.problems += problems
+        return {replace(slot, layout=layouts.get(slot.name, slot.layout)): each for slot, each in branches.items()}
+
+    def _stack(self, slot: Slot, branch: BranchSpec) -> Stack:
+        module = known_info(self._graph_module).stacks.get(slot.name.rpartition(".")[0])
+        entries = [self._ledger.unread.get(key) for key in slot.keys]
+        found = None if None in entries else tuple(entry.shape for entry in entries if entry)
+        fits = frozenset(layout for layout in LAYOUTS if replace(slot, layout=layout).shapes(branch) == found)
+        return Stack(slot.name, module, is_transposed(slot.site, module), fits)
+
     def _factors(self, slot: Slot, branch: BranchSpec) -> tuple[str, str]:
         """Take the keys of a branch from those of the file, and check what the header says of them."""
-        for key, shape in zip(slot.keys, slot.shapes(branch), strict=True):
+        other = replace(slot, layout="as_stored") if slot.is_stack and slot.site.matrices > 1 else slot
+        for key, shape, otherwise in zip(slot.keys, slot.shapes(branch), other.shapes(branch), strict=True):
             rank = branch.setting.rank
             groups = (
                 f", in {slot.site.matrices} groups, which PEFT mixes,"
@@ -294,6 +321,7 @@ class _Reader:
             told = (
                 f"rank {rank} at {slot.name}, of {slot.site.in_features} and {slot.site.out_features} features{groups}"
             )
+            told += f", or {otherwise} as_stored" if otherwise != shape else ""
             self._ledger.take(key, shape, f"{CONFIG_NAME} selects {slot.name!r}", told)
         return slot.keys
 
@@ -374,7 +402,7 @@ class _Reader:
     def _read_factors(self, slot: Slot, key_a: str, key_b: str) -> tuple[torch.Tensor, torch.Tensor]:
         weight = self._state.tensors[slot.site.weight]
         like = weight.new_empty(0, dtype=adapter_dtype(slot.site.cast or weight.dtype))
-        return slot.exchanged(self._read(key_a, like), self._read(key_b, like))
+        return slot.converted(self._read(key_a, like), self._read(key_b, like))
 
     def _read(self, key: str, like: torch.Tensor) -> torch.Tensor:
         value = self._files.file.read(key)

@@ -13,6 +13,7 @@ from torch import fx, nn
 from lora_fx.adapters.attach import attach
 from lora_fx.adapters.peft_format.fingerprint import fingerprint, metadata
 from lora_fx.adapters.peft_format.reading import FILE_NAME, AdapterContents, check_base, read_adapter, read_contents
+from lora_fx.adapters.peft_format.stacks import StackLayout
 from lora_fx.adapters.peft_format.writing import PeftAdapter, to_peft
 from lora_fx.adapters.transfer import branches_of, differences, origin_of, plan_branches, trained_of
 from lora_fx.branches.invariants import checked
@@ -36,6 +37,7 @@ def from_adapter(
     adapter: str = "default",
     *,
     strict: bool = True,
+    stacks: StackLayout | None = None,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     dynamic: Dynamic | None = None,
     inference: bool = False,
@@ -47,6 +49,7 @@ def from_adapter(
         directory: with ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT or :func:`save_adapter` writes them.
         adapter: name for it in the graph.
         strict: see :func:`load_adapter`.
+        stacks: see :func:`load_adapter`.
         example_inputs: see :func:`lora_fx.trace`.
         dynamic: see :func:`lora_fx.trace`.
         inference: trace the eval mode only and train nothing.
@@ -55,13 +58,18 @@ def from_adapter(
         AdapterError: see :func:`load_adapter`.
         TraceError: the model cannot be traced.
     """
-    read_adapter(Path(directory))  # a malformed directory is refused before the model is traced
+    read_adapter(Path(directory), stacks)  # a malformed directory is refused before the model is traced
     graph_module = trace(model, example_inputs, dynamic=dynamic, inference=inference)
-    return load_adapter(graph_module, directory, adapter, strict=strict)
+    return load_adapter(graph_module, directory, adapter, strict=strict, stacks=stacks)
 
 
 def load_adapter(
-    graph_module: TracedGraphModule, directory: str | Path, adapter: str = "default", *, strict: bool = True
+    graph_module: TracedGraphModule,
+    directory: str | Path,
+    adapter: str = "default",
+    *,
+    strict: bool = True,
+    stacks: StackLayout | None = None,
 ) -> TracedGraphModule:
     """Return the graph with the adapter that a directory holds.
 
@@ -75,13 +83,16 @@ def load_adapter(
         adapter: name for it in the graph.
         strict: whether another base than the adapter's own, by the fingerprint in its file, is an error. If not, it is a warning
             that lists every tensor that differs.
+        stacks: how the file has the factors of stacked experts (``target_parameters``), which PEFT changed in 0.19.0 and 0.19.1:
+            ``"as_stored"``, with A on the first dimension of each expert's matrix, or ``"exchanged"``, on its last. Told by the
+            shapes, or else by ``peft_version``; asked for where neither tells, and then needed.
 
     Raises:
         AdapterError: the directory is malformed, of an unsupported kind, or does not fit the graph. All problems are named.
         PlanError: the adapter does not fit beside the other adapters of the graph.
     """
     graph_module = _traced(graph_module)
-    files = read_adapter(Path(directory))
+    files = read_adapter(Path(directory), stacks)
     check_base(files, fingerprint(state_of(graph_module)), strict=strict)
     contents = read_contents(files, graph_module)
     if adapter not in adapters(graph_module):

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from lora_fx.adapters.peft_format.keys import Slot, apart_from_calls, base_key, is_bare, slots, transposed
+from lora_fx.adapters.peft_format.keys import Slot, apart_from_calls, base_key, is_bare, parameter_of, slots
+from lora_fx.adapters.peft_format.stacks import StackLayout, is_transposed, written_layout
 from lora_fx.adapters.transfer import branches_of, origin_of, parameters_of, trained_of
 from lora_fx.errors import AdapterError
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
@@ -65,7 +66,7 @@ class _PeftWriter:
         site_of = {owner: site for site in sites(self._graph_module) for owner in owners_of(site)}
         chosen = [site_of[owner] for owner in self._branches]
         weights, apart = self._named_weights(chosen)
-        placed = slots(chosen, self._own, transposed(self._graph_module, chosen), weights)
+        placed = slots(chosen, self._own, weights, self._layouts(chosen, weights))
         tensors: dict[str, torch.Tensor] = {}
         settings: dict[str, tuple[int, float]] = {}
         for owner, branches in self._branches.items():
@@ -81,7 +82,7 @@ class _PeftWriter:
                     f"{owner}: a branch of one of several calls of a module, and PEFT has one branch for all of them"
                 )
                 continue
-            tensors |= dict(zip(slot.keys, slot.exchanged(*self._dense(branches, slot.site)), strict=True))
+            tensors |= dict(zip(slot.keys, slot.converted(*self._dense(branches, slot.site)), strict=True))
             settings[slot.name] = (sum(branch.setting.rank for branch in branches), self._scale(owner))
         self._problems += apart.values()
         adapted = [slot.site.module for slot in placed.values() if not is_bare(slot.site)]
@@ -101,6 +102,27 @@ class _PeftWriter:
         as_weights = apart_from_calls(self._graph_module, matrices, matrices) if matrices else {}
         weights = matrices - as_weights.keys()
         return weights, {module: reason for module, reason in apart.items() if module not in weights}
+
+    def _layouts(self, chosen: Collection[Site], weights: Collection[str]) -> dict[str, StackLayout]:
+        """Return the layout that PEFT has for the factors at each stack of matrices, by the name of the stack."""
+        found: dict[str, StackLayout] = {}
+        for site in chosen:
+            if site.op != "expert" or not (is_bare(site) or site.module in weights):
+                continue
+            name = parameter_of(site)
+            transposed = is_transposed(site, info_of(self._graph_module).stacks.get(name.rpartition(".")[0]))
+            if transposed is None:
+                self._problems.append(
+                    f"{name}: a stack of matrices stored (in, out), for which PEFT goes by is_transposed of its module, which the "
+                    "graph does not know. Trace the model itself"
+                )
+            elif site.matrices > 1:
+                found[name] = written_layout(PEFT_VERSION, transposed=transposed)
+            elif transposed and site.in_features != site.out_features:
+                self._problems.append(
+                    f"{name}: a stack of one matrix that is_transposed, to which PEFT cannot add an update"
+                )
+        return found
 
     def _scale(self, owner: str) -> float:
         scales = sorted({branch.setting.scale for branch in self._branches[owner]})
