@@ -126,7 +126,7 @@ def stack_layouts(
     for stack in stacks:
         by_kind.setdefault(stack.kind, []).append(stack)
     for group in by_kind.values():
-        proofs = {layout: stack for stack in group if len(stack.fits) == 1 for layout in stack.fits}
+        proofs = {layout: stack for stack in reversed(group) if len(stack.fits) == 1 for layout in stack.fits}
         least_known = next((stack for stack in group if stack.transposed is None), group[0])
         layout, reason = _by_version(least_known, writer)
         if layout and refuting:
@@ -149,7 +149,7 @@ def stack_layouts(
             problems.append(
                 f"{CONFIG_NAME}: A and B at {names} fit both layouts of stacks, and {reason}. {_question(least_known)}"
             )
-        layouts |= {stack.name: chosen or "exchanged" for stack in group}
+        layouts |= {each.name: min(each.fits) if len(each.fits) == 1 else chosen or "exchanged" for each in group}
     return layouts, problems
 
 
