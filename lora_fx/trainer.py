@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerCallback, TrainerState
 from transformers.training_args import TrainingArguments
 
-from lora_fx.adapters.peft_format.reading import read_adapter
+from lora_fx.adapters.peft_format.opening import read_adapter
 from lora_fx.adapters.peft_format.save_load import check_writable, load_adapter, save_adapter, write_adapter_files
 from lora_fx.adapters.transfer import branches_of, parameters_of
 from lora_fx.errors import AdapterError, LoraFxError, shortened

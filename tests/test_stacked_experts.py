@@ -229,7 +229,7 @@ def test_gpt_oss_of_transformers_4_and_5_is_told_by_its_wide_stack_else_by_versi
     [
         (None, "there is no peft_version, as before PEFT 0.18.0"),
         *(
-            (each, f"peft_version '{each}' is no release, and can be from before or after a change of PEFT's")
+            (each, f"peft_version '{each}' is no release, and of before or after a change of PEFT's")
             for each in ("0.18.2.dev0", "0.19.1.dev0", "0.18.2.dev0@e84dd8f", "0.19.1.dev0@UNKNOWN", "0.19.0rc1", "new")
         ),
     ],
@@ -400,14 +400,30 @@ def test_of_a_graph_that_does_not_know_its_classes_the_layout_is_asked_for(tmp_p
 
 def test_layouts_of_versions() -> None:
     changes = {
-        ("as_stored", "as_stored"): ("0.17.0", "0.18.1", "0.18.1.post1"),
+        ("as_stored", "as_stored"): (
+            "0.17.0",
+            "0.17.2.dev0",
+            "0.18.0.rc0",
+            "0.18.1.dev0@d1162c5",
+            "0.18.1",
+            "0.18.1.post1",
+        ),
         ("exchanged", "as_stored"): ("0.19.0", "0.19"),
-        ("as_stored", "exchanged"): ("0.19.1", "0.21.2", "1.0"),
+        ("as_stored", "exchanged"): ("0.19.1", "0.19.2.dev0", "0.20.1.dev0@UNKNOWN", "0.21.2", "1.0"),
     }
     for layouts, versions in changes.items():
         for version in versions:
             assert (written_layout(version, transposed=True), written_layout(version, transposed=False)) == layouts
-    for version in ("0.19.1.dev0", "", "١.٢.٣", "9" * 5000, "0.19.1\n"):
+    for version in (
+        "0.18.2.dev0",
+        "0.19.0.dev0",
+        "0.19.1.dev0@e84dd8f",
+        "0.19.0rc1",
+        "",
+        "١.٢.٣",
+        "9" * 5000,
+        "0.19.1\n",
+    ):
         with pytest.raises(ValueError, match="is no release of PEFT"):
             written_layout(version, transposed=True)
 

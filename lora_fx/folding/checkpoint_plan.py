@@ -19,14 +19,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from lora_fx.adapters.attach import attach
 from lora_fx.adapters.peft_format.fingerprint import fingerprint_on_disk
-from lora_fx.adapters.peft_format.reading import (
-    AdapterContents,
-    AdapterFiles,
-    another_value,
-    check_base,
-    read_adapter,
-    read_contents,
-)
+from lora_fx.adapters.peft_format.opening import AdapterFiles, check_base, read_adapter
+from lora_fx.adapters.peft_format.reading import AdapterContents, another_value, read_contents
 from lora_fx.adapters.peft_format.stacks import StackLayout
 from lora_fx.adapters.transfer import plan_branches
 from lora_fx.errors import AdapterError, FoldError, LoraFxError, listed

@@ -12,7 +12,8 @@ from torch import fx, nn
 
 from lora_fx.adapters.attach import attach
 from lora_fx.adapters.peft_format.fingerprint import fingerprint, metadata
-from lora_fx.adapters.peft_format.reading import FILE_NAME, AdapterContents, check_base, read_adapter, read_contents
+from lora_fx.adapters.peft_format.opening import FILE_NAME, check_base, read_adapter
+from lora_fx.adapters.peft_format.reading import AdapterContents, read_contents
 from lora_fx.adapters.peft_format.stacks import StackLayout
 from lora_fx.adapters.peft_format.writing import PeftAdapter, to_peft
 from lora_fx.adapters.transfer import branches_of, differences, origin_of, plan_branches, trained_of

@@ -36,7 +36,7 @@ _TRANSPOSED_SINCE_5 = frozenset({"transformers.models.gpt_oss.modeling_gpt_oss:G
 The others that say so came with transformers 5 (OpenAIPrivacyFilterExperts), or had other parameters before (AriaExperts).
 """
 
-_FIRST_CHANGE, _SECOND_CHANGE = (0, 19, 0), (0, 19, 1)
+_LAST_BEFORE, _FIRST_CHANGE, _SECOND_CHANGE = (0, 18, 1), (0, 19, 0), (0, 19, 1)
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _by_version(stack: Stack, writer: Writer) -> tuple[StackLayout | None, str]:
     if release is None:
         return (
             None,
-            f"peft_version {shown(writer.peft)} is no release, and can be from before or after a change of PEFT's",
+            f"peft_version {shown(writer.peft)} is no release, and of before or after a change of PEFT's",
         )
     if release < _FIRST_CHANGE:
         return "as_stored", ""
@@ -194,10 +194,19 @@ def _question(stack: Stack) -> str:
 
 
 def _release(version: str) -> tuple[int, ...] | None:
-    """Return the numbers of a release, at least three; None for another version, as of a development between two."""
-    found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6}){1,3})(?:\.post[0-9]{1,6})?", version)
-    numbers = tuple(map(int, found[1].split("."))) if found else ()
-    return (*numbers, *(0 for _ in range(3 - len(numbers)))) if numbers else None
+    """Return the numbers of a release that writes what this version does; None where that is not known.
+
+    A version of the development before a release (``0.20.1.dev0@<commit>``) writes what it does, but where a change came with it:
+    ``0.18.2.dev0`` and ``0.19.1.dev0`` are of before and after.
+    """
+    found = re.fullmatch(
+        r"([0-9]{1,6}(?:\.[0-9]{1,6}){1,3})(\.?(?:dev|rc|a|b)[0-9]{1,6}.*)?(?:\.post[0-9]{1,6})?", version
+    )
+    if found is None:
+        return None
+    numbers = tuple(map(int, found[1].split(".")))
+    numbers += (0,) * (3 - len(numbers))
+    return None if found[2] and _LAST_BEFORE < numbers <= _SECOND_CHANGE else numbers
 
 
 def _is_5(transformers: str | None) -> bool:
