@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test browser bench mutate lint format clean
+.PHONY: demo test browser bench docs mutate lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/lora-fx demo
@@ -28,6 +28,10 @@ mutate: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python tools/bench
 
+# The API reference, from the docstrings: plain HTML in docs/, links checked.
+docs: $(INSTALLED)
+	$(BIN)/python tools/make_docs.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check lora_fx tests tools
 	$(BIN)/ruff format --check lora_fx tests tools
@@ -39,7 +43,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format lora_fx tests tools
 
 clean:
-	rm -rf $(VENV) demo-output mutants
+	rm -rf $(VENV) demo-output mutants docs
 
 # torch first and alone: its pin names a CPU build where one is at hand, and nothing that follows may replace it.
 $(INSTALLED): pyproject.toml constraints.txt

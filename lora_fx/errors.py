@@ -20,15 +20,25 @@ class _ProblemsError(LoraFxError):
 
 
 class RuleError(_ProblemsError):
-    """A rule file is malformed, unknown, or does not fit the model. All problems are reported at once."""
+    """A rule file is malformed, unknown, or does not fit the model. All problems are reported at once.
+
+    Attributes:
+        source: the file, or what the rules are called.
+        problems: a sentence each, with line and key.
+    """
 
 
 class AdapterError(_ProblemsError):
-    """A directory with an adapter is malformed, of a kind that is not supported, or does not fit the graph."""
+    """A directory with an adapter is malformed, of a kind that is not supported, or does not fit the graph.
+
+    Attributes:
+        source: the directory.
+        problems: a sentence each. All are reported at once.
+    """
 
 
 class TraceError(LoraFxError):
-    """The model cannot be brought into a graph that computes what the model computes."""
+    """The model cannot be traced into a graph that computes what the model computes."""
 
 
 class InputError(LoraFxError):
@@ -44,9 +54,10 @@ class FoldError(LoraFxError):
 
 
 class VerifyError(LoraFxError):
-    """What was made of a graph computes something else; ``node`` names the first value that differs.
+    """A folded graph or a written file does not compute what its graph computes.
 
-    That is a node of a folded graph, or an output of a file that was written.
+    Attributes:
+        node: the first value that differs: a node of the folded graph, or an output of the file.
     """
 
     def __init__(self, message: str, node: str = "") -> None:

@@ -33,21 +33,28 @@ def rewrite(
 ) -> TracedGraphModule:
     """Return a graph of ``model`` with a low-rank branch beside every call site that the rules select.
 
-    ``y = W x`` becomes ``y = W x + (alpha / rank) · B(A(dropout(x)))``. A starts random, B zero, so the graph computes what
-    the model computes until it is trained. Only the factors A and B require a gradient. The model is not changed.
+    ``y = W x`` becomes ``y = W x + scale · B(A(dropout(x)))`` (LoRA, arXiv 2106.09685), with W of shape ``(out, in)``, A of
+    ``(rank, in)`` and B of ``(out, rank)``. ``scale`` is ``alpha / rank``, or ``alpha / √rank`` where the rules say so (rsLoRA,
+    arXiv 2312.03732). A starts random, B zero, so that the graph computes what the model computes until it is trained. Only
+    the factors require a gradient. The model is not changed.
 
     Args:
         model: a module, or a graph that lora_fx returned, which then gets one more adapter.
-        rules: a built-in name (``"t5"``), ``"auto"``, a path to a ``.toml`` file, a mapping, or a loaded rule set.
-        rank: replaces the rank in the rules' ``[defaults]``.
-        alpha: replaces the alpha in ``[defaults]``; the scaling of a branch is ``alpha / rank``.
-        dropout: replaces the dropout in ``[defaults]``: the probability with which an element of a branch's input is dropped.
+        rules: the name of a built-in file or one of its model types (``"t5"``); ``"auto"``, by ``model.config.model_type``, or by role
+            where there is no file for it; ``"all-linear"``; a path to a ``.toml`` file; or a mapping with the keys of such a file.
+        rank: replaces the rank in the rules' ``[defaults]``, at least 1.
+        alpha: replaces the alpha in ``[defaults]``, greater than 0.
+        dropout: replaces the dropout in ``[defaults]``: the probability, at least 0 and less than 1, with which an element of a
+            branch's input is dropped in training.
         adapter: name of the adapter, part of its parameters' names.
         seed: of the initial factors. Without one they are drawn from torch's current random state, which is restored.
         example_inputs: see :func:`lora_fx.trace`.
         dynamic: see :func:`lora_fx.trace`.
         labels: trace with labels, so that the graph returns the model's loss; see :func:`lora_fx.trace`.
         inference: trace the eval mode only and train nothing.
+
+    Returns:
+        A graph in the mode (train or eval) of the model, with parameters ``<module>.lora_A.<adapter>.weight`` and ``lora_B``.
 
     Raises:
         RuleError: the rules are malformed or do not fit the model.

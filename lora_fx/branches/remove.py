@@ -22,8 +22,8 @@ def unload(graph_module: fx.GraphModule, *, branches: Nominate = is_factor) -> T
     """Return the graph as it was before the rewrite: its branches dropped, its weights unchanged.
 
     Args:
-        graph_module: see :func:`fold`.
-        branches: see :func:`fold`.
+        graph_module: see :func:`lora_fx.fold`.
+        branches: see :func:`lora_fx.fold`.
 
     Raises:
         FoldError: a branch cannot be taken out without changing something else.

@@ -1,7 +1,10 @@
-"""Writers of graphs for other runtimes, one module per format; no module here may have the name of a public function.
+"""Writers of graphs for other runtimes: TorchScript, ONNX (with slots for adapters), and torch.export's pt2.
 
-The names stand in ``__init__.pyi`` and are imported on first use: :mod:`lora_fx.runtime` reads ``slot_table``, which needs no torch.
+Each written file is loaded and compared with its graph before it is moved to its path. ``__init__.pyi`` lists the names, which are
+imported when they are first used.
 """
+
+# No module here may have the name of a public function: importing it would replace the function.
 
 import lazy_loader
 

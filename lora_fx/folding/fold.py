@@ -38,9 +38,10 @@ def fold(
 ) -> TracedGraphModule:
     """Return the graph without its branches, with their product merged into the weights of their sites.
 
+    ``W ← W + Σ strength · scaling · B A`` (arXiv 2106.09685, section 4.1), in the layout in which the operator reads W.
     The result computes what ``graph_module`` computes in evaluation, has the graph that the model was traced to, and the
-    model's ``state_dict`` keys. ``graph_module`` stays usable; only adapted weights are new tensors. Figures for each of them
-    are computed by :func:`~lora_fx.folding.report.fold_report`, of both graphs.
+    model's ``state_dict`` keys. ``graph_module`` stays usable; only adapted weights are new tensors.
+    :func:`~lora_fx.fold_report` compares both graphs.
 
     A branch is found by the names of its factors and folded if it is linear, with constant factors, from its input to an
     addend of its site's output. Products are summed in float32 for float32 and bfloat16 weights and in float64 for others,
@@ -48,7 +49,7 @@ def fold(
 
     Args:
         graph_module: of ATen operators: made by lora_fx, a copy of such, or a trace of a model with branches of its own.
-        strengths: the adapters to fold, as for :func:`~lora_fx.adapters.activate.activate`; the others are dropped. By default all
+        strengths: the adapters to fold, as for :func:`~lora_fx.activate`; the others are dropped. By default all
             branches are folded as they are.
         branches: tells by a parameter's name whether it is a factor of a branch. By default the names that lora_fx and
             PEFT give: ``<module>.lora_A.<adapter>.weight``, ``….lora_embedding_A.<adapter>``, and so for B.
@@ -122,8 +123,7 @@ def recipe(
 ) -> tuple[Merge, ...]:
     """Return what :func:`fold` would do to each weight, as data: factors by their names, scalings, layouts.
 
-    No tensor is read, so that the graph may be on the meta device: ``merge_into`` carries a recipe out on tensors from
-    wherever they are.
+    No tensor is read, so that the graph may be on the meta device.
 
     Args:
         graph_module: see :func:`fold`.

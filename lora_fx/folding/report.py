@@ -57,7 +57,12 @@ def check_finite(non_finite: Mapping[str, int]) -> None:
 
 @dataclass(frozen=True)
 class FoldReport:
-    """One entry for every weight that a fold changed. ``str(report)`` is a table."""
+    """One entry for every weight that a fold changed. ``str(report)`` is a table.
+
+    Attributes:
+        weights: for each its updates, the Frobenius norm of their sum and of the weight, and how many elements have an update but
+            kept their value, since it was less than half a step of the dtype.
+    """
 
     weights: tuple[FoldedWeight, ...]
 

@@ -95,7 +95,7 @@ class TracedGraphModule(fx.GraphModule):
     activation_checkpointing_enable = gradient_checkpointing_enable
 
     def recompile(self) -> fx.graph.PythonCode:
-        """Generate ``forward`` anew from the graph, with the signature of the model."""
+        """Generate the code anew from the graph, with the signature of the model."""
         code = super().recompile()
         if isinstance(self._graph._codegen, InputCodeGen):
             type(self).forward.__signature__ = self._graph._codegen.signature.shown()  # type: ignore[attr-defined]

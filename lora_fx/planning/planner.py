@@ -35,19 +35,23 @@ def plan(
     alpha: float | None = None,
     dropout: float | None = None,
 ) -> Plan:
-    """Match rules against the call sites of a model or a graph.
+    """Decide for every call site of a model or a graph whether rules give it a branch, without changing anything.
 
     Args:
-        model: a graph of lora_fx, or a model, which is then traced.
-        rules: see :func:`lora_fx.rules.lookup.load`.
+        model: a graph of lora_fx, or a model, which is then traced; on the meta device too.
+        rules: see :func:`lora_fx.rewrite`.
         example_inputs: see :func:`lora_fx.trace`.
         rank: replaces the ``[defaults]`` of the rules, as do ``alpha`` and ``dropout``.
         alpha: numerator of the scaling ``alpha / rank``.
         dropout: probability with which an element of a branch's input is dropped in training.
 
+    Returns:
+        One decision for every site, in graph order, with its reason; ``print(plan)`` shows the table.
+
     Raises:
         RuleError: the rules are malformed, a selection matches nothing, or two claim one site with different settings.
         PlanError: a chosen site cannot get such a branch.
+        TraceError: the model cannot be traced.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     ruleset = load(rules, model_type).with_overrides(rank, alpha, dropout)

@@ -44,14 +44,14 @@ def fuse(graph_module: TracedGraphModule) -> TracedGraphModule:
 
     Outputs and gradients are as close to the exact ones as before, but not the same bits. Branches beside linear sites are
     fused; those beside sites of other kinds (convolutions, embeddings, stacked experts) stay as they are. Passes that need the
-    branches themselves (fold, exporters) take them from :func:`~lora_fx.branches.lower.lower`.
+    branches themselves (fold, exporters, ``save_adapter``) take a fused graph as it is.
 
     Dropout draws the masks that the graph drew before, from equal seeds and in the same order, and follows the mode and ``p``
     of the same modules, which are still ``nn.Dropout``. The masks are kept as bits for the backward pass.
 
     A factor that a loss does not depend on has a gradient of zero where others of its group have one, and not None: an optimizer
     with weight decay then moves it. Derivatives of gradients, and forward-mode ones, are those of the plain graph only without
-    dropout and factors of another dtype than the weights; with them torch refuses, and :func:`~lora_fx.branches.lower.lower` helps.
+    dropout and factors of another dtype than the weights; with them torch refuses: take the graph before ``fuse``.
 
     Args:
         graph_module: left as it is; the result has parameters of its own over the same storage.

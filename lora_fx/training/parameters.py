@@ -15,7 +15,7 @@ from lora_fx.graph.info import known_info
 
 @dataclass(frozen=True)
 class ParameterSummary:
-    """Numbers of trainable and of all parameters. ``str()`` is the line that PEFT prints.
+    """Numbers of trainable and of all parameters. ``str()`` is one line, as the first releases of PEFT printed it.
 
     Attributes:
         trainable: number of elements in parameters that require a gradient.
@@ -35,7 +35,11 @@ class ParameterSummary:
 
 
 def parameter_summary(module: nn.Module) -> ParameterSummary:
-    """Count the parameters of a module, each tensor once."""
+    """Count the elements of a module's parameters, each tensor once.
+
+    Args:
+        module: a graph, or any other module.
+    """
     parameters = list(module.parameters())
     return ParameterSummary(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
 

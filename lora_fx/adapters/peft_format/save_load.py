@@ -108,8 +108,8 @@ def save_adapter(
 ) -> None:
     """Write an adapter as PEFT does: ``PeftModel.from_pretrained(model, directory)`` computes what the graph computes.
 
-    The file's metadata also name the rules, the versions, and a fingerprint of the base, see
-    :func:`lora_fx.adapters.peft_format.fingerprint.fingerprint`. Branches of parts of a fused projection become one for
+    The file's metadata also name the rules, the versions, and a fingerprint of the base: the dtype, the shape and a digest of up
+    to 4096 elements of each tensor. Branches of parts of a fused projection become one for
     all of its features, whose B has zeros in the rows of the others. It is written beside the target and moved into
     place.
 
