@@ -25,6 +25,7 @@ from conftest import set_factors  # noqa: E402
 from graph_diff import first_difference  # noqa: E402
 
 import lora_fx  # noqa: E402
+from lora_fx.cli.printing import run_script  # noqa: E402
 
 HEADER = (
     "| model | targets | sites | logits against PEFT | gradients | training | fold | graph |",
@@ -112,4 +113,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

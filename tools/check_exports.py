@@ -21,6 +21,8 @@ import guides
 import typer
 from rich.progress import track
 
+from lora_fx.cli.printing import run_script
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -106,8 +108,8 @@ def main(
     if write:
         guides.write("tools/check_exports.py", made)
     else:
-        typer.echo(made)
+        print(made)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -18,6 +18,8 @@ from typing import Annotated
 import typer
 from rich.progress import track
 
+from lora_fx.cli.printing import run_script
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 HEADER = ("| model | traced |", "|---|---|")
@@ -73,8 +75,8 @@ def main(
     names = only or [*architectures.ARCHITECTURES, *families.FAMILIES]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         rows = list(track(pool.map(check, names), total=len(names), description="tracing"))
-    typer.echo("\n".join([*HEADER, *rows]))
+    print("\n".join([*HEADER, *rows]))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

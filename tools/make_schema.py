@@ -13,6 +13,7 @@ import typer
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import core_schema
 
+from lora_fx.cli.printing import run_script
 from lora_fx.rules.rule_file import PREDICATES, RuleFile
 
 SCHEMA = Path(__file__).parent.parent / "rules" / "schema.json"
@@ -51,4 +52,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -31,6 +31,8 @@ from mutmut.stats import status_by_exit_code
 from mutmut.utils.file_utils import walk_mutatable_files
 from mutmut.utils.format_utils import get_module_from_key, orig_function_and_class_names_from_key
 
+from lora_fx.cli.printing import run_script
+
 ROOT = Path(__file__).parent.parent
 ALLOWED = ROOT / "tests" / "mutants_allowed.toml"
 NEW = ROOT / "mutants" / "survivors.toml"
@@ -116,4 +118,4 @@ def main(report: Annotated[bool, typer.Option("--report", help="Report on the la
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

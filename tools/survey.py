@@ -35,6 +35,7 @@ from graph_diff import first_difference  # noqa: E402
 from small_models import model_types, small_model  # noqa: E402
 
 import lora_fx  # noqa: E402
+from lora_fx.cli.printing import run_script  # noqa: E402
 from lora_fx.graph.graph_module import TracedGraphModule  # noqa: E402
 from lora_fx.rules.lookup import load  # noqa: E402
 from lora_fx.rules.vocabulary import ROLES  # noqa: E402
@@ -414,4 +415,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

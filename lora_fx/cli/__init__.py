@@ -3,8 +3,10 @@
 import typer
 
 from lora_fx.cli import demo_command, draw_command, export_commands, fold_command, plan_command
+from lora_fx.cli.printing import PrintableGroup
 
 app = typer.Typer(
+    cls=PrintableGroup,
     help="LoRA as graph surgery: rewrite a PyTorch model with low-rank branches, train it, fold them back into its weights.",
     no_args_is_help=True,
     add_completion=False,

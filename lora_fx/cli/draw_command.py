@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +13,8 @@ import typer
 
 from lora_fx.cli.console import errors, reported
 from lora_fx.cli.options import ExampleInputsFile, Overwrite, Rank, Rules, RulesDirectories
+from lora_fx.cli.printing import remark
+from lora_fx.errors import LoraFxError
 
 EXAMPLES = (
     "Examples:  lora-fx draw path/to/model --rules t5 --out graph.html   ·   lora-fx draw config.json   ·   "
@@ -72,6 +77,9 @@ def draw(
             raise typer.BadParameter(f"--out names the file that the {name} is written to")
         if out is not None:
             check_file(out, overwrite=overwrite)
+        if model.suffix == ".pt2" and model.is_file():
+            place = _with_suffix(out or Path("graph"), format or (DrawFormat.html if out is None else None))
+            raise LoraFxError(_in_python(model, rules, rules_dir or (), rank, place, show, module, overwrite))
         with errors.status("reading the model") as status:
             description = describe_model(
                 model,
@@ -89,6 +97,58 @@ def draw(
     if out is None:
         content = FORMATS[name](description)
         assert isinstance(content, str)
-        typer.echo(content)
+        print(_escaped(name, content))
     else:
-        typer.echo(f"{out}: {in_words(description)}")
+        remark(f"{out}: {in_words(description)}")
+
+
+def _escaped(format_name: str, content: str) -> str:
+    """Return what is printed of a picture: where its language has escapes, they stand for what the encoding may lack."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    match format_name:
+        case "json":
+            return json.dumps(json.loads(content), indent=1, sort_keys=True)
+        case "dot":
+            return content.encode(encoding, "xmlcharrefreplace").decode(encoding)
+        case _:
+            return content
+
+
+def _with_suffix(path: Path, format: DrawFormat | None) -> Path:
+    """Return a path at which ``lora_fx.draw`` writes a format, which it tells by the suffix."""
+    suffix = path.suffix if format is None else ".txt" if format is DrawFormat.text else f".{format.value}"
+    return path if path.suffix == suffix else path.with_name(path.name + suffix)
+
+
+def _in_python(
+    model: Path,
+    rules: str,
+    rules_dir: Sequence[Path],
+    rank: int | None,
+    out: Path,
+    show: Show,
+    module: str,
+    overwrite: bool,
+) -> str:
+    """Return the refusal of an exported program, whose loading can run code, and the lines that draw one that is trusted."""
+    loaded = f"load({rules!r}, directories={[*map(str, rules_dir)]!r})" if rules_dir else repr(rules)
+    settings = f"rules={loaded}" + (f", rank={rank}" if rank is not None else "")
+    before, after = "graph", f"lora_fx.rewrite(graph, {settings})"
+    if show is Show.fold:
+        before, after = "branched", "lora_fx.fold(branched)"
+    options = [f"show={show.value!r}"] if show in (Show.before, Show.after) else []
+    options += [f"module={module!r}"] if module else []
+    options += ["overwrite=True"] if overwrite else []
+    lines = [
+        f"graph = lora_fx.trace(torch.export.load({str(model)!r}), inference=True)",
+        *(["branched = " + f"lora_fx.rewrite(graph, {settings})"] if show is Show.fold else []),
+        f"lora_fx.draw({', '.join([before, after, repr(str(out)), *options])})",
+    ]
+    imports = "import lora_fx, torch" + ("; from lora_fx.rules.lookup import load" if rules_dir else "")
+    return "\n".join(
+        [
+            f"{model}: expected a model directory or a config.json, got an exported program. torch.export.load can run code "
+            f"from such a file; if you trust it, draw it in Python, after `{imports}`:",
+            *lines,
+        ]
+    )

@@ -20,6 +20,7 @@ from lora_fx.cli.options import (
     stacks_of,
     strengths_of,
 )
+from lora_fx.cli.printing import remark
 
 if TYPE_CHECKING:  # torch and transformers are slow to import, and `--help` needs neither
     import lora_fx
@@ -139,7 +140,7 @@ def export(
         write = getattr(lora_fx.export, chosen_format.value)
         slotted = {"slots": True} if slots else {}  # an option of onnx alone
         exported = write(graph, out, overwrite=overwrite, verify=verify, tolerance=tolerance, **slotted)
-    typer.echo(str(exported))
+    remark(str(exported))
 
 
 def _loaded_graph(
@@ -181,7 +182,7 @@ def export_adapter(
 
     with reported():
         exported = lora_fx.export.onnx_adapter_from_peft(pairs, model, out, strict=strict, overwrite=overwrite)
-    typer.echo(str(exported))
+    remark(str(exported))
 
 
 _NO_SLOTS = "--slots writes ONNX, without any adapter: leave out --format, --branched and --strength"

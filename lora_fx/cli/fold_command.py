@@ -9,6 +9,7 @@ import typer
 
 from lora_fx.cli.console import errors, reported
 from lora_fx.cli.options import ExampleInputsFile, Stacks, Strengths, Strict, stacks_of, strengths_of
+from lora_fx.cli.printing import remark
 
 if TYPE_CHECKING:  # torch and transformers are slow to import, and `--help` needs neither
     from lora_fx.folding.checkpoint_write import CheckpointReport
@@ -48,6 +49,10 @@ def fold(
     """
     if len(directories) < 3:
         raise typer.BadParameter("name the base, one adapter or more, and the directory to be made")
+    if dry_run and (report or verify):
+        raise typer.BadParameter(
+            "--report and --verify look at what was written, and --dry-run writes nothing: leave out one of them"
+        )
     base, *adapters, out = directories
     strengths, layouts = strengths_of(adapters, strength), stacks_of(adapters, stacks)
 
@@ -65,17 +70,17 @@ def fold(
                 base, pairs, strict=strict, stacks=layouts, example_inputs=example_inputs, step=status.update
             )
         if dry_run:
-            typer.echo(str(planned))
-            typer.echo(f"nothing was written; without --dry-run the result goes to {out}")
+            print(str(planned))
+            print(f"nothing was written; without --dry-run the result goes to {out}")
             return
         with tqdm(total=planned.checkpoint.size, desc="folding", unit="B", unit_scale=True) as bar:
             written = planned.write(out, overwrite=overwrite, verify=verify, report=report, progress=bar.update)
     if report:
         from lora_fx.folding.report import FoldReport
 
-        typer.echo(str(FoldReport(written.weights)))
+        remark(str(FoldReport(written.weights)))
     for line in planned.untied_lines:
-        typer.echo(line)
+        remark(line)
     _tell_written(written, out)
 
 
@@ -84,9 +89,9 @@ def _tell_written(written: CheckpointReport, out: Path) -> None:
     from lora_fx.folding.checkpoint_files import skipped_lines
 
     if written.misrounded is not None:
-        typer.echo(
+        remark(
             f"verified: at most {written.misrounded:.1e} of the elements of a weight are not the exact result rounded once"
         )
     for line in skipped_lines(written.skipped):
-        typer.echo(line)
-    typer.echo(f"{out}: {written.merged_bytes / 1e6:.1f} MB merged, {written.copied_bytes / 1e6:.1f} MB copied")
+        remark(line)
+    remark(f"{out}: {written.merged_bytes / 1e6:.1f} MB merged, {written.copied_bytes / 1e6:.1f} MB copied")

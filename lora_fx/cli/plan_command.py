@@ -43,4 +43,4 @@ def plan(
         with errors.status(f"tracing {type(empty).__name__}"):
             inputs = None if example_inputs is None else read_example_inputs(example_inputs, empty)
             made = make_plan(empty, ruleset, example_inputs=inputs, rank=rank, alpha=alpha, dropout=dropout)
-    typer.echo(json.dumps(as_data(made), indent=2) if as_json else as_text(made))
+    print(json.dumps(as_data(made), indent=2) if as_json else as_text(made))

@@ -8,7 +8,6 @@ from pathlib import Path
 from lora_fx.adapters.attach import attach
 from lora_fx.branches.remove import unload
 from lora_fx.drawing.describe.description import Description, Show, describe, describe_graph
-from lora_fx.errors import LoraFxError
 from lora_fx.folding.fold import recipe
 from lora_fx.planning.planner import plan_graph
 from lora_fx.rules.lookup import load
@@ -42,8 +41,6 @@ def describe_model(
     Raises:
         LoraFxError: of the kind that reading, tracing, planning and folding raise.
     """
-    if path.suffix == ".pt2":
-        raise LoraFxError(_in_python(path, rules))
     model = empty_model(path)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     ruleset = load(rules, model_type, directories).with_overrides(rank, None, None)
@@ -65,13 +62,3 @@ def describe_model(
             return {**describe(base, unload(branched), show=show, merges=merges), **captions, "after": folded}
         case _:
             return {**describe(base, branched), **captions}
-
-
-def _in_python(path: Path, rules: str) -> str:
-    """Return the refusal of an exported program, whose loading can run code, and the two lines that draw one that is trusted."""
-    return (
-        f"{path}: expected a model directory or a config.json, got an exported program. torch.export.load can run code "
-        "from such a file; if you trust it, draw it in Python, after `import lora_fx, torch`:\n"
-        f"graph = lora_fx.trace(torch.export.load({str(path)!r}), inference=True)\n"
-        f"lora_fx.draw(graph, lora_fx.rewrite(graph, rules={rules!r}), 'graph.html')"
-    )

@@ -20,6 +20,8 @@ import typer
 from results import Result, load, table
 from tqdm import tqdm
 
+from lora_fx.cli.printing import run_script
+
 sys.path.append(str(Path(__file__).parent.parent))
 
 import guides
@@ -79,7 +81,7 @@ def main(
     text = table(found_in(out))
     print(text)
     for failure in failures:
-        typer.echo(failure, err=True)
+        print(failure, file=sys.stderr)
     if failures:
         raise typer.Exit(1)
     if write:
@@ -89,6 +91,4 @@ def main(
 EXAMPLES = "Examples:  python tools/bench --write   ·   python tools/bench C2 C9 --out found"
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(epilog=EXAMPLES)(main)
-    app()
+    run_script(main, epilog=EXAMPLES)

@@ -32,6 +32,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
+from lora_fx.cli.printing import run_script
 from lora_fx.files.atomic import replacing
 from lora_fx.files.safetensors import TensorFile, bytes_of, write_tensors
 from lora_fx.folding.checkpoint import INDEX, Checkpoint
@@ -320,4 +321,4 @@ def _table(runs: dict[str, list[Measured]], wrong: dict[str, float], largest: in
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -35,6 +35,7 @@ from browser import launched, opened, settled  # noqa: E402
 from playwright.sync_api import Browser, Page  # noqa: E402
 
 import lora_fx  # noqa: E402
+from lora_fx.cli.printing import run_script  # noqa: E402
 from lora_fx.drawing.draw import FORMATS, Description, describe  # noqa: E402
 
 LAYERS, MORE_LAYERS = 32, 230
@@ -194,4 +195,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

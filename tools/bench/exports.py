@@ -30,6 +30,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 import guides
 
 import lora_fx
+from lora_fx.cli.printing import run_script
 from lora_fx.demo import SEED, load_model, read_corpus
 
 SIZES = ((1, 16), (1, 128), (16, 64))
@@ -118,4 +119,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

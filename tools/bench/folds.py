@@ -20,6 +20,8 @@ import typer
 from results import Conditions, Goal, Measured, Result, report
 from tqdm import tqdm
 
+from lora_fx.cli.printing import run_script
+
 
 def in_memory(gigabytes: float, repetitions: int) -> Result:
     """Measure a fold in memory."""
@@ -87,6 +89,4 @@ def main(
 EXAMPLES = "Example:  python tools/bench/folds.py C6 C7 --repetitions 5 --json found.json"
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(epilog=EXAMPLES)(main)
-    app()
+    run_script(main, epilog=EXAMPLES)

@@ -18,6 +18,7 @@ is timed; kernels of a GPU may add in any order, so the plain graph's bits are n
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from torch import nn
 from tracing import LLAMA_8B
 
 import lora_fx
+from lora_fx.cli.printing import run_script
 
 ADAPTER = Adapter("all-linear", "all-linear", rank=16, alpha=32)
 NAMES = ("PEFT", "plain", "fused", "frozen")
@@ -206,13 +208,15 @@ def main(
             f"{', '.join(unknown) or device}: rows are H1, H1-long, H2 and H3, devices cuda and cpu."
         )
     if device == "cuda" and not torch.cuda.is_available():
-        typer.echo(
+        print(
             "torch finds no GPU here, and these rows are about one. To see that they run: --device cpu --tiny.",
-            err=True,
+            file=sys.stderr,
         )
         raise typer.Exit(1)
     if device == "cpu" and not tiny:
-        typer.echo("On a CPU these sizes would take hours: add --tiny, or see training.py for rows C1 to C5.", err=True)
+        print(
+            "On a CPU these sizes would take hours: add --tiny, or see training.py for rows C1 to C5.", file=sys.stderr
+        )
         raise typer.Exit(1)
     transformers.logging.set_verbosity_error()
     found = []
@@ -234,6 +238,4 @@ EXAMPLES = (
 )
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(epilog=EXAMPLES)(main)
-    app()
+    run_script(main, epilog=EXAMPLES)

@@ -25,6 +25,7 @@ from results import Conditions, Goal, Measured, Result, report
 from shapes import Llama, Timed, batch_of
 
 import lora_fx
+from lora_fx.cli.printing import run_script
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,4 @@ def main(
 EXAMPLES = "Example:  python tools/bench/inference.py --no-compile --json found.json"
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(epilog=EXAMPLES)(main)
-    app()
+    run_script(main, epilog=EXAMPLES)

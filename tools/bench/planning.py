@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from lora_fx.cli.printing import printable
 from lora_fx.planning.planner import plan_sites
 from lora_fx.rules.lookup import load
 from lora_fx.rules.rule_file import RuleSet
@@ -94,4 +95,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with printable():
+        main()

@@ -34,6 +34,7 @@ import guides
 
 import lora_fx
 from lora_fx.adapters.attach import attach
+from lora_fx.cli.printing import run_script
 from lora_fx.drawing.draw import describe
 from lora_fx.planning.planner import plan_graph
 from lora_fx.rules.lookup import load
@@ -139,4 +140,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

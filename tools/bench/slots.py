@@ -32,6 +32,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 import guides
 
 import lora_fx
+from lora_fx.cli.printing import run_script
 from lora_fx.runtime import OnnxSession
 
 SIZES = ((1, 1), (1, 16), (1, 128), (4, 32))
@@ -206,4 +207,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -26,6 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 import lora_fx
+from lora_fx.cli.printing import run_script
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,4 @@ def main(
 EXAMPLES = "Example:  python tools/bench/tracing.py --repetitions 1 --json found.json"
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(epilog=EXAMPLES)(main)
-    app()
+    run_script(main, epilog=EXAMPLES)

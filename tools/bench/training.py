@@ -24,6 +24,8 @@ from measuring import alternating, apart, peak_bytes, resident_bytes, shown
 from results import Conditions, Goal, Measured, Result, report
 from shapes import MT5, Llama, Timed, batch_of, built
 
+from lora_fx.cli.printing import run_script
+
 ALL_LINEAR = Adapter("all-linear", "all-linear", rank=16, alpha=32)
 SEEDS_RULE = Adapter("t5", ("q", "v"), rank=8, alpha=32, dropout=0.1)
 RESIDENT = ("PEFT", "fused")
@@ -191,6 +193,4 @@ def main(
 EXAMPLES = "Examples:  python tools/bench/training.py C1 --compile   ·   python tools/bench/training.py C3 C4 --json found.json"
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(epilog=EXAMPLES)(main)
-    app()
+    run_script(main, epilog=EXAMPLES)

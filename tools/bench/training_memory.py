@@ -22,6 +22,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import lora_fx
+from lora_fx.cli.printing import run_script
 
 VOCABULARY = 1000
 WARM_UP = 0.2
@@ -104,4 +105,4 @@ def slope(points: list[tuple[float, float]]) -> float:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

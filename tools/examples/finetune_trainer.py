@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 import lora_fx
+from lora_fx.cli.printing import run_script
 from lora_fx.demo import load_model, read_corpus
 from lora_fx.trainer import prepare
 
@@ -90,4 +91,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)
