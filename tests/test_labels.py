@@ -125,7 +125,12 @@ def test_labels_of_ones_own_stay_as_they_are() -> None:
     model = build("gpt2")
     given = {"input_ids": tokens(2, 7), "labels": tokens(2, 7)}
     graph = lora_fx.trace(model, given, labels=True)
-    assert list(inspect.signature(graph.forward).parameters) == ["input_ids", "labels", "use_cache"]
+    assert list(inspect.signature(graph.forward).parameters) == [
+        "input_ids",
+        "labels",
+        "use_cache",
+        "num_items_in_batch",
+    ]
     longer = {"input_ids": tokens(4, 5), "labels": tokens(4, 5)}
     assert torch.equal(graph(**longer).loss, model(**longer, use_cache=False).loss)
 

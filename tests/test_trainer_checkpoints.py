@@ -124,7 +124,6 @@ def trainer_of(model: Any, directory: Path, *callbacks: Any, **options: Any) -> 
         callbacks=list(callbacks),
         **how,
     )
-    trainer.model_accepts_loss_kwargs = False  # a mean over the batch
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 

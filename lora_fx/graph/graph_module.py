@@ -65,9 +65,6 @@ class TracedGraphModule(fx.GraphModule):
     graph), so converting it raises; moving it to another device works.
     """
 
-    accepts_loss_kwargs = False
-    """For transformers' ``Trainer``: the loss is a mean over the batch, which the trainer divides by its accumulation steps."""
-
     is_activation_checkpointing = False
     _keys_to_ignore_on_save = None
 
@@ -78,6 +75,20 @@ class TracedGraphModule(fx.GraphModule):
         if config is None:
             raise AttributeError("the graph has no config: it was not traced from a transformers model")
         return config
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """For transformers' ``Trainer``: whether the graph takes ``num_items_in_batch``, as a model does whose ``forward`` has ``**kwargs``.
+
+        Otherwise the loss is a mean over the batch, which the trainer divides by its accumulation steps.
+        """
+        codegen = self._graph._codegen
+        return isinstance(codegen, InputCodeGen) and codegen.signature.takes_item_count
+
+    @property
+    def loss_type(self) -> str | None:
+        """The loss of the transformers model that was traced, by which ``Trainer`` decides what labels it counts."""
+        return known_info(self).loss_type
 
     @property
     def device(self) -> torch.device:

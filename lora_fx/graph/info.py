@@ -33,6 +33,7 @@ class GraphInfo:
         model_class: of the model that was traced, as ``module:qualified.name``.
         config: of the transformers model that was traced, a copy of its own.
         stacks: the modules of the model with parameters that are stacks of matrices, by their paths.
+        loss_type: of that model, as transformers names losses.
         examples: the inputs of the trace.
         adapters: adapter → its branches.
         skipped: adapter → sites without a branch, each with the reason.
@@ -48,6 +49,7 @@ class GraphInfo:
     model_class: str = ""
     config: Any = None
     stacks: Mapping[str, StackModule] = field(default_factory=dict)
+    loss_type: str | None = None
     examples: Examples | None = None
     adapters: Mapping[str, RuledBranches] = field(default_factory=dict)
     skipped: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

@@ -147,14 +147,18 @@ class Constraints:
 def add_checks(graph: fx.Graph, constraints: Constraints) -> dict[str, nn.Module]:
     """Insert the checks behind the placeholders of ``graph`` (in place) and return the modules to register.
 
+    An input that may be left out has none.
+
     Raises:
         TraceError: a relation uses an operator that has no counterpart in a graph.
     """
-    inputs = signature_of(graph).inputs
-    placeholders = dict(zip(inputs, graph.find_nodes(op="placeholder"), strict=True))
+    signature = signature_of(graph)
+    placeholders = dict(zip(signature.inputs, graph.find_nodes(op="placeholder"), strict=True))
     modules: dict[str, nn.Module] = {}
     with graph.inserting_before(_first_computation(graph)):
         for index, (name, ranges) in enumerate(constraints.ranges.items()):
+            if name in signature.omissible:  # a number may have any shape and dtype that the model divides by
+                continue
             target = f"{PREFIX}.input_{index}"  # the name of the input may be that of another attribute
             modules[target] = InputCheck(name, constraints.dtypes[name], ranges)
             graph.call_module(target, (placeholders[name],))

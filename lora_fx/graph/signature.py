@@ -11,7 +11,7 @@ import copy
 import inspect
 import keyword
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from reprlib import Repr
 from typing import Any
@@ -25,11 +25,15 @@ from lora_fx.errors import InputError, TraceError, did_you_mean
 from lora_fx.graph.codegen import shortened
 from lora_fx.graph.provenance import source_line
 
+ITEM_COUNT = "num_items_in_batch"
+"""transformers' name for the number of labels in all batches of an optimizer step, by which a loss is divided."""
+
 
 class Leaf(Enum):
     """A placeholder for a value that a signature does not hold."""
 
     TENSOR = "a tensor"
+    NUMBER = "a number, or a tensor of one, which may be left out"
     OTHER = "its default"  # a default that does not pickle, or does not compare
     ABSENT = "nothing"
 
@@ -43,7 +47,8 @@ class Argument:
         positional: whether it may be given by position.
         traced: whether it was given in the trace; if not, it keeps its default.
         spec: the structure of its value.
-        leaves: the values in that structure: ``TENSOR`` for a tensor, otherwise the constant.
+        leaves: the values in that structure: ``TENSOR`` for a tensor, ``NUMBER`` for the whole value where it may be left out,
+            otherwise the constant.
     """
 
     name: str
@@ -53,12 +58,17 @@ class Argument:
     leaves: tuple[Any, ...]
 
     @property
-    def is_tensors(self) -> bool:
-        """Whether it was traced with tensors alone."""
-        return self.traced and all(leaf is Leaf.TENSOR for leaf in self.leaves)
+    def is_input(self) -> bool:
+        """Whether it was traced with tensors alone, so that its whole value varies."""
+        return self.traced and all(leaf in (Leaf.TENSOR, Leaf.NUMBER) for leaf in self.leaves)
 
-    def tensors(self, value: Any) -> list[torch.Tensor]:
-        """Return the tensors in ``value``, in the order of the trace; ``ABSENT`` if it was not given."""
+    def tensors(self, value: Any) -> list[Any]:
+        """Return the tensors in ``value``, in the order of the trace; ``ABSENT`` if it was not given.
+
+        Of an argument that may be left out the one value is None, a number or a tensor.
+        """
+        if self.leaves == (Leaf.NUMBER,):
+            return [self._number(value)]
         if value is Leaf.ABSENT or (value is None and self.leaves == (Leaf.TENSOR,)):
             if Leaf.TENSOR in self.leaves:
                 raise InputError(
@@ -78,6 +88,14 @@ class Argument:
                     "or trace again with example_inputs that have this value."
                 )
         return found
+
+    def _number(self, value: Any) -> Any:
+        if value is Leaf.ABSENT or value is None or isinstance(value, torch.Tensor | int | float):
+            return None if value is Leaf.ABSENT else value
+        raise InputError(
+            f"input '{self.name}' is {_shown(value)}, expected a number or a tensor of one. "
+            "Pass that, or leave it out: the loss is then the mean over the batch."
+        )
 
     def _check_constant(self, label: str, given: Any, constant: Any) -> None:
         if given is constant or (not isinstance(given, torch.Tensor) and _is_same(given, constant)):
@@ -105,8 +123,28 @@ class Signature:
     arguments: tuple[Argument, ...]
     inputs: tuple[str, ...]
 
-    def tensors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-        """Bind the arguments of a call and return the tensors in them, in the order of ``inputs``.
+    @property
+    def takes_item_count(self) -> bool:
+        """Whether the number of items that a loss is divided by is an input."""
+        return any(argument.name == ITEM_COUNT and argument.is_input for argument in self.arguments)
+
+    @property
+    def omissible(self) -> frozenset[str]:
+        """Names of the inputs that may be left out."""
+        return frozenset(argument.name for argument in self.arguments if argument.leaves == (Leaf.NUMBER,))
+
+    def with_omissible(self, name: str) -> Signature:
+        """Return the signature with an input, traced as a tensor, that may be left out and may be a number."""
+        return replace(
+            self,
+            arguments=tuple(
+                replace(argument, leaves=(Leaf.NUMBER,)) if argument.name == name else argument
+                for argument in self.arguments
+            ),
+        )
+
+    def tensors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Bind the arguments of a call and return the tensors in them, in the order of ``inputs``; None for an omitted number.
 
         Raises:
             InputError: the arguments are not those of the trace.
@@ -136,13 +174,13 @@ class Signature:
             if not (argument.traced and argument.positional):
                 kind = inspect.Parameter.KEYWORD_ONLY
             if argument.traced and argument.name.isidentifier() and not keyword.iskeyword(argument.name):
-                default = argument.leaves[0] if argument.spec.is_leaf() and not argument.is_tensors else None
+                default = argument.leaves[0] if argument.spec.is_leaf() and not argument.is_input else None
                 parameters.append(inspect.Parameter(argument.name, kind, default=default))
         return inspect.Signature(parameters)
 
     def _traced_inputs(self) -> str:
         traced = (
-            argument.name if argument.is_tensors else f"{argument.name}={_shown(argument)}"
+            argument.name if argument.is_input else f"{argument.name}={_shown(argument)}"
             for argument in self.arguments
             if argument.traced
         )
@@ -206,6 +244,13 @@ def signature_of(graph: fx.Graph) -> Signature:
     codegen = graph._codegen
     assert isinstance(codegen, InputCodeGen)
     return codegen.signature
+
+
+def let_omit(graph: fx.Graph, name: str) -> None:
+    """Let calls of a graph omit an input, or give a number for it (in place): its placeholder is then None, or that number."""
+    codegen = graph._codegen
+    assert isinstance(codegen, InputCodeGen)
+    graph.set_codegen(InputCodeGen(codegen.signature.with_omissible(name), codegen.pytree_info.out_spec))
 
 
 def take_inputs(graph: fx.Graph, forward: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

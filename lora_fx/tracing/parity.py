@@ -75,8 +75,7 @@ def check_evaluation(model: nn.Module, graph_module: fx.GraphModule, inputs: Exa
     """Raise :class:`TraceError` unless graph and model, both in eval mode, agree on the example inputs."""
     name = type(model).__name__
     with torch.no_grad():
-        with _explained(name, "evaluation"):
-            _check(name, difference(with_copied_buffers(model), graph_module, inputs), "evaluation")
+        check_outputs(model, graph_module, inputs, "evaluation")
         try:
             found = difference(with_copied_buffers(model), graph_module, map_tensors(_strided, inputs))
         except (ModelFailed, GraphFailed):  # a refusal is not a wrong number
@@ -86,6 +85,13 @@ def check_evaluation(model: nn.Module, graph_module: fx.GraphModule, inputs: Exa
             f"the graph of {name} computes something else than the model in a second call, on inputs that are not contiguous: {found}. "
             "The model asks for the layout of its inputs, or remembers its first call."
         )
+
+
+def check_outputs(model: nn.Module, graph_module: fx.GraphModule, inputs: ExampleInputs, mode: str) -> None:
+    """Raise :class:`TraceError` unless graph and model, both in this mode, agree on the inputs; nothing is recorded for gradients."""
+    name = type(model).__name__
+    with torch.no_grad(), _explained(name, mode):
+        _check(name, difference(with_copied_buffers(model), graph_module, inputs), mode)
 
 
 def check_training(model: nn.Module, graph_module: fx.GraphModule, inputs: ExampleInputs) -> None:

@@ -27,7 +27,7 @@ from lora_fx.graph.input_checks import Constraints, add_checks
 from lora_fx.graph.invariants import checked_base
 from lora_fx.graph.process_state import uncollected
 from lora_fx.graph.records import StackModule
-from lora_fx.graph.signature import take_inputs
+from lora_fx.graph.signature import ITEM_COUNT, signature_of, take_inputs
 from lora_fx.tracing.canonicalize import (
     follow_input_device,
     inline_regions,
@@ -40,8 +40,15 @@ from lora_fx.tracing.constraints import constraints_of
 from lora_fx.tracing.custom_autograd import check_functions, check_hooks, recorded_interference
 from lora_fx.tracing.example_inputs import ExampleInputs, config_of, varied, with_labels
 from lora_fx.tracing.example_inputs import example_inputs as make_inputs
+from lora_fx.tracing.item_count import (
+    follow_item_count,
+    loss_uses_count,
+    trained_model,
+    with_item_count,
+    without_item_count,
+)
 from lora_fx.tracing.model_state import is_exported, mode_of, preserved, set_mode, stateless
-from lora_fx.tracing.parity import check_evaluation, check_training, map_tensors, with_copied_buffers
+from lora_fx.tracing.parity import check_evaluation, check_outputs, check_training, map_tensors, with_copied_buffers
 from lora_fx.tracing.repeated_layers.call_values import FirstLayerDiffers, LayersDiffer
 from lora_fx.tracing.repeated_layers.expand import expand
 from lora_fx.tracing.repeated_layers.layer_classes import (
@@ -110,7 +117,7 @@ def trace(
     with uncollected(), preserved(model):
         inputs = _inputs_of(model, example_inputs)
         if labels:
-            inputs = with_labels(model, inputs)
+            inputs = with_item_count(model, with_labels(model, inputs))
         check_inputs(model, inputs, dynamic)
         inputs = varied(in_order(model, inputs), dynamic)
         training = mode_of(model, inference=inference)
@@ -150,6 +157,7 @@ class _Task:
             stacks={
                 path: stack for path, module in model.named_modules(remove_duplicate=False) if (stack := _stack(module))
             },
+            loss_type=getattr(trained_model(model), "loss_type", None),
         )
 
 
@@ -199,11 +207,20 @@ def _check_loss(model: nn.Module, inputs: ExampleInputs) -> None:
     if any(tensor.is_meta for tensor in state_of(model).tensors.values()):
         return
     set_mode(model, False)
-    with torch.no_grad():
-        found = with_copied_buffers(model)(*inputs.args, **inputs.kwargs)
-    if getattr(found, "loss", None) is None:
+    try:
+        with torch.no_grad():
+            found = with_copied_buffers(model)(*inputs.args, **inputs.kwargs)
+    except TypeError as error:
+        if ITEM_COUNT not in str(error):
+            raise
         raise TraceError(
-            f"{type(model).__name__} returns no loss for {', '.join(inputs.kwargs)}: let example_inputs have all labels that it asks for."
+            f"{type(model).__name__}.forward has **kwargs, so that transformers' Trainer passes {ITEM_COUNT}, and the model fails "
+            f"with it: {error}. Set model.accepts_loss_kwargs = False, by which Trainer goes too, or let forward take it."
+        ) from error
+    if getattr(found, "loss", None) is None:
+        names = ", ".join(without_item_count(inputs).kwargs)
+        raise TraceError(
+            f"{type(model).__name__} returns no loss for {names}: let example_inputs have all labels that it asks for."
         )
 
 
@@ -269,6 +286,7 @@ def _trace_all(task: _Task) -> TracedGraphModule:
     united = _trace(task, training=False) if task.inference else _trace_both(task)
     if task.classes:
         united = _expanded(task, united)
+    united = _counted(task, united)
     state = replace(state_of(task.model), modules=united.modules).with_tensors(united.constants)
     state = replace(state, non_persistent=state.non_persistent | set(united.constants))
     check_names(united.modules)
@@ -343,6 +361,13 @@ def _expanded(task: _Task, traced: _Trace) -> _Trace:
     return replace(traced, graph=graph, constants=constants, modules=expanded.modules)
 
 
+def _counted(task: _Task, traced: _Trace) -> _Trace:
+    """Let calls leave out the count of items that ``Trainer`` passes with labels, where the trace has one."""
+    taken = [*state_of(task.model).tensors, *traced.constants, *traced.modules]
+    modules = follow_item_count(traced.graph, taken) if task.labels else {}
+    return replace(traced, modules={**traced.modules, **modules})
+
+
 def _verified(task: _Task, state: State, meta: dict[str, Any], traced: _Trace) -> Constraints:
     """Compare the graph with the model, and return its constraints. On the meta device nothing can be run."""
     model, inputs, inference = task.model, task.inputs, task.inference
@@ -362,6 +387,8 @@ def _verified(task: _Task, state: State, meta: dict[str, Any], traced: _Trace) -
         check_training(model, graph_module, inputs)
     set_training(False)
     check_evaluation(model, graph_module, inputs)
+    if loss_uses_count(graph_module) and signature_of(traced.graph).omissible:
+        check_outputs(model, graph_module, without_item_count(inputs), "evaluation")
     modes = None if inference else set_training
     return without_artefacts(with_copied_buffers(model), graph_module, inputs, traced.constraints, modes)
 

@@ -162,7 +162,7 @@ def _express(graph: fx.Graph, walk: _ModeComparison, taken: Collection[str]) -> 
     modules: dict[str, nn.Module] = {}
     for node in list(graph.nodes):
         if node in walk.dropouts:
-            target = _free(_dropout_path(node), (*taken, *modules))
+            target = free_path(_dropout_path(node), (*taken, *modules))
             modules[target] = nn.Dropout(node.args[1])
             with graph.inserting_before(node):
                 replacement = graph.call_module(target, (node.args[0],))
@@ -171,7 +171,7 @@ def _express(graph: fx.Graph, walk: _ModeComparison, taken: Collection[str]) -> 
             graph.erase_node(node)
         elif node in walk.differing:
             argument = MODE_ARGUMENTS[node.target]
-            target = _free(f"{module_path(node)}.{argument}".removeprefix("."), (*taken, *modules))
+            target = free_path(f"{module_path(node)}.{argument}".removeprefix("."), (*taken, *modules))
             train_value, eval_value = (
                 type(next(v for v in walk.differing[node] if v is not None))(v or 0) for v in walk.differing[node]
             )
@@ -190,7 +190,7 @@ def _dropout_path(node: fx.Node) -> str:
     return own[-1] if own else f"{module_path(node)}.dropout".removeprefix(".")
 
 
-def _free(name: str, taken: Collection[str]) -> str:
+def free_path(name: str, taken: Collection[str]) -> str:
     """Return a path that lies neither below a taken one nor above: modules must not hide each other or tensors."""
 
     def collides(candidate: str) -> bool:
