@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Annotated
 
 import pdoc
 import typer
+
+from lora_fx.cli.printing import run_script
 
 PAGES = ("lora_fx", "lora_fx.trainer", "lora_fx.runtime")
 """Modules to document; those in the ``__all__`` of one have a page of their own."""
@@ -75,11 +78,11 @@ def main(out: Annotated[Path, typer.Option(help="Directory for the pages.")] = P
     """Write the API reference."""
     problems = build(out.resolve())
     for problem in problems:
-        typer.echo(problem, err=True)
+        print(problem, file=sys.stderr)
     if problems:
         raise typer.Exit(1)
-    typer.echo(f"{out / 'index.html'}: {sum(1 for _ in public_names())} names")
+    print(f"{out / 'index.html'}: {sum(1 for _ in public_names())} names")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

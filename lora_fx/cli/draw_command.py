@@ -13,7 +13,7 @@ import typer
 
 from lora_fx.cli.console import errors, reported
 from lora_fx.cli.options import ExampleInputsFile, Overwrite, Rank, Rules, RulesDirectories
-from lora_fx.cli.printing import remark
+from lora_fx.cli.printing import remark, shown
 from lora_fx.errors import LoraFxError
 
 EXAMPLES = (
@@ -105,13 +105,11 @@ def draw(
 def _escaped(format_name: str, content: str) -> str:
     """Return what is printed of a picture: where its language has escapes, they stand for what the encoding may lack."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    match format_name:
-        case "json":
-            return json.dumps(json.loads(content), indent=1, sort_keys=True)
-        case "dot":
-            return content.encode(encoding, "xmlcharrefreplace").decode(encoding)
-        case _:
-            return content
+    if format_name == "dot":
+        return content.encode(encoding, "xmlcharrefreplace").decode(encoding)
+    if format_name == "json" and shown(content, encoding) != content:
+        return json.dumps(json.loads(content), indent=1, sort_keys=True)
+    return content
 
 
 def _with_suffix(path: Path, format: DrawFormat | None) -> Path:
