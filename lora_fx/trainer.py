@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -22,7 +23,9 @@ from lora_fx.files.atomic import replacing
 from lora_fx.files.safetensors import TensorFile, write_tensors
 from lora_fx.graph.adapter_names import adapter_of, adapters, is_of_adapter
 from lora_fx.graph.graph_module import TracedGraphModule, described, rebuilt, state_of
+from lora_fx.graph.info import known_info
 from lora_fx.rules.peft_config.config import CONFIG_NAME
+from lora_fx.tracing.item_count import loss_uses_count
 
 PRIVATE_NAMES = ("_load_from_checkpoint", "_load_best_model")
 """Methods of transformers' ``Trainer`` that are no public names and that :func:`prepare` wraps: there it looks for PEFT's class."""
@@ -55,7 +58,8 @@ def prepare(trainer: Any) -> None:
     graph's, by name, rank, scaling or place, is refused before the first step.
 
     Whatever model the trainer has by then is written and read: with ``model_init`` the one that trains. A second call changes
-    nothing.
+    nothing. A warning says where transformers adds up the losses of accumulated batches instead of taking their mean, as it does
+    for PEFT: for models that compute a mean of their own and ignore ``num_items_in_batch``.
 
     Args:
         trainer: an object of ``transformers.Trainer`` or a subclass, which trains a graph. Its public methods ``save_model`` and
@@ -79,12 +83,27 @@ def prepare(trainer: Any) -> None:
             f"prepare expected a trainer of transformers, got a {type(trainer).__name__} without {', '.join(missing)}: give it "
             "the Trainer object itself."
         )
-    _hook(_graph_in(trainer.model, "prepare"))
+    graph = _graph_in(trainer.model, "prepare")
+    _warn_of_sums(trainer, graph)
+    _hook(graph)
     while trainer.pop_callback(AdapterCallback) is not None:
         pass
     trainer.add_callback(_PreparedCallback())
     for name, wrapper in wraps.items():
         setattr(trainer, name, partial(wrapper, trainer, getattr(trainer, name)))
+
+
+def _warn_of_sums(trainer: Any, graph: TracedGraphModule) -> None:
+    steps = trainer.args.gradient_accumulation_steps
+    counts = trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None
+    if steps > 1 and counts and not loss_uses_count(graph):
+        model = known_info(graph).model_class.rpartition(":")[2]
+        warnings.warn(
+            f"the loss of {model} ignores num_items_in_batch, and transformers takes it to be used: nothing divides by the {steps} "
+            "accumulation steps, so that losses and gradients are sums over them, as they are with PEFT. For their mean set "
+            "trainer.model_accepts_loss_kwargs = False.",
+            stacklevel=3,
+        )
 
 
 class AdapterCallback(TrainerCallback):

@@ -9,6 +9,7 @@ import itertools
 import json
 import shutil
 import types
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -474,6 +475,30 @@ def test_an_adapter_that_peft_has_no_words_for_is_refused_before_the_first_step(
         ):
             trainer.train()
         assert trainer.state.global_step == 0
+
+
+def test_prepare_warns_of_a_loss_that_is_a_sum_over_accumulated_batches(tmp_path: Path) -> None:
+    made = lora_fx.rewrite(build("t5"), rules={"select": [{"target": ["q", "v"]}]}, labels=True)
+    summing = {"gradient_accumulation_steps": 4}
+
+    def of(graph_module: lora_fx.TracedGraphModule, *, accepts: bool, **options: Any) -> transformers.Trainer:
+        arguments = transformers.Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **options)
+        trainer = transformers.Seq2SeqTrainer(graph_module, arguments)
+        trainer.model_accepts_loss_kwargs = trainer.model_accepts_loss_kwargs and accepts
+        return trainer
+
+    with pytest.warns(
+        UserWarning,
+        match="the loss of T5ForConditionalGeneration ignores num_items_in_batch, and transformers takes it to be used: nothing "
+        "divides by the 4 accumulation steps, so that losses and gradients are sums over them, as they are with PEFT. For their "
+        "mean set trainer.model_accepts_loss_kwargs = False.",
+    ):
+        prepare(of(made, accepts=True, **summing))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        prepare(of(made, accepts=True))
+        prepare(of(made, accepts=False, **summing))
+        prepare(of(graph(), accepts=True, **summing))
 
 
 def test_prepare_says_what_it_needs(tmp_path: Path) -> None:
