@@ -59,10 +59,14 @@ class State:
 
 
 class TracedGraphModule(fx.GraphModule):
-    """A ``torch.fx.GraphModule`` that carries the whole state of its model, also tensors that no node names.
+    """A ``torch.fx.GraphModule`` with the call, the state dict and the modes of the model that it was traced from.
 
-    Made by :func:`assemble`. The graph's dtype is part of it (casts and the minimum values of masks are constants in the
-    graph), so converting it raises; moving it to another device works.
+    Made by :func:`lora_fx.trace` and all functions that return a graph. It is called by position or keyword as the model is, and
+    returns what the model returns; inputs that the trace does not cover raise :class:`lora_fx.InputError`. It carries the whole
+    state of its model, also tensors that no node names, in parameters of its own.
+
+    Its dtype is fixed, since casts and the minimum values of masks are constants in the graph: ``.to(dtype)``, ``.half()`` and
+    the like raise :class:`lora_fx.LoraFxError`. Moving it to another device works, and so do ``copy.deepcopy`` and ``pickle``.
     """
 
     is_activation_checkpointing = False
