@@ -82,7 +82,7 @@ class TracedGraphModule(fx.GraphModule):
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """For transformers' ``Trainer``: whether the graph takes ``num_items_in_batch``, as a model does whose ``forward`` has ``**kwargs``.
+        """For transformers' ``Trainer``: whether the graph takes ``num_items_in_batch``, as a model does whose call has ``**kwargs``.
 
         Otherwise the loss is a mean over the batch, which the trainer divides by its accumulation steps.
         """
