@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from lora_fx.errors import AdapterError, ExportError, InputError, did_you_mean
-from lora_fx.export.slot_table import FORMAT, SlotTable, onnxruntime_says
+from lora_fx.errors import AdapterError, ExportError, InputError, did_you_mean, shortened
+from lora_fx.export.slot_table import FORMAT, MAX_PROBLEMS, SlotTable, onnxruntime_says
 
 try:
     import onnxruntime
@@ -88,7 +88,7 @@ class OnnxSession:
 
         Raises:
             AdapterError: the name is taken, the file is none of an adapter, it is for another base, or it does not fit the
-                slots of the model. All problems are named.
+                slots of the model, or has NaN or infinity in it. All problems are named.
         """
         loaded = _loaded(Path(path), self.slots)
         with self._lock:
@@ -222,6 +222,12 @@ def _check(path: Path, read: Any, slots: SlotTable) -> None:
             ],
         )
     found = {name: (value.data_type(), tuple(value.shape())) for name, value in read.get_parameters().items()}
-    problems = slots.problems(found)
+    problems = slots.problems(found) or _not_finite(read.get_parameters())
     if problems:
         raise AdapterError(str(path), problems)
+
+
+def _not_finite(parameters: Mapping[str, Any]) -> list[str]:
+    counts = {name: np.count_nonzero(~np.isfinite(value.numpy())) for name, value in sorted(parameters.items())}
+    problems = [f"{name}: expected finite numbers, got {bad} that are not" for name, bad in counts.items() if bad]
+    return shortened(problems, MAX_PROBLEMS, "problems")

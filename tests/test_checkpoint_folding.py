@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -199,6 +200,33 @@ def test_what_transformers_makes_of_other_tensors_as_it_loads_is_refused(
     ):
         fold_checkpoint(directory, [(tmp_path / "experts", 1.0)], tmp_path / "no")
     assert not (tmp_path / "no").exists()
+
+
+def test_a_tensor_that_one_adapter_replaces_and_another_adds_to_is_refused_with_both_their_names(
+    tmp_path: Path,
+) -> None:
+    model = build("bert")
+    model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    adapter(model, tmp_path / "style", target_modules=["query", "pooler.dense"])
+    adapter(model, tmp_path / "head", target_modules=["query"], modules_to_save=["pooler"])
+    both = [(tmp_path / name, 1.0) for name in ("style", "head")]
+    with pytest.raises(lora_fx.FoldError) as caught:
+        plan_checkpoint_fold(tmp_path / "base", both)
+    assert str(caught.value) == (
+        f"'pooler.dense.weight' is to be both added to, by {tmp_path / 'style'}, and replaced, by {tmp_path / 'head'}. Leave one of "
+        "the two adapters out."
+    )
+
+
+def test_strengths_on_disk_are_finite_numbers_of_any_origin(tmp_path: Path) -> None:
+    model = build("bert")
+    model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    adapter(model, tmp_path / "a", target_modules=["query"])
+    planned = plan_checkpoint_fold(tmp_path / "base", [(tmp_path / "a", np.float32(0.5))])  # type: ignore[list-item]
+    assert planned.adapters == ((tmp_path / "a", 0.5),)
+    for wrong in (np.float32("nan"), torch.inf, "1"):
+        with pytest.raises(lora_fx.LoraFxError, match=r"a: expected a finite number as strength, got"):
+            plan_checkpoint_fold(tmp_path / "base", [(tmp_path / "a", wrong)])  # type: ignore[list-item]
 
 
 def test_tied_weights_are_refused(tmp_path: Path) -> None:

@@ -217,8 +217,34 @@ def replaced(name: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any
             r"lost.scaling: the model has no such slot \(did you mean .*'last.scaling'",
         ),
         (lambda _values: {}, "it has no parameters"),
+        (
+            replaced("last.lora_B.weight", lambda b: np.where(b == b[2, 1], np.float32("nan"), b)),
+            "last.lora_B.weight: expected finite numbers, got 1 that are not",
+        ),
+        (
+            replaced("last.lora_A.weight", lambda a: np.full_like(a, np.inf)),
+            "last.lora_A.weight: expected finite numbers, got 33 that are not",
+        ),
+        (
+            replaced("last.scaling", lambda s: -np.inf * s),
+            "last.scaling: expected finite numbers, got 1 that are not",
+        ),
     ],
-    ids=["no B", "no A", "no scaling", "width", "ranks", "turned", "dtype", "scaling", "unknown", "empty"],
+    ids=[
+        "no B",
+        "no A",
+        "no scaling",
+        "width",
+        "ranks",
+        "turned",
+        "dtype",
+        "scaling",
+        "unknown",
+        "empty",
+        "nan",
+        "inf",
+        "scaling of inf",
+    ],
 )
 def test_a_file_that_does_not_fit_is_refused_before_onnxruntime_sees_it(
     session: OnnxSession, directory: Path, tmp_path: Path, change: Any, said: str

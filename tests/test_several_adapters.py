@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx.folding.fold import recipe
+from lora_fx.graph.info import info_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -250,6 +252,37 @@ def test_trained_copies_come_and_go_with_their_adapter() -> None:
     assert torch.equal(merged, graph.get_parameter("pooler.dense.trained_copy.t.weight"))
 
 
+@pytest.mark.parametrize(
+    "half", [np.float32(0.5), np.float16(0.5), np.array(0.5), torch.tensor(0.5), torch.tensor(0.5).half()]
+)
+def test_strengths_may_be_numbers_of_numpy_and_tensors(half: Any) -> None:
+    both, one = two(), np.int64(1)
+    found, expected = lora_fx.activate(both, {"b": half, "a": one}), lora_fx.activate(both, {"a": 1.0, "b": 0.5})
+    assert torch.equal(logits(found), logits(expected))
+    assert {type(b.setting.strength) for _, b in info_of(found).adapters["b"].values()} == {float}
+    mine, wanted = (lora_fx.fold(both, each).state_dict() for each in ({"b": half}, {"b": 0.5}))
+    assert all(torch.equal(mine[key], wanted[key]) for key in wanted)
+    combined, usual = (lora_fx.combine(both, {"a": a, "b": b}) for a, b in ((one, half), (1.0, 0.5)))
+    assert all(torch.equal(value, usual.state_dict()[key]) for key, value in combined.state_dict().items())
+    assert info_of(combined).origins["combined"] == info_of(usual).origins["combined"]
+
+
+def test_ranks_and_scalings_may_be_numbers_of_numpy() -> None:
+    numbers: dict[str, Any] = {"rank": np.int64(3), "alpha": np.float32(5.0), "dropout": torch.tensor(0.25)}
+    plain = {"rank": 3, "alpha": 5.0, "dropout": 0.25}
+    settings = [
+        [chosen.branches[0].setting for chosen in lora_fx.plan(traced("bert"), rules, **overrides).chosen]
+        for rules, overrides in (
+            ("bert", numbers),
+            ({"select": [{"target": ["query", "value"], **numbers}]}, {}),
+            ("bert", plain),
+        )
+    ]
+    assert settings[0] == settings[1] == settings[2]
+    with pytest.raises(lora_fx.RuleError, match=r"rank: expected an integer ≥ 1, found"):
+        lora_fx.plan(traced("bert"), "bert", rank=np.float32(3.0))  # type: ignore[arg-type]
+
+
 def test_what_cannot_be_selected_is_refused() -> None:
     both, copies = two(), trained()
     for call in (lora_fx.activate, lora_fx.fold, lora_fx.recipe, lora_fx.combine):
@@ -261,10 +294,18 @@ def test_what_cannot_be_selected_is_refused() -> None:
             lora_fx.PlanError, match=r"trained copies of pooler\.dense\.weight, pooler\.dense\.bias, which have no"
         ):
             call(copies, {"t": 0.5})  # type: ignore[operator]
-    for wrong in ("1", None, torch.tensor(1.0)):
+    for wrong in (
+        "1",
+        None,
+        1j,
+        torch.ones(1),
+        torch.tensor(1.0, requires_grad=True),
+        torch.tensor(torch.inf),
+        10**400,
+    ):
         with pytest.raises(lora_fx.PlanError, match="cannot have the strength"):
             lora_fx.activate(both, {"a": wrong})  # type: ignore[dict-item]
-    with pytest.raises(lora_fx.PlanError, match="strengths are given by the names of adapters"):
+    with pytest.raises(lora_fx.PlanError, match=r"expected strengths by the names of adapters, as .*, got \['a'\]"):
         lora_fx.activate(both, ["a"])  # type: ignore[arg-type]
     for problem, settings in (
         (r"expected a method of cat, linear, got 'ties'", {"method": "ties"}),

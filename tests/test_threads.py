@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
+import signal
 import threading
 import warnings
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from graph_diff import first_difference
 from torch import nn
 
 import lora_fx
-from lora_fx.graph.process_state import quiet
+from lora_fx.graph.process_state import exclusive, quiet
 
 RULES = {"defaults": {"rank": 2, "alpha": 3}, "select": [{"op": ["linear"]}]}
 THREADS, ROUNDS = 3, 6
@@ -117,6 +119,30 @@ def test_after_traces_that_fail_in_several_threads_the_process_is_as_it_was() ->
     )
     assert [type(error).__name__ for error in failed] == ["TraceError"] * THREADS
     assert process_state() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_child_that_is_forked_while_another_thread_traces_may_trace() -> None:
+    holding, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with exclusive():
+            holding.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    holding.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends a child that waits for the lock
+        with exclusive(), exclusive():
+            os._exit(7)
+    _, status = os.waitpid(child, 0)
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(status) == 7
 
 
 def test_while_a_thread_traces_others_log_and_torch_does_not(caplog: pytest.LogCaptureFixture) -> None:

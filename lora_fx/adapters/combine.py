@@ -60,14 +60,14 @@ def combine(
         )
     if not strengths:
         raise PlanError("expected at least one adapter with its strength, got none.")
-    names = ordered(graph_module, strengths)
-    kept = [name for name in adapters(graph_module) if name not in names]
+    chosen = ordered(graph_module, strengths)
+    kept = [name for name in adapters(graph_module) if name not in chosen]
     rest = activate(graph_module, {name: _strength(graph_module, name) for name in kept})
     matrices = {owner: site.matrices for site in sites(rest) for owner in owners_of(site)}
     members: dict[str, list[_Member]] = {}
-    for name in names:
+    for name, strength in chosen.items():
         for key, (_, branch) in branches_of(graph_module, name).items():
-            members.setdefault(key, []).append(_Member.of(graph_module, name, branch, strengths[name]))
+            members.setdefault(key, []).append(_Member.of(graph_module, name, branch, strength))
     dropouts = {part.branch.setting.dropout for parts in members.values() for part in parts}
     dropout = dropouts.pop() if len(dropouts) == 1 else 0.0
     branches: dict[str, tuple[str, BranchSpec]] = {}
@@ -78,14 +78,14 @@ def combine(
         own = branch.names(adapter)
         values |= {own.a: nn.Parameter(a), own.b: nn.Parameter(b)}
         branches[key] = (f"combined:{method}", branch)
-    trained = tuple(each for name in names for each in trained_of(graph_module, name))
-    for name in names:
+    trained = tuple(each for name in chosen for each in trained_of(graph_module, name))
+    for name in chosen:
         own_parameters = parameters_of(graph_module, name)
         values |= {
             copy_name(each.name, adapter): nn.Parameter(own_parameters[copy_name(each.name, name)].detach().clone())
             for each in trained_of(graph_module, name)
         }
-    told = ", ".join(f"{name} × {strengths[name]:g}" for name in names)
+    told = ", ".join(f"{name} × {strength:g}" for name, strength in chosen.items())
     plan = plan_branches(rest, adapter, branches, trained, origin=Origin(rules=f"{method} of {told}"))
     return attach(rest, plan, adapter=adapter, values=values)
 

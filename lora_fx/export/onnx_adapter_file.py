@@ -27,6 +27,7 @@ from lora_fx.graph.records import BranchSpec
 from lora_fx.numerics.lowrank_merge import concatenated, with_all_rows
 from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import CONFIG_NAME, AdapterConfig
+from lora_fx.rules.plain_numbers import finite_number
 from lora_fx.rules.rule_file import Setting
 from lora_fx.sites.call_sites import Site, sites
 
@@ -78,17 +79,16 @@ def onnx_adapter(
     path = Path(path)
     check_file(path, overwrite=overwrite)
     graph_module = lower(as_traced(graph_module))
-    strengths = None if isinstance(adapter, str) else adapter
-    names = (adapter,) if isinstance(adapter, str) else ordered(graph_module, adapter)
-    if not names:
+    strengths = {adapter: None} if isinstance(adapter, str) else ordered(graph_module, adapter)
+    if not strengths:
         raise ExportError("expected at least one adapter, with its strength, got none.")
-    check_slots(graph_module, names)
+    check_slots(graph_module, tuple(strengths))
     site_of = {owner: site for site in sites(graph_module) for owner in owners_of(site)}
     products: dict[str, list[_ScaledPair]] = {}
-    for name in names:
+    for name, strength in strengths.items():
         for _, branch in branches_of(graph_module, name).values():
-            if strengths is not None:
-                branch = replace(branch, setting=replace(branch.setting, strength=strengths[name]))
+            if strength is not None:
+                branch = replace(branch, setting=replace(branch.setting, strength=strength))
             product = _of_branch(graph_module, name, branch, site_of[branch.owner])
             products.setdefault(branch.owner, []).append(product)
     return _write(path, products, version_of(fingerprint(state_of(graph_module))), overwrite=overwrite)
@@ -125,9 +125,10 @@ def onnx_adapter_from_peft(
         raise ExportError("expected at least one adapter, with its strength, got none.")
     table = read_slots(Path(model))
     products: dict[str, list[_ScaledPair]] = {}
-    for directory, strength in pairs:
-        if not isinstance(strength, int | float) or not np.isfinite(strength):
-            raise ExportError(f"{directory}: expected a finite number as strength, got {strength!r}.")
+    for directory, given in pairs:
+        strength = finite_number(given)
+        if strength is None:
+            raise ExportError(f"{directory}: expected a finite number as strength, got {given!r}.")
         files = read_adapter(Path(directory))
         check_base(files, table.base, strict=strict)
         for site, product in _PeftReader(files, table).products().items():

@@ -30,9 +30,10 @@ from lora_fx.folding.checkpoint_check import changed_in_files, check_fits
 from lora_fx.folding.checkpoint_files import Companions, companions_of, skipped_lines
 from lora_fx.folding.checkpoint_write import CheckpointReport, write_merged
 from lora_fx.folding.fold import recipe
-from lora_fx.graph.adapter_names import original_name
+from lora_fx.graph.adapter_names import adapter_of, original_name
 from lora_fx.graph.graph_module import State, TracedGraphModule, state_of
 from lora_fx.numerics.lowrank_merge import Merge, Update
+from lora_fx.rules.plain_numbers import finite_number
 from lora_fx.text_table import new_table, text_lines
 from lora_fx.tracing.example_inputs import read_example_inputs
 from lora_fx.tracing.trace import trace
@@ -163,6 +164,7 @@ def plan_checkpoint_fold(
         raise LoraFxError("there is nothing to fold: name at least one adapter directory.")
     checkpoint = Checkpoint.open(Path(base))
     companions = companions_of(checkpoint)
+    adapters = [(directory, _strength(directory, given)) for directory, given in adapters]
     if stacks and len(stacks) != len(adapters):
         raise LoraFxError(f"stacks: expected a layout or None for each of {len(adapters)} adapters, got {len(stacks)}.")
     layouts = stacks or [None] * len(adapters)
@@ -178,30 +180,24 @@ def plan_checkpoint_fold(
     graph_module = trace(model, inputs, inference=True)
     step("fitting the adapters")
     base_fingerprint = places.fingerprint(state_of(graph_module))
+    names = _all_names(state_of(graph_module))
     factors: dict[str, torch.Tensor] = {}
     copies: dict[str, torch.Tensor] = {}
+    trained_by: dict[str, int] = {}
     for index, (files, (_, strength)) in enumerate(zip(opened, adapters, strict=True)):
         check_base(files, base_fingerprint, strict=strict)
         contents = read_contents(files, graph_module)
-        if contents.copies and strength != 1:
-            raise AdapterError(
-                str(files.directory),
-                [f"has trained values of {', '.join(contents.copies)}, which have no other strength than 1"],
-            )
-        twice = sorted(copies.keys() & contents.copies.keys())
-        if twice:
-            raise AdapterError(
-                str(files.directory), [f"{name}: another adapter has trained values too" for name in twice]
-            )
+        _check_copies(files, contents.copies, strength, copies)
         _check_echoes(files, contents, places, state_of(graph_module))
         name = f"adapter_{index}"
         values = contents.values_of(name, inference=True)
         graph_module = _attached(graph_module, contents, name, strength, values)
         factors |= {key: value.detach() for key, value in values.items() if original_name(key) is None}
         copies |= contents.copies
+        trained_by |= {key: index for copied in contents.copies for key in places.of_names(names[copied])}
     merges = {key: merge for merge in _recipe(graph_module) for key in places.of_names(merge.names)}
-    names = _all_names(state_of(graph_module))
     replaced = {key: value for name, value in copies.items() for key in places.of_names(names[name])}
+    _check_apart(merges, replaced, trained_by, [directory for directory, _ in adapters])
     changes = Changes(merges=merges, replacements=replaced, tensors=factors)
     check_fits(checkpoint, changes)
     changed_in_files(checkpoint, changes)
@@ -210,6 +206,13 @@ def plan_checkpoint_fold(
 
 
 _MAX_NAMED = 10
+
+
+def _strength(directory: str | Path, given: float) -> float:
+    strength = finite_number(given)
+    if strength is None:
+        raise LoraFxError(f"{directory}: expected a finite number as strength, got {given!r}.")
+    return strength
 
 
 def fold_checkpoint(
@@ -227,6 +230,36 @@ def fold_checkpoint(
     """Fold adapters into a checkpoint on disk: :func:`plan_checkpoint_fold`, then :meth:`CheckpointFold.write`."""
     planned = plan_checkpoint_fold(base, adapters, strict=strict, stacks=stacks, example_inputs=example_inputs)
     return planned.write(out, overwrite=overwrite, verify=verify, report=report)
+
+
+def _check_copies(
+    files: AdapterFiles, copies: Mapping[str, torch.Tensor], strength: float, others: Mapping[str, torch.Tensor]
+) -> None:
+    """Refuse trained values at another strength than 1, and those of which an earlier adapter has others."""
+    problems = [f"{name}: another adapter has trained values too" for name in sorted(copies.keys() & others.keys())]
+    if copies and strength != 1:
+        problems = [f"has trained values of {', '.join(copies)}, which have no other strength than 1"]
+    if problems:
+        raise AdapterError(str(files.directory), problems)
+
+
+def _check_apart(
+    merges: Mapping[str, Merge],
+    replaced: Mapping[str, torch.Tensor],
+    trained_by: Mapping[str, int],
+    directories: Sequence[str | Path],
+) -> None:
+    """Refuse to add to a tensor of which another adapter has a trained value: both are changes to the same old one."""
+    problems = []
+    for key in [key for key in merges if key in replaced]:
+        factors = (adapter_of(name) for update in merges[key].updates for name in update.names)
+        adding = sorted({int(name.removeprefix("adapter_")) for name in factors if name is not None})
+        problems.append(
+            f"{key!r} is to be both added to, by {' and '.join(str(directories[index]) for index in adding)}, and replaced, by "
+            f"{directories[trained_by[key]]}"
+        )
+    if problems:
+        raise FoldError(f"{'; '.join(problems)}. Leave one of the two adapters out.")
 
 
 def _check_echoes(files: AdapterFiles, contents: AdapterContents, places: _Places, state: State) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,16 @@ from contextlib import contextmanager
 import torch
 
 _LOCK = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _LOCK
+    _LOCK = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked child has one thread, and waits for ever for a lock that another one held.
+    os.register_at_fork(after_in_child=_renew_lock)
 
 _SILENCED = ("torch", "onnxscript", "onnx_ir", "transformers")
 

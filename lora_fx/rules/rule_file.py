@@ -41,6 +41,7 @@ from lora_fx.rules.validation import (
     Flag,
     Items,
     Natural,
+    Plain,
     Positive,
     Table,
     Text,
@@ -83,8 +84,8 @@ def _check_layers(layers: int | str) -> int | str:
     return layers
 
 
-Alpha = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), expecting("a finite number > 0")]
-Dropout = Annotated[float, Field(strict=True, ge=0, lt=1), expecting("a number ≥ 0 and < 1")]
+Alpha = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), Plain, expecting("a finite number > 0")]
+Dropout = Annotated[float, Field(strict=True, ge=0, lt=1), Plain, expecting("a number ≥ 0 and < 1")]
 Pattern = Annotated[
     str,
     Field(strict=True, pattern=r"^[^.\s]+(\.[^.\s]+)*$"),

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
@@ -27,6 +28,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCustomError, core_schema
 
 from lora_fx.errors import RuleError, did_you_mean
+from lora_fx.rules.plain_numbers import plain_number
 from lora_fx.rules.toml_lines import KeyPath
 
 Made = TypeVar("Made")
@@ -89,8 +91,11 @@ def one_of(literal: Any) -> WrapValidator:
     return expecting(f"{', '.join(map(repr, words[:-1]))} or {words[-1]!r}", words)
 
 
-Natural = Annotated[int, Field(strict=True, ge=0, lt=INTEGERS_END), expecting("an integer ≥ 0")]
-Positive = Annotated[int, Field(strict=True, ge=1, lt=INTEGERS_END), expecting("an integer ≥ 1")]
+Plain = BeforeValidator(plain_number)
+"""Numbers of numpy and tensors without dimensions are taken too, by rules that are given in code."""
+
+Natural = Annotated[int, Field(strict=True, ge=0, lt=INTEGERS_END), Plain, expecting("an integer ≥ 0")]
+Positive = Annotated[int, Field(strict=True, ge=1, lt=INTEGERS_END), Plain, expecting("an integer ≥ 1")]
 Flag = Annotated[bool, Field(strict=True), expecting("true or false")]
 Text = Annotated[str, Field(strict=True), expecting("a string")]
 
