@@ -114,7 +114,7 @@ class OnnxSession:
         """Run the model.
 
         Args:
-            inputs: name → array, of all inputs of the model.
+            inputs: name → array, of all inputs of the model, in the shapes and dtypes that it was exported with.
             adapter: name of the one adapter to run with; by default none, which gives what the base gives.
             outputs: names of the outputs to return, by default all.
 

@@ -40,9 +40,11 @@ def combine(
 ) -> TracedGraphModule:
     """Return the graph with one adapter in place of several.
 
-    ``method="cat"`` computes what they compute together at these strengths, and may be saved as one adapter. Its rank at a site is
-    the sum of theirs there. ``method="linear"`` keeps the rank, which all must share, and is an approximation that PEFT offers.
-    The scaling of the new adapter is 1, since theirs and the strengths are in its factors; it has a dropout if all have the same.
+    ``"cat"`` is exact: it computes what they compute together at these strengths. With ``w = strength · scaling``, the factors
+    ``w₁A₁, w₂A₂, …``, each ``(rank, in)``, are stacked, and ``B₁, B₂, …``, each ``(out, rank)``, put side by side, so that the
+    rank at a site is the sum of theirs. ``"linear"`` keeps the rank, which all must share: ``A = Σ ±√|w| A``, ``B = Σ √|w| B``, as
+    PEFT's ``add_weighted_adapter`` does, whose product has mixed terms. The new adapter has the scaling 1, and a dropout if all have
+    the same.
 
     Args:
         graph_module: made by lora_fx, with adapters; not changed. Adapters that are not in ``strengths`` stay.
