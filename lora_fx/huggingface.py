@@ -49,6 +49,10 @@ def write_back(model: nn.Module, graph_module: TracedGraphModule) -> None:
 
     Its old parameters are not overwritten: graphs that were traced from it go on with the weights that they had.
 
+    Args:
+        model: the model that ``graph_module`` was traced from; it is changed.
+        graph_module: a branched or a folded graph.
+
     Raises:
         LoraFxError: the graph was traced from another model, or fold un-tied weights in it that are one in the model, which
             would tie them again whenever it is resized, saved or loaded.
