@@ -248,6 +248,31 @@ def test_a_fused_graph_takes_the_count() -> None:
         )
 
 
+@pytest.mark.parametrize("given", [{}, {NAME: torch.tensor(31.0)}], ids=["without", "with"])
+def test_torch_exports_a_graph_with_and_without_a_count(given: Mapping[str, torch.Tensor]) -> None:
+    graph = copy.deepcopy(rewritten("llama"))
+    program = torch.export.export(graph, (), {**batch(), **given}, strict=False)
+    assert torch.equal(program.module()(**batch(), **given).loss, graph(**batch(), **given).loss)
+
+
+def test_a_model_of_peft_is_traced_with_a_count() -> None:
+    model = wrapped("llama")
+    graph = lora_fx.trace(model, labels=True)
+    assert (graph.accepts_loss_kwargs, graph.loss_type) == (True, "ForCausalLM")
+    for count in (None, 31):
+        found, wanted = (module(**batch(), num_items_in_batch=count).loss for module in (graph, model))
+        assert torch.equal(found, wanted)
+
+
+def test_a_model_on_the_meta_device_is_traced_with_a_count() -> None:
+    with torch.device("meta"):
+        graph = lora_fx.trace(llama(), labels=True)
+    ready, model = lora_fx.materialize(graph, made("llama").state_dict()).eval(), made("llama").eval()
+    for count in (None, 31):
+        found, wanted = (module(**batch(), num_items_in_batch=count).loss for module in (ready, model))
+        assert torch.equal(found, wanted)
+
+
 def test_a_picture_shows_the_choice(tmp_path: Path) -> None:
     lora_fx.draw(traced("llama"), rewritten("llama"), tmp_path / "graph.json")
     shown = (tmp_path / "graph.json").read_text()

@@ -224,8 +224,11 @@ class InputCodeGen(_PyTreeCodeGen):
 
     def process_inputs(self, *inputs: Any) -> Any:
         """Return the tensors of a call by position, for ``fx.Interpreter``; torch.export gives the tensors alone, by position."""
-        if len(inputs) == len(self.signature.inputs) and all(isinstance(value, torch.Tensor) for value in inputs):
-            return list(inputs)
+        every, omissible = self.signature.inputs, self.signature.omissible
+        for names in (every, [name for name in every if name not in omissible]):
+            if len(inputs) == len(names) and all(isinstance(value, torch.Tensor) for value in inputs):
+                given = dict(zip(names, inputs, strict=True))
+                return [given.get(name) for name in every]
         return self.signature.tensors(inputs, {})
 
 
