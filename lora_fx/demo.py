@@ -26,6 +26,8 @@ from transformers import get_linear_schedule_with_warmup
 from lora_fx import export, huggingface
 from lora_fx.drawing.draw import draw
 from lora_fx.errors import LoraFxError
+from lora_fx.files.atomic import replacing
+from lora_fx.files.target import DirectoryKind, Target
 from lora_fx.folding.fold import fold
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.rewriting import rewrite
@@ -77,8 +79,9 @@ def demo(out: Path, console: Console, *, steps: int = STEPS) -> None:
 
     with console.status("writing the folded model"):
         directory, picture = out / "model", out / "graph.svg"
-        huggingface.save_pretrained(model, folded, directory, overwrite=True)
-        tokenizer.save_pretrained(directory)
+        with replacing(Target(directory, overwrite=True, kind=_MODEL)) as beside:
+            huggingface.save_pretrained(model, folded, beside)
+            tokenizer.save_pretrained(beside)
         files = {
             "TorchScript": export.torchscript(folded, out / "model.torchscript.pt", overwrite=True).path,
             "ONNX": export.onnx(folded, out / "model.onnx", overwrite=True).path,
@@ -102,6 +105,14 @@ def demo(out: Path, console: Console, *, steps: int = STEPS) -> None:
     written = {"transformers directory": directory, **files, "picture, before and after": picture}
     console.print("\n".join(f"{name}: {path}" for name, path in written.items()), soft_wrap=True)
     console.print(f"{time.perf_counter() - started:.0f} s in all")
+
+
+_MODEL = DirectoryKind(
+    "a model of the demo",
+    {
+        "config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
+    }.__contains__,
+)  # fmt: skip
 
 
 def read_corpus(seed: int) -> Corpus:

@@ -12,7 +12,9 @@ import transformers
 from torch import nn
 
 from lora_fx.errors import LoraFxError, listed
-from lora_fx.files.atomic import check_free, replacing
+from lora_fx.files.atomic import replacing
+from lora_fx.files.target import DirectoryKind, Target
+from lora_fx.folding.checkpoint import is_weights
 from lora_fx.folding.fold import fold
 from lora_fx.folding.transformers_directory import DTYPES, check_loads, contents_of, write
 from lora_fx.graph.graph_module import TracedGraphModule, described, same_values, state_of
@@ -91,7 +93,7 @@ def save_pretrained(
         model: the transformers model that ``graph_module`` was traced from; nothing in it is changed, at no time.
         graph_module: a branched or a folded graph.
         directory: to be made. It is there once it is whole.
-        overwrite: replace a directory that exists.
+        overwrite: replace a directory that holds nothing but configs and weights, and is not the one that ``model`` was loaded from.
         dtype: of the weights that are written, float16, bfloat16, float32 or float64; those of the model by default. The
             merged values are rounded once. Weights that ``from_pretrained(dtype=…)`` keeps in another dtype are written in that one.
         verify: load the written directory before it is moved into place, and compare every parameter and persistent buffer bit
@@ -99,8 +101,9 @@ def save_pretrained(
         options: passed to the model's ``save_pretrained``: ``max_shard_size``, ``variant``.
 
     Raises:
-        LoraFxError: the directory exists or cannot be written, the graph was traced from another model, a weight has a value
-            beyond the range of ``dtype``, or ``from_pretrained`` does not restore the written weights.
+        LoraFxError: the directory exists, holds other files (a tokenizer, data) or cannot be written, the graph was traced from
+            another model, a weight has a value beyond the range of ``dtype``, or ``from_pretrained`` does not restore the
+            written weights.
         FoldError: the branches cannot be folded.
     """
     if not isinstance(model, transformers.PreTrainedModel):
@@ -113,13 +116,30 @@ def save_pretrained(
             f"weights are written in {', '.join(map(str, DTYPES))}, and not in {dtype}. Choose one of these."
         )
     directory = Path(directory)
-    check_free(directory, overwrite=overwrite)
+    target = Target(directory, overwrite, _loaded_from(model), _KIND)
+    target.check()
     values = state_of(_folded_of(model, graph_module)).tensors
     contents = contents_of(model, values, _untied(model, graph_module), dtype)
-    with replacing(directory, overwrite=overwrite) as beside:
+    with replacing(target) as beside:
         write(model, contents, beside, options)
         if verify:
             check_loads(type(model), contents, beside, directory, options.get("variant"))
+
+
+def _is_written(path: str) -> bool:
+    """Tell whether the ``save_pretrained`` of a model writes a file of this name: configs, weights, and code from the hub."""
+    return path in ("config.json", "generation_config.json") or (
+        "/" not in path and (is_weights(path) or path.endswith(".py"))
+    )
+
+
+_KIND = DirectoryKind("a transformers model", _is_written)
+
+
+def _loaded_from(model: Any) -> tuple[Path, ...]:
+    """Return the directory that a model was loaded from, if it was."""
+    source = getattr(model.config, "name_or_path", "") or ""
+    return (Path(source),) if Path(source).is_dir() and source else ()
 
 
 def _folded_of(model: nn.Module, graph_module: TracedGraphModule) -> TracedGraphModule:

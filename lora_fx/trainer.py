@@ -21,6 +21,7 @@ from lora_fx.adapters.transfer import branches_of, parameters_of
 from lora_fx.errors import AdapterError, LoraFxError, shortened
 from lora_fx.files.atomic import replacing
 from lora_fx.files.safetensors import TensorFile, write_tensors
+from lora_fx.files.target import Target
 from lora_fx.graph.adapter_names import adapter_of, adapters, is_of_adapter
 from lora_fx.graph.graph_module import TracedGraphModule, described, rebuilt, state_of
 from lora_fx.graph.info import known_info
@@ -246,7 +247,7 @@ def _write(graph: TracedGraphModule, directory: Path) -> None:
     tensors = state_of(graph).tensors
     other = {name: tensors[name] for name in _trained(graph) if not is_of_adapter(name)}
     if other:
-        with replacing(directory / OTHER_NAME, overwrite=True) as beside:
+        with replacing(Target(directory / OTHER_NAME, overwrite=True)) as beside:
             write_tensors(beside, other, {"format": "pt"})
     for adapter in adapters(graph):
         write_adapter_files(graph, directory if adapter == _DEFAULT else directory / adapter, adapter)

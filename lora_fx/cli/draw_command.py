@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from lora_fx.cli.console import errors, reported
-from lora_fx.cli.options import ExampleInputsFile, Overwrite, Rank, Rules, RulesDirectories
+from lora_fx.cli.options import ExampleInputsFile, Overwrite, Rank, Rules, RulesDirectories, inputs
 from lora_fx.cli.printing import remark, shown
 from lora_fx.errors import LoraFxError
 
@@ -69,14 +69,14 @@ def draw(
     html is a page to look around in, which needs no network. text shows which projections of which layers get a branch.
     """
     from lora_fx.drawing.draw import FORMATS, describe_model, format_of, in_words, save, within
-    from lora_fx.files.atomic import check_file
+    from lora_fx.files.target import Target
 
     with reported():
         name = format.value if format is not None else "text" if out is None else format_of(out)
         if out is None and name in ("html", "svg", "png"):
             raise typer.BadParameter(f"--out names the file that the {name} is written to")
         if out is not None:
-            check_file(out, overwrite=overwrite)
+            Target(out, overwrite, inputs(model, example_inputs, *(rules_dir or ()), rules)).check()
         if model.suffix == ".pt2" and model.is_file():
             place = _with_suffix(out or Path("graph"), format or (DrawFormat.html if out is None else None))
             raise LoraFxError(_in_python(model, rules, rules_dir or (), rank, place, show, module, overwrite))

@@ -17,6 +17,7 @@ from lora_fx.cli.options import (
     Stacks,
     Strengths,
     Strict,
+    inputs,
     stacks_of,
     strengths_of,
 )
@@ -121,11 +122,11 @@ def export(
     chosen_format = _export_format(format, out, slots=slots)
 
     import lora_fx
-    from lora_fx.files.atomic import check_file
+    from lora_fx.files.target import Target
     from lora_fx.rules.lookup import load
 
     with reported():
-        check_file(out, overwrite=overwrite)
+        Target(out, overwrite, inputs(model, *adapters, example_inputs, *(rules_dir or ()), rules)).check()
         with errors.status("loading the model") as status:
             graph, model_type = _loaded_graph(model, dtype, example_inputs, status.update)
             for number, (directory, layout) in enumerate(zip(adapters, layouts, strict=True)):

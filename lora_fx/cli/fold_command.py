@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_fx.cli.console import errors, reported
-from lora_fx.cli.options import ExampleInputsFile, Stacks, Strengths, Strict, stacks_of, strengths_of
+from lora_fx.cli.options import ExampleInputsFile, Stacks, Strengths, Strict, inputs, stacks_of, strengths_of
 from lora_fx.cli.printing import remark
+from lora_fx.errors import LoraFxError
 
 if TYPE_CHECKING:  # torch and transformers are slow to import, and `--help` needs neither
     from lora_fx.folding.checkpoint_write import CheckpointReport
@@ -18,6 +19,15 @@ EXAMPLES = (
     "Examples:  lora-fx fold base-model adapter merged   ·   lora-fx fold base-model style facts merged --strength 1 "
     "--strength 0.5 --verify --report   ·   lora-fx fold base-model adapter merged --dry-run"
 )
+
+
+OverwriteDirectory = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace OUT_DIR, all at once, if it holds nothing but an earlier result; never a directory that is read.",
+    ),
+]
 
 
 def fold(
@@ -30,7 +40,7 @@ def fold(
         ),
     ],
     strength: Strengths = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT_DIR if it exists, all at once.")] = False,
+    overwrite: OverwriteDirectory = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read every changed tensor again and compare it with the exact result.")
     ] = False,
@@ -58,12 +68,14 @@ def fold(
 
     from tqdm.auto import tqdm
 
-    from lora_fx.files.atomic import check_free
+    from lora_fx.files.target import DirectoryKind, Target
     from lora_fx.folding.checkpoint_plan import plan_checkpoint_fold
 
     with reported():
+        _check_out_is_given(out)
         if not dry_run:
-            check_free(out, overwrite=overwrite)
+            any_directory = DirectoryKind("a folded checkpoint", lambda _: True)  # what it holds is known later
+            Target(out, overwrite, inputs(base, *adapters, example_inputs), any_directory).check()
         with errors.status("opening the checkpoint") as status:
             pairs = list(zip(adapters, strengths, strict=True))
             planned = plan_checkpoint_fold(
@@ -82,6 +94,15 @@ def fold(
     for line in planned.untied_lines:
         remark(line)
     _tell_written(written, out)
+
+
+def _check_out_is_given(out: Path) -> None:
+    """Refuse an adapter in the place of the result."""
+    if (out / "adapter_config.json").is_file():
+        raise LoraFxError(
+            f"{out} is an adapter directory, and the last directory is the one to be made. Was OUT_DIR forgotten? "
+            "lora-fx fold BASE_DIR ADAPTER_DIR... OUT_DIR"
+        )
 
 
 def _tell_written(written: CheckpointReport, out: Path) -> None:

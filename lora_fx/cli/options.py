@@ -47,7 +47,18 @@ ExampleInputsFile = Annotated[
     ),
 ]
 Strict = Annotated[bool, typer.Option(help="Refuse a base other than the one that an adapter names as its own.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace OUT if it is a file; never a directory, nor a file that is read.")
+]
+
+
+def inputs(*given: Path | str | None) -> tuple[Path, ...]:
+    """Return the files and directories that a command reads; of rules, only those that are a file."""
+    return tuple(
+        Path(path)
+        for path in given
+        if path is not None and str(path).endswith(".toml" if isinstance(path, str) else "")
+    )
 
 
 def strengths_of(adapters: list[Path], given: list[float] | None) -> list[float]:

@@ -19,7 +19,8 @@ from lora_fx.drawing.render.graphviz import render
 from lora_fx.drawing.render.page import page
 from lora_fx.drawing.render.text import in_words, text
 from lora_fx.errors import ExportError
-from lora_fx.files.atomic import check_file, replacing
+from lora_fx.files.atomic import replacing
+from lora_fx.files.target import Target
 
 __all__ = [
     "FORMATS",
@@ -111,7 +112,8 @@ def format_of(path: Path) -> str:
 
 def save(description: Description, target: Path, name: str, *, overwrite: bool = False) -> None:
     """Write a description in one of the :data:`FORMATS`; see :func:`draw`."""
-    check_file(target, overwrite=overwrite)
+    place = Target(target, overwrite)
+    place.check()
     content = FORMATS[name](description)
-    with replacing(target, overwrite=overwrite) as beside:
+    with replacing(place) as beside:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)

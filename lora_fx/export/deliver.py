@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from lora_fx.errors import ExportError
 from lora_fx.export.compare import Comparison, Loaded, check_tolerance, compare
 from lora_fx.export.prepare import Exportable, prepare
-from lora_fx.files.atomic import check_file, replacing
+from lora_fx.files.atomic import replacing
+from lora_fx.files.target import Target
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.graph.process_state import exclusive
 
@@ -100,7 +101,8 @@ def deliver(format: Format, graph_module: TracedGraphModule, path: str | Path, o
         LoraFxError: the path exists or cannot be written.
     """
     path = Path(path)
-    check_file(path, overwrite=options.overwrite)
+    target = Target(path, options.overwrite)
+    target.check()
     check_tolerance(options.tolerance)
     if torch.get_default_device().type == "meta":
         raise ExportError(
@@ -109,7 +111,7 @@ def deliver(format: Format, graph_module: TracedGraphModule, path: str | Path, o
     with exclusive(), _own_precision(), _progress(format.name) as step:
         step("preparing")
         exportable = prepare(graph_module, options.example_inputs)
-        with replacing(path, overwrite=options.overwrite) as beside, torch.no_grad():
+        with replacing(target) as beside, torch.no_grad():
             format.write(exportable, beside, step)
             sizes = {path.parent / file.name: file.stat().st_size for file in sorted(beside.parent.iterdir())}
             comparisons: tuple[Comparison, ...] = ()

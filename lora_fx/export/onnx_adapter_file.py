@@ -21,7 +21,8 @@ from lora_fx.errors import ExportError, LoraFxError, did_you_mean, first_line
 from lora_fx.export.onnx_ops import onnx_package
 from lora_fx.export.onnx_slots import check_slots
 from lora_fx.export.slot_table import FORMAT, OnnxSlot, SlotTable, onnxruntime_says, version_of
-from lora_fx.files.atomic import check_file, replacing
+from lora_fx.files.atomic import replacing
+from lora_fx.files.target import Target
 from lora_fx.graph.graph_module import State, TracedGraphModule, as_traced, state_of
 from lora_fx.graph.records import BranchSpec
 from lora_fx.numerics.lowrank_merge import concatenated, with_all_rows
@@ -76,8 +77,8 @@ def onnx_adapter(
             half precision.
         LoraFxError: the path exists or cannot be written.
     """
-    path = Path(path)
-    check_file(path, overwrite=overwrite)
+    target = Target(Path(path), overwrite)
+    target.check()
     graph_module = lower(as_traced(graph_module))
     strengths = {adapter: None} if isinstance(adapter, str) else ordered(graph_module, adapter)
     if not strengths:
@@ -91,7 +92,7 @@ def onnx_adapter(
                 branch = replace(branch, setting=replace(branch.setting, strength=strength))
             product = _of_branch(graph_module, name, branch, site_of[branch.owner])
             products.setdefault(branch.owner, []).append(product)
-    return _write(path, products, version_of(fingerprint(state_of(graph_module))), overwrite=overwrite)
+    return _write(target, products, version_of(fingerprint(state_of(graph_module))))
 
 
 def onnx_adapter_from_peft(
@@ -118,9 +119,9 @@ def onnx_adapter_from_peft(
         ExportError: the model has no slots.
         LoraFxError: the path exists or cannot be written.
     """
-    path = Path(path)
-    check_file(path, overwrite=overwrite)
     pairs = [(adapters, 1.0)] if isinstance(adapters, str | Path) else list(adapters)
+    target = Target(Path(path), overwrite, (Path(model), *(Path(directory) for directory, _ in pairs)))
+    target.check()
     if not pairs:
         raise ExportError("expected at least one adapter, with its strength, got none.")
     table = read_slots(Path(model))
@@ -133,7 +134,7 @@ def onnx_adapter_from_peft(
         check_base(files, table.base, strict=strict)
         for site, product in _PeftReader(files, table).products().items():
             products.setdefault(site, []).append(replace(product, scale=product.scale * strength))
-    return _write(path, products, table.version, overwrite=overwrite)
+    return _write(target, products, table.version)
 
 
 def read_slots(model: Path) -> SlotTable:
@@ -176,9 +177,7 @@ def _combined(products: Sequence[_ScaledPair]) -> _ScaledPair:
     return _ScaledPair(*concatenated([(product.a * product.scale, product.b) for product in products]), 1.0)
 
 
-def _write(
-    path: Path, products: Mapping[str, Sequence[_ScaledPair]], version: int, *, overwrite: bool
-) -> ExportedAdapter:
+def _write(target: Target, products: Mapping[str, Sequence[_ScaledPair]], version: int) -> ExportedAdapter:
     runtime = onnx_package("onnxruntime")
     filled = {site: _combined(products[site]) for site in sorted(products)}
     values: dict[str, np.ndarray[Any, Any]] = {}
@@ -193,14 +192,14 @@ def _write(
     adapter.set_adapter_version(FORMAT)
     adapter.set_model_version(version)
     adapter.set_parameters({name: runtime.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()})
-    with replacing(path, overwrite=overwrite) as beside:
+    with replacing(target) as beside:
         try:
             adapter.export_adapter(str(beside))
         except RuntimeError as error:
             raise LoraFxError(
-                f"cannot write {path}: {onnxruntime_says(error)}. Write elsewhere, or free some space."
+                f"cannot write {target.path}: {onnxruntime_says(error)}. Write elsewhere, or free some space."
             ) from error
-    return ExportedAdapter(path, {site: product.a.shape[0] for site, product in filled.items()}, version)
+    return ExportedAdapter(target.path, {site: product.a.shape[0] for site, product in filled.items()}, version)
 
 
 class _PeftReader:

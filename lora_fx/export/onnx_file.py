@@ -22,7 +22,8 @@ from lora_fx.export.onnx_slots import Slots
 from lora_fx.export.portable_ops import grouped_products
 from lora_fx.export.prepare import Exportable, prepare
 from lora_fx.export.torch_program import export_plain
-from lora_fx.files.atomic import check_file, writable
+from lora_fx.files.atomic import writable
+from lora_fx.files.target import Target
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.graph.process_state import quiet
 from lora_fx.graph.provenance import source_line
@@ -71,7 +72,7 @@ def onnx(
     """
     for name in ("onnx", "onnx_ir", "onnxscript", *(["onnxruntime"] if verify else [])):
         onnx_package(name)
-    check_file(Path(path), overwrite=overwrite)
+    Target(Path(path), overwrite).check()
     previous = _data_beside(Path(path))
     with_slots = Slots.of(graph_module) if slots else None
     options = Options(overwrite, verify, tolerance, example_inputs)

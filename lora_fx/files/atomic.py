@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora_fx.errors import LoraFxError
+from lora_fx.files.target import Target
 
 try:
     import fcntl
@@ -24,50 +25,37 @@ except ImportError:  # not on Windows: there what a killed process leaves is not
 
 
 @contextmanager
-def replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a path beside ``target`` to write a file or a directory to; move it into place if the block succeeds.
+def replacing(target: Target) -> Iterator[Path]:
+    """Yield a path beside a target to write a file or a directory to; move it into place if the block succeeds.
 
-    All bytes are on the disk before the move. At every moment ``target`` is the old one or the new one, whole, also when the
+    All bytes are on the disk before the move. At every moment the target is the old one or the new one, whole, also when the
     process is killed or the machine stops; the scratch beside it is removed when the block fails, and at the next call for the
-    same ``target`` if the process was killed.
+    same target if the process was killed.
 
-    Companions that the block writes into the directory of that path are moved beside ``target`` first. Their names should be
+    Companions that the block writes into the directory of that path are moved beside the target first. Their names should be
     free there, or belong to the same companion.
 
     Args:
-        target: the final path; its directory is made where it is missing.
-        overwrite: replace an existing file or directory.
+        target: the final path, and what may be replaced there, which is checked before the block and once more before the move;
+            its directory is made where it is missing.
 
     Raises:
-        LoraFxError: something exists at ``target`` and is not to be replaced, or something cannot be written, there or
-            within the block.
+        LoraFxError: see :meth:`~lora_fx.files.target.Target.check`; or something cannot be written, there or within the block.
     """
-    check_free(target, overwrite=overwrite)
+    target.check()
+    path = target.path
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
-        with _scratch(target) as scratch:
-            written = scratch / target.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
+        with _scratch(path) as scratch:
+            written = scratch / path.name
             yield written
             _flush_tree(scratch)
-            with _moved_beside(written, target):
-                _move(written, target, overwrite=overwrite)
-            _flush_directory(target.parent)
+            with _moved_beside(written, path):
+                _move(written, target)
+            _flush_directory(path.parent)
     except OSError as error:
-        raise LoraFxError(_unwritable(target, error)) from error
-
-
-def check_free(target: Path, *, overwrite: bool = False) -> None:
-    """Raise :class:`LoraFxError` if something exists at ``target`` that is not to be replaced."""
-    if os.path.lexists(target) and not overwrite:
-        raise LoraFxError(_exists(target))
-
-
-def check_file(target: Path, *, overwrite: bool = False) -> None:
-    """Raise :class:`LoraFxError` if something exists at the place of a file that is not to be replaced: a directory never is."""
-    if target.is_dir():
-        raise LoraFxError(f"{target} is a directory, and a file is not written in place of one. Choose another name.")
-    check_free(target, overwrite=overwrite)
+        raise LoraFxError(_unwritable(path, error)) from error
 
 
 def write_back_early(file: int, start: int, size: int) -> None:
@@ -85,10 +73,6 @@ def write_back_early(file: int, start: int, size: int) -> None:
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE, _SYNC_FILE_RANGE_WRITE = -100, 1, 2, 2
 _PREVIOUS = "previous"
-
-
-def _exists(target: Path) -> str:
-    return f"{target} exists already. Choose another name, or replace it: overwrite=True (--overwrite)."
 
 
 def _unwritable(target: Path, error: OSError) -> str:
@@ -164,18 +148,20 @@ def _remove_abandoned(target: Path) -> None:
                 os.close(lock)
 
 
-def _move(written: Path, target: Path, *, overwrite: bool) -> None:
-    if not overwrite:
+def _move(written: Path, target: Target) -> None:
+    target.check()  # once more: the block may have taken hours
+    path = target.path
+    if not target.overwrite:
         _move_to_new(written, target)
-    elif not os.path.lexists(target) or not (written.is_dir() or (target.is_dir() and not target.is_symlink())):
-        written.replace(target)
-    elif not _renamed(written, target, _RENAME_EXCHANGE):
+    elif not os.path.lexists(path) or not (written.is_dir() or (path.is_dir() and not path.is_symlink())):
+        written.replace(path)
+    elif not _renamed(written, path, _RENAME_EXCHANGE):
         previous = written.parent / _PREVIOUS
-        target.rename(previous)
+        path.rename(previous)
         try:
-            written.rename(target)
+            written.rename(path)
         except BaseException:
-            previous.rename(target)
+            previous.rename(path)
             raise
 
 
@@ -196,15 +182,14 @@ def _moved_beside(written: Path, target: Path) -> Iterator[None]:
         raise
 
 
-def _move_to_new(written: Path, target: Path) -> None:
+def _move_to_new(written: Path, target: Target) -> None:
     try:
-        if not _renamed(written, target, _RENAME_NOREPLACE):
-            if os.path.lexists(target):
-                raise LoraFxError(_exists(target))
-            written.rename(target)
+        if not _renamed(written, target.path, _RENAME_NOREPLACE):
+            target.check()
+            written.rename(target.path)
     except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # it came while the block ran
-            raise LoraFxError(_exists(target)) from error
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # it came between the check and the move
+            target.check()
         raise
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -104,6 +105,16 @@ class Checkpoint:
             LoraFxError: the checkpoint does not have it, or not any more.
         """
         return self.find(key)[0].read(key)
+
+
+def is_weights(path: str) -> bool:
+    """Tell whether transformers gives a file of weights, or the index of several, such a name."""
+    return _WEIGHTS.fullmatch(posixpath.basename(path)) is not None
+
+
+_WEIGHTS = re.compile(
+    r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[\w-]+)?\.json)?"
+)  # with a variant, or without
 
 
 def size_of(file: TensorFile) -> int:

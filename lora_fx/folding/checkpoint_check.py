@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -112,14 +112,6 @@ def changed_in_files(checkpoint: Checkpoint, changes: Changes) -> dict[str, froz
 
 
 _MAX_NAMED = 3
-
-
-def check_apart(checkpoint: Checkpoint, copied: Sequence[Path], out: Path) -> None:
-    """Refuse to replace a directory that holds an input."""
-    place = out.resolve()
-    read = [checkpoint.directory, *copied, *(file.path for file in checkpoint.files)]  # may be links to somewhere else
-    if any(place in (path.resolve(), *path.resolve().parents) for path in read):
-        raise FoldError(f"{out} holds the checkpoint {checkpoint.directory} itself. Write to another directory.")
 
 
 # After all is written.

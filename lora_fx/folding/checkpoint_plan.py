@@ -50,6 +50,7 @@ class CheckpointFold:
         adapters: the directories, each with its strength.
         companions: the other files of the base, those that go along and those that are skipped.
         untied: pairs of parameters that the config ties, and for which the files have two values.
+        reads: the files and directories beside the base that the result is made from, which are not written over.
     """
 
     checkpoint: Checkpoint
@@ -57,6 +58,7 @@ class CheckpointFold:
     adapters: tuple[tuple[Path, float], ...]
     companions: Companions
     untied: tuple[tuple[str, str], ...] = ()
+    reads: tuple[Path, ...] = ()
 
     @property
     def changed_bytes(self) -> int:
@@ -115,19 +117,20 @@ class CheckpointFold:
 
         Args:
             out: the directory to be made, beside which it is written first.
-            overwrite: replace a directory that exists.
+            overwrite: replace a directory that holds nothing but an earlier result.
             verify: read every changed tensor again, and compare it with the exact result.
             report: read every merged tensor again, before and after, and measure the update.
             progress: called with the number of bytes that were written since the last call.
 
         Raises:
             FoldError: a result is not finite, or not the exact one.
-            LoraFxError: ``out`` exists, or cannot be written. Nothing is left then.
+            LoraFxError: ``out`` is read, exists and is not to be replaced, or cannot be written. Nothing is left then.
         """
         return write_merged(
             self.checkpoint,
             self.changes,
             Path(out),
+            reads=self.reads,
             overwrite=overwrite,
             verify=verify,
             report=report,
@@ -201,8 +204,9 @@ def plan_checkpoint_fold(
     changes = Changes(merges=merges, replacements=replaced, tensors=factors)
     check_fits(checkpoint, changes)
     changed_in_files(checkpoint, changes)
-    strengths = tuple((Path(directory), strength) for directory, strength in adapters)
-    return CheckpointFold(checkpoint, changes, strengths, companions, untied)
+    pairs = tuple((Path(directory), strength) for directory, strength in adapters)
+    reads = (*(directory for directory, _ in pairs), *([] if example_inputs is None else [example_inputs]))
+    return CheckpointFold(checkpoint, changes, pairs, companions, untied, reads)
 
 
 _MAX_NAMED = 10

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from queue import SimpleQueue
 
 import torch
@@ -30,9 +30,10 @@ from lora_fx.files.direct_io import (
     write_at,
 )
 from lora_fx.files.safetensors import TensorEntry, TensorFile, bytes_of
-from lora_fx.folding.checkpoint import Changes, Checkpoint, size_of
-from lora_fx.folding.checkpoint_check import changed_in_files, check_apart, check_fits, misrounded_share
-from lora_fx.folding.checkpoint_files import companions_of
+from lora_fx.files.target import DirectoryKind, Target
+from lora_fx.folding.checkpoint import Changes, Checkpoint, is_weights, size_of
+from lora_fx.folding.checkpoint_check import changed_in_files, check_fits, misrounded_share
+from lora_fx.folding.checkpoint_files import Companions, companions_of
 from lora_fx.folding.report import FoldedWeight, check_finite
 from lora_fx.graph.process_state import exclusive
 from lora_fx.numerics.lowrank_merge import FOLDABLE, merge_into
@@ -71,6 +72,7 @@ def write_merged(
     changes: Changes,
     out: Path,
     *,
+    reads: Collection[Path] = (),
     overwrite: bool = False,
     verify: bool = False,
     report: bool = False,
@@ -86,7 +88,8 @@ def write_merged(
         checkpoint: the one to start from; left as it is.
         changes: merges and replacements of its tensors.
         out: directory to be made.
-        overwrite: replace a directory that exists.
+        reads: further files and directories that are not written over, those of the adapters.
+        overwrite: replace a directory that holds nothing but an earlier result.
         verify: read all changed tensors once more, and compare them with the results in float64.
         report: read every weight that something was added to once more, before and after, and measure the update.
         progress: is called with the number of bytes done since its last call; they add up to ``checkpoint.size``.
@@ -98,9 +101,10 @@ def write_merged(
     """
     check_fits(checkpoint, changes)
     companions = companions_of(checkpoint)
-    check_apart(checkpoint, [checkpoint.directory / name for name in companions.files], out)
+    target = _target(checkpoint, companions, out, overwrite, reads)
+    target.check()
     changed = changed_in_files(checkpoint, changes)
-    with replacing(out, overwrite=overwrite) as beside:
+    with replacing(target) as beside:
         beside.mkdir()
         for name in companions.directories:
             (beside / name).mkdir()
@@ -112,6 +116,21 @@ def write_merged(
     entries = [file.entries[key] for file in checkpoint.files for key in changed[checkpoint.name_of(file)]]
     merged_bytes = sum(entry.size for entry in entries)
     return CheckpointReport(weights, checkpoint.size - merged_bytes, merged_bytes, misrounded, companions.skipped)
+
+
+def _target(
+    checkpoint: Checkpoint, companions: Companions, out: Path, overwrite: bool, reads: Collection[Path]
+) -> Target:
+    """Return the place of a result: apart from the checkpoint, its files, which may be links to elsewhere, and what else is read."""
+    copied = [checkpoint.directory / name for name in companions.files]
+    read = (checkpoint.directory, *copied, *(file.path for file in checkpoint.files), *reads)
+    model = checkpoint.model.relative_to(checkpoint.directory)
+    written = {*companions.files, *companions.directories, *(checkpoint.name_of(file) for file in checkpoint.files)}
+
+    def is_written(path: str) -> bool:
+        return path in written or (PurePosixPath(path).parent == PurePosixPath(model) and is_weights(path))
+
+    return Target(out, overwrite, read, DirectoryKind("a checkpoint folded from this base", is_written))
 
 
 # Writing the files with tensors.

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from lora_fx.cli.printing import run_script
 from lora_fx.files.atomic import replacing
 from lora_fx.files.safetensors import TensorFile, bytes_of, write_tensors
+from lora_fx.files.target import DirectoryKind, Target
 from lora_fx.folding.checkpoint import INDEX, Checkpoint
 from lora_fx.folding.checkpoint_plan import plan_checkpoint_fold
 from lora_fx.numerics.lowrank_merge import rounded
@@ -164,7 +165,9 @@ def fold_by_peft(base: Path, adapter: Path, out: Path) -> Measured:
     def run() -> None:
         model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
         merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-        with replacing(out) as beside:  # on the disk when it ends, as with the others
+        with replacing(
+            Target(out, kind=DirectoryKind("a copy", lambda _: True))
+        ) as beside:  # on the disk when it ends, as with the others
             merged.save_pretrained(beside, max_shard_size=SHARD)
 
     return measured(run)

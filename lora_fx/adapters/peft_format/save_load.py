@@ -19,9 +19,10 @@ from lora_fx.adapters.peft_format.writing import PeftAdapter, to_peft
 from lora_fx.adapters.transfer import branches_of, differences, origin_of, plan_branches, trained_of
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import lower
-from lora_fx.errors import AdapterError, LoraFxError, PlanError, listed
-from lora_fx.files.atomic import check_file, replacing
+from lora_fx.errors import AdapterError, PlanError
+from lora_fx.files.atomic import replacing
 from lora_fx.files.safetensors import write_tensors
+from lora_fx.files.target import DirectoryKind, Target
 from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, state_of
 from lora_fx.graph.info import info_of
@@ -125,15 +126,10 @@ def save_adapter(
         LoraFxError: the directory exists, or cannot be written.
     """
     graph_module = _traced(graph_module)
-    target = Path(directory)
+    target = Target(Path(directory), overwrite, kind=_ADAPTER)
+    target.check()
     content = to_peft(graph_module, adapter)
-    if overwrite and target.exists():
-        if not target.is_dir():
-            raise LoraFxError(f"{target} is a file, and an adapter is a directory. Choose another name.")
-        other = sorted(path.name for path in target.iterdir() if path.name not in (CONFIG_NAME, FILE_NAME, "README.md"))
-        if other:
-            raise LoraFxError(f"{target} holds more than an adapter: {listed(other, 5)}. Choose another name.")
-    with replacing(target, overwrite=overwrite) as beside:
+    with replacing(target) as beside:
         beside.mkdir()
         _write(graph_module, adapter, content, beside / FILE_NAME)
 
@@ -153,8 +149,7 @@ def write_adapter_files(graph_module: TracedGraphModule, directory: Path, adapte
     """
     graph_module = _traced(graph_module)
     content = to_peft(graph_module, adapter)
-    check_file(directory / FILE_NAME, overwrite=True)
-    with replacing(directory / FILE_NAME, overwrite=True) as beside:
+    with replacing(Target(directory / FILE_NAME, overwrite=True)) as beside:
         _write(graph_module, adapter, content, beside)
 
 
@@ -168,6 +163,9 @@ def _write(graph_module: TracedGraphModule, adapter: str, content: PeftAdapter, 
     base = fingerprint(state_of(graph_module))
     write_tensors(file, content.tensors, metadata(origin_of(graph_module, adapter), base))
     file.with_name(CONFIG_NAME).write_text(content.config.to_json())
+
+
+_ADAPTER = DirectoryKind("an adapter", {CONFIG_NAME, FILE_NAME, "README.md"}.__contains__)  # PEFT adds the last
 
 
 def _traced(graph_module: fx.GraphModule) -> TracedGraphModule:

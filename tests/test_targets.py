@@ -1,0 +1,412 @@
+"""What a write may replace: every writer at every place where something could be lost, and killed at ten moments."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import set_factors
+from torch import nn
+from typer.testing import CliRunner
+
+import lora_fx
+from lora_fx import huggingface
+from lora_fx.cli import app
+from lora_fx.errors import LoraFxError
+from lora_fx.export.onnx_adapter_file import onnx_adapter_from_peft
+from lora_fx.files.atomic import replacing
+from lora_fx.files.target import DirectoryKind, Target
+from lora_fx.folding.checkpoint_plan import plan_checkpoint_fold
+
+pytestmark = pytest.mark.xdist_group("targets")
+
+SMALL = {
+    "vocab_size": 40, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class World:
+    """Inputs on the disk, and what was made of them once.
+
+    Attributes:
+        root: a directory with ``base``, ``adapter``, ``slots.onnx`` and ``rules.toml``.
+        model: loaded from ``base``.
+        graph: of it, with the adapter.
+        small: a graph of one linear with an adapter, for the exports.
+        plan: of a fold on disk.
+    """
+
+    root: Path
+    model: Any
+    graph: lora_fx.TracedGraphModule
+    small: lora_fx.TracedGraphModule
+    plan: Any
+
+    def command(self, *arguments: object) -> None:
+        """Run a command, and raise what it prints if it fails."""
+        done = CliRunner().invoke(app, [str(each) for each in arguments])
+        if done.exit_code:
+            raise LoraFxError(done.output)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("world") / "inputs"
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)).save_pretrained(root / "base")
+    model = transformers.LlamaForCausalLM.from_pretrained(root / "base").eval()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(root / "base"), config).save_pretrained(
+        root / "adapter"
+    )
+    graph = lora_fx.from_adapter(model, root / "adapter")
+    linear = nn.Sequential(nn.Linear(5, 3), nn.Tanh()).eval()
+    rules = {"defaults": {"rank": 2, "alpha": 3}, "select": [{"target": ["0"]}]}
+    small = lora_fx.rewrite(linear, rules=rules, example_inputs=(torch.randn(4, 5),))
+    set_factors(small)
+    lora_fx.export.onnx(small, root / "slots.onnx", slots=True, verify=False)
+    lora_fx.save_adapter(small, root / "small_adapter")
+    (root / "rules.toml").write_text('[[select]]\ntarget = ["q_proj"]\nrank = 2\n')
+    return World(root, model, graph, small, plan_checkpoint_fold(root / "base", [(root / "adapter", 1.0)]))
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A public call that writes.
+
+    Attributes:
+        write: to a path, with the permission to replace.
+        name: of the result.
+        reads: the inputs, by their names in the root.
+        noun: of a directory in messages; empty for a file.
+    """
+
+    write: Callable[[World, Path], object]
+    name: str
+    reads: tuple[str, ...] = ()
+    noun: str = ""
+
+
+def _by_command(*arguments: str, last: bool = True) -> Callable[[World, Path], object]:
+    """Return a writer that runs a command; inputs are named ``@name``, and the result is the last argument or a named option."""
+
+    def write(world: World, out: Path) -> None:
+        given = [world.root / each[1:] if each.startswith("@") else each for each in arguments]
+        world.command(*given, *([out] if last else ["--out", out]), "--overwrite")
+
+    return write
+
+
+WRITERS: Mapping[str, Writer] = {
+    "fold": Writer(
+        lambda world, out: world.plan.write(out, overwrite=True),
+        "merged", ("base", "adapter"), "a checkpoint folded from this base",
+    ),
+    "save_pretrained": Writer(
+        lambda world, out: huggingface.save_pretrained(world.model, world.graph, out, overwrite=True, verify=False),
+        "merged", ("base",), "a transformers model",
+    ),
+    "save_adapter": Writer(
+        lambda world, out: lora_fx.save_adapter(world.graph, out, overwrite=True), "saved", (), "an adapter"
+    ),
+    "torchscript": Writer(
+        lambda world, out: lora_fx.export.torchscript(world.small, out, overwrite=True, verify=False), "model.pt"
+    ),
+    "pt2": Writer(lambda world, out: lora_fx.export.pt2(world.small, out, overwrite=True, verify=False), "model.pt2"),
+    "onnx": Writer(lambda world, out: lora_fx.export.onnx(world.small, out, overwrite=True, verify=False), "model.onnx"),
+    "onnx_adapter": Writer(
+        lambda world, out: lora_fx.export.onnx_adapter(world.small, out, overwrite=True), "small.onnx_adapter"
+    ),
+    "onnx_adapter_from_peft": Writer(
+        lambda world, out: onnx_adapter_from_peft(
+            world.root / "small_adapter", world.root / "slots.onnx", out, overwrite=True
+        ),
+        "small.onnx_adapter", ("slots.onnx", "small_adapter"),
+    ),
+    "draw": Writer(lambda world, out: lora_fx.draw(world.small, world.small, out, overwrite=True), "graph.json"),
+}  # fmt: skip
+
+COMMANDS: Mapping[str, Writer] = {
+    "lora-fx fold": Writer(_by_command("fold", "@base", "@adapter"), "merged", ("base", "adapter"), "a folded checkpoint"),
+    "lora-fx export": Writer(
+        _by_command("export", "@base", "--format", "torchscript", "--adapter", "@adapter"), "model.pt", ("base", "adapter")
+    ),
+    "lora-fx export-adapter": Writer(
+        _by_command("export-adapter", "@small_adapter", "@slots.onnx"), "a", ("slots.onnx", "small_adapter")
+    ),
+    "lora-fx draw": Writer(
+        _by_command("draw", "@base", "--rules", "@rules.toml", last=False), "graph.json", ("base", "rules.toml")
+    ),
+}  # fmt: skip
+"""Here, what stops them does so before a model is read, so that each is a matter of milliseconds."""
+
+
+def _snapshot(directory: Path) -> dict[str, object]:
+    """Return all that a directory holds, as data."""
+    found: dict[str, object] = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        found[name] = str(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+    return found
+
+
+def _check_refused(world: World, writer: Writer, out: Path, *expected: str) -> None:
+    """Fail unless a write is refused in these words, and nothing under the root and its parent is other than before."""
+    before = _snapshot(world.root.parent)
+    with pytest.raises(LoraFxError) as caught:
+        writer.write(world, out)
+    told = " ".join(str(caught.value).split())
+    for text in expected:
+        assert " ".join(text.split()) in told, told
+    assert _snapshot(world.root.parent) == before
+
+
+EVERY = {**WRITERS, **COMMANDS}
+READING = [(name, read) for name, writer in EVERY.items() for read in writer.reads]
+
+
+@pytest.mark.parametrize(("name", "read"), READING)
+def test_an_input_is_not_written_over(world: World, name: str, read: str) -> None:
+    writer, out = EVERY[name], world.root / read
+    if out.is_dir() and not writer.noun:
+        _check_refused(world, writer, out, f"{out} is read to make the result, and is not written over.")
+    elif name == "lora-fx fold" and read == "adapter":
+        _check_refused(world, writer, out, f"{out} is an adapter directory", "Was OUT_DIR forgotten?")
+    else:
+        _check_refused(world, writer, out, "is read to make the result, and is not written over. Choose another name.")
+
+
+@pytest.mark.parametrize(("name", "read"), READING)
+def test_a_link_to_an_input_is_the_input(world: World, name: str, read: str) -> None:
+    link = world.root / "link"
+    link.symlink_to(world.root / read, target_is_directory=(world.root / read).is_dir())
+    try:
+        told = (
+            "Was OUT_DIR forgotten?" if (name, read) == ("lora-fx fold", "adapter") else f"{link} is the same place as"
+        )
+        _check_refused(world, EVERY[name], link, told)
+    finally:
+        link.unlink()
+
+
+@pytest.mark.parametrize(("name", "read"), [(name, read) for name, read in READING if EVERY[name].noun])
+def test_a_directory_that_holds_an_input_is_not_replaced(world: World, name: str, read: str) -> None:
+    _check_refused(world, EVERY[name], world.root, f"{world.root} holds", "which is read to make the result.")
+
+
+@pytest.mark.parametrize(("name", "read"), READING)
+def test_nothing_in_an_input_is_written_over(world: World, name: str, read: str) -> None:
+    writer, place = EVERY[name], world.root / read
+    if place.is_file():
+        with pytest.raises(LoraFxError):
+            writer.write(world, place / writer.name)  # a file holds nothing
+        assert place.is_file()
+        return
+    inside = place / writer.name if writer.noun else sorted(place.iterdir())[0]  # a new directory; a file that is there
+    told = f"{inside} lies in {place}, which is read to make the result. Choose another name."
+    _check_refused(world, writer, inside, told)
+
+
+def test_a_new_file_in_a_directory_that_is_read_writes_over_nothing(world: World) -> None:
+    out = world.root / "small_adapter" / "small.onnx_adapter"
+    before = _snapshot(world.root)
+    try:
+        EVERY["onnx_adapter_from_peft"].write(world, out)
+        after = _snapshot(world.root)
+        assert after.pop("small_adapter/small.onnx_adapter")
+        assert after == before
+    finally:
+        out.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("name", [name for name, writer in EVERY.items() if writer.noun])
+def test_a_directory_with_foreign_files_is_not_replaced(world: World, name: str, tmp_path: Path) -> None:
+    writer, out = EVERY[name], tmp_path / "out"
+    writer.write(world, out)
+    writer.write(world, out)  # an earlier result is replaced
+    (out / "dataset.jsonl").write_text("{}")
+    (out / "runs" / "deep").mkdir(parents=True)
+    (out / "runs" / "log").write_text("")
+    before = _snapshot(tmp_path)
+    with pytest.raises(LoraFxError) as caught:
+        writer.write(world, out)
+    told = " ".join(str(caught.value).split())
+    assert "dataset.jsonl, runs/deep/, runs/log. Nothing was touched: move that away, or choose another name." in told
+    assert "holds more than " in told
+    assert _snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_file_is_no_directory_and_a_directory_no_file(world: World, name: str, tmp_path: Path) -> None:
+    writer, out = EVERY[name], tmp_path / EVERY[name].name
+    if writer.noun:
+        out.write_text("kept")
+        expected = f"{out} is a file, and {writer.noun} is a directory. Choose another name."
+    else:
+        out.mkdir()
+        (out / "kept").write_text("kept")
+        expected = f"{out} is a directory, and a file is not written in place of one. Choose another name."
+    before = _snapshot(tmp_path)
+    _check_refused(world, writer, out, expected)
+    assert _snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("above", [False, True])
+@pytest.mark.parametrize("name", [name for name, writer in EVERY.items() if writer.noun])
+def test_the_working_directory_is_not_replaced(
+    world: World, name: str, above: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "out" / "inner" if above else tmp_path / "out"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    told = "holds" if above else "is"
+    expected = f"{tmp_path / 'out'} {told} the working directory, which is not replaced."
+    _check_refused(world, EVERY[name], tmp_path / "out", expected)
+    assert here.is_dir()
+
+
+# Killed at ten moments.
+
+MOMENTS = 10
+_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "shutil.copyfile")
+
+
+def _in_child(act: Callable[[], object], place: Path, stop: int | None) -> int:
+    """Act in a forked process, and end that with its n-th touch of a directory; return how many there were."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(100)
+        code, count = 1, 0
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal count
+            if event in _EVENTS and str(place) in str(arguments[0]):
+                if count == stop:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                count += 1
+
+        sys.addaudithook(hook)
+        try:
+            act()
+            os.write(writing, str(count).encode())
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.close(writing)
+    _, status = os.waitpid(child, 0)
+    told = os.read(reading, 100)
+    os.close(reading)
+    assert os.waitstatus_to_exitcode(status) == (0 if told else -signal.SIGKILL)
+    return int(told or -1)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_writer_that_is_killed_leaves_the_old_result_or_the_new(world: World, name: str, tmp_path: Path) -> None:
+    writer = WRITERS[name]
+    out = tmp_path / "place" / writer.name
+    other = tmp_path / "place" / "other"
+    other.mkdir(parents=True)
+    (other / "kept").write_text("kept")
+    touches = _in_child(lambda: writer.write(world, out), tmp_path, None)
+    assert touches >= 3
+    new = _snapshot(out.parent)
+    moments = sorted({touches * number // MOMENTS for number in range(MOMENTS)})
+    outcomes = set()
+    for moment in moments:
+        if writer.noun:  # an older result: with another content, of the same files
+            first = sorted(path for path in out.rglob("*") if path.is_file())[0]
+            first.write_bytes(b"old")
+        else:
+            out.write_bytes(b"old")
+        old = _snapshot(out.parent)
+        assert _in_child(lambda: writer.write(world, out), tmp_path, moment) == -1
+        left = {path: content for path, content in _snapshot(out.parent).items() if ".partial" not in path}
+        assert left in (old, new), f"neither the old nor the new after {moment} of {touches}"
+        outcomes.add("old" if left == old else "new")
+    assert "old" in outcomes
+    writer.write(world, out)
+    assert _snapshot(out.parent) == new  # and nothing that was killed is left
+
+
+# The rule itself.
+
+
+def test_an_input_is_found_by_what_paths_resolve_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "file").write_text("")
+    (tmp_path / "link").symlink_to("a")
+    monkeypatch.chdir(tmp_path)
+    read = (tmp_path / "a" / "file",)
+    for path in ("a/file", "a/b/../file", "link/file", "./link/b/../file"):
+        with pytest.raises(LoraFxError, match=r"is the same place as .* is not written over"):
+            Target(Path(path), True, read).check()
+    kind = DirectoryKind("a result", lambda _: True)
+    with pytest.raises(LoraFxError, match=r"link holds .*file, which is read to make the result"):
+        Target(Path("link"), True, read, kind).check()
+    with pytest.raises(LoraFxError, match="lies in"):
+        Target(Path("link/b/new"), False, (tmp_path / "a",), kind).check()
+    (tmp_path / "a" / "away").symlink_to("/nowhere")  # a link that lies in an input, wherever it leads
+    with pytest.raises(LoraFxError, match="lies in"):
+        Target(Path("a/away"), True, (tmp_path / "a",)).check()
+    Target(Path("a/new"), False, (*read, tmp_path / "a")).check()
+    Target(Path("ab"), False, (tmp_path / "a",)).check()  # a longer name is another one
+
+
+def test_an_input_may_have_two_names(tmp_path: Path) -> None:
+    (tmp_path / "one").write_text("")
+    (tmp_path / "two").hardlink_to(tmp_path / "one")
+    with pytest.raises(LoraFxError, match=r"two is the same place as .*one"):
+        Target(tmp_path / "two", True, (tmp_path / "one",)).check()
+
+
+def test_a_directory_that_cannot_be_listed_counts_as_foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out" / "closed").mkdir(parents=True)
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(LoraFxError, match=r"holds more than a result: closed/\. Nothing was touched"):
+        Target(tmp_path / "out", True, kind=DirectoryKind("a result", {"a"}.__contains__)).check()
+
+
+def test_what_comes_into_an_old_result_while_the_new_one_is_written_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a").write_text("old")
+
+    def write() -> None:
+        with replacing(Target(out, True, (), DirectoryKind("a result", {"a"}.__contains__))) as new:
+            new.mkdir()
+            (out / "notes").write_text("")
+
+    with pytest.raises(LoraFxError, match="holds more than a result: notes"):
+        write()
+    assert _snapshot(tmp_path) == {"out": None, "out/a": b"old", "out/notes": b""}
+
+
+def test_an_input_that_is_reached_through_a_link_in_the_target_is_held_by_it(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "base").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").symlink_to("../elsewhere")
+    read = tmp_path / "out" / "model.safetensors" / "base"
+    with pytest.raises(LoraFxError, match=r"out holds .*base, which is read"):
+        Target(tmp_path / "out", True, (read,), DirectoryKind("a result", lambda _: True)).check()
