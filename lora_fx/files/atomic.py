@@ -42,9 +42,9 @@ def replacing(target: Target) -> Iterator[Path]:
     Raises:
         LoraFxError: see :meth:`~lora_fx.files.target.Target.check`; or something cannot be written, there or within the block.
     """
-    target.check()
     path = target.path
     try:
+        target.check()
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
         with _scratch(path) as scratch:

@@ -64,7 +64,9 @@ class Target:
 
     def _check_apart(self, read: Path) -> None:
         # Where links lead, and where they are: a rename replaces a link itself, and takes away what is reached through it.
-        sources = dict.fromkeys((Path(os.path.realpath(read)), Path(os.path.abspath(read))))
+        sources = dict.fromkeys(
+            (Path(os.path.realpath(read)), Path(os.path.normpath((_working_directory() or Path()) / read)))
+        )
         places = dict.fromkeys(
             (Path(os.path.realpath(self.path)), Path(os.path.realpath(self.path.parent)) / self.path.name)
         )
