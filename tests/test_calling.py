@@ -245,11 +245,23 @@ def test_an_input_may_have_the_name_of_anything_in_the_code(name: str, tmp_path:
     assert torch.equal(torch.jit.load(tmp_path / "model.pt")(x, y)["output"], model(x, y))
 
 
-@pytest.mark.parametrize("name", ["class", "global", "None", 'a"b', "a\\b"])
+@pytest.mark.parametrize("name", ["class", "global", "None", 'a"b', "a\\b", "ª", "ﬁrst"])
 def test_a_module_whose_name_cannot_be_written_is_refused(name: str) -> None:
     model = module(lambda self, x: self.inner[name](x), inner=nn.ModuleDict({name: nn.Linear(4, 4)}))
     with pytest.raises(lora_fx.TraceError, match=r"cannot write .* into the code of a graph. Rename it"):
         lora_fx.trace(model, (torch.randn(3, 4),))
+
+
+def test_a_parameter_named_self_is_refused_and_may_lie_deeper() -> None:
+    model = module(lambda self, x: x @ self._parameters["self"])
+    model.register_parameter("self", nn.Parameter(torch.randn(4, 3)))
+    (x,) = tensors(1)
+    with pytest.raises(
+        lora_fx.TraceError, match=r"a part named 'self', and torch\.fx cannot write 'self' into the code"
+    ):
+        lora_fx.trace(model, (x,))
+    outer = module(lambda self, x: self.model(x), model=model)
+    assert torch.equal(lora_fx.trace(outer, (x,))(x), model(x))
 
 
 @pytest.mark.parametrize("name", ["graph", "code", "meta", "recompile"])

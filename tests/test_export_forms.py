@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import onnx
 import onnxruntime
@@ -89,6 +90,70 @@ def test_inputs_keep_names_that_python_has_for_something_else(write: str, tmp_pa
 class NamedAsCode(nn.Module):
     def forward(self, torch: Any, getattr: Any) -> Any:
         return torch * getattr.sum(0)
+
+
+class PartNamed(nn.Module):
+    """A module, or a parameter, under a name of the test's."""
+
+    def __init__(self, name: str, *, parameter: bool = False) -> None:
+        super().__init__()
+        self.name, self.inner = name, nn.Module()
+        if parameter:
+            self.inner.register_parameter(name, nn.Parameter(torch.randn(4, 5)))
+        else:
+            self.inner.add_module(name, nn.Linear(5, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        own = self.inner._parameters.get(self.name)
+        return self.inner._modules[self.name](x) if own is None else F.linear(x, own)
+
+
+REFUSED = {
+    "torchscript": ["é", "重"],
+    "pt2": ["a,b", "a;b", "a(b", "a]b"],
+}
+"""The names that torch writes, and cannot load."""
+
+
+@pytest.mark.parametrize(("write", "name"), [(write, name) for write in REFUSED for name in REFUSED[write]])
+def test_a_name_that_a_format_cannot_load_is_refused_before_the_graph_is_compiled(
+    write: str, name: str, tmp_path: Path
+) -> None:
+    graph = lora_fx.trace(PartNamed(name), (torch.randn(3, 5),), inference=True)
+    heavy = {"torchscript": "torch.jit.script", "pt2": "lora_fx.export.pt2_file.export_plain"}
+    with (
+        mock.patch(heavy[write], side_effect=AssertionError),
+        pytest.raises(lora_fx.ExportError, match=re.escape(f"'inner.{name}")) as caught,
+    ):
+        export(write, graph, tmp_path)
+    assert "loads no names" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "parameter"),
+    [
+        ("torchscript", "a,b;(c", False),
+        ("torchscript", "a,b", True),
+        ("pt2", "é", False),
+        ("pt2", "a(b,c)", False),
+        ("pt2", "a,b", True),
+        ("onnx", "é a,b;(c", False),
+    ],
+)
+def test_other_names_are_names_whatever_they_say(write: str, name: str, parameter: bool, tmp_path: Path) -> None:
+    model, x = PartNamed(name, parameter=parameter).eval(), torch.randn(3, 5)
+    _, run = export(write, lora_fx.trace(model, (x,), inference=True), tmp_path)
+    assert torch.allclose(run(x=x)["output"], model(x), atol=1e-6)
+
+
+def test_torchscript_refuses_the_name_of_an_adapter_that_it_cannot_load(tmp_path: Path) -> None:
+    rules = {"select": [{"target": ["proj"], "rank": 2}]}
+    graph = lora_fx.rewrite(Linear(), rules, adapter="é", example_inputs=(torch.randn(3, 5),), inference=True)
+    with pytest.raises(lora_fx.ExportError, match=r"beyond ASCII, and the graph has 'proj\.lora_A\.é\.weight'"):
+        export("torchscript", graph, tmp_path)
+    assert export("torchscript", lora_fx.fold(graph), tmp_path)
 
 
 @EACH

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, listed
 from lora_fx.export.compare import Loaded
 from lora_fx.export.deliver import Exported, Options, Step, deliver
 from lora_fx.export.portable_ops import use_torch_alone
@@ -61,6 +61,7 @@ class _Pt2:
     name = "pt2"
 
     def write(self, exportable: Exportable, path: Path, step: Step) -> None:
+        _check_names(exportable)
         step("exporting")
         program = export_plain(exportable)
         use_torch_alone(program.graph)  # after the export: torch.export has no fake of grouped_mm in single precision
@@ -78,6 +79,27 @@ class _Pt2:
             return found
 
         return run
+
+
+def _check_names(exportable: Exportable) -> None:
+    """Refuse paths of modules that torch.export.load splits where they are one: it reads ``key,path,class;key,path,class;…``."""
+    stacks = (node.meta.get("nn_module_stack") or {} for node in exportable.plain.graph.nodes)
+    paths = dict.fromkeys(path for stack in stacks for path, _ in stack.values())
+    names = [path for path in paths if _is_split(path)]
+    if names:
+        raise ExportError(
+            f"torch.export loads no names of modules with a comma, a semicolon or a bracket alone, and the graph has "
+            f"{listed(list(map(repr, names)), 3)}. Rename these modules, or export to ONNX or TorchScript."
+        )
+
+
+def _is_split(path: str) -> bool:
+    depth = 0
+    for letter in path:
+        if letter == ";" or (letter == "," and depth == 0):
+            return True
+        depth += (letter in "[(") - (letter in "])")
+    return depth != 0
 
 
 def _check_dtypes(program: torch.export.ExportedProgram, exportable: Exportable) -> None:

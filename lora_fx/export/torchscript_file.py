@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.errors import ExportError, first_line
+from lora_fx.errors import ExportError, first_line, listed
 from lora_fx.export.compare import Loaded
 from lora_fx.export.deliver import Exported, Options, Step, deliver
 from lora_fx.export.portable_ops import use_torch_alone
@@ -80,6 +80,7 @@ class _TorchScript:
     name = "TorchScript"
 
     def write(self, exportable: Exportable, path: Path, step: Step) -> None:
+        _check_names(exportable)
         step("compiling")
         graph, _ = copy_graph(exportable.plain.graph)
         use_torch_alone(graph)
@@ -108,6 +109,17 @@ class _TorchScript:
             return found
 
         return run
+
+
+def _check_names(exportable: Exportable) -> None:
+    """Refuse names that torch.jit.save writes as octal escapes which torch.jit.load does not read: any letter beyond ASCII."""
+    nodes = [node for node in exportable.plain.graph.nodes if node.op in ("get_attr", "call_module")]
+    names = dict.fromkeys(str(node.target) for node in nodes if not str(node.target).isascii())
+    if names:
+        raise ExportError(
+            f"TorchScript loads no names with letters beyond ASCII, and the graph has {listed(list(map(repr, names)), 3)}. Rename these "
+            "parts or adapters, or export to ONNX or pt2."
+        )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import keyword
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -291,17 +292,19 @@ def check_names(names: Iterable[str]) -> None:
                 f"the model has a part named {first!r}, and a traced graph has an attribute of this name. Rename the part, "
                 "or trace a module that holds the model, so that all names begin with another."
             )
-        unusable = [part for part in parts if not is_usable_part(part)]
+        unusable = [part for part in parts if not is_usable_part(part) or name == "self"]
         if unusable:
             raise TraceError(
                 f"the model has a part named {name!r}, and torch.fx cannot write {unusable[0]!r} into the code of a graph. "
-                "Rename it: no Python keyword, no quotes and no backslash."
+                "Rename it: no Python keyword, no quotes and no backslash, and letters in their plain form."
             )
 
 
 def is_usable_part(part: str) -> bool:
     """Tell whether torch.fx writes valid code for a dotted name with this part: ``self.part``, or ``getattr(self, "part")``."""
-    return not keyword.iskeyword(part) and part.isprintable() and not set(part) & {'"', "\\"}
+    # Python reads an identifier in its compatibility form (NFKC): ``self.ª`` is ``self.a``.
+    is_other = part.isidentifier() and unicodedata.normalize("NFKC", part) != part
+    return not keyword.iskeyword(part) and part.isprintable() and not is_other and not set(part) & {'"', "\\"}
 
 
 _EMPTY = fx.GraphModule(nn.Module(), fx.Graph())
