@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -330,6 +331,54 @@ def test_a_report_needs_the_graph_as_it_was_and_says_so() -> None:
         lora_fx.FoldError, match=r"^expected 'up\.weight' alike in both graphs, got .*float32 before .*float64 after"
     ):
         lora_fx.fold_report(small(F32)[0], merged)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32, torch.float64], ids=str)
+def test_a_report_of_a_graph_that_was_trained_on_since_is_refused(dtype: torch.dtype) -> None:
+    graph_module, _ = small(dtype)
+    merged = lora_fx.fold(graph_module)
+    assert len(lora_fx.fold_report(graph_module, merged)) == 2
+    with torch.no_grad():
+        graph_module.get_parameter("up.lora_B.default.weight").mul_(1.5)
+    with pytest.raises(lora_fx.FoldError) as caught:
+        lora_fx.fold_report(graph_module, merged)
+    found = re.fullmatch(
+        r"expected the graph that was folded as it was then, got one from whose values the fold gives others: 'up\.weight' at "
+        r"(\d+) of 30 elements\. Was it trained on since\? Ask for the report first, or keep a copy\.deepcopy of the graph\.",
+        str(caught.value),
+    )
+    assert found is not None
+    assert int(found[1]) > 20
+
+
+def test_a_report_of_graphs_the_wrong_way_round_says_so() -> None:
+    made, hand = small()
+    graph_module = lora_fx.trace(made, tuple(hand.inputs), inference=True)
+    with pytest.raises(lora_fx.FoldError) as caught:
+        lora_fx.fold_report(lora_fx.fold(graph_module), graph_module)
+    assert str(caught.value) == (
+        "expected the graph that was folded and the result of its fold, got them the other way round: the second graph has "
+        "'up.lora_A.default.weight', which is folded in the first. Exchange them."
+    )
+
+
+def test_a_report_of_what_is_no_graph_or_has_no_values_is_refused() -> None:
+    graph_module, _ = small()
+    merged = lora_fx.fold(graph_module)
+    with pytest.raises(lora_fx.FoldError, match=r"^expected a graph, got a Linear: make one with lora_fx"):
+        lora_fx.fold_report(nn.Linear(2, 3), merged)  # type: ignore[arg-type]
+    with pytest.raises(lora_fx.PlanError) as caught:
+        lora_fx.fold_report(graph_module, nn.Linear(2, 3))  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        "expected a graph that lora_fx made, got a Linear without its record: make one with lora_fx.trace."
+    )
+    for pair in ((copy.deepcopy(graph_module).to("meta"), merged), (graph_module, copy.deepcopy(merged).to("meta"))):
+        with pytest.raises(lora_fx.FoldError) as refused:
+            lora_fx.fold_report(*pair)
+        assert str(refused.value) == (
+            "there is nothing to measure: 'up.weight' is on the meta device. Pass graphs with weights; lora_fx.recipe says what is "
+            "folded."
+        )
 
 
 def test_a_copy_made_before_a_fold_in_place_gives_its_report() -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from lora_fx.branches.remove import plain_graph
-from lora_fx.errors import FoldError
+from lora_fx.errors import FoldError, listed
+from lora_fx.folding.checkpoint_check import MAX_MISROUNDED_ELEMENTS, MISROUNDED
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import info_of, known_info
 from lora_fx.numerics.lowrank_merge import Merge, Merged, measure
@@ -51,8 +52,8 @@ def check_finite(non_finite: Mapping[str, int]) -> None:
     """
     bad = {name: count for name, count in non_finite.items() if count}
     if bad:
-        listed = "; ".join(f"folding makes {name!r} non-finite in {count} elements" for name, count in bad.items())
-        raise FoldError(f"{listed}: the weight or an adapter has a NaN, an infinity, or too large a value.")
+        told = "; ".join(f"folding makes {name!r} non-finite in {count} elements" for name, count in bad.items())
+        raise FoldError(f"{told}: the weight or an adapter has a NaN, an infinity, or too large a value.")
 
 
 @dataclass(frozen=True)
@@ -107,22 +108,53 @@ def fold_report(before: fx.GraphModule, merged: TracedGraphModule) -> FoldReport
     They are computed now, from the branches of ``before`` and the weights of both graphs, in about the time of a fold.
 
     Args:
-        before: the graph that was folded, as it was then.
+        before: the graph that was folded, as it was then: not trained on since.
         merged: the graph that :func:`~lora_fx.folding.fold.fold` returned for it. One without folded branches has no entries.
 
     Raises:
-        FoldError: the fold was in place, so that the weights before it are gone, or ``before`` is not the graph that was folded.
+        FoldError: the fold was in place, so that the weights before it are gone, or ``before`` is not the graph that was folded, or
+            has other values since; or the graphs are the other way round, or on the meta device.
         PlanError: lora_fx did not make ``merged``.
     """
     merges = info_of(merged).folded
     if not merges:
+        _check_order(before, merged)
         return FoldReport(())
     if known_info(before).consumed:
         raise FoldError(_IN_PLACE)
     old, new = state_of(plain_graph(before)).tensors, state_of(merged).tensors
     for merge in merges:
         _check_pair(merge, old, new)
-    return FoldReport(tuple(FoldedWeight.of(old[merge.weight], merge, old, new[merge.names[0]]) for merge in merges))
+    weights = tuple(FoldedWeight.of(old[merge.weight], merge, old, new[merge.names[0]]) for merge in merges)
+    _check_values(weights, new)
+    return FoldReport(weights)
+
+
+def _check_order(before: fx.GraphModule, merged: TracedGraphModule) -> None:
+    """Raise :class:`FoldError` if the second graph has branches that are folded in the first one."""
+    kept = state_of(merged).tensors
+    updates = [update for merge in known_info(before).folded for update in merge.updates]
+    branch = next((name for update in updates for name in update.names if name in kept), None)
+    if branch is not None:
+        raise FoldError(
+            "expected the graph that was folded and the result of its fold, got them the other way round: the second graph has "
+            f"{branch!r}, which is folded in the first. Exchange them."
+        )
+
+
+def _check_values(weights: Sequence[FoldedWeight], new: Mapping[str, torch.Tensor]) -> None:
+    """Raise :class:`FoldError` if weights after the fold are not those before it with the updates."""
+    other = {
+        entry.merge.weight: f"{entry.merge.weight!r} at {entry.merged.others} of {elements} elements"
+        for entry in weights
+        for elements in (new[entry.merge.names[0]].numel(),)
+        if entry.merged.others > MISROUNDED * elements + MAX_MISROUNDED_ELEMENTS  # devices round sums each in their way
+    }
+    if other:
+        raise FoldError(
+            "expected the graph that was folded as it was then, got one from whose values the fold gives others: "
+            f"{listed(list(other.values()), 3)}. Was it trained on since? Ask for the report first, or keep a copy.deepcopy of the graph."
+        )
 
 
 def _check_pair(merge: Merge, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> None:
@@ -134,6 +166,17 @@ def _check_pair(merge: Merge, old: Mapping[str, torch.Tensor], new: Mapping[str,
             f"was merged into {merge.weight!r}. Pass the graph that fold was given."
         )
     weight, result = old[merge.weight], new[merge.names[0]]
+    empty = [name for name in read if old[name].is_meta] + [merge.names[0]] * result.is_meta
+    if empty:
+        raise FoldError(
+            f"there is nothing to measure: {empty[0]!r} is on the meta device. Pass graphs with weights; lora_fx.recipe says what "
+            "is folded."
+        )
+    if weight.device != result.device:
+        raise FoldError(
+            f"expected {merge.weight!r} on one device, got {weight.device} before the fold and {result.device} after it. Move one graph "
+            "to the other."
+        )
     if weight.shape != result.shape or weight.dtype != result.dtype:
         raise FoldError(
             f"expected {merge.weight!r} alike in both graphs, got {tuple(weight.shape)} {weight.dtype} before the fold and "

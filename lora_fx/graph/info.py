@@ -65,8 +65,8 @@ def info_of(graph_module: fx.GraphModule) -> GraphInfo:
     Raises:
         PlanError: the graph has none: lora_fx did not make it.
     """
-    info = graph_module.meta.get(_KEY)
-    if not isinstance(info, GraphInfo):
+    info = _record(graph_module)
+    if info is None:
         raise PlanError(
             f"expected a graph that lora_fx made, got a {type(graph_module).__name__} without its record: make one with "
             "lora_fx.trace."
@@ -76,8 +76,14 @@ def info_of(graph_module: fx.GraphModule) -> GraphInfo:
 
 def known_info(graph_module: fx.GraphModule) -> GraphInfo:
     """Return the record of a graph, or an empty one if it is foreign."""
-    info = graph_module.meta.get(_KEY)
-    return info if isinstance(info, GraphInfo) else GraphInfo()
+    return _record(graph_module) or GraphInfo()
+
+
+def _record(module: fx.GraphModule) -> GraphInfo | None:
+    """Return the record of a graph; None for a foreign one, and for a module that is no graph."""
+    meta = getattr(module, "meta", None)  # what wraps a graph answers for it
+    info = meta.get(_KEY) if isinstance(meta, dict) else None
+    return info if isinstance(info, GraphInfo) else None
 
 
 def with_info(meta: Mapping[str, Any], info: GraphInfo) -> dict[str, Any]:

@@ -95,12 +95,14 @@ class Merged:
         unchanged: how many of these kept their value, since the update is less than half a step of the weight's dtype.
         update_norm: Frobenius norm of the sum of the updates.
         weight_norm: that of the weight before.
+        others: how many elements of the weight are after it something else than the sum, so that the figures are of no fold.
     """
 
     elements: int = 0
     unchanged: int = 0
     update_norm: float = 0.0
     weight_norm: float = 0.0
+    others: int = 0
 
     @property
     def relative(self) -> float:
@@ -184,16 +186,28 @@ def measure(weight: torch.Tensor, merge: Merge, tensors: Mapping[str, torch.Tens
         merged: the weight after it.
     """
     source, result, bits = merge.stack(weight), merge.stack(merged), BITS[weight.dtype]
-    elements = unchanged = 0
+    elements = unchanged = others = 0
     update_norms, weight_norms = [], []
     for index, rows, wide, delta in _block_sums(source, merge, tensors):
         reached = delta != 0
         elements += int(reached.count_nonzero())
-        same = source[index, rows].view(bits) == result[index, rows].view(bits)
-        unchanged += int((same & reached).count_nonzero())
+        old, new = source[index, rows], result[index, rows]
+        unchanged += int(((old.view(bits) == new.view(bits)) & reached).count_nonzero())
         weight_norms.append(float(torch.linalg.vector_norm(wide)))
+        wide += delta
+        others += int((~_is_sum(new, old, wide, delta)).count_nonzero())
         update_norms.append(math.sqrt(delta.square_().sum()))
-    return Merged(elements, unchanged, math.hypot(*update_norms), math.hypot(*weight_norms))
+    return Merged(elements, unchanged, math.hypot(*update_norms), math.hypot(*weight_norms), others)
+
+
+def _is_sum(new: torch.Tensor, old: torch.Tensor, wide: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """Tell for each element of a result whether it is the sum of the old one and an update, as any device rounds it."""
+    exact = torch.where(delta == 0, old, rounded(wide, old.dtype)) == new
+    if bool(exact.all()) or old.dtype.itemsize == 2:
+        return exact
+    off = (new.to(wide.dtype) - wide).abs()
+    eps = torch.finfo(wide.dtype).eps
+    return exact | (off <= eps * (wide.abs() + 2.0**5 * delta.abs().amax()))
 
 
 def _block_sums(
