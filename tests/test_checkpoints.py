@@ -568,18 +568,20 @@ def test_the_checkpoint_itself_is_not_replaced(tmp_path: Path) -> None:
     for path in real.iterdir():
         (base / path.name).symlink_to(path)
     for out in (base, tmp_path / "a", real, tmp_path / "a" / "b"):
-        said = _refusal(Checkpoint.open(base), Changes(), out, overwrite=True)
-        assert said == f"{out} holds the checkpoint {base} itself. Write to another directory."
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(LoraFxError, match=r"read to make the result.* Choose another name\."):
+            write_merged(Checkpoint.open(base), Changes(), out, overwrite=True)
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_exists_is_replaced_only_if_asked(tmp_path: Path) -> None:
     tensors = weights()
     base, out = write(tmp_path / "base", tensors), tmp_path / "out"
     out.mkdir()
-    (out / "old").write_text("old")
+    (out / SINGLE).write_text("old")
     with pytest.raises(LoraFxError, match="out exists already"):
         write_merged(Checkpoint.open(base), Changes(), out)
-    assert [path.name for path in out.iterdir()] == ["old"]
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [(SINGLE, "old")]
     write_merged(Checkpoint.open(base), Changes(), out, overwrite=True)
     assert _same_directories(base, out)
 

@@ -417,16 +417,27 @@ def test_calls_with_branches_of_their_own_have_slots_of_their_own(tmp_path: Path
         lora_fx.export.onnx_adapter_from_peft(tmp_path / "peft", tmp_path / "slots.onnx", tmp_path / "out")
 
 
+class Product(nn.Module):
+    """A parameter in the layout that PEFT mistakes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(6, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weights
+
+
 class Bare(nn.Module):
-    """A parameter in the layout that PEFT mistakes, below a module whose name says nothing good."""
+    """A parameter after a module whose name says nothing good."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.add_module(name, nn.Linear(7, 6))
-        self.own, self.name = nn.ParameterDict({"weights": nn.Parameter(torch.randn(6, 5))}), name
+        self.own, self.name = Product(), name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.get_submodule(self.name)(x) @ self.own["weights"]
+        return self.own(self.get_submodule(self.name)(x))
 
 
 @pytest.mark.parametrize("name", ["<script>alert(1)</script>", "a & b", "größe", "x" * 300])
