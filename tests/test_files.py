@@ -170,7 +170,7 @@ def test_an_error_of_the_system_in_the_block_says_what_could_not_be_written_and_
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("step", ["_flush_tree", "_move", "_flush_directory"])
+@pytest.mark.parametrize("step", ["_flush_tree", "_moved", "_flush_directory"])
 def test_an_error_in_moving_is_told_alike(tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_args: object, **_kwargs: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -179,6 +179,43 @@ def test_an_error_in_moving_is_told_alike(tmp_path: Path, step: str, monkeypatch
     with pytest.raises(LoraFxError, match=r"cannot write .*target: Input/output error\. See to that"):
         _replace(_file(tmp_path / "target"), _write_file)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "write"),
+    [
+        *((kind, _write_file) for kind in ("file", "dangling link", "nothing")),
+        *((kind, _write_directory) for kind in ("directory", "dangling link", "link to a directory", "nothing")),
+    ],
+)
+@pytest.mark.parametrize("error", [OSError(errno.EIO, os.strerror(errno.EIO)), KeyboardInterrupt()])
+def test_what_was_there_is_put_back_if_the_move_does_not_reach_the_disk(
+    tmp_path: Path,
+    error: BaseException,
+    kind: str,
+    write: Callable[[Path], None],
+    exchange: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target, flush = tmp_path / "target", files._flush_directory
+    if kind != "nothing":
+        _old(target, kind)
+    before, flushed = _content(tmp_path), []
+
+    def fail(directory: Path) -> None:
+        flush(directory)
+        if directory == tmp_path:
+            flushed.append(_content(target))
+            raise error
+
+    if not exchange:
+        monkeypatch.setattr(files, "_LIBC", None)
+    monkeypatch.setattr(files, "_flush_directory", fail)
+    with pytest.raises((LoraFxError, KeyboardInterrupt)):
+        _replace(PLACE[write](target, overwrite=True), write)
+    assert flushed == [NEW[write]]  # it was in its place
+    assert _content(tmp_path) == before
 
 
 def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
@@ -252,14 +289,14 @@ def test_a_second_rename_that_fails_brings_the_old_one_back(tmp_path: Path, monk
     monkeypatch.setattr(files, "_LIBC", None)
     target = tmp_path / "target"
     _old(target, "directory")
-    original = Path.rename
+    original = Path.replace
 
-    def rename(path: Path, to: Path) -> Path:
+    def move(path: Path, to: Path) -> Path:
         if path.parent.name.endswith(".partial") and path.name == "target":
             raise OSError(errno.EIO, "no")
         return original(path, to)
 
-    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(Path, "replace", move)
     with pytest.raises(LoraFxError, match="cannot write"):
         _replace(_directory(target, overwrite=True), _write_directory)
     assert _content(tmp_path) == {"target": {"kept": "old"}}

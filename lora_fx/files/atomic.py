@@ -10,8 +10,9 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,9 +52,8 @@ def replacing(target: Target) -> Iterator[Path]:
             written = scratch / path.name
             yield written
             _flush_tree(scratch)
-            with _moved_beside(written, path):
-                _move(written, target)
-            _flush_directory(path.parent)
+            with _moved_beside(written, path), _moved(written, target):
+                _flush_directory(path.parent)
     except OSError as error:
         raise LoraFxError(_unwritable(path, error)) from error
 
@@ -141,28 +141,56 @@ def _remove_abandoned(target: Path) -> None:
         with suppress(OSError):  # it is in use, or another user's
             lock = _locked(scratch)
             try:
-                if (scratch / _PREVIOUS).exists() and not os.path.lexists(target):
+                if os.path.lexists(scratch / _PREVIOUS) and not os.path.lexists(target):
                     (scratch / _PREVIOUS).rename(target)  # killed between two renames
                 shutil.rmtree(scratch)
             finally:
                 os.close(lock)
 
 
-def _move(written: Path, target: Target) -> None:
+@contextmanager
+def _moved(written: Path, target: Target) -> Iterator[None]:
+    """Move a result into place. If the block fails, move back what was there, or nothing."""
     target.check()  # once more: the block may have taken hours
-    path = target.path
+    path, previous = target.path, written.parent / _PREVIOUS
+    restore: Callable[[], object]
     if not target.overwrite:
         _move_to_new(written, target)
-    elif not os.path.lexists(path) or not (written.is_dir() or (path.is_dir() and not path.is_symlink())):
-        written.replace(path)
-    elif not _renamed(written, path, _RENAME_EXCHANGE):
-        previous = written.parent / _PREVIOUS
-        path.rename(previous)
+        restore = partial(path.rename, written)
+    elif not os.path.lexists(path):
+        written.rename(path)
+        restore = partial(path.rename, written)
+    elif _renamed(written, path, _RENAME_EXCHANGE):
+        restore = partial(_renamed, written, path, _RENAME_EXCHANGE)
+    else:
+        _set_aside(path, previous, keep_name=not written.is_dir())
         try:
-            written.rename(path)
+            written.replace(path)
         except BaseException:
-            previous.rename(path)
+            previous.replace(path)
             raise
+        restore = partial(_restore_previous, written, path, previous)
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
+
+
+def _set_aside(path: Path, previous: Path, *, keep_name: bool) -> None:
+    """Give a path another name, beside its own if it may keep that: a file or link then has one at every moment."""
+    if keep_name and (path.is_symlink() or not path.is_dir()):
+        try:
+            os.link(path, previous, follow_symlinks=False)
+        except (OSError, NotImplementedError):  # a file system without them
+            path.rename(previous)
+    else:
+        path.rename(previous)
+
+
+def _restore_previous(written: Path, path: Path, previous: Path) -> None:
+    path.rename(written)
+    previous.rename(path)
 
 
 @contextmanager
