@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import random
 from collections.abc import Callable
 from typing import Any
@@ -219,6 +220,25 @@ def test_writes_through_views_are_seen(view: str) -> None:
         return self.lin(x) + self.buf.sum()
 
     refused(module(forward, buf=torch.zeros(4, 4)), "the model writes to buf while it computes")
+
+
+def test_an_embedding_with_a_max_norm_says_what_computes_the_same() -> None:
+    model = nn.Sequential(nn.Embedding(11, 6, max_norm=1.5, norm_type=1.0), nn.Linear(6, 5)).eval()
+    ids, table = torch.tensor([[1, 2, 3], [4, 1, 10]]), model[0]
+    assert isinstance(table, nn.Embedding)
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(ids)
+    with pytest.raises(lora_fx.TraceError) as caught:
+        lora_fx.trace(model, (ids,))
+    assert str(caught.value) == (
+        "the model writes to 0.weight while it computes, and a graph would write to the model's own. The embedding 0 has a "
+        "max_norm: give its rows that norm once, torch.embedding_renorm_(weight, torch.arange(len(weight)), max_norm, "
+        "norm_type) under torch.no_grad(), and set its max_norm to None. It computes the same then."
+    )
+    with torch.no_grad():
+        torch.embedding_renorm_(table.weight, torch.arange(11), 1.5, 1.0)
+    table.max_norm = None
+    assert torch.equal(lora_fx.trace(model, (ids,), inference=True)(ids), expected)
 
 
 # Size 1.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.errors import TraceError, first_line
+from lora_fx.errors import TraceError, first_line, listed
 from lora_fx.graph.graph_module import (
     State,
     TracedGraphModule,
@@ -312,6 +312,22 @@ def _trace_both(task: _Task) -> _Trace:
     return replace(train, constraints=constraints, modules=modules, functions=found.functions)
 
 
+def _advice_on_writes(model: nn.Module, written: Collection[str], *, training: bool) -> str:
+    weights = {id(value) for name, value in model.named_parameters(remove_duplicate=False) if name in written}
+    tables = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module.max_norm is not None and id(module.weight) in weights
+    ]
+    if tables:
+        return (
+            f"The embedding {listed(tables, 3)} has a max_norm: give its rows that norm once, "
+            "torch.embedding_renorm_(weight, torch.arange(len(weight)), max_norm, norm_type) under torch.no_grad(), "
+            "and set its max_norm to None. It computes the same then."
+        )
+    return "Use inference=True." if training else "Such a model is not supported."
+
+
 def _trace(task: _Task, *, training: bool) -> _Trace:
     """Export in one mode, and bring the graph into normal form."""
     model = task.model
@@ -327,7 +343,7 @@ def _trace(task: _Task, *, training: bool) -> _Trace:
     if written:
         raise TraceError(
             f"the model writes to {', '.join(written)} while it computes{' in training' if training else ''}, and a graph would write to "
-            f"the model's own. {'Use inference=True.' if training else 'Such a model is not supported.'}"
+            f"the model's own. {_advice_on_writes(model, written, training=training)}"
         )
     remove_assertions(graph)
     follow_input_device(graph)
