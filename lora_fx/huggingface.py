@@ -56,7 +56,7 @@ def write_back(model: nn.Module, graph_module: TracedGraphModule) -> None:
         graph_module: a branched or a folded graph.
 
     Raises:
-        LoraFxError: the graph was traced from another model, or fold un-tied weights in it that are one in the model, which
+        LoraFxError: the graph was traced from another model, or fold untied weights in it that are one in the model, which
             would tie them again whenever it is resized, saved or loaded.
         FoldError: the branches cannot be folded.
     """
@@ -65,7 +65,7 @@ def write_back(model: nn.Module, graph_module: TracedGraphModule) -> None:
     if untied:
         first, name = untied[0]
         raise LoraFxError(
-            f"{first!r} and {name!r} are one parameter of {type(model).__name__}, and were un-tied by fold. Un-tie them in the model too: "
+            f"{first!r} and {name!r} are one parameter of {type(model).__name__}, and were untied by fold. Untie them in the model too: "
             "config.tie_word_embeddings = False and a parameter of its own for each, then trace that model, and fold. "
             "huggingface.folded and huggingface.save_pretrained take this graph as it is."
         )
@@ -85,7 +85,7 @@ def save_pretrained(
     """Write a transformers directory with the folded weights, which ``from_pretrained`` loads.
 
     Weights that were folded with ``unshare=True`` are written each on its own, with ``tie_word_embeddings`` false in the
-    config, so that they are loaded apart; what that un-ties besides is written too. Of T5 and its kin, which tie whatever
+    config, so that they are loaded apart; what that unties besides is written too. Of T5 and its kin, which tie whatever
     their config says, and of a model that computes something else without the switch (Switch Transformers, UDOP),
     ``from_pretrained`` leaves weights apart since their values differ, and says so. Other programs may tie these.
 
@@ -108,7 +108,7 @@ def save_pretrained(
     """
     if not isinstance(model, transformers.PreTrainedModel):
         raise LoraFxError(
-            f"a transformers model is expected, and this is a {type(model).__name__}. Pass the PreTrainedModel that was traced; of "
+            f"expected a transformers model, got a {type(model).__name__}. Pass the PreTrainedModel that was traced; of "
             "another module, save the state dict of the folded graph."
         )
     if dtype is not None and dtype not in DTYPES:
@@ -189,7 +189,7 @@ def _check_traced_from(model: nn.Module, graph_module: TracedGraphModule, merged
     extra = sorted(other.intersection(folded_before))
     if extra:
         raise LoraFxError(
-            f"fold un-tied the calls of one module, and {type(model).__name__} has no parameter for {extra[0]!r}. Adapt all calls "
+            f"fold untied the calls of one module, and {type(model).__name__} has no parameter for {extra[0]!r}. Adapt all calls "
             "alike, or give the model a module for each before it is traced."
         )
     untied_by_fold = set(_untied(model, graph_module))

@@ -270,6 +270,6 @@ def test_untied_weights_are_not_put_into_a_model_that_ties_them() -> None:
     graph_module = lora_fx.rewrite(model, {"select": [{"target": ["lm_head"]}]}, rank=6, alpha=9, inference=True)
     set_factors(graph_module)
     folded = lora_fx.fold(graph_module, unshare=True)
-    told = r"'transformer\.wte\.weight' and 'lm_head\.weight' are one parameter of GPT2LMHeadModel, and were un-tied by fold"
+    told = r"'transformer\.wte\.weight' and 'lm_head\.weight' are one parameter of GPT2LMHeadModel, and were untied by fold"
     with unchanged(model), pytest.raises(lora_fx.LoraFxError, match=told):
         lora_fx.huggingface.write_back(model, folded)

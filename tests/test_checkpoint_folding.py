@@ -326,7 +326,7 @@ def test_trained_copies_of_a_pair_with_one_value_are_taken_or_refused_on_disk_as
             fold()
         assert str(caught.value) == (
             f"{tmp_path / 'b'}: base_model.model.lm_head.weight: expected the trained value of 'model.embed_tokens.weight', with which "
-            "'lm_head.weight' is one tied parameter, found another. Un-tie them in the model first"
+            "'lm_head.weight' is one tied parameter, found another. Untie them in the model first"
         )
 
 

@@ -424,7 +424,7 @@ def test_a_model_that_cannot_be_loaded_untied_is_refused_and_nothing_is_left(tmp
     model.load_state_dict(written_model("gpt2").state_dict())
     told = (
         r"TiesAlways\.from_pretrained does not give back what would be written: 'lm_head\.weight' is loaded with other values\. "
-        r"Nothing was written\. Fold un-tied 'transformer\.wte\.weight' and 'lm_head\.weight'.*or fold without unshare=True"
+        r"Nothing was written\. Fold untied 'transformer\.wte\.weight' and 'lm_head\.weight'.*or fold without unshare=True"
     )
     with unchanged(model), pytest.raises(lora_fx.LoraFxError, match=told):
         huggingface.save_pretrained(model, folded_of("gpt2", "lm_head"), tmp_path / "untied")
@@ -549,7 +549,7 @@ def test_values_beyond_the_range_of_a_dtype_are_refused(tmp_path: Path) -> None:
 def test_a_dtype_that_is_none_of_weights_and_a_model_that_is_none_of_transformers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(lora_fx.LoraFxError, match=r"weights are written in .*, and not in torch\.int8"):
         huggingface.save_pretrained(written_model("gpt2"), folded_of("gpt2"), tmp_path / "out", dtype=torch.int8)
-    with pytest.raises(lora_fx.LoraFxError, match="a transformers model is expected, and this is a Linear"):
+    with pytest.raises(lora_fx.LoraFxError, match="expected a transformers model, got a Linear"):
         huggingface.save_pretrained(nn.Linear(2, 3), folded_of("gpt2"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -305,7 +305,7 @@ def _recipe(graph_module: TracedGraphModule) -> tuple[Merge, ...]:
         return recipe(graph_module)
     except FoldError as error:
         raise FoldError(
-            f"{error} A checkpoint is un-tied by loading the model, setting config.tie_word_embeddings = False, giving each use a "
+            f"{error} A checkpoint is untied by loading the model, setting config.tie_word_embeddings = False, giving each use a "
             "parameter of its own, and save_pretrained."
         ) from error
 

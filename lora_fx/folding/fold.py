@@ -53,10 +53,10 @@ def fold(
             branches are folded as they are.
         branches: tells by a parameter's name whether it is a factor of a branch. By default the names that lora_fx and
             PEFT give: ``<module>.lora_A.<adapter>.weight``, ``….lora_embedding_A.<adapter>``, and so for B.
-        unshare: where uses of one weight need different values, un-tie them. A value keeps those names of the weight whose
+        unshare: where uses of one weight need different values, untie them. A value keeps those names of the weight whose
             module uses it; a value without such a name is called ``<module>@<n>.weight``, for the n-th call.
         inplace: write into the weights themselves, without a second copy of any. ``graph_module`` and the model that it was
-            traced from are of no use afterwards, and there is no report. Where uses are un-tied, a weight is still copied.
+            traced from are of no use afterwards, and there is no report. Where uses are untied, a weight is still copied.
 
     Raises:
         FoldError: a branch is not linear, a weight would need different values at its uses, or would become non-finite, or
@@ -73,7 +73,7 @@ def fold(
     _check_foldable(merges, state)
     copied = _copied_weights(values, state) if inplace else {merge.weight for merge in merges}
     merged = _merged(merges, state, copied)
-    for value in values:  # those of an un-tied weight that keep it as it is may have a new name too
+    for value in values:  # those of an untied weight that keep it as it is may have a new name too
         new = [name for name in value.names if name not in state.tensors and name not in merged]
         merged.update(dict.fromkeys(new, state.tensors[value.weight]))
     merged = {**_trained(state, merged), **merged}

@@ -184,7 +184,7 @@ def _not_given_back(model_class: Any, contents: Contents, target: Path, problems
     if contents.untied:
         first, name = contents.untied[0]
         advice = (
-            f"Fold un-tied {first!r} and {name!r}, which that class may tie whatever its config says. Un-tie them in the model first "
+            f"Fold untied {first!r} and {name!r}, which that class may tie whatever its config says. Untie them in the model first "
             "(config.tie_word_embeddings = False and a parameter of its own for each, then trace that model), or fold without "
             "unshare=True, and without a branch at one of them alone."
         )

@@ -266,7 +266,7 @@ class _Reader:
             tied = names[first]
             if len(meant) < len(tied):
                 self._ledger.problems.append(
-                    f"{' and '.join(tied)}: one tied parameter, of which {' and '.join(meant)} would train alone. Un-tie them in the "
+                    f"{' and '.join(tied)}: one tied parameter, of which {' and '.join(meant)} would train alone. Untie them in the "
                     "model first"
                 )
         return taken
@@ -365,7 +365,7 @@ class _Reader:
             elif not same and of_copy and name != self._first[name]:
                 self._ledger.problems.append(
                     f"{key}: expected the trained value of {self._first[name]!r}, with which {name!r} is one tied parameter, found another. "
-                    "Un-tie them in the model first"
+                    "Untie them in the model first"
                 )
             elif not same:
                 self._ledger.problems.append(another_value(key, name, other))
