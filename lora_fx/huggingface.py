@@ -17,7 +17,8 @@ from lora_fx.files.target import DirectoryKind, Target
 from lora_fx.folding.checkpoint import is_weights
 from lora_fx.folding.fold import fold
 from lora_fx.folding.transformers_directory import DTYPES, check_loads, contents_of, write
-from lora_fx.graph.graph_module import TracedGraphModule, described, same_values, state_of
+from lora_fx.graph.compare import described, same_values
+from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import info_of
 
 

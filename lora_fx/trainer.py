@@ -23,7 +23,8 @@ from lora_fx.files.atomic import replacing
 from lora_fx.files.safetensors import TensorFile, write_tensors
 from lora_fx.files.target import Target
 from lora_fx.graph.adapter_names import adapter_of, adapters, is_of_adapter
-from lora_fx.graph.graph_module import TracedGraphModule, described, rebuilt, state_of
+from lora_fx.graph.compare import described
+from lora_fx.graph.graph_module import TracedGraphModule, rebuilt, state_of
 from lora_fx.graph.info import known_info
 from lora_fx.rules.peft_config.config import CONFIG_NAME
 from lora_fx.tracing.item_count import loss_uses_count

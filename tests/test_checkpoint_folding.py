@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 import lora_fx
 from lora_fx.cli import app
 from lora_fx.folding.checkpoint_plan import fold_checkpoint, plan_checkpoint_fold
-from lora_fx.graph.graph_module import State
+from lora_fx.graph.state import State
 from lora_fx.tracing.transformers_models import empty_model, untie_as_loaded
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -16,7 +16,7 @@ from lora_fx.adapters import fake_values
 from lora_fx.adapters.attach import attach
 from lora_fx.adapters.fake_values import FakeValues
 from lora_fx.branches import find as branches
-from lora_fx.graph.graph_module import State
+from lora_fx.graph.state import State
 from lora_fx.planning import matching
 from lora_fx.planning.planner import plan_graph
 from lora_fx.rules.lookup import load

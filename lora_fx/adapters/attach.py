@@ -27,11 +27,12 @@ from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import lower
 from lora_fx.errors import PlanError
 from lora_fx.graph.adapter_names import adapters, copy_name
-from lora_fx.graph.graph_module import State, TracedGraphModule, copy_graph, rebuilt, state_of, trainable_names
+from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of, trainable_names
 from lora_fx.graph.info import GraphInfo, info_of
 from lora_fx.graph.process_state import forked_random_state, uncollected
 from lora_fx.graph.provenance import module_path, write_stamp
 from lora_fx.graph.records import BranchSpec, Origin
+from lora_fx.graph.state import State
 from lora_fx.numerics.factor_init import adapter_dtype, initial_factors
 from lora_fx.planning.plan import Chosen, Plan, Skipped, factor_shapes
 from lora_fx.planning.planner import check_attachable

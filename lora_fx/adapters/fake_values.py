@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from lora_fx.graph.graph_module import State
+from lora_fx.graph.state import State
 
 
 class FakeValues:

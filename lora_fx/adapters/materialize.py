@@ -15,8 +15,9 @@ from lora_fx.branches.invariants import checked
 from lora_fx.branches.remove import unload
 from lora_fx.errors import LoraFxError, TraceError
 from lora_fx.graph.adapter_names import is_of_adapter, is_places, original_name
+from lora_fx.graph.compare import described
 from lora_fx.graph.example_sizes import cut_or_repeated
-from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, described, rebuilt, state_of
+from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
 from lora_fx.graph.info import info_of
 from lora_fx.graph.input_checks import Constraints, InputCheck, RelationCheck, add_checks, remove_checks
 from lora_fx.graph.process_state import forked_random_state

@@ -12,10 +12,10 @@ from lora_fx.adapters.attach import attach
 from lora_fx.branches.invariants import checked
 from lora_fx.errors import PlanError, did_you_mean
 from lora_fx.graph.adapter_names import adapter_of, adapters, copy_name, is_of_adapter, original_name
+from lora_fx.graph.compare import described
 from lora_fx.graph.graph_module import (
     TracedGraphModule,
     as_traced,
-    described,
     rebuilt,
     state_of,
 )

@@ -15,8 +15,9 @@ from typing import Literal
 from lora_fx.branches.find import find_branches
 from lora_fx.branches.lower import lower
 from lora_fx.graph.adapter_names import is_factor, is_of_adapter
-from lora_fx.graph.graph_module import State, TracedGraphModule
+from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.graph.invariants import BASE, PLAIN, Rule, checked_by, nothing_is_fused
+from lora_fx.graph.state import State
 
 GraphState = Literal["base", "branched", "fused", "folded"]
 

@@ -11,8 +11,7 @@ import torch
 from lora_fx.errors import ExportError, VerifyError, first_line
 from lora_fx.export.prepare import Exportable
 from lora_fx.export.trial_inputs import Sizes, Trial, trials
-from lora_fx.graph.compare import TOLERANCES, compare_values, rounding_tolerance
-from lora_fx.graph.graph_module import described
+from lora_fx.graph.compare import TOLERANCES, compare_values, described, rounding_tolerance
 from lora_fx.graph.provenance import source_line
 from lora_fx.tracing.train_eval import MODE_ARGUMENTS
 

@@ -23,8 +23,9 @@ from lora_fx.export.onnx_slots import check_slots
 from lora_fx.export.slot_table import FORMAT, OnnxSlot, SlotTable, onnxruntime_says, version_of
 from lora_fx.files.atomic import replacing
 from lora_fx.files.target import Target
-from lora_fx.graph.graph_module import State, TracedGraphModule, as_traced, state_of
+from lora_fx.graph.graph_module import TracedGraphModule, as_traced, state_of
 from lora_fx.graph.records import BranchSpec
+from lora_fx.graph.state import State
 from lora_fx.numerics.lowrank_merge import concatenated, with_all_rows
 from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import CONFIG_NAME, AdapterConfig

@@ -31,7 +31,8 @@ from lora_fx.folding.checkpoint_files import Companions, companions_of, skipped_
 from lora_fx.folding.checkpoint_write import CheckpointReport, write_merged
 from lora_fx.folding.fold import recipe
 from lora_fx.graph.adapter_names import adapter_of, original_name
-from lora_fx.graph.graph_module import State, TracedGraphModule, state_of
+from lora_fx.graph.graph_module import TracedGraphModule, state_of
+from lora_fx.graph.state import State
 from lora_fx.numerics.lowrank_merge import Merge, Update
 from lora_fx.rules.plain_numbers import finite_number
 from lora_fx.text_table import new_table, text_lines

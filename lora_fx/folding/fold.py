@@ -23,8 +23,9 @@ from lora_fx.branches.weight_uses import Value, values_of
 from lora_fx.errors import WITH_LABELS, FoldError
 from lora_fx.folding.report import check_finite
 from lora_fx.graph.adapter_names import is_factor, original_name
-from lora_fx.graph.graph_module import State, TracedGraphModule, state_of
+from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import known_info, with_info
+from lora_fx.graph.state import State
 from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, merge_into, surely_finite
 
 

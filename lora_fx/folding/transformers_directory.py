@@ -27,7 +27,8 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from lora_fx.errors import LoraFxError, listed
-from lora_fx.graph.graph_module import described, state_of
+from lora_fx.graph.compare import described
+from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.process_state import exclusive, forked_random_state
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

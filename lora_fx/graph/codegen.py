@@ -8,7 +8,9 @@ tensor up from the root, by one Python function per part of its name; here the m
 from __future__ import annotations
 
 import functools
+import keyword
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -131,3 +133,10 @@ def _attribute(owner: str, path: Sequence[str]) -> str:
     for part in path:
         owner = f"{owner}.{part}" if part.isidentifier() else f'getattr({owner}, "{part}")'
     return owner
+
+
+def is_usable_part(part: str) -> bool:
+    """Tell whether torch.fx writes valid code for a dotted name with this part: ``self.part``, or ``getattr(self, "part")``."""
+    # Python reads an identifier in its compatibility form (NFKC): ``self.ª`` is ``self.a``.
+    is_other = part.isidentifier() and unicodedata.normalize("NFKC", part) != part
+    return not keyword.iskeyword(part) and part.isprintable() and not is_other and not set(part) & {'"', "\\"}

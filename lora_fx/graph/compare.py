@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from lora_fx.graph.graph_module import described
-
 TOLERANCES: Mapping[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest difference that is taken for rounding, as a part of the largest value."""
 
@@ -68,6 +66,23 @@ def rounding_tolerance(value: Any) -> float:
         elif isinstance(leaf, float):
             found = max(found, TOLERANCES[torch.float64])
     return found
+
+
+def described(tensor: torch.Tensor) -> str:
+    """Return dtype and shape of a tensor for messages."""
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
+def same_values(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Tell whether two tensors have the same shape, dtype and values, also on different devices; a NaN equals a NaN."""
+    if (left.shape, left.dtype) != (right.shape, right.dtype):
+        return False
+    if left.is_meta or right.is_meta:
+        return left is right
+    if (left.device, left.data_ptr(), left.stride()) == (right.device, right.data_ptr(), right.stride()):
+        return True
+    left, right = left.detach().to(right.device), right.detach()
+    return torch.equal(left, right) or bool(torch.all((left == right) | ((left != left) & (right != right))))
 
 
 def _path(tree: Any, index: int) -> str:

@@ -7,56 +7,20 @@ copied, and shares ``Parameter`` objects with the module that it was made from. 
 from __future__ import annotations
 
 import copy
-import keyword
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from lora_fx.errors import LoraFxError, PlanError, TraceError
+from lora_fx.graph.codegen import is_usable_part
+from lora_fx.graph.compare import same_values
 from lora_fx.graph.info import GraphInfo, known_info, with_info
 from lora_fx.graph.pickling import GraphRecord, record, restore
 from lora_fx.graph.signature import InputCodeGen
-
-
-@dataclass(frozen=True)
-class State:
-    """The state of a graph: tensors by every name they have (ties are one object under several), and leaf modules."""
-
-    tensors: Mapping[str, torch.Tensor]
-    non_persistent: frozenset[str] = frozenset()
-    modules: Mapping[str, nn.Module] = field(default_factory=dict)
-
-    def with_tensors(self, tensors: Mapping[str, torch.Tensor]) -> State:
-        """Return the state with these tensors added or replaced."""
-        return replace(self, tensors={**self.tensors, **tensors})
-
-    def with_modules(self, modules: Mapping[str, nn.Module]) -> State:
-        """Return the state with these leaf modules added or replaced."""
-        return replace(self, modules={**self.modules, **modules})
-
-    def without(self, names: set[str]) -> State:
-        """Return the state without the tensors and leaf modules of these names."""
-        return State(
-            {name: tensor for name, tensor in self.tensors.items() if name not in names},
-            self.non_persistent - names,
-            {name: module for name, module in self.modules.items() if name not in names},
-        )
-
-    def aliases(self) -> Mapping[str, str]:
-        """Map every tensor name to the first name that the same tensor has."""
-        first: dict[int, str] = {}
-        return {name: first.setdefault(id(tensor), name) for name, tensor in self.tensors.items()}
-
-    def names(self) -> Mapping[str, tuple[str, ...]]:
-        """Map the first name of every tensor to all that it has."""
-        names: dict[str, list[str]] = {}
-        for name, first in self.aliases().items():
-            names.setdefault(first, []).append(name)
-        return {first: tuple(every) for first, every in names.items()}
+from lora_fx.graph.state import State
 
 
 class TracedGraphModule(fx.GraphModule):
@@ -300,13 +264,6 @@ def check_names(names: Iterable[str]) -> None:
             )
 
 
-def is_usable_part(part: str) -> bool:
-    """Tell whether torch.fx writes valid code for a dotted name with this part: ``self.part``, or ``getattr(self, "part")``."""
-    # Python reads an identifier in its compatibility form (NFKC): ``self.ª`` is ``self.a``.
-    is_other = part.isidentifier() and unicodedata.normalize("NFKC", part) != part
-    return not keyword.iskeyword(part) and part.isprintable() and not is_other and not set(part) & {'"', "\\"}
-
-
 _EMPTY = fx.GraphModule(nn.Module(), fx.Graph())
 
 
@@ -318,23 +275,6 @@ def erase_unread(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
     for source in inputs:
         erase_unread(graph, source)
-
-
-def described(tensor: torch.Tensor) -> str:
-    """Return dtype and shape of a tensor for messages."""
-    return f"{tensor.dtype} {tuple(tensor.shape)}"
-
-
-def same_values(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Tell whether two tensors have the same shape, dtype and values, also on different devices; a NaN equals a NaN."""
-    if (left.shape, left.dtype) != (right.shape, right.dtype):
-        return False
-    if left.is_meta or right.is_meta:
-        return left is right
-    if (left.device, left.data_ptr(), left.stride()) == (right.device, right.data_ptr(), right.stride()):
-        return True
-    left, right = left.detach().to(right.device), right.detach()
-    return torch.equal(left, right) or bool(torch.all((left == right) | ((left != left) & (right != right))))
 
 
 def _take_values(

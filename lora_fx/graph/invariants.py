@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from lora_fx.errors import StateError, listed
-from lora_fx.graph.graph_module import State, TracedGraphModule, state_of
+from lora_fx.graph.graph_module import TracedGraphModule, state_of
+from lora_fx.graph.state import State
 from lora_fx.numerics.fused_branch import add_update, reduce_features
 
 Rule = Callable[[TracedGraphModule, State], Iterator[str]]

@@ -14,7 +14,6 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError, first_line, listed
 from lora_fx.graph.graph_module import (
-    State,
     TracedGraphModule,
     assemble,
     check_names,
@@ -28,6 +27,7 @@ from lora_fx.graph.invariants import checked_base
 from lora_fx.graph.process_state import uncollected
 from lora_fx.graph.records import StackModule
 from lora_fx.graph.signature import ITEM_COUNT, signature_of, take_inputs
+from lora_fx.graph.state import State
 from lora_fx.tracing.canonicalize import (
     follow_input_device,
     inline_regions,

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
 from lora_fx.graph.aten_kinds import arguments_of, set_argument
-from lora_fx.graph.graph_module import same_values
+from lora_fx.graph.compare import same_values
 from lora_fx.graph.provenance import module_path, source_line
 
 aten = torch.ops.aten

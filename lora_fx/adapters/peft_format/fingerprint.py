@@ -13,8 +13,8 @@ import torch
 
 from lora_fx.files.safetensors import TensorEntry, TensorFile
 from lora_fx.graph.adapter_names import is_of_adapter
-from lora_fx.graph.graph_module import State
 from lora_fx.graph.records import Origin
+from lora_fx.graph.state import State
 
 SAMPLES = 4096
 """How many elements of a tensor its fingerprint is made of, at most."""

@@ -29,7 +29,8 @@ from lora_fx.adapters.peft_format.stacks import LAYOUTS, Stack, Writer, is_trans
 from lora_fx.errors import AdapterError, did_you_mean
 from lora_fx.files.safetensors import TensorEntry
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
-from lora_fx.graph.graph_module import described, state_of
+from lora_fx.graph.compare import described
+from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.info import known_info
 from lora_fx.graph.records import BranchSpec, Origin, Trained
 from lora_fx.numerics.factor_init import adapter_dtype

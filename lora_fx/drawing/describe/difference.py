@@ -19,7 +19,7 @@ from lora_fx.drawing.describe.branch_stamps import StampedBranch, branches_of
 from lora_fx.drawing.describe.node_text import Reader
 from lora_fx.graph.adapter_names import original_name
 from lora_fx.graph.aten_kinds import size_of
-from lora_fx.graph.graph_module import same_values
+from lora_fx.graph.compare import same_values
 from lora_fx.graph.provenance import code_of, stamp_of
 
 Status = Literal["same", "added", "removed", "rewired", "changed"]

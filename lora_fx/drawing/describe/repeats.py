@@ -19,7 +19,7 @@ from torch import fx
 from lora_fx.drawing.describe.difference import Difference, Entry, Union
 from lora_fx.drawing.describe.module_tree import Group, Item
 from lora_fx.drawing.describe.node_text import Reader
-from lora_fx.graph.graph_module import same_values
+from lora_fx.graph.compare import same_values
 from lora_fx.graph.provenance import stamp_of
 
 _UNBACKED = re.compile(r"\bu\d+\b")  # sizes that depend on data are numbered through all layers
