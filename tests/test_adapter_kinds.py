@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lora_fx
+from lora_fx.errors import PlanError
 from lora_fx.graph.info import info_of
 from lora_fx.rules.peft_config.config import AdapterConfig, read_config
 
@@ -632,3 +633,55 @@ def test_a_grouped_convolution_and_a_parameter_of_the_root_cannot_be_said(tmp_pa
         lora_fx.AdapterError, match="a parameter of the top-level module, at which PEFT has no branches"
     ):
         lora_fx.save_adapter(root, tmp_path / "a")
+
+
+def test_of_mica_a_alone_trains_as_in_peft_through_every_form_of_the_adapter(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    base, x = Kinds().eval(), {"example_inputs": (IDS,)}
+    settings: dict[str, Any] = {"target_modules": ["table", "proj"], "init_lora_weights": "mica"}
+    wrapped = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=3, lora_alpha=5, **settings))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if parameter.requires_grad:
+                assert "lora_A" in name or "lora_embedding_A" in name
+                parameter.normal_(std=0.1)
+    wrapped.save_pretrained(str(tmp_path / "peft"), save_embedding_layers=False)
+    mine = lora_fx.from_adapter(base, tmp_path / "peft", **x)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "peft"), is_trainable=True)
+    trained = ["table.lora_A.default.weight", "proj.lora_A.default.weight"]
+    assert [name for name, parameter in mine.named_parameters() if parameter.requires_grad] == trained
+    for module in (mine, theirs):
+        optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            module.train()(IDS).square().mean().backward()
+            optimizer.step()
+    lora_fx.save_adapter(mine, tmp_path / "ours")
+    theirs.save_pretrained(str(tmp_path / "theirs"), save_embedding_layers=False)
+    files_equal(tmp_path / "ours", tmp_path / "theirs")
+    factors, start = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "peft"))
+    for key, value in factors.items():
+        assert torch.equal(value, start[key]) == ("_B" in key), key
+    assert read_config(tmp_path / "ours").init_lora_weights == "mica"
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours"), is_trainable=True)
+    assert not any(p.requires_grad for name, p in again.named_parameters() if "_B" in name)
+    plain = lora_fx.trace(base, (IDS,))
+    for kept in (
+        lora_fx.transfer(mine, onto=plain),
+        lora_fx.activate(mine, {"default": 0.5}),
+        lora_fx.load_adapter(mine, tmp_path / "ours"),
+        copy.deepcopy(mine),
+    ):
+        assert [name for name, parameter in kept.named_parameters() if parameter.requires_grad] == trained
+    assert torch.allclose(lora_fx.fold(mine.eval())(IDS), theirs.merge_and_unload().eval()(IDS), atol=1e-6)
+
+
+def test_factors_of_mica_are_never_drawn(tmp_path: Path) -> None:
+    base = Kinds().eval()
+    settings: dict[str, Any] = {"target_modules": ["proj"], "init_lora_weights": "mica"}
+    peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=3, **settings)).save_pretrained(str(tmp_path))
+    mine = lora_fx.from_adapter(base, tmp_path, example_inputs=(IDS,))
+    with pytest.raises(
+        PlanError, match=r"the branch at 'proj' is MiCA's.*there are no values for it.*load its directory"
+    ):
+        lora_fx.materialize(copy.deepcopy(mine).to("meta"), base.state_dict(), like=base)

@@ -36,6 +36,7 @@ from lora_fx.graph.state import State
 from lora_fx.numerics.factor_init import adapter_dtype, initial_factors
 from lora_fx.planning.plan import Chosen, Plan, Skipped, factor_shapes
 from lora_fx.planning.planner import check_attachable
+from lora_fx.rules.vocabulary import Init
 from lora_fx.sites.call_sites import biased
 from lora_fx.sites.weight_ops import low_rank, weight_op
 
@@ -62,7 +63,8 @@ def attach(
             ``requires_grad`` train.
 
     Raises:
-        PlanError: the adapter name is taken or not usable, or a chosen site cannot get a branch.
+        PlanError: the adapter name is taken or not usable, a chosen site cannot get a branch, or a branch has no values and
+            does not start with random ones.
     """
     if not adapter.isidentifier() or keyword.iskeyword(adapter) or hasattr(nn.Module(), adapter):
         raise PlanError(
@@ -147,7 +149,7 @@ def _new_factors(
     factors: dict[str, torch.Tensor] = {}
     with forked_random_state(seed=seed):
         for chosen, branch in ordered.values():
-            site, names = chosen.site, branch.names(adapter)
+            site, names, init = chosen.site, branch.names(adapter), _init_of(branch)
             like = state.tensors[site.weight]
             if like.is_meta:  # there is nothing to draw, which takes longer than all else
                 dtype = adapter_dtype(site.cast or like.dtype)
@@ -160,9 +162,23 @@ def _new_factors(
                 like=like,
                 computed=site.cast,
                 op=site.op,
-                init=branch.setting.init,
+                init=init,
             )
     return factors
+
+
+def _init_of(branch: BranchSpec) -> Init:
+    """Return how new factors of a branch start.
+
+    Raises:
+        PlanError: they are no random ones.
+    """
+    if branch.setting.init == "mica":
+        raise PlanError(
+            f"the branch at {branch.key!r} is MiCA's, whose B is made of singular vectors of the weight and never trains, and there are "
+            "no values for it. Make the adapter with PEFT (init_lora_weights='mica') and load its directory."
+        )
+    return branch.setting.init
 
 
 def _given(
@@ -222,7 +238,7 @@ def new_factors_like(
                 like = torch.empty(0, dtype=a.dtype, device=device)
                 shapes, setting = (a.shape, wanted[other].shape), branch.setting
                 values[name], values[other] = initial_factors(
-                    shapes, setting.rank, like, op=branch.op, init=setting.init
+                    shapes, setting.rank, like, op=branch.op, init=_init_of(branch)
                 )
     return values
 

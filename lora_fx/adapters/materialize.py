@@ -45,6 +45,7 @@ def materialize(
         seed: of the factors that are initialised.
 
     Raises:
+        PlanError: there are no values for a branch of MiCA's, which does not start with random ones.
         LoraFxError: weights are missing, unknown, or have another shape or dtype; or buffers remain without a value.
     """
     state = state_of(graph_module)

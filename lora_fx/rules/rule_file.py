@@ -52,7 +52,7 @@ from lora_fx.rules.validation import (
     validated,
     wrong,
 )
-from lora_fx.rules.vocabulary import Init, Op, Part, RoleName, Scaling
+from lora_fx.rules.vocabulary import Init, Op, Part, RoleName, Scaling, Start
 
 # How other tools spell our keys: an unknown key is an error, and these get a better hint than spelling distance can give.
 FOREIGN_KEYS = {
@@ -295,8 +295,13 @@ class Setting:
     alpha: float
     dropout: float
     scaling: Scaling = "standard"
-    init: Init = "kaiming"
+    init: Start = "kaiming"
     strength: float = 1.0
+
+    @property
+    def trains_b(self) -> bool:
+        """Whether B may train: MiCA keeps B at singular vectors of the weight, and trains A alone (arXiv 2604.01694, section 3)."""
+        return self.init != "mica"
 
     @property
     def scale(self) -> float:

@@ -50,6 +50,9 @@ Scaling = Literal["standard", "rslora"]
 Init = Literal["kaiming", "gaussian"]
 """How A starts: uniform with a = √5, or normal with standard deviation 1 / rank. B starts as zero."""
 
+Start = Literal[Init, "mica"]
+"""How the factors of an adapter from a file started; of MiCA (arXiv 2604.01694) A alone trains."""
+
 OPS: tuple[Op, ...] = get_args(Op)
 ROLES: tuple[Role, ...] = get_args(Role)
 PARTS: tuple[Part, ...] = get_args(Part)

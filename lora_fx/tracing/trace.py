@@ -114,6 +114,8 @@ def trace(
             example_inputs = ExampleInputs(*model.example_inputs)
         model = model.module()
     _check_model(model)
+    if not inference:
+        _check_checkpointing(model)
     with uncollected(), preserved(model):
         inputs = _inputs_of(model, example_inputs)
         if labels:
@@ -196,6 +198,20 @@ def _check_model(model: nn.Module) -> None:
         raise TraceError(
             f"the tensors of {type(model).__name__} were made under torch.inference_mode(), and can have no gradients: "
             "make the model outside of it."
+        )
+
+
+def _check_checkpointing(model: nn.Module) -> None:
+    """Raise :class:`TraceError` for a model that computes layers again in the backward pass, which a flat graph does not."""
+    switched = [
+        name for name, module in model.named_modules() if getattr(module, "gradient_checkpointing", False) is True
+    ]
+    if switched:
+        raise TraceError(
+            f"{type(model).__name__} has gradient checkpointing switched on (gradient_checkpointing of "
+            f"{listed([name or 'the model' for name in switched], 3)}), and a graph would train without it, in more memory. Call "
+            "model.gradient_checkpointing_disable(), or trace with inference=True; to save memory, train with a smaller batch and "
+            "gradient accumulation, or with lora_fx.fuse."
         )
 
 

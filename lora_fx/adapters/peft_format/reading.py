@@ -65,8 +65,9 @@ class AdapterContents:
         """Return the parameters by the names that they have in a graph."""
         values: dict[str, nn.Parameter] = {}
         for key, (a, b) in self.factors.items():
-            names = self.branches[key][1].names(adapter)
-            values |= {names.a: nn.Parameter(a, not inference), names.b: nn.Parameter(b, not inference)}
+            branch = self.branches[key][1]
+            names, trains_b = branch.names(adapter), branch.setting.trains_b
+            values |= {names.a: nn.Parameter(a, not inference), names.b: nn.Parameter(b, trains_b and not inference)}
         copies = {copy_name(name, adapter): nn.Parameter(value, not inference) for name, value in self.copies.items()}
         return values | copies
 

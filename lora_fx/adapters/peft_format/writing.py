@@ -203,7 +203,7 @@ def _config(
     info = info_of(graph_module)
     library, _, class_name = info.model_class.partition(":")
     linear = [slot for slot in placed.values() if not slot.is_parameter and slot.site.op == "linear"]
-    gaussian = bool(branches) and all(branch.setting.init == "gaussian" for branch in branches)
+    starts = {branch.setting.init for branch in branches}
     mapping = {"base_model_class": class_name, "parent_library": library} if class_name else None
     return AdapterConfig(
         peft_type="LORA",
@@ -215,7 +215,7 @@ def _config(
         lora_dropout=dropout,
         target_modules=targets(modules, others) if modules or not parameters else None,
         target_parameters=parameters or None,
-        init_lora_weights="gaussian" if gaussian else True,
+        init_lora_weights=True if len(starts) != 1 or "kaiming" in starts else starts.pop(),
         fan_in_fan_out=bool(linear) and all(slot.site.layout == "in_out" for slot in linear),
         inference_mode=True,
         task_type=origin.task_type,

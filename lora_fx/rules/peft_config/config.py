@@ -29,6 +29,7 @@ from lora_fx.rules.validation import (
     validated,
     wrong,
 )
+from lora_fx.rules.vocabulary import Start
 
 CONFIG_NAME = "adapter_config.json"
 MAX_BYTES = 2**24  # of a config: real ones have a few thousand
@@ -54,6 +55,7 @@ def _check_init(init: bool | str) -> bool | str:
 
 _CHANGED_BASE = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 _SAME_BASE = ("gaussian", "eva", "orthogonal", "mica")
+_STARTS: Mapping[bool | str, Start] = {"gaussian": "gaussian", "mica": "mica"}
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False), expecting("a finite number")]
 Names = Annotated[tuple[Text, ...], expecting("a list of names")]
@@ -169,8 +171,8 @@ class AdapterConfig(Table):
         """
         rank = value_of_pattern(self.rank_pattern, module, self.r)
         alpha = value_of_pattern(self.alpha_pattern, module, self.lora_alpha)
-        init: Literal["gaussian", "kaiming"] = "gaussian" if self.init_lora_weights == "gaussian" else "kaiming"
-        return Setting(rank, alpha, self.lora_dropout, "rslora" if self.use_rslora else "standard", init)
+        start = _STARTS.get(self.init_lora_weights, "kaiming")
+        return Setting(rank, alpha, self.lora_dropout, "rslora" if self.use_rslora else "standard", start)
 
     def to_json(self) -> str:
         """Return the file, with all keys that PEFT 0.21 writes, in its form."""
