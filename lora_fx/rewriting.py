@@ -13,6 +13,7 @@ from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.planning.planner import plan_graph
 from lora_fx.rules.lookup import load
 from lora_fx.rules.rule_file import RuleSet
+from lora_fx.tracing.model_state import check_unwrapped
 from lora_fx.tracing.torch_export import Dynamic
 from lora_fx.tracing.trace import trace
 
@@ -59,8 +60,9 @@ def rewrite(
     Raises:
         RuleError: the rules are malformed or do not fit the model.
         TraceError: the model cannot be traced.
-        PlanError: a selected site cannot get such a branch, or the adapter name is taken.
+        PlanError: a selected site cannot get such a branch, the adapter name is taken, or PEFT wraps the model.
     """
+    check_unwrapped(model)
     ruleset = load(rules, getattr(getattr(model, "config", None), "model_type", None)).with_overrides(
         rank, alpha, dropout
     )

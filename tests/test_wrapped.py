@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import families
 import peft
 import pytest
 import torch
+import transformers
 from architectures import ARCHITECTURES, EACH, build, run
 from conftest import set_factors, unchanged
 from test_peft_equality import wrap
@@ -190,3 +194,82 @@ def test_a_weight_that_depends_on_factors_in_another_way_is_refused(wrong: str) 
     graph_module = lora_fx.trace(Parametrized(wrong), (torch.randn(3, 5),), inference=True)
     with unchanged(graph_module), pytest.raises(lora_fx.FoldError, match="a branch cannot be folded"):
         lora_fx.fold(graph_module, branches=is_factor)
+
+
+def llama() -> transformers.LlamaForCausalLM:
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+CONFIG = peft.LoraConfig(r=2, target_modules=["q_proj"])
+LAYER = "model.layers.0.self_attn.q_proj"
+GO_ON = (
+    "to go on with its adapter, save_pretrained(directory) and lora_fx.from_adapter(plain model, directory); "
+    "to merge it, lora_fx.fold(lora_fx.trace(model))."
+)
+
+
+def with_adapter_of_transformers() -> nn.Module:
+    model = llama()
+    model.add_adapter(CONFIG)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (
+            lambda: peft.get_peft_model(llama(), CONFIG),
+            f"PeftModel is wrapped by PEFT. For the plain model take .unload(); {GO_ON}",
+        ),
+        (
+            lambda: peft.get_peft_model(llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
+            f"PeftModelForCausalLM is wrapped by PEFT. For the plain model take .get_base_model(); {GO_ON}",
+        ),
+        (
+            lambda: peft.get_peft_model(llama(), CONFIG).get_base_model(),
+            f"LlamaForCausalLM is wrapped by PEFT: {LAYER!r} is PEFT's Linear. For the plain model take .unload() of the PeftModel "
+            f"(or load the model anew); {GO_ON}",
+        ),
+        (
+            with_adapter_of_transformers,
+            f"LlamaForCausalLM is wrapped by PEFT: {LAYER!r} is PEFT's Linear. For the plain model take .unload() of the PeftModel "
+            f"(or load the model anew); {GO_ON}",
+        ),
+    ],
+    ids=["PeftModel", "prompt tuning", "its base", "add_adapter"],
+)
+def test_rewrite_plan_and_from_adapter_refuse_a_model_that_peft_wraps_and_say_what_to_do(
+    model: Callable[[], nn.Module], told: str, tmp_path: Path
+) -> None:
+    peft.get_peft_model(llama(), CONFIG).save_pretrained(tmp_path)
+    for call in (lora_fx.rewrite, lora_fx.plan, lambda wrapped: lora_fx.from_adapter(wrapped, tmp_path)):
+        with pytest.raises(lora_fx.PlanError) as raised:
+            call(model())
+        assert str(raised.value) == told
+
+
+def test_a_wrapped_model_is_refused_without_importing_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapped = peft.get_peft_model(llama(), CONFIG)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+    with pytest.raises(lora_fx.PlanError, match="wrapped by PEFT"):
+        lora_fx.rewrite(wrapped)
+
+
+def test_each_way_out_of_the_refusal_of_a_wrapped_model_works(tmp_path: Path) -> None:
+    wrapped = peft.get_peft_model(llama(), CONFIG).eval()
+    set_factors(wrapped)
+    wanted = wrapped(**INPUTS).logits
+    merged = lora_fx.fold(lora_fx.trace(wrapped))
+    assert torch.allclose(merged(**INPUTS).logits, wanted, rtol=0, atol=1e-6)
+    wrapped.save_pretrained(tmp_path)
+    plain = wrapped.unload()
+    assert torch.equal(lora_fx.from_adapter(plain, tmp_path)(**INPUTS).logits, wanted)
+    assert torch.equal(lora_fx.rewrite(plain, rules="llama")(**INPUTS).logits, plain(**INPUTS).logits)
+
+
+IDS = torch.randint(64, (2, 7), generator=torch.Generator().manual_seed(1))
+INPUTS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}

@@ -23,6 +23,7 @@ from lora_fx.rules.rule_file import RuleSet, Selection
 from lora_fx.rules.vocabulary import Part
 from lora_fx.sites.call_sites import Site, sites
 from lora_fx.sites.roles import Purpose, purposes
+from lora_fx.tracing.model_state import check_unwrapped
 from lora_fx.tracing.trace import trace
 
 
@@ -50,9 +51,10 @@ def plan(
 
     Raises:
         RuleError: the rules are malformed, a selection matches nothing, or two claim one site with different settings.
-        PlanError: a chosen site cannot get such a branch.
+        PlanError: a chosen site cannot get such a branch, or PEFT wraps the model.
         TraceError: the model cannot be traced.
     """
+    check_unwrapped(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     ruleset = load(rules, model_type).with_overrides(rank, alpha, dropout)
     if isinstance(model, TracedGraphModule):

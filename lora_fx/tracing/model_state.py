@@ -17,8 +17,37 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.errors import TraceError, listed
+from lora_fx.errors import PlanError, TraceError, listed
 from lora_fx.graph.process_state import forked_random_state
+
+
+def check_unwrapped(model: Any) -> None:
+    """Raise :class:`PlanError` for a model that PEFT wraps, or changed in place: it has adapters that rules know nothing of.
+
+    PEFT is not imported: its classes are told by the module that they come from.
+    """
+    if not isinstance(model, nn.Module):
+        return  # an exported program, or something that a trace refuses
+    wrapper = _peft_class(model)
+    inside = next((name for name, module in model.named_modules() if name and _peft_class(module)), None)
+    if wrapper is None and inside is None:
+        return
+    # A model with add_adapter(…) of transformers, and the model that get_peft_model(…) was given, have PEFT's layers alone.
+    owner = "" if wrapper else " of the PeftModel (or load the model anew)"
+    plain = (
+        "unload" if wrapper is None or hasattr(model, "unload") else "get_base_model"
+    )  # prompt learning has no layers
+    where = "" if wrapper else f": {inside!r} is PEFT's {_peft_class(model.get_submodule(str(inside)))}"
+    raise PlanError(
+        f"{type(model).__name__} is wrapped by PEFT{where}. For the plain model take .{plain}(){owner}; to go on with its "
+        "adapter, save_pretrained(directory) and lora_fx.from_adapter(plain model, directory); to merge it, "
+        "lora_fx.fold(lora_fx.trace(model))."
+    )
+
+
+def _peft_class(module: nn.Module) -> str | None:
+    """Return the name of the class of PEFT that a module is of, if it is of one."""
+    return next((kind.__name__ for kind in type(module).__mro__ if kind.__module__.partition(".")[0] == "peft"), None)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from lora_fx.graph.info import info_of
 from lora_fx.graph.records import BranchSpec
 from lora_fx.numerics.lowrank_merge import with_all_rows
 from lora_fx.rules.peft_config.config import CONFIG_NAME
+from lora_fx.tracing.model_state import check_unwrapped
 from lora_fx.tracing.torch_export import Dynamic
 from lora_fx.tracing.trace import trace
 
@@ -58,8 +59,10 @@ def from_adapter(
 
     Raises:
         AdapterError: see :func:`load_adapter`.
+        PlanError: see :func:`load_adapter`; or PEFT wraps the model.
         TraceError: the model cannot be traced.
     """
+    check_unwrapped(model)
     read_adapter(Path(directory), stacks)  # a malformed directory is refused before the model is traced
     graph_module = trace(model, example_inputs, dynamic=dynamic, inference=inference)
     return load_adapter(graph_module, directory, adapter, strict=strict, stacks=stacks)
