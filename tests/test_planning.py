@@ -211,7 +211,7 @@ def test_the_same_adapter_name_twice_is_refused() -> None:
     graph_module = lora_fx.rewrite(build("bert"), rules="auto")
     with pytest.raises(lora_fx.PlanError, match="already has an adapter 'default'"):
         lora_fx.rewrite(graph_module, rules="bert")
-    for name in ("a.b", "", "class", "training", "forward", "0"):
+    for name in ("a.b", "", "class", "training", "forward", "a/b", "lora_A", 'a"b', None):
         with pytest.raises(lora_fx.PlanError, match=f"adapter={name!r} cannot be part of a parameter's name"):
             lora_fx.rewrite(graph_module, rules="bert", adapter=name)
 

@@ -12,7 +12,6 @@ takes its own one, or the zero.
 
 from __future__ import annotations
 
-import keyword
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +25,7 @@ from lora_fx.branches.find import find_branches
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import lower
 from lora_fx.errors import PlanError
-from lora_fx.graph.adapter_names import adapters, copy_name
+from lora_fx.graph.adapter_names import adapters, check_adapter_name, copy_name
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of, trainable_names
 from lora_fx.graph.info import GraphInfo, info_of
 from lora_fx.graph.process_state import forked_random_state, uncollected
@@ -66,11 +65,7 @@ def attach(
         PlanError: the adapter name is taken or not usable, a chosen site cannot get a branch, or a branch has no values and
             does not start with random ones.
     """
-    if not adapter.isidentifier() or keyword.iskeyword(adapter) or hasattr(nn.Module(), adapter):
-        raise PlanError(
-            f"adapter={adapter!r} cannot be part of a parameter's name: use letters, digits and underscores, and no word that "
-            "Python or torch.nn.Module uses."
-        )
+    check_adapter_name(adapter)
     taken = adapters(graph_module)
     if adapter in taken:
         raise PlanError(

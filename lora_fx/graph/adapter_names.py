@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lora_fx.errors import PlanError
+from lora_fx.graph.codegen import is_usable_part
+
 _FACTOR = re.compile(r"(.+\.)?lora_(?P<factor>[AB])\.(?P<adapter>[^.]+)(\.[^.]+)?\.weight")
 _EMBEDDING_FACTOR = re.compile(
     r"(.+\.)?lora_embedding_[AB]\.(?P<adapter>[^.]+)"
@@ -56,6 +59,24 @@ class BranchNames:
     @property
     def _suffix(self) -> str:
         return self.adapter if self.part is None else f"{self.adapter}.{self.part}"
+
+
+def check_adapter_name(adapter: str) -> None:
+    """Raise :class:`PlanError` if a new adapter cannot have this name, in the names of its parameters and as that of a directory."""
+    if isinstance(adapter, str) and "." in adapter:
+        raise PlanError(
+            f"adapter={adapter!r} cannot be part of a parameter's name: a dot would let 'lora_A.{adapter}.weight' be read two ways. "
+            f"Say {adapter.replace('.', '-').strip('-') or 'default'!r}."
+        )
+    usable = (
+        isinstance(adapter, str) and bool(adapter) and is_usable_part(adapter) and not hasattr(nn.Module(), adapter)
+    )
+    # A factor of the adapter "lora_A" for the part "query" is called as one of the adapter "query" is.
+    if not usable or "/" in adapter or adapter_of(BranchNames("proj", adapter, "query").b) != adapter:
+        raise PlanError(
+            f"adapter={adapter!r} cannot be part of a parameter's name: use letters, digits, hyphens and underscores, and no word that "
+            "Python, torch.nn.Module or the names of factors use."
+        )
 
 
 def is_factor(name: str) -> bool:
