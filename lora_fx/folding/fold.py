@@ -67,6 +67,31 @@ def fold(
     plain = plain_graph(graph_module if strengths is None else activate(graph_module, strengths))
     if known_info(plain).labels:
         raise FoldError(WITH_LABELS)
+    folded = _folded(plain, branches, unshare=unshare, inplace=inplace)
+    if inplace:
+        _consume(graph_module)
+    return folded
+
+
+def folded_state(
+    graph_module: fx.GraphModule, strengths: Mapping[str, float] | None = None, *, unshare: bool = False
+) -> State:
+    """Return the state of the folded graph: the merged weights under the model's names. The graph may have labels.
+
+    Args:
+        graph_module: see :func:`fold`.
+        strengths: see :func:`fold`.
+        unshare: see :func:`fold`.
+
+    Raises:
+        FoldError: see :func:`fold`.
+        PlanError: see :func:`fold`.
+    """
+    plain = plain_graph(graph_module if strengths is None else activate(graph_module, strengths))
+    return state_of(_folded(plain, is_factor, unshare=unshare))
+
+
+def _folded(plain: fx.GraphModule, branches: Nominate, *, unshare: bool, inplace: bool = False) -> TracedGraphModule:
     found = find_branches(plain, branches)
     values = values_of(plain, found, unshare=unshare)
     state = state_of(plain)
@@ -85,7 +110,6 @@ def fold(
     folded.meta.update(with_info({}, replace(own, folded=tuple(merges), merged=changed)))
     if inplace:
         _write(merges, state, copied)
-        _consume(graph_module)
     return folded
 
 

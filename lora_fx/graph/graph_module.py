@@ -9,15 +9,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 from lora_fx.errors import LoraFxError, PlanError, TraceError
 from lora_fx.graph.codegen import is_usable_part
 from lora_fx.graph.compare import same_values
-from lora_fx.graph.info import GraphInfo, known_info, with_info
+from lora_fx.graph.info import PEFT_SPELLING, GraphInfo, known_info, with_info
 from lora_fx.graph.pickling import GraphRecord, record, restore
 from lora_fx.graph.signature import InputCodeGen
 from lora_fx.graph.state import State
@@ -44,6 +47,18 @@ class TracedGraphModule(fx.GraphModule):
         if config is None:
             raise AttributeError("the graph has no config: it was not traced from a transformers model")
         return config
+
+    @property
+    def generation_config(self) -> Any:
+        """The settings by which the transformers model generates, a copy of its own; others may be assigned."""
+        settings = known_info(self).generation_config
+        if settings is None:
+            raise AttributeError("the graph has no generation_config: it was not traced from a model that generates")
+        return settings
+
+    @generation_config.setter
+    def generation_config(self, settings: Any) -> None:
+        self.meta.update(with_info(self.meta, replace(known_info(self), generation_config=settings)))
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -73,6 +88,29 @@ class TracedGraphModule(fx.GraphModule):
         )
 
     activation_checkpointing_enable = gradient_checkpointing_enable
+
+    if TYPE_CHECKING:  # functions of lora_fx.methods, on graphs of transformers models
+        can_generate: Callable[[], bool]
+        generate: Callable[..., Any]
+        get_input_embeddings: Callable[[], nn.Module]
+        get_nb_trainable_parameters: Callable[[], tuple[int, int]]
+        merge_and_unload: Callable[..., PreTrainedModel]
+        num_parameters: Callable[..., int]
+        print_trainable_parameters: Callable[[], None]
+        save_pretrained: Callable[..., None]
+
+    def _methods(self) -> Mapping[str, Callable[..., Any]]:
+        from lora_fx import methods  # the one import against the order of the packages: a face, reached from the graph
+
+        return methods.methods_of(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in PEFT_SPELLING and (method := self._methods().get(name)) is not None:
+            return method
+        return super().__getattr__(name)
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self._methods()]  # type: ignore[no-untyped-call]
 
     def recompile(self) -> fx.graph.PythonCode:
         """Generate the code anew from the graph, with the signature of the model."""

@@ -19,6 +19,20 @@ from lora_fx.numerics.lowrank_merge import Merge
 RuledBranches = Mapping[str, tuple[str, BranchSpec]]
 """The branches of one adapter by their keys, each behind the rule that chose it."""
 
+PEFT_SPELLING = frozenset(
+    {
+        "can_generate",
+        "generate",
+        "get_input_embeddings",
+        "get_nb_trainable_parameters",
+        "merge_and_unload",
+        "num_parameters",
+        "print_trainable_parameters",
+        "save_pretrained",
+    }
+)
+"""Names of the methods of a graph that are functions of ``lora_fx.methods``."""
+
 _KEY = "lora_fx"
 
 
@@ -31,7 +45,9 @@ class GraphInfo:
         labels: traced with labels, for training.
         constants: inputs of the trace that are no tensors, by their names.
         model_class: of the model that was traced, as ``module:qualified.name``.
+        pretrained: whether the model is a ``transformers.PreTrainedModel``.
         config: of the transformers model that was traced, a copy of its own.
+        generation_config: of that model, a copy of its own; None if it cannot generate.
         stacks: the modules of the model with parameters that are stacks of matrices, by their paths.
         loss_type: of that model, as transformers names losses.
         examples: the inputs of the trace.
@@ -47,7 +63,9 @@ class GraphInfo:
     labels: bool = False
     constants: Mapping[str, Any] = field(default_factory=dict)
     model_class: str = ""
+    pretrained: bool = False
     config: Any = None
+    generation_config: Any = None
     stacks: Mapping[str, StackModule] = field(default_factory=dict)
     loss_type: str | None = None
     examples: Examples | None = None

@@ -212,6 +212,19 @@ def config_of(model: nn.Module) -> Any:
     return copy.deepcopy(getattr(model, "config", None))
 
 
+def generation_config_of(model: nn.Module) -> Any:
+    """Return a copy of the settings by which a transformers model generates, or None for another module."""
+    return copy.deepcopy(getattr(model, "generation_config", None)) if is_pretrained(model) else None
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Tell whether a module is a ``transformers.PreTrainedModel``, without importing that class."""
+    return any((kind.__module__, kind.__qualname__) == _PRETRAINED for kind in type(model).__mro__)
+
+
+_PRETRAINED = ("transformers.modeling_utils", "PreTrainedModel")
+
+
 def _is_transformers(model: nn.Module) -> bool:
     return hasattr(model, "config") and hasattr(model, "main_input_name")
 

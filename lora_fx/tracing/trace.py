@@ -38,7 +38,14 @@ from lora_fx.tracing.canonicalize import (
 )
 from lora_fx.tracing.constraints import constraints_of
 from lora_fx.tracing.custom_autograd import check_functions, check_hooks, recorded_interference
-from lora_fx.tracing.example_inputs import ExampleInputs, config_of, varied, with_labels
+from lora_fx.tracing.example_inputs import (
+    ExampleInputs,
+    config_of,
+    generation_config_of,
+    is_pretrained,
+    varied,
+    with_labels,
+)
 from lora_fx.tracing.example_inputs import example_inputs as make_inputs
 from lora_fx.tracing.item_count import (
     follow_item_count,
@@ -155,7 +162,9 @@ class _Task:
             labels=self.labels,
             constants={name: value for name, value in inputs.kwargs.items() if not _has_tensor(value)},
             model_class=f"{type(model).__module__}:{type(model).__qualname__}",
+            pretrained=is_pretrained(model),
             config=config_of(model),
+            generation_config=generation_config_of(model),
             stacks={
                 path: stack for path, module in model.named_modules(remove_duplicate=False) if (stack := _stack(module))
             },

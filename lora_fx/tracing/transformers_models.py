@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -12,11 +13,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from lora_fx.errors import LoraFxError, listed
-from lora_fx.graph.graph_module import TracedGraphModule
+from lora_fx.graph.compare import described
+from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import info_of
 from lora_fx.graph.process_state import forked_random_state
+from lora_fx.graph.state import State
 
 
 def empty_model(path: str | Path) -> nn.Module:
@@ -170,7 +174,76 @@ def traced_class(graph_module: TracedGraphModule) -> nn.Module | None:
     for part in path.split("."):
         model_class = getattr(model_class, part)
     with forked_random_state(), torch.device("cpu"), _parameters_on_meta():
-        model: nn.Module = model_class(info.config)
+        model: nn.Module = model_class(copy.deepcopy(info.config))
+    return model
+
+
+def empty_double(graph_module: TracedGraphModule) -> transformers.PreTrainedModel:
+    """Return a model of the traced class without weights, with the config and generation config of the graph.
+
+    Raises:
+        LoraFxError: its class is code of a hub, is not found by its name, or makes nothing of its own config.
+    """
+    info = info_of(graph_module)
+    module, _, name = info.model_class.partition(":")
+    if module.partition(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME:
+        raise LoraFxError(
+            f"{name} is code from a hub, of which no second model is made. Use the model that was traced: "
+            "lora_fx.huggingface.write_back(model, graph) gives it the merged weights, and lora_fx.huggingface.folded(model, graph) lends "
+            "them to it."
+        )
+    try:
+        model = traced_class(graph_module)
+    except Exception as error:  # the class is a stranger's, and raises whatever it likes
+        raise LoraFxError(
+            f"expected {name} of the module {module}, which was traced, to make a model of its config alone, got {type(error).__name__}: "
+            f"{error}. Use the model that was traced: lora_fx.huggingface.folded(model, graph) lends it the merged weights."
+        ) from error
+    assert isinstance(model, transformers.PreTrainedModel)
+    if info.generation_config is not None:
+        model.generation_config = copy.deepcopy(info.generation_config)
+    return model
+
+
+def double_over(graph_module: TracedGraphModule, state: State) -> transformers.PreTrainedModel:
+    """Return a new model of the traced class over the parameters of a state, and over copies of its buffers.
+
+    Args:
+        graph_module: see :func:`empty_double`.
+        state: of that graph, folded. Names of one tensor are tied in the model, and no others.
+
+    Raises:
+        LoraFxError: see :func:`empty_double`; or the model has other tensors than the state, or those have no values.
+    """
+    model = empty_double(graph_module)
+    own = state_of(model)
+    parameters = {name for name, tensor in state.tensors.items() if isinstance(tensor, nn.Parameter)}
+    missing = sorted(name for name in own.tensors if name not in state.tensors)
+    problems = [f"{name!r} is in the model alone" for name in missing]
+    problems += [f"{name!r} is in the graph alone" for name in sorted(parameters - own.tensors.keys())]
+    problems += [
+        f"{name!r} is {described(state.tensors[name])} in the graph and {described(tensor)} in the model"
+        for name, tensor in own.tensors.items()
+        if name in state.tensors and state.tensors[name].shape != tensor.shape
+    ]
+    if problems:
+        raise LoraFxError(
+            f"the config of this {type(model).__name__} makes another model than the one that was traced: {listed(problems, 3, '; ')}. "
+            "Bring model.config up to date before the trace, or use the model that was traced: "
+            "lora_fx.huggingface.folded(model, graph) lends it the merged weights."
+        )
+    empty = [repr(name) for name in own.tensors if state.tensors[name].is_meta]
+    if empty:
+        raise LoraFxError(
+            f"{listed(empty, 3)} on the meta device: lora_fx.materialize(graph, state_dict) gives the graph its weights."
+        )
+    for name in own.tensors:
+        path, _, leaf = name.rpartition(".")
+        module, tensor = model.get_submodule(path), state.tensors[name]
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(leaf, tensor)
+        else:
+            module.register_buffer(leaf, tensor.clone(), persistent=name not in state.non_persistent)
     return model
 
 

@@ -1,0 +1,225 @@
+"""PEFT's and transformers' spelling: functions that graphs of transformers models have as methods.
+
+A :class:`~lora_fx.TracedGraphModule` looks the names of :data:`~lora_fx.graph.info.PEFT_SPELLING` up here. Each function does what
+a PEFT user expects of its name, with a line or two around the functions of the package; those say what they raise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lora_fx.adapters.peft_format.save_load import write_adapter_files
+from lora_fx.errors import LoraFxError
+from lora_fx.folding.fold import folded_state
+from lora_fx.graph.adapter_names import adapters, original_name
+from lora_fx.graph.graph_module import TracedGraphModule, state_of
+from lora_fx.graph.info import PEFT_SPELLING, known_info
+from lora_fx.tracing.transformers_models import double_over, empty_double
+from lora_fx.training.parameters import parameter_summary
+
+
+def methods_of(graph_module: TracedGraphModule) -> Mapping[str, Callable[..., Any]]:
+    """Return the methods that mean something for a graph, by their names: none unless it is of a transformers model."""
+    info = known_info(graph_module)
+    if not info.pretrained:
+        return {}
+    absent = set() if info.generation_config is not None else {"generate"}
+    absent |= set() if adapters(graph_module) else {"save_pretrained"}
+    return {name: MethodType(globals()[name], graph_module) for name in sorted(PEFT_SPELLING - absent)}
+
+
+def can_generate(graph_module: TracedGraphModule) -> bool:
+    """Tell whether the model that was traced generates."""
+    return known_info(graph_module).generation_config is not None
+
+
+def generate(graph_module: TracedGraphModule, *args: Any, **options: Any) -> Any:
+    """Generate tokens by the model's own ``generate``, with the weights as they are folded at the start of the call.
+
+    A model of the traced class is made for the call, in evaluation mode. It shares the weights that no adapter changes; the others
+    are in memory twice until the call returns, and nothing is kept. The graph may have labels.
+
+    Args:
+        graph_module: not changed.
+        args: of the model's ``generate``.
+        options: of the model's ``generate``; others follow from ``generation_config``.
+
+    Raises:
+        LoraFxError: the class of the model is code of a hub, or its config makes another model.
+        FoldError: the branches cannot be folded.
+    """
+    model: Any = double_over(graph_module, folded_state(graph_module, unshare=True)).eval()
+    return model.generate(*args, **options)
+
+
+def merge_and_unload(
+    graph_module: TracedGraphModule,
+    progressbar: bool = False,  # noqa: ARG001
+    safe_merge: bool = False,  # noqa: ARG001
+    adapter_names: Sequence[str] | None = None,
+) -> PreTrainedModel:
+    """Return a new transformers model of the traced class with merged weights, as :func:`lora_fx.fold` computes them.
+
+    The graph and the model that was traced stay as they are. Weights that no adapter changes are not copied: they are other
+    ``Parameter`` objects over the same memory, and ``copy.deepcopy`` of the result gives it memory of its own.
+
+    Args:
+        graph_module: not changed.
+        progressbar: without effect: a merge takes no time worth a bar.
+        safe_merge: without effect: a merge that is not finite is always refused.
+        adapter_names: the adapters to merge; by default those that act.
+
+    Raises:
+        LoraFxError: the class of the model is code of a hub, or its config makes another model.
+        FoldError: the branches cannot be folded.
+        PlanError: the graph has no adapter of that name.
+    """
+    strengths = None if adapter_names is None else dict.fromkeys(adapter_names, 1.0)
+    state = folded_state(graph_module, strengths)
+    model = double_over(graph_module, state)
+    for name, first in model.all_tied_weights_keys.items():
+        if {name, first} <= state.tensors.keys() and state.tensors[name] is not state.tensors[first]:
+            raise LoraFxError(
+                f"{first!r} and {name!r} are one parameter of {type(model).__name__}, and were un-tied by fold: the model would tie them "
+                "again whenever it is resized, saved or loaded. Un-tie them before the trace (config.tie_word_embeddings = False and a "
+                "parameter of its own for each), or write the graph with lora_fx.huggingface.save_pretrained."
+            )
+    model.train(graph_module.training)
+    return model
+
+
+def save_pretrained(
+    graph_module: TracedGraphModule,
+    save_directory: str | os.PathLike[str],
+    safe_serialization: bool = True,
+    selected_adapters: Sequence[str] | None = None,
+    *,
+    is_main_process: bool = True,
+) -> None:
+    """Write the adapters as PEFT lays them out; :func:`lora_fx.huggingface.save_pretrained` writes the folded model.
+
+    The adapter ``default`` is written into the directory, each other one into a directory of its name. Files of an adapter that is
+    there are replaced, others stay. :func:`lora_fx.save_adapter` writes one adapter into a directory of its own.
+
+    Args:
+        graph_module: not changed.
+        save_directory: made where it is missing.
+        safe_serialization: True; adapters are written as safetensors alone.
+        selected_adapters: by default all that the graph has.
+        is_main_process: whether to write at all.
+
+    Raises:
+        PlanError: the graph has no adapter of that name.
+        AdapterError: PEFT has no way to say what an adapter is.
+        LoraFxError: the directory cannot be written to.
+    """
+    if not safe_serialization:
+        raise LoraFxError("adapters are written as safetensors alone: expected safe_serialization=True, got False.")
+    if is_main_process:
+        directory = Path(save_directory)
+        for adapter in adapters(graph_module) if selected_adapters is None else selected_adapters:
+            write_adapter_files(graph_module, directory if adapter == "default" else directory / adapter, adapter)
+
+
+def get_nb_trainable_parameters(graph_module: TracedGraphModule) -> tuple[int, int]:
+    """Return the number of trainable and of all parameters, by their elements."""
+    summary = parameter_summary(graph_module)
+    return summary.trainable, summary.total
+
+
+def print_trainable_parameters(graph_module: TracedGraphModule) -> None:
+    """Print the numbers of trainable and of all parameters in a line, as PEFT does."""
+    summary = parameter_summary(graph_module)
+    print(
+        f"trainable params: {summary.trainable:,d} || all params: {summary.total:,d} || trainable%: {summary.percent:.4f}"
+    )
+
+
+def num_parameters(
+    graph_module: TracedGraphModule, only_trainable: bool = False, exclude_embeddings: bool = False
+) -> int:
+    """Return the number of elements of the parameters.
+
+    Args:
+        graph_module: with its adapters, which count.
+        only_trainable: count those that require a gradient alone.
+        exclude_embeddings: count no weights of the model's ``nn.Embedding`` modules, nor trained copies of them.
+    """
+    excluded: set[str] = set()
+    if exclude_embeddings:
+        modules = empty_double(graph_module).named_modules()
+        excluded = {f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding)}
+    return sum(
+        parameter.numel()
+        for name, parameter in graph_module.named_parameters()
+        if (original_name(name) or name) not in excluded and (parameter.requires_grad or not only_trainable)
+    )
+
+
+def get_input_embeddings(graph_module: TracedGraphModule) -> nn.Module:
+    """Return the embedding of the model's input, whose weight is the graph's own parameter.
+
+    The graph is flat and does not call it: a hook, or an attribute such as ``neftune_noise_alpha``, raises a :class:`LoraFxError`
+    where it is set.
+
+    Args:
+        graph_module: not changed.
+
+    Raises:
+        LoraFxError: the class of the model is code of a hub, has no such embedding, or its config makes another model.
+    """
+    model = empty_double(graph_module)
+    try:
+        module = model.get_input_embeddings()
+    except NotImplementedError as error:
+        raise LoraFxError(f"{type(model).__name__} has no embedding of its input.") from error
+    path = next(name for name, each in model.named_modules() if each is module)
+    state = state_of(graph_module)
+    read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
+    copies = {original: name for name in read if (original := original_name(name)) is not None}
+    aliases = state.aliases()
+    for name, tensor in state_of(module).tensors.items():
+        own = f"{path}.{name}"
+        value = state.tensors[copies.get(own) or copies.get(aliases[own]) or own]
+        owner_path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_path)
+        (owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers)[leaf] = value  # type: ignore[assignment]
+    module.__class__ = type(type(module).__name__, (_NotCalled, type(module)), {})
+    return module
+
+
+class _NotCalled(nn.Module):
+    """A module whose tensors are a graph's, and that the graph does not call: what would only act in such a call is refused."""
+
+    def _refuse(self, what: str) -> Any:
+        raise LoraFxError(
+            f"{what} on the input embedding: a traced graph is flat and computes its embedding as a node, without calling this module, so "
+            "that it would have no effect. Set it on the model before that is traced, or do without (neftune_noise_alpha=None)."
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "training":
+            self._refuse(f"{name} was set")
+        super().__setattr__(name, value)
+
+    def register_forward_hook(self, *_args: Any, **_options: Any) -> Any:
+        self._refuse("a forward hook was set")
+
+    def register_forward_pre_hook(self, *_args: Any, **_options: Any) -> Any:
+        self._refuse("a forward hook was set")
+
+    def register_full_backward_hook(self, *_args: Any, **_options: Any) -> Any:
+        self._refuse("a backward hook was set")
+
+    def register_full_backward_pre_hook(self, *_args: Any, **_options: Any) -> Any:
+        self._refuse("a backward hook was set")
+
+    def register_backward_hook(self, *_args: Any, **_options: Any) -> Any:
+        self._refuse("a backward hook was set")

@@ -1,0 +1,235 @@
+"""PEFT's and transformers' spelling on graphs of transformers models: what PEFT generates, counts, writes and merges."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import set_factors, unchanged
+from torch import nn
+
+import lora_fx
+from lora_fx import methods
+from lora_fx.graph.info import PEFT_SPELLING
+
+PROMPT = torch.tensor([[37, 21, 8, 59, 11], [5, 44, 70, 23, 9]])
+BATCH = {"input_ids": PROMPT, "attention_mask": torch.ones_like(PROMPT)}
+
+
+def causal() -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def sequence() -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=97, d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=3, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+KINDS = {"causal": (causal, ["q_proj", "v_proj", "down_proj"]), "sequence": (sequence, ["q", "v", "wo"])}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+    """A model, PEFT's model of it with an adapter, and the graph with the same adapter."""
+    build, targets = KINDS[request.param]
+    model = build()
+    wrapped: Any = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets)
+    ).eval()
+    set_factors(wrapped)
+    directory = tmp_path_factory.mktemp("adapter")
+    wrapped.save_pretrained(directory)
+    return model, wrapped, lora_fx.from_adapter(model, directory)
+
+
+WAYS = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "top_k": 30},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_generate_gives_the_tokens_of_peft(pair: Any, way: str) -> None:
+    model, wrapped, graph = pair
+    found = []
+    for each in (wrapped, graph, model):
+        torch.manual_seed(3)
+        found.append(each.generate(**BATCH, max_new_tokens=8, **WAYS[way]))
+    assert torch.equal(found[1], found[0])
+    assert not torch.equal(found[2], found[0])
+
+
+def test_generate_folds_at_the_start_of_each_call_and_keeps_nothing() -> None:
+    graph = lora_fx.rewrite(causal(), rules="llama", rank=3)
+    set_factors(graph)
+    before = graph.generate(**BATCH, max_new_tokens=8, do_sample=False)
+    factor = next(p for name, p in graph.named_parameters() if "lora_B" in name)
+    kept = factor.detach().clone()
+    factor.data += 3.0
+    with unchanged(graph):
+        assert not torch.equal(graph.generate(**BATCH, max_new_tokens=8, do_sample=False), before)
+    factor.data = kept
+    assert torch.equal(graph.generate(**BATCH, max_new_tokens=8, do_sample=False), before)
+
+
+def test_generate_shares_the_weights_that_no_adapter_changes() -> None:
+    model = causal()
+    graph = lora_fx.rewrite(model, {"select": [{"target": ["q_proj"]}]}, rank=3)
+    set_factors(graph)
+    double: Any = graph.merge_and_unload()
+    adapted = {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)}
+    own = dict(model.named_parameters())
+    for name, parameter in double.named_parameters():
+        assert (parameter.data_ptr() == own[name].data_ptr()) == (name not in adapted)
+
+
+def test_generate_works_on_a_graph_with_labels() -> None:
+    model = sequence()
+    plain, with_labels = (lora_fx.rewrite(model, rules="t5", rank=3, labels=labels) for labels in (False, True))
+    set_factors(plain)
+    set_factors(with_labels)
+    expected = plain.generate(**BATCH, max_new_tokens=8)
+    assert torch.equal(with_labels.train().generate(**BATCH, max_new_tokens=8), expected)
+    assert with_labels.training
+
+
+def test_generation_config_is_a_copy_of_its_own_and_can_be_changed_or_replaced() -> None:
+    model = sequence()
+    model.generation_config.max_new_tokens = 7
+    model.generation_config.do_sample = False
+    graph = pickle.loads(pickle.dumps(lora_fx.rewrite(model, rules="t5", rank=3)))
+    assert graph.generation_config.to_dict() == model.generation_config.to_dict()
+    assert graph.generate(**BATCH).shape == model.generate(**BATCH).shape
+    graph.generation_config.max_new_tokens = 4
+    assert graph.generate(**BATCH).shape[1] == 5
+    graph.generation_config = transformers.GenerationConfig(
+        max_new_tokens=3, decoder_start_token_id=0, eos_token_id=1, pad_token_id=0
+    )
+    assert copy.deepcopy(graph).generate(**BATCH).shape[1] == 4
+    assert model.generation_config.max_new_tokens == 7
+
+
+def test_merge_and_unload_gives_the_bits_of_peft(pair: Any) -> None:
+    model, wrapped, graph = pair
+    with unchanged(graph), unchanged(model):
+        merged = graph.merge_and_unload()
+    assert type(merged) is type(model)
+    expected = copy.deepcopy(wrapped).merge_and_unload().state_dict()
+    found = merged.state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+    tokens = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(merged.generate(**BATCH, **tokens), graph.generate(**BATCH, **tokens))
+
+
+def test_the_merged_model_is_saved_and_loaded_as_any_other(pair: Any, tmp_path: Path) -> None:
+    model, _, graph = pair
+    merged: Any = graph.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = type(model).from_pretrained(tmp_path / "merged")
+    assert all(torch.equal(value, merged.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_save_pretrained_writes_what_peft_writes(pair: Any, tmp_path: Path) -> None:
+    model, wrapped, graph = pair
+    lora_fx.load_adapter(graph, _saved(wrapped, tmp_path / "theirs"), "other").save_pretrained(tmp_path / "mine")
+    for directory in (tmp_path / "mine", tmp_path / "mine" / "other"):
+        read = peft.PeftModel.from_pretrained(copy.deepcopy(model), directory)
+        for (name, mine), theirs in zip(read.state_dict().items(), wrapped.state_dict().values(), strict=True):
+            assert torch.equal(mine, theirs), name
+    graph.save_pretrained(tmp_path / "mine", is_main_process=True)  # over the one that is there, as PEFT writes
+    graph.save_pretrained(tmp_path / "not", is_main_process=False)
+    assert not (tmp_path / "not").exists()
+
+
+def _saved(wrapped: Any, directory: Path) -> Path:
+    wrapped.save_pretrained(directory)
+    return directory
+
+
+def test_numbers_of_parameters_are_those_of_peft(pair: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    model, wrapped, _ = pair
+    config = wrapped.peft_config["default"]
+    graph = lora_fx.rewrite(model, {"select": [{"target": sorted(config.target_modules)}]}, rank=3, alpha=5)
+    fresh: Any = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(r=3, lora_alpha=5, target_modules=sorted(config.target_modules))
+    )
+    assert graph.get_nb_trainable_parameters() == fresh.get_nb_trainable_parameters()
+    graph.print_trainable_parameters()
+    fresh.print_trainable_parameters()
+    mine, theirs = capsys.readouterr().out.splitlines()
+    assert mine == theirs
+    for options in ({}, {"only_trainable": True}, {"exclude_embeddings": True}):
+        assert graph.num_parameters(**options) == fresh.num_parameters(**options)
+
+
+def test_the_input_embedding_is_the_graphs_own_and_refuses_what_would_do_nothing(pair: Any) -> None:
+    model, _, graph = pair
+    embedding: Any = graph.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    assert (embedding.num_embeddings, embedding.embedding_dim) == (97, 32)
+    assert any(embedding.weight is parameter for parameter in graph.parameters())
+    assert torch.equal(embedding(PROMPT), model.get_input_embeddings()(PROMPT))
+    for act in (
+        lambda: setattr(embedding, "neftune_noise_alpha", 5.0),
+        lambda: setattr(embedding, "weight", nn.Parameter(torch.zeros(97, 32))),
+        lambda: embedding.register_forward_hook(print),
+        lambda: embedding.register_forward_pre_hook(print),
+        lambda: embedding.register_full_backward_hook(print),
+    ):
+        with pytest.raises(lora_fx.LoraFxError, match="on the input embedding: a traced graph is flat"):
+            act()
+
+
+def test_methods_are_there_where_they_mean_something_and_nowhere_else() -> None:
+    causal_graph = lora_fx.rewrite(causal(), rules="llama", rank=3)
+    for name in (*PEFT_SPELLING, "generation_config"):
+        assert hasattr(causal_graph, name), name
+        assert name in dir(causal_graph), name
+    assert causal_graph.can_generate()
+    assert not hasattr(lora_fx.fold(causal_graph), "save_pretrained")
+    bert = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4
+        )
+    )
+    bert_graph = lora_fx.rewrite(bert, rules="bert", rank=3)
+    assert {name for name in PEFT_SPELLING if not hasattr(bert_graph, name)} == {"generate"}
+    assert not hasattr(bert_graph, "generation_config")
+    assert not bert_graph.can_generate()
+    plain = lora_fx.trace(nn.Linear(3, 4), (torch.randn(2, 3),))
+    wrapped = peft.get_peft_model(causal(), peft.LoraConfig(target_modules=["q_proj"]))
+    for graph in (plain, lora_fx.trace(wrapped.eval(), {"input_ids": PROMPT}, inference=True)):
+        assert not [name for name in (*PEFT_SPELLING, "generation_config") if hasattr(graph, name)]
+        assert not PEFT_SPELLING & set(dir(graph))
+
+
+def test_every_name_of_the_table_is_a_function_and_is_declared() -> None:
+    declared = inspect.getsource(lora_fx.TracedGraphModule).partition("if TYPE_CHECKING:")[2]
+    for name in PEFT_SPELLING:
+        assert inspect.isfunction(getattr(methods, name)), name
+        assert f"        {name}: Callable" in declared, name
