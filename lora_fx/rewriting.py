@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_fx.adapters.attach import attach
 from lora_fx.graph.graph_module import TracedGraphModule
-from lora_fx.planning.planner import plan_graph
+from lora_fx.planning.planner import plan_graph, warn_of_lower_ranks
 from lora_fx.rules.lookup import load
 from lora_fx.rules.rule_file import RuleSet
 from lora_fx.tracing.model_state import check_unwrapped
@@ -43,7 +43,8 @@ def rewrite(
         model: a module, or a graph that lora_fx returned, which then gets one more adapter.
         rules: the name of a built-in file or one of its model types (``"t5"``); ``"auto"``, by ``model.config.model_type``, or by role
             where there is no file for it; ``"all-linear"``; a path to a ``.toml`` file; or a mapping with the keys of such a file.
-        rank: replaces the rank in the rules' ``[defaults]``, at least 1.
+        rank: replaces the rank in the rules' ``[defaults]``, at least 1. It is taken as it is; a rank of the rules is lowered, with a
+            warning, at each site whose update cannot have it, and the scaling stays that of the rule's rank.
         alpha: replaces the alpha in ``[defaults]``, greater than 0.
         dropout: replaces the dropout in ``[defaults]``: the probability, at least 0 and less than 1, with which an element of a
             branch's input is dropped in training.
@@ -67,4 +68,6 @@ def rewrite(
         rank, alpha, dropout
     )
     graph_module = trace(model, example_inputs, dynamic=dynamic, labels=labels, inference=inference)
-    return attach(graph_module, plan_graph(graph_module, ruleset), adapter=adapter, seed=seed)
+    plan = plan_graph(graph_module, ruleset)
+    warn_of_lower_ranks(plan)
+    return attach(graph_module, plan, adapter=adapter, seed=seed)

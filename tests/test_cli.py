@@ -71,6 +71,7 @@ def test_json_says_the_same_and_more(directory: Path) -> None:
             "part": None,
             "rank": 4,
             "alpha": 6.0,
+            "scale": 1.5,
             "dropout": 0.1,
             "scaling": "standard",
             "init": "kaiming",

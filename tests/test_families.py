@@ -79,7 +79,7 @@ def test_a_family_has_the_sites_counts_and_logits_of_peft(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_all_linear_is_that_of_peft(name: str) -> None:
+def test_all_linear_is_that_of_peft_but_for_heads_routers_and_single_outputs(name: str) -> None:
     plan = lora_fx.plan(traced(name), rules="all-linear", rank=1)
     mine = {chosen.site.module for chosen in plan.chosen}
     # The modules that PEFT means, before it drops some again (DeepSeek's MLP) or refuses the model (Nemotron-H).
@@ -91,9 +91,13 @@ def test_all_linear_is_that_of_peft(name: str) -> None:
     }
     never_called = theirs - used
     assert all(isinstance(model(name).get_submodule(n), nn.Linear) for n in never_called)
-    routers = {decision.site.module for decision in plan if "router" in decision.purpose.roles}
+    left_out = {
+        decision.site.module
+        for decision in plan
+        if {"router", "head"} & set(decision.purpose.roles) or decision.site.out_features == 1
+    }
     bare = {decision.site.module for decision in plan if decision.site.module == decision.site.weight}
-    assert mine - bare == theirs - never_called - routers
+    assert mine - bare == theirs - never_called - left_out
 
 
 def test_auto_falls_back_on_roles_where_there_is_no_file(caplog: pytest.LogCaptureFixture) -> None:

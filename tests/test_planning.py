@@ -8,7 +8,7 @@ from architectures import build
 
 import lora_fx
 from lora_fx.graph.records import Features
-from lora_fx.planning.plan import Chosen, Plan, Skipped
+from lora_fx.planning.plan import Chosen, Plan, Skipped, as_data
 from lora_fx.planning.planner import plan_sites
 from lora_fx.rules.lookup import load
 from lora_fx.rules.vocabulary import Op
@@ -167,8 +167,11 @@ def test_parts_of_one_site_may_have_settings_of_their_own() -> None:
         lora_fx.RuleError, match=r"both claim 'layer\.0\.qkv', with rank 2.*for all.* and rank 2.*for query"
     ):
         planned({"target": ["qkv"]}, {"target": ["qkv"], "features": ["query"]})
-    with pytest.raises(lora_fx.PlanError, match="rank 3, which is more than its weight of 2 × 12 can have"):
-        planned({"target": ["qkv"], "features": ["value"], "rank": 3})
+    (narrow,) = planned({"target": ["qkv"], "features": ["query", "value"], "rank": 3, "alpha": 6}).chosen
+    assert [(b.setting.rank, b.setting.rule_rank, b.setting.scale) for b in narrow.branches] == [
+        (3, None, 2),
+        (2, 3, 2),
+    ]
 
 
 def test_calls_of_one_module_share_a_branch_or_have_one_each() -> None:
@@ -184,12 +187,23 @@ def test_all_problems_of_a_plan_are_named_at_once() -> None:
     assert len(caught.value.problems) == 3
 
 
-def test_a_rank_above_that_of_the_weight_is_refused() -> None:
-    with pytest.raises(
-        lora_fx.PlanError,
-        match=r"site 'layer\.0\.q' rank 9, which is more than its weight of 8 × 12 can have\. Choose rank ≤ 8",
-    ):
-        plan_sites(SITES, load({"defaults": {"rank": 9}, "select": [{"target": ["q"]}]}))
+@pytest.mark.parametrize("scaling", ["standard", "rslora"])
+def test_a_rank_of_the_rules_is_lowered_to_the_width_of_a_site_and_its_scale_stays(scaling: str) -> None:
+    defaults = {"rank": 9, "alpha": 6, "scaling": scaling}
+    rules = load(
+        {"defaults": defaults, "select": [{"target": ["0.q"]}, {"target": ["1.q"]}, {"target": ["seq"], "rank": 20}]}
+    )
+    plan = plan_sites(SITES, rules)
+    settings = [chosen.branches[0].setting for chosen in plan.chosen]
+    assert [(setting.rank, setting.rule_rank) for setting in settings] == [(8, 9), (8, 20), (9, None)]
+    divisors = (9, 20, 9) if scaling == "standard" else (9**0.5, 20**0.5, 3)
+    assert [setting.scale for setting in settings] == [6 / divisor for divisor in divisors]
+    assert [site["branches"][0]["scale"] for site in as_data(plan)["sites"]] == [setting.scale for setting in settings]
+    given = plan_sites(
+        SITES, rules.with_overrides(11, None, None)
+    )  # a selection's own rank is not what the argument replaces
+    settings = [chosen.branches[0].setting for chosen in given.chosen]
+    assert [(setting.rank, setting.rule_rank) for setting in settings] == [(11, None), (8, 20), (11, None)]
 
 
 def test_the_layout_of_a_weight_is_read_off_the_operator() -> None:

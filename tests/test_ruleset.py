@@ -516,11 +516,11 @@ def test_auto_without_a_file_goes_by_role(caplog: pytest.LogCaptureFixture) -> N
     ]
 
 
-def test_all_linear_leaves_the_head_out() -> None:
+def test_all_linear_leaves_out_heads_routers_and_gates_with_one_output() -> None:
     rules = load("all-linear")
     assert rules.name == "all-linear"
     said = [selection.model_dump(exclude_defaults=True) for selection in rules.select]
-    assert said == [{"op": ("linear",), "exclude_role": ("lm_head", "router")}]
+    assert said == [{"op": ("linear",), "out_features": {"min": 2}, "exclude_role": ("head", "router")}]
 
 
 def test_directories_come_before_the_variable_and_that_before_what_is_built_in(

@@ -13,7 +13,7 @@ from torch import fx
 
 from lora_fx.errors import PlanError
 from lora_fx.graph.example_sizes import Examples
-from lora_fx.graph.records import BranchSpec, Origin, StackModule
+from lora_fx.graph.records import BranchSpec, Origin, StackModule, TaskHead
 from lora_fx.numerics.lowrank_merge import Merge
 
 RuledBranches = Mapping[str, tuple[str, BranchSpec]]
@@ -48,6 +48,8 @@ class GraphInfo:
         pretrained: whether the model is a ``transformers.PreTrainedModel``.
         config: of the transformers model that was traced, a copy of its own.
         generation_config: of that model, a copy of its own; None if it cannot generate.
+        head: the task head of that model.
+        linears: the modules of that model that PEFT's ``all-linear`` means, by their paths.
         stacks: the modules of the model with parameters that are stacks of matrices, by their paths.
         loss_type: of that model, as transformers names losses.
         examples: the inputs of the trace.
@@ -66,6 +68,8 @@ class GraphInfo:
     pretrained: bool = False
     config: Any = None
     generation_config: Any = None
+    head: TaskHead = field(default_factory=TaskHead)
+    linears: tuple[str, ...] = ()
     stacks: Mapping[str, StackModule] = field(default_factory=dict)
     loss_type: str | None = None
     examples: Examples | None = None

@@ -113,6 +113,23 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class TaskHead:
+    """The part of a model that is beside its base model, for one task.
+
+    Attributes:
+        modules: paths of its modules.
+        fresh: names of its parameters that are not known to have values from a checkpoint.
+    """
+
+    modules: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
+
+    def has(self, module: str) -> bool:
+        """Tell whether a module of this path is in the head."""
+        return any(f"{module}.".startswith(f"{path}.") for path in self.modules)
+
+
+@dataclass(frozen=True)
 class StackModule:
     """What PEFT goes by at a module with parameters that are stacks of matrices.
 

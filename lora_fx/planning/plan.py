@@ -192,6 +192,7 @@ def _site(decision: Decision) -> dict[str, Any]:
                     "part": branch.part,
                     "rank": branch.setting.rank,
                     "alpha": branch.setting.alpha,
+                    "scale": branch.setting.scale,
                     "dropout": branch.setting.dropout,
                     "scaling": branch.setting.scaling,
                     "init": branch.setting.init,

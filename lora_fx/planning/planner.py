@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import torch
 from torch import fx, nn
 
 from lora_fx.branches.remove import unload
-from lora_fx.errors import PlanError, RuleError, did_you_mean
+from lora_fx.errors import PlanError, RuleError, did_you_mean, listed
 from lora_fx.graph.adapter_names import adapters, is_factor, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
+from lora_fx.graph.info import known_info
 from lora_fx.graph.process_state import uncollected
 from lora_fx.graph.records import BranchSpec, Trained
 from lora_fx.planning.matching import refusal, trains
@@ -57,9 +60,25 @@ def plan(
     check_unwrapped(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     ruleset = load(rules, model_type).with_overrides(rank, alpha, dropout)
-    if isinstance(model, TracedGraphModule):
-        return plan_graph(model, ruleset)
-    return plan_graph(trace(model, example_inputs, inference=True), ruleset)
+    graph_module = model if isinstance(model, TracedGraphModule) else trace(model, example_inputs, inference=True)
+    made = plan_graph(graph_module, ruleset)
+    warn_of_lower_ranks(made)
+    return made
+
+
+def warn_of_lower_ranks(plan: Plan) -> None:
+    """Warn once, as of the caller's caller, of the sites that are too narrow for the rank of their rule."""
+    lower = [
+        f"{branch.key} {branch.setting.rank} in place of {branch.setting.rule_rank}"
+        for branch in {branch.key: branch for chosen in plan.chosen for branch in chosen.branches}.values()
+        if branch.setting.rule_rank is not None
+    ]
+    if lower:
+        warnings.warn(
+            f"rules {plan.rules.name!r} give these sites a higher rank than their update can have, and they get: {listed(lower, 20)}. The "
+            "scaling stays that of the rule's rank. To have the rank everywhere, give it as an argument, rank=.",
+            stacklevel=3,
+        )
 
 
 @uncollected()
@@ -76,7 +95,13 @@ def plan_graph(graph_module: fx.GraphModule, rules: RuleSet) -> Plan:
     plain = (
         unload(graph_module) if adapters(graph_module) else graph_module
     )  # in which roles are not hidden by branches
-    return plan_sites(found, rules, purposes(plain, sites(plain)), own)
+    purpose_of = purposes(plain, sites(plain))
+    head = known_info(graph_module).head
+    purpose_of = {
+        **purpose_of,
+        **{site.name: purpose_of[site.name].with_role("head") for site in found if head.has(site.module)},
+    }
+    return plan_sites(found, rules, purpose_of, own)
 
 
 def plan_sites(
@@ -120,9 +145,7 @@ def plan_sites(
     ]
     if problems:
         raise RuleError(rules.source or f"rules {rules.name!r}", problems)
-    result = Plan(rules, tuple(decisions), trained)
-    _check_ranks(result)
-    return result
+    return Plan(rules, tuple(decisions), trained)
 
 
 def _trained(
@@ -216,7 +239,16 @@ def _chosen(site: Site, purpose: Purpose, rules: RuleSet, claims: Sequence[int],
                     del branches[part]
                 branches[branch.part] = (index, branch)
     named = ", ".join(dict.fromkeys(f"select[{index}]" for index, _ in branches.values()))
-    return Chosen(site, f"{rules.name}:{named}", tuple(branch for _, branch in branches.values()), purpose)
+    fitted = tuple(_fitted(branch, site, rules, rules.select[index]) for index, branch in branches.values())
+    return Chosen(site, f"{rules.name}:{named}", fitted, purpose)
+
+
+def _fitted(branch: BranchSpec, site: Site, rules: RuleSet, selection: Selection) -> BranchSpec:
+    """Return the branch with no higher rank than its update can have, if its rank comes from a rule file."""
+    if rules.rank_is_given and selection.rank is None:
+        return branch
+    width = min(site.in_features * math.prod(site.kernel), outputs_of(branch, site))
+    return replace(branch, setting=branch.setting.lowered_to(width))
 
 
 def _branches(site: Site, purpose: Purpose, rules: RuleSet, selection: Selection) -> Iterator[BranchSpec]:
@@ -235,22 +267,6 @@ def _setting_text(branch: BranchSpec) -> str:
     words += [setting.scaling] if setting.scaling != "standard" else []
     words += [f"init {setting.init}"] if setting.init != "kaiming" else []
     return ", ".join([*words, f"for {branch.part or 'all'} of {branch.owner!r}"])
-
-
-def _check_ranks(plan: Plan) -> None:
-    problems = []
-    for chosen in plan.chosen:
-        site = chosen.site
-        for branch in chosen.branches:
-            outputs, inputs = outputs_of(branch, site), site.in_features * math.prod(site.kernel)
-            most = min(inputs, outputs)
-            if branch.setting.rank > most:
-                problems.append(
-                    f"{chosen.rule} gives site {site.name!r} rank {branch.setting.rank}, which is more than its weight of "
-                    f"{outputs} × {inputs} can have. Choose rank ≤ {most}"
-                )
-    if problems:
-        raise PlanError(";\n  ".join(problems) + ".")
 
 
 def _matches_nothing(known: Mapping[Site, Purpose], rules: RuleSet, index: int) -> str:

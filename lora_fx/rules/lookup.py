@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from lora_fx.errors import RuleError, did_you_mean
 from lora_fx.rules.rule_file import Defaults, RuleFile, RuleSet, Selection
 from lora_fx.rules.toml_lines import KeyPath, read_toml
-from lora_fx.rules.validation import validated
+from lora_fx.rules.validation import Bounds, validated
 
 _log = logging.getLogger(__name__)
 
@@ -33,8 +33,9 @@ def load(
 
     Args:
         rules: the stem of a rule file or one of its ``model_types``, ``"auto"`` (by ``model_type``; the queries and values
-            of attention where there is no file for it), ``"all-linear"`` (every linear but routers and the head over
-            the vocabulary), a path to a ``.toml`` file, a mapping with the keys of such a file, or a loaded rule set.
+            of attention where there is no file for it), ``"all-linear"`` (every linear but heads, routers, and
+            products with one output feature, such as gates), a path to a ``.toml`` file, a mapping with the keys of such a file,
+            or a loaded rule set.
         model_type: the model's ``config.model_type``, for ``"auto"``.
         directories: of further rule files.
 
@@ -48,7 +49,7 @@ def load(
     if isinstance(rules, Path) or rules.endswith(".toml"):
         return _read(Path(rules))
     if rules == "all-linear":
-        return _made(rules, Selection(op=("linear",), exclude_role=("lm_head", "router")))
+        return _made(rules, Selection(op=("linear",), exclude_role=("head", "router"), out_features=Bounds(min=2)))
     folders = _folders(directories)
     name = model_type if rules == "auto" else rules
     found = None if name is None else _find(name, folders)

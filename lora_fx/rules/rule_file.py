@@ -22,7 +22,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal
@@ -288,7 +288,8 @@ class RuleFile(_Table):
 class Setting:
     """The settings of one branch: ``y + scale · B(A(dropout(x)))``.
 
-    All are of the branch as it trains, but for ``strength``, at which an adapter is active among others.
+    All are of the branch as it trains, but for ``strength``, at which an adapter is active among others, and for ``rule_rank``: the
+    rank that the rules gave and the scale goes by, where the site is narrower and has a lower rank.
     """
 
     rank: int
@@ -297,6 +298,11 @@ class Setting:
     scaling: Scaling = "standard"
     init: Start = "kaiming"
     strength: float = 1.0
+    rule_rank: int | None = None
+
+    def lowered_to(self, width: int) -> Setting:
+        """Return the settings with a rank of at most ``width``, and the same scale."""
+        return self if self.rank <= width else replace(self, rank=width, rule_rank=self.rule_rank or self.rank)
 
     @property
     def trains_b(self) -> bool:
@@ -305,8 +311,12 @@ class Setting:
 
     @property
     def scale(self) -> float:
-        """``alpha / rank`` (LoRA, arXiv 2106.09685, section 4.1), or ``alpha / √rank`` (rsLoRA, arXiv 2312.03732), × strength."""
-        return self.strength * (self.alpha / (self.rank if self.scaling == "standard" else math.sqrt(self.rank)))
+        """``alpha / rank`` (LoRA, arXiv 2106.09685, section 4.1), or ``alpha / √rank`` (rsLoRA, arXiv 2312.03732), × strength.
+
+        The rank is that of the rules, also where the branch has a lower one.
+        """
+        rank = self.rule_rank or self.rank
+        return self.strength * (self.alpha / (rank if self.scaling == "standard" else math.sqrt(rank)))
 
 
 class RuleSet(RuleFile):
@@ -317,6 +327,9 @@ class RuleSet(RuleFile):
 
     source: str = Field(default="", exclude=True)
     """Where it comes from, for messages."""
+
+    rank_is_given: bool = Field(default=False, exclude=True)
+    """Whether the default rank is an argument, which narrow sites do not lower."""
 
     lines: Annotated[Mapping[KeyPath, int], SkipValidation] = Field(default={}, exclude=True, repr=False)
     """The lines of the file on which keys stand."""
@@ -358,4 +371,5 @@ class RuleSet(RuleFile):
         changed = {key: value for key, value in given.items() if value is not None}
         document = {**self.defaults.model_dump(), **changed}
         defaults = validated(Defaults, document, f"arguments to rules {self.name!r}", within=("defaults",))
-        return self.model_copy(update={"defaults": defaults})
+        given_rank = rank is not None or self.rank_is_given
+        return self.model_copy(update={"defaults": defaults, "rank_is_given": given_rank})

@@ -13,7 +13,7 @@ A site that holds several of these in one weight has several roles, and ``parts`
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -59,6 +59,10 @@ class Purpose:
 
     roles: tuple[Role, ...] = ()
     parts: Mapping[Part, Features] = field(default_factory=dict)
+
+    def with_role(self, role: Role) -> Purpose:
+        """Return the purpose with one more role."""
+        return replace(self, roles=tuple(each for each in ROLES if each in (*self.roles, role)))
 
 
 def purposes(graph_module: fx.GraphModule, known: Iterable[Site] | None = None) -> Mapping[str, Purpose]:

@@ -55,6 +55,7 @@ from lora_fx.tracing.item_count import (
     without_item_count,
 )
 from lora_fx.tracing.model_state import is_exported, mode_of, preserved, set_mode, stateless
+from lora_fx.tracing.module_kinds import linear_modules, task_head
 from lora_fx.tracing.parity import check_evaluation, check_outputs, check_training, map_tensors, with_copied_buffers
 from lora_fx.tracing.repeated_layers.call_values import FirstLayerDiffers, LayersDiffer
 from lora_fx.tracing.repeated_layers.expand import expand
@@ -165,6 +166,8 @@ class _Task:
             pretrained=is_pretrained(model),
             config=config_of(model),
             generation_config=generation_config_of(model),
+            head=task_head(model),
+            linears=linear_modules(model),
             stacks={
                 path: stack for path, module in model.named_modules(remove_duplicate=False) if (stack := _stack(module))
             },
