@@ -160,8 +160,8 @@ def test_half_precision_is_taken_exactly_and_an_equal_base_weight_is_ignored(
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "another kind": ({"peft_type": "IA3"}, ('peft_type: expected "LORA"', "found 'IA3'")),
-    "no kind": ({"peft_type": None}, ("peft_type: required, and missing",)),
+    "another kind": ({"peft_type": "IA3"}, ("peft_type: expected 'LORA', found 'IA3'",)),
+    "no kind": ({"peft_type": None}, ("peft_type: expected 'LORA'", "found no such key")),
     "other modules": (
         {"target_modules": ["key", "value"]},
         (
@@ -184,7 +184,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "QA-LoRA": ({"use_qalora": True}, ("QA-LoRA is not supported",)),
     "of the future": (
         {"use_wonder": {"a": 1}, "r": 0},
-        ("use_wonder: this option is not known, and is switched on: found {'a': 1}", "r: expected an integer ≥ 1, found 0"),
+        ("use_wonder: unknown key, on which the result may depend: found {'a': 1}", "r: expected an integer ≥ 1, found 0"),
     ),
     "a bad number": ({"lora_alpha": float("nan")}, ("lora_alpha: expected a finite number, found nan",)),
     "a bad pattern": ({"target_modules": "("}, ("target_modules: expected a regular expression or a list of names",)),

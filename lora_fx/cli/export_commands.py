@@ -12,6 +12,7 @@ import typer
 from lora_fx.cli.console import errors, reported
 from lora_fx.cli.options import (
     ExampleInputsFile,
+    IgnoredConfigKeys,
     Overwrite,
     RulesDirectories,
     Stacks,
@@ -106,6 +107,7 @@ def export(
     tolerance: Tolerance = None,
     strict: Strict = True,
     stacks: Stacks = None,
+    ignore_config_key: IgnoredConfigKeys = None,
 ) -> None:
     """Write a model for another runtime: TorchScript, ONNX, or torch.export's pt2, with dynamic batch and sequence.
 
@@ -131,7 +133,14 @@ def export(
             graph, model_type = _loaded_graph(model, dtype, example_inputs, status.update)
             for number, (directory, layout) in enumerate(zip(adapters, layouts, strict=True)):
                 status.update(f"adding {directory}")
-                graph = lora_fx.load_adapter(graph, directory, f"adapter_{number}", strict=strict, stacks=layout)
+                graph = lora_fx.load_adapter(
+                    graph,
+                    directory,
+                    f"adapter_{number}",
+                    strict=strict,
+                    stacks=layout,
+                    ignore_config_keys=ignore_config_key or (),
+                )
             if slots and (rules or not adapters):
                 graph = lora_fx.rewrite(graph, load(rules or "auto", model_type, rules_dir or ()))
             if adapters and not slots:
@@ -172,6 +181,7 @@ def export_adapter(
     strength: Strengths = None,
     overwrite: Overwrite = False,
     strict: Strict = True,
+    ignore_config_key: IgnoredConfigKeys = None,
 ) -> None:
     """Write an adapter for a model with slots, in onnxruntime's adapter format. Of the model, only the ONNX file is needed."""
     if len(paths) < 3:
@@ -182,7 +192,9 @@ def export_adapter(
     import lora_fx
 
     with reported():
-        exported = lora_fx.export.onnx_adapter_from_peft(pairs, model, out, strict=strict, overwrite=overwrite)
+        exported = lora_fx.export.onnx_adapter_from_peft(
+            pairs, model, out, strict=strict, ignore_config_keys=ignore_config_key or (), overwrite=overwrite
+        )
     remark(str(exported))
 
 

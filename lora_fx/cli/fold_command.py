@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_fx.cli.console import errors, reported
-from lora_fx.cli.options import ExampleInputsFile, Stacks, Strengths, Strict, inputs, stacks_of, strengths_of
+from lora_fx.cli.options import (
+    ExampleInputsFile,
+    IgnoredConfigKeys,
+    Stacks,
+    Strengths,
+    Strict,
+    inputs,
+    stacks_of,
+    strengths_of,
+)
 from lora_fx.cli.printing import remark
 from lora_fx.errors import LoraFxError
 
@@ -48,6 +57,7 @@ def fold(
     example_inputs: ExampleInputsFile = None,
     strict: Strict = True,
     stacks: Stacks = None,
+    ignore_config_key: IgnoredConfigKeys = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the changes without writing them.")] = False,
 ) -> None:
     """Merge adapters into a checkpoint on disk, one tensor in memory at a time.
@@ -79,7 +89,13 @@ def fold(
         with errors.status("opening the checkpoint") as status:
             pairs = list(zip(adapters, strengths, strict=True))
             planned = plan_checkpoint_fold(
-                base, pairs, strict=strict, stacks=layouts, example_inputs=example_inputs, step=status.update
+                base,
+                pairs,
+                strict=strict,
+                stacks=layouts,
+                ignore_config_keys=ignore_config_key or (),
+                example_inputs=example_inputs,
+                step=status.update,
             )
         if dry_run:
             print(str(planned))

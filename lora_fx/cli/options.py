@@ -38,6 +38,14 @@ Stacks = Annotated[
         "shapes nor the version of PEFT tell."
     ),
 ]
+IgnoredConfigKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore-config-key",
+        metavar="KEY",
+        help="Key of an adapter_config.json that lora-fx does not know, and that has no effect on the result. May be repeated.",
+    ),
+]
 ExampleInputsFile = Annotated[
     Path | None,
     typer.Option(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,7 @@ def onnx_adapter_from_peft(
     path: str | Path,
     *,
     strict: bool = True,
+    ignore_config_keys: Collection[str] = (),
     overwrite: bool = False,
 ) -> ExportedAdapter:
     """Write an adapter of PEFT's for a model with slots; of the model, only the ONNX file is read.
@@ -112,6 +113,7 @@ def onnx_adapter_from_peft(
         model: written by :func:`onnx` with ``slots=True``.
         path: of the file to write.
         strict: whether an adapter that was trained on another base, as far as its file says, is an error; else a warning.
+        ignore_config_keys: see :func:`lora_fx.load_adapter`.
         overwrite: replace a file that exists.
 
     Raises:
@@ -131,7 +133,7 @@ def onnx_adapter_from_peft(
         strength = finite_number(given)
         if strength is None:
             raise ExportError(f"{directory}: expected a finite number as strength, got {given!r}.")
-        files = read_adapter(Path(directory))
+        files = read_adapter(Path(directory), ignore_config_keys=ignore_config_keys)
         check_base(files, table.base, strict=strict)
         for site, product in _PeftReader(files, table).products().items():
             products.setdefault(site, []).append(replace(product, scale=product.scale * strength))

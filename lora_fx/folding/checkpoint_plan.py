@@ -7,7 +7,7 @@ come before a byte is written. Only then are tensors read, one at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -145,6 +145,7 @@ def plan_checkpoint_fold(
     *,
     strict: bool = True,
     stacks: Sequence[StackLayout | None] = (),
+    ignore_config_keys: Collection[str] = (),
     example_inputs: Path | None = None,
     step: Callable[[str], None] = lambda _: None,
 ) -> CheckpointFold:
@@ -155,6 +156,7 @@ def plan_checkpoint_fold(
         adapters: directories as PEFT or :func:`lora_fx.save_adapter` write them, each with the factor of its scaling.
         strict: see :func:`lora_fx.load_adapter`.
         stacks: see :func:`lora_fx.load_adapter`; one for each adapter, or none.
+        ignore_config_keys: see :func:`lora_fx.load_adapter`.
         example_inputs: a safetensors file of the inputs to trace with, by name; by default they are made from the config.
         step: called with the name of each step, for a display.
 
@@ -172,7 +174,10 @@ def plan_checkpoint_fold(
     if stacks and len(stacks) != len(adapters):
         raise LoraFxError(f"stacks: expected a layout or None for each of {len(adapters)} adapters, got {len(stacks)}.")
     layouts = stacks or [None] * len(adapters)
-    opened = [read_adapter(Path(directory), layout) for (directory, _), layout in zip(adapters, layouts, strict=True)]
+    opened = [
+        read_adapter(Path(directory), layout, ignore_config_keys)
+        for (directory, _), layout in zip(adapters, layouts, strict=True)
+    ]
     step("reading the config")
     model = empty_model(checkpoint.model)
     _check_not_quantised(model, checkpoint.model)
@@ -227,13 +232,21 @@ def fold_checkpoint(
     *,
     strict: bool = True,
     stacks: Sequence[StackLayout | None] = (),
+    ignore_config_keys: Collection[str] = (),
     example_inputs: Path | None = None,
     overwrite: bool = False,
     verify: bool = False,
     report: bool = False,
 ) -> CheckpointReport:
     """Fold adapters into a checkpoint on disk: :func:`plan_checkpoint_fold`, then :meth:`CheckpointFold.write`."""
-    planned = plan_checkpoint_fold(base, adapters, strict=strict, stacks=stacks, example_inputs=example_inputs)
+    planned = plan_checkpoint_fold(
+        base,
+        adapters,
+        strict=strict,
+        stacks=stacks,
+        ignore_config_keys=ignore_config_keys,
+        example_inputs=example_inputs,
+    )
     return planned.write(out, overwrite=overwrite, verify=verify, report=report)
 
 

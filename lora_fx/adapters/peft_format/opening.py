@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +35,15 @@ class AdapterFiles:
     stacks: StackLayout | None = None
 
 
-def read_adapter(directory: Path, stacks: StackLayout | None = None) -> AdapterFiles:
+def read_adapter(
+    directory: Path, stacks: StackLayout | None = None, ignore_config_keys: Collection[str] = ()
+) -> AdapterFiles:
     """Open an adapter directory.
 
     Args:
         directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
         stacks: the layout of the factors of stacked experts, where the directory does not tell it.
+        ignore_config_keys: keys of the config that lora_fx does not know, and that have no effect on the result.
 
     Raises:
         AdapterError: something is missing or malformed, or of an unsupported kind.
@@ -48,12 +51,15 @@ def read_adapter(directory: Path, stacks: StackLayout | None = None) -> AdapterF
     if stacks is not None and stacks not in LAYOUTS:
         problem = f"stacks: expected {' or '.join(map(repr, LAYOUTS))}, got {shown(stacks)}"
         raise AdapterError(str(directory), [problem])
+    if isinstance(ignore_config_keys, str):
+        problem = f"ignore_config_keys: expected a list of keys, got {shown(ignore_config_keys)}"
+        raise AdapterError(str(directory), [problem])
     if not (directory / CONFIG_NAME).is_file() and directory.is_dir():
         inner = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_NAME}"))
         if inner:
             problem = f"expected {CONFIG_NAME}, found it in {', '.join(inner)}: give one of these directories"
             raise AdapterError(str(directory), [problem])
-    config = read_config(directory)
+    config = read_config(directory, ignore_config_keys)
     path = directory / FILE_NAME
     if not path.is_file():
         if (directory / PICKLE_NAME).is_file():
@@ -90,7 +96,7 @@ def check_base(files: AdapterFiles, found: Mapping[str, str | None], *, strict: 
         if strict:
             advice = "the adapter was trained on another base; pass that model, or strict=False"
             raise AdapterError(source, [advice, *shortened(unlike, _MAX_NAMED, "tensors")])
-        warnings.warn(f"{source}: the adapter was trained on another base:\n  " + "\n  ".join(unlike), stacklevel=3)
+        warnings.warn(f"{source}: the adapter was trained on another base:\n  " + "\n  ".join(unlike), stacklevel=4)
 
 
 _MAX_NAMED = 10

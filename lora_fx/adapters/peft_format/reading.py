@@ -176,18 +176,19 @@ class _Reader:
         self._config = files.config
         self._ledger = KeyLedger(files)
         self._state = state_of(graph_module)
+        self._first = self._state.aliases()
         self._sites = {site.module: site for site in sites(graph_module)}
         self._graph_module = graph_module
 
     def contents(self) -> AdapterContents:
         chosen = [site for site in self._sites.values() if self._ledger.selects(site)]
+        chosen += self._tied_to(chosen)
         weights = self._ledger.weights_of(chosen)
         self._ledger.stop_if_wrong()
         apart = apart_from_calls(self._graph_module, {site.module for site in chosen}, weights)
         self._ledger.problems += apart.values()
         self._ledger.stop_if_wrong()
         own = {name: tensor for name, tensor in self._state.tensors.items() if not is_of_adapter(name)}
-        self._first = self._state.aliases()
         branches = {slot: self._branch(slot) for slot in slots(chosen, own, weights).values()}
         self._ledger.stop_if_wrong()
         branches = self._with_layouts(branches)
@@ -209,6 +210,21 @@ class _Reader:
             replace(origin, task_type=config.task_type, base=config.base_model_name_or_path, revision=config.revision),
             echoes,
         )
+
+    def _tied_to(self, chosen: Collection[Site]) -> list[Site]:
+        """Return the sites that PEFT adapts too, since they share the weight of a chosen one; their factors have keys of their own."""
+        if not self._config.ensure_weight_tying:
+            return []
+        weights, modules = {self._first[site.weight] for site in chosen}, {site.module for site in chosen}
+        tied = [s for s in self._sites.values() if s.module not in modules and self._first[s.weight] in weights]
+        found = [site for site in tied if Slot(site, site.module, site.module).keys[0] in self._ledger.unread]
+        if found and not known_info(self._graph_module).inference:
+            warnings.warn(
+                f"{self._files.directory}: has the same factors at modules that share a weight ({', '.join(s.module for s in found)}), which "
+                "PEFT trains as one (ensure_weight_tying). Here each module has its own, and training changes them apart.",
+                stacklevel=6,
+            )
+        return found
 
     def _branch(self, slot: Slot) -> BranchSpec:
         return BranchSpec(owners_of(slot.site)[0], self._ledger.setting_of(slot.name), op=slot.site.op)
@@ -266,7 +282,7 @@ class _Reader:
         names = self._state.names()
         for first, meant in declared.items():
             tied = names[first]
-            if len(meant) < len(tied):
+            if len(meant) < len(tied) and not self._config.ensure_weight_tying:
                 self._ledger.problems.append(
                     f"{' and '.join(tied)}: one tied parameter, of which {' and '.join(meant)} would train alone. Untie them in the "
                     "model first"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from lora_fx.adapters.attach import attach
 from lora_fx.adapters.peft_format.fingerprint import fingerprint, metadata
-from lora_fx.adapters.peft_format.opening import FILE_NAME, check_base, read_adapter
+from lora_fx.adapters.peft_format.opening import FILE_NAME, AdapterFiles, check_base, read_adapter
 from lora_fx.adapters.peft_format.reading import AdapterContents, read_contents
 from lora_fx.adapters.peft_format.stacks import StackLayout
 from lora_fx.adapters.peft_format.writing import PeftAdapter, to_peft
@@ -41,6 +41,7 @@ def from_adapter(
     *,
     strict: bool = True,
     stacks: StackLayout | None = None,
+    ignore_config_keys: Collection[str] = (),
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     dynamic: Dynamic | None = None,
     inference: bool = False,
@@ -53,6 +54,7 @@ def from_adapter(
         adapter: name for it in the graph.
         strict: see :func:`load_adapter`.
         stacks: see :func:`load_adapter`.
+        ignore_config_keys: see :func:`load_adapter`.
         example_inputs: see :func:`lora_fx.trace`.
         dynamic: see :func:`lora_fx.trace`.
         inference: trace the eval mode only and train nothing.
@@ -63,9 +65,10 @@ def from_adapter(
         TraceError: the model cannot be traced.
     """
     check_unwrapped(model)
-    read_adapter(Path(directory), stacks)  # a malformed directory is refused before the model is traced
+    # A malformed directory is refused before the model is traced.
+    files = read_adapter(Path(directory), stacks, ignore_config_keys)
     graph_module = trace(model, example_inputs, dynamic=dynamic, inference=inference)
-    return load_adapter(graph_module, directory, adapter, strict=strict, stacks=stacks)
+    return _with_adapter(graph_module, files, adapter, strict=strict)
 
 
 def load_adapter(
@@ -75,6 +78,7 @@ def load_adapter(
     *,
     strict: bool = True,
     stacks: StackLayout | None = None,
+    ignore_config_keys: Collection[str] = (),
 ) -> TracedGraphModule:
     """Return the graph with the adapter that a directory holds.
 
@@ -91,13 +95,22 @@ def load_adapter(
         stacks: how the file has the factors of stacked experts (``target_parameters``), which PEFT changed in 0.19.0 and 0.19.1:
             ``"as_stored"``, with A on the first dimension of each expert's matrix, or ``"exchanged"``, on its last. Told by the
             shapes, or else by ``peft_version``; asked for where neither tells, and then needed.
+        ignore_config_keys: keys of ``adapter_config.json`` that lora_fx does not know, and of which you know that they have no effect
+            on the result. Those that are there and are switched on are named in one warning; without this they are an error.
 
     Raises:
         AdapterError: the directory is malformed, of an unsupported kind, or does not fit the graph. All problems are named.
         PlanError: the adapter does not fit beside the other adapters of the graph.
     """
+    files = read_adapter(Path(directory), stacks, ignore_config_keys)
+    return _with_adapter(graph_module, files, adapter, strict=strict)
+
+
+def _with_adapter(
+    graph_module: TracedGraphModule, files: AdapterFiles, adapter: str, *, strict: bool
+) -> TracedGraphModule:
+    """Return the graph with an adapter from a directory that was opened."""
     graph_module = _traced(graph_module)
-    files = read_adapter(Path(directory), stacks)
     check_base(files, fingerprint(state_of(graph_module)), strict=strict)
     contents = read_contents(files, graph_module)
     if adapter not in adapters(graph_module):

@@ -1,12 +1,13 @@
 """``adapter_config.json`` of a PEFT adapter directory, as data: which modules it adapts, and how. Imports no torch.
 
 Read as PEFT 0.21 reads it. Unsupported options that would change the result are refused by name: DoRA, initialisations that
-changed the base weights, and every unknown option that is switched on.
+changed the base weights, and every unknown option that is switched on and that nobody says to have no effect.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +16,8 @@ from pydantic import AfterValidator, Field
 
 from lora_fx.errors import AdapterError, RuleError
 from lora_fx.rules.peft_config.name_matching import admits_layer, is_bias, is_named, modules_of, value_of_pattern
+from lora_fx.rules.peft_config.other_keys import UNUSED, is_off, problem_of_key
+from lora_fx.rules.peft_config.other_methods import why_not_applied
 from lora_fx.rules.rule_file import Dropout, Regex, Setting
 from lora_fx.rules.validation import (
     Flag,
@@ -65,7 +68,7 @@ Bias = Literal["none", "all", "lora_only"]
 class AdapterConfig(Table):
     """Modules that an adapter adapts, and how, in PEFT's words."""
 
-    peft_type: Annotated[Literal["LORA"], expecting('"LORA", the only kind of adapter that lora_fx applies')]
+    peft_type: Annotated[Literal["LORA"], expecting('"LORA", the only method that lora_fx applies')]
     """The kind of adapter."""
 
     r: Positive = 8
@@ -108,6 +111,9 @@ class AdapterConfig(Table):
 
     modules_to_save: Names | None = None
     """Modules that train as a whole, by the ends of their names."""
+
+    ensure_weight_tying: Flag = False
+    """Whether modules that share a weight with one that is adapted or trains are adapted or train with it."""
 
     init_lora_weights: Annotated[Flag | Text, AfterValidator(_check_init)] = True
     """How the factors began."""
@@ -179,84 +185,50 @@ class AdapterConfig(Table):
         said = {key: value for key, value in self.model_dump(mode="json").items() if key in AdapterConfig.model_fields}
         for key in ("lora_alpha", "alpha_pattern"):
             said[key] = whole_numbers(said[key])
-        return json.dumps({**_UNUSED, **said}, indent=2, sort_keys=True)
+        return json.dumps({**UNUSED, **said}, indent=2, sort_keys=True)
 
 
-_UNUSED: Mapping[str, Any] = {
-    **dict.fromkeys(
-        (
-            "alora_invocation_tokens",
-            "arrow_config",
-            "corda_config",
-            "eva_config",
-            "kasa_config",
-            "layer_replication",
-            "lora_ga_config",
-            "megatron_config",
-            "monteclora_config",
-            "trainable_token_indices",
-            "use_bdlora",
-            "velora_config",
-        )
-    ),
-    "ensure_weight_tying": False,
-    "loftq_config": {},
-    "lora_bias": False,
-    "megatron_core": "megatron.core",
-    "qalora_group_size": 16,
-    "use_dora": False,
-    "use_qalora": False,
-}
-"""The other keys that PEFT writes, with their values where they are unused."""
-
-_VARIANTS: Mapping[str, str] = {
-    "use_dora": "DoRA",
-    "use_qalora": "QA-LoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "lora_bias": "a bias in B",
-    "alora_invocation_tokens": "activated LoRA (aLoRA)",
-    "trainable_token_indices": "trainable tokens",
-    "layer_replication": "replicated layers",
-    "megatron_config": "Megatron's parallel layers",
-    "arrow_config": "Arrow routing",
-    "kasa_config": "KaSA, which changes the base weights,",
-    "velora_config": "VeLoRA",
-    "monteclora_config": "MonteCLoRA",
-    "loftq_config": "LoftQ, which changed the base weights,",
-    "ensure_weight_tying": "one trained copy for tied modules",
-}
-"""Options that lora_fx cannot apply, by their names for people."""
-
-_WITHOUT_EFFECT = frozenset({"runtime_config", "megatron_core", "qalora_group_size", "eva_config"})
-"""Keys that say nothing by themselves of what the adapter computes."""
-
-
-def read_config(directory: Path) -> AdapterConfig:
+def read_config(directory: Path, ignored: Collection[str] = ()) -> AdapterConfig:
     """Read the config of an adapter directory.
 
+    Args:
+        directory: with ``adapter_config.json``.
+        ignored: keys that lora_fx does not know, and of which somebody knows that they have no effect on the result. One warning
+            names those that are there and are switched on.
+
     Raises:
-        AdapterError: there is none, it is malformed, or it asks for what lora_fx cannot apply; all problems are named.
+        AdapterError: there is none, it is malformed, it is of another method than LoRA, or it asks for what lora_fx cannot apply;
+            all problems are named.
     """
     path = directory / CONFIG_NAME
     document = _document(path)
-    given: dict[str, Any] = {}
-    problems: list[str] = []
-    for key, value in document.items():
-        if key in AdapterConfig.model_fields:
-            given[key] = value
-        elif key not in _WITHOUT_EFFECT and value not in (None, False, "", [], {}):
-            what = _VARIANTS.get(key)
-            why = f"{what} is not supported" if what else "this option is not known, and is switched on"
-            problems.append(
-                f"{plain(key)}: {why}: found {shown(value)}. Merge the adapter with PEFT, and use the result"
-            )
+    _check_method(document, path)
+    given = {key: value for key, value in document.items() if key in AdapterConfig.model_fields}
+    others = {key: value for key, value in document.items() if key not in given}
+    problems = [f"{key}: is applied, and cannot be ignored" for key in given if key in ignored]
+    problems += [problem for key, value in others.items() if (problem := problem_of_key(key, value, ignored))]
     try:
         config = validated(AdapterConfig, given, str(path))
     except RuleError as error:
         raise AdapterError(str(path), [*problems, *error.problems]) from None
     if problems:
         raise AdapterError(str(path), problems)
+    passed = [plain(key) for key, value in others.items() if key in ignored and not is_off(value)]
+    if passed:
+        warnings.warn(f"{path}: {', '.join(passed)} ignored, as ignore_config_keys says.", stacklevel=4)
     return config
+
+
+def _check_method(document: Mapping[str, Any], path: Path) -> None:
+    """Refuse another method than LoRA in one line: the rest of its config, and its tensors, are of no interest."""
+    method = document.get("peft_type")
+    if isinstance(method, str) and (why := why_not_applied(method)) is not None:
+        raise AdapterError(str(path), [f"peft_type: expected 'LORA', found {method!r}, {why}"])
+    if method != "LORA":
+        found = "no such key: this is no PEFT adapter" if method is None else shown(method)
+        raise AdapterError(
+            str(path), [f"peft_type: expected 'LORA', the only method that lora_fx applies, found {found}"]
+        )
 
 
 def trains_bias(config: AdapterConfig, parameter: str, adapted: Collection[str]) -> bool:

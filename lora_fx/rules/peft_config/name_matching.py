@@ -42,7 +42,7 @@ def admits_layer(module: str, layers: int | Sequence[int] | None, names: str | S
     """
     if layers is None or layers == ():
         return True
-    patterns = (names,) if isinstance(names, str) else names or ()
+    patterns = (names,) if names and isinstance(names, str) else names or ()
     expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\..*" for pattern in patterns] or [
         r".*?\.[^.]*\.(?P<idx>\d+)\..*"
     ]
