@@ -91,14 +91,10 @@ class _PeftWriter:
             raise AdapterError(f"adapter {self._adapter!r} cannot be written for PEFT", self._problems)
         branches = [branch for each in self._branches.values() for branch in each]
         config = _config(self._graph_module, self._adapter, branches, placed, settings)
-        tied = {name for names in self._state.names().values() if len(names) > 1 for name in names}
-        config = config.model_copy(
-            update={
-                "bias": parts.bias,
-                "modules_to_save": parts.modules or None,
-                "ensure_weight_tying": any(each.name in tied for each in trained_of(self._graph_module, self._adapter)),
-            }
-        )
+        config = config.model_copy(update={"bias": parts.bias, "modules_to_save": parts.modules or None})
+        tied = [self._state.names()[each.name] for each in trained_of(self._graph_module, self._adapter)]
+        as_one = any(len(names) > 1 and any(map(config.saves_any, names)) for names in tied)
+        config = config.model_copy(update={"ensure_weight_tying": as_one})
         return PeftAdapter(config, {**tensors, **self._copies(config, adapted)})
 
     def _named_weights(self, chosen: Collection[Site]) -> tuple[set[str], dict[str, str]]:
