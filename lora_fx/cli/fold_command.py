@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -103,13 +104,7 @@ def fold(
             return
         with tqdm(total=planned.checkpoint.size, desc="folding", unit="B", unit_scale=True) as bar:
             written = planned.write(out, overwrite=overwrite, verify=verify, report=report, progress=bar.update)
-    if report:
-        from lora_fx.folding.report import FoldReport
-
-        remark(str(FoldReport(written.weights)))
-    for line in planned.untied_lines:
-        remark(line)
-    _tell_written(written, out)
+    _tell_written(written, out, planned.untied_lines, report=report)
 
 
 def _check_out_is_given(out: Path) -> None:
@@ -121,10 +116,15 @@ def _check_out_is_given(out: Path) -> None:
         )
 
 
-def _tell_written(written: CheckpointReport, out: Path) -> None:
-    """Print the outcome of a fold on disk: verification, skipped files, bytes."""
+def _tell_written(written: CheckpointReport, out: Path, untied_lines: Sequence[str], *, report: bool) -> None:
+    """Print the outcome of a fold on disk: what changed, verification, skipped files, bytes."""
     from lora_fx.folding.checkpoint_files import skipped_lines
+    from lora_fx.folding.report import FoldReport
 
+    if report:
+        remark(str(FoldReport(written.weights)))
+    for line in untied_lines:
+        remark(line)
     if written.misrounded is not None:
         remark(
             f"verified: at most {written.misrounded:.1e} of the elements of a weight are not the exact result rounded once"

@@ -92,8 +92,9 @@ class _PeftWriter:
         branches = [branch for each in self._branches.values() for branch in each]
         config = _config(self._graph_module, self._adapter, branches, placed, settings)
         config = config.model_copy(update={"bias": parts.bias, "modules_to_save": parts.modules or None})
-        tied = [self._state.names()[each.name] for each in trained_of(self._graph_module, self._adapter)]
-        as_one = any(len(names) > 1 and any(map(config.saves_any, names)) for names in tied)
+        names_of, trained = self._state.names(), trained_of(self._graph_module, self._adapter)
+        tied = [names_of[each.name] for each in trained if len(names_of[each.name]) > 1]
+        as_one = any(config.saves_any(name) for names in tied for name in names)
         config = config.model_copy(update={"ensure_weight_tying": as_one})
         return PeftAdapter(config, {**tensors, **self._copies(config, adapted)})
 
