@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -20,7 +21,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.folding.fold import folded_state
 from lora_fx.graph.adapter_names import adapters, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
-from lora_fx.graph.info import PEFT_SPELLING, known_info
+from lora_fx.graph.info import PEFT_SPELLING, known_info, with_info
 from lora_fx.tracing.transformers_models import double_over, empty_double
 from lora_fx.training.parameters import parameter_summary
 
@@ -33,6 +34,13 @@ def methods_of(graph_module: TracedGraphModule) -> Mapping[str, Callable[..., An
     absent = set() if info.generation_config is not None else {"generate"}
     absent |= set() if adapters(graph_module) else {"save_pretrained"}
     return {name: MethodType(globals()[name], graph_module) for name in sorted(PEFT_SPELLING - absent)}
+
+
+def add_model_tags(graph_module: TracedGraphModule, tags: Sequence[str] | str) -> None:
+    """Add tags for the model card of the model that :func:`merge_and_unload` returns (in place); trainers of trl do."""
+    info = known_info(graph_module)
+    all_tags = dict.fromkeys((*info.tags, *([tags] if isinstance(tags, str) else tags)))
+    graph_module.meta.update(with_info(graph_module.meta, replace(info, tags=tuple(all_tags))))
 
 
 def can_generate(graph_module: TracedGraphModule) -> bool:
@@ -91,6 +99,7 @@ def merge_and_unload(
                 "again whenever it is resized, saved or loaded. Un-tie them before the trace (config.tie_word_embeddings = False and a "
                 "parameter of its own for each), or write the graph with lora_fx.huggingface.save_pretrained."
             )
+    model.add_model_tags(list(known_info(graph_module).tags))
     model.train(graph_module.training)
     return model
 

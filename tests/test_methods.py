@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import methods
-from lora_fx.graph.info import PEFT_SPELLING
+from lora_fx.graph.info import PEFT_SPELLING, info_of, with_info
 
 PROMPT = torch.tensor([[37, 21, 8, 59, 11], [5, 44, 70, 23, 9]])
 BATCH = {"input_ids": PROMPT, "attention_mask": torch.ones_like(PROMPT)}
@@ -233,3 +234,113 @@ def test_every_name_of_the_table_is_a_function_and_is_declared() -> None:
     for name in PEFT_SPELLING:
         assert inspect.isfunction(getattr(methods, name)), name
         assert f"        {name}: Callable" in declared, name
+
+
+def renamed(graph: lora_fx.TracedGraphModule, model_class: str) -> lora_fx.TracedGraphModule:
+    other = copy.deepcopy(graph)
+    other.meta.update(with_info(other.meta, replace(info_of(other), model_class=model_class)))
+    return other
+
+
+def test_no_second_model_is_made_of_code_from_a_hub_or_of_a_class_that_is_not_found() -> None:
+    graph = lora_fx.rewrite(causal(), rules="llama", rank=3)
+    hub = renamed(graph, "transformers_modules.somebody.modeling:LlamaForCausalLM")
+    lost = renamed(graph, "test_methods:test_something.<locals>.Model")
+    assert hub.can_generate()
+    assert hub.num_parameters() == graph.num_parameters()
+    for act in ("generate", "merge_and_unload", "get_input_embeddings"):
+        with pytest.raises(
+            lora_fx.LoraFxError, match=r"is code from a hub.*lora_fx.huggingface.write_back\(model, graph\)"
+        ):
+            getattr(hub, act)()
+        with pytest.raises(
+            lora_fx.LoraFxError, match=r"expected .*Model of the module test_methods, which was traced, to make"
+        ):
+            getattr(lost, act)()
+
+
+def test_a_model_that_was_changed_behind_its_config_is_refused() -> None:
+    model: Any = causal()
+    model.lm_head = nn.Linear(32, 90, bias=True).eval()
+    graph = lora_fx.rewrite(model, {"select": [{"target": ["q_proj"]}]}, rank=3)
+    for act in (graph.merge_and_unload, lambda: graph.generate(**BATCH)):
+        with pytest.raises(
+            lora_fx.LoraFxError,
+            match=r"makes another model than the one that was traced: 'lm_head.bias' is in the graph alone; 'lm_head.weight' is "
+            r"torch.float32 \(90, 32\) in the graph and torch.float32 \(97, 32\) in the model",
+        ):
+            act()
+
+
+def test_a_graph_without_weights_is_refused() -> None:
+    with torch.device("meta"):
+        model = causal()
+    graph = lora_fx.trace(model)
+    with pytest.raises(lora_fx.LoraFxError, match=r"on the meta device: lora_fx.materialize\(graph, state_dict\)"):
+        graph.generate(**BATCH)
+
+
+def test_a_tied_head_with_an_adapter_generates_and_is_not_merged_in_silence() -> None:
+    model: Any = causal()
+    model.config.tie_word_embeddings = True
+    model = type(model)(model.config).eval()
+    wrapped: Any = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=3, target_modules=["lm_head", "v_proj"]))
+    graph = lora_fx.rewrite(model, {"select": [{"target": ["lm_head", "v_proj"]}]}, rank=3, alpha=8)
+    for each in (wrapped.eval(), graph):
+        set_factors(each)
+    factors = {name.removeprefix("base_model.model."): p for name, p in wrapped.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in graph.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(factors[name])
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(graph.generate(**BATCH, **options), wrapped.generate(**BATCH, **options))
+    with pytest.raises(lora_fx.FoldError, match="unshare=True"):
+        graph.merge_and_unload()
+    untied = lora_fx.fold(graph, unshare=True)
+    assert torch.equal(untied.generate(**BATCH, **options), wrapped.generate(**BATCH, **options))
+    with pytest.raises(lora_fx.LoraFxError, match="are one parameter of LlamaForCausalLM, and were un-tied by fold"):
+        untied.merge_and_unload()
+
+
+def test_a_trained_copy_of_the_head_and_several_adapters_are_merged_as_peft_merges_them(tmp_path: Path) -> None:
+    model = causal()
+    wrapped: Any = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    ).eval()
+    set_factors(wrapped)
+    with torch.no_grad():
+        wrapped.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
+    graph = lora_fx.from_adapter(model, _saved(wrapped, tmp_path / "theirs"))
+    assert graph.num_parameters(exclude_embeddings=True) > 0
+    found, expected = graph.merge_and_unload().state_dict(), wrapped.merge_and_unload().state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_the_seq2seq_trainer_predicts_what_it_predicts_with_peft(tmp_path: Path) -> None:
+    model = sequence()
+    model.generation_config = (
+        _SHORT  # PEFT generates by the model's own, also where the trainer's arguments have another
+    )
+    wrapped: Any = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=3, target_modules=["q", "v"]))
+    graph = lora_fx.rewrite(model, {"select": [{"target": ["q", "v"]}]}, rank=3, alpha=8, labels=True, dropout=0.0)
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row[:3]} for row in PROMPT]
+    found = []
+    for each in (wrapped, graph):
+        set_factors(each)
+        arguments = transformers.Seq2SeqTrainingArguments(
+            str(tmp_path), predict_with_generate=True, report_to=[], use_cpu=True
+        )
+        found.append(transformers.Seq2SeqTrainer(each, arguments).predict(rows))
+    assert (found[1].predictions == found[0].predictions).all()
+    assert found[1].metrics["test_loss"] == found[0].metrics["test_loss"]
+
+
+_SHORT = transformers.GenerationConfig(max_new_tokens=6, decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)
+
+
+def test_tags_go_to_the_merged_model() -> None:
+    graph = lora_fx.trace(causal())
+    graph.add_model_tags(["trl", "sft"])
+    graph.add_model_tags("sft")
+    assert graph.merge_and_unload().model_tags == ["trl", "sft"]

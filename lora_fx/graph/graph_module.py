@@ -90,6 +90,7 @@ class TracedGraphModule(fx.GraphModule):
     activation_checkpointing_enable = gradient_checkpointing_enable
 
     if TYPE_CHECKING:  # functions of lora_fx.methods, on graphs of transformers models
+        add_model_tags: Callable[..., None]
         can_generate: Callable[[], bool]
         generate: Callable[..., Any]
         get_input_embeddings: Callable[[], nn.Module]

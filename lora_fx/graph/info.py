@@ -21,6 +21,7 @@ RuledBranches = Mapping[str, tuple[str, BranchSpec]]
 
 PEFT_SPELLING = frozenset(
     {
+        "add_model_tags",
         "can_generate",
         "generate",
         "get_input_embeddings",
@@ -50,6 +51,7 @@ class GraphInfo:
         generation_config: of that model, a copy of its own; None if it cannot generate.
         head: the task head of that model.
         linears: the modules of that model that PEFT's ``all-linear`` means, by their paths.
+        tags: for the model card of the merged model.
         stacks: the modules of the model with parameters that are stacks of matrices, by their paths.
         loss_type: of that model, as transformers names losses.
         examples: the inputs of the trace.
@@ -70,6 +72,7 @@ class GraphInfo:
     generation_config: Any = None
     head: TaskHead = field(default_factory=TaskHead)
     linears: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
     stacks: Mapping[str, StackModule] = field(default_factory=dict)
     loss_type: str | None = None
     examples: Examples | None = None
