@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,8 +10,7 @@ from torch import nn
 from lora_fx.adapters.attach import attach
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.planning.planner import plan_graph, warn_of_lower_ranks
-from lora_fx.rules.lookup import load
-from lora_fx.rules.rule_file import RuleSet
+from lora_fx.rules.lookup import RulesLike, load
 from lora_fx.tracing.model_state import check_unwrapped
 from lora_fx.tracing.torch_export import Dynamic
 from lora_fx.tracing.trace import trace
@@ -20,7 +18,7 @@ from lora_fx.tracing.trace import trace
 
 def rewrite(
     model: nn.Module,
-    rules: str | Path | Mapping[str, Any] | RuleSet = "auto",
+    rules: RulesLike = "auto",
     *,
     rank: int | None = None,
     alpha: float | None = None,
@@ -42,7 +40,8 @@ def rewrite(
     Args:
         model: a module, or a graph that lora_fx returned, which then gets one more adapter.
         rules: the name of a built-in file or one of its model types (``"t5"``); ``"auto"``, by ``model.config.model_type``, or by role
-            where there is no file for it; ``"all-linear"``; a path to a ``.toml`` file; or a mapping with the keys of such a file.
+            where there is no file for it; ``"all-linear"``; a path to a ``.toml`` file; a mapping with the keys of such a file; or a
+            configuration of PEFT: a ``peft.LoraConfig``, its mapping, or the path of its ``.json`` file.
         rank: replaces the rank in the rules' ``[defaults]``, at least 1. It is taken as it is; a rank of the rules is lowered, with a
             warning, at each site whose update cannot have it, and the scaling stays that of the rule's rank.
         alpha: replaces the alpha in ``[defaults]``, greater than 0.

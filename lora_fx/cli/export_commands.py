@@ -74,7 +74,9 @@ Slots = Annotated[
 ]
 SlotRules = Annotated[
     str | None,
-    typer.Option(help="With --slots: name of built-in rules, auto, all-linear, or the path of a .toml file."),
+    typer.Option(
+        help="With --slots: name of built-in rules, auto, all-linear, or the path of a .toml file or of a PEFT configuration (.json)."
+    ),
 ]
 WeightsDtype = Annotated[
     Dtype, typer.Option(help="Of the weights; auto is that of the files. onnxruntime's CPU kernels want float32.")

@@ -11,7 +11,12 @@ import typer
 if TYPE_CHECKING:  # torch is slow to import, and `--help` does not need it
     from lora_fx.adapters.peft_format.stacks import StackLayout
 
-Rules = Annotated[str, typer.Option(help="Name of built-in rules, auto, all-linear, or the path of a .toml file.")]
+Rules = Annotated[
+    str,
+    typer.Option(
+        help="Name of built-in rules, auto, all-linear, or the path of a .toml file or of a PEFT configuration (.json)."
+    ),
+]
 RulesDirectories = Annotated[
     list[Path] | None,
     typer.Option(help="Directory of further rule files, searched first. May be repeated; see also LORA_FX_RULES."),
@@ -65,7 +70,7 @@ def inputs(*given: Path | str | None) -> tuple[Path, ...]:
     return tuple(
         Path(path)
         for path in given
-        if path is not None and str(path).endswith(".toml" if isinstance(path, str) else "")
+        if path is not None and str(path).endswith((".toml", ".json") if isinstance(path, str) else "")
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from lora_fx.graph.adapter_names import BranchNames
+from lora_fx.rules.peft_config.rules import PeftRules
 from lora_fx.rules.rule_file import RuleSet, Setting
 from lora_fx.rules.vocabulary import Op, Part
 
@@ -107,8 +108,11 @@ class Origin:
     revision: str | None = None
 
     @staticmethod
-    def of(rules: RuleSet) -> Origin:
+    def of(rules: RuleSet | PeftRules) -> Origin:
         """Return the origin of an adapter that rules make."""
+        if isinstance(rules, PeftRules):
+            said = rules.config
+            return Origin(rules.name, rules.digest, said.task_type, said.base_model_name_or_path, said.revision)
         return Origin(rules.name, rules.digest)
 
 

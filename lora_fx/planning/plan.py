@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from lora_fx.graph.records import BranchSpec, Origin, Trained
-from lora_fx.rules.rule_file import RuleSet
+from lora_fx.rules.lookup import Rules
 from lora_fx.sites.call_sites import Site
 from lora_fx.sites.roles import Purpose
 from lora_fx.text_table import new_table, text_lines
@@ -88,7 +88,7 @@ class Plan:
         origin: where the adapter comes from, if that is not these rules.
     """
 
-    rules: RuleSet
+    rules: Rules
     decisions: tuple[Decision, ...]
     trained: tuple[Trained, ...] = ()
     origin: Origin | None = None

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +19,10 @@ from lora_fx.graph.info import known_info
 from lora_fx.graph.process_state import uncollected
 from lora_fx.graph.records import BranchSpec, Trained
 from lora_fx.planning.matching import refusal, trains
+from lora_fx.planning.peft_plan import plan_peft_sites
 from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, outputs_of, owners_of
-from lora_fx.rules.lookup import load
+from lora_fx.rules.lookup import Rules, RulesLike, load
+from lora_fx.rules.peft_config.rules import PeftRules
 from lora_fx.rules.rule_file import RuleSet, Selection
 from lora_fx.rules.vocabulary import Part
 from lora_fx.sites.call_sites import Site, sites
@@ -32,7 +33,7 @@ from lora_fx.tracing.trace import trace
 
 def plan(
     model: nn.Module,
-    rules: str | Path | Mapping[str, Any] | RuleSet = "auto",
+    rules: RulesLike = "auto",
     *,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     rank: int | None = None,
@@ -82,7 +83,7 @@ def warn_of_lower_ranks(plan: Plan) -> None:
 
 
 @uncollected()
-def plan_graph(graph_module: fx.GraphModule, rules: RuleSet) -> Plan:
+def plan_graph(graph_module: fx.GraphModule, rules: Rules) -> Plan:
     """Decide for each site of a graph. Raises as :func:`plan` does."""
     found = sites(graph_module)
     read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
@@ -101,6 +102,8 @@ def plan_graph(graph_module: fx.GraphModule, rules: RuleSet) -> Plan:
         **purpose_of,
         **{site.name: purpose_of[site.name].with_role("head") for site in found if head.has(site.module)},
     }
+    if isinstance(rules, PeftRules):
+        return plan_peft_sites(found, rules, purpose_of, own, known_info(graph_module).linears)
     return plan_sites(found, rules, purpose_of, own)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lora_fx.errors import RuleError, did_you_mean
+from lora_fx.rules.peft_config.rules import ConfigObject, PeftRules, peft_rules, read_peft_rules
 from lora_fx.rules.rule_file import Defaults, RuleFile, RuleSet, Selection
 from lora_fx.rules.toml_lines import KeyPath, read_toml
 from lora_fx.rules.validation import Bounds, validated
@@ -20,11 +21,14 @@ RULES_PATH = "LORA_FX_RULES"
 """Environment variable with directories of rule files."""
 
 
-def load(
-    rules: str | Path | Mapping[str, Any] | RuleSet,
-    model_type: str | None = None,
-    directories: Sequence[str | Path] = (),
-) -> RuleSet:
+Rules = RuleSet | PeftRules
+"""Rules as they are loaded."""
+
+RulesLike = str | Path | Mapping[str, Any] | ConfigObject | Rules
+"""What :func:`load` takes."""
+
+
+def load(rules: RulesLike, model_type: str | None = None, directories: Sequence[str | Path] = ()) -> Rules:
     """Load rules.
 
     A name is looked for in ``directories``, then in those of the environment variable ``LORA_FX_RULES``, then among the
@@ -35,17 +39,21 @@ def load(
         rules: the stem of a rule file or one of its ``model_types``, ``"auto"`` (by ``model_type``; the queries and values
             of attention where there is no file for it), ``"all-linear"`` (every linear but heads, routers, and
             products with one output feature, such as gates), a path to a ``.toml`` file, a mapping with the keys of such a file,
-            or a loaded rule set.
-        model_type: the model's ``config.model_type``, for ``"auto"``.
+            a loaded rule set; or a configuration of PEFT: a ``peft.LoraConfig``, its mapping, or the path of its ``.json`` file.
+        model_type: the model's ``config.model_type``, for ``"auto"``, and for a configuration of PEFT that names no modules.
         directories: of further rule files.
 
     Raises:
         RuleError: there is no such rule file or directory, or the file is malformed; every problem of the file is named.
     """
-    if isinstance(rules, RuleSet):
+    if isinstance(rules, Rules):
         return rules
+    if isinstance(rules, ConfigObject) or (isinstance(rules, Mapping) and "peft_type" in rules):
+        return _with_default_targets(peft_rules(rules), model_type)
     if isinstance(rules, Mapping):
         return _rule_set(rules, "custom", "rules", {})
+    if str(rules).endswith(".json"):
+        return _with_default_targets(read_peft_rules(Path(rules)), model_type)
     if isinstance(rules, Path) or rules.endswith(".toml"):
         return _read(Path(rules))
     if rules == "all-linear":
@@ -70,6 +78,13 @@ def directory() -> Path:
 def builtin() -> Sequence[RuleSet]:
     """Return every built-in rule set, sorted by name."""
     return [_read(path) for path in _files(directory())]
+
+
+def _with_default_targets(rules: PeftRules, model_type: str | None) -> PeftRules:
+    """Return a configuration with the modules that PEFT takes for a model type where it names none: those of the built-in rules."""
+    found = None if model_type is None else _find(model_type, [directory()])
+    selection = found.select[0] if found is not None and len(found.select) == 1 else None
+    return rules.with_targets(None if selection is None else selection.target or selection.regex)
 
 
 def _folders(directories: Sequence[str | Path]) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 Op = Literal["linear", "conv1d", "conv2d", "conv3d", "embedding", "expert"]
@@ -52,6 +53,16 @@ Init = Literal["kaiming", "gaussian"]
 
 Start = Literal[Init, "mica"]
 """How the factors of an adapter from a file started; of MiCA (arXiv 2604.01694) A alone trains."""
+
+TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
+"""A task, as PEFT names it."""
+
+TASK_HEADS: Mapping[TaskType, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""The tasks for which PEFT trains a head, and the ends of the names of the modules that it takes for one."""
 
 OPS: tuple[Op, ...] = get_args(Op)
 ROLES: tuple[Role, ...] = get_args(Role)

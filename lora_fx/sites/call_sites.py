@@ -59,6 +59,16 @@ class Site:
     cast: torch.dtype | None = None
 
 
+def is_bare(site: Site) -> bool:
+    """Tell whether a site multiplies by a bare parameter, whose name is the site's."""
+    return site.module == site.weight
+
+
+def parameter_of(site: Site) -> str:
+    """Return what ``target_parameters`` calls the weight of a site."""
+    return site.module if is_bare(site) else f"{site.module}.weight"
+
+
 def biased(site: fx.Node) -> fx.Node | None:
     """Return the sum of a site's output with a separate bias node, if nothing else reads that output."""
     user = next(iter(site.users)) if len(site.users) == 1 else None

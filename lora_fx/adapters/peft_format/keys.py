@@ -23,7 +23,7 @@ from lora_fx.adapters.peft_format.stacks import StackLayout
 from lora_fx.graph.provenance import module_path, source_line, stamp_of
 from lora_fx.graph.records import BranchSpec
 from lora_fx.planning.plan import factor_shapes
-from lora_fx.sites.call_sites import Site, biased, sites
+from lora_fx.sites.call_sites import Site, biased, is_bare, parameter_of, sites
 from lora_fx.sites.weight_ops import readers, weight_op
 
 PREFIX = "base_model.model."
@@ -81,16 +81,6 @@ class Slot:
         rows = a.unflatten(0, (matrices, -1)).permute(2, 1, 0).flatten(1)  # (matrices, rank, n) → (n, rank · matrices)
         columns = b.unflatten(1, (-1, matrices)).permute(2, 1, 0).flatten(0, 1)
         return columns.contiguous(), rows.contiguous()
-
-
-def is_bare(site: Site) -> bool:
-    """Tell whether a site multiplies by a bare parameter, whose name is the site's."""
-    return site.module == site.weight
-
-
-def parameter_of(site: Site) -> str:
-    """Return what ``target_parameters`` calls the weight of a site."""
-    return site.module if is_bare(site) else f"{site.module}.weight"
 
 
 def slots(

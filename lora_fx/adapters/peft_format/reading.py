@@ -20,8 +20,6 @@ from lora_fx.adapters.peft_format.keys import (
     apart_from_calls,
     base_key,
     base_name,
-    is_bare,
-    parameter_of,
     slots,
 )
 from lora_fx.adapters.peft_format.opening import FILE_NAME, AdapterFiles
@@ -37,7 +35,7 @@ from lora_fx.numerics.factor_init import adapter_dtype
 from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import ALL_LINEAR, CONFIG_NAME, AdapterConfig, trains_bias
 from lora_fx.rules.rule_file import Setting
-from lora_fx.sites.call_sites import Site, sites
+from lora_fx.sites.call_sites import Site, is_bare, parameter_of, sites
 
 
 @dataclass(frozen=True)

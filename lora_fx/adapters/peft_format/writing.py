@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from lora_fx.adapters.peft_format.keys import Slot, apart_from_calls, base_key, is_bare, parameter_of, slots
+from lora_fx.adapters.peft_format.keys import Slot, apart_from_calls, base_key, slots
 from lora_fx.adapters.peft_format.stacks import StackLayout, is_transposed, written_layout
 from lora_fx.adapters.transfer import branches_of, origin_of, parameters_of, trained_of
 from lora_fx.errors import AdapterError
@@ -23,7 +23,7 @@ from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import AdapterConfig, trains_bias
 from lora_fx.rules.peft_config.name_matching import modules_of
 from lora_fx.rules.peft_config.target_names import TrainedParts, patterns, targets, trained_parts
-from lora_fx.sites.call_sites import Site, sites
+from lora_fx.sites.call_sites import Site, is_bare, parameter_of, sites
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,7 @@ def read_config(directory: Path, ignored: Collection[str] = ()) -> AdapterConfig
             all problems are named.
     """
     path = directory / CONFIG_NAME
-    document = _document(path)
+    document = read_document(path, AdapterError, "a PEFT adapter")
     _check_method(document, path)
     given = {key: value for key, value in document.items() if key in AdapterConfig.model_fields}
     others = {key: value for key, value in document.items() if key not in given}
@@ -245,20 +245,25 @@ def whole_numbers(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _document(path: Path) -> Mapping[str, Any]:
+def read_document(path: Path, error_class: type[AdapterError | RuleError], expected: str) -> Mapping[str, Any]:
+    """Return the object in a JSON file.
+
+    Args:
+        path: of the file.
+        error_class: raised where there is none.
+        expected: noun phrase for it.
+    """
     try:
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise AdapterError(
-            str(path.parent), [f"expected a PEFT adapter, with {path.name}: {error.strerror}"]
-        ) from error
+        raise error_class(str(path.parent), [f"expected {expected}, with {path.name}: {error.strerror}"]) from error
     if len(text) > MAX_BYTES:
-        raise AdapterError(str(path), [f"expected a config, found more than {MAX_BYTES} bytes"])
+        raise error_class(str(path), [f"expected a config, found more than {MAX_BYTES} bytes"])
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise AdapterError(str(path), [f"expected JSON: {error}"]) from error
+        raise error_class(str(path), [f"expected JSON: {error}"]) from error
     if not isinstance(document, dict):
-        raise AdapterError(str(path), [f"expected an object, found {shown(document)}"])
+        raise error_class(str(path), [f"expected an object, found {shown(document)}"])
     return document

@@ -74,6 +74,11 @@ def is_off(value: Any) -> bool:
     return value in (None, False, "", [], {})  # False equals 0 and 0.0
 
 
+def is_without_effect(key: str, value: Any) -> bool:
+    """Tell whether a key that lora_fx does not apply says nothing of what the adapter computes."""
+    return is_off(value) or key in WITHOUT_EFFECT
+
+
 def problem_of_key(key: str, value: Any, ignored: Collection[str]) -> str | None:
     """Return why a key that lora_fx does not apply is refused, or None.
 
@@ -82,7 +87,7 @@ def problem_of_key(key: str, value: Any, ignored: Collection[str]) -> str | None
         value: that it has in the file.
         ignored: keys of which somebody knows that they have no effect on the result.
     """
-    if is_off(value) or key in WITHOUT_EFFECT:
+    if is_without_effect(key, value):
         return None
     merge = "Merge the adapter with PEFT, and use the result"
     if key in VARIANTS:

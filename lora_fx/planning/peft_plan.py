@@ -1,0 +1,130 @@
+"""Plans by a PEFT configuration: the modules and parameters that PEFT adapts, with its ranks and scalings, and what trains besides.
+
+PEFT adapts modules by their names, rules of lora_fx call sites; all calls of a module share its branch. Where PEFT would raise, since
+a name means a module that it cannot adapt, so does this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from lora_fx.errors import RuleError, did_you_mean, listed, shortened
+from lora_fx.graph.records import BranchSpec, Trained
+from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, owners_of
+from lora_fx.rules.peft_config.config import ALL_LINEAR, AdapterConfig, trains_bias
+from lora_fx.rules.peft_config.name_matching import is_named, modules_of
+from lora_fx.rules.peft_config.rules import PeftRules
+from lora_fx.sites.call_sites import Site, is_bare, parameter_of
+from lora_fx.sites.roles import Purpose
+
+Parameters = Mapping[tuple[str, ...], int]
+"""The parameters that a graph reads, each by all of its names, and their numbers of elements."""
+
+
+def plan_peft_sites(
+    found: Sequence[Site],
+    rules: PeftRules,
+    purpose_of: Mapping[str, Purpose],
+    parameters: Parameters,
+    linears: Sequence[str],
+) -> Plan:
+    """Decide for each of these sites as PEFT does.
+
+    Args:
+        found: the sites of a graph.
+        rules: the configuration.
+        purpose_of: roles and parts of each site, by its name.
+        parameters: those that the graph reads.
+        linears: the modules that ``all-linear`` means, by their paths.
+
+    Raises:
+        RuleError: nothing is selected, or what PEFT cannot adapt. All problems are named.
+    """
+    config = rules.config.model_copy(update={"modules_to_save": rules.saved or None})
+    if str(config.target_modules).lower() == ALL_LINEAR:
+        config = config.model_copy(update={"target_modules": tuple(linears)})
+    try:
+        decisions = [_decision(site, config, rules, purpose_of.get(site.name, Purpose())) for site in found]
+        chosen = [each.site for each in decisions if isinstance(each, Chosen)]
+        trained = _trained(rules, config, parameters, {site.module for site in chosen if not is_bare(site)})
+        problems = [*_unadaptable(config, found, parameters), *_tied(config, chosen, parameters)]
+    except TimeoutError as error:
+        raise RuleError(rules.source, [str(error)]) from error
+    if not chosen and not trained:
+        problems.append(_nothing(rules.config, found))
+    if problems:
+        raise RuleError(rules.source, shortened(problems, _MAX_NAMED, "problems"))
+    return Plan(rules, tuple(decisions), trained)
+
+
+_MAX_NAMED = 20
+
+
+def _decision(site: Site, config: AdapterConfig, rules: PeftRules, purpose: Purpose) -> Decision:
+    """Return the branch of a site, or why it has none."""
+    parameter = parameter_of(site)
+    if config.selects_parameter(parameter):
+        key, name = "target_parameters", parameter
+    elif not is_bare(site) and config.selects(site.module):
+        key, name = "target_modules", site.module
+    else:
+        return Skipped(site, _why_not(site, config), purpose)
+    branch = BranchSpec(owners_of(site)[0], config.setting_of(name), op=site.op)
+    return Chosen(site, f"{rules.name}:{key}", (branch,), purpose)
+
+
+def _why_not(site: Site, config: AdapterConfig) -> str:
+    if is_bare(site):
+        return "target_parameters does not name it"
+    if config.exclude_modules is not None and is_named(site.module, config.exclude_modules):
+        return "exclude_modules names it"
+    if any(f".{saved}." in f".{site.module}." for saved in config.modules_to_save or ()):
+        return "it trains as a whole, by modules_to_save or task_type"
+    if config.target_modules is None or not is_named(site.module, config.target_modules):
+        return "target_modules does not name it"
+    return "it is in another layer than layers_to_transform says"
+
+
+def _trained(rules: PeftRules, config: AdapterConfig, parameters: Parameters, adapted: set[str]) -> tuple[Trained, ...]:
+    """Return the parameters that train as a whole or as a bias."""
+    found = []
+    for names, elements in parameters.items():
+        saved = [config.saves_any(name) for name in names]
+        meant = [saves or trains_bias(config, name, adapted) for saves, name in zip(saved, names, strict=True)]
+        if any(meant):
+            whole = all(meant) or (any(saved) and config.ensure_weight_tying)
+            rule = f"{rules.name}:{'modules_to_save' if any(saved) else 'bias'}"
+            found.append(Trained(names[0], rule, elements, whole=whole))
+    return tuple(found)
+
+
+def _unadaptable(config: AdapterConfig, found: Sequence[Site], parameters: Parameters) -> Iterator[str]:
+    """Yield the modules that are selected and are no linear layer, convolution or embedding, for which PEFT raises."""
+    known = {site.module for site in found}
+    paths = dict.fromkeys(path for names in parameters for name in names for path in modules_of(name))
+    for path in paths:
+        if path not in known and config.selects(path):
+            yield f"target_modules: {path!r} is no linear layer, convolution or embedding that the model calls"
+
+
+def _tied(config: AdapterConfig, chosen: Sequence[Site], parameters: Parameters) -> Iterator[str]:
+    """Yield the chosen sites whose branches PEFT would give to other modules too, with shared factors."""
+    if not config.ensure_weight_tying:
+        return
+    weights = {names[0]: names for names in parameters if len(names) > 1}
+    for site in chosen:
+        if site.weight in weights:
+            tied = " and ".join(weights[site.weight])
+            yield (
+                f"ensure_weight_tying: {tied} are one parameter, and PEFT trains the same factors at all of its modules; here each "
+                "module has its own. Leave it out, or name none of these modules"
+            )
+
+
+def _nothing(config: AdapterConfig, found: Sequence[Site]) -> str:
+    ends = sorted({site.module.rpartition(".")[2] for site in found})
+    named = config.target_parameters if config.target_modules is None else config.target_modules
+    key = "target_parameters" if config.target_modules is None else "target_modules"
+    names = [named] if isinstance(named, str) else list(named or ())
+    hint = "".join(did_you_mean(name.rpartition(".")[2], ends) for name in names)
+    return f"{key}: no call site is {listed(names, 5) or 'named'}{hint}; the model's sites end in {', '.join(ends) or 'nothing'}"

@@ -1,0 +1,160 @@
+"""A PEFT configuration as a rule set: ``LoraConfig`` objects, their mappings and JSON files. PEFT is not imported for it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol, get_args, runtime_checkable
+
+from lora_fx.errors import RuleError
+from lora_fx.rules.peft_config.config import AdapterConfig, read_document
+from lora_fx.rules.peft_config.other_keys import VARIANTS, is_without_effect
+from lora_fx.rules.validation import plain, shown, validated
+from lora_fx.rules.vocabulary import TASK_HEADS, TaskType
+
+
+@runtime_checkable
+class ConfigObject(Protocol):
+    """What tells PEFT's ``LoraConfig`` from other objects."""
+
+    peft_type: Any
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mapping of the configuration."""
+
+
+@dataclass(frozen=True)
+class PeftRules:
+    """A PEFT configuration that says which sites of a model get a branch.
+
+    Attributes:
+        config: of a LoRA whose factors start as in :func:`lora_fx.rewrite`: A random, B zero.
+        name: for plans, and for the metadata of adapters.
+        source: where it comes from, for messages.
+    """
+
+    config: AdapterConfig
+    name: str
+    source: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the configuration says, as hexadecimal digits."""
+        return hashlib.sha256(self.config.model_dump_json(exclude_none=True).encode()).hexdigest()
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """Ends of the names of modules that train as a whole: those of the configuration, and those that PEFT adds for its task."""
+        task = TASK_HEADS.get(self.config.task_type, ()) if self.config.task_type else ()  # type: ignore[call-overload]
+        return (*(self.config.modules_to_save or ()), *task)
+
+    def with_overrides(
+        self, rank: int | None, alpha: float | None, dropout: float | None, task_type: str | None = None
+    ) -> PeftRules:
+        """Return the rules with ``r``, ``lora_alpha``, ``lora_dropout`` and ``task_type`` replaced; patterns keep their precedence.
+
+        Raises:
+            RuleError: a value is out of range.
+        """
+        given = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "task_type": task_type}
+        changed = {key: value for key, value in given.items() if value is not None}
+        source = f"arguments to rules {self.name!r}"
+        return replace(self, config=_checked({**self.config.model_dump(), **changed}, source)) if changed else self
+
+    def with_targets(self, targets: str | tuple[str, ...] | None) -> PeftRules:
+        """Return the rules with ``target_modules`` where they have none, nor ``target_parameters``.
+
+        Raises:
+            RuleError: there are none to give.
+        """
+        if self.config.target_modules is not None or self.config.target_parameters is not None:
+            return self
+        if targets is None:
+            problem = "target_modules: required, since no built-in rules name the modules of this model type"
+            raise RuleError(self.source, [problem])
+        return replace(self, config=self.config.model_copy(update={"target_modules": targets}))
+
+
+def read_peft_rules(path: Path) -> PeftRules:
+    """Read a configuration from a JSON file.
+
+    Raises:
+        RuleError: there is none, or it asks for what lora_fx cannot do; all problems are named.
+    """
+    document = read_document(path, RuleError, "a PEFT configuration")
+    return PeftRules(_checked(document, str(path)), path.stem, str(path))
+
+
+def peft_rules(given: ConfigObject | Mapping[str, Any]) -> PeftRules:
+    """Return a configuration that was given in code as rules.
+
+    Raises:
+        RuleError: it asks for what lora_fx cannot do; all problems are named.
+    """
+    source = "rules" if isinstance(given, Mapping) else type(given).__name__
+    document = _as_json(given if isinstance(given, Mapping) else given.to_dict())
+    custom = None if isinstance(given, Mapping) else getattr(given, "_custom_modules", None)
+    if custom:
+        raise RuleError(source, ["layers of classes of your own are not supported: train with PEFT"])
+    return PeftRules(_checked(document, source), "peft", source)
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value of a configuration as its JSON file has it."""
+    match value:
+        case Mapping():
+            return {key: _as_json(item) for key, item in value.items()}
+        case set() | frozenset():
+            return sorted(map(_as_json, value))
+        case list() | tuple():
+            return [_as_json(item) for item in value]
+        case Enum():
+            return value.value
+        case _:
+            return value
+
+
+def _checked(document: Mapping[str, Any], source: str) -> AdapterConfig:
+    """Return the configuration in a document, all of whose keys can be followed."""
+    method = document.get("peft_type")
+    if method != "LORA":
+        raise RuleError(source, [f"peft_type: expected 'LORA', the only method of lora_fx, found {shown(method)}"])
+    init = document.get("init_lora_weights", True)
+    known = {key: value for key, value in document.items() if key in AdapterConfig.model_fields}
+    problems = list(_problems(document, known, init))
+    if not _starts(init):
+        known["init_lora_weights"] = True  # which was told
+    try:
+        config = validated(AdapterConfig, known, source)
+    except RuleError as error:
+        raise RuleError(source, [*problems, *error.problems]) from None
+    if problems:
+        raise RuleError(source, problems)
+    return config
+
+
+def _starts(init: Any) -> bool:
+    return init is True or init in ("gaussian", None)
+
+
+def _problems(document: Mapping[str, Any], known: Mapping[str, Any], init: Any) -> Iterator[str]:
+    for key, value in document.items():
+        if key in known or is_without_effect(key, value):
+            continue
+        if key in VARIANTS:
+            yield f"{plain(key)}: {VARIANTS[key]} is not supported: found {shown(value)}. Leave it out, or train with PEFT"
+        else:
+            yield f"{plain(key)}: unknown key: found {shown(value)}. Leave it out if the result does not depend on it"
+    if not _starts(init):
+        yield (
+            f"init_lora_weights: expected true or 'gaussian', by which A starts random and B zero, found {shown(init)}. Leave it out, or "
+            "train with PEFT"
+        )
+    task = known.get("task_type")
+    if task not in (None, *get_args(TaskType)):
+        yield f"task_type: expected {', '.join(map(repr, get_args(TaskType)))} or none, found {shown(task)}"
+    if known.get("target_parameters") and known.get("lora_dropout"):
+        yield "lora_dropout: PEFT has none with target_parameters: expected 0"
