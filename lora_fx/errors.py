@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class LoraFxError(Exception):
@@ -101,6 +103,19 @@ def shortened(lines: Sequence[str], most: int, noun: str) -> list[str]:
     """Return the first lines of a list, and a further line with the number of the others: ``"and 3 more tensors"``."""
     rest = len(lines) - most
     return [*lines[:most], *([f"and {rest} more {noun}"] if rest > 0 else [])]
+
+
+def hub_hint(path: str | Path) -> str:
+    """Return what to run where a path that does not exist may be an id on the Hugging Face hub, or an empty string."""
+    path = Path(path)
+    name = path.as_posix()
+    if _HUB_ID.fullmatch(name) is None or path.exists() or (len(path.parts) == 2 and path.parent.exists()):
+        return ""
+    download = f"hf download {name} --local-dir {path.name}"
+    return f" If it is an id on the Hugging Face hub, from which nothing is downloaded: run {download}, and give {path.name}."
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(?<!\.json)(?<!\.pt2)(?<!\.safetensors)", re.ASCII)
 
 
 def did_you_mean(found: str, known: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lora_fx.errors import LoraFxError, did_you_mean
+from lora_fx.errors import LoraFxError, did_you_mean, hub_hint
 from lora_fx.files.safetensors import TensorEntry, TensorFile
 from lora_fx.numerics.lowrank_merge import Merge, rounded
 
@@ -49,7 +49,9 @@ class Checkpoint:
         """
         if not directory.is_dir():
             kind = "is not a directory" if directory.exists() else "does not exist"
-            raise LoraFxError(f"{directory} {kind}; a directory with {SINGLE} or {INDEX} was expected.")
+            raise LoraFxError(
+                f"{directory} {kind}; a directory with {SINGLE} or {INDEX} was expected.{hub_hint(directory)}"
+            )
         model = _model_directory(directory)
         single, index = model / SINGLE, model / INDEX
         if single.exists() and index.exists():

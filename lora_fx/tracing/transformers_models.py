@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from lora_fx.errors import LoraFxError, listed
+from lora_fx.errors import LoraFxError, hub_hint, listed
 from lora_fx.graph.compare import described
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import info_of
@@ -35,7 +35,7 @@ def empty_model(path: str | Path) -> nn.Module:
     path = Path(path)
     if not (path / "config.json" if path.is_dir() else path).is_file():
         raise LoraFxError(
-            f"{path}: expected a model directory with a config.json, or such a file. Nothing is downloaded."
+            f"{path}: expected a model directory with a config.json, or such a file. Nothing is downloaded.{hub_hint(path)}"
         )
     config = _read_config(path)
     with torch.device("meta"):
@@ -83,7 +83,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     """
     path = Path(path)
     if not (path / "config.json").is_file():
-        raise LoraFxError(f"{path}: expected a directory with a config.json and safetensors files.")
+        raise LoraFxError(f"{path}: expected a directory with a config.json and safetensors files.{hub_hint(path)}")
     config = _read_config(path)
     names = getattr(config, "architectures", None)
     model_class = _class_of(config) or transformers.AutoModel

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from lora_fx.errors import AdapterError, RuleError
+from lora_fx.errors import AdapterError, RuleError, hub_hint
 from lora_fx.rules.peft_config.name_matching import admits_layer, is_bias, is_named, modules_of, value_of_pattern
 from lora_fx.rules.peft_config.other_keys import UNUSED, is_off, problem_of_key
 from lora_fx.rules.peft_config.other_methods import why_not_applied
@@ -257,7 +257,9 @@ def read_document(path: Path, error_class: type[AdapterError | RuleError], expec
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise error_class(str(path.parent), [f"expected {expected}, with {path.name}: {error.strerror}"]) from error
+        problem = f"expected {expected}, with {path.name}: {error.strerror}"
+        hint = hub_hint(path.parent)
+        raise error_class(str(path.parent), [f"{problem}.{hint}" if hint else problem]) from error
     if len(text) > MAX_BYTES:
         raise error_class(str(path), [f"expected a config, found more than {MAX_BYTES} bytes"])
     try:
