@@ -20,7 +20,13 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from lora_fx.adapters.attach import attach
 from lora_fx.adapters.peft_format.fingerprint import fingerprint_on_disk
 from lora_fx.adapters.peft_format.opening import AdapterFiles, check_base, read_adapter
-from lora_fx.adapters.peft_format.reading import AdapterContents, another_value, read_contents
+from lora_fx.adapters.peft_format.reading import (
+    AdapterContents,
+    another_value,
+    equal_as_saved,
+    read_contents,
+    warn_of_rounding,
+)
 from lora_fx.adapters.peft_format.stacks import StackLayout
 from lora_fx.adapters.transfer import plan_branches
 from lora_fx.errors import AdapterError, FoldError, LoraFxError, listed
@@ -203,7 +209,10 @@ def plan_checkpoint_fold(
         graph_module = _attached(graph_module, contents, name, strength, values)
         factors |= {key: value.detach() for key, value in values.items() if original_name(key) is None}
         copies |= contents.copies
-        trained_by |= {key: index for copied in contents.copies for key in places.of_names(names[copied])}
+        stored = {copied: places.of_names(names[copied]) for copied in contents.copies}
+        dtypes = {copied: checkpoint.find(keys[0])[1].dtype for copied, keys in stored.items()}
+        warn_of_rounding(files.directory, contents.copies, dtypes, stacklevel=2)
+        trained_by |= {key: index for keys in stored.values() for key in keys}
     merges = {key: merge for merge in _recipe(graph_module) for key in places.of_names(merge.names)}
     replaced = {key: value for name, value in copies.items() for key in places.of_names(names[name])}
     _check_apart(merges, replaced, trained_by, [directory for directory, _ in adapters])
@@ -286,7 +295,7 @@ def _check_echoes(files: AdapterFiles, contents: AdapterContents, places: _Place
     for name, key in contents.echoes.items():
         for place in places.of_names(names[name]):
             own = places.checkpoint.read(place)
-            if not torch.equal(files.file.read(key).to(own.dtype), own):
+            if not equal_as_saved(files.file.read(key), own):
                 problems.append(another_value(key, name, own))
     if problems:
         raise AdapterError(str(files.directory), problems)

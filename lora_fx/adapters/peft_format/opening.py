@@ -1,4 +1,4 @@
-"""Opening of an adapter directory: its config, the header of its file, and the base that it names. No graph is needed."""
+"""Opening of an adapter directory: its config, the headers of its tensors, and the base that it names. No graph is needed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from pathlib import Path
 
 from lora_fx.adapters.peft_format.fingerprint import differences, recorded
 from lora_fx.adapters.peft_format.stacks import LAYOUTS, StackLayout
-from lora_fx.errors import AdapterError, LoraFxError, shortened
-from lora_fx.files.safetensors import TensorFile
+from lora_fx.adapters.peft_format.tensors import AdapterTensors, open_tensors
+from lora_fx.errors import AdapterError, shortened
 from lora_fx.rules.peft_config.config import CONFIG_NAME, AdapterConfig, read_config
 from lora_fx.rules.validation import shown
-
-FILE_NAME = "adapter_model.safetensors"
-PICKLE_NAME = "adapter_model.bin"
 
 
 @dataclass(frozen=True)
@@ -25,13 +22,13 @@ class AdapterFiles:
     Attributes:
         directory: where it is.
         config: of the adapter.
-        file: with the tensors.
+        file: its tensors.
         stacks: the layout of the factors of stacked experts, if it was given.
     """
 
     directory: Path
     config: AdapterConfig
-    file: TensorFile
+    file: AdapterTensors
     stacks: StackLayout | None = None
 
 
@@ -41,7 +38,7 @@ def read_adapter(
     """Open an adapter directory.
 
     Args:
-        directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        directory: with ``adapter_config.json``, and ``adapter_model.safetensors`` or ``adapter_model.bin``.
         stacks: the layout of the factors of stacked experts, where the directory does not tell it.
         ignore_config_keys: keys of the config that lora_fx does not know, and that have no effect on the result.
 
@@ -60,22 +57,7 @@ def read_adapter(
             problem = f"expected {CONFIG_NAME}, found it in {', '.join(inner)}: give one of these directories"
             raise AdapterError(str(directory), [problem])
     config = read_config(directory, ignore_config_keys)
-    path = directory / FILE_NAME
-    if not path.is_file():
-        if (directory / PICKLE_NAME).is_file():
-            convert = f"import torch, safetensors.torch as s; s.save_file(torch.load('{PICKLE_NAME}', weights_only=True), '{FILE_NAME}')"
-            problem = (
-                f"{PICKLE_NAME} is a pickle, which can run code as it is read, and is not read. Convert it, in its directory: "
-                f'python -c "{convert}"'
-            )
-            raise AdapterError(str(directory), [problem])
-        raise AdapterError(str(directory), [f"expected {FILE_NAME}, which is not there"])
-    try:
-        return AdapterFiles(directory, config, TensorFile.open(path), stacks)
-    except AdapterError:
-        raise
-    except LoraFxError as error:
-        raise AdapterError(str(directory), [str(error)]) from error
+    return AdapterFiles(directory, config, open_tensors(directory), stacks)
 
 
 def check_base(files: AdapterFiles, found: Mapping[str, str | None], *, strict: bool) -> None:

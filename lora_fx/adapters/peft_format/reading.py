@@ -7,8 +7,9 @@ reported at once.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import fx, nn
@@ -22,20 +23,20 @@ from lora_fx.adapters.peft_format.keys import (
     base_name,
     slots,
 )
-from lora_fx.adapters.peft_format.opening import FILE_NAME, AdapterFiles
+from lora_fx.adapters.peft_format.ledger import KeyLedger
+from lora_fx.adapters.peft_format.opening import AdapterFiles
 from lora_fx.adapters.peft_format.stacks import LAYOUTS, Stack, Writer, is_transposed, stack_layouts
-from lora_fx.errors import AdapterError, did_you_mean
-from lora_fx.files.safetensors import TensorEntry
+from lora_fx.errors import did_you_mean, listed
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
 from lora_fx.graph.compare import described
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.info import known_info
 from lora_fx.graph.records import BranchSpec, Origin, Trained
 from lora_fx.numerics.factor_init import adapter_dtype
+from lora_fx.numerics.lowrank_merge import rounded
 from lora_fx.planning.plan import owners_of
-from lora_fx.rules.peft_config.config import ALL_LINEAR, CONFIG_NAME, AdapterConfig, trains_bias
-from lora_fx.rules.rule_file import Setting
-from lora_fx.sites.call_sites import Site, is_bare, parameter_of, sites
+from lora_fx.rules.peft_config.config import CONFIG_NAME, trains_bias
+from lora_fx.sites.call_sites import Site, is_bare, sites
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,34 @@ def read_contents(files: AdapterFiles, graph_module: fx.GraphModule) -> AdapterC
     return _Reader(files, graph_module).contents()
 
 
+def warn_of_rounding(
+    directory: Path, saved: Mapping[str, torch.Tensor], kept: Mapping[str, torch.dtype], *, stacklevel: int
+) -> None:
+    """Warn of trained values that are saved with more precision than they are kept with, in one line.
+
+    Args:
+        directory: of the adapter.
+        saved: the values by the parameters' names.
+        kept: the dtypes of the parameters.
+        stacklevel: see :func:`warnings.warn`, of the caller.
+    """
+    finer = [name for name, to in kept.items() if torch.promote_types(saved[name].dtype, to) != to]
+    if finer:
+        before = " and ".join(sorted({_dtype_name(saved[name].dtype) for name in finer}))
+        after = " and ".join(sorted({_dtype_name(kept[name]) for name in finer}))
+        warnings.warn(
+            f"{directory}: {listed(finer, _MAX_NAMED)}: saved in {before}, rounded to {after}, the dtype of the model.",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_MAX_NAMED = 4
+
+
 def another_value(key: str, name: str, own: torch.Tensor) -> str:
     """Return the message for a tensor in an adapter's file that differs from the model's own."""
     return (
@@ -87,83 +116,11 @@ def another_value(key: str, name: str, own: torch.Tensor) -> str:
     )
 
 
-def is_selected(site: Site, config: AdapterConfig, keys: Collection[str]) -> bool:
-    """Tell whether an adapter has factors beside a site, by its config, and where that leaves it to the model by its keys.
-
-    Raises:
-        TimeoutError: a regular expression takes too long.
-    """
-    if config.selects_parameter(parameter_of(site)):
-        return True
-    if is_bare(site):
-        return False
-    if str(config.target_modules).lower() == ALL_LINEAR or (
-        config.target_modules is None and not config.target_parameters
-    ):
-        a, _ = Slot(site, site.module, site.module).keys
-        return a in keys  # PEFT chose by the model, and wrote keys for its choice
-    return config.selects(site.module)
-
-
-class KeyLedger:
-    """The keys of an adapter's file that no branch has taken yet, and the problems found on the way, which are raised together."""
-
-    def __init__(self, files: AdapterFiles) -> None:
-        self.unread = dict(files.file.entries)
-        self.problems: list[str] = []
-        self._directory, self._config = files.directory, files.config
-
-    def stop_if_wrong(self) -> None:
-        """Raise :class:`AdapterError` with all problems so far, if there are any."""
-        if self.problems:
-            raise AdapterError(str(self._directory), self.problems)
-
-    def selects(self, site: Site) -> bool:
-        """Tell whether the adapter has factors beside a site; see :func:`is_selected`."""
-        try:
-            return is_selected(site, self._config, self.unread)
-        except TimeoutError as error:
-            self.problems.append(f"{CONFIG_NAME}: {error}")
-            return False
-
-    def weights_of(self, chosen: Iterable[Site]) -> set[str]:
-        """Return which of these sites' modules have a weight that ``target_parameters`` names; problems where PEFT adapts none."""
-        weights = {s.module: s for s in chosen if not is_bare(s) and self._config.selects_parameter(parameter_of(s))}
-        for module, site in weights.items():
-            where = f"{CONFIG_NAME}: target_parameters names {parameter_of(site)!r}"
-            if site.kernel:
-                self.problems.append(
-                    f"{where}, the weight of a convolution, which PEFT takes for a stack of matrices. Merge the adapter with PEFT, "
-                    "and use the result"
-                )
-            if self._config.selects(module):
-                self.problems.append(f"{where}, and target_modules selects its module: PEFT adapts one of the two")
-        return set(weights)
-
-    def setting_of(self, module: str) -> Setting:
-        """Return the settings of the branch at a module or a parameter; the default ones with a problem."""
-        try:
-            return self._config.setting_of(module)
-        except TimeoutError as error:
-            self.problems.append(f"{CONFIG_NAME}: {error}")
-            return AdapterConfig(peft_type="LORA").setting_of(module)
-
-    def take(self, key: str, shape: tuple[int, ...], why: str, of: str) -> TensorEntry | None:
-        """Take a key from the unread ones, and return its entry; None with a problem.
-
-        Args:
-            key: in the file.
-            shape: that it is to have.
-            why: a key is expected, for the message where it is missing.
-            of: the reason for the shape, for the message where it has another.
-        """
-        entry = self.unread.pop(key, None)
-        if entry is None:
-            self.problems.append(f"{key}: missing in {FILE_NAME}: {why}")
-        elif entry.shape != shape:
-            self.problems.append(f"{key}: expected shape {shape}, {of}, got {entry.shape}")
-            return None
-        return entry
+def equal_as_saved(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Tell whether two tensors of one shape have equal values, in the less precise of their dtypes if they have two."""
+    finer = torch.promote_types(one.dtype, other.dtype) if one.dtype != other.dtype else one.dtype
+    kept = other.dtype if finer == one.dtype else one.dtype
+    return torch.equal(one.to(kept), other.to(kept))
 
 
 class _Reader:
@@ -195,9 +152,15 @@ class _Reader:
         self._rest(own, [slot.site.module for slot in branches])
         self._ledger.stop_if_wrong()
         read = {slot: self._read_factors(slot, *names) for slot, names in factors.items()}
-        values = {name: self._read(key, own[name]) for name, key in copies.items()}
+        saved = {name: self._read_copy(key, own[name]) for name, key in copies.items()}
         echoes = self._check_rest(own, copies)
         self._ledger.stop_if_wrong()
+        kept = {name: own[name].dtype for name in saved if not own[name].is_meta}
+        warn_of_rounding(self._files.directory, saved, kept, stacklevel=5)
+        values = {
+            name: rounded(value, kept[name]).to(own[name].device) if name in kept else value
+            for name, value in saved.items()
+        }
         _, origin = recorded(self._files.file.metadata)
         config = self._config
         return AdapterContents(
@@ -339,22 +302,36 @@ class _Reader:
         return slot.converted(self._read(key_a, like), self._read(key_b, like))
 
     def _read(self, key: str, like: torch.Tensor) -> torch.Tensor:
+        """Return a factor in the dtype that it has in the graph, if that loses nothing."""
         value = self._files.file.read(key)
-        if not value.is_floating_point():
-            if value.dtype != like.dtype:
-                self._ledger.problems.append(
-                    f"{key}: expected {like.dtype}, or what converts to it exactly, found {value.dtype}"
-                )
-            return value
-        if not like.is_floating_point() or torch.promote_types(value.dtype, like.dtype) != like.dtype:
+        exact = value.is_floating_point() and like.is_floating_point()
+        if value.dtype != like.dtype and not (exact and torch.promote_types(value.dtype, like.dtype) == like.dtype):
             self._ledger.problems.append(
                 f"{key}: expected {like.dtype}, or what converts to it exactly, found {value.dtype}"
             )
             return value
+        self._check_finite(key, value)
+        return value.to(like.dtype) if like.is_meta else value.to(like.device, like.dtype)
+
+    def _read_copy(self, key: str, own: torch.Tensor) -> torch.Tensor:
+        """Return the trained value of a parameter as the file has it, which its dtype in the graph must be able to hold."""
+        value = self._files.file.read(key)
+        if value.dtype != own.dtype and not (value.is_floating_point() and own.is_floating_point()):
+            self._ledger.problems.append(f"{key}: expected {own.dtype}, found {value.dtype}")
+            return value
+        self._check_finite(key, value)
+        most = torch.finfo(own.dtype).max if own.is_floating_point() else torch.inf
+        over = int((value.abs() > most).count_nonzero())
+        if over and torch.isfinite(value).all():
+            self._ledger.problems.append(
+                f"{key}: expected numbers within ±{most:g}, which {own.dtype} has, found {over} beyond"
+            )
+        return value
+
+    def _check_finite(self, key: str, value: torch.Tensor) -> None:
         bad = int((~torch.isfinite(value)).count_nonzero())
         if bad:
             self._ledger.problems.append(f"{key}: expected finite numbers, found {bad} of {value.numel()} that are not")
-        return value.to(like.dtype) if like.is_meta else value.to(like.device, like.dtype)
 
     def _check_rest(self, own: Mapping[str, torch.Tensor], copies: Mapping[str, str]) -> dict[str, str]:
         """Compare what the file has of the model's own tensors (PEFT writes adapted embeddings, for instance) with these.
@@ -369,9 +346,8 @@ class _Reader:
             other = self._files.file.read(copies[self._first[name]]) if of_copy else own[name].detach()
             if other.is_meta:
                 echoes[name] = key
-            value = self._files.file.read(key)
             same = entry.shape == tuple(other.shape) and (
-                other.is_meta or torch.equal(value.to(other.dtype), other.cpu())
+                other.is_meta or equal_as_saved(self._files.file.read(key), other.cpu())
             )
             if not same and not isinstance(own[name], nn.Parameter) and self._config.saves_any(name):
                 self._ledger.problems.append(

@@ -12,9 +12,10 @@ from torch import fx, nn
 
 from lora_fx.adapters.attach import attach
 from lora_fx.adapters.peft_format.fingerprint import fingerprint, metadata
-from lora_fx.adapters.peft_format.opening import FILE_NAME, AdapterFiles, check_base, read_adapter
+from lora_fx.adapters.peft_format.opening import AdapterFiles, check_base, read_adapter
 from lora_fx.adapters.peft_format.reading import AdapterContents, read_contents
 from lora_fx.adapters.peft_format.stacks import StackLayout
+from lora_fx.adapters.peft_format.tensors import FILE_NAME, PICKLE_NAME
 from lora_fx.adapters.peft_format.writing import PeftAdapter, to_peft
 from lora_fx.adapters.transfer import branches_of, differences, origin_of, plan_branches, trained_of
 from lora_fx.branches.invariants import checked
@@ -50,7 +51,8 @@ def from_adapter(
 
     Args:
         model: a module, or a graph of lora_fx; not changed.
-        directory: with ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT or :func:`save_adapter` writes them.
+        directory: with ``adapter_config.json``, and ``adapter_model.safetensors`` or ``adapter_model.bin``, as PEFT or
+            :func:`save_adapter` writes them; or with a whole ``PeftModel.state_dict()`` in place of the tensors.
         adapter: name for it in the graph.
         strict: see :func:`load_adapter`.
         stacks: see :func:`load_adapter`.
@@ -181,7 +183,9 @@ def _write(graph_module: TracedGraphModule, adapter: str, content: PeftAdapter, 
     file.with_name(CONFIG_NAME).write_text(content.config.to_json())
 
 
-_ADAPTER = DirectoryKind("an adapter", {CONFIG_NAME, FILE_NAME, "README.md"}.__contains__)  # PEFT adds the last
+_ADAPTER = DirectoryKind(
+    "an adapter", {CONFIG_NAME, FILE_NAME, PICKLE_NAME, "README.md"}.__contains__
+)  # PEFT adds the last
 
 
 def _traced(graph_module: fx.GraphModule) -> TracedGraphModule:
