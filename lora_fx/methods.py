@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MethodType
+from types import FrameType, MethodType
 from typing import Any
 
 from torch import nn
@@ -161,10 +161,8 @@ def num_parameters(
         only_trainable: count those that require a gradient alone.
         exclude_embeddings: count no weights of the model's ``nn.Embedding`` modules, nor trained copies of them.
     """
-    excluded: set[str] = set()
-    if exclude_embeddings:
-        modules = empty_double(graph_module).named_modules()
-        excluded = {f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding)}
+    # Trainer asks at each step: nothing that takes time.
+    excluded = known_info(graph_module).embeddings if exclude_embeddings else frozenset()
     return sum(
         parameter.numel()
         for name, parameter in graph_module.named_parameters()
@@ -202,6 +200,13 @@ def get_input_embeddings(graph_module: TracedGraphModule) -> nn.Module:
         (owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers)[leaf] = value  # type: ignore[assignment]
     module.__class__ = type(type(module).__name__, (_NotCalled, type(module)), {})
     return module
+
+
+def follow_trainer(caller: FrameType) -> None:
+    """Have :mod:`lora_fx.trainer` follow a ``Trainer`` that reads the config of a graph in a call of ``caller``."""
+    from lora_fx import trainer  # only now: transformers' own has long been imported
+
+    trainer.follow(caller)
 
 
 class _NotCalled(nn.Module):

@@ -2,43 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import fx, nn
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerCallback, TrainerState
+from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import TrainingArguments
+from transformers.utils.generic import find_labels
 
-from lora_fx.adapters.peft_format.opening import read_adapter
-from lora_fx.adapters.peft_format.save_load import check_writable, load_adapter, save_adapter, write_adapter_files
-from lora_fx.adapters.transfer import branches_of, parameters_of
+from lora_fx.adapters.peft_format.directories import (
+    MAX_NAMED,
+    adapter_directories,
+    other_adapters,
+    ranks_in,
+    ranks_of,
+    read_adapters,
+    trained_names,
+    write_adapters,
+)
+from lora_fx.adapters.peft_format.save_load import check_writable, save_adapter
 from lora_fx.errors import AdapterError, LoraFxError, shortened
-from lora_fx.files.atomic import replacing
-from lora_fx.files.safetensors import TensorFile, write_tensors
-from lora_fx.files.target import Target
-from lora_fx.graph.adapter_names import adapter_of, adapters, is_of_adapter
+from lora_fx.graph.adapter_names import adapters, is_of_adapter
 from lora_fx.graph.compare import described
-from lora_fx.graph.graph_module import TracedGraphModule, rebuilt, state_of
+from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import known_info
-from lora_fx.rules.peft_config.config import CONFIG_NAME
 from lora_fx.tracing.item_count import loss_uses_count
 
 PRIVATE_NAMES = ("_load_from_checkpoint", "_load_best_model")
 """Methods of transformers' ``Trainer`` that are no public names and that :func:`prepare` wraps: there it looks for PEFT's class."""
 
-OTHER_NAME = "graph_state.safetensors"
-"""File of a checkpoint with the parameters that train and are of no adapter: see :func:`prepare`."""
-
+_logger = logging.getLogger("lora_fx.trainer")
 aten = torch.ops.aten
-_DEFAULT = "default"  # the adapter that PEFT writes to the top of a directory
-_STATE_DICT_NAME = "model.safetensors"  # of transformers; until there was `prepare`, checkpoints of graphs had one
-_MAX_NAMED = 10
 
 
 def prepare(trainer: Any) -> None:
@@ -64,9 +66,10 @@ def prepare(trainer: Any) -> None:
     for PEFT: for models that compute a mean of their own and ignore ``num_items_in_batch``.
 
     Args:
-        trainer: an object of ``transformers.Trainer`` or a subclass, which trains a graph. Its public methods ``save_model`` and
-            ``get_decay_parameter_names`` (which looks for ``nn.LayerNorm``) are wrapped, and so are its methods of
-            :data:`PRIVATE_NAMES`; an :class:`AdapterCallback` is added.
+        trainer: an object of ``transformers.Trainer`` or a subclass, which trains a graph. Its public methods ``save_model``,
+            ``compute_loss`` (which takes labels from the batch for ``label_smoothing_factor`` and ``compute_loss_func``, and the
+            graph needs them too) and ``get_decay_parameter_names`` (which looks for ``nn.LayerNorm``) are wrapped, and so are its
+            methods of :data:`PRIVATE_NAMES`; an :class:`AdapterCallback` is added.
 
     Raises:
         LoraFxError: the trainer's model is no graph with adapters, or the object lacks a method that is to be wrapped.
@@ -76,6 +79,7 @@ def prepare(trainer: Any) -> None:
         return
     wraps: dict[str, Callable[..., Any]] = {
         "save_model": _save_model,
+        "compute_loss": _compute_loss,
         "get_decay_parameter_names": _decaying,
         **dict(zip(PRIVATE_NAMES, (_load_from_checkpoint, _load_best_model), strict=True)),
     }
@@ -88,8 +92,9 @@ def prepare(trainer: Any) -> None:
     graph = _graph_in(trainer.model, "prepare")
     _warn_of_sums(trainer, graph)
     _hook(graph)
-    while trainer.pop_callback(AdapterCallback) is not None:
-        pass
+    for kind in (AdapterCallback, UnpreparedCallback):
+        while trainer.pop_callback(kind) is not None:
+            pass
     trainer.add_callback(_PreparedCallback())
     for name, wrapper in wraps.items():
         setattr(trainer, name, partial(wrapper, trainer, getattr(trainer, name)))
@@ -97,7 +102,7 @@ def prepare(trainer: Any) -> None:
 
 def _warn_of_sums(trainer: Any, graph: TracedGraphModule) -> None:
     steps = trainer.args.gradient_accumulation_steps
-    counts = trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None
+    counts = trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None and trainer.label_smoother is None
     if steps > 1 and counts and not loss_uses_count(graph):
         model = known_info(graph).model_class.rpartition(":")[2]
         warnings.warn(
@@ -135,7 +140,7 @@ class AdapterCallback(TrainerCallback):
     ) -> None:
         """Refuse what the checkpoints would be wrong for, before the first step; restrict the state dict of the graph that trains."""
         graph = _graph_in(model, "AdapterCallback")
-        self._check(state, graph)
+        self._check(args, state, graph)
         _hook(graph)
         for adapter in adapters(graph) if args.save_strategy != "no" else ():
             check_writable(graph, adapter)  # raises what the first checkpoint would
@@ -149,7 +154,23 @@ class AdapterCallback(TrainerCallback):
             for adapter in adapters(model):
                 save_adapter(model, checkpoint / adapter, adapter, overwrite=True)
 
-    def _check(self, state: TrainerState, graph: TracedGraphModule) -> None:
+    def on_train_end(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        *_control: Any,
+        model: Any = None,
+        **_context: Any,
+    ) -> None:
+        """Say once what ``save_model`` writes, and what writes the adapter."""
+        if state.is_world_process_zero:
+            self._tell(model)
+
+    def _tell(self, graph: TracedGraphModule) -> None:
+        _tell_of_saving(graph, "writes model.safetensors with the parameters that train")
+
+    def _check(self, args: TrainingArguments, state: TrainerState, graph: TracedGraphModule) -> None:
+        _check_smoothing(args, graph, keeps_labels=False)
         if state.is_hyper_param_search or state.trial_params is not None:
             raise LoraFxError(
                 "AdapterCallback would write the adapters of all trials of a hyper-parameter search to the same directories: a callback "
@@ -166,17 +187,117 @@ class AdapterCallback(TrainerCallback):
 class _PreparedCallback(AdapterCallback):
     """The callback of a trainer whose methods were wrapped, so that they write and read adapters."""
 
-    def _check(self, state: TrainerState, graph: TracedGraphModule) -> None:
-        """Allow everything: what is written and read is known."""
+    def _check(self, args: TrainingArguments, state: TrainerState, graph: TracedGraphModule) -> None:  # noqa: ARG002
+        _check_smoothing(args, graph, keeps_labels=True)
+
+    def _tell(self, graph: TracedGraphModule) -> None:
+        """Say nothing: ``save_model`` writes the adapter."""
 
     def on_save(self, *_event: Any, **_context: Any) -> None:
         """Do nothing: the adapters are in the checkpoint already."""
 
 
+class UnpreparedCallback(TrainerCallback):
+    """The callback of a trainer that trains a graph and was not prepared: it refuses what would fail or mislead later."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, *_event: Any, model: Any = None, **_context: Any) -> None:
+        """Refuse what the trainer cannot do with the graph, before the first step."""
+        if self._is_needed(model):
+            _check_smoothing(args, model, keeps_labels=False)
+            tied, strategy = _tied(model), SaveStrategy(args.save_strategy)
+            if tied and strategy is not SaveStrategy.NO:
+                raise LoraFxError(
+                    f"the first checkpoint (save_strategy={strategy.value!r}) would fail: {tied} are one tensor, and "
+                    "transformers writes no state dict with ties. Call lora_fx.trainer.prepare(trainer), after which checkpoints "
+                    'hold the adapters, or set save_strategy="no".'
+                )
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        *_control: Any,
+        model: Any = None,
+        **_context: Any,
+    ) -> None:
+        """Say once what ``save_model`` writes, and what writes the adapter."""
+        if state.is_world_process_zero and self._is_needed(model):
+            tied = _tied(model)
+            does = f"fails, since {tied} are one tensor" if tied else "writes model.safetensors with the base in it"
+            _tell_of_saving(model, does)
+
+    def _is_needed(self, model: Any) -> bool:
+        others = self._trainer.callback_handler.callbacks
+        return (
+            isinstance(model, TracedGraphModule)
+            and bool(adapters(model))
+            and not any(isinstance(each, AdapterCallback) for each in others)
+        )
+
+
+def follow(caller: FrameType) -> None:
+    """Add an :class:`UnpreparedCallback` to a trainer that is being made around a graph (in place).
+
+    Args:
+        caller: the call that reads the graph's config; that of ``Trainer.__init__`` does so when it can take callbacks.
+    """
+    trainer: Any = caller.f_locals.get("self") if caller.f_code.co_name == "__init__" else None
+    callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", None)
+    if callbacks is not None and not any(isinstance(each, AdapterCallback | UnpreparedCallback) for each in callbacks):
+        trainer.add_callback(UnpreparedCallback(trainer))
+
+
+def _tell_of_saving(graph: TracedGraphModule, does: str) -> None:
+    names = ", ".join(repr(adapter) for adapter in adapters(graph))
+    _logger.warning(
+        "trainer.save_model(directory) %s; graph.save_pretrained(directory) writes the adapter %s. After "
+        "lora_fx.trainer.prepare(trainer), save_model does that too.",
+        does,
+        names,
+    )
+
+
+def _tied(graph: TracedGraphModule) -> str:
+    """Return the names of the first tensor that has several in the state dict, or nothing."""
+    kept = graph.state_dict(keep_vars=True)
+    names = ([name for name in every if name in kept] for every in state_of(graph).names().values())
+    return next((" and ".join(map(repr, each)) for each in names if len(each) > 1), "")
+
+
+def _check_smoothing(args: TrainingArguments, graph: TracedGraphModule, *, keeps_labels: bool) -> None:
+    """Raise where ``label_smoothing_factor`` would not act on the loss, or the graph would miss the labels that it takes.
+
+    Args:
+        args: of the trainer.
+        graph: that it trains.
+        keeps_labels: whether the graph gets the labels that the trainer takes from the batch.
+    """
+    if not args.label_smoothing_factor:
+        return
+    name, labels = known_info(graph).class_name, find_labels(type(graph))
+    if not labels:
+        reason = "and this graph takes none. Make it by lora_fx.rewrite(model, …, labels=True)."
+    elif "labels" not in labels:
+        reason = (
+            f"and {name} has {' and '.join(labels)} instead: transformers would train without smoothing. Set it to 0."
+        )
+    elif not keeps_labels:
+        reason = "which the graph needs for its own loss. Call lora_fx.trainer.prepare(trainer), which gives both what they need."
+    else:
+        return
+    raise LoraFxError(
+        f"label_smoothing_factor={args.label_smoothing_factor} takes an input called labels from the batch, {reason}"
+    )
+
+
 def _graph_in(model: Any, caller: str) -> TracedGraphModule:
     if not isinstance(model, TracedGraphModule) or not adapters(model):
+        kind = "graph without any" if isinstance(model, TracedGraphModule) else type(model).__name__
         raise LoraFxError(
-            f"{caller} expected a graph with adapters, and the trainer has a {type(model).__name__}: "
+            f"{caller} expected a graph with adapters, and the trainer has a {kind}: "
             "make one by lora_fx.rewrite(model, …, labels=True)."
         )
     return model
@@ -196,7 +317,7 @@ class _AdapterWriter:
 
     def save_pretrained(self, directory: str | Path, *_: Any, is_main_process: bool = True, **_options: Any) -> None:
         if is_main_process:
-            _write(self._graph, Path(directory))
+            write_adapters(self._graph, Path(directory))
 
 
 def _save_model(trainer: Any, save_model: Callable[..., None], *args: Any, **options: Any) -> None:
@@ -206,6 +327,21 @@ def _save_model(trainer: Any, save_model: Callable[..., None], *args: Any, **opt
         save_model(*args, **options)
     finally:
         trainer.model = graph
+
+
+class _Batch(dict[str, Any]):
+    """A batch that still has its labels after the trainer took them for a loss of its own."""
+
+    def pop(self, name: str, *default: Any) -> Any:
+        return self[name] if name == "labels" and name in self else super().pop(name, *default)
+
+
+def _compute_loss(
+    trainer: Any, compute_loss: Callable[..., Any], model: Any, inputs: Mapping[str, Any], *args: Any, **options: Any
+) -> Any:
+    if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
+        inputs = _Batch(inputs) if "labels" in find_labels(type(trainer.model)) else inputs
+    return compute_loss(model, inputs, *args, **options)
 
 
 def _decaying(_trainer: Any, names_of: Callable[[nn.Module], list[str]], model: nn.Module) -> list[str]:
@@ -224,7 +360,7 @@ def _load_from_checkpoint(
     graph = _graph_in(trainer.model if model is None else model, "prepare")
     _hook(graph)
     if adapter_directories(Path(resume_from_checkpoint)):
-        _read(graph, Path(resume_from_checkpoint))
+        read_adapters(graph, Path(resume_from_checkpoint))
     else:
         load(resume_from_checkpoint, model)
 
@@ -232,106 +368,9 @@ def _load_from_checkpoint(
 def _load_best_model(trainer: Any, load: Callable[[], None]) -> None:
     directory = Path(str(trainer.state.best_model_checkpoint))
     if adapter_directories(directory):
-        _read(_graph_in(trainer.model, "prepare"), directory)
+        read_adapters(_graph_in(trainer.model, "prepare"), directory)
     else:
         load()
-
-
-def adapter_directories(directory: Path) -> dict[str, Path]:
-    """Return the directory of each adapter in a checkpoint, or in another directory that PEFT or :func:`prepare` writes to."""
-    names = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_NAME}"))
-    found = {name: directory / name for name in names if "." not in name}  # no adapter's name has one, and scratch has
-    return found | ({_DEFAULT: directory} if (directory / CONFIG_NAME).is_file() else {})
-
-
-def _write(graph: TracedGraphModule, directory: Path) -> None:
-    tensors = state_of(graph).tensors
-    other = {name: tensors[name] for name in _trained(graph) if not is_of_adapter(name)}
-    if other:
-        with replacing(Target(directory / OTHER_NAME, overwrite=True)) as beside:
-            write_tensors(beside, other, {"format": "pt"})
-    for adapter in adapters(graph):
-        write_adapter_files(graph, directory if adapter == _DEFAULT else directory / adapter, adapter)
-
-
-def _read(graph: TracedGraphModule, directory: Path) -> None:
-    """Give a graph what a checkpoint has of its adapters, and of other parameters that train (in place)."""
-    found = adapter_directories(directory)
-    held, wanted = {adapter: _ranks_on_disk(path) for adapter, path in found.items()}, _ranks(graph)
-    if held.keys() != wanted.keys():
-        raise AdapterError(str(directory), [_other_adapters(held, wanted)])
-    other = _read_other(graph, directory)
-    loaded = rebuilt(graph)
-    loaded.load_state_dict(other, strict=False)
-    for adapter, path in found.items():
-        try:
-            loaded = load_adapter(loaded, path, adapter)
-        except AdapterError as error:
-            told = _other_adapters({adapter: held[adapter]}, {adapter: wanted[adapter]})
-            raise AdapterError(str(directory), [told, error.source, *error.problems]) from error
-    values = {name: value for adapter in found for name, value in parameters_of(loaded, adapter).items()}
-    graph.load_state_dict({**other, **values}, strict=False)
-
-
-def _read_other(graph: TracedGraphModule, directory: Path) -> dict[str, torch.Tensor]:
-    """Return the values that a checkpoint has for the parameters that train and are of no adapter, by their names in the graph."""
-    tensors = state_of(graph).tensors
-    names = sorted(name for name in _trained(graph) if not is_of_adapter(name))
-    path = next((path for name in (OTHER_NAME, _STATE_DICT_NAME) if (path := directory / name).is_file()), None)
-    found: dict[str, torch.Tensor] = {}
-    if names and path is not None:
-        file = TensorFile.open(path)
-        found = {name: file.read(name) for name in names if name in file.entries}
-    problems = [
-        f"{name}: expected {described(tensors[name])}, got {described(value)}"
-        for name, value in found.items()
-        if value.shape != tensors[name].shape
-    ]
-    problems += [
-        f"{name}: trains in the graph, and the checkpoint has no value of it" for name in names if name not in found
-    ]
-    if problems:
-        raise AdapterError(str(directory), shortened(problems, _MAX_NAMED, "tensors"))
-    return found
-
-
-def _ranks(graph: TracedGraphModule) -> dict[str, set[int]]:
-    """Return the ranks of each adapter of a graph, as PEFT counts them: parts of one projection together."""
-    ranks: dict[str, Counter[str]] = {adapter: Counter() for adapter in adapters(graph)}
-    for adapter, by_owner in ranks.items():
-        for _, branch in branches_of(graph, adapter).values():
-            by_owner[branch.owner] += branch.setting.rank
-    return {adapter: set(by_owner.values()) for adapter, by_owner in ranks.items()}
-
-
-def _ranks_on_disk(directory: Path) -> set[int]:
-    files = read_adapter(directory)
-    has_branches = any(".lora_" in key for key in files.file.entries)
-    return {files.config.r, *files.config.rank_pattern.values()} if has_branches else set()
-
-
-def _other_adapters(held: Mapping[str, Collection[int]], wanted: Mapping[str, Collection[int]]) -> str:
-    return (
-        f"expected the graph's {_adapters_text(wanted)}, got {_adapters_text(held)}: training would not go on where it stopped. "
-        "Give the graph the checkpoint's adapters, by the same names and rules, or begin anew."
-    )
-
-
-def _adapters_text(ranks: Mapping[str, Collection[int]]) -> str:
-    """Return ``"adapters 'a' (rank 4) and 'b' (ranks 2, 4)"``."""
-    told = [
-        f"{adapter!r} (rank{'s' if len(each) > 1 else ''} {', '.join(map(str, sorted(each)))})"
-        if each
-        else repr(adapter)
-        for adapter, each in ranks.items()
-    ]
-    return f"adapter{'s' if len(told) > 1 else ''} {' and '.join(told)}" if told else "no adapter"
-
-
-def _trained(graph: nn.Module) -> set[str]:
-    """Return the first name of each parameter that trains."""
-    tensors, names = state_of(graph).tensors, state_of(graph).names()
-    return {name for name in names if tensors[name].requires_grad}
 
 
 def _is_hooked(graph: nn.Module) -> bool:
@@ -347,13 +386,13 @@ def _hook(graph: nn.Module) -> None:
 
 
 def _keep_trained(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    kept = {f"{prefix}{name}" for name in _trained(module)}
+    kept = {f"{prefix}{name}" for name in trained_names(module)}
     for name in [name for name in state_dict if name.startswith(prefix) and name not in kept]:
         del state_dict[name]
 
 
 def _miss_no_frozen(module: nn.Module, keys: Any) -> None:
-    trained = _trained(module)
+    trained = trained_names(module)
     keys.missing_keys[:] = [name for name in keys.missing_keys if name in trained]
 
 
@@ -366,27 +405,10 @@ def _check_adapters(module: TracedGraphModule, state_dict: Mapping[str, Any], pr
     }
     problems = [
         f"{name}: expected {described(tensors[name])}, got {described(given[name]) if name in given else 'none'}"
-        for name in sorted(_trained(module))
+        for name in sorted(trained_names(module))
         if is_of_adapter(name) and (name not in given or given[name].shape != tensors[name].shape)
     ]
     problems += [f"{name}: the graph has no such tensor" for name in given if name not in tensors]
     if problems:
-        told = _other_adapters(_ranks_of(given, module), _ranks(module))
-        raise AdapterError("the state dict that is loaded", [told, *shortened(problems, _MAX_NAMED, "tensors")])
-
-
-def _ranks_of(given: Mapping[str, torch.Tensor], graph: TracedGraphModule) -> dict[str, set[int]]:
-    """Return the ranks of the adapters in a state dict, as far as its factors are beside branches of the graph."""
-    state = state_of(graph).tensors
-    known = {}
-    for adapter in adapters(graph):
-        for _, branch in branches_of(graph, adapter).values():
-            known[branch.owner] = (branch.setting.rank, len(state[branch.names(adapter).a]))
-    ranks: dict[str, set[int]] = {}
-    for name, value in given.items():
-        owner, found, _ = name.partition(".lora_A.")
-        of_adapter = ranks.setdefault(str(adapter_of(name)), set())
-        if found and owner in known:
-            rank, rows = known[owner]
-            of_adapter.add(rank * len(value) // rows)  # a stack has the rows of all its matrices
-    return ranks
+        told = other_adapters(ranks_of(given, module), ranks_in(module))
+        raise AdapterError("the state dict that is loaded", [told, *shortened(problems, MAX_NAMED, "tensors")])

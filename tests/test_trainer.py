@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lora_fx
-from lora_fx.trainer import AdapterCallback
+from lora_fx.trainer import AdapterCallback, prepare
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.xdist_group("trainer")]
 
@@ -188,7 +188,7 @@ def test_peft_and_lora_fx_read_the_adapter_of_a_checkpoint(tmp_path: Path) -> No
     inputs = {name: value for name, value in Collator()(rows(4)).items() if name != "labels"}
     model = base()
     wanted = lora_fx.from_adapter(model, directory).eval()(**inputs).logits
-    carried = lora_fx.transfer(mine, onto=lora_fx.rewrite(model, rules="gpt2", rank=4, alpha=6, dropout=0.0)).eval()
+    carried = lora_fx.transfer(mine, onto=served()).eval()
     assert torch.equal(carried(**inputs).logits, wanted)
     assert torch.equal(peft.PeftModel.from_pretrained(model, directory).eval()(**inputs).logits, wanted)
 
@@ -212,7 +212,7 @@ def test_the_best_checkpoint_is_loaded_in_the_end(tmp_path: Path) -> None:
 
 
 def test_a_callback_on_something_else_is_refused(tmp_path: Path) -> None:
-    for model, kind in ((base(), "GPT2LMHeadModel"), (lora_fx.unload(rewritten()), "GraphModule")):
+    for model, kind in ((base(), "GPT2LMHeadModel"), (lora_fx.unload(rewritten()), "graph without any")):
         with pytest.raises(
             lora_fx.LoraFxError, match=f"expected a graph with adapters, and the trainer has a {kind}: make one"
         ):
@@ -266,3 +266,260 @@ def test_the_example_learns(tmp_path: Path) -> None:
     )
     assert after < before
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@functools.cache
+def small(kind: str) -> nn.Module:
+    """Return a model without dropout."""
+    torch.manual_seed(0)
+    if kind == "t5":
+        sizes = {"vocab_size": 97, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 1, "num_heads": 4}
+        config = transformers.T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0)
+        return transformers.T5ForConditionalGeneration(config)
+    sizes = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1}
+    config = transformers.BertConfig(
+        **sizes,
+        num_attention_heads=4,
+        num_labels=2 if kind == "question answering" else 3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    heads = transformers.BertForSequenceClassification, transformers.BertForQuestionAnswering
+    return heads[kind == "question answering"](config)
+
+
+TARGETS = {"t5": ["q", "v"], "bert": ["query", "value"], "question answering": ["query", "value"]}
+
+
+@functools.cache
+def traced_small(kind: str) -> lora_fx.TracedGraphModule:
+    return lora_fx.trace(small(kind), labels=True)
+
+
+def pair(kind: str) -> tuple[lora_fx.TracedGraphModule, nn.Module]:
+    """Return a graph with an adapter, and the same adapter in PEFT."""
+    if kind == "gpt2":
+        return graph(), wrapped()
+    mine = lora_fx.rewrite(
+        traced_small(kind), rules={"defaults": {"rank": 3, "alpha": 5}, "select": [{"target": TARGETS[kind]}]}
+    )
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS[kind])
+    theirs = peft.get_peft_model(copy.deepcopy(small(kind)), config)
+    for module in (mine, theirs.base_model.model):
+        set_factors(module, scale=0.05)
+    return mine, theirs
+
+
+def batches(kind: str, model: Any, count: int = 12) -> list[dict[str, torch.Tensor]]:
+    """Return rows of one length, some padded; of T5 with what the collator of transformers makes for a model that derives it."""
+    made = []
+    for index, row in enumerate(rows(count)):
+        ids = nn.functional.pad(row["input_ids"], (0, 9 - len(row["input_ids"])))
+        each = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+        if kind == "question answering":
+            each |= {"start_positions": torch.tensor(index % 4), "end_positions": torch.tensor(index % 4 + 2)}
+        else:
+            each["labels"] = torch.tensor(index % 3) if kind == "bert" else ids.masked_fill(ids == 0, -100)
+        if hasattr(model, "prepare_decoder_input_ids_from_labels") and kind == "t5":
+            each["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=each["labels"][None])[0]
+        made.append(each)
+    return made
+
+
+def curve(kind: str, model: nn.Module, directory: Path, how: Any = prepare, **options: Any) -> list[dict[str, float]]:
+    """Return what three steps of a trainer log, evaluated after each."""
+    arguments = transformers.TrainingArguments(
+        str(directory),
+        **{
+            "per_device_train_batch_size": BATCH,
+            "max_steps": 3,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "report_to": [],
+            "disable_tqdm": True,
+            **options,
+        },
+    )
+    data = batches(kind, model)
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data[:5])
+    trainer.remove_callback(transformers.PrinterCallback)
+    how(trainer)
+    trainer.train()
+    told = ("loss", "eval_loss", "total_flos", "grad_norm")
+    return [{key: entry[key] for key in told if key in entry} for entry in trainer.state.log_history]
+
+
+def bare(_trainer: transformers.Trainer) -> None:
+    """Leave a trainer as it is."""
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "t5"])
+def test_label_smoothing_gives_the_losses_of_peft(kind: str, tmp_path: Path) -> None:
+    mine, theirs = pair(kind)
+    found = curve(kind, mine, tmp_path, label_smoothing_factor=0.2)
+    assert found == curve(kind, theirs, tmp_path, bare, label_smoothing_factor=0.2)
+    assert found != curve(kind, pair(kind)[0], tmp_path)
+
+
+def test_a_loss_function_of_the_trainers_gets_outputs_and_labels(tmp_path: Path) -> None:
+    def squared(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+        return (outputs.logits.mean(dim=1) * labels[:, :1]).pow(2).sum() / (num_items_in_batch or 1)
+
+    def how(trainer: transformers.Trainer) -> None:
+        trainer.compute_loss_func = squared
+        if isinstance(trainer.model, lora_fx.TracedGraphModule):
+            prepare(trainer)
+
+    mine, theirs = pair("gpt2")
+    assert curve("gpt2", mine, tmp_path, how) == curve("gpt2", theirs, tmp_path, how)
+
+
+@pytest.mark.parametrize("how", [bare, prepare])
+def test_a_question_answering_head_is_evaluated(how: Any, tmp_path: Path) -> None:
+    mine, theirs = pair("question answering")
+    found = curve("question answering", mine, tmp_path, how)
+    assert sum("eval_loss" in entry for entry in found) == 3
+    assert found == curve("question answering", theirs, tmp_path, bare)
+
+
+CLAIM = "label_smoothing_factor=0.1 takes an input called labels from the batch, "
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "options", "told"),
+    [
+        (
+            "gpt2",
+            bare,
+            {"label_smoothing_factor": 0.1},
+            f"{CLAIM}which the graph needs for its own loss. Call lora_fx.trainer.prepare(trainer), which gives both what they need.",
+        ),
+        (
+            "question answering",
+            prepare,
+            {"label_smoothing_factor": 0.1},
+            f"{CLAIM}and BertForQuestionAnswering has start_positions and end_positions instead: transformers would train without "
+            "smoothing. Set it to 0.",
+        ),
+        (
+            "no labels",
+            prepare,
+            {"label_smoothing_factor": 0.1},
+            f"{CLAIM}and this graph takes none. Make it by lora_fx.rewrite(model, …, labels=True).",
+        ),
+        (
+            "gpt2",
+            bare,
+            {"save_strategy": "epoch"},
+            "the first checkpoint (save_strategy='epoch') would fail: 'transformer.wte.weight' and 'lm_head.weight' are one tensor, and "
+            "transformers writes no state dict with ties. Call lora_fx.trainer.prepare(trainer), after which checkpoints hold the adapters, "
+            'or set save_strategy="no".',
+        ),
+        (
+            "gpt2",
+            prepare,
+            {"neftune_noise_alpha": 5.0},
+            "neftune_noise_alpha was set on the input embedding: a traced graph is flat and computes its embedding as a node, without calling "
+            "this module, so that it would have no effect. Set it on the model before that is traced, or do without "
+            "(neftune_noise_alpha=None).",
+        ),
+    ],
+    ids=["smoothing, not prepared", "smoothing of positions", "smoothing without labels", "ties", "neftune"],
+)
+def test_what_a_trainer_cannot_do_with_a_graph_is_refused_before_the_first_step(
+    kind: str, how: Any, options: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    mine = copy.deepcopy(served()) if kind == "no labels" else pair(kind)[0]
+    before = factors(mine)
+    with pytest.raises(lora_fx.LoraFxError) as raised:
+        curve(kind, mine, tmp_path, how, **options)
+    assert str(raised.value) == told
+    assert all(torch.equal(value, before[name]) for name, value in factors(mine).items())
+
+
+@functools.cache
+def served() -> lora_fx.TracedGraphModule:
+    """Return GPT-2 without labels."""
+    return lora_fx.rewrite(base(), rules="gpt2", rank=4, alpha=6, dropout=0.0)
+
+
+SAYS = "graph.save_pretrained(directory) writes the adapter 'default'. After lora_fx.trainer.prepare(trainer), save_model does that too."
+
+
+@pytest.mark.parametrize(
+    ("kind", "callbacks", "told"),
+    [
+        ("bert", [], f"trainer.save_model(directory) writes model.safetensors with the base in it; {SAYS}"),
+        (
+            "gpt2",
+            [],
+            "trainer.save_model(directory) fails, since 'transformer.wte.weight' and 'lm_head.weight' are one tensor; "
+            f"{SAYS}",
+        ),
+        (
+            "gpt2",
+            [AdapterCallback],
+            f"trainer.save_model(directory) writes model.safetensors with the parameters that train; {SAYS}",
+        ),
+    ],
+    ids=["bare", "bare with ties", "AdapterCallback"],
+)
+def test_one_line_at_the_end_says_what_save_model_writes_and_what_writes_the_adapter(
+    kind: str, callbacks: list[type[AdapterCallback]], told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = pair(kind)[0]
+
+    def how(trainer: transformers.Trainer) -> None:
+        for each in callbacks:
+            trainer.add_callback(each)
+
+    with caplog.at_level(logging.WARNING, "lora_fx"):
+        curve(kind, mine, tmp_path, how)
+    assert [record.getMessage() for record in caplog.records if record.name == "lora_fx.trainer"] == [told]
+    mine.save_pretrained(tmp_path / "final")
+    assert (tmp_path / "final" / "adapter_model.safetensors").is_file()
+
+
+def test_a_prepared_trainer_saves_the_adapter_and_says_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = pair("gpt2")[0]
+    trainers = []
+
+    def how(trainer: transformers.Trainer) -> None:
+        prepare(trainer)
+        trainers.append(trainer)
+
+    with caplog.at_level(logging.WARNING, "lora_fx"):
+        curve("gpt2", mine, tmp_path, how)
+    trainers[0].save_model(str(tmp_path / "final"))
+    assert not [record for record in caplog.records if record.name == "lora_fx.trainer"]
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {
+        path.name for path in (tmp_path / "final").iterdir()
+    }
+    assert not (tmp_path / "final" / "model.safetensors").exists()
+
+
+def test_a_trainer_that_nobody_prepared_loads_the_best_checkpoint_of_a_graph_without_ties(tmp_path: Path) -> None:
+    mine = pair("bert")[0]
+    options = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "greater_is_better": True}
+    found = curve("bert", mine, tmp_path, bare, metric_for_best_model="loss", **options)
+    losses = [entry["eval_loss"] for entry in found if "eval_loss" in entry]
+    best = load_file(tmp_path / f"checkpoint-{losses.index(max(losses)) + 1}" / "model.safetensors")
+    assert losses.index(max(losses)) < 2
+    assert all(torch.equal(value, best[name]) for name, value in mine.state_dict().items())
+
+
+def test_the_class_of_a_graph_has_the_name_by_which_transformers_decides(tmp_path: Path) -> None:
+    """Whether a loss shifts labels, which inputs are labels, what a pipeline does."""
+    for module, name in (
+        (pair("question answering")[0], "BertForQuestionAnswering"),
+        (lora_fx.unload(pair("bert")[0]), "BertForSequenceClassification"),
+        (copy.deepcopy(graph()), "GPT2LMHeadModel"),
+        (lora_fx.trace(nn.Sequential(nn.Linear(3, 2)), (torch.ones(2, 3),)), "GraphModule"),
+    ):
+        assert (type(module).__name__, module._get_name()) == (name, name)

@@ -25,7 +25,8 @@ from torch import nn
 from transformers.trainer_utils import HPSearchBackend
 
 import lora_fx
-from lora_fx.trainer import OTHER_NAME, PRIVATE_NAMES, AdapterCallback, prepare
+from lora_fx.adapters.peft_format.directories import OTHER_NAME
+from lora_fx.trainer import PRIVATE_NAMES, AdapterCallback, prepare
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.xdist_group("trainer checkpoints")]
 

@@ -7,6 +7,7 @@ copied, and shares ``Parameter`` objects with the module that it was made from. 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,11 @@ class TracedGraphModule(fx.GraphModule):
         config = known_info(self).config
         if config is None:
             raise AttributeError("the graph has no config: it was not traced from a transformers model")
+        # transformers tells a model nothing of its trainer, whose constructor reads this: it is followed from there.
+        if (caller := sys._getframe(1)).f_globals.get("__name__") == "transformers.trainer":
+            from lora_fx import methods
+
+            methods.follow_trainer(caller)
         return config
 
     @property
@@ -73,6 +79,11 @@ class TracedGraphModule(fx.GraphModule):
     def loss_type(self) -> str | None:
         """The loss of the transformers model that was traced, by which ``Trainer`` decides what labels it counts."""
         return known_info(self).loss_type
+
+    @property
+    def main_input_name(self) -> str:
+        """For transformers' ``Trainer``: the input of the model by whose size it counts tokens and operations."""
+        return known_info(self).main_input
 
     @property
     def device(self) -> torch.device:
@@ -173,6 +184,10 @@ def _rebuild(graph: fx.Graph, state: State, meta: dict[str, Any], modes: Mapping
     _install(module, state)
     module.graph = graph
     module.meta.update(meta)
+    info = known_info(module)
+    if info.pretrained:
+        # transformers decides by the name of a class: whether a loss shifts labels, which inputs are labels, what a pipeline does.
+        type(module).__name__ = info.class_name
     for name, mode in modes.items():
         module.get_submodule(name).training = mode
     return module

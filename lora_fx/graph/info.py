@@ -52,6 +52,8 @@ class GraphInfo:
         head: the task head of that model.
         linears: the modules of that model that PEFT's ``all-linear`` means, by their paths.
         tags: for the model card of the merged model.
+        main_input: name of the input by whose size transformers counts operations, that model's ``main_input_name``.
+        embeddings: names of the weights of its ``nn.Embedding`` modules.
         stacks: the modules of the model with parameters that are stacks of matrices, by their paths.
         loss_type: of that model, as transformers names losses.
         examples: the inputs of the trace.
@@ -73,6 +75,8 @@ class GraphInfo:
     head: TaskHead = field(default_factory=TaskHead)
     linears: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+    main_input: str = "input_ids"
+    embeddings: frozenset[str] = frozenset()
     stacks: Mapping[str, StackModule] = field(default_factory=dict)
     loss_type: str | None = None
     examples: Examples | None = None
@@ -82,6 +86,12 @@ class GraphInfo:
     folded: tuple[Merge, ...] = ()
     merged: tuple[str, ...] = ()
     consumed: bool = False
+
+    @property
+    def class_name(self) -> str:
+        """Name of the class of the model that was traced; ``"GraphModule"`` where that is not known, or was a graph."""
+        name = self.model_class.rpartition(":")[2].rpartition(".")[2]
+        return "GraphModule" if not name or name.startswith("GraphModule") else name
 
 
 def info_of(graph_module: fx.GraphModule) -> GraphInfo:

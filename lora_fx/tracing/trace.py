@@ -168,6 +168,10 @@ class _Task:
             generation_config=generation_config_of(model),
             head=task_head(model),
             linears=linear_modules(model),
+            main_input=str(getattr(trained_model(model), "main_input_name", GraphInfo.main_input)),
+            embeddings=frozenset(
+                f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)
+            ),
             stacks={
                 path: stack for path, module in model.named_modules(remove_duplicate=False) if (stack := _stack(module))
             },

@@ -259,6 +259,4 @@ def _frame(key: str, path: str, kind: Any) -> Frame | None:
 
 def type_of_root(graph_module: fx.GraphModule) -> str:
     """Return the class of the model that a graph was traced from, if it is known."""
-    name = known_info(graph_module).model_class
-    found = name.rpartition(":")[2].rpartition(".")[2]
-    return "GraphModule" if not found or found.startswith("GraphModule") else found
+    return known_info(graph_module).class_name
