@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test browser bench docs mutate lint format clean
+.PHONY: demo test test-all browser bench docs mutate lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/lora-fx demo
 
 test: $(INSTALLED) browser
 	$(BIN)/pytest
+
+# Every promise for every architecture: up to an hour on two cores. Writes what came of each into tests/matrices.md.
+test-all: $(INSTALLED) browser
+	$(BIN)/pytest -m "" --matrices tests/matrices.md
 
 # The page that pictures are looked at in is tested in a real browser: installed where that takes no question, and else asked for.
 browser:

@@ -68,7 +68,7 @@ def demo(out: Path, console: Console, *, steps: int = STEPS) -> None:
     console.print(f"{trained} paragraphs of {len(corpus.train)} topics to train on, {held_out} held out")
     with console.status("tracing and rewriting"):
         base = trace(model)
-        branched = rewrite(model, rules="bert", seed=SEED)
+        branched = rewrite(base, rules="bert", seed=SEED)
     console.print(str(parameter_summary(branched)), soft_wrap=True)
 
     before = recall_at_1(branched, tokenizer, corpus)

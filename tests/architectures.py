@@ -1,9 +1,9 @@
-"""Small models of real architectures: at least three layers, widths that differ from each other, biases that are not zero."""
+"""Small models of real architectures: two layers of each stack or more, widths that differ from each other, biases that are not zero."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,7 @@ class Architecture:
 
 def _t5() -> nn.Module:
     config = transformers.T5Config(
-        vocab_size=VOCABULARY, d_model=40, d_kv=12, d_ff=72, num_layers=3, num_decoder_layers=4, num_heads=4
+        vocab_size=VOCABULARY, d_model=40, d_kv=12, d_ff=72, num_layers=2, num_decoder_layers=2, num_heads=4
     )
     return transformers.T5ForConditionalGeneration(config)
 
@@ -53,7 +53,7 @@ def _gpt2() -> nn.Module:
         n_positions=64,
         n_embd=48,
         n_inner=88,
-        n_layer=3,
+        n_layer=2,
         n_head=4,
         bos_token_id=1,
         eos_token_id=2,
@@ -66,7 +66,7 @@ def _llama() -> nn.Module:
         vocab_size=VOCABULARY,
         hidden_size=48,
         intermediate_size=80,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=6,
         num_key_value_heads=2,
         max_position_embeddings=64,
@@ -79,7 +79,7 @@ def _bert() -> nn.Module:
         vocab_size=VOCABULARY,
         hidden_size=48,
         intermediate_size=80,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=64,
     )
@@ -88,7 +88,7 @@ def _bert() -> nn.Module:
 
 def _mt5() -> nn.Module:
     config = transformers.MT5Config(
-        vocab_size=VOCABULARY, d_model=40, d_kv=12, d_ff=72, num_layers=3, num_decoder_layers=4, num_heads=4
+        vocab_size=VOCABULARY, d_model=40, d_kv=12, d_ff=72, num_layers=2, num_decoder_layers=3, num_heads=4
     )
     return transformers.MT5ForConditionalGeneration(config)
 
@@ -99,8 +99,8 @@ def _bart() -> nn.Module:
         d_model=48,
         encoder_ffn_dim=80,
         decoder_ffn_dim=88,
-        encoder_layers=3,
-        decoder_layers=4,
+        encoder_layers=2,
+        decoder_layers=3,
         encoder_attention_heads=4,
         decoder_attention_heads=6,
         max_position_embeddings=64,
@@ -110,7 +110,7 @@ def _bart() -> nn.Module:
 
 def _bloom() -> nn.Module:
     # Six heads: the slopes of ALiBi are made in another way where their number is no power of two.
-    config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=48, n_layer=3, n_head=6)
+    config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=48, n_layer=2, n_head=6)
     return transformers.BloomForCausalLM(config)
 
 
@@ -119,7 +119,7 @@ def _blip_2(text: transformers.PreTrainedConfig) -> nn.Module:
         vision_config=transformers.Blip2VisionConfig(
             hidden_size=40,
             intermediate_size=56,
-            num_hidden_layers=3,
+            num_hidden_layers=2,
             num_attention_heads=4,
             image_size=IMAGE_SIZE,
             patch_size=4,
@@ -129,7 +129,7 @@ def _blip_2(text: transformers.PreTrainedConfig) -> nn.Module:
             vocab_size=VOCABULARY,
             hidden_size=36,
             intermediate_size=60,
-            num_hidden_layers=3,
+            num_hidden_layers=2,
             num_attention_heads=3,
             max_position_embeddings=64,
         ),
@@ -148,7 +148,7 @@ def _blip_2_opt() -> nn.Module:
             vocab_size=VOCABULARY,
             hidden_size=48,
             ffn_dim=88,
-            num_hidden_layers=3,
+            num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=64,
         )
@@ -162,8 +162,8 @@ def _blip_2_t5() -> nn.Module:
             d_model=44,
             d_kv=12,
             d_ff=72,
-            num_layers=3,
-            num_decoder_layers=4,
+            num_layers=2,
+            num_decoder_layers=2,
             num_heads=4,
             feed_forward_proj="gated-gelu",
         )
@@ -176,7 +176,7 @@ def _opt() -> nn.Module:
         hidden_size=48,
         word_embed_proj_dim=40,
         ffn_dim=80,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=64,
     )
@@ -189,7 +189,7 @@ def _gptj() -> nn.Module:
         n_positions=64,
         n_embd=48,
         n_inner=88,
-        n_layer=3,
+        n_layer=2,
         n_head=4,
         rotary_dim=8,
         bos_token_id=1,
@@ -203,7 +203,7 @@ def _gpt_neox() -> nn.Module:
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=88,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=64,
     )
@@ -216,8 +216,8 @@ def _gpt_neo() -> nn.Module:
         vocab_size=VOCABULARY,
         hidden_size=48,
         intermediate_size=80,
-        num_layers=4,
-        attention_types=[[["global", "local"], 2]],
+        num_layers=2,
+        attention_types=[[["global", "local"], 1]],
         num_heads=4,
         window_size=3,
         max_position_embeddings=64,
@@ -232,7 +232,7 @@ def _roberta() -> nn.Module:
         vocab_size=VOCABULARY,
         hidden_size=48,
         intermediate_size=80,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=66,
         type_vocab_size=1,
@@ -245,7 +245,7 @@ def _xlm_roberta() -> nn.Module:
         vocab_size=VOCABULARY,
         hidden_size=48,
         intermediate_size=80,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=6,
         max_position_embeddings=66,
         type_vocab_size=1,
@@ -259,7 +259,7 @@ def _electra() -> nn.Module:
         embedding_size=32,
         hidden_size=48,
         intermediate_size=80,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=64,
     )
@@ -271,7 +271,7 @@ def _deberta_v2() -> nn.Module:
         vocab_size=VOCABULARY,
         hidden_size=48,
         intermediate_size=80,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=64,
         relative_attention=True,
@@ -289,7 +289,7 @@ def _deberta() -> nn.Module:
         vocab_size=VOCABULARY,
         hidden_size=48,
         intermediate_size=80,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=64,
         relative_attention=True,
@@ -304,7 +304,7 @@ def _layoutlm() -> nn.Module:
         vocab_size=VOCABULARY,
         hidden_size=48,
         intermediate_size=80,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=64,
         max_2d_position_embeddings=72,
@@ -314,7 +314,7 @@ def _layoutlm() -> nn.Module:
 
 def _chatglm() -> nn.Module:
     config = ChatGLMConfig(
-        vocab_size=VOCABULARY, hidden_size=48, inner_hidden_size=80, num_layers=3, num_attention_heads=4
+        vocab_size=VOCABULARY, hidden_size=48, inner_hidden_size=80, num_layers=2, num_attention_heads=4
     )
     return ChatGLMForConditionalGeneration(config)
 
@@ -376,12 +376,33 @@ def inputs(name: str, batch: int, sequence: int, target: int = 3, seed: int = 7)
 SIZES = ((1, 4, 2), (3, 11, 5), (4, 9, 1), (1, 1, 1))
 """Batch, sequence and target sequence that graphs are run at; none is what they were traced at."""
 
-EACH = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ARCHITECTURES]
-"""Every architecture as a parameter; the tests of one stay in one process, which traces it once."""
 
+def rows(names: Iterable[str], representatives: Collection[str]) -> list[Any]:
+    """Return the rows of a matrix as parameters: all but the representatives run in ``make test-all`` alone.
+
+    The tests of a row stay in one process, which traces it once.
+    """
+    return [
+        pytest.param(
+            name, marks=[pytest.mark.xdist_group(name), *([] if name in representatives else [pytest.mark.matrix])]
+        )
+        for name in names
+    ]
+
+
+REPRESENTATIVES = ("t5", "gpt2", "llama", "bert", "bloom", "blip-2", "deberta-v2", "deberta", "chatglm")
+"""One of each kind: encoder-decoder with relative positions, Conv1D, grouped queries with rotary positions, encoder, fused
+projection by heads, image and text, one weight at two sites, sizes computed from values, code from outside of transformers.
+"""
+
+EACH = rows(ARCHITECTURES, REPRESENTATIVES)
+"""Every architecture as a parameter."""
 
 PRIMARY = [each for each in EACH if each.values[0] in ("t5", "gpt2", "llama", "bert")]
 """The architectures for which the slower promises are tested."""
+
+TWO = rows(("t5", "gpt2", "llama", "bert"), ("gpt2", "llama"))
+"""The same, two of which stand for the others."""
 
 
 @functools.cache

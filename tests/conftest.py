@@ -4,10 +4,33 @@ import contextlib
 import resource
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from matrices import Matrices
 from torch import fx, nn
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrices", type=Path, metavar="FILE", help="write what came of every matrix into this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--matrices")
+    if path is not None and not hasattr(
+        config, "workerinput"
+    ):  # workers of xdist report to the process that started them
+        config.pluginmanager.register(Matrices(path))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let reports say in which row of a matrix a case is."""
+    for item in items:
+        group = item.get_closest_marker("xdist_group")
+        if group is not None:
+            item.user_properties.append(("row", group.args[0]))
+
 
 torch.set_num_threads(1)  # the suite has a process for each core; the models are small
 

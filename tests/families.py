@@ -376,6 +376,22 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
+REPRESENTATIVES = (
+    "falcon-grouped",  # a fused projection of unequal parts
+    "llama4_text",  # experts beside dense layers
+    "mixtral",  # stacked experts
+    "gemma4",  # layers that share keys and values; text, images and sounds
+    "nemotron_h",  # layers of four kinds
+    "deepseek_v3",  # projections of low rank, experts in groups
+    "rwkv",  # no attention
+    "whisper",  # sounds, convolutions
+    "vit",
+    "squeezebert",  # pointwise convolutions
+    "albert",  # one layer, called several times
+)
+"""One of each kind of layer that the architectures do not have."""
+
+
 def build(name: str, seed: int = 0) -> nn.Module:
     """Return a model in eval mode whose vectors (biases, norms) and constant parameters are perturbed away from 0 and 1."""
     with torch.random.fork_rng():

@@ -12,7 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-TRIALS = 50
+import pytest
+
+TRIALS = [20, pytest.param(50, marks=pytest.mark.matrix)]
+"""At how many moments an act is killed."""
 
 _SERVER = """
 import os, signal, sys, time
@@ -80,9 +83,9 @@ def server(setup: str, *arguments: object) -> Iterator[Server]:
 
 def check_killed(
     act: Server, place: Path, *, overwrite: bool, old: Callable[[Path], object], new: Callable[[Path], bool],
-    same_as_old: Callable[[Path], bool], remove: Callable[[Path], object],
+    same_as_old: Callable[[Path], bool], remove: Callable[[Path], object], trials: int,
 ) -> None:  # fmt: skip
-    """Kill an act at fifty moments through its length; its result must be there whole, or not at all.
+    """Kill an act at moments through its length; its result must be there whole, or not at all.
 
     Args:
         act: writes to a path in ``place``.
@@ -92,6 +95,7 @@ def check_killed(
         new: tells whether a path has the result.
         same_as_old: tells whether a path has what was there.
         remove: removes a path.
+        trials: how many moments.
     """
     out, times = place / "out", []
     for number in range(3):
@@ -102,16 +106,16 @@ def check_killed(
     remove(out)
     source, longest = random.Random(17), 1.2 * sorted(times)[1]
     outcomes: list[tuple[int, str]] = []
-    for trial in range(TRIALS):
+    for trial in range(trials):
         if overwrite and not out.exists():
             old(out)
-        code, _ = act(out, overwrite=overwrite, seconds=longest * (trial + source.random()) / TRIALS)
+        code, _ = act(out, overwrite=overwrite, seconds=longest * (trial + source.random()) / trials)
         if not out.exists():
             found = "absent"
         elif new(out):
             found = "new"
         else:
-            assert same_as_old(out), f"half a result after {trial} of {TRIALS}"
+            assert same_as_old(out), f"half a result after {trial} of {trials}"
             found = "old"
         outcomes.append((code, found))
         if found == "new":
@@ -119,7 +123,7 @@ def check_killed(
     before = "old" if overwrite else "absent"
     assert {found for _, found in outcomes} <= {before, "new"}
     assert all(found == "new" for code, found in outcomes if code == 0)
-    assert sum(found == before for _, found in outcomes) >= TRIALS // 3  # killed while it wrote
+    assert sum(found == before for _, found in outcomes) >= trials // 3  # killed while it wrote
     assert act(out, overwrite=overwrite)[0] == 0
     assert new(out)
     assert [path.name for path in place.iterdir()] == ["out"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from architectures import traced
 from conftest import limited, set_factors
-from killed import check_killed, server
+from killed import TRIALS, check_killed, server
 
 import lora_fx
 
@@ -29,8 +29,11 @@ NAMES = ["adapter_config.json", "adapter_model.safetensors"]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trials", TRIALS)
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_process_that_is_killed_while_it_saves_leaves_no_half_adapter(tmp_path: Path, overwrite: bool) -> None:
+def test_a_process_that_is_killed_while_it_saves_leaves_no_half_adapter(
+    tmp_path: Path, overwrite: bool, trials: int
+) -> None:
     place, reference, before = (tmp_path / name for name in ("place", "reference", "before"))
     place.mkdir()
     before.mkdir()
@@ -52,6 +55,7 @@ def test_a_process_that_is_killed_while_it_saves_leaves_no_half_adapter(tmp_path
             new=lambda out: same(out, reference),
             same_as_old=lambda out: same(out, before),
             remove=shutil.rmtree,
+            trials=trials,
         )
 
 

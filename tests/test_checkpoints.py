@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from killed import check_killed, server
+from killed import TRIALS, check_killed, server
 from safetensors.torch import load_file
 
 from lora_fx.errors import FoldError, LoraFxError
@@ -836,9 +836,10 @@ def _same_directories(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trials", TRIALS)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_process_that_is_killed_leaves_the_old_one_or_the_new_one(
-    tmp_path: Path, large: Path, overwrite: bool
+    tmp_path: Path, large: Path, overwrite: bool, trials: int
 ) -> None:
     old, new, place = tmp_path / "old", tmp_path / "new", tmp_path / "place"
     write(old, {"a": torch.ones(3)})
@@ -853,5 +854,6 @@ def test_a_process_that_is_killed_leaves_the_old_one_or_the_new_one(
             new=lambda out: _same_directories(out, new),
             same_as_old=lambda out: _same_directories(out, old),
             remove=shutil.rmtree,
+            trials=trials,
         )
     assert _equal(_tensors_in(place / "out"), merged(_tensors_in(large), changes_for(_tensors_in(large))))

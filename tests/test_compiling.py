@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, branched, build, inputs, without_dropout
+from architectures import ARCHITECTURES, branched, build, inputs, rows, without_dropout
 from conftest import set_factors
 from functorch.compile import make_boxed_func, nop
 from torch import fx, nn
@@ -73,17 +73,13 @@ def graph_of(name: str, kind: str) -> lora_fx.TracedGraphModule:
 @pytest.mark.parametrize(
     ("name", "kind", "gradients"),
     [
-        pytest.param(name, kind, gradients, marks=pytest.mark.xdist_group(name))
-        for name, kind, gradients in (
-            ("t5", "plain", False),
-            ("t5", "fused", False),
-            ("llama", "plain", False),
-            ("llama", "fused", False),
-            ("llama", "half", True),
-            ("bert", "plain", False),
-            ("bert", "fused", True),
-            ("gpt2", "plain", True),
-            ("gpt2", "fused", False),
+        pytest.param(row.values[0], kind, gradients, marks=row.marks)
+        for kind, gradients, row in (
+            *(("plain", False, row) for row in rows(("t5", "llama", "bert"), ())),
+            *(("fused", False, row) for row in rows(("t5", "llama", "gpt2"), ("t5",))),
+            *(("half", True, row) for row in rows(("llama",), ("llama",))),
+            *(("fused", True, row) for row in rows(("bert",), ("bert",))),
+            *(("plain", True, row) for row in rows(("gpt2",), ("gpt2",))),
         )
     ],
 )
@@ -182,8 +178,8 @@ def test_inductor_trains_a_fused_graph_as_eager_does() -> None:
         call = torch.compile(each, fullgraph=True, dynamic=True) if found else each
         optimizer = torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], lr=1e-2)
         found.append([])
-        for rows in (6, 4, 5, 6, 3):
-            loss = call(x[:rows]).square().mean()
+        for count in (6, 4, 5, 6, 3):
+            loss = call(x[:count]).square().mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -18,22 +18,16 @@ import lora_fx
 pytestmark = [pytest.mark.xdist_group("data-parallel"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 SCRIPT = Path(__file__).parent / "data_parallel.py"
-RUNS = (
-    ("t5", torch.float64),
-    ("llama", torch.float64),
-    ("bert", torch.float64),
-    ("gpt2", torch.float64),
-    ("llama", torch.float32),
-    ("gpt2", torch.float32),
-)
+RUNS = (("t5", torch.float64), ("llama", torch.float32))
+MORE = (("llama", torch.float64), ("bert", torch.float64), ("gpt2", torch.float64), ("gpt2", torch.float32))
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the directory of the traces, where two processes left their losses and the adapters."""
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of the traces of some runs, where two processes left their losses and the adapters."""
     directory = tmp_path_factory.mktemp("data-parallel")
-    for name, dtype in RUNS:
+    for name, dtype in request.param:
         torch.save(without_dropout(lora_fx.trace(build(name).to(dtype))), _trace(directory, name, dtype))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*launch, SCRIPT, directory], capture_output=True, text=True, timeout=300, check=False)
@@ -45,7 +39,15 @@ def _trace(directory: Path, name: str, dtype: torch.dtype) -> Path:
     return directory / f"{name}-{str(dtype).removeprefix('torch.')}.trace"
 
 
-@pytest.mark.parametrize(("name", "dtype"), RUNS)
+@pytest.mark.parametrize(
+    ("trained", "name", "dtype"),
+    [
+        *((RUNS, *run) for run in RUNS),
+        *(pytest.param(MORE, *run, marks=pytest.mark.matrix) for run in MORE),
+    ],
+    indirect=["trained"],
+    ids=lambda value: "" if isinstance(value, tuple) else str(value),
+)
 def test_two_processes_train_what_one_trains(name: str, dtype: torch.dtype, trained: Path, tmp_path: Path) -> None:
     path = _trace(trained, name, dtype)
     losses = train(name, torch.load(path, weights_only=False), tmp_path / "one")

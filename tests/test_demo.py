@@ -39,7 +39,19 @@ def test_the_loss_is_the_cross_entropy_to_leave_one_out_means() -> None:
     assert torch.allclose(demo.prototype_loss(vectors), torch.stack(losses).mean(), atol=1e-5)
 
 
+@pytest.fixture
+def _few_topics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the demo read fewer topics than a batch has three times."""
+    whole = demo.read_corpus(demo.SEED)
+    names = [
+        name for name in whole.train if len(whole.train[name]) >= demo.PARAGRAPHS_PER_TOPIC and whole.held_out[name]
+    ][:18]
+    few = demo.Corpus({name: whole.train[name] for name in names}, {name: whole.held_out[name][:2] for name in names})
+    monkeypatch.setattr(demo, "read_corpus", lambda _seed: few)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("_few_topics")
 @pytest.mark.xdist_group("demo")
 def test_the_whole_path_runs_on_the_pretrained_model(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "out"), "--steps", "3"])
@@ -53,6 +65,7 @@ def test_the_whole_path_runs_on_the_pretrained_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_few_topics")
 @pytest.mark.xdist_group("demo")
 def test_without_the_pretrained_package_it_says_so_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "PACKAGE", "a_package_that_is_not_there")

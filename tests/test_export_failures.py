@@ -428,8 +428,14 @@ def test_an_interrupt_while_it_writes_passes_through_and_leaves_what_was_there(
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("killed exports")
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "overwrite"),
+    [
+        pytest.param(kind, overwrite, marks=[] if (kind == "torchscript") != overwrite else pytest.mark.matrix)
+        for kind in KINDS
+        for overwrite in (False, True)
+    ],
+)
 def test_a_process_that_is_killed_leaves_no_half_file_and_the_next_one_cleans_up(
     tmp_path: Path, killed: Callable[..., int], kind: str, overwrite: bool
 ) -> None:

@@ -36,8 +36,16 @@ def graphs(name: str) -> Mapping[str, lora_fx.TracedGraphModule]:
 
 
 MODELS = [
-    pytest.param(name, state, marks=pytest.mark.xdist_group(name))
-    for name, state in (("bert", "branched"), ("bert", "folded"), ("t5", "folded"), ("mixtral", "folded"))
+    pytest.param(row.values[0], state, format, marks=row.marks)
+    for state, format, representatives in (
+        ("branched", "torchscript", ("bert",)),
+        ("branched", "onnx", ("bert",)),
+        ("branched", "pt2", ("bert",)),
+        ("folded", "torchscript", ("mixtral",)),
+        ("folded", "onnx", ("mixtral",)),
+        ("folded", "pt2", ()),
+    )
+    for row in architectures.rows(("bert",) if state == "branched" else ("bert", "t5", "mixtral"), representatives)
 ]
 
 
@@ -132,8 +140,7 @@ def fresh(
     )
 
 
-@pytest.mark.parametrize("format", LOADS)
-@pytest.mark.parametrize(("name", "state"), MODELS)
+@pytest.mark.parametrize(("name", "state", "format"), MODELS)
 def test_a_file_computes_what_its_graph_computes_where_neither_lora_fx_nor_transformers_is(
     packages: Path, tmp_path: Path, name: str, state: str, format: str
 ) -> None:
@@ -259,7 +266,13 @@ def run_program(program: Path, script: Path, mode: str, *sizes: tuple[int, int])
 @pytest.mark.slow
 @pytest.mark.xdist_group("bert")
 @pytest.mark.parametrize(
-    ("name", "state"), [("bert", "branched"), ("bert", "folded"), ("mixtral", "branched"), ("mixtral", "folded")]
+    ("name", "state"),
+    [
+        ("bert", "branched"),
+        pytest.param("bert", "folded", marks=pytest.mark.matrix),
+        pytest.param("mixtral", "branched", marks=pytest.mark.matrix),
+        ("mixtral", "folded"),
+    ],
 )
 def test_a_script_runs_in_a_program_written_in_cpp(program: Path, tmp_path: Path, name: str, state: str) -> None:
     sizes = ((3, 11), (1, 6))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from architectures import rows
 from conftest import set_factors, unchanged
 
 import lora_fx
@@ -22,9 +23,36 @@ from lora_fx.graph.info import info_of
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:DeprecationWarning")
 
 OTHERS = ("qwen3", "gemma3_text", "mixtral", "phi3", "whisper", "vit")
-NAMES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in (*architectures.ARCHITECTURES, *OTHERS)]
-FEW = [each for each in NAMES if each.values[0] in ("t5", "gpt2", "llama", "bert", "mixtral")]
-"""Those for which the slower promises are tested."""
+FEW = ("t5", "gpt2", "llama", "bert", "mixtral")
+"""Those that stand for all where a test is slow: encoder-decoder, Conv1D, grouped queries, encoder, stacked experts."""
+
+ALL = (*architectures.ARCHITECTURES, *OTHERS)
+NAMES = rows(ALL, (*FEW, "bloom", "deberta", "deberta-v2", "blip-2", "whisper", "vit"))
+STATES = [
+    pytest.param(row.values[0], state, marks=row.marks)
+    for state, representatives in {"branched": FEW, "folded": (*FEW, "deberta-v2", "blip-2", "whisper")}.items()
+    for row in rows(ALL, representatives)
+]
+"""Architectures and states of their graphs, for a format that takes long to write."""
+
+Written = Callable[[str, str, str], lora_fx.export.Exported]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """Return a function of an architecture, a state of its graph and a format, which writes that file once and returns its report."""
+    directory = tmp_path_factory.mktemp("written")
+
+    @functools.cache
+    def write(name: str, state: str, format: str) -> lora_fx.export.Exported:
+        graph = graphs(name)[state]
+        with unchanged(graph):
+            report: lora_fx.export.Exported = getattr(lora_fx.export, format)(
+                graph, directory / f"{name}-{state}-{format}.pt2", verify=False
+            )
+        return report
+
+    return write
 
 
 def traced(name: str) -> lora_fx.TracedGraphModule:
@@ -59,11 +87,9 @@ def outputs(graph_module: lora_fx.TracedGraphModule, batch: Mapping[str, torch.T
 
 @pytest.mark.parametrize("state", ["branched", "folded"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_script_computes_the_bits_of_its_graph_at_other_sizes(name: str, state: str, tmp_path: Path) -> None:
+def test_a_script_computes_the_bits_of_its_graph_at_other_sizes(name: str, state: str, written: Written) -> None:
     graph = graphs(name)[state]
-    with unchanged(graph):
-        lora_fx.export.torchscript(graph, tmp_path / "model.pt", verify=False)
-    script = torch.jit.load(tmp_path / "model.pt")
+    script = torch.jit.load(written(name, state, "torchscript").path)
     for size in architectures.SIZES:
         batch = inputs(name, *size)
         expected = outputs(graph, batch)
@@ -73,11 +99,10 @@ def test_a_script_computes_the_bits_of_its_graph_at_other_sizes(name: str, state
         assert all(torch.equal(found[key], expected[key]) for key in found)
 
 
-@pytest.mark.parametrize("name", FEW)
-def test_torchs_optimiser_changes_a_script_by_rounding_at_most(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", rows(FEW, FEW))
+def test_torchs_optimiser_changes_a_script_by_rounding_at_most(name: str, written: Written) -> None:
     """It forms some products in another order, from the second call on."""
-    lora_fx.export.torchscript(graphs(name)["branched"], tmp_path / "model.pt", verify=False)
-    script = torch.jit.load(tmp_path / "model.pt")
+    script = torch.jit.load(written(name, "branched", "torchscript").path)
     for size in architectures.SIZES:
         batch = inputs(name, *size)
         with torch.no_grad():
@@ -86,13 +111,10 @@ def test_torchs_optimiser_changes_a_script_by_rounding_at_most(name: str, tmp_pa
             assert (found[key] - tensor).abs().max() < 2e-6 * tensor.abs().max(), key
 
 
-@pytest.mark.parametrize("state", ["branched", "folded"])
-@pytest.mark.parametrize("name", NAMES)
-def test_onnxruntime_computes_what_the_graph_computes_at_other_sizes(name: str, state: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "state"), STATES)
+def test_onnxruntime_computes_what_the_graph_computes_at_other_sizes(name: str, state: str, written: Written) -> None:
     graph = graphs(name)[state]
-    path = tmp_path / "model.onnx"
-    with unchanged(graph):
-        lora_fx.export.onnx(graph, path, verify=False)
+    path = written(name, state, "onnx").path
     onnx.checker.check_model(str(path), full_check=True)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for size in architectures.SIZES:
@@ -106,15 +128,14 @@ def test_onnxruntime_computes_what_the_graph_computes_at_other_sizes(name: str, 
 
 
 @pytest.mark.parametrize("write", ["torchscript", "onnx", "pt2"])
-@pytest.mark.parametrize("name", [each for each in NAMES if each.values[0] in ("bert", "gpt2", "llama", "t5")])
-def test_rows_without_anything_to_attend_to_are_those_of_the_graph(name: str, write: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", rows(FEW[:4], FEW))
+def test_rows_without_anything_to_attend_to_are_those_of_the_graph(name: str, write: str, written: Written) -> None:
     """Padding on the left of a causal model, and a row that is nothing but padding."""
     graph = graphs(name)["folded"]
-    getattr(lora_fx.export, write)(graph, tmp_path / "model.pt2", verify=False)
     batch = inputs(name, 4, 9, 5)
     batch["attention_mask"][1, :4] = 0
     batch["attention_mask"][2] = 0
-    expected, found = outputs(graph, batch), load(write, tmp_path / "model.pt2")(batch)
+    expected, found = outputs(graph, batch), load(write, written(name, "folded", write).path)(batch)
     for key, tensor in expected.items():
         assert (found[key] - tensor).abs().max() < 2e-6 * tensor.abs().max(), key
 
@@ -139,12 +160,10 @@ def _check_names(
 
 
 @pytest.mark.parametrize("state", ["branched", "folded"])
-@pytest.mark.parametrize("name", FEW)
-def test_a_pt2_computes_the_bits_of_its_graph_at_other_sizes(name: str, state: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", rows(FEW, FEW))
+def test_a_pt2_computes_the_bits_of_its_graph_at_other_sizes(name: str, state: str, written: Written) -> None:
     graph = graphs(name)[state]
-    with unchanged(graph):
-        lora_fx.export.pt2(graph, tmp_path / "model.pt2", verify=False)
-    module = torch.export.load(tmp_path / "model.pt2").module()
+    module = torch.export.load(written(name, state, "pt2").path).module()
     for size in architectures.SIZES:
         batch = inputs(name, *size)
         expected = outputs(graph, batch)
@@ -154,9 +173,9 @@ def test_a_pt2_computes_the_bits_of_its_graph_at_other_sizes(name: str, state: s
         assert all(torch.equal(found[key], expected[key]) for key in found)
 
 
-def test_a_branched_pt2_comes_back_as_a_graph_that_folds(tmp_path: Path) -> None:
-    lora_fx.export.pt2(graphs("bert")["branched"], tmp_path / "model.pt2", verify=False)
-    loaded = lora_fx.trace(torch.export.load(tmp_path / "model.pt2"), inference=True)
+@pytest.mark.xdist_group("bert")
+def test_a_branched_pt2_comes_back_as_a_graph_that_folds(written: Written) -> None:
+    loaded = lora_fx.trace(torch.export.load(written("bert", "branched", "pt2").path), inference=True)
     folded, expected = lora_fx.fold(loaded), graphs("bert")["folded"]
     query = "encoder.layer.1.attention.self.query.weight"
     assert torch.equal(folded.get_parameter(query), expected.get_parameter(query))
@@ -164,37 +183,35 @@ def test_a_branched_pt2_comes_back_as_a_graph_that_folds(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_folded_script_has_the_operators_of_the_untouched_model(name: str, tmp_path: Path) -> None:
+def test_a_folded_script_has_the_operators_of_the_untouched_model(name: str, written: Written) -> None:
     kinds = {}
-    for state, graph in graphs(name).items():
-        lora_fx.export.torchscript(graph, tmp_path / f"{state}.pt", verify=False)
-        script = torch.jit.load(tmp_path / f"{state}.pt")
+    for state in graphs(name):
+        script = torch.jit.load(written(name, state, "torchscript").path)
         kinds[state] = Counter(node.kind() for node in script.inlined_graph.nodes())
     assert kinds["folded"] == kinds["base"] != kinds["branched"]
     assert kinds["branched"]["aten::linear"] > kinds["base"]["aten::linear"]
 
 
-@pytest.mark.parametrize("name", FEW)
-def test_a_folded_model_in_onnx_and_pt2_has_the_operators_of_the_untouched_model(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", rows(FEW, ("gpt2", "bert")))
+def test_a_folded_model_in_onnx_and_pt2_has_the_operators_of_the_untouched_model(name: str, written: Written) -> None:
     operators, targets = {}, {}
     for state in ("base", "folded"):
-        lora_fx.export.onnx(graphs(name)[state], tmp_path / f"{state}.onnx", verify=False)
-        operators[state] = Counter(node.op_type for node in onnx.load(tmp_path / f"{state}.onnx").graph.node)
-        lora_fx.export.pt2(graphs(name)[state], tmp_path / f"{state}.pt2", verify=False)
-        program = torch.export.load(tmp_path / f"{state}.pt2")
+        operators[state] = Counter(node.op_type for node in onnx.load(written(name, state, "onnx").path).graph.node)
+        program = torch.export.load(written(name, state, "pt2").path)
         targets[state] = Counter(str(node.target) for node in program.graph.nodes if node.op == "call_function")
     assert operators["folded"] == operators["base"]
     assert targets["folded"] == targets["base"]
     assert operators["base"]["MatMul"] + operators["base"]["Gemm"] > 10
 
 
+@pytest.mark.xdist_group("llama")
 @pytest.mark.parametrize("write", ["torchscript", "onnx", "pt2"])
-def test_a_fused_graph_is_written_as_the_branched_one(write: str, tmp_path: Path) -> None:
+def test_a_fused_graph_is_written_as_the_branched_one(write: str, tmp_path: Path, written: Written) -> None:
     """Names of values differ, so what they compute is compared: bit for bit, since the operators are the same."""
-    branched = graphs("llama")["branched"]
+    fused = lora_fx.fuse(graphs("llama")["branched"])
     reports = [
-        getattr(lora_fx.export, write)(graph, tmp_path / f"{index}.pt2")
-        for index, graph in enumerate((branched, lora_fx.fuse(branched)))
+        written("llama", "branched", write),
+        getattr(lora_fx.export, write)(fused, tmp_path / "fused.pt2", verify=False),
     ]
     assert reports[0].outputs == reports[1].outputs == ("logits",)
     assert reports[0].inputs == reports[1].inputs

@@ -11,6 +11,7 @@ import families
 import peft
 import pytest
 import torch
+from architectures import rows
 from conftest import set_factors
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
@@ -23,15 +24,10 @@ from lora_fx.tracing.example_inputs import example_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
-RULED = [
-    pytest.param(name, marks=pytest.mark.xdist_group(name))
-    for name, family in families.FAMILIES.items()
-    if family.rules
-]
-ALL = [
-    pytest.param(name, marks=pytest.mark.xdist_group(name))
-    for name in (*architectures.ARCHITECTURES, *families.FAMILIES)
-]
+RULED = rows([name for name, family in families.FAMILIES.items() if family.rules], families.REPRESENTATIVES)
+ALL = rows(
+    (*architectures.ARCHITECTURES, *families.FAMILIES), (*architectures.REPRESENTATIVES, *families.REPRESENTATIVES)
+)
 
 # What PEFT wraps and the traced computation does not reach, or reaches in another way.
 NOT_CALLED = {

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, EACH, PRIMARY, VOCABULARY, branched, build, inputs, model, run
+from architectures import ARCHITECTURES, EACH, TWO, VOCABULARY, branched, build, inputs, model, run
 from conftest import set_factors, unchanged
 from made import X, agrees, module
 from test_peft_equality import wrap
@@ -58,7 +58,7 @@ def test_a_model_that_peft_wraps_traces_with_inputs_from_its_config_bit_for_bit(
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("name", PRIMARY)
+@pytest.mark.parametrize("name", TWO)
 def test_a_model_that_peft_wraps_traces_in_both_modes_with_the_dropout_of_its_branches(
     name: str, dropout: float
 ) -> None:
@@ -107,7 +107,7 @@ def test_experts_that_peft_adapts_by_parameter_trace_in_both_modes() -> None:
     assert torch.equal(graph(**given)[0], wrapped(**given, use_cache=False)[0])
 
 
-@pytest.mark.parametrize("name", PRIMARY)
+@pytest.mark.parametrize("name", TWO)
 def test_a_branched_graph_comes_back_from_a_pt2_with_the_names_ties_and_numbers_it_had(
     name: str, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, EACH, branched, build, inputs
+from architectures import ARCHITECTURES, EACH, branched, build, inputs, rows
 from conftest import set_factors
 from graph_diff import first_difference
 from test_fusion import outcome
@@ -22,7 +22,7 @@ from lora_fx.graph.signature import signature_of
 from lora_fx.numerics.fused_branch import add_update
 from lora_fx.tracing.train_eval import ModeSwitch
 
-HALF = [each for each in EACH if each.values[0] in ("llama", "t5", "roberta")]
+HALF = rows(("llama", "t5", "roberta"), ("llama",))
 DRAWS = range(8)
 """Of masks in training, of inputs in evaluation. What rounding makes of one is a matter of luck."""
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, PRIMARY, SIZES, build, inputs
+from architectures import ARCHITECTURES, SIZES, TWO, build, inputs
 from conftest import set_factors, unchanged
 from torch import nn
 
@@ -16,7 +16,7 @@ def on_meta(name: str) -> nn.Module:
         return ARCHITECTURES[name].build()
 
 
-@pytest.mark.parametrize("name", PRIMARY)
+@pytest.mark.parametrize("name", TWO)
 def test_a_graph_traced_on_meta_runs_on_cpu_with_the_models_bits(name: str) -> None:
     model = build(name).requires_grad_(False)
     empty = lora_fx.trace(on_meta(name))

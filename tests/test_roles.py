@@ -59,7 +59,7 @@ def found(name: str) -> tuple[tuple[Site, Purpose], ...]:
 
 
 def each(names: Any) -> list[Any]:
-    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
+    return architectures.rows(names, (*architectures.REPRESENTATIVES, *families.REPRESENTATIVES, "phi3"))
 
 
 def targets(name: str) -> tuple[str, ...]:
@@ -131,7 +131,12 @@ def test_the_other_roles_are_found(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "cross"),
-    [("t5", "EncDecAttention"), ("bart", "encoder_attn"), ("blip-2", "crossattention"), ("whisper", "encoder_attn")],
+    [
+        ("t5", "EncDecAttention"),
+        pytest.param("bart", "encoder_attn", marks=pytest.mark.matrix),
+        ("blip-2", "crossattention"),
+        ("whisper", "encoder_attn"),
+    ],
 )
 def test_self_and_cross_attention_are_told_apart(name: str, cross: str) -> None:
     for site, purpose in found(name):
@@ -175,7 +180,10 @@ def test_no_name_is_read(name: str) -> None:
     assert {nodes[site.node]: purpose for site, purpose in found(name)} == again
 
 
-@pytest.mark.parametrize("name", ["llama", "t5", "bert", "gpt2", "phi3", "whisper", "gemma2"])
+@pytest.mark.parametrize(
+    "name",
+    architectures.rows(("llama", "t5", "bert", "gpt2", "phi3", "whisper", "gemma2"), ("llama", "t5", "gpt2")),
+)
 def test_eager_attention_has_the_roles_of_fused_attention(name: str) -> None:
     model = build(name)
     config = type(model.config).from_dict(model.config.to_dict())  # type: ignore[attr-defined, operator]

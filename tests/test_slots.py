@@ -49,7 +49,7 @@ from lora_fx.runtime import OnnxSession
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-NAMES = [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in ("t5", "gpt2", "llama", "bert", "mixtral")]
+NAMES = architectures.rows(("t5", "gpt2", "llama", "bert", "mixtral"), ("t5", "gpt2"))
 ADAPTERS = ("two", "five", "mixed", "partial")
 SIZES = ((1, 4, 2), (3, 11, 5), (1, 1, 1))
 
