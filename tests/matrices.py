@@ -5,6 +5,7 @@ A pytest plugin, which the option ``--matrices FILE`` of ``conftest.py`` starts.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import pytest
 
 HEAD = """# Matrices
 
-Written by `make test-all`. A row is an architecture, a family or a setting; a column is a promise, numbered as below the table; a cell
-is how many cases of it passed. `make test` runs the rows in **bold**, which stand for the others, wherever a promise takes long.
+Written by `make test-all`, or for some files alone by
+`.venv/bin/pytest -m "" --matrices tests/matrices.md tests/test_exports.py`. A row is an architecture, a family or a setting; a
+column is a promise, numbered as below the table; a cell is how many cases of it passed. `make test` runs the rows in **bold**,
+which stand for the others, wherever a promise takes long.
 """
 
 
@@ -39,11 +42,12 @@ class Matrices:
             self.everywhere.add((*test, str(row)))
 
     def pytest_sessionfinish(self) -> None:
+        """Write the tables of all files that ran; those of other files stay."""
         by_file: dict[str, list[str]] = defaultdict(list)
         for file, function in sorted(self.partial):
             by_file[file].append(function)
-        parts = [HEAD, *(self._table(file, functions) for file, functions in by_file.items())]
-        self.path.write_text("\n".join(parts), encoding="utf-8")
+        tables = _tables_in(self.path) | {file: self._table(file, functions) for file, functions in by_file.items()}
+        self.path.write_text("\n".join([HEAD, *(tables[file] for file in sorted(tables))]), encoding="utf-8")
 
     def _table(self, file: str, functions: list[str]) -> str:
         rows = sorted({row for function in functions for row in self.outcomes[file, function]})
@@ -61,6 +65,13 @@ class Matrices:
             f"{number}. {name.removeprefix('test_').replace('_', ' ')}" for number, name in enumerate(functions, 1)
         ]
         return "\n".join([*lines, "", *promises, ""])
+
+
+def _tables_in(path: Path) -> dict[str, str]:
+    """Return the tables that a file has already, by the files of their tests."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    _, *parts = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    return {part.partition("\n")[0].removeprefix("## "): part.rstrip("\n") + "\n" for part in parts}
 
 
 def _cell(found: Counter[str] | None) -> str:
