@@ -9,7 +9,8 @@ from torch import nn
 
 from lora_fx.adapters.attach import attach
 from lora_fx.graph.graph_module import TracedGraphModule
-from lora_fx.planning.planner import plan_graph, warn_of_lower_ranks
+from lora_fx.planning.cautions import warn_of_fresh_head, warn_of_lower_ranks
+from lora_fx.planning.planner import plan_graph
 from lora_fx.rules.lookup import RulesLike, load
 from lora_fx.tracing.model_state import check_unwrapped
 from lora_fx.tracing.torch_export import Dynamic
@@ -24,6 +25,7 @@ def rewrite(
     alpha: float | None = None,
     dropout: float | None = None,
     adapter: str = "default",
+    task_type: str | None = None,
     seed: int | None = None,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     dynamic: Dynamic | None = None,
@@ -48,6 +50,9 @@ def rewrite(
         dropout: replaces the dropout in ``[defaults]``: the probability, at least 0 and less than 1, with which an element of a
             branch's input is dropped in training.
         adapter: name of the adapter, part of its parameters' names.
+        task_type: replaces the task in ``[defaults]``, as PEFT names it: with ``"SEQ_CLS"``, ``"TOKEN_CLS"`` and ``"QUESTION_ANS"`` the task
+            head trains as a whole, in a copy, and gets no branch; it is every module beside the base model, and what PEFT takes for it by
+            its name. :func:`save_adapter` writes it. Without it one warning names a head that would stay random.
         seed: of the initial factors. Without one they are drawn from torch's current random state, which is restored.
         example_inputs: see :func:`lora_fx.trace`.
         dynamic: see :func:`lora_fx.trace`.
@@ -64,9 +69,10 @@ def rewrite(
     """
     check_unwrapped(model)
     ruleset = load(rules, getattr(getattr(model, "config", None), "model_type", None)).with_overrides(
-        rank, alpha, dropout
+        rank, alpha, dropout, task_type
     )
     graph_module = trace(model, example_inputs, dynamic=dynamic, labels=labels, inference=inference)
     plan = plan_graph(graph_module, ruleset)
     warn_of_lower_ranks(plan)
+    warn_of_fresh_head(plan, graph_module)
     return attach(graph_module, plan, adapter=adapter, seed=seed)

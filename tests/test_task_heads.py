@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.planning.plan import Skipped
+from lora_fx.tracing.module_kinds import PRIVATE_NAMES, task_head
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -136,3 +138,180 @@ def test_all_linear_leaves_out_gates_with_one_output_and_routers() -> None:
         "model.layers.0.mlp.shared_expert_gate": "its out_features 1 are outside ≥ 2",
         "lm_head": "its role head is excluded",
     }
+
+
+FRESH = (
+    "the task head of {kind} is not known to have values from a checkpoint, and neither trains nor gets a branch: {head}. If it is "
+    "random, it stays so. {advice}, as a whole."
+)
+
+
+def told_by(model: nn.Module, rules: Any = "auto", **options: Any) -> tuple[lora_fx.TracedGraphModule, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made = lora_fx.rewrite(model, rules, **options)
+    found = [each for each in caught if "task head" in str(each.message)]
+    assert all(each.filename == __file__ for each in found)
+    return made, [str(each.message) for each in found]
+
+
+def trained_of(module: nn.Module) -> set[str]:
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def test_a_head_that_no_checkpoint_gave_is_named_once_and_loaded_trained_or_adapted_ones_are_not(
+    base: lora_fx.TracedGraphModule, tmp_path: Path
+) -> None:
+    classes = "BertForSequenceClassification"
+    told = FRESH.format(kind=classes, head="classifier", advice="Say task_type='SEQ_CLS' to train it")
+    assert told_by(base)[1] == [told]
+    trained, silent = told_by(base, task_type="SEQ_CLS")
+    assert silent == []
+    assert told_by(trained, adapter="second")[1] == []  # the first adapter's copy is the head
+    assert told_by(base, {"select": [{"target": ["query", "classifier"]}]}, rank=2)[1] == []
+    assert told_by(base, {"select": [{"target": ["query"]}, {"target": ["classifier"], "trainable": "all"}]})[1] == []
+    assert told_by(lora_fx.trace(bert(), inference=True))[1] == []  # of which nothing trains
+    bert().bert.save_pretrained(tmp_path / "without")
+    bert().save_pretrained(tmp_path / "with")
+    load = transformers.BertForSequenceClassification.from_pretrained
+    assert told_by(load(tmp_path / "without", num_labels=LABELS))[1] == [told]
+    assert told_by(load(tmp_path / "with"))[1] == []
+    assert told_by(lora_fx.fold(trained))[1] == []  # its copy is the head now
+
+
+def test_a_head_of_another_task_is_named_with_the_selection_that_trains_it() -> None:
+    config = transformers.ViTConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4, num_labels=LABELS
+    )  # fmt: skip
+    model = transformers.ViTForImageClassification(config).eval()
+    graph, told = told_by(model)
+    selection = {"target": ["classifier"], "trainable": "all"}
+    advice = f"To train it, add the selection {json.dumps(selection)}".replace('["classifier"]', "['classifier']")
+    assert told == [FRESH.format(kind="ViTForImageClassification", head="classifier", advice=f"{advice} to the rules")]
+    assert not any("classifier" in name for name in trained_of(graph))
+
+
+def test_the_private_mark_of_loaded_parameters_is_there(tmp_path: Path) -> None:
+    bert().bert.save_pretrained(tmp_path)
+    loaded = transformers.BertForSequenceClassification.from_pretrained(tmp_path, num_labels=LABELS)
+    (mark,) = PRIVATE_NAMES
+    fresh = {name for name, parameter in loaded.named_parameters() if not getattr(parameter, mark, False)}
+    assert fresh == {"classifier.weight", "classifier.bias"}
+
+
+TASKS = {
+    "SEQ_CLS": (transformers.BertForSequenceClassification, transformers.BertConfig, {"labels": torch.tensor([2, 0])}),
+    "TOKEN_CLS": (
+        transformers.RobertaForTokenClassification,
+        transformers.RobertaConfig,
+        {"labels": torch.arange(14).reshape(2, 7) % LABELS},
+    ),
+    "QUESTION_ANS": (
+        transformers.BertForQuestionAnswering,
+        transformers.BertConfig,
+        {"start_positions": torch.tensor([1, 5]), "end_positions": torch.tensor([3, 6])},
+    ),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_type_trains_what_peft_trains_step_by_step_and_peft_reads_it_back(task: str, tmp_path: Path) -> None:
+    kind, kind_of_config, labels = TASKS[task]
+    config = kind_of_config(**SIZES, max_position_embeddings=32, num_labels=LABELS if task != "QUESTION_ANS" else 2)
+
+    def fresh() -> Any:
+        torch.manual_seed(3)
+        return kind(copy.deepcopy(config)).eval()
+
+    options = {"rank": 2, "alpha": 6, "dropout": 0.0}
+    rules = {"select": [{"target": ["query", "value"]}], "defaults": {"task_type": task}}
+    mine, told = told_by(fresh(), rules, **options, labels=True, seed=5)
+    assert told == []
+    theirs = peft.get_peft_model(
+        fresh(), peft.LoraConfig(r=2, lora_alpha=6, target_modules=["query", "value"], task_type=task)
+    )
+    theirs.base_model.model.load_state_dict(  # the same first factors
+        {n: p for n, p in mine.named_parameters() if ".lora_A." in n}, strict=False
+    )
+
+    def name_of(parameter: str) -> str:
+        return parameter.removeprefix("base_model.model.").replace("modules_to_save.", "trained_copy.")
+
+    assert {name_of(name) for name in trained_of(theirs)} == trained_of(mine)
+    for module in (mine, theirs):
+        optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            module(**batch(), **labels).loss.backward()
+            optimizer.step()
+    peers = {name_of(name): parameter for name, parameter in theirs.named_parameters()}
+    for name in trained_of(mine):
+        torch.testing.assert_close(mine.get_parameter(name), peers[name], rtol=0, atol=1e-6)
+    lora_fx.save_adapter(mine, tmp_path / "adapter")
+    assert with_config(tmp_path / "adapter")["task_type"] == task
+    with torch.no_grad():
+        read = peft.PeftModel.from_pretrained(fresh(), str(tmp_path / "adapter")).eval()
+        other = lora_fx.from_adapter(fresh(), tmp_path / "adapter").eval()
+        expected, plain = read(**batch())[0], fresh()(**batch())[0]
+        assert torch.equal(other(**batch())[0], expected)
+        assert not torch.allclose(expected, plain, atol=1e-2)
+        folded = lora_fx.fold(other).state_dict()
+    merged = read.merge_and_unload().state_dict()
+    for name, value in merged.items():
+        torch.testing.assert_close(folded[name], value, rtol=0, atol=1e-6)
+
+
+def test_the_whole_head_trains_where_peft_knows_no_name_for_it_and_its_sites_get_no_branch(tmp_path: Path) -> None:
+    config = transformers.RobertaConfig(**SIZES, max_position_embeddings=32, num_labels=LABELS)
+    model = transformers.RobertaForSequenceClassification(config).eval()
+    plan = lora_fx.plan(model, {"select": [{"op": ["linear"]}]}, task_type="SEQ_CLS", rank=2)
+    skipped = {decision.site.module: decision.reason for decision in plan if isinstance(decision, Skipped)}
+    told = "it trains as a whole, by task_type 'SEQ_CLS'"
+    assert skipped["classifier.dense"] == skipped["classifier.out_proj"] == told
+    assert {each.name.rpartition(".")[0] for each in plan.trained} == {"classifier.dense", "classifier.out_proj"}
+    lora_fx.save_adapter(
+        told_by(model, {"select": [{"op": ["linear"]}]}, task_type="SEQ_CLS", rank=2)[0], tmp_path / "adapter"
+    )
+    read = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter"), is_trainable=True)
+    assert {name.rpartition(".modules_to_save")[0] for name in trained_of(read) if "lora" not in name} == {
+        "base_model.model.classifier"
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "head"),
+    [
+        (transformers.BartForSequenceClassification, transformers.BartConfig, ("classification_head",)),
+        (transformers.DebertaV2ForSequenceClassification, transformers.DebertaV2Config, ("pooler", "classifier")),
+        (
+            transformers.DistilBertForSequenceClassification,
+            transformers.DistilBertConfig,
+            ("pre_classifier", "classifier"),
+        ),
+        (transformers.CLIPForImageClassification, transformers.CLIPConfig, ("classifier",)),  # its base model is itself
+        (transformers.LlamaForSequenceClassification, transformers.LlamaConfig, ("score",)),
+        (transformers.LlamaForCausalLM, transformers.LlamaConfig, ()),
+        (transformers.BertForMaskedLM, transformers.BertConfig, ()),
+        (transformers.BertModel, transformers.BertConfig, ()),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_task_head_is_what_a_model_has_beside_its_base_model(kind: Any, config: Any, head: tuple[str, ...]) -> None:
+    with torch.device("meta"):
+        model = kind(config())
+    assert task_head(model).modules == head
+
+
+def test_a_task_that_is_none_and_a_head_that_is_not_there_are_refused(base: lora_fx.TracedGraphModule) -> None:
+    with pytest.raises(
+        lora_fx.RuleError, match=r"defaults\.task_type: expected 'SEQ_CLS', .*'FEATURE_EXTRACTION', found 'seq_cls'"
+    ):
+        lora_fx.rewrite(base, task_type="seq_cls")
+    told = (
+        r"defaults\.task_type: SEQ_CLS trains the task head, and the model uses none: no module beside a base model, and none whose name "
+        r"ends in classifier or score"
+    )
+    plain = lora_fx.trace(bert().bert, inference=True)
+    with pytest.raises(lora_fx.RuleError, match=told):
+        lora_fx.plan(plain, task_type="SEQ_CLS")
+    assert lora_fx.plan(plain, task_type="FEATURE_EXTRACTION").trained == ()

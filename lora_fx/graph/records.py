@@ -113,7 +113,7 @@ class Origin:
         if isinstance(rules, PeftRules):
             said = rules.config
             return Origin(rules.name, rules.digest, said.task_type, said.base_model_name_or_path, said.revision)
-        return Origin(rules.name, rules.digest)
+        return Origin(rules.name, rules.digest, rules.defaults.task_type)
 
 
 @dataclass(frozen=True)

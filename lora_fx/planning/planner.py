@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,19 +11,21 @@ import torch
 from torch import fx, nn
 
 from lora_fx.branches.remove import unload
-from lora_fx.errors import PlanError, RuleError, did_you_mean, listed
+from lora_fx.errors import PlanError, RuleError, did_you_mean
 from lora_fx.graph.adapter_names import adapters, is_factor, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import known_info
 from lora_fx.graph.process_state import uncollected
-from lora_fx.graph.records import BranchSpec, Trained
+from lora_fx.graph.records import BranchSpec, TaskHead, Trained
+from lora_fx.planning.cautions import warn_of_lower_ranks
 from lora_fx.planning.matching import refusal, trains
 from lora_fx.planning.peft_plan import plan_peft_sites
 from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, outputs_of, owners_of
 from lora_fx.rules.lookup import Rules, RulesLike, load
+from lora_fx.rules.peft_config.name_matching import modules_of
 from lora_fx.rules.peft_config.rules import PeftRules
 from lora_fx.rules.rule_file import RuleSet, Selection
-from lora_fx.rules.vocabulary import Part
+from lora_fx.rules.vocabulary import TASK_HEADS, Part
 from lora_fx.sites.call_sites import Site, sites
 from lora_fx.sites.roles import Purpose, purposes
 from lora_fx.tracing.model_state import check_unwrapped
@@ -39,6 +40,7 @@ def plan(
     rank: int | None = None,
     alpha: float | None = None,
     dropout: float | None = None,
+    task_type: str | None = None,
 ) -> Plan:
     """Decide for every call site of a model or a graph whether rules give it a branch, without changing anything.
 
@@ -46,9 +48,10 @@ def plan(
         model: a graph of lora_fx, or a model, which is then traced; on the meta device too.
         rules: see :func:`lora_fx.rewrite`.
         example_inputs: see :func:`lora_fx.trace`.
-        rank: replaces the ``[defaults]`` of the rules, as do ``alpha`` and ``dropout``.
+        rank: replaces the ``[defaults]`` of the rules, as do ``alpha``, ``dropout`` and ``task_type``.
         alpha: numerator of the scaling ``alpha / rank``.
         dropout: probability with which an element of a branch's input is dropped in training.
+        task_type: the task, by which the task head trains; see :func:`lora_fx.rewrite`.
 
     Returns:
         One decision for every site, in graph order, with its reason; ``print(plan)`` shows the table.
@@ -60,26 +63,11 @@ def plan(
     """
     check_unwrapped(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    ruleset = load(rules, model_type).with_overrides(rank, alpha, dropout)
+    ruleset = load(rules, model_type).with_overrides(rank, alpha, dropout, task_type)
     graph_module = model if isinstance(model, TracedGraphModule) else trace(model, example_inputs, inference=True)
     made = plan_graph(graph_module, ruleset)
     warn_of_lower_ranks(made)
     return made
-
-
-def warn_of_lower_ranks(plan: Plan) -> None:
-    """Warn once, as of the caller's caller, of the sites that are too narrow for the rank of their rule."""
-    lower = [
-        f"{branch.key} {branch.setting.rank} in place of {branch.setting.rule_rank}"
-        for branch in {branch.key: branch for chosen in plan.chosen for branch in chosen.branches}.values()
-        if branch.setting.rule_rank is not None
-    ]
-    if lower:
-        warnings.warn(
-            f"rules {plan.rules.name!r} give these sites a higher rank than their update can have, and they get: {listed(lower, 20)}. The "
-            "scaling stays that of the rule's rank. To have the rank everywhere, give it as an argument, rank=.",
-            stacklevel=3,
-        )
 
 
 @uncollected()
@@ -104,7 +92,7 @@ def plan_graph(graph_module: fx.GraphModule, rules: Rules) -> Plan:
     }
     if isinstance(rules, PeftRules):
         return plan_peft_sites(found, rules, purpose_of, own, known_info(graph_module).linears)
-    return plan_sites(found, rules, purpose_of, own)
+    return plan_sites(found, rules, purpose_of, own, head)
 
 
 def plan_sites(
@@ -112,6 +100,7 @@ def plan_sites(
     rules: RuleSet,
     purpose_of: Mapping[str, Purpose] | None = None,
     parameters: Mapping[tuple[str, ...], int] | None = None,
+    head: TaskHead | None = None,
 ) -> Plan:
     """Decide for each of these sites.
 
@@ -120,6 +109,7 @@ def plan_sites(
         rules: the selections and their settings.
         purpose_of: roles and parts of each site, by its name.
         parameters: the parameters that the graph reads, each by all of its names, and their numbers of elements.
+        head: the task head of the model.
 
     Raises:
         RuleError: as :func:`plan` does.
@@ -129,18 +119,23 @@ def plan_sites(
     problems: list[str] = []
     matched: set[int] = set()
     decisions: list[Decision] = []
+    by_task = _trains_by_task(rules, head or TaskHead())
     branching = [index for index, selection in enumerate(rules.select) if selection.trainable is None]
     for site, purpose in known.items():
         refused = {index: refusal(rules.select[index], site, purpose) for index in branching}
         claims = [index for index, reason in refused.items() if reason is None]
         matched.update(claims)
-        if claims:
+        if by_task(f"{site.module}.weight"):
+            decisions.append(Skipped(site, f"it trains as a whole, by task_type {rules.defaults.task_type!r}", purpose))
+        elif claims:
             decisions.append(_chosen(site, purpose, rules, claims, problems))
         else:
             reasons = [reason for reason in refused.values() if reason is not None]
             nearest = max(reasons, key=lambda reason: reason.agreed, default=None)
             decisions.append(Skipped(site, nearest.reason if nearest else "no selection adds branches", purpose))
     trained = _trained(rules, known, parameters or {}, matched)
+    of_head = {each.name: each for each in _trained_by_task(rules, by_task, parameters or {}, problems)}
+    trained = tuple({**of_head, **{each.name: each for each in trained}}.values())
     problems += [
         _matches_nothing(known, rules, index)
         for index, selection in enumerate(rules.select)
@@ -167,6 +162,37 @@ def _trained(
                 found.setdefault(names[0], Trained(names[0], rule, elements, whole=all(meant)))
                 matched.add(index)
     return tuple(found.values())
+
+
+def _trains_by_task(rules: RuleSet, head: TaskHead) -> Callable[[str], bool]:
+    """Return what tells whether a parameter trains by the task of the rules: in a module that PEFT takes for the head, or in the head."""
+    task = rules.defaults.task_type
+    names = TASK_HEADS.get(task, ()) if task else ()
+
+    def trains_by_task(parameter: str) -> bool:
+        return bool(names) and any(path.endswith(names) or head.has(path) for path in modules_of(parameter))
+
+    return trains_by_task
+
+
+def _trained_by_task(
+    rules: RuleSet,
+    by_task: Callable[[str], bool],
+    parameters: Mapping[tuple[str, ...], int],
+    problems: list[str],
+) -> Iterator[Trained]:
+    """Yield the parameters that train by the task; a task whose head the model does not have is added to the problems."""
+    task, nothing = rules.defaults.task_type, True
+    for names, elements in parameters.items():
+        meant = [by_task(name) for name in names]
+        if any(meant):
+            nothing = False
+            yield Trained(names[0], f"{rules.name}:task_type", elements, whole=all(meant))
+    if nothing and task is not None and task in TASK_HEADS:
+        problems.append(
+            f"{rules.at('defaults', 'task_type')}: {task} trains the task head, and the model uses none: no module beside a base model, and "
+            f"none whose name ends in {' or '.join(TASK_HEADS[task])}"
+        )
 
 
 def check_attachable(plan: Plan, graph_module: fx.GraphModule) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from lora_fx.errors import RuleError, did_you_mean
 from lora_fx.rules.peft_config.rules import ConfigObject, PeftRules, peft_rules, read_peft_rules
-from lora_fx.rules.rule_file import Defaults, RuleFile, RuleSet, Selection
+from lora_fx.rules.rule_file import FileDefaults, RuleFile, RuleSet, Selection
 from lora_fx.rules.toml_lines import KeyPath, read_toml
 from lora_fx.rules.validation import Bounds, validated
 
@@ -127,7 +127,7 @@ def _unknown(name: str, folders: Sequence[Path]) -> NoReturn:
 
 def _made(name: str, selection: Selection) -> RuleSet:
     return RuleSet(
-        name=name, source=f"rules={name!r}", defaults=Defaults(rank=8, alpha=32, dropout=0.1), select=(selection,)
+        name=name, source=f"rules={name!r}", defaults=FileDefaults(rank=8, alpha=32, dropout=0.1), select=(selection,)
     )
 
 

@@ -52,7 +52,7 @@ from lora_fx.rules.validation import (
     validated,
     wrong,
 )
-from lora_fx.rules.vocabulary import Init, Op, Part, RoleName, Scaling, Start
+from lora_fx.rules.vocabulary import Init, Op, Part, RoleName, Scaling, Start, TaskType
 
 # How other tools spell our keys: an unknown key is an error, and these get a better hint than spelling distance can give.
 FOREIGN_KEYS = {
@@ -126,6 +126,13 @@ class Defaults(_Table):
 
     init: Annotated[Init, one_of(Init)] = "kaiming"
     """How the factor A starts; B starts as zero."""
+
+
+class FileDefaults(Defaults):
+    """Settings of every branch that its selection does not override, and the task."""
+
+    task_type: Annotated[TaskType, one_of(TaskType)] | None = None
+    """The task, as PEFT names it: for SEQ_CLS, TOKEN_CLS and QUESTION_ANS the task head trains as a whole."""
 
 
 PREDICATES = ("target", "regex", "role", "op", "layers", "in_features", "out_features")
@@ -272,8 +279,8 @@ class RuleFile(_Table):
     model_types: Annotated[tuple[Text, ...], Items('["t5"]', least=0)] = ()
     """The architectures that the file is for, as config.model_type names them."""
 
-    defaults: Defaults = Defaults()
-    """Settings of branches, where a selection has none of its own."""
+    defaults: FileDefaults = FileDefaults()
+    """Settings of branches, where a selection has none of its own, and the task."""
 
     select: Annotated[tuple[Selection, ...], Items("tables under [[select]]", distinct=False)]
     """Which call sites."""
@@ -358,18 +365,21 @@ class RuleSet(RuleFile):
 
     def setting_of(self, selection: Selection) -> Setting:
         """Return the settings of the branches of a selection: its own, and the defaults for the others."""
-        own = selection.model_dump(include=set(Defaults.model_fields), exclude_none=True)
-        return Setting(**self.defaults.model_dump() | own)
+        settings = set(Defaults.model_fields)
+        own = selection.model_dump(include=settings, exclude_none=True)
+        return Setting(**self.defaults.model_dump(include=settings) | own)
 
-    def with_overrides(self, rank: int | None, alpha: float | None, dropout: float | None) -> RuleSet:
+    def with_overrides(
+        self, rank: int | None, alpha: float | None, dropout: float | None, task_type: str | None = None
+    ) -> RuleSet:
         """Return the rules with the given ``[defaults]`` replaced; a selection's own settings keep their precedence.
 
         Raises:
             RuleError: a value is out of range.
         """
-        given = {"rank": rank, "alpha": alpha, "dropout": dropout}
+        given = {"rank": rank, "alpha": alpha, "dropout": dropout, "task_type": task_type}
         changed = {key: value for key, value in given.items() if value is not None}
         document = {**self.defaults.model_dump(), **changed}
-        defaults = validated(Defaults, document, f"arguments to rules {self.name!r}", within=("defaults",))
+        defaults = validated(FileDefaults, document, f"arguments to rules {self.name!r}", within=("defaults",))
         given_rank = rank is not None or self.rank_is_given
         return self.model_copy(update={"defaults": defaults, "rank_is_given": given_rank})

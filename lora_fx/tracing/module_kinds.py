@@ -7,12 +7,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_fx.graph.records import TaskHead
+from lora_fx.rules.vocabulary import TASK_HEADS
 
 PRIVATE_NAMES = ("_is_hf_initialized",)
 """Private names of transformers that are read: its mark of a parameter with a value from a checkpoint."""
 
-HEAD_NAMES = ("classifier", "score", "qa_outputs")
-"""Names of heads that PEFT goes by."""
+_HEAD_NAMES = frozenset(name for names in TASK_HEADS.values() for name in names)
 
 
 def task_head(model: nn.Module) -> TaskHead:
@@ -24,7 +24,7 @@ def task_head(model: nn.Module) -> TaskHead:
         name
         for name, module in model.named_children()
         if any(True for _ in module.parameters())
-        and (name in HEAD_NAMES if base is model else all(each is not base for each in module.modules()))
+        and (name in _HEAD_NAMES if base is model else all(each is not base for each in module.modules()))
     ]
     fresh = [
         name

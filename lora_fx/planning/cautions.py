@@ -1,0 +1,67 @@
+"""Warnings about a plan that can be carried out: ranks lower than the rules say, and a task head that would stay random."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import fx
+
+from lora_fx.errors import listed
+from lora_fx.graph.adapter_names import original_name
+from lora_fx.graph.info import known_info
+from lora_fx.planning.plan import Plan
+from lora_fx.rules.vocabulary import TaskType
+
+
+def warn_of_lower_ranks(plan: Plan) -> None:
+    """Warn once, as of the caller's caller, of the sites that are too narrow for the rank of their rule."""
+    lower = [
+        f"{branch.key} {branch.setting.rank} in place of {branch.setting.rule_rank}"
+        for branch in {branch.key: branch for chosen in plan.chosen for branch in chosen.branches}.values()
+        if branch.setting.rule_rank is not None
+    ]
+    if lower:
+        warnings.warn(
+            f"rules {plan.rules.name!r} give these sites a higher rank than their update can have, and they get: {listed(lower, 20)}. The "
+            "scaling stays that of the rule's rank. To have the rank everywhere, give it as an argument, rank=.",
+            stacklevel=3,
+        )
+
+
+def warn_of_fresh_head(plan: Plan, graph_module: fx.GraphModule) -> None:
+    """Warn once, as of the caller's caller, of a task head without values from a checkpoint that neither trains nor gets a branch.
+
+    Args:
+        plan: for the graph.
+        graph_module: may have adapters, which may train the head.
+    """
+    info = known_info(graph_module)
+    if info.inference:
+        return
+    read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
+    trained = {*(each.name for each in plan.trained), *filter(None, map(original_name, read))}
+    reached = {name.rpartition(".")[0] for name in trained} | {chosen.site.module for chosen in plan.chosen}
+    reached |= {branch.owner for branches in info.adapters.values() for _, branch in branches.values()}
+    random = [name for name in info.head.fresh if name in read and name not in info.merged]
+    left = [path for path in dict.fromkeys(name.rpartition(".")[0] for name in random) if path not in reached]
+    if not left:
+        return
+    kind = info.model_class.rpartition(":")[2]
+    task = next((task for suffix, task in _TASKS.items() if kind.endswith(suffix)), None)
+    selection = f'{{"target": {[path.rpartition(".")[2] for path in left]}, "trainable": "all"}}'
+    advice = (
+        f"Say task_type={task!r} to train it" if task else f"To train it, add the selection {selection} to the rules"
+    )
+    warnings.warn(
+        f"the task head of {kind} is not known to have values from a checkpoint, and neither trains nor gets a branch: {listed(left, 8)}. "
+        f"If it is random, it stays so. {advice}, as a whole.",
+        stacklevel=3,
+    )
+
+
+_TASKS: dict[str, TaskType] = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+"""Ends of the names of transformers' classes, and their tasks."""
