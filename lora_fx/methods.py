@@ -23,6 +23,7 @@ from lora_fx.graph.adapter_names import adapters, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import PEFT_SPELLING, known_info, with_info
 from lora_fx.tracing.transformers_models import double_over, empty_double
+from lora_fx.training.below_head import below_head
 from lora_fx.training.parameters import parameter_summary
 
 
@@ -31,7 +32,7 @@ def methods_of(graph_module: TracedGraphModule) -> Mapping[str, Callable[..., An
     info = known_info(graph_module)
     if not info.pretrained:
         return {}
-    absent = set() if info.generation_config is not None else {"generate"}
+    absent = set() if info.generation_config is not None else {"base_model", "generate", "get_output_embeddings"}
     absent |= set() if adapters(graph_module) else {"save_pretrained"}
     return {name: MethodType(globals()[name], graph_module) for name in sorted(PEFT_SPELLING - absent)}
 
@@ -174,7 +175,7 @@ def get_input_embeddings(graph_module: TracedGraphModule) -> nn.Module:
     """Return the embedding of the model's input, whose weight is the graph's own parameter.
 
     The graph is flat and does not call it: a hook, or an attribute such as ``neftune_noise_alpha``, raises a :class:`LoraFxError`
-    where it is set.
+    where it is set. So does a call, where the embedding has branches of adapters.
 
     Args:
         graph_module: not changed.
@@ -182,24 +183,76 @@ def get_input_embeddings(graph_module: TracedGraphModule) -> nn.Module:
     Raises:
         LoraFxError: the class of the model is code of a hub, has no such embedding, or its config makes another model.
     """
-    model = empty_double(graph_module)
-    try:
-        module = model.get_input_embeddings()
-    except NotImplementedError as error:
-        raise LoraFxError(f"{type(model).__name__} has no embedding of its input.") from error
-    path = next(name for name, each in model.named_modules() if each is module)
+    return _part(graph_module, "get_input_embeddings")[1]
+
+
+def get_output_embeddings(graph_module: TracedGraphModule) -> nn.Module:
+    """Return the output head of the model, whose weight is the graph's own parameter; see :func:`get_input_embeddings`."""
+    return _part(graph_module, "get_output_embeddings")[1]
+
+
+def base_model(graph_module: TracedGraphModule, *args: Any, **options: Any) -> Any:
+    """Return what the output head reads, as ``last_hidden_state``: transformers' base model, for trainers with a head of their own.
+
+    Args:
+        graph_module: not changed.
+        args: of the graph, without labels.
+        options: of the graph, without labels.
+
+    Raises:
+        LoraFxError: the head has branches of an adapter, or see :func:`get_input_embeddings`.
+    """
+    path, _ = _part(graph_module, "get_output_embeddings")
     state = state_of(graph_module)
-    read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
-    copies = {original: name for name in read if (original := original_name(name)) is not None}
-    aliases = state.aliases()
-    for name, tensor in state_of(module).tensors.items():
-        own = f"{path}.{name}"
-        value = state.tensors[copies.get(own) or copies.get(aliases[own]) or own]
+    made, own = vars(graph_module).get("_below_head", (None, {}))
+    if made is None or any(state.tensors.get(name) is not tensor for name, tensor in own.items()):
+        weight = _read_name(graph_module, f"{path}.weight")
+        made = below_head(graph_module, weight)
+        own = {name: tensor for name, tensor in state_of(made).tensors.items() if name in state.tensors}
+        vars(graph_module)["_below_head"] = made, own  # not as an attribute: it is no module of the graph
+    return made(*args, **options)
+
+
+def _part(graph_module: TracedGraphModule, getter: str) -> tuple[str, nn.Module]:
+    """Return path and module of a part of the model, over the graph's own tensors. It is made once for each graph."""
+    known = vars(graph_module).setdefault("_parts", {})
+    if getter not in known:
+        model = empty_double(graph_module)
+        try:
+            module = getattr(model, getter)()
+        except NotImplementedError:
+            module = None
+        if module is None:
+            raise LoraFxError(f"{type(model).__name__} has no {getter.removeprefix('get_').replace('_', ' ')}.")
+        path = next(name for name, each in model.named_modules() if each is module)
+        module.__class__ = type(type(module).__name__, (_NotCalled, type(module)), {})
+        vars(module)["_called"] = _CALLED[getter]
+        known[getter] = path, module
+    path, module = known[getter]
+    state = state_of(graph_module)
+    for name in state_of(module).tensors:
+        value = state.tensors[_read_name(graph_module, f"{path}.{name}")]
         owner_path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner_path)
-        (owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers)[leaf] = value  # type: ignore[assignment]
-    module.__class__ = type(type(module).__name__, (_NotCalled, type(module)), {})
-    return module
+        (owner._parameters if isinstance(value, nn.Parameter) else owner._buffers)[leaf] = value
+    owners = {
+        branch.owner.partition("@")[0]
+        for specs in known_info(graph_module).adapters.values()
+        for _, branch in specs.values()
+    }
+    vars(module)["_is_adapted"] = path in owners
+    return path, module
+
+
+_CALLED = {"get_input_embeddings": "the input embedding", "get_output_embeddings": "the output embedding"}
+
+
+def _read_name(graph_module: TracedGraphModule, name: str) -> str:
+    """Return the name under which a graph reads a tensor of the model: of a trained copy of it, or the first of its own."""
+    read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
+    first = state_of(graph_module).aliases()[name]
+    copies = {original: copied for copied in read if (original := original_name(copied)) is not None}
+    return copies.get(name) or copies.get(first) or first
 
 
 def follow_trainer(caller: FrameType) -> None:
@@ -214,7 +267,7 @@ class _NotCalled(nn.Module):
 
     def _refuse(self, what: str) -> Any:
         raise LoraFxError(
-            f"{what} on the input embedding: a traced graph is flat and computes its embedding as a node, without calling this module, so "
+            f"{what} on {vars(self)['_called']}: a traced graph is flat and computes its embedding as a node, without calling this module, so "
             "that it would have no effect. Set it on the model before that is traced, or do without (neftune_noise_alpha=None)."
         )
 
@@ -222,6 +275,15 @@ class _NotCalled(nn.Module):
         if name != "training":
             self._refuse(f"{name} was set")
         super().__setattr__(name, value)
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        """Compute what the model's own module does, unless an adapter has branches there."""
+        if vars(self)["_is_adapted"]:
+            raise LoraFxError(
+                f"this {type(self).__name__} has branches of adapters in the graph, and its weight alone would leave them out. Call the "
+                "graph, or the module of graph.merge_and_unload()."
+            )
+        return super().forward(*args, **options)
 
     def register_forward_hook(self, *_args: Any, **_options: Any) -> Any:
         self._refuse("a forward hook was set")

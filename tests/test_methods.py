@@ -219,14 +219,19 @@ def test_methods_are_there_where_they_mean_something_and_nowhere_else() -> None:
         )
     )
     bert_graph = lora_fx.rewrite(bert, rules="bert", rank=3)
-    assert {name for name in PEFT_SPELLING if not hasattr(bert_graph, name)} == {"generate"}
+    assert {name for name in PEFT_SPELLING if not hasattr(bert_graph, name)} == {
+        "base_model",
+        "generate",
+        "get_output_embeddings",
+    }
     assert not hasattr(bert_graph, "generation_config")
     assert not bert_graph.can_generate()
     plain = lora_fx.trace(nn.Linear(3, 4), (torch.randn(2, 3),))
     wrapped = peft.get_peft_model(causal(), peft.LoraConfig(target_modules=["q_proj"]))
     for graph in (plain, lora_fx.trace(wrapped.eval(), {"input_ids": PROMPT}, inference=True)):
-        assert not [name for name in (*PEFT_SPELLING, "generation_config") if hasattr(graph, name)]
-        assert not PEFT_SPELLING & set(dir(graph))
+        parts = {name for name, _ in graph.named_children()}  # PEFT's model has a part that is called base_model
+        assert not [name for name in {*PEFT_SPELLING, "generation_config"} - parts if hasattr(graph, name)]
+        assert not (PEFT_SPELLING - parts) & set(dir(graph))
 
 
 def test_every_name_of_the_table_is_a_function_and_is_declared() -> None:
@@ -344,3 +349,43 @@ def test_tags_go_to_the_merged_model() -> None:
     graph.add_model_tags(["trl", "sft"])
     graph.add_model_tags("sft")
     assert graph.merge_and_unload().model_tags == ["trl", "sft"]
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_the_part_below_the_head_is_that_of_peft_and_trains_the_graphs_own_factors(labels: bool) -> None:
+    model = causal()
+    wrapped: Any = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"])
+    )
+    rules = {"select": [{"target": ["q_proj", "down_proj"]}]}
+    graph = lora_fx.rewrite(model, rules, rank=3, alpha=8, dropout=0.0, labels=labels)
+    # With padding: transformers' own model ignores a mask without, and its last digits are then others.
+    batch = {**BATCH, "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])}
+    found = []
+    for each in (wrapped.base_model.model, graph):
+        with torch.no_grad():
+            for name, parameter in sorted(each.named_parameters()):
+                if ".lora_" in name:
+                    parameter.copy_(torch.linspace(-0.3, 0.4, parameter.numel()).reshape(parameter.shape))
+        hidden = each.base_model(**batch, use_cache=False).last_hidden_state
+        head = each.get_output_embeddings()
+        loss = torch.nn.functional.linear(hidden, head.weight).logsumexp(-1).sum()
+        loss.backward()
+        gradients = {name: p.grad for name, p in each.named_parameters() if p.grad is not None}
+        found.append((hidden, loss, gradients))
+    (hidden, loss, gradients), (own_hidden, own_loss, own_gradients) = found
+    assert torch.equal(own_hidden, hidden)
+    assert torch.equal(own_loss, loss)
+    assert own_gradients.keys() == gradients.keys()
+    assert all(torch.equal(own_gradients[name], value) for name, value in gradients.items())
+    before = graph.base_model(**BATCH).last_hidden_state
+    next(p for name, p in graph.named_parameters() if "lora_B" in name).data += 1.0
+    assert not torch.equal(graph.base_model(**BATCH).last_hidden_state, before)
+
+
+def test_a_head_or_an_embedding_with_branches_is_not_taken_for_its_weight() -> None:
+    graph = lora_fx.rewrite(causal(), {"select": [{"target": ["lm_head", "embed_tokens"]}]}, rank=3)
+    with pytest.raises(lora_fx.LoraFxError, match="adapter 'default' has a branch at the output head 'lm_head'"):
+        graph.base_model(**BATCH)
+    with pytest.raises(lora_fx.LoraFxError, match="this Embedding has branches of adapters in the graph"):
+        graph.get_input_embeddings()(PROMPT)

@@ -102,9 +102,11 @@ class TracedGraphModule(fx.GraphModule):
 
     if TYPE_CHECKING:  # functions of lora_fx.methods, on graphs of transformers models
         add_model_tags: Callable[..., None]
+        base_model: Callable[..., Any]
         can_generate: Callable[[], bool]
         generate: Callable[..., Any]
         get_input_embeddings: Callable[[], nn.Module]
+        get_output_embeddings: Callable[[], nn.Module]
         get_nb_trainable_parameters: Callable[[], tuple[int, int]]
         merge_and_unload: Callable[..., PreTrainedModel]
         num_parameters: Callable[..., int]
@@ -126,6 +128,7 @@ class TracedGraphModule(fx.GraphModule):
 
     def recompile(self) -> fx.graph.PythonCode:
         """Generate the code anew from the graph, with the signature of the model."""
+        vars(self).pop("_below_head", None)
         code = super().recompile()
         if isinstance(self._graph._codegen, InputCodeGen):
             type(self).forward.__signature__ = self._graph._codegen.signature.shown()  # type: ignore[attr-defined]

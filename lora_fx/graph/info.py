@@ -22,10 +22,12 @@ RuledBranches = Mapping[str, tuple[str, BranchSpec]]
 PEFT_SPELLING = frozenset(
     {
         "add_model_tags",
+        "base_model",
         "can_generate",
         "generate",
         "get_input_embeddings",
         "get_nb_trainable_parameters",
+        "get_output_embeddings",
         "merge_and_unload",
         "num_parameters",
         "print_trainable_parameters",
