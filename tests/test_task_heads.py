@@ -112,12 +112,14 @@ def left_out(model: nn.Module) -> dict[str, str]:
     }
 
 
-def test_all_linear_leaves_out_every_module_of_a_task_head_and_lowers_no_other_rank() -> None:
+def test_all_linear_leaves_out_every_module_of_a_task_head_and_lowers_no_other_rank(
+    base: lora_fx.TracedGraphModule,
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plan = lora_fx.plan(bert(), "all-linear")
+        plan = lora_fx.plan(base, "all-linear")
     assert {chosen.branches[0].setting.rank for chosen in plan.chosen} == {8}
-    assert left_out(bert()) == {"classifier": "its role head is excluded"}
+    assert left_out(base) == {"classifier": "its role head is excluded"}
     small = transformers.RobertaConfig(**SIZES, max_position_embeddings=32, num_labels=1)
     roberta = transformers.RobertaForSequenceClassification(small).eval()
     assert left_out(roberta) == {
@@ -132,12 +134,35 @@ def test_all_linear_leaves_out_gates_with_one_output_and_routers() -> None:
     config = transformers.Qwen2MoeConfig(
         **SIZES, num_key_value_heads=1, moe_intermediate_size=12, shared_expert_intermediate_size=20, num_experts=3, num_experts_per_tok=2
     )  # fmt: skip
-    told = left_out(transformers.Qwen2MoeForCausalLM(config).eval())
-    assert told == {
+    model = transformers.Qwen2MoeForCausalLM(config).eval()
+    graph = lora_fx.trace(model, inference=True)
+    assert left_out(graph) == {
         "model.layers.0.mlp.gate": "its role router is excluded",
         "model.layers.0.mlp.shared_expert_gate": "its out_features 1 are outside ≥ 2",
         "lm_head": "its role head is excluded",
     }
+    theirs = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=30)
+    mine = lora_fx.plan(graph, theirs)  # PEFT's set, with its ranks
+    wrapped = peft.get_peft_model(model, theirs)
+    peers = {n: m for n, m in wrapped.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    assert {chosen.site.module for chosen in mine.chosen} == set(peers)
+    assert "model.layers.0.mlp.shared_expert_gate" in peers
+    assert {chosen.branches[0].setting.rank for chosen in mine.chosen} == {30}
+
+
+@pytest.mark.parametrize("task", ["TOKEN_CLS", "QUESTION_ANS"])
+def test_all_linear_of_peft_trains_the_head_whole_where_peft_raises(task: str) -> None:
+    kind = transformers.BertForTokenClassification if task == "TOKEN_CLS" else transformers.BertForQuestionAnswering
+    model = kind(transformers.BertConfig(**SIZES, num_labels=2)).eval()
+    config = peft.LoraConfig(target_modules="all-linear", task_type=task, r=2)
+    graph = lora_fx.trace(model, inference=True)
+    plan = lora_fx.plan(graph, copy.deepcopy(config))
+    head = "classifier" if task == "TOKEN_CLS" else "qa_outputs"
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert {chosen.site.module for chosen in plan.chosen} == linears - {head}
+    assert {each.name for each in plan.trained} == {f"{head}.weight", f"{head}.bias"}
+    with pytest.raises(TypeError, match="modules_to_save cannot be applied to modules of type"):
+        peft.get_peft_model(model, copy.deepcopy(config))
 
 
 FRESH = (
