@@ -1,0 +1,317 @@
+"""PEFT's own LoRA configurations through lora_fx, with PEFT beside it: ``python tests/peft_table.py`` writes the table of all.
+
+Every row of ``peft_configurations.py`` goes the whole way, one promise after the other. PEFT makes the adapter and saves it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+import time
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft_configurations import ROWS, Row
+from peft_models import inputs, model, run, traced
+from torch import nn
+
+import lora_fx
+
+ROUNDING = 2e-5
+"""The largest difference of two computations of one function in float32, relative to the largest value."""
+
+
+class Kind(Enum):
+    """What came of one promise."""
+
+    EQUAL = "equal bit for bit"
+    ROUNDED = "equal up to rounding"
+    REFUSED = "refused"
+    WRONG = "wrong"
+    RAW = "raw error"
+    PEER = "PEFT itself refuses"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    kind: Kind
+    text: str = ""
+    largest: float = 0.0
+
+
+class _PeerError(Exception):
+    """PEFT cannot do it."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row on its way: what PEFT made and saved, and the graph that read it."""
+
+    row: Row
+    directory: Path
+    wrapped: nn.Module
+    outputs: list[torch.Tensor]
+    graph: list[lora_fx.TracedGraphModule] = field(default_factory=list)
+
+    @property
+    def loaded(self) -> lora_fx.TracedGraphModule:
+        return self.graph[0]
+
+    def reloaded(self, **settings: Any) -> Any:
+        """Return PEFT's model with the adapter that it saved."""
+        with _peer():
+            return peft.PeftModel.from_pretrained(_base(self.row), self.directory, **settings).eval()
+
+
+def check(row: Row) -> dict[str, Outcome]:
+    """Take a row the whole way; the outcome of every promise by its name. None but the first where PEFT or the load refuses."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        found: dict[str, Outcome] = {}
+        try:
+            case = _case(row, Path(folder))
+        except _PeerError as error:
+            return {"load": Outcome(Kind.PEER, str(error))}
+        for name, promise in PROMISES.items():
+            found[name] = _outcome(promise, case)
+            if name == "load" and found[name].kind is not Kind.EQUAL:
+                break
+        return found
+
+
+def verdict(found: Mapping[str, Outcome]) -> str:
+    """Return in one word what came of a row."""
+    kinds = [each.kind for each in found.values()]
+    for kind, word in ((Kind.RAW, "raw"), (Kind.WRONG, "wrong")):
+        if kind in kinds:
+            return word
+    if found["load"].kind is not Kind.EQUAL:
+        return "PEFT refuses" if found["load"].kind is Kind.PEER else "refused"
+    return "in part" if Kind.REFUSED in kinds else "in full"
+
+
+@contextmanager
+def _peer() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise _PeerError(f"{type(error).__name__}: {error}") from error
+
+
+def _base(row: Row) -> nn.Module:
+    return copy.deepcopy(model(row.model))
+
+
+def _config(settings: Mapping[str, Any]) -> peft.LoraConfig:
+    return peft.LoraConfig(**copy.deepcopy(dict(settings)))
+
+
+def _case(row: Row, folder: Path) -> Case:
+    with _peer():
+        wrapped = peft.get_peft_model(_base(row), _config(row.settings)).eval()
+        _move(wrapped, 1)
+        wrapped.save_pretrained(folder / "theirs")
+        with torch.no_grad():
+            outputs = run(wrapped, row.model)
+    return Case(row, folder / "theirs", wrapped, outputs)
+
+
+def _move(module: nn.Module, seed: int) -> None:
+    """Add something to all that trains."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(module.named_parameters()):
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def _outcome(promise: Callable[[Case], Outcome], case: Case) -> Outcome:
+    try:
+        return promise(case)
+    except _PeerError as error:
+        return Outcome(Kind.PEER, str(error))
+    except lora_fx.LoraFxError as error:
+        return Outcome(Kind.REFUSED, str(error))
+    except Exception as error:
+        return Outcome(Kind.RAW, f"{type(error).__name__}: {error}")
+
+
+def _compared(mine: Iterable[torch.Tensor], theirs: Iterable[torch.Tensor], what: str = "") -> Outcome:
+    mine, theirs = list(mine), list(theirs)
+    if [each.shape for each in mine] != [each.shape for each in theirs]:
+        return Outcome(Kind.WRONG, f"{what} {[*map(_shape, mine)]} where PEFT has {[*map(_shape, theirs)]}".strip())
+    pairs = list(zip(mine, theirs, strict=True))
+    if all(torch.equal(a, b) for a, b in pairs):
+        return Outcome(Kind.EQUAL)
+    largest = max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs if a.numel())
+    return Outcome(Kind.ROUNDED if largest <= ROUNDING else Kind.WRONG, f"{what} {largest:.0e} apart".strip(), largest)
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "×".join(map(str, tensor.shape))
+
+
+def _named(mine: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], what: str) -> Outcome:
+    if mine.keys() != theirs.keys():
+        surplus, missing = sorted(mine.keys() - theirs.keys()), sorted(theirs.keys() - mine.keys())
+        return Outcome(Kind.WRONG, f"{what}: {surplus[:3]} are not in PEFT's; {missing[:3]} are missing")
+    return _compared([mine[name] for name in theirs], theirs.values(), what)
+
+
+def _worst(*outcomes: Outcome) -> Outcome:
+    order = [Kind.EQUAL, Kind.PEER, Kind.ROUNDED, Kind.REFUSED, Kind.WRONG, Kind.RAW]
+    return max(outcomes, key=lambda each: (order.index(each.kind), each.largest))
+
+
+def _outputs(module: nn.Module, row: Row) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return run(module, row.model)
+
+
+def _load(case: Case) -> Outcome:
+    case.graph.append(lora_fx.from_adapter(traced(case.row.model), case.directory).eval())
+    return Outcome(Kind.EQUAL)
+
+
+def _output(case: Case) -> Outcome:
+    return _compared(_outputs(case.loaded, case.row), case.outputs)
+
+
+def _trains(case: Case) -> Outcome:
+    mine = lora_fx.parameter_summary(_trainable(case)).trainable
+    theirs = sum(p.numel() for p in case.wrapped.parameters() if p.requires_grad)
+    return Outcome(Kind.EQUAL) if mine == theirs else Outcome(Kind.WRONG, f"{mine} parameters train; with PEFT {theirs}")
+
+
+def _fold(case: Case) -> Outcome:
+    with _peer():
+        merged = case.reloaded().merge_and_unload()
+        theirs = merged.state_dict()
+    apart = _compared(_outputs(merged, case.row), case.outputs)
+    if apart.kind is Kind.WRONG:  # PEFT merges into a weight that is used elsewhere too
+        folded = _compared(_outputs(lora_fx.fold(case.loaded, unshare=True), case.row), case.outputs)
+        return folded if folded.kind is Kind.WRONG else Outcome(Kind.PEER, f"merge_and_unload is {apart.text}, fold is not")
+    folded = lora_fx.fold(case.loaded)
+    mine = folded.state_dict()
+    weights = {name: tensor for name, tensor in theirs.items() if name in mine and tensor.is_floating_point()}
+    return _worst(
+        _compared(_outputs(folded, case.row), _outputs(merged, case.row)),
+        _compared([mine[name] for name in weights], weights.values(), "weights"),
+    )
+
+
+def _save(case: Case) -> Outcome:
+    lora_fx.save_adapter(case.loaded, case.directory.with_name("mine"))
+    return _read_back(case, "mine", case.wrapped)
+
+
+def _read_back(case: Case, name: str, theirs: nn.Module) -> Outcome:
+    """Compare what PEFT reads from a directory of lora_fx with a model of PEFT: all tensors of the adapter, and the outputs."""
+    try:
+        read = peft.PeftModel.from_pretrained(_base(case.row), case.directory.with_name(name)).eval()
+    except Exception as error:
+        return Outcome(Kind.WRONG, f"PEFT cannot read what save_adapter wrote: {type(error).__name__}: {error}")
+    tensors = (peft.get_peft_model_state_dict(each) for each in (read, theirs))
+    return _worst(
+        _named(*tensors, "tensors"), _compared(_outputs(read, case.row), _outputs(theirs.eval(), case.row), "read back")
+    )
+
+
+def _unload(case: Case) -> Outcome:
+    return _compared(_outputs(lora_fx.unload(case.loaded), case.row), _outputs(model(case.row.model), case.row))
+
+
+def _second(case: Case) -> Outcome:
+    with _peer():
+        both = case.reloaded(is_trainable=True)
+        both.add_adapter("other", _config(case.row.second or case.row.settings))
+        both.set_adapter("other")
+        _move(both, 2)
+        both.save_pretrained(case.directory, selected_adapters=["other"])
+        alone = peft.PeftModel.from_pretrained(_base(case.row), case.directory / "other").eval()
+    graph = lora_fx.load_adapter(case.loaded, case.directory / "other", "other")
+    return _worst(
+        _compared(_outputs(lora_fx.activate(graph, {"other": 1.0}).eval(), case.row), _outputs(alone, case.row)),
+        _compared(_outputs(lora_fx.activate(graph, {"default": 1.0}).eval(), case.row), case.outputs),
+    )
+
+
+def _train(case: Case) -> Outcome:
+    graph = _trainable(case)
+    with _peer():
+        wrapped = case.reloaded(is_trainable=True)
+        before = {name: tensor.clone() for name, tensor in peft.get_peft_model_state_dict(wrapped).items()}
+        _three_steps(wrapped, case.row)
+        after = peft.get_peft_model_state_dict(wrapped)
+    if all(torch.equal(after[name], tensor) for name, tensor in before.items()):
+        return Outcome(Kind.PEER, "nothing trains")
+    _three_steps(graph, case.row)
+    lora_fx.save_adapter(graph, case.directory.with_name("mine trained"))
+    return _read_back(case, "mine trained", wrapped)
+
+
+def _trainable(case: Case) -> lora_fx.TracedGraphModule:
+    more = {"trainable": True} if "trainable" in inspect.signature(lora_fx.from_adapter).parameters else {}
+    return lora_fx.from_adapter(traced(case.row.model), case.directory, **more)
+
+
+def _three_steps(module: nn.Module, row: Row) -> None:
+    module.train()
+    optimizer = torch.optim.SGD([each for each in module.parameters() if each.requires_grad], lr=0.05)
+    for step in range(3):
+        torch.manual_seed(step)
+        outputs = run(module, row.model)
+        torch.manual_seed(99)
+        loss = sum((each * torch.randn(each.shape)).mean() for each in outputs)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+PROMISES: Mapping[str, Callable[[Case], Outcome]] = {
+    "load": _load,
+    "output": _output,
+    "trains": _trains,
+    "fold": _fold,
+    "save": _save,
+    "unload": _unload,
+    "two": _second,
+    "steps": _train,
+}
+"""The promises, in the order in which a row takes them: loaded by ``from_adapter``; outputs as PEFT's; as much trains; ``fold`` is
+``merge_and_unload``; written, PEFT reads it back; ``unload`` is the base; a second adapter beside it, and each of them alone; three
+steps of training as PEFT's.
+"""
+
+
+def main() -> None:
+    chosen = [row for row in ROWS if all(word in str(row) for word in sys.argv[1:])]
+    spent: Counter[str] = Counter()
+    verdicts: Counter[tuple[bool, str]] = Counter()
+    for row in chosen:
+        started = time.perf_counter()
+        found = check(row)
+        spent[row.model] += time.perf_counter() - started
+        word = verdict(found)
+        verdicts[row.variant is None, word] += 1
+        print(f"{word} | {row.variant or ''} | {row}", flush=True)
+        for name, each in found.items():
+            if each.kind not in (Kind.EQUAL, Kind.ROUNDED):
+                print(f"      {name}: {each.kind.value}: {' '.join(each.text.split())[:400]}", flush=True)
+    print(spent.most_common(12), spent.total())
+    print(sorted(verdicts.items()))
+
+
+if __name__ == "__main__":
+    main()
