@@ -361,6 +361,34 @@ def test_layer_drop_is_refused_for_training_and_traced_for_inference() -> None:
     assert torch.equal(lora_fx.trace(eager, inference=True)(**batch)[0], eager(**batch, use_cache=False)[0])
 
 
+class Recurrent(nn.Module):
+    """Two recurrent layers with dropout between them, which the operator applies itself."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 5)
+        self.recurrent = kind(5, 7, num_layers=2, dropout=0.4, batch_first=True)
+        self.last = nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.recurrent(self.first(x))[0])
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_dropout_inside_of_a_recurrent_layer_follows_the_mode(kind: type[nn.RNNBase]) -> None:
+    model = Recurrent(kind).eval().requires_grad_(False)
+    graph_module = lora_fx.trace(model, (torch.randn(3, 4, 6),))
+    x = torch.randn(5, 4, 6)
+    assert torch.equal(graph_module(x), model(x))
+    model.train(), graph_module.train()
+    mine, theirs = (torch.manual_seed(3) and module(x) for module in (graph_module, model))
+    assert torch.equal(mine, theirs)
+    assert not torch.equal(mine, model.eval()(x))
+    tuned = lora_fx.rewrite(graph_module, {"select": [{"target": ["first", "last"], "rank": 2}]})
+    set_factors(tuned)
+    torch.testing.assert_close(lora_fx.fold(tuned).eval()(x), tuned.eval()(x))
+
+
 class Counts(nn.Module):
     """Writes to its own buffer while it computes."""
 

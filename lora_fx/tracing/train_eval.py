@@ -6,7 +6,7 @@ may differ only in these ways, each of which a module can express:
     a dropout that drops in the train trace only   ``nn.Dropout(p)``
     a dropout that drops in neither, or is absent  nothing: it is the identity
     ``contiguous`` in one of the two               as in the train trace
-    attention's ``dropout_p``                      a literal → ``ModeSwitch(train=…, eval=…)``
+    attention's ``dropout_p``, an RNN's ``train``  a literal → ``ModeSwitch(train=…, eval=…)``
 
 A dropout that drops in both stays an operator. Anything else (layer drop, a head that exists in training only, a constant
 with another value) is refused, naming the node.
@@ -32,8 +32,11 @@ aten = torch.ops.aten
 DROPOUT, CONTIGUOUS = aten.dropout.default, aten.contiguous.default
 _NAMED = ("placeholder", "get_attr")  # matched by name, wherever they stand
 
+_RECURRENT = (aten.gru.input, aten.lstm.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+
 MODE_ARGUMENTS: Mapping[object, str] = {
     aten.scaled_dot_product_attention.default: "dropout_p",
+    **dict.fromkeys(_RECURRENT, "train"),
 }
 """Operator → the argument that carries the mode."""
 
@@ -171,7 +174,8 @@ def _express(graph: fx.Graph, walk: _ModeComparison, taken: Collection[str]) -> 
             graph.erase_node(node)
         elif node in walk.differing:
             argument = MODE_ARGUMENTS[node.target]
-            target = free_path(f"{module_path(node)}.{argument}".removeprefix("."), (*taken, *modules))
+            leaf = argument if argument not in dir(nn.Module) else f"{argument}_mode"  # train is a method of every module
+            target = free_path(f"{module_path(node)}.{leaf}".removeprefix("."), (*taken, *modules))
             train_value, eval_value = (
                 type(next(v for v in walk.differing[node] if v is not None))(v or 0) for v in walk.differing[node]
             )
