@@ -366,12 +366,11 @@ def _initialization() -> list[Row]:
             table,
             "parts",
             [
+                *(_lora(part, init_lora_weights=start) for part in parts for start in (True, "gaussian", False)),
                 *(
-                    _lora(part, init_lora_weights=start)
-                    for part in parts
-                    for start in (True, "gaussian", False)
+                    _lora("linear", init_lora_weights=start)
+                    for start in ("orthogonal", "pissa_niter_16", "pissa_niter_3")
                 ),
-                *(_lora("linear", init_lora_weights=start) for start in ("orthogonal", "pissa_niter_16", "pissa_niter_3")),
                 _lora("linear", init_lora_weights="orthogonal", r=7),
                 _lora(*parts, lora_alpha=3, r=16, use_rslora=False),
                 _lora(*parts, lora_alpha=3, r=16, use_rslora=True),
@@ -470,10 +469,7 @@ def _initialization() -> list[Row]:
             for row in _pairs(
                 table,
                 model,
-                [
-                    (_lora("conv", r=a, **_RANDOM), _lora("conv", r=b, **_RANDOM))
-                    for a, b in (ranks, ranks[::-1])
-                ],
+                [(_lora("conv", r=a, **_RANDOM), _lora("conv", r=b, **_RANDOM)) for a, b in (ranks, ranks[::-1])],
             )
         ),
         *_rows(
@@ -500,7 +496,12 @@ def _initialization() -> list[Row]:
         *_rows(
             table,
             "opt",
-            [_regex("all-linear", **_RANDOM), _regex("all-linear", task_type="CAUSAL_LM"), {}, _lora("k_proj", "q_proj")],
+            [
+                _regex("all-linear", **_RANDOM),
+                _regex("all-linear", task_type="CAUSAL_LM"),
+                {},
+                _lora("k_proj", "q_proj"),
+            ],
         ),
         *_weight_tying(),
     ]
@@ -528,7 +529,10 @@ def _weight_tying() -> list[Row]:
         *_rows(
             table,
             "seq2seq tied",
-            [{**each, **together} for each in (*saved, *targeted, _lora("linear"), _lora("encoder.linear"), _lora("decoder.linear"))],
+            [
+                {**each, **together}
+                for each in (*saved, *targeted, _lora("linear"), _lora("encoder.linear"), _lora("decoder.linear"))
+            ],
         ),
     ]
 
@@ -557,7 +561,11 @@ def _tuners_utils() -> list[Row]:
         *_rows(table, "words", [_lora(*each) for each in ((), ("foo",), ("bar",), ("foo", "bar"))]),
         *_rows(table, "words", [_regex(text) for text in ("foo", ".*oo", "fo.*", ".*bar.*", ".*oba.*")]),
         *_rows(table, "paths", [_lora("baz", **each) for each in by_layer]),
-        *_rows(table, "paths", [_lora("baz", "spam", layers_to_transform=each, layers_pattern=["bar"]) for each in ([1], [0, 1, 2])]),
+        *_rows(
+            table,
+            "paths",
+            [_lora("baz", "spam", layers_to_transform=each, layers_pattern=["bar"]) for each in ([1], [0, 1, 2])],
+        ),
         *_rows(table, "paths", [_lora("q_proj"), _lora("q_proj", "v_proj")]),
         *_rows(table, "paths", [_lora("q_proj", layers_to_transform=each, layers_pattern=["h"]) for each in heads]),
         *_rows(
@@ -624,7 +632,10 @@ def _tuners_utils() -> list[Row]:
                 _regex("all-linear"),
                 _regex("all-linear", rank_pattern={"bla": 4, "oof": 6}, alpha_pattern={"baz": 3}),
                 *(_regex("all-linear", rank_pattern=each) for each in names),
-                *(_regex("all-linear", alpha_pattern={key: 64 // value for key, value in each.items()}) for each in names),
+                *(
+                    _regex("all-linear", alpha_pattern={key: 64 // value for key, value in each.items()})
+                    for each in names
+                ),
             ],
         ),
     ]
@@ -668,10 +679,16 @@ def _others() -> list[Row]:
             "parts",
             [
                 _lora("linear", lora_alpha=16, lora_dropout=0.1, r=64, bias="none"),
-                _lora("linear", lora_alpha=16, lora_dropout=0.1, r=64, bias="none", modules_to_save=["embed", "conv2d"]),
+                _lora(
+                    "linear", lora_alpha=16, lora_dropout=0.1, r=64, bias="none", modules_to_save=["embed", "conv2d"]
+                ),
             ],
         ),
-        *_rows("low_level_api", "llama", [_regex(rows_of), _parameters("q_proj.weight", "v_proj.weight", target_modules=[])]),
+        *_rows(
+            "low_level_api",
+            "llama",
+            [_regex(rows_of), _parameters("q_proj.weight", "v_proj.weight", target_modules=[])],
+        ),
         *_rows("low_level_api", "llama", [_lora("v_proj", modules_to_save=["lm_head"])]),
         *(row for model, names in named.items() for row in _rows("low_level_api", model, [_lora(*names, **_RANDOM)])),
         *_rows("low_level_api", "names with bias", [_lora(*biased, bias="lora_only", **_RANDOM)]),
@@ -705,7 +722,11 @@ def _others() -> list[Row]:
         ),
         *_rows("config", "bert", [_lora("query", "value", layers_pattern="layer")]),
         *_rows("arrow", "gpt2", [_lora("c_attn", r=4, fan_in_fan_out=True, **_RANDOM)]),
-        *_rows("lora_variants", "parts", [_lora("linear", "embed", "conv2d", use_dora=True), _lora("linear", alora_invocation_tokens=[1])]),
+        *_rows(
+            "lora_variants",
+            "parts",
+            [_lora("linear", "embed", "conv2d", use_dora=True), _lora("linear", alora_invocation_tokens=[1])],
+        ),
         *_rows("lora_variants", "parts", [_lora("linear", kasa_config=peft.KasaConfig(), r=4)]),
         *_rows(
             "lorafa",

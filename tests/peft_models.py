@@ -343,7 +343,9 @@ def _gemma3() -> nn.Module:
 
 def _llama4() -> nn.Module:
     sizes = {**_GROUPED, "intermediate_size": 40, "intermediate_size_mlp": 56}
-    config = transformers.Llama4TextConfig(**sizes, num_local_experts=3, num_experts_per_tok=1, interleave_moe_layer_step=1)
+    config = transformers.Llama4TextConfig(
+        **sizes, num_local_experts=3, num_experts_per_tok=1, interleave_moe_layer_step=1
+    )
     return transformers.Llama4ForCausalLM(config)
 
 
@@ -422,7 +424,10 @@ PATHS = (
 _OWN: Mapping[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, torch.Tensor]]]] = {
     "mlp": (_mlp, _floats(6, 10)),
     "mlp without bias": (lambda: _mlp(bias=False), _floats(6, 10)),
-    "mlp with linears of one shape": (lambda: _Chain(lin0=nn.Linear(10, 10), relu=nn.ReLU(), lin1=nn.Linear(10, 10)), _floats(6, 10)),
+    "mlp with linears of one shape": (
+        lambda: _Chain(lin0=nn.Linear(10, 10), relu=nn.ReLU(), lin1=nn.Linear(10, 10)),
+        _floats(6, 10),
+    ),
     "deep mlp": (_DeepMlp, _floats(4, 6)),
     "mlp with gru": (_Recurrent, _floats(4, 10)),
     "embedding": (lambda: _embedding("emb"), _ids(4, 2)),

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
+import multiprocessing
+import os
+import re
 import sys
-import time
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -22,7 +26,7 @@ from typing import Any
 import peft
 import torch
 from peft_configurations import ROWS, Row
-from peft_models import inputs, model, run, traced
+from peft_models import model, run, traced
 from torch import nn
 
 import lora_fx
@@ -82,11 +86,11 @@ def check(row: Row) -> dict[str, Outcome]:
         try:
             case = _case(row, Path(folder))
         except _PeerError as error:
-            return {"load": Outcome(Kind.PEER, str(error))}
+            return {"load": Outcome(Kind.PEER, str(error)), "rules": _refused_too(row)}
         for name, promise in PROMISES.items():
             found[name] = _outcome(promise, case)
             if name == "load" and found[name].kind is not Kind.EQUAL:
-                break
+                return {**found, "rules": _outcome(_rules, case)}
         return found
 
 
@@ -98,7 +102,8 @@ def verdict(found: Mapping[str, Outcome]) -> str:
             return word
     if found["load"].kind is not Kind.EQUAL:
         return "PEFT refuses" if found["load"].kind is Kind.PEER else "refused"
-    return "in part" if Kind.REFUSED in kinds else "in full"
+    refused = any(each.kind is Kind.REFUSED for name, each in found.items() if name != "rules")
+    return "in part" if refused else "in full"
 
 
 @contextmanager
@@ -191,7 +196,9 @@ def _output(case: Case) -> Outcome:
 def _trains(case: Case) -> Outcome:
     mine = lora_fx.parameter_summary(_trainable(case)).trainable
     theirs = sum(p.numel() for p in case.wrapped.parameters() if p.requires_grad)
-    return Outcome(Kind.EQUAL) if mine == theirs else Outcome(Kind.WRONG, f"{mine} parameters train; with PEFT {theirs}")
+    return (
+        Outcome(Kind.EQUAL) if mine == theirs else Outcome(Kind.WRONG, f"{mine} parameters train; with PEFT {theirs}")
+    )
 
 
 def _fold(case: Case) -> Outcome:
@@ -201,7 +208,11 @@ def _fold(case: Case) -> Outcome:
     apart = _compared(_outputs(merged, case.row), case.outputs)
     if apart.kind is Kind.WRONG:  # PEFT merges into a weight that is used elsewhere too
         folded = _compared(_outputs(lora_fx.fold(case.loaded, unshare=True), case.row), case.outputs)
-        return folded if folded.kind is Kind.WRONG else Outcome(Kind.PEER, f"merge_and_unload is {apart.text}, fold is not")
+        return (
+            folded
+            if folded.kind is Kind.WRONG
+            else Outcome(Kind.PEER, f"merge_and_unload is {apart.text}, fold is not")
+        )
     folded = lora_fx.fold(case.loaded)
     mine = folded.state_dict()
     weights = {name: tensor for name, tensor in theirs.items() if name in mine and tensor.is_floating_point()}
@@ -279,6 +290,44 @@ def _three_steps(module: nn.Module, row: Row) -> None:
         optimizer.step()
 
 
+def _rules(case: Case) -> Outcome:
+    graph = lora_fx.rewrite(traced(case.row.model), rules=_config(case.row.settings))
+    lora_fx.save_adapter(graph, case.directory.with_name("fresh"))
+    with _peer():
+        fresh = peft.get_peft_model(_base(case.row), _config(case.row.settings))
+    read = peft.PeftModel.from_pretrained(_base(case.row), case.directory.with_name("fresh"), is_trainable=True)
+    mine, theirs = (
+        {name: _shape(parameter) for name, parameter in each.named_parameters() if parameter.requires_grad}
+        for each in (read, fresh)
+    )
+    scalings = [
+        {name: module.scaling for name, module in each.named_modules() if hasattr(module, "scaling")}
+        for each in (read, fresh)
+    ]
+    if mine != theirs or scalings[0] != scalings[1]:
+        return Outcome(Kind.WRONG, f"rewrite makes {_unlike(mine, theirs) or _unlike(*scalings)}")
+    return Outcome(Kind.EQUAL)
+
+
+def _unlike(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name}: {mine.get(name, 'nothing')} where PEFT has {theirs.get(name, 'nothing')}"
+        for name in sorted({*mine, *theirs})
+        if mine.get(name) != theirs.get(name)
+    )
+
+
+def _refused_too(row: Row) -> Outcome:
+    """Return what ``rewrite`` says to a configuration that PEFT refuses."""
+    try:
+        lora_fx.rewrite(traced(row.model), rules=_config(row.settings))
+    except lora_fx.LoraFxError as error:
+        return Outcome(Kind.REFUSED, str(error))
+    except Exception as error:
+        return Outcome(Kind.RAW, f"{type(error).__name__}: {error}")
+    return Outcome(Kind.PEER, "lora_fx takes it")
+
+
 PROMISES: Mapping[str, Callable[[Case], Outcome]] = {
     "load": _load,
     "output": _output,
@@ -288,29 +337,100 @@ PROMISES: Mapping[str, Callable[[Case], Outcome]] = {
     "unload": _unload,
     "two": _second,
     "steps": _train,
+    "rules": _rules,
 }
 """The promises, in the order in which a row takes them: loaded by ``from_adapter``; outputs as PEFT's; as much trains; ``fold`` is
 ``merge_and_unload``; written, PEFT reads it back; ``unload`` is the base; a second adapter beside it, and each of them alone; three
-steps of training as PEFT's.
+steps of training as PEFT's; and ``rewrite`` with the configuration as rules makes what PEFT makes.
 """
 
 
+TABLE = Path(__file__).with_name("peft_configurations.md")
+
+HEAD = """# PEFT's own LoRA configurations
+
+[lora_fx](../README.md) › [tests](README.md) › peft_configurations.md
+
+Made by `python tests/peft_table.py --write`. Each row is a configuration of PEFT's own tests (`peft_configurations.py`), on a model with
+the same structure (`peft_models.py`). PEFT makes an adapter with it, moves all that trains, and saves it. A row *holds in full* if
+
+1. `from_adapter` loads it, and the outputs are PEFT's;
+2. as many parameters train;
+3. `fold` gives PEFT's `merge_and_unload`, outputs and weights;
+4. `save_adapter` writes it, and PEFT reads back the same tensors and computes the same;
+5. `unload` gives the base;
+6. `load_adapter` puts a second one beside it, and `activate` gives what PEFT computes with each;
+7. three steps of SGD, with dropout, give PEFT's parameters.
+
+Bit for bit, or up to a rounding of at most {rounding:.0e} of the largest value. *PEFT refuses* counts the configurations with which PEFT's
+tests show that PEFT raises, or with which PEFT cannot compute. *Variants* change what LoRA computes; they are listed apart.
+"""
+
+COLUMNS = ("in full", "in part", "refused", "wrong", "raw", "PEFT refuses")
+
+
+def _of_one_model(rows: list[Row]) -> list[tuple[str, dict[str, Outcome]]]:
+    torch.set_num_threads(1)
+    return [(str(row), check(row)) for row in rows]
+
+
+def check_all(rows: Sequence[Row], processes: int) -> dict[str, dict[str, Outcome]]:
+    """Return what came of each row; rows of one model in one process, which traces it once."""
+    by_model: dict[str, list[Row]] = {}
+    for row in rows:
+        by_model.setdefault(row.model, []).append(row)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        return dict(itertools.chain.from_iterable(pool.map(_of_one_model, by_model.values())))
+
+
+def table(found: Mapping[str, dict[str, Outcome]]) -> str:
+    """Return the whole table as Markdown."""
+    parts = [HEAD.format(rounding=ROUNDING)]
+    for title, chosen in (
+        ("LoRA", [row for row in ROWS if row.variant is None]),
+        ("Variants", [row for row in ROWS if row.variant is not None]),
+    ):
+        verdicts = [(row, verdict(found[str(row)])) for row in chosen]
+        parts.append(
+            f"## {title}\n\n| PEFT's tests | rows | {' | '.join(COLUMNS)} |\n|---{'|---:' * (len(COLUMNS) + 1)}|"
+        )
+        for name in (*dict.fromkeys(row.table for row in chosen), "all"):
+            counted = Counter(word for row, word in verdicts if name in (row.table, "all"))
+            cells = [str(counted[column] or "") for column in COLUMNS]
+            parts[-1] += f"\n| {name} | {counted.total()} | {' | '.join(cells)} |"
+        for word in COLUMNS[::-1]:
+            rows = [row for row, each in verdicts if each == word]
+            if rows:
+                lines = [f"- {_line(row)}{_reasons(found[str(row)])}" for row in rows]
+                parts.append(f"### {title}: {word}\n\n" + "\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(row: Row) -> str:
+    return f"`{row}`" + (f" ({row.variant})" if row.variant else "")
+
+
+def _reasons(found: Mapping[str, Outcome]) -> str:
+    told = [f"{name}: {_brief(each.text)}" for name, each in found.items() if each.text and each.kind is not Kind.EQUAL]
+    return f" — {'; '.join(told)}" if told else ""
+
+
+def _brief(text: str) -> str:
+    plain = " ".join(re.sub(r"/\S*?(theirs(/other)?|mine|mine trained|fresh)\b", "…", text).split()).replace("`", "'")
+    return plain if len(plain) <= 160 else plain[:159] + "…"
+
+
 def main() -> None:
-    chosen = [row for row in ROWS if all(word in str(row) for word in sys.argv[1:])]
-    spent: Counter[str] = Counter()
-    verdicts: Counter[tuple[bool, str]] = Counter()
+    words = [word for word in sys.argv[1:] if word != "--write"]
+    chosen = [row for row in ROWS if all(word in str(row) for word in words)]
+    found = check_all(chosen, len(os.sched_getaffinity(0)))
+    if "--write" in sys.argv:
+        TABLE.write_text(table(found))
     for row in chosen:
-        started = time.perf_counter()
-        found = check(row)
-        spent[row.model] += time.perf_counter() - started
-        word = verdict(found)
-        verdicts[row.variant is None, word] += 1
-        print(f"{word} | {row.variant or ''} | {row}", flush=True)
-        for name, each in found.items():
-            if each.kind not in (Kind.EQUAL, Kind.ROUNDED):
-                print(f"      {name}: {each.kind.value}: {' '.join(each.text.split())[:400]}", flush=True)
-    print(spent.most_common(12), spent.total())
-    print(sorted(verdicts.items()))
+        print(f"{verdict(found[str(row)])}: {_line(row)}{_reasons(found[str(row)])}")
+    for plain in (True, False):
+        counted = Counter(verdict(found[str(row)]) for row in chosen if (row.variant is None) is plain)
+        print("LoRA:" if plain else "variants:", ", ".join(f"{count} {word}" for word, count in counted.items()))
 
 
 if __name__ == "__main__":

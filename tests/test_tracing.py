@@ -384,7 +384,7 @@ def test_dropout_inside_of_a_recurrent_layer_follows_the_mode(kind: type[nn.RNNB
     mine, theirs = (torch.manual_seed(3) and module(x) for module in (graph_module, model))
     assert torch.equal(mine, theirs)
     assert not torch.equal(mine, model.eval()(x))
-    tuned = lora_fx.rewrite(graph_module, {"select": [{"target": ["first", "last"], "rank": 2}]})
+    tuned = lora_fx.rewrite(graph_module, {"select": [{"target": ["first", "last"]}]}, rank=2)
     set_factors(tuned)
     torch.testing.assert_close(lora_fx.fold(tuned).eval()(x), tuned.eval()(x))
 
