@@ -174,7 +174,8 @@ def _express(graph: fx.Graph, walk: _ModeComparison, taken: Collection[str]) -> 
             graph.erase_node(node)
         elif node in walk.differing:
             argument = MODE_ARGUMENTS[node.target]
-            leaf = argument if argument not in dir(nn.Module) else f"{argument}_mode"  # train is a method of every module
+            # No submodule can be called train, as a method of every module is.
+            leaf = f"{argument}_mode" if hasattr(nn.Module, argument) else argument
             target = free_path(f"{module_path(node)}.{leaf}".removeprefix("."), (*taken, *modules))
             train_value, eval_value = (
                 type(next(v for v in walk.differing[node] if v is not None))(v or 0) for v in walk.differing[node]
