@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -34,11 +35,14 @@ from lora_fx.graph.adapter_names import adapters, is_of_adapter
 from lora_fx.graph.compare import described
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import known_info
+from lora_fx.graph.provenance import code_of
+from lora_fx.tracing.example_inputs import pad_token_of
 from lora_fx.tracing.item_count import loss_uses_count
 
 PRIVATE_NAMES = ("_load_from_checkpoint", "_load_best_model")
 """Methods of transformers' ``Trainer`` that are no public names and that :func:`prepare` wraps: there it looks for PEFT's class."""
 
+_PAD_TOKEN = re.compile(r"pad_token_id|shift_(tokens_)?right")  # in the line of a model's code that made a node
 _logger = logging.getLogger("lora_fx.trainer")
 aten = torch.ops.aten
 
@@ -170,7 +174,7 @@ class AdapterCallback(TrainerCallback):
         _tell_of_saving(graph, "writes model.safetensors with the parameters that train")
 
     def _check(self, args: TrainingArguments, state: TrainerState, graph: TracedGraphModule) -> None:
-        _check_smoothing(args, graph, keeps_labels=False)
+        _check_traced(args, graph, keeps_labels=False)
         if state.is_hyper_param_search or state.trial_params is not None:
             raise LoraFxError(
                 "AdapterCallback would write the adapters of all trials of a hyper-parameter search to the same directories: a callback "
@@ -188,7 +192,7 @@ class _PreparedCallback(AdapterCallback):
     """The callback of a trainer whose methods were wrapped, so that they write and read adapters."""
 
     def _check(self, args: TrainingArguments, state: TrainerState, graph: TracedGraphModule) -> None:  # noqa: ARG002
-        _check_smoothing(args, graph, keeps_labels=True)
+        _check_traced(args, graph, keeps_labels=True)
 
     def _tell(self, graph: TracedGraphModule) -> None:
         """Say nothing: ``save_model`` writes the adapter."""
@@ -206,7 +210,7 @@ class UnpreparedCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, *_event: Any, model: Any = None, **_context: Any) -> None:
         """Refuse what the trainer cannot do with the graph, before the first step."""
         if self._is_needed(model):
-            _check_smoothing(args, model, keeps_labels=False)
+            _check_traced(args, model, keeps_labels=False)
             tied, strategy = _tied(model), SaveStrategy(args.save_strategy)
             if tied and strategy is not SaveStrategy.NO:
                 raise LoraFxError(
@@ -267,16 +271,35 @@ def _tied(graph: TracedGraphModule) -> str:
     return next((" and ".join(map(repr, each)) for each in names if len(each) > 1), "")
 
 
-def _check_smoothing(args: TrainingArguments, graph: TracedGraphModule, *, keeps_labels: bool) -> None:
-    """Raise where ``label_smoothing_factor`` would not act on the loss, or the graph would miss the labels that it takes.
+def _check_traced(args: TrainingArguments, graph: TracedGraphModule, *, keeps_labels: bool) -> None:
+    """Raise where a trainer asks for something that is otherwise in the trace.
 
     Args:
         args: of the trainer.
         graph: that it trains.
         keeps_labels: whether the graph gets the labels that the trainer takes from the batch.
     """
-    if not args.label_smoothing_factor:
+    _check_pad_token(graph)
+    if args.label_smoothing_factor:
+        _check_smoothing(args, graph, keeps_labels)
+
+
+def _check_pad_token(graph: TracedGraphModule) -> None:
+    """Raise where the config has another ``pad_token_id`` by now, as the trainer takes it from a tokenizer, and the graph reads it."""
+    info = known_info(graph)
+    pad_token = pad_token_of(info.config)
+    if pad_token == info.pad_token:
         return
+    line = next((code for node in graph.graph.nodes if _PAD_TOKEN.search(code := code_of(node))), None)
+    if line is not None:
+        raise LoraFxError(
+            f"the graph was traced with pad_token_id={info.pad_token} and computes with it ({line}), and its config has {pad_token} now, "
+            f"which transformers takes from the tokenizer. Set model.config.pad_token_id = {pad_token}, and rewrite that model."
+        )
+
+
+def _check_smoothing(args: TrainingArguments, graph: TracedGraphModule, keeps_labels: bool) -> None:
+    """Raise where ``label_smoothing_factor`` would not act on the loss, or the graph would miss the labels that it takes."""
     name, labels = known_info(graph).class_name, find_labels(type(graph))
     if not labels:
         reason = "and this graph takes none. Make it by lora_fx.rewrite(model, …, labels=True)."

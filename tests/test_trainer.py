@@ -441,6 +441,47 @@ def test_what_a_trainer_cannot_do_with_a_graph_is_refused_before_the_first_step(
     assert all(torch.equal(value, before[name]) for name, value in factors(mine).items())
 
 
+def decoder_classifier() -> lora_fx.TracedGraphModule:
+    """Return a graph that finds the last token of a row by the id of padding."""
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    config = transformers.LlamaConfig(**sizes, pad_token_id=0, num_labels=3)
+    return lora_fx.rewrite(transformers.LlamaForSequenceClassification(config), rules="llama", labels=True)
+
+
+@pytest.mark.parametrize(
+    ("made", "line"),
+    [
+        (
+            decoder_classifier,
+            "non_pad_mask = (input_ids != self.config.get_text_config().pad_token_id).to(logits.device, torch.int32)",
+        ),
+        (lambda: pair("t5")[0], "decoder_input_ids = self._shift_right(labels)"),
+        (lambda: pair("gpt2")[0], None),
+    ],
+    ids=["classifier", "t5", "gpt2"],
+)
+def test_another_pad_token_than_that_of_the_trace_is_refused_where_the_graph_computes_with_it(
+    made: Any, line: str | None, tmp_path: Path
+) -> None:
+    mine = made()
+    mine.config.pad_token_id = 2  # as Trainer does, for that of a tokenizer
+    if line is None:
+        assert len(curve("gpt2", mine, tmp_path, bare)) > 3
+        return
+    with pytest.raises(lora_fx.LoraFxError) as raised:
+        curve("bert", mine, tmp_path)
+    assert str(raised.value) == (
+        f"the graph was traced with pad_token_id=0 and computes with it ({line}), and its config has 2 now, which transformers takes "
+        "from the tokenizer. Set model.config.pad_token_id = 2, and rewrite that model."
+    )
+
+
 @functools.cache
 def served() -> lora_fx.TracedGraphModule:
     """Return GPT-2 without labels."""

@@ -54,6 +54,7 @@ class GraphInfo:
         head: the task head of that model.
         linears: the modules of that model that PEFT's ``all-linear`` means, by their paths.
         tags: for the model card of the merged model.
+        pad_token: ``pad_token_id`` of the config when it was traced.
         main_input: name of the input by whose size transformers counts operations, that model's ``main_input_name``.
         embeddings: names of the weights of its ``nn.Embedding`` modules.
         stacks: the modules of the model with parameters that are stacks of matrices, by their paths.
@@ -77,6 +78,7 @@ class GraphInfo:
     head: TaskHead = field(default_factory=TaskHead)
     linears: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+    pad_token: int | None = None
     main_input: str = "input_ids"
     embeddings: frozenset[str] = frozenset()
     stacks: Mapping[str, StackModule] = field(default_factory=dict)

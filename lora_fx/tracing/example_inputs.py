@@ -212,6 +212,12 @@ def config_of(model: nn.Module) -> Any:
     return copy.deepcopy(getattr(model, "config", None))
 
 
+def pad_token_of(config: Any) -> int | None:
+    """Return the ``pad_token_id`` of a config of transformers, of its text part; None for another, or none."""
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text_config, "pad_token_id", None)
+
+
 def generation_config_of(model: nn.Module) -> Any:
     """Return a copy of the settings by which a transformers model generates, or None for another module."""
     return copy.deepcopy(getattr(model, "generation_config", None)) if is_pretrained(model) else None

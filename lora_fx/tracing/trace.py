@@ -43,6 +43,7 @@ from lora_fx.tracing.example_inputs import (
     config_of,
     generation_config_of,
     is_pretrained,
+    pad_token_of,
     varied,
     with_labels,
 )
@@ -168,6 +169,7 @@ class _Task:
             generation_config=generation_config_of(model),
             head=task_head(model),
             linears=linear_modules(model),
+            pad_token=pad_token_of(config_of(model)),
             main_input=str(getattr(trained_model(model), "main_input_name", GraphInfo.main_input)),
             embeddings=frozenset(
                 f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)
