@@ -237,8 +237,9 @@ def _part(graph_module: TracedGraphModule, getter: str) -> tuple[str, nn.Module]
         (owner._parameters if isinstance(value, nn.Parameter) else owner._buffers)[leaf] = value
     owners = {
         branch.owner.partition("@")[0]
-        for specs in known_info(graph_module).adapters.values()
-        for _, branch in specs.values()
+        for record in known_info(graph_module).adapters.values()
+        for _, branch in record.branches.values()
+        if record.acts
     }
     vars(module)["_is_adapted"] = path in owners
     return path, module

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_fx.adapters.activate import tell_waiting
 from lora_fx.adapters.attach import attach
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.planning.cautions import warn_of_fresh_head, warn_of_lower_ranks
@@ -40,7 +41,8 @@ def rewrite(
     the factors require a gradient. The model is not changed.
 
     Args:
-        model: a module, or a graph that lora_fx returned, which then gets one more adapter.
+        model: a module, or a graph that lora_fx returned, which then gets one more adapter. That one does not act before
+            :func:`~lora_fx.activate` says so, as in PEFT; it acts at once if the graph had none.
         rules: the name of a built-in file or one of its model types (``"t5"``); ``"auto"``, by ``model.config.model_type``, or by role
             where there is no file for it; ``"all-linear"``; a path to a ``.toml`` file; a mapping with the keys of such a file; or a
             configuration of PEFT: a ``peft.LoraConfig``, its mapping, or the path of its ``.json`` file.
@@ -75,4 +77,6 @@ def rewrite(
     plan = plan_graph(graph_module, ruleset)
     warn_of_lower_ranks(plan)
     warn_of_fresh_head(plan, graph_module)
-    return attach(graph_module, plan, adapter=adapter, seed=seed)
+    result = attach(graph_module, plan, adapter=adapter, seed=seed)
+    tell_waiting(result, adapter)
+    return result

@@ -5,11 +5,14 @@ import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from matrices import Matrices
 from torch import fx, nn
+
+import lora_fx
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,6 +50,12 @@ def set_factors(module: nn.Module, seed: int = 11, scale: float = 0.2) -> None:
         for name, parameter in sorted(module.named_parameters()):
             if ".lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def all_acting(graph: Any) -> Any:
+    """Return a graph with all of its adapters acting: one that is added to others does not."""
+    names = [state.name for state in lora_fx.parameter_summary(graph).adapters]
+    return lora_fx.activate(graph, dict.fromkeys(names, 1.0))
 
 
 @contextlib.contextmanager

@@ -322,7 +322,7 @@ def test_where_an_adapter_comes_from_goes_with_it(tmp_path: Path) -> None:
     assert said["versions"].keys() == {"lora_fx", "torch", "transformers"}
     assert said["base"].keys() == traced("bert").state_dict().keys()
     again = lora_fx.load_adapter(traced("bert"), tmp_path / "a")
-    assert info_of(again).origins["default"].rules == "bert"
+    assert info_of(again).adapters["default"].origin.rules == "bert"
 
 
 @pytest.mark.parametrize(
@@ -535,14 +535,19 @@ def test_biases_and_a_container_of_modules_that_train_come_back_together(tmp_pat
     assert torch.equal(mine(**batch).logits, again(**batch).logits)
 
 
-def test_two_adapters_cannot_both_train_one_parameter(tmp_path: Path) -> None:
+def test_of_two_adapters_that_train_one_parameter_one_acts(tmp_path: Path) -> None:
     base, first = classified(modules_to_save=["classifier"])
     first.save_pretrained(str(tmp_path / "a"))
     graph = lora_fx.from_adapter(base, tmp_path / "a", "a")
-    with pytest.raises(lora_fx.PlanError, match=r"'classifier\.dense\.weight' trains already, in another adapter"):
-        lora_fx.load_adapter(graph, tmp_path / "a", "b")
-    rest = lora_fx.activate(graph, {})
-    assert lora_fx.load_adapter(rest, tmp_path / "a", "b")
+    both = lora_fx.load_adapter(graph, tmp_path / "a", "b")
+    with pytest.raises(
+        lora_fx.PlanError,
+        match=r"'b' has trained copies of classifier\.dense\.bias, .*, and so has 'a', which acts",
+    ):
+        lora_fx.activate(both, {"a": 1.0, "b": 1.0})
+    batch = {"input_ids": torch.randint(2, 60, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
+    for name in "ab":
+        assert torch.equal(lora_fx.activate(both.eval(), {name: 1.0})(**batch).logits, first(**batch).logits)
 
 
 class Listed(nn.Module):
@@ -646,7 +651,7 @@ def test_of_mica_a_alone_trains_as_in_peft_through_every_form_of_the_adapter(tmp
                 assert "lora_A" in name or "lora_embedding_A" in name
                 parameter.normal_(std=0.1)
     wrapped.save_pretrained(str(tmp_path / "peft"), save_embedding_layers=False)
-    mine = lora_fx.from_adapter(base, tmp_path / "peft", **x)
+    mine = lora_fx.from_adapter(base, tmp_path / "peft", trainable=True, **x)
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "peft"), is_trainable=True)
     trained = ["table.lora_A.default.weight", "proj.lora_A.default.weight"]
     assert [name for name, parameter in mine.named_parameters() if parameter.requires_grad] == trained

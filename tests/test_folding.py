@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES, EACH, SIZES, TWO, branched, build, inputs, model, rows, run, traced
-from conftest import set_factors, unchanged
+from conftest import all_acting, set_factors, unchanged
 from graph_diff import first_difference
 from torch import fx, nn
 
@@ -117,6 +117,7 @@ def test_public_functions_change_neither_the_model_nor_the_graph(name: str) -> N
             lora_fx.plan(graph, rules=rules)
             lora_fx.trace(graph)
             lora_fx.parameter_summary(graph)
+            lora_fx.activate(graph, {})
             copy.deepcopy(graph)
 
 
@@ -156,6 +157,7 @@ def test_two_adapters_fold_together() -> None:
     graph_module = lora_fx.rewrite(
         graph_module, rules={"select": [{"target": ["c_attn", "c_fc"]}]}, rank=3, alpha=2, adapter="second"
     )
+    graph_module = all_acting(graph_module)
     set_factors(graph_module)
     batch = inputs("gpt2", 3, 11)
     folded = lora_fx.fold(graph_module)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers.integrations.moe  # noqa: F401  registers transformers::grouped_mm_fallback
+from conftest import all_acting
 from graph_diff import first_difference
 from hypothesis import HealthCheck, Phase, assume, event, given, settings
 from hypothesis import strategies as st
@@ -601,7 +602,7 @@ def branched(program: Program, adapters: Sequence[Adapter], seed: int = 11) -> B
             name = f"adapter{number}"
             for chosen in lora_fx.plan(made.graph, rules).chosen:
                 made.keys[chosen.site.node] |= {(name, branch.key) for branch in chosen.branches}
-            made.graph = lora_fx.rewrite(made.graph, rules, adapter=name)
+            made.graph = all_acting(lora_fx.rewrite(made.graph, rules, adapter=name))
             set_factors(made.graph, seed)
         for name in adapter.copies:
             made.graph = COPIES[name](made.graph)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import PRIMARY, build, run, traced
-from conftest import set_factors, unchanged
+from conftest import all_acting, set_factors, unchanged
 from graph_diff import first_difference
 from made import X, module
 from torch import nn
@@ -278,6 +278,7 @@ def test_two_adapters_beside_one_site_share_the_product_too() -> None:
     graph_module = lora_fx.rewrite(
         plain("llama"), rules={"select": [{"target": ["q_proj", "v_proj"]}]}, rank=3, adapter="b"
     )
+    graph_module = all_acting(graph_module)
     set_factors(graph_module, scale=0.05)
     fused = lora_fx.fuse(graph_module)
     assert (count(fused, reduce_features), count(fused, add_update)) == (8, 14 + 4)
@@ -449,5 +450,6 @@ def test_a_fused_graph_gets_one_more_adapter_as_the_plain_one_does() -> None:
     rules = {"defaults": {"rank": 3}, "select": [{"target": ["q_proj", "o_proj"]}]}
     fused = lora_fx.fuse(plain("llama"))
     mine, theirs = (lora_fx.rewrite(graph, rules=rules, adapter="more", seed=1) for graph in (fused, plain("llama")))
+    mine, theirs = all_acting(mine), all_acting(theirs)
     assert first_difference(mine, theirs) is None
     assert torch.equal(run("llama", mine, 3, 11)[0], run("llama", theirs, 3, 11)[0])

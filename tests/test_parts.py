@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from architectures import build, inputs, model, run, traced
-from conftest import set_factors, unchanged
+from conftest import all_acting, set_factors, unchanged
 from graph_diff import first_difference
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -324,7 +324,7 @@ def test_roles_and_parts_of_a_graph_that_has_branches_are_those_of_its_base() ->
     first = lora_fx.rewrite(base, {"select": [{"target": ["c_attn", "c_fc"], "rank": 4}]})
     bare, branched = lora_fx.plan(base, rules=RULES), lora_fx.plan(first, rules=RULES)
     assert [(d.site.name, d.purpose) for d in branched] == [(d.site.name, d.purpose) for d in bare]
-    second = lora_fx.rewrite(first, rules=RULES, adapter="second")
+    second = all_acting(lora_fx.rewrite(first, rules=RULES, adapter="second"))
     set_factors(second)
     assert len(lora_fx.fold_report(second, lora_fx.fold(second))) == 4
     assert torch.allclose(own("gpt2", lora_fx.fold(second)), own("gpt2", second.eval()), rtol=0, atol=1e-5)

@@ -24,7 +24,7 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from conftest import limited, set_factors, unchanged
+from conftest import all_acting, limited, set_factors, unchanged
 from slotted import (
     LINEAR,
     SITES,
@@ -350,7 +350,7 @@ def two(rules: Any = None) -> lora_fx.TracedGraphModule:
     other = rules or {"select": [{"target": ["first", "twice"], "rank": 2, "alpha": 3}]}
     graph = lora_fx.rewrite(adapted(), other, adapter="second")
     set_factors(graph, 5)
-    return graph
+    return all_acting(graph)
 
 
 def test_several_adapters_at_strengths_become_one(session: OnnxSession, tmp_path: Path) -> None:

@@ -447,7 +447,7 @@ def test_a_layer_norm_that_trains_has_no_weight_decay_as_with_peft(tmp_path: Pat
     model = peft.get_peft_model(copy.deepcopy(gpt2()), config)
     set_factors(model.base_model.model)
     model.save_pretrained(tmp_path / "start")
-    made = lora_fx.from_adapter(fused_projection(), tmp_path / "start")
+    made = lora_fx.from_adapter(fused_projection(), tmp_path / "start", trainable=True)
     theirs = trainer_of(model, tmp_path / "peft", weight_decay=0.5, eval_strategy="no")
     theirs.train()
     mine = prepared(made, tmp_path / "mine", weight_decay=0.5, eval_strategy="no")

@@ -18,7 +18,7 @@ import peft
 import pytest
 import torch
 from architectures import ARCHITECTURES, PRIMARY, branched, build, inputs, model, rows, traced
-from conftest import unchanged
+from conftest import all_acting, unchanged
 from peft.optimizers import create_loraplus_optimizer
 from torch import fx, nn
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
@@ -438,7 +438,7 @@ def adapter_loaded(graph_module: lora_fx.TracedGraphModule, directory: Path) -> 
 
 def from_adapter(graph_module: lora_fx.TracedGraphModule, directory: Path) -> lora_fx.TracedGraphModule:
     lora_fx.save_adapter(graph_module, directory / "adapter")
-    return lora_fx.from_adapter(traced("llama"), directory / "adapter")
+    return lora_fx.from_adapter(traced("llama"), directory / "adapter", trainable=True)
 
 
 MIXED = {"select": [{"target": ["q_proj", "up_proj"], "dropout": 0.2}, {"target": ["lm_head"], "trainable": "all"}]}
@@ -572,6 +572,7 @@ def test_lora_plus_gives_trained_copies_the_rate_of_a_and_vectors_no_decay() -> 
 def test_lora_plus_tells_the_factors_of_several_adapters() -> None:
     graph_module = ours("llama", PLUS)
     graph_module = lora_fx.rewrite(graph_module, {"select": [{"target": ["o_proj", "embed_tokens"]}]}, adapter="lora_B")
+    graph_module = all_acting(graph_module)
     rates = rates_of(graph_module, lora_fx.lora_plus_groups(graph_module, 1e-3, 4.0, embedding_lr=1e-5))
     expected = {"A": 1e-3, "B": 4e-3}
     for key, (rate, _) in rates.items():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, EACH, PRIMARY, branched, build, inputs, traced
-from conftest import set_factors, unchanged
+from conftest import all_acting, set_factors, unchanged
 from torch import fx, nn
 
 import lora_fx
@@ -122,6 +122,7 @@ def test_inputs_are_given_by_position_or_by_name() -> None:
 
 def test_two_adapters_pass_together() -> None:
     graph_module = lora_fx.rewrite(branched("gpt2"), {"select": [{"target": ["c_fc"]}]}, rank=3, adapter="second")
+    graph_module = all_acting(graph_module)
     set_factors(graph_module, scale=0.05)
     lora_fx.verify(graph_module, lora_fx.fold(graph_module), inputs("gpt2", 3, 11))
 

@@ -1,26 +1,33 @@
-"""Activation of some of a graph's adapters, each at its own strength."""
+"""Which of a graph's adapters act, each at its own strength."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import fx
 
-from lora_fx.adapters.attach import attach
-from lora_fx.adapters.transfer import branches_of, parameters_of, recorded_plan, trained_of
+from lora_fx.adapters.attach import act
+from lora_fx.adapters.recorded import parameters_of, record_of, recorded_plan, trained_of
 from lora_fx.branches.remove import unload
-from lora_fx.errors import PlanError
-from lora_fx.graph.adapter_names import adapters
-from lora_fx.graph.graph_module import TracedGraphModule
+from lora_fx.errors import PlanError, listed
+from lora_fx.graph.adapter_names import is_of_adapter
+from lora_fx.graph.adapter_states import acting, adapters_as_added, trained_names, waiting
+from lora_fx.graph.graph_module import TracedGraphModule, rebuilt, trainable_names
+from lora_fx.graph.info import info_of
 from lora_fx.rules.plain_numbers import finite_number
+
+_logger = logging.getLogger("lora_fx.adapters")
 
 
 def activate(graph_module: fx.GraphModule, strengths: Mapping[str, float]) -> TracedGraphModule:
-    """Return the graph with the branches of just these adapters: ``y + Σ strength · scaling · B(A(x))``.
+    """Return a new graph in which just these adapters act: ``y + Σ strength · scaling · B(A(x))``.
 
-    Trained copies of the other adapters give way to the model's own parameters. ``{}`` gives the base. The parameters
-    are shared with ``graph_module``, which is not changed. A strength replaces the present one of the adapter, it is no
-    factor of it.
+    The others stay in it, without nodes: another ``activate`` brings them back. Their parameters are frozen as long as they do
+    not act; what acts trains if :func:`~lora_fx.rewrite` made it, or if it was loaded with ``trainable=True``. ``{}`` gives
+    the base. The parameters are shared with ``graph_module``, which is not changed. A strength replaces the present one of the
+    adapter, it is no factor of it. It scales branches; trained copies of the model's own parameters are taken whole.
 
     Args:
         graph_module: made by lora_fx, with adapters.
@@ -28,15 +35,54 @@ def activate(graph_module: fx.GraphModule, strengths: Mapping[str, float]) -> Tr
             dimensions are taken too.
 
     Raises:
-        PlanError: the graph has no such adapter, a strength is not finite, or one is not 1 where the adapter has trained
-            copies of the model's parameters, which have no strength.
+        PlanError: the graph has no such adapter, a strength is not finite, or two of these adapters have trained copies of one
+            parameter.
         FoldError: a branch cannot be taken out without changing something else.
     """
-    result = unload(graph_module)
-    for adapter, strength in ordered(graph_module, strengths).items():
-        plan = recorded_plan(graph_module, adapter, result, strength=strength)
-        result = attach(result, plan, adapter=adapter, values=parameters_of(graph_module, adapter))
-    return result
+    return let_act(at_rest(graph_module), ordered(graph_module, strengths))
+
+
+def at_rest(graph_module: fx.GraphModule) -> TracedGraphModule:
+    """Return the graph with all of its adapters, none of which acts.
+
+    Raises:
+        PlanError: it has an adapter without a record.
+        FoldError: a branch cannot be taken out without changing something else.
+    """
+    records = {
+        name: replace(
+            record_of(graph_module, name).at_strength(1.0), acts=False, trains=trained_names(graph_module, name)
+        )
+        for name in adapters_as_added(graph_module)
+    }
+    tensors = {name: p for adapter in records for name, p in parameters_of(graph_module, adapter).items()}
+    own = frozenset(name for name in trainable_names(graph_module) if not is_of_adapter(name))
+    base = unload(graph_module)
+    return rebuilt(base, tensors=tensors, info=replace(info_of(base), adapters=records), trainable=own)
+
+
+def let_act(graph_module: TracedGraphModule, strengths: Mapping[str, float]) -> TracedGraphModule:
+    """Return a graph at rest with these of its adapters acting, in their order in it. Raises as :func:`activate` does."""
+    for adapter in adapters_as_added(graph_module):
+        if adapter in strengths:
+            plan = recorded_plan(graph_module, adapter, graph_module, strength=strengths[adapter])
+            graph_module = act(graph_module, plan, adapter)
+    return graph_module
+
+
+def tell_waiting(graph_module: TracedGraphModule, adapter: str) -> None:
+    """Log the call that makes an adapter act, if it does not."""
+    if adapter in waiting(graph_module):
+        others = acting(graph_module)
+        beside = f" beside {listed(list(map(repr, others)), 5)}" if others else ""
+        strengths = ", ".join(f'"{name}": {strength:g}' for name, strength in {**others, adapter: 1.0}.items())
+        _logger.warning(
+            'adapter %r is in the graph%s and does not act yet: lora_fx.activate(graph, {"%s": 1.0}) makes it act alone%s.',
+            adapter,
+            beside,
+            adapter,
+            f", {{{strengths}}} together" if others else "",
+        )
 
 
 def ordered(graph_module: fx.GraphModule, strengths: Mapping[str, float]) -> dict[str, float]:
@@ -49,15 +95,17 @@ def ordered(graph_module: fx.GraphModule, strengths: Mapping[str, float]) -> dic
         raise PlanError(f'expected strengths by the names of adapters, as {{"a": 1.0, "b": 0.5}}, got {strengths!r}.')
     found: dict[str, float] = {}
     for adapter, given in strengths.items():
-        branches_of(graph_module, adapter)
+        record_of(graph_module, adapter)
         strength = finite_number(given)
         if strength is None:
             raise PlanError(f"adapter {adapter!r} cannot have the strength {given!r}: give a finite number.")
         found[adapter] = strength
-        names = ", ".join(trained.name for trained in trained_of(graph_module, adapter))
+        names = [trained.name for trained in trained_of(graph_module, adapter)]
         if names and strength != 1:
-            raise PlanError(
-                f"adapter {adapter!r} has trained copies of {names}, which have no other strength than 1, and was asked for "
-                f"{strength:g}. Leave it out, or give it the strength 1."
+            _logger.warning(
+                "adapter %r acts at strength %g, which scales its branches; its trained copies of %s are taken whole.",
+                adapter,
+                strength,
+                listed(names, 5),
             )
-    return {adapter: found[adapter] for adapter in adapters(graph_module) if adapter in found}
+    return {adapter: found[adapter] for adapter in adapters_as_added(graph_module) if adapter in found}

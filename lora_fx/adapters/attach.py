@@ -24,10 +24,10 @@ from lora_fx.adapters.fake_values import FakeValues
 from lora_fx.branches.find import find_branches
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import lower
-from lora_fx.errors import PlanError
-from lora_fx.graph.adapter_names import adapters, check_adapter_name, copy_name
+from lora_fx.errors import PlanError, listed
+from lora_fx.graph.adapter_names import adapter_of, adapters, check_adapter_name, copy_name, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of, trainable_names
-from lora_fx.graph.info import GraphInfo, info_of
+from lora_fx.graph.info import AdapterRecord, GraphInfo, RuledBranches, info_of
 from lora_fx.graph.process_state import forked_random_state, uncollected
 from lora_fx.graph.provenance import module_path, write_stamp
 from lora_fx.graph.records import BranchSpec, Origin
@@ -50,8 +50,9 @@ def attach(
     adapter: str = "default",
     seed: int | None = None,
     values: Mapping[str, torch.Tensor] | None = None,
+    acts: bool | None = None,
 ) -> TracedGraphModule:
-    """Return a new graph with a branch beside every chosen site, and copies in place of the parameters that train.
+    """Return a new graph with another adapter: its parameters, and, if it acts, a branch beside every chosen site.
 
     Args:
         graph_module: not changed; the result has parameters of its own over the same storage.
@@ -59,11 +60,12 @@ def attach(
         adapter: name of the new adapter.
         seed: of the initial factors. Without one they are drawn from torch's current random state, which is restored.
         values: the adapter's parameters, all of them, by their names in the graph, in place of initial ones. Those with
-            ``requires_grad`` train.
+            ``requires_grad`` train while it acts.
+        acts: whether the graph computes with it. By default the first adapter of a graph does, and a later one does not.
 
     Raises:
-        PlanError: the adapter name is taken or not usable, a chosen site cannot get a branch, or a branch has no values and
-            does not start with random ones.
+        PlanError: the adapter name is taken or not usable, a chosen site cannot get a branch, a branch has no values and does
+            not start with random ones, or another adapter that acts has a trained copy of the same parameter.
     """
     check_adapter_name(adapter)
     taken = adapters(graph_module)
@@ -76,26 +78,69 @@ def attach(
     state = state_of(graph_module)
     ordered = _in_module_order(plan, state)
     factors = _new_factors(ordered, state, adapter, seed) if values is None else _given(ordered, adapter, values)
+    new = {**factors, **_copies(plan, state, adapter, values)}
+    state = state.with_tensors(new)
+    trains = frozenset(name for name, parameter in new.items() if parameter.requires_grad)
+    record = AdapterRecord(_branches(plan), plan.origin or Origin.of(plan.rules), _reasons(plan), False, trains)
+    if not taken if acts is None else acts:
+        return _with_nodes(graph_module, state, plan, adapter, record)
+    return checked(rebuilt(graph_module, state=state, info=_with_record(graph_module, adapter, record)), "branched")
+
+
+@uncollected()
+def act(graph_module: TracedGraphModule, plan: Plan, adapter: str) -> TracedGraphModule:
+    """Return the graph computing with an adapter that it has, and that does not act.
+
+    Args:
+        graph_module: not changed.
+        plan: of the adapter, made for this graph; its strengths are those of the branches.
+        adapter: its name.
+
+    Raises:
+        PlanError: another adapter that acts has a trained copy of the same parameter.
+    """
+    graph_module = lower(graph_module)
+    record = info_of(graph_module).adapters[adapter]
+    return _with_nodes(graph_module, state_of(graph_module), plan, adapter, record)
+
+
+def _with_nodes(
+    graph_module: TracedGraphModule, state: State, plan: Plan, adapter: str, record: AdapterRecord
+) -> TracedGraphModule:
+    """Return a graph with the nodes of an adapter, whose parameters are in ``state``."""
+    copies = {name for name in state.tensors if original_name(name) is not None and adapter_of(name) == adapter}
+    _check_copied_once(graph_module, adapter, copies)
+    ordered = _in_module_order(plan, state)
     places = _places(ordered, state, adapter)
     dropouts = {
         branch.names(adapter).dropout: nn.Dropout(branch.setting.dropout)
         for _, branch in ordered.values()
         if branch.setting.dropout > 0 and branch.op != "embedding"  # indices cannot be dropped
     }
-    copies = _copies(plan, state, adapter, values)
-    state = state.with_tensors({**factors, **places, **copies}).with_modules(dropouts)
+    state = state.with_tensors(places).with_modules(dropouts)
     state = State(state.tensors, state.non_persistent | set(places), state.modules)
     graph = _branched(graph_module, plan, state, adapter)
     for node in graph.find_nodes(op="get_attr"):
         if copy_name(str(node.target), adapter) in copies:
             node.target = copy_name(str(node.target), adapter)
     graph.lint()
-    inference = info_of(graph_module).inference
-    new = frozenset(name for name, parameter in {**factors, **copies}.items() if parameter.requires_grad)
-    trainable = trainable_names(graph_module) | (frozenset() if inference else new)
-    info = _with_adapter(info_of(graph_module), adapter, plan)
-    attached = rebuilt(graph_module, graph, state=state, info=info, trainable=trainable)
-    return checked(attached, "branched")
+    info = _with_record(graph_module, adapter, replace(record, branches=_branches(plan), acts=True))
+    trainable = trainable_names(graph_module) | (frozenset() if info.inference else record.trains)
+    return checked(rebuilt(graph_module, graph, state=state, info=info, trainable=trainable), "branched")
+
+
+def _check_copied_once(graph_module: TracedGraphModule, adapter: str, copies: Iterable[str]) -> None:
+    """Refuse a second adapter that acts with a trained copy of a parameter."""
+    read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
+    other = {original: adapter_of(name) for name in read if (original := original_name(name)) is not None}
+    shared = [original for name in copies if (original := original_name(name)) in other]
+    if shared:
+        names = sorted({str(other[name]) for name in shared})
+        raise PlanError(
+            f"adapter {adapter!r} has trained copies of {listed(sorted(shared), 5)}, and so has {' and '.join(map(repr, names))}, which "
+            "acts: a graph computes with one copy of a parameter. Let one of them act at a time: "
+            f'lora_fx.activate(graph, {{"{adapter}": 1.0}}).'
+        )
 
 
 def _branched(graph_module: TracedGraphModule, plan: Plan, state: State, adapter: str) -> fx.Graph:
@@ -243,15 +288,17 @@ def _own_weight(chosen: Chosen, state: State) -> str:
     return own if own in state.tensors else chosen.site.weight
 
 
-def _with_adapter(info: GraphInfo, adapter: str, plan: Plan) -> GraphInfo:
-    branches = {branch.key: (chosen.rule, branch) for chosen in plan.chosen for branch in chosen.branches}
-    reasons = {decision.site.name: decision.reason for decision in plan if isinstance(decision, Skipped)}
-    return replace(
-        info,
-        adapters={**info.adapters, adapter: branches},
-        skipped={**info.skipped, adapter: reasons},
-        origins={**info.origins, adapter: plan.origin or Origin.of(plan.rules)},
-    )
+def _branches(plan: Plan) -> RuledBranches:
+    return {branch.key: (chosen.rule, branch) for chosen in plan.chosen for branch in chosen.branches}
+
+
+def _reasons(plan: Plan) -> dict[str, str]:
+    return {decision.site.name: decision.reason for decision in plan if isinstance(decision, Skipped)}
+
+
+def _with_record(graph_module: TracedGraphModule, adapter: str, record: AdapterRecord) -> GraphInfo:
+    info = info_of(graph_module)
+    return replace(info, adapters={**info.adapters, adapter: record})
 
 
 @dataclass(frozen=True)

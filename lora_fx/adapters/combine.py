@@ -20,9 +20,10 @@ from torch import fx, nn
 
 from lora_fx.adapters.activate import activate, ordered
 from lora_fx.adapters.attach import attach
-from lora_fx.adapters.transfer import branches_of, parameters_of, plan_branches, trained_of
+from lora_fx.adapters.recorded import branches_of, parameters_of, plan_branches, trained_of
 from lora_fx.errors import PlanError, did_you_mean
-from lora_fx.graph.adapter_names import adapters, copy_name
+from lora_fx.graph.adapter_names import copy_name
+from lora_fx.graph.adapter_states import acting, trained_names
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.process_state import forked_random_state
 from lora_fx.graph.records import BranchSpec, Origin
@@ -51,7 +52,7 @@ def combine(
     clamp: float | None = None,
     seed: int | None = None,
 ) -> TracedGraphModule:
-    """Return the graph with one adapter in place of several.
+    """Return a new graph in which one adapter acts in place of several, which stay in it and do not act.
 
     ``"cat"`` is exact: it computes what they compute together at these strengths. With ``w = strength · scaling``, the factors
     ``w₁A₁, w₂A₂, …``, each ``(rank, in)``, are stacked, and ``B₁, B₂, …``, each ``(out, rank)``, put side by side, so that the
@@ -65,10 +66,11 @@ def combine(
 
     All give what PEFT's ``add_weighted_adapter`` gives, whose ``combination_type`` is ``method`` here. PEFT is not followed where it is
     mistaken: with rsLoRA it leaves the combined adapter a scaling of ``√rank``, and its ``cat`` mixes up the matrices of stacked
-    experts and of convolutions in groups. The new adapter has the scaling 1, and a dropout if all have the same.
+    experts and of convolutions in groups. The new adapter has the scaling 1, and a dropout if all have the same. It trains if one of
+    them does.
 
     Args:
-        graph_module: made by lora_fx, with adapters; not changed. Adapters that are not in ``strengths`` stay.
+        graph_module: made by lora_fx, with adapters; not changed. Adapters that are not in ``strengths`` stay as they are.
         strengths: adapter → factor of its scaling.
         adapter: name of the new one.
         method: how they are combined.
@@ -91,8 +93,9 @@ def combine(
         raise PlanError("expected at least one adapter with its strength, got none.")
     found = ordered(graph_module, strengths)
     chosen = {name: found[name] for name in strengths}  # PEFT sums and draws in the order in which they are given
-    kept = [name for name in adapters(graph_module) if name not in chosen]
-    rest = activate(graph_module, {name: _strength(graph_module, name) for name in kept})
+    others = {name: strength for name, strength in acting(graph_module).items() if name not in chosen}
+    rest = activate(graph_module, others)
+    trains = any(trained_names(graph_module, name) for name in chosen)
     site_of = {owner: site for site in sites(rest) for owner in owners_of(site)}
     members: dict[str, list[_Member]] = {}
     for name, strength in chosen.items():
@@ -106,18 +109,20 @@ def combine(
         for key, parts in _in_module_order(members, site_of, rest):
             branch, a, b = way.combined(key, parts, site_of[parts[0].branch.owner], dropout)
             own = branch.names(adapter)
-            values |= {own.a: nn.Parameter(a), own.b: nn.Parameter(b)}
+            values |= {own.a: nn.Parameter(a, trains), own.b: nn.Parameter(b, trains)}
             branches[key] = (f"combined:{method}", branch)
     trained = tuple(each for name in chosen for each in trained_of(graph_module, name))
     for name in chosen:
         own_parameters = parameters_of(graph_module, name)
         values |= {
-            copy_name(each.name, adapter): nn.Parameter(own_parameters[copy_name(each.name, name)].detach().clone())
+            copy_name(each.name, adapter): nn.Parameter(
+                own_parameters[copy_name(each.name, name)].detach().clone(), trains
+            )
             for each in trained_of(graph_module, name)
         }
     told = ", ".join(f"{name} × {strength:g}" for name, strength in chosen.items())
     plan = plan_branches(rest, adapter, branches, trained, origin=Origin(rules=f"{method} of {told}"))
-    return attach(rest, plan, adapter=adapter, values=values)
+    return attach(rest, plan, adapter=adapter, values=values, acts=True)
 
 
 @dataclass(frozen=True)
@@ -138,11 +143,6 @@ class _Member:
     @property
     def scale(self) -> float:
         return self.branch.setting.scale
-
-
-def _strength(graph_module: fx.GraphModule, adapter: str) -> float:
-    """Return the strength that an adapter has; it has the same at all of its branches."""
-    return next((branch.setting.strength for _, branch in branches_of(graph_module, adapter).values()), 1.0)
 
 
 def _in_module_order(

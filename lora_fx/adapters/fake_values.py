@@ -34,8 +34,10 @@ class FakeValues:
             return
         mode, target = fake.fake_mode, node.target
         if node.op == "get_attr":
-            tensor = self._state.tensors[str(target)].detach()
-            node.meta["val"] = self._once(lambda: mode.from_tensor(tensor, static_shapes=True), mode, tensor)
+            # On the device of the trace, which the graph may have left since: for another one, or for weights after meta.
+            tensor = self._state.tensors[str(target)]
+            given = (tuple(tensor.shape), tensor.stride(), tensor.dtype, fake.device)
+            node.meta["val"] = self._once(lambda: _empty(mode, *given), mode, *given)
         elif all("val" in argument.meta for argument in node.all_input_nodes):
             arguments: Any = fx.map_arg(node.args, lambda n: n.meta["val"])
             if callable(target):
@@ -54,6 +56,13 @@ class FakeValues:
 def _run(mode: FakeTensorMode, target: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     with mode:
         return target(*arguments)
+
+
+def _empty(
+    mode: FakeTensorMode, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Any:
+    with mode:
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
 def _cache_key(value: Any) -> Hashable:

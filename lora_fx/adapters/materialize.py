@@ -67,7 +67,7 @@ def materialize(
         if original is not None and name not in given:
             values[name] = nn.Parameter(given[original].detach().clone())
     adapters = info_of(graph_module).adapters
-    branches = [(adapter, branch) for adapter, specs in adapters.items() for _, branch in specs.values()]
+    branches = [(adapter, branch) for adapter, record in adapters.items() for _, branch in record.branches.values()]
     values |= new_factors_like({n: t for n, t in wanted.items() if n not in given}, branches, device, seed)
     values |= {name: tensor.to(device) for name, tensor in state.tensors.items() if is_places(name)}
     like = like if like is not None else traced_class(graph_module)

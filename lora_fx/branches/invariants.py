@@ -2,7 +2,8 @@
 
 state       from                   legal in it
 base        unload, materialize    see lora_fx.graph.invariants
-branched    rewrite, transfer      plain nodes, and branches that can be taken out again, to which every factor belongs
+branched    rewrite, transfer      plain nodes, and branches that can be taken out again, to which every factor of an
+                                   adapter that acts belongs; no node reads what is of another
 fused       fuse                   the same, with branches in nodes that compute several at a time
 folded      fold                   as base, and no tensor of an adapter is left that nothing reads
 """
@@ -14,7 +15,8 @@ from typing import Literal
 
 from lora_fx.branches.find import find_branches
 from lora_fx.branches.lower import lower
-from lora_fx.graph.adapter_names import is_factor, is_of_adapter
+from lora_fx.graph.adapter_names import adapter_of, is_factor, is_of_adapter
+from lora_fx.graph.adapter_states import waiting
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.graph.invariants import BASE, PLAIN, Rule, checked_by, nothing_is_fused
 from lora_fx.graph.state import State
@@ -32,14 +34,25 @@ def checked(graph_module: TracedGraphModule, state: GraphState) -> TracedGraphMo
 
 
 def _factors_are_in_branches(graph_module: TracedGraphModule, state: State) -> Iterator[str]:
-    """The branches can be found, and no factor is outside of them."""
-    aliases = state.aliases()
+    """The branches can be found, and no factor of an adapter that acts is outside of them."""
+    aliases, resting = state.aliases(), waiting(graph_module)
     used = {
         aliases[name] for found in find_branches(lower(graph_module)) for each in found.updates for name in each.names
     }
     for name, first in aliases.items():
-        if is_factor(name) and first not in used:
+        if is_factor(name) and first not in used and adapter_of(name) not in resting:
             yield f"{name!r} is in no branch"
+
+
+def _what_rests_is_unread(graph_module: TracedGraphModule, state: State) -> Iterator[str]:
+    """No node reads a tensor of an adapter that does not act, and none of its parameters trains."""
+    resting = waiting(graph_module)
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        if adapter_of(str(node.target)) in resting:
+            yield f"{node.name} reads {node.target!r}, of an adapter that does not act"
+    for name, tensor in state.tensors.items():
+        if tensor.requires_grad and adapter_of(name) in resting:
+            yield f"{name!r} requires a gradient, and its adapter does not act"
 
 
 def _nothing_is_left(graph_module: TracedGraphModule, state: State) -> Iterator[str]:
@@ -52,7 +65,7 @@ def _nothing_is_left(graph_module: TracedGraphModule, state: State) -> Iterator[
 
 _RULES: Mapping[GraphState, tuple[Rule, ...]] = {
     "base": BASE,
-    "branched": (*PLAIN, nothing_is_fused, _factors_are_in_branches),
-    "fused": (*PLAIN, _factors_are_in_branches),
+    "branched": (*PLAIN, nothing_is_fused, _factors_are_in_branches, _what_rests_is_unread),
+    "fused": (*PLAIN, _factors_are_in_branches, _what_rests_is_unread),
     "folded": (*BASE, _nothing_is_left),
 }

@@ -91,7 +91,7 @@ def without_branches(
         if first not in read and (first in of_branches or is_of_adapter(name) or nominate(name))
     }
     dropped |= set(state.modules) - read
-    info = replace(known_info(graph_module), adapters={}, origins={}, skipped={})
+    info = replace(known_info(graph_module), adapters={})
     plain = rebuilt(graph_module, graph, state=state.without(dropped), info=info, trainable=frozenset())
     return checked(plain, "folded")
 

@@ -15,7 +15,7 @@ from lora_fx.adapters.peft_format.fingerprint import fingerprint
 from lora_fx.adapters.peft_format.keys import PREFIX, Slot, base_name, slots
 from lora_fx.adapters.peft_format.ledger import KeyLedger
 from lora_fx.adapters.peft_format.opening import AdapterFiles, check_base, read_adapter
-from lora_fx.adapters.transfer import branches_of
+from lora_fx.adapters.recorded import branches_of
 from lora_fx.branches.lower import lower
 from lora_fx.errors import ExportError, LoraFxError, did_you_mean, first_line
 from lora_fx.export.onnx_ops import onnx_package

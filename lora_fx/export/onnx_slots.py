@@ -19,7 +19,7 @@ from torch import fx, nn
 from lora_fx.adapters.attach import attach
 from lora_fx.adapters.peft_format.fingerprint import fingerprint
 from lora_fx.adapters.peft_format.keys import apart_from_calls
-from lora_fx.adapters.transfer import branches_of, plan_branches, trained_of
+from lora_fx.adapters.recorded import branches_of, plan_branches, trained_of
 from lora_fx.branches.remove import unload
 from lora_fx.errors import ExportError
 from lora_fx.export.onnx_ops import onnx_package

@@ -28,7 +28,7 @@ from lora_fx.adapters.peft_format.reading import (
     warn_of_rounding,
 )
 from lora_fx.adapters.peft_format.stacks import StackLayout
-from lora_fx.adapters.transfer import plan_branches
+from lora_fx.adapters.recorded import plan_branches
 from lora_fx.errors import AdapterError, FoldError, LoraFxError, listed
 from lora_fx.files.safetensors import equal_in_files
 from lora_fx.folding.checkpoint import Changes, Checkpoint
@@ -205,7 +205,7 @@ def plan_checkpoint_fold(
         _check_copies(files, contents.copies, strength, copies)
         _check_echoes(files, contents, places, state_of(graph_module))
         name = f"adapter_{index}"
-        values = contents.values_of(name, inference=True)
+        values = contents.values_of(name, trainable=False)
         graph_module = _attached(graph_module, contents, name, strength, values)
         factors |= {key: value.detach() for key, value in values.items() if original_name(key) is None}
         copies |= contents.copies
@@ -320,7 +320,7 @@ def _attached(
     }
     plan = plan_branches(graph_module, adapter, branches, (), origin=contents.origin)
     empty = {name: nn.Parameter(value.to("meta"), requires_grad=False) for name, value in values.items()}
-    return attach(graph_module, plan, adapter=adapter, values=empty)
+    return attach(graph_module, plan, adapter=adapter, values=empty, acts=True)
 
 
 def _recipe(graph_module: TracedGraphModule) -> tuple[Merge, ...]:

@@ -8,6 +8,7 @@ refused before anything is computed, and all weights are looked at before the fi
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -20,13 +21,16 @@ from lora_fx.adapters.activate import activate
 from lora_fx.branches.find import Nominate, find_branches
 from lora_fx.branches.remove import plain_graph, without_branches
 from lora_fx.branches.weight_uses import Value, values_of
-from lora_fx.errors import WITH_LABELS, FoldError
+from lora_fx.errors import WITH_LABELS, FoldError, listed
 from lora_fx.folding.report import check_finite
 from lora_fx.graph.adapter_names import is_factor, original_name
+from lora_fx.graph.adapter_states import waiting
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import known_info, with_info
 from lora_fx.graph.state import State
 from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, merge_into, surely_finite
+
+_logger = logging.getLogger("lora_fx.folding")
 
 
 def fold(
@@ -50,8 +54,8 @@ def fold(
 
     Args:
         graph_module: of ATen operators: made by lora_fx, a copy of such, or a trace of a model with branches of its own.
-        strengths: the adapters to fold, as for :func:`~lora_fx.activate`; the others are dropped. By default all
-            branches are folded as they are.
+        strengths: the adapters to fold, as for :func:`~lora_fx.activate`. By default those that act, at their strengths. The
+            others are dropped, and named in the log.
         branches: tells by a parameter's name whether it is a factor of a branch. By default the names that lora_fx and
             PEFT give: ``<module>.lora_A.<adapter>.weight``, ``….lora_embedding_A.<adapter>``, and so for B.
         unshare: where uses of one weight need different values, untie them. A value keeps those names of the weight whose
@@ -70,6 +74,10 @@ def fold(
     folded = _folded(plain, branches, unshare=unshare, inplace=inplace)
     if inplace:
         _consume(graph_module)
+    dropped = waiting(plain)
+    if dropped:
+        level = logging.WARNING if strengths is None else logging.INFO  # the latter was asked for
+        _logger.log(level, "fold drops what does not act: %s.", listed(list(map(repr, dropped)), 5))
     return folded
 
 
@@ -102,7 +110,7 @@ def _folded(plain: fx.GraphModule, branches: Nominate, *, unshare: bool, inplace
     for value in values:  # those of an untied weight that keep it as it is may have a new name too
         new = [name for name in value.names if name not in state.tensors and name not in merged]
         merged.update(dict.fromkeys(new, state.tensors[value.weight]))
-    merged = {**_trained(state, merged), **merged}
+    merged = {**_trained(plain, state, merged), **merged}
     folded = without_branches(plain, found, values, state.with_tensors(merged), branches)
     own = known_info(folded)
     names = (name for merge in merges for name in merge.names)
@@ -199,13 +207,14 @@ def _copied_weights(values: Sequence[Value], state: State) -> set[str]:
     return copied
 
 
-def _trained(state: State, merged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return values for the parameters for which an adapter has a trained copy: a copy of that, since it may train on."""
+def _trained(graph_module: fx.GraphModule, state: State, merged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return values for the parameters of which the graph computes with a trained copy: a copy of that, since it may train on."""
+    read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
     names, aliases = state.names(), state.aliases()
     return {
         tied: parameter
         for name, tensor in state.tensors.items()
-        if (original := original_name(name)) is not None and original not in merged
+        if name in read and (original := original_name(name)) is not None and original not in merged
         for parameter in (nn.Parameter(tensor.detach().clone()),)
         for tied in names[aliases[original]]
     }

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 from lora_fx.errors import LoraFxError, PlanError, TraceError
+from lora_fx.graph.adapter_states import adapter_states
 from lora_fx.graph.codegen import is_usable_part
 from lora_fx.graph.compare import same_values
 from lora_fx.graph.info import PEFT_SPELLING, GraphInfo, known_info, with_info
 from lora_fx.graph.pickling import GraphRecord, record, restore
 from lora_fx.graph.signature import InputCodeGen
-from lora_fx.graph.state import State
+from lora_fx.graph.state import State, takes, with_value
 
 
 class TracedGraphModule(fx.GraphModule):
@@ -90,6 +91,11 @@ class TracedGraphModule(fx.GraphModule):
         """Where the graph's tensors are: the device of the first."""
         tensor = next(iter(state_of(self).tensors.values()), None)
         return torch.device("cpu") if tensor is None else tensor.device
+
+    def extra_repr(self) -> str:
+        """Return a line for the repr of the graph: its adapters, which of them act, and which train."""
+        states = adapter_states(self)
+        return f"adapters: {', '.join(map(str, states))}" if states else ""
 
     def gradient_checkpointing_enable(self, *_args: Any, **_kwargs: Any) -> None:
         """Refuse: a graph has no layers to compute again."""
@@ -349,7 +355,7 @@ def _take_values(
     groups: dict[str, list[str]] = {}
     every = state.names()
     for name, first in state.aliases().items():
-        if name not in state.non_persistent and _fits(values.get(prefix + name), state.tensors[name], assign):
+        if name not in state.non_persistent and takes(values.get(prefix + name), state.tensors[name], assign):
             groups.setdefault(first, []).append(name)
     for first, (name, *others) in groups.items():
         tensor, value = state.tensors[first], values[prefix + name]
@@ -365,27 +371,10 @@ def _take_values(
                 "Convert it, or load without assign=True."
             )
     for first, names in groups.items():
-        tensor = _with_value(state.tensors[first], values[prefix + names[0]].detach(), assign)
+        tensor = with_value(state.tensors[first], values[prefix + names[0]].detach(), assign)
         if tensor is not state.tensors[first]:
             _install(module, State(dict.fromkeys(every[first], tensor), state.non_persistent))
         values.update({prefix + name: tensor for name in names})
-
-
-def _fits(value: Any, tensor: torch.Tensor, assign: bool) -> bool:
-    """Tell whether torch would load ``value`` into ``tensor``; a tensor of one element also into one without dimensions."""
-    if not isinstance(value, torch.Tensor) or (tensor.is_meta and not assign):
-        return False
-    return value.shape == tensor.shape or (tensor.dim() == 0 and value.shape == (1,))
-
-
-def _with_value(tensor: torch.Tensor, value: torch.Tensor, assign: bool) -> torch.Tensor:
-    value = value.reshape(tensor.shape)
-    if tensor.is_meta != value.is_meta:  # torch has no way from the one to the other within an object
-        return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-    tensor.data = value if assign else torch.empty_like(tensor, requires_grad=False).copy_(value)
-    if not tensor.is_inference():
-        torch.autograd.graph.increment_version(tensor)  # a backward over the old value is refused, as after a copy_
-    return tensor
 
 
 def _owned(state: State, trainable: frozenset[str]) -> State:

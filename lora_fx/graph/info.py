@@ -6,10 +6,10 @@ It lies in ``meta`` of the graph module, so that it lives through copies and pic
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from lora_fx.errors import PlanError
 from lora_fx.graph.example_sizes import Examples
@@ -40,6 +40,39 @@ _KEY = "lora_fx"
 
 
 @dataclass(frozen=True)
+class AdapterRecord:
+    """Everything known of an adapter besides its parameters.
+
+    Attributes:
+        branches: by their keys, each behind the rule that chose it; enough to write its nodes again.
+        origin: where it comes from.
+        skipped: sites without a branch, each with the reason.
+        acts: whether its branches are nodes of the graph, and its trained copies are read.
+        trains: names of its parameters that train while it acts. Of an adapter that acts in a graph that trains, the parameters
+            themselves tell, by ``requires_grad``.
+    """
+
+    branches: RuledBranches
+    origin: Origin = field(default_factory=Origin)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    acts: bool = True
+    trains: frozenset[str] = frozenset()
+
+    @property
+    def strength(self) -> float:
+        """The factor of its scaling, the same at all branches; 1 where it has none."""
+        return next((branch.setting.strength for _, branch in self.branches.values()), 1.0)
+
+    def at_strength(self, strength: float) -> AdapterRecord:
+        """Return the record with another factor of its scaling."""
+        branches = {
+            key: (rule, replace(branch, setting=replace(branch.setting, strength=strength)))
+            for key, (rule, branch) in self.branches.items()
+        }
+        return replace(self, branches=branches)
+
+
+@dataclass(frozen=True)
 class GraphInfo:
     """Everything known of a graph besides its nodes and tensors. The defaults are those of a graph that lora_fx did not trace.
 
@@ -60,9 +93,7 @@ class GraphInfo:
         stacks: the modules of the model with parameters that are stacks of matrices, by their paths.
         loss_type: of that model, as transformers names losses.
         examples: the inputs of the trace.
-        adapters: adapter → its branches.
-        skipped: adapter → sites without a branch, each with the reason.
-        origins: adapter → where it comes from.
+        adapters: those that lora_fx added, in that order.
         folded: the merges of the fold that made the graph.
         merged: names of all parameters that folds changed, also earlier ones.
         consumed: folded in place, so that its weights hold its branches already.
@@ -84,9 +115,7 @@ class GraphInfo:
     stacks: Mapping[str, StackModule] = field(default_factory=dict)
     loss_type: str | None = None
     examples: Examples | None = None
-    adapters: Mapping[str, RuledBranches] = field(default_factory=dict)
-    skipped: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    origins: Mapping[str, Origin] = field(default_factory=dict)
+    adapters: Mapping[str, AdapterRecord] = field(default_factory=dict)
     folded: tuple[Merge, ...] = ()
     merged: tuple[str, ...] = ()
     consumed: bool = False
@@ -113,12 +142,12 @@ def info_of(graph_module: fx.GraphModule) -> GraphInfo:
     return info
 
 
-def known_info(graph_module: fx.GraphModule) -> GraphInfo:
+def known_info(graph_module: nn.Module) -> GraphInfo:
     """Return the record of a graph, or an empty one if it is foreign."""
     return _record(graph_module) or GraphInfo()
 
 
-def _record(module: fx.GraphModule) -> GraphInfo | None:
+def _record(module: nn.Module) -> GraphInfo | None:
     """Return the record of a graph; None for a foreign one, and for a module that is no graph."""
     meta = getattr(module, "meta", None)  # what wraps a graph answers for it
     info = meta.get(_KEY) if isinstance(meta, dict) else None

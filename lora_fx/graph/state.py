@@ -1,9 +1,10 @@
-"""The state of a graph, as plain frozen data."""
+"""The state of a graph, as plain frozen data, and what a state dict may give its tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,3 +45,21 @@ class State:
         for name, first in self.aliases().items():
             names.setdefault(first, []).append(name)
         return {first: tuple(every) for first, every in names.items()}
+
+
+def takes(value: Any, tensor: torch.Tensor, assign: bool) -> bool:
+    """Tell whether torch would load ``value`` into ``tensor``; a tensor of one element also into one without dimensions."""
+    if not isinstance(value, torch.Tensor) or (tensor.is_meta and not assign):
+        return False
+    return value.shape == tensor.shape or (tensor.dim() == 0 and value.shape == (1,))
+
+
+def with_value(tensor: torch.Tensor, value: torch.Tensor, assign: bool) -> torch.Tensor:
+    """Return a tensor with a value: the same object with new storage, or, off the meta device or onto it, another one."""
+    value = value.reshape(tensor.shape)
+    if tensor.is_meta != value.is_meta:  # torch has no way from the one to the other within an object
+        return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    tensor.data = value if assign else torch.empty_like(tensor, requires_grad=False).copy_(value)
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)  # a backward over the old value is refused, as after a copy_
+    return tensor

@@ -41,7 +41,8 @@ def warn_of_fresh_head(plan: Plan, graph_module: fx.GraphModule) -> None:
     read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
     trained = {*(each.name for each in plan.trained), *filter(None, map(original_name, read))}
     reached = {name.rpartition(".")[0] for name in trained} | {chosen.site.module for chosen in plan.chosen}
-    reached |= {branch.owner for branches in info.adapters.values() for _, branch in branches.values()}
+    acting = (record for record in info.adapters.values() if record.acts)
+    reached |= {branch.owner for record in acting for _, branch in record.branches.values()}
     random = [name for name in info.head.fresh if name in read and name not in info.merged]
     left = [path for path in dict.fromkeys(name.rpartition(".")[0] for name in random) if path not in reached]
     if not left:

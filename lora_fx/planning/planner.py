@@ -74,7 +74,8 @@ def plan(
 def plan_graph(graph_module: fx.GraphModule, rules: Rules) -> Plan:
     """Decide for each site of a graph. Raises as :func:`plan` does."""
     found = sites(graph_module)
-    read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
+    targets = (str(node.target) for node in graph_module.graph.find_nodes(op="get_attr"))
+    read = {original_name(name) or name for name in targets}
     state = state_of(graph_module)
     own = {
         names: state.tensors[first].numel()
@@ -217,17 +218,14 @@ def check_attachable(plan: Plan, graph_module: fx.GraphModule) -> None:
                 f"the calls of {chosen.site.module!r} multiply by its weight in both layouts, and can share no branch: "
                 'say calls = "each"'
             )
-    adapted, tied = {chosen.site.weight for chosen in plan.chosen}, state.names()
-    copied = {original_name(name) for name in state.tensors} - {None}
+    weights = (chosen.site.weight for chosen in plan.chosen)
+    adapted, tied = {original_name(name) or name for name in weights}, state.names()
     for trained in plan.trained:
         names = tied[trained.name]
         if not trained.whole:
             problems.append(
                 f"{' and '.join(names)} are one tied parameter, which cannot train at one of its uses alone"
             )
-        elif original_name(trained.name) is not None or trained.name in copied:
-            own = original_name(trained.name) or trained.name
-            problems.append(f"{own!r} trains already, in another adapter: a graph computes with one copy of it")
         elif trained.name in adapted:
             problems.append(f"{trained.name!r} would both train and get a branch; leave one of the two out")
     if problems:

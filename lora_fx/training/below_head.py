@@ -65,8 +65,8 @@ def below_head(graph_module: TracedGraphModule, weight: str) -> fx.GraphModule:
 
 def _check_plain(graph_module: TracedGraphModule, graph: fx.Graph, weight: str) -> None:
     read = {str(node.target) for node in graph.find_nodes(op="get_attr")}
-    for adapter, branches in info_of(graph_module).adapters.items():
-        for _, branch in branches.values():
+    for adapter, record in info_of(graph_module).adapters.items():
+        for _, branch in record.branches.values():
             if f"{branch.owner.partition('@')[0]}.weight" == weight and branch.names(adapter).a in read:
                 raise LoraFxError(
                     f"adapter {adapter!r} has a branch at the output head {branch.owner!r}, and the head is asked for by its weight "

@@ -10,20 +10,25 @@ from torch import fx, nn
 
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.adapter_names import is_embedding_factor, is_factor, is_factor_b
+from lora_fx.graph.adapter_states import AdapterState, adapter_states
 from lora_fx.graph.info import known_info
 
 
 @dataclass(frozen=True)
 class ParameterSummary:
-    """Numbers of trainable and of all parameters. ``str()`` is one line, as the first releases of PEFT printed it.
+    """Numbers of trainable and of all parameters. ``str()`` is a line as the first releases of PEFT printed it.
+
+    A second one names the adapters, which of them act and which train, unless the graph has one that does both.
 
     Attributes:
         trainable: number of elements in parameters that require a gradient.
         total: number of elements in all parameters, tied ones counted once.
+        adapters: of a graph: which act, how strongly, and which train.
     """
 
     trainable: int
     total: int
+    adapters: tuple[AdapterState, ...] = ()
 
     @property
     def percent(self) -> float:
@@ -31,7 +36,9 @@ class ParameterSummary:
         return 100 * self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
-        return f"trainable params: {self.trainable} || all params: {self.total} || trainable%: {self.percent}"
+        numbers = f"trainable params: {self.trainable} || all params: {self.total} || trainable%: {self.percent}"
+        usual = [(state.acts, state.strength, state.trains) for state in self.adapters] == [(True, 1.0, True)]
+        return numbers if usual or not self.adapters else f"{numbers}\nadapters: {', '.join(map(str, self.adapters))}"
 
 
 def parameter_summary(module: nn.Module) -> ParameterSummary:
@@ -41,7 +48,9 @@ def parameter_summary(module: nn.Module) -> ParameterSummary:
         module: a graph, or any other module.
     """
     parameters = list(module.parameters())
-    return ParameterSummary(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    states = adapter_states(module) if isinstance(module, fx.GraphModule) else ()
+    return ParameterSummary(trainable, sum(p.numel() for p in parameters), states)
 
 
 def lora_plus_groups(
@@ -116,8 +125,8 @@ def _is_number(value: object) -> bool:
 def _embedding_factors(graph_module: fx.GraphModule) -> set[str]:
     """Return the names of the factors beside embeddings, by the graph's record of its adapters."""
     found: set[str] = set()
-    for adapter, branches in known_info(graph_module).adapters.items():
-        for _, branch in branches.values():
+    for adapter, record in known_info(graph_module).adapters.items():
+        for _, branch in record.branches.values():
             if branch.op == "embedding":
                 found |= {branch.names(adapter).a, branch.names(adapter).b}
     return found

@@ -43,7 +43,7 @@ import guides
 
 import lora_fx
 from lora_fx.adapters.attach import attach
-from lora_fx.adapters.transfer import parameters_of
+from lora_fx.adapters.recorded import parameters_of
 from lora_fx.cli.printing import run_script
 from lora_fx.graph.adapter_names import is_factor_b
 from lora_fx.numerics.lowrank_merge import BLOCK_ELEMENTS

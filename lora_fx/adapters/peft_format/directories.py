@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_fx.adapters.peft_format.opening import read_adapter
 from lora_fx.adapters.peft_format.save_load import load_adapter, write_adapter_files
-from lora_fx.adapters.transfer import branches_of, parameters_of
+from lora_fx.adapters.recorded import branches_of, parameters_of
 from lora_fx.errors import AdapterError, shortened
 from lora_fx.files.atomic import replacing
 from lora_fx.files.safetensors import TensorFile, write_tensors

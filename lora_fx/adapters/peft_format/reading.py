@@ -60,14 +60,14 @@ class AdapterContents:
     origin: Origin
     echoes: Mapping[str, str] = field(default_factory=dict)
 
-    def values_of(self, adapter: str, *, inference: bool) -> dict[str, nn.Parameter]:
-        """Return the parameters by the names that they have in a graph."""
+    def values_of(self, adapter: str, *, trainable: bool) -> dict[str, nn.Parameter]:
+        """Return the parameters by the names that they have in a graph; if they are to train, they require a gradient."""
         values: dict[str, nn.Parameter] = {}
         for key, (a, b) in self.factors.items():
             branch = self.branches[key][1]
             names, trains_b = branch.names(adapter), branch.setting.trains_b
-            values |= {names.a: nn.Parameter(a, not inference), names.b: nn.Parameter(b, trains_b and not inference)}
-        copies = {copy_name(name, adapter): nn.Parameter(value, not inference) for name, value in self.copies.items()}
+            values |= {names.a: nn.Parameter(a, trainable), names.b: nn.Parameter(b, trains_b and trainable)}
+        copies = {copy_name(name, adapter): nn.Parameter(value, trainable) for name, value in self.copies.items()}
         return values | copies
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx.adapters.activate import tell_waiting
 from lora_fx.adapters.attach import attach
 from lora_fx.adapters.peft_format.fingerprint import fingerprint, metadata
 from lora_fx.adapters.peft_format.opening import AdapterFiles, check_base, read_adapter
@@ -17,7 +18,8 @@ from lora_fx.adapters.peft_format.reading import AdapterContents, read_contents
 from lora_fx.adapters.peft_format.stacks import StackLayout
 from lora_fx.adapters.peft_format.tensors import FILE_NAME, PICKLE_NAME
 from lora_fx.adapters.peft_format.writing import PeftAdapter, to_peft
-from lora_fx.adapters.transfer import branches_of, differences, origin_of, plan_branches, trained_of
+from lora_fx.adapters.recorded import branches_of, origin_of, plan_branches, trained_of, with_training
+from lora_fx.adapters.transfer import differences
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import lower
 from lora_fx.errors import AdapterError, PlanError
@@ -25,8 +27,8 @@ from lora_fx.files.atomic import replacing
 from lora_fx.files.safetensors import write_tensors
 from lora_fx.files.target import DirectoryKind, Target
 from lora_fx.graph.adapter_names import adapters
+from lora_fx.graph.adapter_states import trained_names
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, state_of
-from lora_fx.graph.info import info_of
 from lora_fx.graph.records import BranchSpec
 from lora_fx.numerics.lowrank_merge import with_all_rows
 from lora_fx.rules.peft_config.config import CONFIG_NAME
@@ -40,6 +42,7 @@ def from_adapter(
     directory: str | Path,
     adapter: str = "default",
     *,
+    trainable: bool = False,
     strict: bool = True,
     stacks: StackLayout | None = None,
     ignore_config_keys: Collection[str] = (),
@@ -47,13 +50,14 @@ def from_adapter(
     dynamic: Dynamic | None = None,
     inference: bool = False,
 ) -> TracedGraphModule:
-    """Return a graph of ``model`` with the adapter that a directory holds: its targets, ranks, scalings and values.
+    """Return a new graph of ``model`` with the adapter that a directory holds: its targets, ranks, scalings and values.
 
     Args:
-        model: a module, or a graph of lora_fx; not changed.
+        model: a module, or a graph of lora_fx, to which it is added as by :func:`load_adapter`; not changed.
         directory: with ``adapter_config.json``, and ``adapter_model.safetensors`` or ``adapter_model.bin``, as PEFT or
             :func:`save_adapter` writes them; or with a whole ``PeftModel.state_dict()`` in place of the tensors.
         adapter: name for it in the graph.
+        trainable: whether it trains.
         strict: see :func:`load_adapter`.
         stacks: see :func:`load_adapter`.
         ignore_config_keys: see :func:`load_adapter`.
@@ -70,7 +74,7 @@ def from_adapter(
     # A malformed directory is refused before the model is traced.
     files = read_adapter(Path(directory), stacks, ignore_config_keys)
     graph_module = trace(model, example_inputs, dynamic=dynamic, inference=inference)
-    return _with_adapter(graph_module, files, adapter, strict=strict)
+    return _with_adapter(graph_module, files, adapter, trainable=trainable, strict=strict)
 
 
 def load_adapter(
@@ -78,12 +82,14 @@ def load_adapter(
     directory: str | Path,
     adapter: str = "default",
     *,
+    trainable: bool | None = None,
     strict: bool = True,
     stacks: StackLayout | None = None,
     ignore_config_keys: Collection[str] = (),
 ) -> TracedGraphModule:
-    """Return the graph with the adapter that a directory holds.
+    """Return a new graph with the adapter that a directory holds.
 
+    The first adapter of a graph acts. A further one stays in it without nodes, and waits for :func:`~lora_fx.activate`, as in PEFT.
     An adapter of this name that the graph has already is given the values; it must have the same branches. Where it has branches
     for parts of a fused projection, which :func:`save_adapter` writes as one, each takes the ranks and rows that are its own.
     Factors are converted to the dtype that they have in the graph, if that loses nothing.
@@ -92,6 +98,8 @@ def load_adapter(
         graph_module: not changed.
         directory: see :func:`from_adapter`.
         adapter: name for it in the graph.
+        trainable: whether it trains while it acts. By default a new adapter does not, and one that the graph has already goes on as
+            it is.
         strict: whether another base than the adapter's own, by the fingerprint in its file, is an error. If not, it is a warning
             that lists every tensor that differs.
         stacks: how the file has the factors of stacked experts (``target_parameters``), which PEFT changed in 0.19.0 and 0.19.1:
@@ -105,21 +113,23 @@ def load_adapter(
         PlanError: the adapter does not fit beside the other adapters of the graph.
     """
     files = read_adapter(Path(directory), stacks, ignore_config_keys)
-    return _with_adapter(graph_module, files, adapter, strict=strict)
+    return _with_adapter(graph_module, files, adapter, trainable=trainable, strict=strict)
 
 
 def _with_adapter(
-    graph_module: TracedGraphModule, files: AdapterFiles, adapter: str, *, strict: bool
+    graph_module: TracedGraphModule, files: AdapterFiles, adapter: str, *, trainable: bool | None, strict: bool
 ) -> TracedGraphModule:
     """Return the graph with an adapter from a directory that was opened."""
     graph_module = _traced(graph_module)
     check_base(files, fingerprint(state_of(graph_module)), strict=strict)
     contents = read_contents(files, graph_module)
     if adapter not in adapters(graph_module):
-        values = contents.values_of(adapter, inference=info_of(graph_module).inference)
+        values = contents.values_of(adapter, trainable=bool(trainable))
         plan = plan_branches(graph_module, adapter, contents.branches, contents.trained, origin=contents.origin)
-        return attach(graph_module, plan, adapter=adapter, values=values)
-    return _with_values(graph_module, adapter, contents)
+        result = attach(graph_module, plan, adapter=adapter, values=values)
+        tell_waiting(result, adapter)
+        return result
+    return _with_values(graph_module, adapter, contents, trainable)
 
 
 def save_adapter(
@@ -196,11 +206,13 @@ def _traced(graph_module: fx.GraphModule) -> TracedGraphModule:
     return lower(traced)
 
 
-def _with_values(graph_module: TracedGraphModule, adapter: str, contents: AdapterContents) -> TracedGraphModule:
+def _with_values(
+    graph_module: TracedGraphModule, adapter: str, contents: AdapterContents, trainable: bool | None
+) -> TracedGraphModule:
     """Return a graph whose adapter, which must be like that of the directory, has other values."""
     mine = branches_of(graph_module, adapter)
     contents = _in_parts(contents, [branch for _, branch in mine.values()])
-    values = contents.values_of(adapter, inference=info_of(graph_module).inference)
+    values = contents.values_of(adapter, trainable=True)
     # Dropout is how the graph trains, and no property of the values.
     dropout = {branch.owner: branch.setting.dropout for _, branch in mine.values()}
     theirs = {
@@ -215,8 +227,9 @@ def _with_values(graph_module: TracedGraphModule, adapter: str, contents: Adapte
     if unlike:
         problem = f"the graph's adapter {adapter!r} is another than the directory's; load it under another name, or with from_adapter"
         raise AdapterError(problem, unlike)
-    kept = {name: nn.Parameter(value.detach()) for name, value in values.items()}
-    return checked(rebuilt(graph_module, tensors=kept), "branched")
+    free = frozenset(name for name, value in values.items() if value.requires_grad)
+    trains = trained_names(graph_module, adapter) if trainable is None else free if trainable else frozenset()
+    return checked(with_training(rebuilt(graph_module, tensors=values), adapter, trains), "branched")
 
 
 def _in_parts(contents: AdapterContents, branches: Sequence[BranchSpec]) -> AdapterContents:

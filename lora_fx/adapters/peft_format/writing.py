@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from lora_fx.adapters.peft_format.keys import Slot, apart_from_calls, base_key, slots
 from lora_fx.adapters.peft_format.stacks import StackLayout, is_transposed, written_layout
-from lora_fx.adapters.transfer import branches_of, origin_of, parameters_of, trained_of
+from lora_fx.adapters.recorded import branches_of, origin_of, parameters_of, trained_of
 from lora_fx.errors import AdapterError
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of

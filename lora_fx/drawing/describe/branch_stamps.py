@@ -55,8 +55,8 @@ def branches_of(graph_module: fx.GraphModule) -> Mapping[fx.Node, StampedBranch]
 def settings_of(graph_module: fx.GraphModule, branches: Iterable[StampedBranch]) -> dict[StampedBranch, dict[str, Any]]:
     """Return the settings of each branch: site, adapter, and from the graph's record rule, rank and the rest."""
     recorded: dict[tuple[str, str], dict[str, Any]] = {}
-    for adapter, specs in known_info(graph_module).adapters.items():
-        for rule, planned in specs.values():
+    for adapter, record in known_info(graph_module).adapters.items():
+        for rule, planned in record.branches.values():
             setting = planned.setting
             known: dict[str, Any] = {"rule": rule, "rank": setting.rank, "alpha": setting.alpha}
             known |= {"scaling": setting.scale, "dropout": setting.dropout}

@@ -49,8 +49,8 @@ def coverage(graph: Reader, merges: Iterable[Merge]) -> tuple[Covered, ...]:
     module = graph.graph_module
     merged = {name for merge in merges if merge.updates for name in merge.names}
     reasons: dict[str, str] = {}
-    for skipped in known_info(module).skipped.values():
-        reasons.update(skipped)
+    for record in known_info(module).adapters.values():
+        reasons.update(record.skipped if record.acts else {})
     found = sites(module)
     branched = _branched(graph, found)
     covered = []

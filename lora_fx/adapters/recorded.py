@@ -1,0 +1,141 @@
+"""An adapter in a graph by its record and its parameters: its branches, its trained copies, its plan for another graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import fx, nn
+
+from lora_fx.errors import PlanError, did_you_mean
+from lora_fx.graph.adapter_names import adapter_of, adapters, copy_name, original_name
+from lora_fx.graph.adapter_states import trained_names
+from lora_fx.graph.graph_module import TracedGraphModule, rebuilt, trainable_names
+from lora_fx.graph.info import AdapterRecord, info_of, known_info
+from lora_fx.graph.records import BranchSpec, Origin, Trained
+from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, owners_of
+from lora_fx.rules.rule_file import RuleSet, Selection
+from lora_fx.sites.call_sites import sites
+
+
+def recorded_plan(
+    graph_module: fx.GraphModule, adapter: str, onto: TracedGraphModule, *, strength: float | None = None
+) -> Plan:
+    """Return a plan that gives a graph an adapter of another one.
+
+    Args:
+        graph_module: has the adapter.
+        adapter: its name.
+        onto: a trace of the same model.
+        strength: of the branches, in place of their own.
+
+    Raises:
+        PlanError: ``onto`` has not all of the sites, or the adapter has no record.
+    """
+    record = record_of(graph_module, adapter)
+    if strength is not None:
+        record = record.at_strength(strength)
+    return plan_branches(onto, adapter, record.branches, trained_of(graph_module, adapter), origin=record.origin)
+
+
+def plan_branches(
+    graph_module: TracedGraphModule,
+    adapter: str,
+    branches: Mapping[str, tuple[str, BranchSpec]],
+    trained: Sequence[Trained],
+    *,
+    origin: Origin,
+) -> Plan:
+    """Return a plan for branches that are already known.
+
+    Args:
+        graph_module: gets the branches.
+        adapter: name of the adapter, for messages.
+        branches: by their keys: the rule that chose the branch, and the branch.
+        trained: parameters of the model that train.
+        origin: of the adapter.
+
+    Raises:
+        PlanError: the graph has not all of the sites.
+    """
+    found = sites(graph_module)
+    by_owner: dict[str, list[str]] = {}
+    for key, (_, branch) in branches.items():
+        by_owner.setdefault(branch.owner, []).append(key)
+    owners = {site.name: next((o for o in owners_of(site) if o in by_owner), None) for site in found}
+    missing = sorted(set(by_owner) - set(owners.values()))
+    if missing:
+        raise PlanError(
+            f"adapter {adapter!r} has branches at {', '.join(missing)}, which the other graph has not. Trace the same model."
+        )
+    decisions: list[Decision] = []
+    for site in found:
+        keys = by_owner.get(owners[site.name] or "", [])
+        if keys:
+            decisions.append(Chosen(site, branches[keys[0]][0], tuple(branches[key][1] for key in keys)))
+        else:
+            decisions.append(Skipped(site, f"adapter {adapter!r} has no branch here"))
+    return Plan(RuleSet(name=adapter, select=(Selection(regex=".*"),)), tuple(decisions), tuple(trained), origin)
+
+
+def record_of(graph_module: fx.GraphModule, adapter: str) -> AdapterRecord:
+    """Return the record of an adapter.
+
+    Raises:
+        PlanError: the graph has no such adapter, or no record of it.
+    """
+    known = known_info(graph_module).adapters
+    present = adapters(graph_module)
+    if not isinstance(adapter, str):
+        raise PlanError(
+            f"expected the name of an adapter, got {adapter!r}; the graph has: {', '.join(present) or 'none'}."
+        )
+    if adapter not in present:
+        raise PlanError(
+            f"the graph has no adapter {adapter!r}{did_you_mean(adapter, present)}; it has: {', '.join(present) or 'none'}."
+        )
+    if adapter not in known:
+        raise PlanError(
+            f"adapter {adapter!r} came with the model that was traced, or its record was lost: lora_fx.fold folds it as it is. "
+            "To choose among adapters, rewrite a model that has none and load them with lora_fx.load_adapter."
+        )
+    return known[adapter]
+
+
+def branches_of(graph_module: fx.GraphModule, adapter: str) -> dict[str, tuple[str, BranchSpec]]:
+    """Return the branches of an adapter by their keys, each with the rule that chose it. Raises as :func:`record_of` does."""
+    return dict(record_of(graph_module, adapter).branches)
+
+
+def trained_of(graph_module: nn.Module, adapter: str) -> tuple[Trained, ...]:
+    """Return the model's parameters of which an adapter has trained copies."""
+    return tuple(
+        Trained(original, "transferred", parameter.numel())
+        for name, parameter in graph_module.named_parameters()
+        if (original := original_name(name)) is not None and name == copy_name(original, adapter)
+    )
+
+
+def origin_of(graph_module: fx.GraphModule, adapter: str) -> Origin:
+    """Return the origin of an adapter."""
+    return record_of(graph_module, adapter).origin
+
+
+def parameters_of(graph_module: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """Return the parameters of an adapter: the factors of its branches, and its trained copies."""
+    return {name: p for name, p in graph_module.named_parameters() if adapter_of(name) == adapter}
+
+
+def values_of(graph_module: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """Return new parameters over those of an adapter; the ones that train while it acts require a gradient."""
+    trains = trained_names(graph_module, adapter)
+    return {name: nn.Parameter(p.detach(), name in trains) for name, p in parameters_of(graph_module, adapter).items()}
+
+
+def with_training(graph_module: TracedGraphModule, adapter: str, trains: frozenset[str]) -> TracedGraphModule:
+    """Return the graph with just these parameters of an adapter training while it acts."""
+    info, own = info_of(graph_module), set(parameters_of(graph_module, adapter))
+    record = replace(record_of(graph_module, adapter), trains=trains)
+    info = replace(info, adapters={**info.adapters, adapter: record})
+    now = trains if record.acts and not info.inference else frozenset()
+    return rebuilt(graph_module, info=info, trainable=(trainable_names(graph_module) - own) | now)

@@ -1,0 +1,74 @@
+"""The state of each adapter of a graph: whether it acts, how strongly, and whether it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora_fx.graph.adapter_names import adapter_of, adapters
+from lora_fx.graph.info import known_info
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """One adapter of a graph. ``str()`` is ``"style (acts at strength 0.5, trains)"``.
+
+    Attributes:
+        name: of the adapter.
+        acts: whether the graph computes with it.
+        strength: the factor of its scaling.
+        trains: whether parameters of it train; if it does not act, whether they would.
+    """
+
+    name: str
+    acts: bool
+    strength: float
+    trains: bool
+
+    def __str__(self) -> str:
+        if self.acts:
+            strength = "" if self.strength == 1 else f" at strength {self.strength:g}"
+            return f"{self.name} (acts{strength}, {'trains' if self.trains else 'frozen'})"
+        return f"{self.name} (does not act, {'would train' if self.trains else 'frozen'})"
+
+
+def adapters_as_added(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a graph's adapters in the order in which they were added: those without a record, then the others."""
+    known, present = known_info(module).adapters, adapters(module)
+    return (*(name for name in present if name not in known), *(name for name in known if name in present))
+
+
+def adapter_states(module: nn.Module) -> tuple[AdapterState, ...]:
+    """Return the state of every adapter, in the order of :func:`adapters_as_added`. Adapters without a record act."""
+    known = known_info(module).adapters
+    flags = {(adapter_of(name), p.requires_grad) for name, p in module.named_parameters()}
+    found = []
+    for name in adapters_as_added(module):
+        record = known.get(name)
+        acts = record is None or record.acts
+        trains = (name, True) in flags if record is None or record.acts else bool(trained_names(module, name))
+        found.append(AdapterState(name, acts, 1.0 if record is None else record.strength, trains))
+    return tuple(found)
+
+
+def acting(module: nn.Module) -> dict[str, float]:
+    """Return the strength of each adapter that acts."""
+    return {state.name: state.strength for state in adapter_states(module) if state.acts}
+
+
+def waiting(module: nn.Module) -> tuple[str, ...]:
+    """Return the adapters that do not act."""
+    return tuple(state.name for state in adapter_states(module) if not state.acts)
+
+
+def trained_names(module: nn.Module, adapter: str) -> frozenset[str]:
+    """Return the names of an adapter's parameters that train while it acts."""
+    info = known_info(module)
+    flagged = frozenset(
+        name for name, p in module.named_parameters() if p.requires_grad and adapter_of(name) == adapter
+    )
+    record = info.adapters.get(adapter)
+    if record is None or (record.acts and not info.inference):
+        return flagged
+    return record.trains | flagged
