@@ -91,6 +91,8 @@ def cast_of(node: fx.Node) -> torch.dtype | None:
         return None
     given = arguments_of(node)
     dtype = given.pop("dtype")
+    if node.target is aten.to.device:
+        del given["device"]  # numbers are the same on all devices
     others = [value for name, value in given.items() if name != "self" and value not in (None, False)]
     return dtype if not others and isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
 
@@ -147,7 +149,7 @@ def _reshape_to(sizes: Any) -> Step | None:
     return Step("reshape", tuple(sizes)) if fixed else None
 
 
-_CASTS = (aten.to.dtype, aten._to_copy.default)
+_CASTS = (aten.to.dtype, aten.to.device, aten._to_copy.default)
 _RESHAPES_TO_SIZES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _RESHAPES_OF_RANK = (aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.flatten.using_ints)
 _PERMUTATIONS = (aten.transpose.int, aten.permute.default, aten.numpy_T.default)
