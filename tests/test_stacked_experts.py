@@ -379,7 +379,7 @@ def test_a_stack_of_one_matrix_has_no_layout_and_peft_cannot_add_to_one_that_is_
 def test_of_a_graph_that_does_not_know_its_classes_the_layout_is_asked_for(tmp_path: Path) -> None:
     model = Model(experts=TransposedExperts())
     graph = lora_fx.trace(torch.export.export(model, (X,)), inference=True)
-    assert info_of(graph).stacks == {}
+    assert info_of(graph).parameter_modules == {}
     updates = written(tmp_path / "a", model, "0.21.2", "as_stored")
     assert problems(graph, tmp_path / "a") == (
         "adapter_config.json: A and B at experts.gate_up_proj, experts.down_proj fit both layouts of stacks, and that of "

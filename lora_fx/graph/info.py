@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from lora_fx.errors import PlanError
 from lora_fx.graph.example_sizes import Examples
-from lora_fx.graph.records import BranchSpec, Origin, StackModule, TaskHead
+from lora_fx.graph.records import BranchSpec, Origin, ParameterModule, TaskHead
 from lora_fx.numerics.lowrank_merge import Merge
 
 RuledBranches = Mapping[str, tuple[str, BranchSpec]]
@@ -90,7 +90,7 @@ class GraphInfo:
         pad_token: ``pad_token_id`` of the config when it was traced.
         main_input: name of the input by whose size transformers counts operations, that model's ``main_input_name``.
         embeddings: names of the weights of its ``nn.Embedding`` modules.
-        stacks: the modules of the model with parameters that are stacks of matrices, by their paths.
+        parameter_modules: the modules of the model whose weights PEFT adapts as parameters alone, by their paths.
         loss_type: of that model, as transformers names losses.
         examples: the inputs of the trace.
         adapters: those that lora_fx added, in that order.
@@ -112,7 +112,7 @@ class GraphInfo:
     pad_token: int | None = None
     main_input: str = "input_ids"
     embeddings: frozenset[str] = frozenset()
-    stacks: Mapping[str, StackModule] = field(default_factory=dict)
+    parameter_modules: Mapping[str, ParameterModule] = field(default_factory=dict)
     loss_type: str | None = None
     examples: Examples | None = None
     adapters: Mapping[str, AdapterRecord] = field(default_factory=dict)

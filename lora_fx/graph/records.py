@@ -134,8 +134,8 @@ class TaskHead:
 
 
 @dataclass(frozen=True)
-class StackModule:
-    """What PEFT goes by at a module with parameters that are stacks of matrices.
+class ParameterModule:
+    """What PEFT goes by at a module whose weights it adapts as parameters alone: stacks of matrices, and those of classes that it has no layer for.
 
     Attributes:
         classes: its class and those that it derives from, as ``module:qualified.name``.

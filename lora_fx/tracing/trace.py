@@ -25,7 +25,7 @@ from lora_fx.graph.info import GraphInfo, with_info
 from lora_fx.graph.input_checks import Constraints, add_checks
 from lora_fx.graph.invariants import checked_base
 from lora_fx.graph.process_state import uncollected
-from lora_fx.graph.records import StackModule
+from lora_fx.graph.records import ParameterModule
 from lora_fx.graph.signature import ITEM_COUNT, signature_of, take_inputs
 from lora_fx.graph.state import State
 from lora_fx.tracing.canonicalize import (
@@ -174,8 +174,10 @@ class _Task:
             embeddings=frozenset(
                 f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)
             ),
-            stacks={
-                path: stack for path, module in model.named_modules(remove_duplicate=False) if (stack := _stack(module))
+            parameter_modules={
+                path: found
+                for path, module in model.named_modules(remove_duplicate=False)
+                if (found := _parameter_module(module))
             },
             loss_type=getattr(trained_model(model), "loss_type", None),
         )
@@ -195,16 +197,27 @@ class _Trace:
     functions: Set[Any] = frozenset()
 
 
-def _stack(module: nn.Module) -> StackModule | None:
-    """Return the record of a module that has a stack of matrices among its own parameters.
+def _parameter_module(module: nn.Module) -> ParameterModule | None:
+    """Return the record of a module that has a stack of matrices, or a weight in a class of its own, that PEFT has no layer for.
 
     None for another, and for one of a graph, which keeps the parameters of a module but not its class and attributes.
     """
     kinds = [kind for kind in type(module).__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module]
-    if not kinds or isinstance(module, fx.GraphModule) or all(p.ndim != 3 for p in module.parameters(recurse=False)):
-        return None
     classes = tuple(f"{kind.__module__}:{kind.__qualname__}" for kind in kinds)
-    return StackModule(classes, bool(getattr(module, "is_transposed", False)))
+    weight = module._parameters.get("weight")
+    is_own = weight is not None and weight.ndim == 2 and _WITH_LAYERS.isdisjoint(classes)
+    is_stack = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+    if not kinds or isinstance(module, fx.GraphModule) or not (is_own or is_stack):
+        return None
+    return ParameterModule(classes, bool(getattr(module, "is_transposed", False)))
+
+
+_WITH_LAYERS = {
+    "torch.nn.modules.linear:Linear",
+    "torch.nn.modules.sparse:Embedding",
+    "transformers.pytorch_utils:Conv1D",
+}
+"""Classes for whose weights of two dimensions PEFT has layers; it takes what derives from them too."""
 
 
 def _check_model(model: nn.Module) -> None:

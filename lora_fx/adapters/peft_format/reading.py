@@ -199,7 +199,7 @@ class _Reader:
         return {replace(slot, layout=layouts.get(slot.name, slot.layout)): each for slot, each in branches.items()}
 
     def _stack(self, slot: Slot, branch: BranchSpec) -> Stack:
-        module = known_info(self._graph_module).stacks.get(slot.name.rpartition(".")[0])
+        module = known_info(self._graph_module).parameter_modules.get(slot.name.rpartition(".")[0])
         entries = [self._ledger.unread.get(key) for key in slot.keys]
         found = None if None in entries else tuple(entry.shape for entry in entries if entry)
         fits = frozenset(layout for layout in LAYOUTS if replace(slot, layout=layout).shapes(branch) == found)

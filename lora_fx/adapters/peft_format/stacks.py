@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lora_fx.errors import listed
-from lora_fx.graph.records import StackModule
+from lora_fx.graph.records import ParameterModule
 from lora_fx.rules.peft_config.config import CONFIG_NAME
 from lora_fx.rules.validation import shown
 from lora_fx.sites.call_sites import Site
@@ -64,7 +64,7 @@ class Stack:
     """
 
     name: str
-    module: StackModule | None
+    module: ParameterModule | None
     transposed: bool | None
     fits: frozenset[StackLayout]
 
@@ -79,7 +79,7 @@ class Stack:
         return self.module is not None and not _TRANSPOSED_SINCE_5.isdisjoint(self.module.classes)
 
 
-def is_transposed(site: Site, module: StackModule | None) -> bool | None:
+def is_transposed(site: Site, module: ParameterModule | None) -> bool | None:
     """Return whether the module of a stack says ``is_transposed``, which means ``(in, out)``; None where it is not known.
 
     Args:

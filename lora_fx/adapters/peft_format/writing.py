@@ -99,13 +99,22 @@ class _PeftWriter:
         return PeftAdapter(config, {**tensors, **self._copies(config, adapted)})
 
     def _named_weights(self, chosen: Collection[Site]) -> tuple[set[str], dict[str, str]]:
-        """Return the modules to adapt by their weights, since they compute more than the product, and where PEFT cannot adapt."""
-        modules = {site.module for site in chosen}
+        """Return the modules to adapt by their weights, and where PEFT cannot adapt.
+
+        They are of classes that PEFT has no layer for, or compute more than the product.
+        """
+        modules = {site.module: site for site in chosen}
         apart = apart_from_calls(self._graph_module, modules)
-        matrices = {site.module for site in chosen if site.module in apart and not is_bare(site) and not site.kernel}
+        known = info_of(self._graph_module).parameter_modules
+        matrices = {
+            name
+            for name, site in modules.items()
+            if not is_bare(site) and not site.kernel and (name in apart or name in known)
+        }
         as_weights = apart_from_calls(self._graph_module, matrices, matrices) if matrices else {}
         weights = matrices - as_weights.keys()
-        return weights, {module: reason for module, reason in apart.items() if module not in weights}
+        missing = {name: as_weights[name] for name in matrices if name not in weights and name not in apart}
+        return weights, {**{module: reason for module, reason in apart.items() if module not in weights}, **missing}
 
     def _layouts(self, chosen: Collection[Site], weights: Collection[str]) -> dict[str, StackLayout]:
         """Return the layout that PEFT has for the factors at each stack of matrices, by the name of the stack."""
@@ -114,7 +123,7 @@ class _PeftWriter:
             if site.op != "expert" or not (is_bare(site) or site.module in weights):
                 continue
             name = parameter_of(site)
-            transposed = is_transposed(site, info_of(self._graph_module).stacks.get(name.rpartition(".")[0]))
+            transposed = is_transposed(site, info_of(self._graph_module).parameter_modules.get(name.rpartition(".")[0]))
             if transposed is None:
                 self._problems.append(
                     f"{name}: a stack of matrices stored (in, out), for which PEFT goes by is_transposed of its module, which the "
