@@ -179,3 +179,19 @@ def test_three_steps_train_the_factors_as_peft_trains_them(
     )
     assert all(torch.allclose(saved[key], wanted[key], atol=1e-5) for key in wanted)
     assert not any(torch.allclose(saved[key], before[key], atol=1e-5) for key in wanted)
+
+
+def test_a_peft_configuration_that_names_such_a_module_is_refused_as_peft_refuses_it(
+    net: Net, graph: lora_fx.TracedGraphModule
+) -> None:
+    wrong, right = (
+        peft.LoraConfig(r=2, target_modules=modules, target_parameters=parameters)
+        for modules, parameters in ((["lin0", "lin1"], None), (["lin1"], ["lin0.weight"]))
+    )
+    with pytest.raises(ValueError, match=r"Target module Product\(\) is not supported"):
+        peft.get_peft_model(copy.deepcopy(net), wrong)
+    with pytest.raises(lora_fx.RuleError, match=r"'lin0' is a Product, .* under target_parameters: lin0\.weight"):
+        lora_fx.plan(graph, wrong)
+    mine = lora_fx.rewrite(graph, right).state_dict()
+    assert mine["lin0.lora_A.default.weight"].shape == (2, 3)
+    assert mine["lin1.lora_A.default.weight"].shape == (2, 6)

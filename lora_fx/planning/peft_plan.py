@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from lora_fx.errors import RuleError, did_you_mean, listed, shortened
-from lora_fx.graph.records import BranchSpec, Trained
+from lora_fx.graph.records import BranchSpec, ParameterModule, Trained
 from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, owners_of
 from lora_fx.rules.peft_config.config import ALL_LINEAR, AdapterConfig, trains_bias
 from lora_fx.rules.peft_config.name_matching import is_named, modules_of
@@ -27,6 +27,7 @@ def plan_peft_sites(
     purpose_of: Mapping[str, Purpose],
     parameters: Parameters,
     linears: Sequence[str],
+    modules: Mapping[str, ParameterModule],
 ) -> Plan:
     """Decide for each of these sites as PEFT does.
 
@@ -36,6 +37,7 @@ def plan_peft_sites(
         purpose_of: roles and parts of each site, by its name.
         parameters: those that the graph reads.
         linears: the modules that ``all-linear`` means, by their paths.
+        modules: those whose weights PEFT adapts as parameters alone.
 
     Raises:
         RuleError: nothing is selected, or what PEFT cannot adapt. All problems are named.
@@ -47,7 +49,7 @@ def plan_peft_sites(
         decisions = [_decision(site, config, rules, purpose_of.get(site.name, Purpose())) for site in found]
         chosen = [each.site for each in decisions if isinstance(each, Chosen)]
         trained = _trained(rules, config, parameters, {site.module for site in chosen if not is_bare(site)})
-        problems = [*_unadaptable(config, found, parameters), *_tied(config, chosen, parameters)]
+        problems = [*_unadaptable(config, found, parameters, modules), *_tied(config, chosen, parameters)]
     except TimeoutError as error:
         raise RuleError(rules.source, [str(error)]) from error
     if not chosen and not trained:
@@ -98,8 +100,16 @@ def _trained(rules: PeftRules, config: AdapterConfig, parameters: Parameters, ad
     return tuple(found)
 
 
-def _unadaptable(config: AdapterConfig, found: Sequence[Site], parameters: Parameters) -> Iterator[str]:
+def _unadaptable(
+    config: AdapterConfig, found: Sequence[Site], parameters: Parameters, modules: Mapping[str, ParameterModule]
+) -> Iterator[str]:
     """Yield the modules that are selected and are no linear layer, convolution or embedding, for which PEFT raises."""
+    for module in dict.fromkeys(site.module for site in found if not is_bare(site) and not site.kernel):
+        if module in modules and config.selects(module):
+            kind = modules[module].classes[0].partition(":")[2]
+            yield (
+                f"target_modules: {module!r} is a {kind}, for which PEFT has no layer. Name its weight under target_parameters: {module}.weight"
+            )
     known = {site.module for site in found}
     paths = dict.fromkeys(path for names in parameters for name in names for path in modules_of(name))
     for path in paths:

@@ -92,7 +92,8 @@ def plan_graph(graph_module: fx.GraphModule, rules: Rules) -> Plan:
         **{site.name: purpose_of[site.name].with_role("head") for site in found if head.has(site.module)},
     }
     if isinstance(rules, PeftRules):
-        return plan_peft_sites(found, rules, purpose_of, own, known_info(graph_module).linears)
+        known = known_info(graph_module)
+        return plan_peft_sites(found, rules, purpose_of, own, known.linears, known.parameter_modules)
     return plan_sites(found, rules, purpose_of, own, head)
 
 

@@ -1,12 +1,12 @@
-"""Kinds of modules that a graph cannot tell, by a model's classes: the task head, and the linear layers as PEFT tells them."""
+"""Kinds of modules that a graph cannot tell, by a model's classes: the task head, and what PEFT tells by classes."""
 
 from __future__ import annotations
 
 import transformers
-from torch import nn
+from torch import fx, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_fx.graph.records import TaskHead
+from lora_fx.graph.records import ParameterModule, TaskHead
 from lora_fx.rules.vocabulary import TASK_HEADS
 
 PRIVATE_NAMES = ("_is_hf_initialized",)
@@ -41,3 +41,29 @@ def linear_modules(model: nn.Module) -> tuple[str, ...]:
     return tuple(
         name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
     )
+
+
+def parameter_modules(model: nn.Module) -> dict[str, ParameterModule]:
+    """Return the modules whose weights PEFT adapts as parameters alone, by their paths.
+
+    They have a stack of matrices, or a weight in a class of their own, for which PEFT has no layer. The modules of a graph are left out:
+    it keeps the parameters of a module, but not its class and attributes.
+    """
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        kinds = [kind for kind in type(module).__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module]
+        if kinds and not isinstance(module, fx.GraphModule) and (_is_stack(module) or _is_own(module)):
+            classes = tuple(f"{kind.__module__}:{kind.__qualname__}" for kind in kinds)
+            found[path] = ParameterModule(classes, bool(getattr(module, "is_transposed", False)))
+    return found
+
+
+def _is_stack(module: nn.Module) -> bool:
+    return not isinstance(module, nn.Conv1d) and any(
+        parameter.ndim == 3 for parameter in module.parameters(recurse=False)
+    )
+
+
+def _is_own(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Linear | nn.Embedding | Conv1D)

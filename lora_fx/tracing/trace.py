@@ -25,7 +25,6 @@ from lora_fx.graph.info import GraphInfo, with_info
 from lora_fx.graph.input_checks import Constraints, add_checks
 from lora_fx.graph.invariants import checked_base
 from lora_fx.graph.process_state import uncollected
-from lora_fx.graph.records import ParameterModule
 from lora_fx.graph.signature import ITEM_COUNT, signature_of, take_inputs
 from lora_fx.graph.state import State
 from lora_fx.tracing.canonicalize import (
@@ -56,7 +55,7 @@ from lora_fx.tracing.item_count import (
     without_item_count,
 )
 from lora_fx.tracing.model_state import is_exported, mode_of, preserved, set_mode, stateless
-from lora_fx.tracing.module_kinds import linear_modules, task_head
+from lora_fx.tracing.module_kinds import linear_modules, parameter_modules, task_head
 from lora_fx.tracing.parity import check_evaluation, check_outputs, check_training, map_tensors, with_copied_buffers
 from lora_fx.tracing.repeated_layers.call_values import FirstLayerDiffers, LayersDiffer
 from lora_fx.tracing.repeated_layers.expand import expand
@@ -174,11 +173,7 @@ class _Task:
             embeddings=frozenset(
                 f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)
             ),
-            parameter_modules={
-                path: found
-                for path, module in model.named_modules(remove_duplicate=False)
-                if (found := _parameter_module(module))
-            },
+            parameter_modules=parameter_modules(model),
             loss_type=getattr(trained_model(model), "loss_type", None),
         )
 
@@ -195,29 +190,6 @@ class _Trace:
     constraints: Constraints
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     functions: Set[Any] = frozenset()
-
-
-def _parameter_module(module: nn.Module) -> ParameterModule | None:
-    """Return the record of a module that has a stack of matrices, or a weight in a class of its own, that PEFT has no layer for.
-
-    None for another, and for one of a graph, which keeps the parameters of a module but not its class and attributes.
-    """
-    kinds = [kind for kind in type(module).__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module]
-    classes = tuple(f"{kind.__module__}:{kind.__qualname__}" for kind in kinds)
-    weight = module._parameters.get("weight")
-    is_own = weight is not None and weight.ndim == 2 and _WITH_LAYERS.isdisjoint(classes)
-    is_stack = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
-    if not kinds or isinstance(module, fx.GraphModule) or not (is_own or is_stack):
-        return None
-    return ParameterModule(classes, bool(getattr(module, "is_transposed", False)))
-
-
-_WITH_LAYERS = {
-    "torch.nn.modules.linear:Linear",
-    "torch.nn.modules.sparse:Embedding",
-    "transformers.pytorch_utils:Conv1D",
-}
-"""Classes for whose weights of two dimensions PEFT has layers; it takes what derives from them too."""
 
 
 def _check_model(model: nn.Module) -> None:
