@@ -256,3 +256,118 @@ def test_a_checkpoint_fold_reads_all_forms_and_says_what_it_rounds(tmp_path: Pat
     merged = load_file(tmp_path / "out" / "model.safetensors")
     head = model.base_model.model.classifier.modules_to_save["default"].weight
     assert torch.equal(merged["classifier.weight"], head.detach().to(torch.bfloat16))
+
+
+# Embeddings and heads.
+
+
+def resized(tie: bool = False, seed: int = 0) -> transformers.LlamaForCausalLM:
+    """Return a model with 7 tokens more than its config had, whose new rows depend on the seed."""
+    model = llama(tie_word_embeddings=tie)
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(67, mean_resizing=False)
+    return model
+
+
+def test_a_model_with_a_resized_vocabulary_has_the_mode_that_it_was_given() -> None:
+    assert not lora_fx.trace(resized()).training
+    mixed = resized()
+    mixed.model.layers[0].train()
+    with pytest.raises(lora_fx.TraceError, match=r"in train mode are model\.layers\.0, model\.layers\.0\.self_attn"):
+        lora_fx.trace(mixed)
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+def test_resized_embeddings_are_trained_copies(tie: bool, tmp_path: Path) -> None:
+    model = wrapped(resized(tie))
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    other = resized(tie, seed=5).eval()
+    with pytest.warns(
+        UserWarning, match=r"model\.embed_tokens\.weight: other values than the model's, as of a resized"
+    ) as caught:
+        graph = lora_fx.from_adapter(other, tmp_path)
+    assert len(caught) == 1
+    assert torch.equal(logits(graph), logits(loaded_by_peft(other, tmp_path)))
+    assert torch.equal(logits(graph), logits(model))
+    folded = lora_fx.fold(graph, unshare=tie)
+    assert torch.allclose(logits(folded), logits(graph), atol=1e-5)
+    lora_fx.save_adapter(graph, tmp_path / "again")
+    assert torch.equal(logits(lora_fx.from_adapter(other, tmp_path / "again")), logits(graph))
+    assert torch.equal(logits(loaded_by_peft(other, tmp_path / "again")), logits(graph))
+
+
+def test_resized_embeddings_are_folded_into_a_checkpoint(tmp_path: Path) -> None:
+    model = wrapped(resized())
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    other = resized(seed=5)
+    other.save_pretrained(tmp_path / "base")
+    with pytest.warns(UserWarning, match=r"lm_head.weight, model.embed_tokens.weight: other values than the model's"):
+        fold_checkpoint(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "out", verify=True)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.allclose(logits(merged), logits(model), atol=1e-5)
+    assert torch.equal(merged.lm_head.weight, model.get_output_embeddings().weight)
+
+
+def test_resized_embeddings_with_a_branch_beside_them_are_refused(tmp_path: Path) -> None:
+    model = wrapped(resized(), target_modules=["q_proj", "embed_tokens"])
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    refused(
+        lora_fx.trace(resized(seed=5).eval()),
+        tmp_path,
+        "embed_tokens.base_layer.weight: another value than the model's 'model.embed_tokens.weight', as of a resized vocabulary, and a "
+        "branch beside it. Give the model this value before it is traced",
+    )
+    given = resized(seed=5).eval()
+    given.model.embed_tokens, given.lm_head = model.get_input_embeddings().base_layer, model.get_output_embeddings()
+    assert torch.equal(logits(lora_fx.from_adapter(given, tmp_path)), logits(model))
+
+
+def test_an_embedding_of_another_size_says_how_to_resize(base: lora_fx.TracedGraphModule, tmp_path: Path) -> None:
+    wrapped(resized()).save_pretrained(tmp_path, save_embedding_layers=True)
+    refused(
+        base,
+        tmp_path,
+        "base_model.model.model.embed_tokens.weight: expected shape (60, 24), as model.embed_tokens.weight in the graph, got (67, 24). If "
+        "the vocabulary was resized in training, resize it before the trace: model.resize_token_embeddings(67)",
+    )
+
+
+def test_a_tied_parameter_that_trains_as_one_is_one_copy(tmp_path: Path) -> None:
+    model = wrapped(
+        llama(tie_word_embeddings=True), modules_to_save=["embed_tokens", "lm_head"], ensure_weight_tying=True
+    )
+    model.save_pretrained(tmp_path)
+    graph = lora_fx.from_adapter(llama(tie_word_embeddings=True), tmp_path)
+    assert torch.equal(logits(graph), logits(model))
+    assert torch.equal(logits(lora_fx.fold(graph)).argmax(-1), logits(model).argmax(-1))
+
+
+def test_a_tied_parameter_that_peft_untied_is_told_and_loads_onto_an_untied_model(tmp_path: Path) -> None:
+    model = wrapped(llama(tie_word_embeddings=True), modules_to_save=["embed_tokens", "lm_head"])
+    model.save_pretrained(tmp_path)
+    tied = llama(tie_word_embeddings=True)
+    refused(
+        lora_fx.trace(tied),
+        tmp_path,
+        "base_model.model.lm_head.weight: 'lm_head.weight' and 'model.embed_tokens.weight' are one tied parameter of the model, which PEFT "
+        "untied (modules_to_save without ensure_weight_tying) and trained to two values. Untie them in the model first: "
+        "config.tie_word_embeddings = False, and a parameter of its own for each",
+    )
+    tied.config.tie_word_embeddings = False
+    tied.lm_head.weight = nn.Parameter(tied.lm_head.weight.detach().clone())
+    assert torch.equal(logits(lora_fx.from_adapter(tied, tmp_path)), logits(model))
+
+
+def test_a_branch_at_a_module_that_is_never_called_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=60, d_model=24, d_kv=8, d_ff=40, num_layers=1, num_heads=3)
+    t5 = transformers.T5ForConditionalGeneration(config).eval()
+    model = wrapped(t5, target_modules=["shared", "q"])
+    model.save_pretrained(tmp_path)
+    with pytest.warns(
+        UserWarning, match="has branches at shared, which the model never computes with; they are left out"
+    ):
+        graph = lora_fx.from_adapter(t5, tmp_path)
+    inputs = {**INPUTS, "decoder_input_ids": IDS[:, :4]}
+    with torch.no_grad():
+        assert torch.equal(graph(**inputs).logits, model(**inputs).logits)

@@ -331,8 +331,9 @@ def test_trained_copies_of_a_pair_with_one_value_are_taken_or_refused_on_disk_as
         with pytest.raises(lora_fx.AdapterError) as caught:
             fold()
         assert str(caught.value) == (
-            f"{tmp_path / 'b'}: base_model.model.lm_head.weight: expected the trained value of 'model.embed_tokens.weight', with which "
-            "'lm_head.weight' is one tied parameter, found another. Untie them in the model first"
+            f"{tmp_path / 'b'}: base_model.model.lm_head.weight: 'lm_head.weight' and 'model.embed_tokens.weight' are one tied parameter of "
+            "the model, which PEFT untied (modules_to_save without ensure_weight_tying) and trained to two values. Untie them in the model "
+            "first: config.tie_word_embeddings = False, and a parameter of its own for each"
         )
 
 

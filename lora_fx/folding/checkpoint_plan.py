@@ -24,7 +24,10 @@ from lora_fx.adapters.peft_format.reading import (
     AdapterContents,
     another_value,
     equal_as_saved,
+    is_of_embedding,
     read_contents,
+    resized_and_adapted,
+    warn_of_embeddings,
     warn_of_rounding,
 )
 from lora_fx.adapters.peft_format.stacks import StackLayout
@@ -201,9 +204,8 @@ def plan_checkpoint_fold(
     trained_by: dict[str, int] = {}
     for index, (files, (_, strength)) in enumerate(zip(opened, adapters, strict=True)):
         check_base(files, base_fingerprint, strict=strict)
-        contents = read_contents(files, graph_module)
+        contents = _with_embeddings(files, read_contents(files, graph_module), places, graph_module)
         _check_copies(files, contents.copies, strength, copies)
-        _check_echoes(files, contents, places, state_of(graph_module))
         name = f"adapter_{index}"
         values = contents.values_of(name, trainable=False)
         graph_module = _attached(graph_module, contents, name, strength, values)
@@ -289,16 +291,27 @@ def _check_apart(
         raise FoldError(f"{'; '.join(problems)}. Leave one of the two adapters out.")
 
 
-def _check_echoes(files: AdapterFiles, contents: AdapterContents, places: _Places, state: State) -> None:
-    """Compare what an adapter's file has of the model's own tensors with the checkpoint."""
-    problems, names = [], _all_names(state)
+def _with_embeddings(
+    files: AdapterFiles, contents: AdapterContents, places: _Places, graph_module: TracedGraphModule
+) -> AdapterContents:
+    """Compare what an adapter's file has of the model's own tensors with the checkpoint; embeddings that differ are trained copies."""
+    problems, found, names = [], {}, _all_names(state_of(graph_module))
+    adapted = {f"{branch.owner}.weight" for _, branch in contents.branches.values()}
     for name, key in contents.echoes.items():
         for place in places.of_names(names[name]):
-            own = places.checkpoint.read(place)
-            if not equal_as_saved(files.file.read(key), own):
+            own, value = places.checkpoint.read(place), files.file.read(key)
+            if own.shape == value.shape and equal_as_saved(value, own):
+                continue
+            if not adapted.isdisjoint(names[name]):
+                problems.append(resized_and_adapted(key, name))
+            elif own.shape == value.shape and is_of_embedding(name, graph_module):
+                found[names[name][0]] = value
+            else:
                 problems.append(another_value(key, name, own))
     if problems:
         raise AdapterError(str(files.directory), problems)
+    warn_of_embeddings(files.directory, list(found), stacklevel=3)
+    return replace(contents, copies={**contents.copies, **found})
 
 
 def _all_names(state: State) -> dict[str, tuple[str, ...]]:

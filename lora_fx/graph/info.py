@@ -91,6 +91,7 @@ class GraphInfo:
         main_input: name of the input by whose size transformers counts operations, that model's ``main_input_name``.
         embeddings: names of the weights of its ``nn.Embedding`` modules.
         parameter_modules: the modules of the model whose weights PEFT adapts as parameters alone, by their paths.
+        vocabulary: the modules of the input and the output embedding of that model, by their paths.
         loss_type: of that model, as transformers names losses.
         examples: the inputs of the trace.
         adapters: those that lora_fx added, in that order.
@@ -108,6 +109,7 @@ class GraphInfo:
     generation_config: Any = None
     head: TaskHead = field(default_factory=TaskHead)
     linears: tuple[str, ...] = ()
+    vocabulary: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     pad_token: int | None = None
     main_input: str = "input_ids"

@@ -63,3 +63,9 @@ def _source(node: fx.Node) -> tuple[str, str]:
 
 
 _LOCATION = re.compile(r'File "(?P<file>.*)", line (?P<line>\d+)')
+
+
+def called_modules(graph_module: fx.GraphModule) -> set[str]:
+    """Return the paths of the modules that recorded nodes."""
+    stacks = (node.meta.get("nn_module_stack") or {} for node in graph_module.graph.nodes)
+    return {path.split("@")[0] for stack in stacks for path, _ in stack.values()} - {""}

@@ -121,13 +121,13 @@ def mode_of(model: nn.Module, *, inference: bool) -> bool:
         TraceError: the modules are in other modes than ``model.train()`` or ``model.eval()`` gives them, and a graph has one;
             or there is no train mode, and ``inference`` is false.
     """
-    given: dict[str, bool] = {name: module.training for name, module in model.named_modules()}
+    given = _modes(model)
     if inference and is_exported(model):
         return False
     possible = []
     for training in (True, False):
         set_mode(model, training)
-        possible.append({name: module.training for name, module in model.named_modules()})
+        possible.append(_modes(model))
     if given not in possible:
         expected = possible[0] if given[""] else possible[1]
         others = [name for name, mode in given.items() if mode != expected[name]]
@@ -137,6 +137,25 @@ def mode_of(model: nn.Module, *, inference: bool) -> bool:
             f"{listed(others, 8)}. Call model.train() or model.eval() first."
         )
     return given[""]
+
+
+def _modes(model: nn.Module) -> dict[str, bool]:
+    """Return the mode of the model and of all modules that have one: a linear layer that is replaced, as by a resize, has none that matters."""
+    return {name: each.training for name, each in model.named_modules() if not name or type(each) not in _WITHOUT_MODE}
+
+
+_WITHOUT_MODE = (
+    nn.Linear,
+    nn.Embedding,
+    nn.LayerNorm,
+    nn.Identity,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.Sequential,
+)
 
 
 def set_mode(model: nn.Module, training: bool) -> None:

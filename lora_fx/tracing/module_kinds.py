@@ -67,3 +67,14 @@ def _is_stack(module: nn.Module) -> bool:
 def _is_own(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+
+
+def vocabulary_modules(model: nn.Module) -> tuple[str, ...]:
+    """Return the paths of the input and the output embedding of a transformers model, which PEFT saves where the vocabulary was resized."""
+    if not isinstance(model, transformers.PreTrainedModel):
+        return ()
+    try:
+        embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    except NotImplementedError:  # of a model without
+        return ()
+    return tuple(name for name, module in model.named_modules() if any(module is each for each in embeddings))

@@ -55,7 +55,7 @@ from lora_fx.tracing.item_count import (
     without_item_count,
 )
 from lora_fx.tracing.model_state import is_exported, mode_of, preserved, set_mode, stateless
-from lora_fx.tracing.module_kinds import linear_modules, parameter_modules, task_head
+from lora_fx.tracing.module_kinds import linear_modules, parameter_modules, task_head, vocabulary_modules
 from lora_fx.tracing.parity import check_evaluation, check_outputs, check_training, map_tensors, with_copied_buffers
 from lora_fx.tracing.repeated_layers.call_values import FirstLayerDiffers, LayersDiffer
 from lora_fx.tracing.repeated_layers.expand import expand
@@ -174,6 +174,7 @@ class _Task:
                 f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)
             ),
             parameter_modules=parameter_modules(model),
+            vocabulary=vocabulary_modules(model),
             loss_type=getattr(trained_model(model), "loss_type", None),
         )
 

@@ -7,7 +7,7 @@ reported at once.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
 from lora_fx.graph.compare import described
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.info import known_info
+from lora_fx.graph.provenance import called_modules
 from lora_fx.graph.records import BranchSpec, Origin, Trained
 from lora_fx.numerics.factor_init import adapter_dtype
 from lora_fx.numerics.lowrank_merge import rounded
@@ -108,11 +109,34 @@ def _dtype_name(dtype: torch.dtype) -> str:
 _MAX_NAMED = 4
 
 
+def is_of_embedding(name: str, graph_module: fx.GraphModule) -> bool:
+    """Tell whether a parameter is in the input or the output embedding of the model."""
+    return name.rpartition(".")[0] in known_info(graph_module).vocabulary
+
+
+def warn_of_embeddings(directory: Path, names: Sequence[str], *, stacklevel: int) -> None:
+    """Warn of embeddings that an adapter brings along without its config saying so; ``stacklevel`` as in :func:`warnings.warn`."""
+    if names:
+        warnings.warn(
+            f"{directory}: {listed(sorted(names), _MAX_NAMED)}: other values than the model's, as of a resized vocabulary "
+            "(save_embedding_layers): taken as trained copies.",
+            stacklevel=stacklevel + 1,
+        )
+
+
 def another_value(key: str, name: str, own: torch.Tensor) -> str:
     """Return the message for a tensor in an adapter's file that differs from the model's own."""
     return (
         f"{key}: another value than the model's {name!r} ({described(own)}), and {CONFIG_NAME} lets neither a bias nor a module train "
         "there. If that is meant, as of a resized embedding, add its module to modules_to_save"
+    )
+
+
+def resized_and_adapted(key: str, name: str) -> str:
+    """Return the message for an embedding with other values than the model's, beside which the adapter has a branch."""
+    return (
+        f"{key}: another value than the model's {name!r}, as of a resized vocabulary, and a branch beside it. Give the model this value "
+        "before it is traced"
     )
 
 
@@ -149,12 +173,15 @@ class _Reader:
         branches = self._with_layouts(branches)
         factors = {slot: self._factors(slot, branch) for slot, branch in branches.items()}
         copies = self._copies(own, [slot.site.module for slot in branches if not is_bare(slot.site)])
+        resized = self._resized_embeddings(own, copies, {self._first[slot.site.weight] for slot in branches})
+        copies |= resized
         self._rest(own, [slot.site.module for slot in branches])
         self._ledger.stop_if_wrong()
         read = {slot: self._read_factors(slot, *names) for slot, names in factors.items()}
         saved = {name: self._read_copy(key, own[name]) for name, key in copies.items()}
         echoes = self._check_rest(own, copies)
         self._ledger.stop_if_wrong()
+        warn_of_embeddings(self._files.directory, list(resized), stacklevel=5)
         kept = {name: own[name].dtype for name in saved if not own[name].is_meta}
         warn_of_rounding(self._files.directory, saved, kept, stacklevel=5)
         values = {
@@ -250,6 +277,39 @@ class _Reader:
                 )
         return taken
 
+    def _resized_embeddings(
+        self, own: Mapping[str, torch.Tensor], copies: Collection[str], adapted: Collection[str]
+    ) -> dict[str, str]:
+        """Return the key of each embedding that has other values in the file, and take it; of a graph without weights none is known.
+
+        PEFT's ``save_embedding_layers`` writes them, by itself where the vocabulary was resized, and the config does not say so.
+        """
+        found: dict[str, str] = {}
+        for key, entry in list(self._ledger.unread.items()):
+            name = base_name(key, own)
+            if name is None or ".original_module." in key or not is_of_embedding(name, self._graph_module):
+                continue
+            first, mine = self._first[name], own[name]
+            if first in copies or first in found:
+                continue
+            if entry.shape != tuple(mine.shape):
+                self._ledger.problems.append(
+                    f"{key}: expected shape {tuple(mine.shape)}, as {name} in the graph, got {entry.shape}. If the vocabulary was resized in "
+                    f"training, resize it before the trace: model.resize_token_embeddings({entry.shape[0] if entry.shape else 0})"
+                )
+                del self._ledger.unread[key]
+            elif (
+                not mine.is_meta
+                and first in adapted
+                and not equal_as_saved(self._files.file.read(key), mine.detach().cpu())
+            ):
+                self._ledger.problems.append(resized_and_adapted(key, name))
+                del self._ledger.unread[key]
+            elif not mine.is_meta and not equal_as_saved(self._files.file.read(key), mine.detach().cpu()):
+                del self._ledger.unread[key]
+                found[first] = key
+        return found
+
     def _rest(self, own: Mapping[str, torch.Tensor], chosen: Collection[str]) -> None:
         """Name every key that nothing asked for, but for copies of the model's own tensors."""
         dead = set()
@@ -276,7 +336,10 @@ class _Reader:
         if weight not in own or module in self._sites or not self._config.selects(module):
             return False
         nodes = self._graph_module.graph.find_nodes(op="get_attr")
-        return self._first[weight] not in {original_name(str(node.target)) or str(node.target) for node in nodes}
+        if self._first[weight] not in {original_name(str(node.target)) or str(node.target) for node in nodes}:
+            return True
+        called = called_modules(self._graph_module)  # T5's `shared` is read under its other names, and is not called
+        return bool(called) and module not in called
 
     def _why_not(self, key: str, chosen: Collection[str]) -> str:
         if not key.startswith(PREFIX):
@@ -356,8 +419,9 @@ class _Reader:
                 )
             elif not same and of_copy and name != self._first[name]:
                 self._ledger.problems.append(
-                    f"{key}: expected the trained value of {self._first[name]!r}, with which {name!r} is one tied parameter, found another. "
-                    "Untie them in the model first"
+                    f"{key}: {name!r} and {self._first[name]!r} are one tied parameter of the model, which PEFT untied (modules_to_save "
+                    "without ensure_weight_tying) and trained to two values. Untie them in the model first: "
+                    "config.tie_word_embeddings = False, and a parameter of its own for each"
                 )
             elif not same:
                 self._ledger.problems.append(another_value(key, name, other))

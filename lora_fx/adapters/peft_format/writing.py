@@ -17,6 +17,7 @@ from lora_fx.errors import AdapterError
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import info_of
+from lora_fx.graph.provenance import called_modules
 from lora_fx.graph.records import BranchSpec
 from lora_fx.numerics.lowrank_merge import concatenated, with_all_rows
 from lora_fx.planning.plan import owners_of
@@ -162,7 +163,7 @@ class _PeftWriter:
         try:
             own = {name for name in names if self._first[name] in trained}
             # A list of modules is not called, and has no parameters of its own: PEFT takes its items.
-            modules = _called_modules(self._graph_module) | {name.rpartition(".")[0] for name in names}
+            modules = called_modules(self._graph_module) | {name.rpartition(".")[0] for name in names}
             return trained_parts(own, names, unread, adapted, modules)
         except ValueError as error:
             self._problems.append(
@@ -263,10 +264,4 @@ def _most_common(values: Collection[float], default: float) -> float:
 def _module_paths(graph_module: fx.GraphModule) -> set[str]:
     """Return the paths of the model's modules, as far as tensors and nodes tell."""
     paths = {path for name in state_of(graph_module).tensors if not is_of_adapter(name) for path in modules_of(name)}
-    return (paths | _called_modules(graph_module)) - {""}
-
-
-def _called_modules(graph_module: fx.GraphModule) -> set[str]:
-    """Return the paths of the modules that recorded nodes."""
-    stacks = (node.meta.get("nn_module_stack") or {} for node in graph_module.graph.nodes)
-    return {path.split("@")[0] for stack in stacks for path, _ in stack.values()} - {""}
+    return (paths | called_modules(graph_module)) - {""}
