@@ -26,10 +26,11 @@ from typing import Any
 import peft
 import torch
 from peft_configurations import ROWS, Row
-from peft_models import model, run, traced
+from peft_models import inputs, model, run, traced
 from torch import nn
 
 import lora_fx
+from lora_fx.graph.info import info_of
 
 ROUNDING = 2e-5
 """The largest difference of two computations of one function in float32, relative to the largest value."""
@@ -146,7 +147,7 @@ def _outcome(promise: Callable[[Case], Outcome], case: Case) -> Outcome:
         return promise(case)
     except _PeerError as error:
         return Outcome(Kind.PEER, str(error))
-    except lora_fx.LoraFxError as error:
+    except (lora_fx.LoraFxError, UserWarning) as error:
         return Outcome(Kind.REFUSED, str(error))
     except Exception as error:
         return Outcome(Kind.RAW, f"{type(error).__name__}: {error}")
@@ -168,15 +169,25 @@ def _shape(tensor: torch.Tensor) -> str:
 
 
 def _named(mine: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], what: str) -> Outcome:
+    base = ".base_layer.weight"  # of an embedding, which PEFT's files may have beside its factors
+    mine, theirs = ({n: t for n, t in each.items() if not n.endswith(base)} for each in (mine, theirs))
     if mine.keys() != theirs.keys():
         surplus, missing = sorted(mine.keys() - theirs.keys()), sorted(theirs.keys() - mine.keys())
         return Outcome(Kind.WRONG, f"{what}: {surplus[:3]} are not in PEFT's; {missing[:3]} are missing")
     return _compared([mine[name] for name in theirs], theirs.values(), what)
 
 
-def _worst(*outcomes: Outcome) -> Outcome:
+def _badness(outcome: Outcome) -> tuple[int, float]:
     order = [Kind.EQUAL, Kind.PEER, Kind.ROUNDED, Kind.REFUSED, Kind.WRONG, Kind.RAW]
-    return max(outcomes, key=lambda each: (order.index(each.kind), each.largest))
+    return order.index(outcome.kind), outcome.largest
+
+
+def _worst(*outcomes: Outcome) -> Outcome:
+    return max(outcomes, key=_badness)
+
+
+def _best(outcomes: Iterable[Outcome]) -> Outcome:
+    return min(outcomes, key=_badness)
 
 
 def _outputs(module: nn.Module, row: Row) -> list[torch.Tensor]:
@@ -251,9 +262,11 @@ def _second(case: Case) -> Outcome:
         _move(both, 2)
         both.save_pretrained(case.directory, selected_adapters=["other"])
         alone = peft.PeftModel.from_pretrained(_base(case.row), case.directory / "other").eval()
+        # A trained bias of the first stays in PEFT's model; factors that PEFT ties are not tied in a second adapter.
+        theirs = [_outputs(each.eval(), case.row) for each in (alone, both)]
     graph = lora_fx.load_adapter(case.loaded, case.directory / "other", "other")
     return _worst(
-        _compared(_outputs(lora_fx.activate(graph, {"other": 1.0}).eval(), case.row), _outputs(alone, case.row)),
+        _best(_compared(_outputs(lora_fx.activate(graph, {"other": 1.0}).eval(), case.row), each) for each in theirs),
         _compared(_outputs(lora_fx.activate(graph, {"default": 1.0}).eval(), case.row), case.outputs),
     )
 
@@ -274,7 +287,12 @@ def _train(case: Case) -> Outcome:
 
 def _trainable(case: Case) -> lora_fx.TracedGraphModule:
     more = {"trainable": True} if "trainable" in inspect.signature(lora_fx.from_adapter).parameters else {}
-    return lora_fx.from_adapter(traced(case.row.model), case.directory, **more)
+    graph = traced(case.row.model)
+    if info_of(graph).inference:  # says why it cannot be traced for training
+        graph = lora_fx.trace(model(case.row.model), inputs(case.row.model))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*training changes them apart")
+        return lora_fx.from_adapter(graph, case.directory, **more)
 
 
 def _three_steps(module: nn.Module, row: Row) -> None:
@@ -320,7 +338,11 @@ def _unlike(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
 def _refused_too(row: Row) -> Outcome:
     """Return what ``rewrite`` says to a configuration that PEFT refuses."""
     try:
-        lora_fx.rewrite(traced(row.model), rules=_config(row.settings))
+        config = _config(row.settings)
+    except Exception:
+        return Outcome(Kind.PEER, "no LoraConfig can say it")
+    try:
+        lora_fx.rewrite(traced(row.model), rules=config)
     except lora_fx.LoraFxError as error:
         return Outcome(Kind.REFUSED, str(error))
     except Exception as error:

@@ -7,6 +7,7 @@ reported at once.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -206,9 +207,11 @@ class _Reader:
         weights, modules = {self._first[site.weight] for site in chosen}, {site.module for site in chosen}
         tied = [s for s in self._sites.values() if s.module not in modules and self._first[s.weight] in weights]
         found = [site for site in tied if Slot(site, site.module, site.module).keys[0] in self._ledger.unread]
-        if found and not known_info(self._graph_module).inference:
+        together = Counter(self._first[site.weight] for site in (*chosen, *found))
+        shared = [site.module for site in (*chosen, *found) if together[self._first[site.weight]] > 1]
+        if shared and not known_info(self._graph_module).inference:
             warnings.warn(
-                f"{self._files.directory}: has the same factors at modules that share a weight ({', '.join(s.module for s in found)}), which "
+                f"{self._files.directory}: has the same factors at modules that share a weight ({', '.join(shared)}), which "
                 "PEFT trains as one (ensure_weight_tying). Here each module has its own, and training changes them apart.",
                 stacklevel=6,
             )
