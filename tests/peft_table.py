@@ -275,6 +275,8 @@ def _train(case: Case) -> Outcome:
     graph = _trainable(case)
     with _peer():
         wrapped = case.reloaded(is_trainable=True)
+        if _compared(_outputs(wrapped, case.row), case.outputs).kind is Kind.WRONG:
+            raise _PeerError("PEFT reads its own file as another model")
         before = {name: tensor.clone() for name, tensor in peft.get_peft_model_state_dict(wrapped).items()}
         _three_steps(wrapped, case.row)
         after = peft.get_peft_model_state_dict(wrapped)

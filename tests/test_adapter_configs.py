@@ -242,16 +242,16 @@ def test_ensured_weight_tying_changes_nothing_where_nothing_tied_is_touched_and_
     assert len(trained) == len(copies)
 
 
-@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
 @pytest.mark.filterwarnings(
     "ignore:Setting `save_embedding_layers`", "ignore:Model with `tie_word_embeddings", "ignore:You have requested"
 )
 def test_factors_at_a_tied_weight_are_read_at_each_of_its_modules_with_a_warning_that_they_train_apart(
-    llama: tuple[nn.Module, lora_fx.TracedGraphModule], target: str, tmp_path: Path
+    llama: tuple[nn.Module, lora_fx.TracedGraphModule], targets: list[str], tmp_path: Path
 ) -> None:
     model, base = llama
     mask = {"attention_mask": torch.ones_like(IDS)}
-    options = {"r": 2, "target_modules": ["q_proj", target], "ensure_weight_tying": True}
+    options = {"r": 2, "target_modules": ["q_proj", *targets], "ensure_weight_tying": True}
     wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**options))
     set_factors(wrapped)
     wrapped.eval().save_pretrained(str(tmp_path))
@@ -263,7 +263,7 @@ def test_factors_at_a_tied_weight_are_read_at_each_of_its_modules_with_a_warning
     found = [str(each.message) for each in told if issubclass(each.category, UserWarning)]
     if model.config.tie_word_embeddings:  # type: ignore[union-attr]
         assert found == [
-            f"{tmp_path}: has the same factors at modules that share a weight (lm_head), which PEFT trains as one "
+            f"{tmp_path}: has the same factors at modules that share a weight (lm_head, model.embed_tokens), which PEFT trains as one "
             "(ensure_weight_tying). Here each module has its own, and training changes them apart."
         ]
     else:

@@ -208,7 +208,7 @@ class _Reader:
         tied = [s for s in self._sites.values() if s.module not in modules and self._first[s.weight] in weights]
         found = [site for site in tied if Slot(site, site.module, site.module).keys[0] in self._ledger.unread]
         together = Counter(self._first[site.weight] for site in (*chosen, *found))
-        shared = [site.module for site in (*chosen, *found) if together[self._first[site.weight]] > 1]
+        shared = sorted(site.module for site in (*chosen, *found) if together[self._first[site.weight]] > 1)
         if shared and not known_info(self._graph_module).inference:
             warnings.warn(
                 f"{self._files.directory}: has the same factors at modules that share a weight ({', '.join(shared)}), which "
