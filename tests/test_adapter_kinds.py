@@ -690,3 +690,27 @@ def test_factors_of_mica_are_never_drawn(tmp_path: Path) -> None:
         PlanError, match=r"the branch at 'proj' is MiCA's.*there are no values for it.*load its directory"
     ):
         lora_fx.materialize(copy.deepcopy(mine).to("meta"), base.state_dict(), like=base)
+
+
+class Dilated(nn.Module):
+    def __init__(self, dilation: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 6, 3, padding="same", dilation=dilation)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)  # type: ignore[no-any-return]
+
+
+def test_a_dilated_convolution_is_refused_since_the_branch_of_peft_forgets_the_dilation(tmp_path: Path) -> None:
+    base, x = Dilated(2).eval(), torch.randn(2, 4, 9)
+    theirs: Any = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["conv"]))
+    set_factors(theirs)
+    theirs.eval().save_pretrained(str(tmp_path / "peft"))
+    graph = lora_fx.trace(base, (x,))
+    problem = r"conv: its convolution has the dilation \(2,\), and PEFT's branch has none"
+    with pytest.raises(lora_fx.AdapterError, match=problem):
+        lora_fx.load_adapter(graph, tmp_path / "peft")
+    with pytest.raises(lora_fx.AdapterError, match=problem):
+        lora_fx.save_adapter(lora_fx.rewrite(graph, {"select": [{"target": ["conv"], "rank": 2}]}), tmp_path / "ours")
+    expected = theirs(x)
+    assert not torch.allclose(theirs.merge_and_unload()(x), expected, atol=1e-2)  # PEFT merges something else

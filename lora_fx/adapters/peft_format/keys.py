@@ -184,6 +184,9 @@ def _apart_from_module(site: Site, node: fx.Node, frames: Mapping[str, Collectio
     frame, kind = _frame(node)
     if module_path(node) != site.module:
         return f"its weight is multiplied with outside of the module{source_line(node)}{_BESIDE}"
+    product = weight_op(node)
+    if site.kernel and product is not None and set(product.geometry[2]) != {1} != set(site.kernel):
+        return f"its convolution has the dilation {product.geometry[2]}, and PEFT's branch has none{source_line(node)}"
     if site.op == "embedding" and kind.endswith("ScaledWordEmbedding"):
         return ""  # of transformers; PEFT knows of their scale
     total = biased(node)
