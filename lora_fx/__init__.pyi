@@ -1,4 +1,4 @@
-from . import export, huggingface
+from . import export, generation, huggingface
 from .adapters.activate import activate
 from .adapters.combine import combine
 from .adapters.materialize import materialize
@@ -50,6 +50,7 @@ __all__ = [
     "fold_report",
     "from_adapter",
     "fuse",
+    "generation",
     "huggingface",
     "load_adapter",
     "lora_plus_groups",

@@ -32,6 +32,7 @@ def rewrite(
     dynamic: Dynamic | None = None,
     labels: bool = False,
     inference: bool = False,
+    cache: bool = False,
 ) -> TracedGraphModule:
     """Return a graph of ``model`` with a low-rank branch beside every call site that the rules select.
 
@@ -60,6 +61,7 @@ def rewrite(
         dynamic: see :func:`lora_fx.trace`.
         labels: trace with labels, so that the graph returns the model's loss; see :func:`lora_fx.trace`.
         inference: trace the eval mode only and train nothing.
+        cache: trace with the key-value cache as inputs and outputs; see :func:`lora_fx.trace`.
 
     Returns:
         A graph in the mode (train or eval) of the model, with parameters ``<module>.lora_A.<adapter>.weight`` and ``lora_B``.
@@ -73,7 +75,7 @@ def rewrite(
     ruleset = load(rules, getattr(getattr(model, "config", None), "model_type", None)).with_overrides(
         rank, alpha, dropout, task_type
     )
-    graph_module = trace(model, example_inputs, dynamic=dynamic, labels=labels, inference=inference)
+    graph_module = trace(model, example_inputs, dynamic=dynamic, labels=labels, inference=inference, cache=cache)
     plan = plan_graph(graph_module, ruleset)
     warn_of_lower_ranks(plan)
     warn_of_fresh_head(plan, graph_module)

@@ -78,7 +78,7 @@ WITH_WEIGHTS = ("bloom", "gpt_neo")
 
 @pytest.fixture(autouse=True)
 def _code_of_any_origin_is_stamped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_fx.tracing.trace.foreign_part", lambda _model: None)
+    monkeypatch.setattr("lora_fx.tracing.trace.foreign_part", lambda _model, _replaced: None)
 
 
 def deepened(model: nn.Module, device: str = "meta") -> nn.Module:

@@ -21,14 +21,20 @@ from lora_fx.graph.process_state import exclusive
 
 
 class Format(Protocol):
-    """A file format; each has a module of its own."""
+    """A file format; each has a module of its own.
+
+    Attributes:
+        name: in summaries and messages.
+        dotted_names: whether an input within a list or mapping has dots in its name there, ``<input>.<index>``.
+    """
 
     name: str
+    dotted_names: bool
 
     def write(self, exportable: Exportable, path: Path, step: Step) -> None:
         """Write a graph to ``path``; further files go beside it, in the same directory."""
 
-    def load(self, path: Path) -> Loaded:
+    def load(self, path: Path, exportable: Exportable) -> Loaded:
         """Load the written file as its users would."""
 
 
@@ -117,9 +123,10 @@ def deliver(format: Format, graph_module: TracedGraphModule, path: str | Path, o
             comparisons: tuple[Comparison, ...] = ()
             if options.verify:
                 step("comparing")
-                comparisons = compare(exportable, format.load(beside), options.tolerance)
+                comparisons = compare(exportable, format.load(beside, exportable), options.tolerance)
             step("moving into place")
-    return Exported(path, format.name, sizes, _axes(exportable), exportable.outputs, comparisons)
+    inputs = _axes(exportable, exportable.nested if format.dotted_names else {})
+    return Exported(path, format.name, sizes, inputs, exportable.outputs, comparisons)
 
 
 @contextmanager
@@ -132,10 +139,10 @@ def _own_precision() -> Iterator[None]:
         yield
 
 
-def _axes(exportable: Exportable) -> dict[str, tuple[str | int, ...]]:
+def _axes(exportable: Exportable, nested: Mapping[str, str]) -> dict[str, tuple[str | int, ...]]:
     names = exportable.axes
     return {
-        name: tuple(names[name].get(dim, size) for dim, size in enumerate(tensor.shape))
+        nested.get(name, name): tuple(names[name].get(dim, size) for dim, size in enumerate(tensor.shape))
         for name, tensor in exportable.examples.tensors.items()
     }
 

@@ -87,6 +87,7 @@ class _Onnx:
     slots: Slots | None
     options: Options
     name = "ONNX"
+    dotted_names = True
 
     def write(self, exportable: Exportable, path: Path, step: Step) -> None:
         _check_names(exportable)
@@ -98,6 +99,8 @@ class _Onnx:
         step("cleaning up")
         _clean_up(model)
         add_checks(model, exportable.constraints)
+        for value in model.graph.inputs:
+            value.name = exportable.nested.get(value.name, value.name)
         if self.slots is not None:
             self.slots.register(model)
         step("writing")
@@ -107,7 +110,7 @@ class _Onnx:
         except Exception as error:
             raise ExportError(f"onnx.checker refuses the written file: {error}") from error
 
-    def load(self, path: Path) -> Loaded:
+    def load(self, path: Path, exportable: Exportable) -> Loaded:
         runtime = onnx_package("onnxruntime")
         options = runtime.SessionOptions()
         options.log_severity_level = 4  # errors are raised as well as logged
@@ -121,7 +124,8 @@ class _Onnx:
         names = [output.name for output in session.get_outputs()]
 
         def run(inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-            found = session.run(None, {name: tensor.cpu().numpy() for name, tensor in inputs.items()})
+            given = {exportable.nested.get(name, name): tensor.cpu().numpy() for name, tensor in inputs.items()}
+            found = session.run(None, given)
             return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
 
         if self.slots is None:
@@ -132,7 +136,8 @@ class _Onnx:
 
 
 def _check_names(exportable: Exportable) -> None:
-    taken = {*exportable.inputs, *(str(node.target) for node in exportable.plain.graph.find_nodes(op="get_attr"))}
+    inputs = {exportable.nested.get(name, name) for name in exportable.inputs}
+    taken = {*inputs, *(str(node.target) for node in exportable.plain.graph.find_nodes(op="get_attr"))}
     for name in exportable.outputs:
         if name in taken:
             raise ExportError(

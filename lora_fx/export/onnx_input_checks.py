@@ -17,7 +17,7 @@ import torch
 
 from lora_fx.export.onnx_ops import onnx_package
 from lora_fx.graph.input_checks import Constraints
-from lora_fx.graph.size_relations import Relation
+from lora_fx.graph.size_relations import Reference, Relation
 
 DOUBLE, INT64 = 11, 7
 """Types, as ONNX numbers them. Sizes are computed in double precision, which holds every size exactly."""
@@ -53,10 +53,20 @@ class _Emitter:
 
     def check(self, relation: Relation) -> Any:
         """Return ``[1]``, computed by a node that fails where the relation does not hold."""
-        holds = relation.interpret(self._size, self._number, self._apply)
-        index = self.op("Cast", [self.op("Not", [holds])], to=INT64)
+        if relation.equal_sizes is not None:
+            index = self._differ(relation.equal_sizes)
+        else:
+            holds = relation.interpret(self._size, self._number, self._apply)
+            index = self.op("Cast", [self.op("Not", [holds])], to=INT64)
         name = f"expected {relation}, which the trace covers; trace again with example_inputs of these sizes"
         return self.op("Gather", [self._constant([1], torch.int64), index], name=name)
+
+    def _differ(self, sizes: Sequence[Reference]) -> Any:
+        """Return ``[0]`` where all sizes are equal, and else ``[1]``: by one comparison, however many there are."""
+        first, *others = (self._shape(name, dim) for name, dim in sizes)
+        beside = others[0] if len(others) == 1 else self.op("Concat", others, axis=0)
+        unequal = self.op("Cast", [self.op("Not", [self.op("Equal", [beside, first])])], to=INT64)
+        return unequal if len(others) == 1 else self.op("ReduceMax", [unequal], keepdims=1)
 
     def op(self, kind: str, inputs: Sequence[Any], name: str | None = None, **attributes: Any) -> Any:
         key = (kind, *map(id, inputs), name, *map(str, attributes.items()))
@@ -69,7 +79,10 @@ class _Emitter:
         return self._made[key]
 
     def _size(self, name: str, dim: int) -> Any:
-        return self.op("Cast", [self.op("Shape", [self._inputs[name]], start=dim, end=dim + 1)], to=DOUBLE)
+        return self.op("Cast", [self._shape(name, dim)], to=DOUBLE)
+
+    def _shape(self, name: str, dim: int) -> Any:
+        return self.op("Shape", [self._inputs[name]], start=dim, end=dim + 1)
 
     def _number(self, value: int) -> Any:
         return self._constant([value], torch.float64)

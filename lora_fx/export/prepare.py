@@ -38,6 +38,7 @@ class Exportable:
         constraints: the inputs that the trace covers.
         examples: the inputs that it is tried on.
         outputs: names of the results. A nested one is called ``<output>.<index>`` or ``<output>.<key>``.
+        nested: inputs within a list or mapping → such names for them, for formats whose names may have dots.
     """
 
     graph_module: TracedGraphModule
@@ -45,6 +46,7 @@ class Exportable:
     constraints: Constraints
     examples: Examples
     outputs: tuple[str, ...]
+    nested: Mapping[str, str]
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -110,7 +112,8 @@ def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.
     lowered = _in_evaluation(lower(graph_module))
     modules = state_of(lowered).modules
     constraints = remove_checks(copy_graph(lowered.graph)[0], modules)
-    inputs = signature_of(lowered.graph).inputs
+    signature = signature_of(lowered.graph)
+    inputs = signature.inputs
     unchecked = [name for name in inputs if name not in constraints.ranges]
     if unchecked:
         raise ExportError(
@@ -126,7 +129,9 @@ def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.
     _name_inputs(graph, constraints.ranges)
     graph.lint()
     plain = fx.GraphModule(lowered, graph, class_name="GraphModule").eval()
-    return Exportable(given, plain, constraints, _examples(graph_module, constraints, example_inputs, names), outputs)
+    nested = {names[name]: place for name, place in signature.nested.items()}
+    examples = _examples(graph_module, constraints, example_inputs, names)
+    return Exportable(given, plain, constraints, examples, outputs, nested)
 
 
 def explain(exportable: Exportable, message: str) -> str:

@@ -59,6 +59,7 @@ def pt2(
 
 class _Pt2:
     name = "pt2"
+    dotted_names = False
 
     def write(self, exportable: Exportable, path: Path, step: Step) -> None:
         _check_names(exportable)
@@ -70,7 +71,7 @@ class _Pt2:
         with writable(path) as file, quiet():
             torch.export.save(program, file)
 
-    def load(self, path: Path) -> Loaded:
+    def load(self, path: Path, _exportable: Exportable) -> Loaded:
         with path.open("rb") as file:
             module = torch.export.load(file).module()
 

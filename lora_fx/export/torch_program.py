@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from lora_fx.errors import ExportError, TraceError
 from lora_fx.export.prepare import Exportable, explain
 from lora_fx.export.trial_inputs import larger_examples
+from lora_fx.graph.input_checks import Constraints
 from lora_fx.tracing.example_inputs import ExampleInputs
 from lora_fx.tracing.torch_export import export
 
@@ -34,9 +36,20 @@ def export_plain(exportable: Exportable) -> torch.export.ExportedProgram:
     if _same_operators(exportable.plain.graph, program.graph):
         # torch.export assumes that sizes 0 and 1 do not occur: its guards exclude more than the trace does.
         program._guards_code.clear()
+        _widen_ranges(program, constraints)
     ranks = [f"len(L['{name}'].size()) == {len(ranges)}" for name, ranges in constraints.ranges.items()]
     program._guards_code.extend([*ranks, *conditions])
     return program
+
+
+def _widen_ranges(program: torch.export.ExportedProgram, constraints: Constraints) -> None:
+    """Let sizes that are sums of others be as small as the trace covers: torch.export takes each addend for 2 or more (in place)."""
+    for node in program.graph.find_nodes(op="placeholder"):
+        sizes = getattr(node.meta.get("val"), "shape", ())
+        for (low, _), size in zip(constraints.ranges.get(str(node.target), ()), sizes, strict=False):
+            known = None if isinstance(size, int) else program.range_constraints.get(size.node.expr)
+            if known is not None and not size.node.expr.is_symbol and known.lower > low:
+                program.range_constraints[size.node.expr] = ValueRanges(low, known.upper)
 
 
 def _same_operators(plain: fx.Graph, exported: fx.Graph) -> bool:

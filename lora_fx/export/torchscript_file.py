@@ -78,6 +78,7 @@ _COUNTERPARTS: Mapping[object, Callable[..., Any]] = {
 
 class _TorchScript:
     name = "TorchScript"
+    dotted_names = False
 
     def write(self, exportable: Exportable, path: Path, step: Step) -> None:
         _check_names(exportable)
@@ -100,7 +101,7 @@ class _TorchScript:
             with writable(path) as file:
                 torch.jit.save(scripted, file)
 
-    def load(self, path: Path) -> Loaded:
+    def load(self, path: Path, _exportable: Exportable) -> Loaded:
         with _undeprecated():
             loaded = torch.jit.load(str(path))
 

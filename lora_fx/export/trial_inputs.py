@@ -33,7 +33,7 @@ class Trial:
 
 
 def trials(exportable: Exportable) -> Iterator[Trial]:
-    """Yield the examples, inputs of other sizes along every axis, and of size 1 along each and along all.
+    """Yield the examples, inputs of other sizes along every axis, of size 1 along each and along all, and of size 0 along a past.
 
     Where a mask is all ones in the examples, some rows of it are not at other sizes.
     """
@@ -43,6 +43,7 @@ def trials(exportable: Exportable) -> Iterator[Trial]:
     wanted = [] if others is None else [others]
     wanted += [{**axes.traced, axis: 1} for axis in axes.traced]
     wanted += [dict.fromkeys(axes.traced, 1)]
+    wanted += [{**sizes, axis: 0} for axis in axes.empty for sizes in (axes.traced, dict.fromkeys(axes.traced, 1))]
     tried = [axes.traced]
     for sizes in wanted:
         if sizes in tried or not axes.cover(sizes):
@@ -80,8 +81,16 @@ class _Axes:
 
     @cached_property
     def traced(self) -> Sizes:
-        tensors = self.exportable.examples.tensors
-        return {axis: tensors[name].size(dim) for axis, group in self.dimensions.items() for name, dim in [min(group)]}
+        examples = self.exportable.examples
+        groups = ((axis, min(group)) for axis, group in self.dimensions.items())
+        return {
+            axis: examples.tensors[name].size(dim) for axis, (name, dim) in groups if (name, dim) not in examples.sums
+        }
+
+    @cached_property
+    def empty(self) -> list[str]:
+        """The axes that may be empty: to whose size another is added."""
+        return sorted({added[0] for added in self.exportable.examples.sums.values()} & self.traced.keys())
 
     def others(self, least: int = 1) -> Sizes | None:
         """Return sizes that the trace covers, as far as possible from its own."""
@@ -118,7 +127,8 @@ class _Axes:
         }
 
     def _by_dimension(self, sizes: Sizes) -> dict[Dimension, int]:
-        return {dimension: sizes[axis] for axis, group in self.dimensions.items() for dimension in group}
+        groups = ((axis, group) for axis, group in self.dimensions.items() if axis in sizes)
+        return self.exportable.examples.with_sums({each: sizes[axis] for axis, group in groups for each in group})
 
 
 def _masked(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
+
+SUM = " + "
+"""Between the names of axes whose sum a dimension is."""
 
 Dimension = tuple[str, int]
 """An input, by the name of its placeholder, and one of its dimensions."""
@@ -17,11 +21,34 @@ class Examples:
 
     Attributes:
         tensors: placeholder → its value.
-        axes: placeholder → the names of its dimensions (``None``: without one); only those that have names.
+        axes: placeholder → the names of its dimensions (``None``: without one); only those that have names. ``"a + b"`` is the sum
+            of two axes, of which the first may be empty.
     """
 
     tensors: Mapping[str, torch.Tensor]
     axes: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def sums(self) -> Mapping[Dimension, tuple[str, ...]]:
+        """The dimensions that are sums, and the axes that are added."""
+        return {
+            (name, dim): tuple(axis.split(SUM))
+            for name, axes in self.axes.items()
+            for dim, axis in enumerate(axes)
+            if axis is not None and SUM in axis and name in self.tensors
+        }
+
+    def with_sums(self, sizes: Mapping[Dimension, int]) -> dict[Dimension, int]:
+        """Return sizes, of which some dimensions have another than in the example, with all sums of axes of those."""
+        if not self.sums:
+            return dict(sizes)
+        current = {
+            axis: sizes.get((name, dim), self.tensors[name].size(dim))
+            for name, axes in self.axes.items()
+            for dim, axis in enumerate(axes)
+            if axis is not None and name in self.tensors and (name, dim) not in self.sums
+        }
+        return {**sizes, **{place: sum(current[axis] for axis in axes) for place, axes in self.sums.items()}}
 
     def together(self, dimensions: Iterable[Dimension]) -> dict[str, set[Dimension]]:
         """Group dimensions that vary together, by the name of their axis.
@@ -44,7 +71,9 @@ class Examples:
 def cut_or_repeated(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Return the tensor, cut or repeated to a shape."""
     for dim, size in enumerate(shape):
-        if size != tensor.size(dim):
+        if size == 0:
+            tensor = tensor.narrow(dim, 0, 0)
+        elif size != tensor.size(dim):
             tensor = tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.size(dim))
     return tensor
 

@@ -21,7 +21,7 @@ from torch import fx, nn
 from lora_fx.errors import InputError
 from lora_fx.graph.graph_module import erase_unread
 from lora_fx.graph.signature import signature_of
-from lora_fx.graph.size_relations import UNBOUNDED, Relation
+from lora_fx.graph.size_relations import UNBOUNDED, Reference, Relation
 
 PREFIX = "input_checks"
 """The module path below which a graph keeps its checks."""
@@ -134,13 +134,19 @@ class Constraints:
 
     @cached_property
     def conditions(self) -> tuple[Relation, ...]:
-        """The ranges of sizes that vary, and all relations, as relations."""
-        bounds = []
+        """The ranges of sizes that vary, and all relations, as relations; of equal sizes the first alone has a range."""
+        equal = [relation.equal_sizes for relation in self.relations if relation.equal_sizes is not None]
+        first = {size: sizes[0] for sizes in equal for size in sizes}
+        varying: dict[Reference, tuple[int, int]] = {}
         for name, ranges in self.ranges.items():
             for dim, (low, high) in enumerate(ranges):
                 if low != high:
-                    bounds.append(Relation(f"{name}.size({dim}) >= {low}"))
-                    bounds += [Relation(f"{name}.size({dim}) <= {high}")] if high != UNBOUNDED else []
+                    size = first.get((name, dim), (name, dim))
+                    varying[size] = _intersect(varying.get(size, (low, high)), (low, high))
+        bounds = []
+        for (name, dim), (low, high) in varying.items():
+            bounds += [Relation(f"{name}.size({dim}) >= {low}")] if low > 0 else []
+            bounds += [Relation(f"{name}.size({dim}) <= {high}")] if high != UNBOUNDED else []
         return (*bounds, *self.relations)
 
 

@@ -129,6 +129,17 @@ class Signature:
         return any(argument.name == ITEM_COUNT and argument.is_input for argument in self.arguments)
 
     @property
+    def nested(self) -> dict[str, str]:
+        """The inputs within a list or mapping, each with its place there: ``<input>.<index>`` or ``<input>.<key>``, at any depth."""
+        places = [
+            ".".join([argument.name, *path])
+            for argument in self.arguments
+            for path, leaf in zip(_paths(argument.spec), argument.leaves, strict=True)
+            if leaf in (Leaf.TENSOR, Leaf.NUMBER)
+        ]
+        return {name: place for name, place in zip(self.inputs, places, strict=True) if "." in place}
+
+    @property
     def omissible(self) -> frozenset[str]:
         """Names of the inputs that may be left out."""
         return frozenset(argument.name for argument in self.arguments if argument.leaves == (Leaf.NUMBER,))
@@ -351,6 +362,16 @@ def _parts(label: str, value: Any, spec: pytree.TreeSpec) -> list[tuple[str, Any
         keys = list(range(len(parts)))
     nested = zip(keys, parts, spec.children(), strict=True)
     return [leaf for key, part, inner in nested for leaf in _parts(f"{label}[{key!r}]", part, inner)]
+
+
+def _paths(spec: pytree.TreeSpec) -> Iterator[tuple[str, ...]]:
+    """Yield the keys and indices that lead to each leaf."""
+    if spec.is_leaf():
+        yield ()
+        return
+    keys = spec.context if isinstance(spec.context, list) else range(spec.num_children)
+    for key, child in zip(keys, spec.children(), strict=True):
+        yield from ((str(key), *rest) for rest in _paths(child))
 
 
 def _other_structure(label: str, found: str, expected: str) -> InputError:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -112,12 +113,25 @@ class Relation:
         return frozenset(function.id for function in calls if isinstance(function, ast.Name))
 
     @cached_property
-    def equal_sizes(self) -> tuple[Reference, Reference] | None:
-        """The two sizes that the relation declares equal, or None if it is anything else."""
-        if self._comparison is None or not isinstance(self._comparison[1], ast.Eq):
-            return None
-        left, right = _as_reference(self._comparison[0]), _as_reference(self._comparison[2])
-        return None if left is None or right is None else (left, right)
+    def equal_sizes(self) -> tuple[Reference, ...] | None:
+        """The sizes that the relation declares equal, two or more, or None if it is anything else."""
+        match self._tree:
+            case ast.Compare(left=left, ops=operations, comparators=others):
+                sizes = [size for each in (left, *others) if (size := _as_reference(each)) is not None]
+                equal = all(isinstance(operation, ast.Eq) for operation in operations)
+                return tuple(sizes) if equal and len(sizes) == len(others) + 1 else None
+        return None
+
+    @classmethod
+    def of_equal_sizes(cls, sizes: Sequence[Reference]) -> Relation:
+        """Return the relation that two sizes or more are equal."""
+        return cls(" == ".join(f"{name}.size({dim})" for name, dim in sizes))
+
+    @classmethod
+    def of_sum(cls, size: Reference, added: Sequence[Reference]) -> Relation:
+        """Return the relation that a size is the sum of others."""
+        whole, *parts = (f"{name}.size({dim})" for name, dim in (size, *added))
+        return cls(f"{whole} == {' + '.join(parts)}")
 
     @property
     def is_exclusion(self) -> bool:
@@ -159,6 +173,14 @@ class Relation:
                     ast.BinOp(left=left, op=op, right=right) | ast.Compare(left=left, ops=[op], comparators=[right])
                 ) if type(op) in OPERATORS:
                     return apply(OPERATORS[type(op)], [value(left), value(right)])
+                case ast.Compare(left=left, ops=operations, comparators=others) if all(
+                    type(op) in OPERATORS for op in operations
+                ):
+                    sides = [value(side) for side in (left, *others)]
+                    links = [
+                        apply(OPERATORS[type(op)], pair) for op, pair in zip(operations, pairwise(sides), strict=True)
+                    ]
+                    return reduce(lambda left, right: apply(operator.and_, [left, right]), links)
                 case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
                     return apply(OPERATORS[type(op)], [value(operand)])
                 case ast.BoolOp(op=op, values=values):
@@ -210,8 +232,10 @@ _SIZE = re.compile(r"\b(\w+)\.size\((\d+)\)")
 def _is_known(tree: ast.AST) -> bool:
     """Tell whether relations may contain a node of a syntax tree; operators and contexts, which are no expressions, may be there."""
     match tree:
-        case ast.BinOp(op=op) | ast.UnaryOp(op=op) | ast.BoolOp(op=op) | ast.Compare(ops=[op]):
+        case ast.BinOp(op=op) | ast.UnaryOp(op=op) | ast.BoolOp(op=op):
             return type(op) in OPERATORS
+        case ast.Compare(ops=operations):
+            return all(type(op) in OPERATORS for op in operations)
         case ast.Call(func=ast.Name(id=function), args=[_, _], keywords=[]):
             return function in FUNCTIONS
         case ast.Call():

@@ -14,19 +14,27 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
+from lora_fx.graph.example_sizes import SUM
 from lora_fx.graph.input_checks import Constraints
 from lora_fx.graph.size_relations import UNBOUNDED, Reference, Relation
 
 Range = tuple[int, int]
 
 
-def constraints_of(program: torch.export.ExportedProgram, graph: fx.Graph, signature: inspect.Signature) -> Constraints:
+def constraints_of(
+    program: torch.export.ExportedProgram,
+    graph: fx.Graph,
+    signature: inspect.Signature,
+    axes: Mapping[str, Sequence[str | None]] | None = None,
+) -> Constraints:
     """Return the ranges, equalities and guards under which the trace computes what the model computes.
 
     Args:
         program: the exported program.
         graph: its graph, with the placeholders that remained.
         signature: of the ``forward`` that was exported.
+        axes: input → names of its dimensions. If one is a sum, the inputs vary together as these names say, which becomes part of
+            the constraints.
 
     Raises:
         TraceError: torch.export bound the trace by anything but conditions on input sizes.
@@ -58,6 +66,8 @@ def constraints_of(program: torch.export.ExportedProgram, graph: fx.Graph, signa
     relations += [_derived(reference, expression, source) for reference, expression in derived]
     paths = _paths(program, signature)
     relations += [Relation.from_guard(guard, paths) for guard in program._guards_code]
+    declared, sums = _declared(axes or {})
+    relations = [*declared, *relations]
     for relation in relations:
         relation.check_supported()
         if relation.bound is not None:
@@ -65,7 +75,7 @@ def constraints_of(program: torch.export.ExportedProgram, graph: fx.Graph, signa
             ranges[name][dim] = _tighten(ranges[name][dim], low, high)
     dtypes = {name: fake.dtype for name, fake in placeholders.items()}
     remaining = [relation for relation in relations if relation.bound is None]
-    return Constraints({name: tuple(dims) for name, dims in ranges.items()}, dtypes, _independent(remaining))
+    return Constraints({name: tuple(dims) for name, dims in ranges.items()}, dtypes, _independent(remaining, sums))
 
 
 def _range(program: torch.export.ExportedProgram, expression: sympy.Expr) -> Range:
@@ -108,51 +118,75 @@ def _paths(program: torch.export.ExportedProgram, signature: inspect.Signature) 
     return {ast.unparse(ast.parse(source, mode="eval")): name for source, name in paths.items()}
 
 
-def _independent(relations: Iterable[Relation]) -> tuple[Relation, ...]:
-    """Drop consequences of the equalities between sizes: torch.export records many of one fact."""
+def _declared(axes: Mapping[str, Sequence[str | None]]) -> tuple[list[Relation], dict[Reference, list[Reference]]]:
+    """Return the relations that axes with sums among them say, and the sizes that are added for each sum."""
+    by_axis: dict[str, list[Reference]] = {}
+    for name, named in axes.items():
+        for dim, axis in enumerate(named):
+            if axis is not None:
+                by_axis.setdefault(axis, []).append((name, dim))
+    sums = {
+        size: [by_axis[each][0] for each in axis.split(SUM)]
+        for axis, sizes in by_axis.items()
+        if SUM in axis
+        for size in sizes
+    }
+    equal = [Relation.of_equal_sizes(sizes) for axis, sizes in by_axis.items() if len(sizes) > 1 and SUM not in axis]
+    return [*equal, *(Relation.of_sum(size, added) for size, added in sums.items())] if sums else [], sums
+
+
+def _independent(relations: Iterable[Relation], sums: Mapping[Reference, Sequence[Reference]]) -> tuple[Relation, ...]:
+    """Say all that the relations say in few conditions: torch.export records many of one fact, and each costs time at every call.
+
+    All sizes that are equal become one condition. What holds for all sizes, or follows from the sums, is dropped.
+    """
     equal = _Equalities()
-    kept: list[Relation] = []
-    others: list[Relation] = []
+    others = [Relation.of_sum(size, added) for size, added in sums.items()]
+    kept: dict[object, Relation] = {relation: relation for relation in others}
     for relation in dict.fromkeys(relations):
-        if relation.equal_sizes is None:
+        if relation.equal_sizes is not None:
+            equal.join(relation.equal_sizes)
+        elif relation not in kept:
             others.append(relation)
-        elif equal.join(*relation.equal_sizes):
-            kept.append(relation)
-    seen: set[object] = set()
-    for relation in others:
-        meaning = _meaning(relation, equal)
-        if meaning is sympy.true or (meaning is not None and meaning in seen):
-            continue
-        seen.add(meaning)
-        kept.append(relation)
-    return tuple(kept)
+    for relation in others[len(sums) :]:
+        meaning = _meaning(relation, equal, sums)
+        if meaning is not sympy.true:
+            kept.setdefault(relation if meaning is None else meaning, relation)
+    return (*map(Relation.of_equal_sizes, equal.classes()), *kept.values())
 
 
 class _Equalities:
-    """Union-find over sizes."""
+    """Classes of equal sizes, each in the order in which its sizes were met."""
 
     def __init__(self) -> None:
-        self._parent: dict[Reference, Reference] = {}
+        self._of: dict[Reference, list[Reference]] = {}
 
-    def find(self, size: Reference) -> Reference:
-        while size in self._parent:
-            size = self._parent[size]
-        return size
+    def first(self, size: Reference) -> Reference:
+        """Return the size that stands for all that are equal to it."""
+        return self._of.get(size, [size])[0]
 
-    def join(self, a: Reference, b: Reference) -> bool:
-        """Make two sizes equal; tell whether they were not yet."""
-        a, b = self.find(a), self.find(b)
-        if a == b:
-            return False
-        self._parent[b] = a
-        return True
+    def join(self, sizes: Iterable[Reference]) -> None:
+        """Make sizes equal."""
+        whole, *rest = [self._of.setdefault(size, [size]) for size in sizes]
+        for part in rest:
+            if part is not whole:
+                whole += part
+                self._of |= dict.fromkeys(part, whole)
+
+    def classes(self) -> list[list[Reference]]:
+        """Return the classes of more than one size."""
+        return [sizes for sizes in {id(each): each for each in self._of.values()}.values() if len(sizes) > 1]
 
 
-def _meaning(relation: Relation, equal: _Equalities) -> sympy.Basic | None:
+def _meaning(
+    relation: Relation, equal: _Equalities, sums: Mapping[Reference, Sequence[Reference]]
+) -> sympy.Basic | None:
     """Return the meaning of a relation over positive integers, or None where it has no simple one."""
 
     def size(name: str, dim: int) -> sympy.Basic | None:
-        return sympy.Symbol("{}.size({})".format(*equal.find((name, dim))), integer=True, positive=True)
+        if (name, dim) in sums:
+            return sympy.Add(*(size(*added) for added in sums[name, dim]))
+        return sympy.Symbol("{}.size({})".format(*equal.first((name, dim))), integer=True, positive=True)
 
     def apply(function: Callable[..., Any], operands: Sequence[sympy.Basic | None]) -> sympy.Basic | None:
         if function is operator.or_:
@@ -165,6 +199,7 @@ def _meaning(relation: Relation, equal: _Equalities) -> sympy.Basic | None:
 
 
 _SYMPY: Mapping[Callable[..., Any], Callable[..., sympy.Basic]] = {
+    operator.neg: operator.neg,
     operator.add: operator.add,
     operator.sub: operator.sub,
     operator.mul: operator.mul,
@@ -176,4 +211,6 @@ _SYMPY: Mapping[Callable[..., Any], Callable[..., sympy.Basic]] = {
     operator.le: sympy.Le,
     operator.gt: sympy.Gt,
     operator.ge: sympy.Ge,
+    torch.sym_min: sympy.Min,
+    torch.sym_max: sympy.Max,
 }

@@ -8,7 +8,7 @@ they do not, it stays. Without weights nothing can be run: then it waits for ``m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -63,23 +63,35 @@ class _Prober:
 
     def without_lower_bounds(self, constraints: Constraints) -> Constraints:
         """Lower bounds of 2 to 1 for all axes at whose size 1 model and graph agree: alone, in pairs, and all together."""
+        sums = self.examples.sums
         bounded = {
             (name, dim)
             for name, ranges in constraints.ranges.items()
             for dim, (low, high) in enumerate(ranges)
-            if low == 2 != high
+            if low == 2 != high and (name, dim) not in sums
         }
-        agreed = [axis for axis in self.examples.together(bounded).values() if self._agree(dict.fromkeys(axis, 1))]
-        together = {dimension for axis in agreed for dimension in axis}
-        joint = [a | b for a, b in combinations(agreed, 2)]
+        axes = self.examples.together(bounded)
+        agreed = {name: axis for name, axis in axes.items() if self._agree(dict.fromkeys(axis, 1))}
+        together = {dimension for axis in agreed.values() for dimension in axis}
+        joint = [a | b for a, b in combinations(agreed.values(), 2)]
         joint += [together] if len(agreed) > 2 else []
         if not all(self._agree(dict.fromkeys(axes, 1)) for axes in joint):
             return constraints
+        lows = dict.fromkeys(together, 1)
+        for empty in {added[0] for added in sums.values()} & agreed.keys():
+            lows |= self._empty(agreed[empty], [axis for name, axis in agreed.items() if name != empty])
+        lows = self.examples.with_sums(lows)
         ranges = {
-            name: tuple((1, high) if (name, dim) in together else (low, high) for dim, (low, high) in enumerate(ranges))
+            name: tuple((lows.get((name, dim), low), high) for dim, (low, high) in enumerate(ranges))
             for name, ranges in constraints.ranges.items()
         }
         return replace(constraints, ranges=ranges)
+
+    def _empty(self, axis: set[Dimension], others: Sequence[set[Dimension]]) -> dict[Dimension, int]:
+        """Return the lower bound 0 for an axis without which model and graph agree: alone, with each other axis of size 1, and with all."""
+        empty = dict.fromkeys(axis, 0)
+        ones = [{}, *(dict.fromkeys(other, 1) for other in others), {d: 1 for other in others for d in other}]
+        return empty if all(self._agree({**empty, **sizes}) for sizes in ones) else {}
 
     def without_points(self, constraints: Constraints) -> Constraints:
         """Drop relations that exclude a few sizes of one axis, at all of which model and graph agree."""
@@ -138,6 +150,7 @@ class _Prober:
         self, sizes: Mapping[Dimension, int], values: Callable[[torch.Tensor, torch.Size], torch.Tensor]
     ) -> ExampleInputs:
         names = iter(self.examples.tensors)
+        sizes = self.examples.with_sums(sizes)
 
         def resize(tensor: torch.Tensor) -> torch.Tensor:
             name = next(names)

@@ -163,17 +163,19 @@ def _dynamic_shapes(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | 
     keywords = {p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD}
 
     def shape(name: str, value: Any) -> Any:
-        def dims(leaf: Any) -> Any:
+        def dims(path: pytree.KeyPath, leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
                 return None
             if dynamic is not None:
                 return {dim: _hint(dim in dynamic.get(name, ())) for dim in range(leaf.dim())}
-            axes = inputs.axes.get(name)
+            axes = inputs.axes.get(
+                "_".join([name, *re.findall(r"\w+", pytree.keystr(path))])
+            )  # the name of the placeholder
             if axes is not None:
                 return {dim: _hint(axis is not None) for dim, axis in enumerate(axes)}
             return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO)
 
-        return pytree.tree_map(dims, value, is_leaf=lambda part: not isinstance(part, list | tuple | Mapping))
+        return pytree.tree_map_with_path(dims, value, is_leaf=lambda part: not isinstance(part, list | tuple | Mapping))
 
     bound = signature.bind(*inputs.args, **inputs.kwargs).arguments
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Collection, Mapping, Sequence, Set
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from lora_fx.graph.invariants import checked_base
 from lora_fx.graph.process_state import uncollected
 from lora_fx.graph.signature import ITEM_COUNT, signature_of, take_inputs
 from lora_fx.graph.state import State
+from lora_fx.tracing.cached_forward import CachedCall, cached_forward
 from lora_fx.tracing.canonicalize import (
     follow_input_device,
     inline_regions,
@@ -81,6 +83,7 @@ def trace(
     dynamic: Dynamic | None = None,
     labels: bool = False,
     inference: bool = False,
+    cache: bool = False,
 ) -> TracedGraphModule:
     """Trace a model into one plain ``torch.fx.GraphModule`` of ATen operators.
 
@@ -107,6 +110,10 @@ def trace(
             :func:`~lora_fx.transfer` to one without.
         inference: trace the eval mode only. The graph has no dropout and cannot be trained; for models whose training
             cannot be traced.
+        cache: trace a causal language model of transformers with its key-value cache as inputs and outputs. One graph then serves
+            the prompt and every further token: ``(input_ids (batch, sequence), attention_mask (batch, past_sequence + sequence)[,
+            position_ids (batch, sequence)], past_key_values)`` → ``{"logits", "present"}``, where ``past_key_values`` and ``present``
+            are lists with ``{"key", "value"}`` of each layer, ``(batch, heads, length, size of a head)``. The past may be empty.
 
     Returns:
         A graph in the mode (train or eval) of the model; in eval mode for an exported program.
@@ -122,10 +129,14 @@ def trace(
             example_inputs = ExampleInputs(*model.example_inputs)
         model = model.module()
     _check_model(model)
+    if cache and (labels or example_inputs is not None or dynamic is not None):
+        raise TraceError(
+            "cache=True makes its own example_inputs, and has no labels: leave out example_inputs, dynamic and labels."
+        )
     if not inference:
         _check_checkpointing(model)
-    with uncollected(), preserved(model):
-        inputs = _inputs_of(model, example_inputs)
+    with uncollected(), preserved(model), cached_forward(model) if cache else nullcontext() as cached:
+        inputs = _inputs_of(model, cached.inputs if cached else example_inputs)
         if labels:
             inputs = with_item_count(model, with_labels(model, inputs))
         check_inputs(model, inputs, dynamic)
@@ -135,7 +146,7 @@ def trace(
             _check_loss(model, inputs)
         if is_exported(model):
             tie(model)
-        traced = _trace_equal_layers_once(_Task(model, inputs, dynamic, labels, inference))
+        traced = _trace_equal_layers_once(_Task(model, inputs, dynamic, labels, inference, cached))
         return checked_base(traced.train(training))
 
 
@@ -144,6 +155,7 @@ class _Task:
     """A model to trace, and the settings of the trace.
 
     Attributes:
+        cached: the call with a key-value cache, which replaces the model's own.
         classes: equal layers, of which one is traced.
     """
 
@@ -152,6 +164,7 @@ class _Task:
     dynamic: Dynamic | None
     labels: bool
     inference: bool
+    cached: CachedCall | None = None
     classes: Sequence[LayerClass] = ()
 
     @property
@@ -265,7 +278,7 @@ def _trace_equal_layers_once(task: _Task) -> TracedGraphModule:
     """Trace with stamped layers where that gives the graph of a full trace, and otherwise in full, which also reports errors."""
     name = type(task.model).__name__
     try:
-        if (foreign := foreign_part(task.model)) is not None:
+        if (foreign := foreign_part(task.model, task.cached.forward if task.cached else None)) is not None:
             raise LayersDiffer(f"the code of {foreign} is neither torch's nor transformers'")
         classes = layer_classes(task.model)
         if not classes:
@@ -352,7 +365,7 @@ def _trace(task: _Task, *, training: bool) -> _Trace:
     """Export in one mode, and bring the graph into normal form."""
     model = task.model
     set_mode(model, training)
-    with stubbed(model, task.classes), stateless(model):
+    with stubbed(model, task.classes, task.cached), stateless(model):
         program = export(model, task.inputs, task.dynamic, training=training)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
@@ -377,7 +390,7 @@ def _trace(task: _Task, *, training: bool) -> _Trace:
         use_first_names(graph, {**{name: name for name in constants}, **state.aliases()})
     graph.eliminate_dead_code()
     signature = inspect.signature(model.forward)
-    constraints = constraints_of(program, graph, signature)
+    constraints = constraints_of(program, graph, signature, task.inputs.axes)
     if task.classes and any(relation.functions for relation in constraints.relations):
         raise LayersDiffer("some layers may say in other words what sizes the trace holds for")
     take_inputs(graph, signature, task.inputs.args, task.inputs.kwargs)

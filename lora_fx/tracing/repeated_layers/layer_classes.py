@@ -19,7 +19,7 @@ tensor with anything outside of it, or has hooks, is in no class.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,15 +48,19 @@ class LayerClass:
     positional: frozenset[Key]
 
 
-def foreign_part(model: nn.Module) -> str | None:
+def foreign_part(model: nn.Module, replaced: Callable[..., Any] | None = None) -> str | None:
     """Return the path and class of a part whose code is neither torch's nor transformers', or None.
 
     Code can tell layers apart in ways that leave no trace in them: the model around them may change itself, a class, or an object
     that they share. Models of transformers are known not to do so; others are traced in full.
+
+    Args:
+        model: to be traced.
+        replaced: the ``forward`` that the tracer has given the model for the trace.
     """
     for path, module in model.named_modules():
         package = type(module).__module__.partition(".")[0]
-        if package not in _KNOWN or "forward" in vars(module):
+        if package not in _KNOWN or vars(module).get("forward", replaced) is not replaced:
             return f"{path or 'the model'!r} ({type(module).__module__}.{type(module).__qualname__})"
     return None
 

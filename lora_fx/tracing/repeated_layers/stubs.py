@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -64,9 +64,38 @@ torch.library.register_autograd(
 )  # so that results require a gradient as those of a layer do
 
 
+class Carried(Protocol):
+    """Tensors that layers take and return by an object that is given to all of them, and not as arguments and results."""
+
+    def begin(self, path: str) -> list[torch.Tensor]:
+        """Return what the layer of a path takes; what happens to the object until :meth:`end` belongs to this layer."""
+
+    def end(self) -> list[torch.Tensor]:
+        """Return what the layer has put there."""
+
+    def replace(self, path: str, returned: Sequence[torch.Tensor]) -> None:
+        """Put something in the place of what the layer of a path would have put there."""
+
+
+class _NothingCarried:
+    def begin(self, _path: str) -> list[torch.Tensor]:
+        return []
+
+    def end(self) -> list[torch.Tensor]:
+        return []
+
+    def replace(self, _path: str, _returned: Sequence[torch.Tensor]) -> None:
+        pass
+
+
 @contextmanager
-def stubbed(model: nn.Module, classes: Iterable[LayerClass]) -> Iterator[None]:
+def stubbed(model: nn.Module, classes: Iterable[LayerClass], carried: Carried | None = None) -> Iterator[None]:
     """Replace all layers but the templates by stubs, and mark the templates; restore the model afterwards.
+
+    Args:
+        model: to be traced.
+        classes: its equal layers.
+        carried: tensors that pass the layers by an object.
 
     Raises:
         LayersDiffer: a layer was not called as its template was, which may be found when the trace is over.
@@ -74,7 +103,7 @@ def stubbed(model: nn.Module, classes: Iterable[LayerClass]) -> Iterator[None]:
     with ExitStack() as stack:
         recorders = []
         for each in classes:
-            template = stack.enter_context(_Template(model, each).marked())
+            template = stack.enter_context(_Template(model, each, carried or _NothingCarried()).marked())
             for path in each.paths[1:]:
                 stack.enter_context(_replaced(model, path, template))
             recorders.append(template)
@@ -99,12 +128,14 @@ def _replaced(model: nn.Module, path: str, template: _Template) -> Iterator[None
 class _Template:
     """The traced layer of a class, with the arguments of its call and of the calls of its stubs."""
 
-    def __init__(self, model: nn.Module, of: LayerClass) -> None:
+    def __init__(self, model: nn.Module, of: LayerClass, carried: Carried) -> None:
         self._of = of
+        self._carried = carried
         self._path = of.paths[0]
         self._layer = model.get_submodule(self._path)
         self._positions: list[tuple[dict[str, Any], str, Any, Position]] = []
         self._given: Values | None = None
+        self._taken: list[torch.Tensor] = []
         self._returned: Values | None = None
         self._others: dict[str, Values] = {}
         self._difference: LayersDiffer | None = None
@@ -167,7 +198,8 @@ class _Template:
             self._refuse(f"{self._path!r} is called several times")
         if not self._is_as_planned():
             self._refuse(f"{self._path!r} was changed before it was called")
-        self._given = values_of((args, kwargs))
+        self._taken = self._carried.begin(self._path)
+        self._given = values_of((args, kwargs, self._taken))
         ENTER(self._path, self._given.tensors)
         self._hide_positions()
 
@@ -177,9 +209,9 @@ class _Template:
         if spent:
             self._refuse(f"{self._path!r} changes or uses its {spent[0]!r}")
         assert self._given is not None
-        if not same_values(self._given, (args, kwargs)):
+        if not same_values(self._given, (args, kwargs, self._taken)):
             self._refuse(f"{self._path!r} changes its arguments")
-        self._returned = values_of(output)
+        self._returned = values_of((output, self._carried.end()))
         self._check_memory(self._given, self._returned)
         LEAVE(self._path, [*self._results(), *self._given.tensors])
 
@@ -187,7 +219,7 @@ class _Template:
         """Return results like those of the template, which was called before, for the arguments of another layer."""
         if self._given is None or self._returned is None or path in self._others:
             self._refuse(f"{path!r} is called before {self._path!r}, or several times")
-        given = self._others[path] = values_of((args, kwargs))
+        given = self._others[path] = values_of((args, kwargs, self._carried.begin(path)))
         if given.spec != self._given.spec:
             self._refuse(FirstLayerDiffers(self._path))
         like = self._results()
@@ -199,7 +231,9 @@ class _Template:
         image = {id(old): new for old, new in zip(self._given.leaves, given.leaves, strict=True)}
         image.update({id(old): new for old, new in zip(like, made, strict=True)})
         leaves = [leaf if is_constant(leaf) else image[id(leaf)] for leaf in self._returned.leaves]
-        return pytree.tree_unflatten(leaves, self._returned.spec)
+        output, put = pytree.tree_unflatten(leaves, self._returned.spec)
+        self._carried.replace(path, put)
+        return output
 
     def _results(self) -> list[torch.Tensor]:
         """Return the tensors that the template returned, each once, without its own inputs."""

@@ -1,0 +1,169 @@
+"""A directory that clients generate with: onnxruntime-genai, and optimum's ``ORTModelForCausalLM``.
+
+model.onnx                graph with a key-value cache, past_key_values.{i}.key → present.{i}.key
+config.json               of the transformers model; optimum reads sizes of the cache from it
+generation_config.json    defaults of generation
+genai_config.json         what onnxruntime-genai needs to know: names and sizes
+tokenizer files           where a tokenizer is given
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lora_fx.errors import LoraFxError
+from lora_fx.export.deliver import Exported
+from lora_fx.export.onnx_file import onnx
+from lora_fx.files.atomic import replacing
+from lora_fx.files.target import DirectoryKind, Target
+from lora_fx.graph.cached_graphs import PAST, PRESENT, cache_layers, check_cache, takes_positions
+from lora_fx.graph.graph_module import TracedGraphModule
+
+MODEL = "model.onnx"
+
+
+def generation(
+    graph_module: TracedGraphModule,
+    directory: str | Path,
+    *,
+    tokenizer: Any = None,
+    slots: bool = False,
+    overwrite: bool = False,
+    verify: bool = True,
+    tolerance: float | None = None,
+) -> Exported:
+    """Write the directory that onnxruntime-genai and optimum generate with.
+
+    Args:
+        graph_module: of a causal language model, traced with ``cache=True``; base, branched or folded. Not changed.
+        directory: to be made.
+        tokenizer: of the model, an object with ``save_pretrained``, or a directory whose tokenizer files are copied. Without one,
+            clients are given tokens.
+        slots: see :func:`lora_fx.export.onnx`: adapters are loaded and switched by the client.
+        overwrite: replace a directory that holds nothing but such files.
+        verify: see :func:`lora_fx.export.onnx`.
+        tolerance: see :func:`lora_fx.export.onnx`.
+
+    Raises:
+        LoraFxError: the graph has no cache, or the directory exists or cannot be written.
+        ExportError: see :func:`lora_fx.export.onnx`.
+        VerifyError: the written model does not compute what the graph computes.
+    """
+    check_cache(graph_module)
+    directory = Path(directory)
+    source = Path(tokenizer) if isinstance(tokenizer, str | Path) else None
+    if source is not None and not source.is_dir():
+        raise LoraFxError(f"tokenizer: expected a directory with a tokenizer's files, or a tokenizer, got {tokenizer}.")
+    reads = () if source is None else (source,)
+    with replacing(Target(directory, overwrite, reads, _KIND)) as beside:
+        beside.mkdir()
+        exported = onnx(graph_module, beside / MODEL, slots=slots, verify=verify, tolerance=tolerance)
+        graph_module.config.save_pretrained(beside)
+        if graph_module.generation_config is not None:
+            graph_module.generation_config.save_pretrained(beside)
+        text = json.dumps(genai_config(graph_module), indent=2)
+        (beside / GENAI_CONFIG).write_text(text + "\n", encoding="utf-8")
+        if source is not None:
+            for file in sorted(path for path in source.iterdir() if _is_tokenizer_file(path.name)):
+                shutil.copyfile(file, beside / file.name)
+        elif tokenizer is not None:
+            tokenizer.save_pretrained(beside)
+        files = {
+            directory / path.relative_to(beside): path.stat().st_size
+            for path in sorted(beside.rglob("*"))
+            if path.is_file()
+        }
+    return replace(exported, path=directory, files=files)
+
+
+GENAI_CONFIG = "genai_config.json"
+
+
+def genai_config(graph_module: TracedGraphModule) -> dict[str, Any]:
+    """Return the configuration of onnxruntime-genai for a graph with a cache, as the file ``genai_config.json`` holds it."""
+    config = graph_module.config.get_text_config()
+    settings = graph_module.generation_config
+    layers = cache_layers(graph_module)
+    inputs = {"input_ids": "input_ids", "attention_mask": "attention_mask"}
+    if takes_positions(graph_module):
+        inputs["position_ids"] = "position_ids"
+    inputs |= {"past_key_names": f"{PAST}.%d.key", "past_value_names": f"{PAST}.%d.value"}
+    tokens = {
+        name: value
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if (
+            value := getattr(settings, name, None)
+            if getattr(settings, name, None) is not None
+            else getattr(config, name, None)
+        )
+        is not None
+    }
+    end = tokens.get("eos_token_id", 0)
+    length = getattr(config, "max_position_embeddings", None) or _LENGTH
+    return {
+        "model": {
+            "bos_token_id": tokens.get("bos_token_id", 0),
+            "eos_token_id": end,
+            "pad_token_id": tokens.get("pad_token_id", end[0] if isinstance(end, list) else end),
+            "vocab_size": config.vocab_size,
+            "context_length": length,
+            "type": "decoder",
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": MODEL,
+                "head_size": layers[0].key_size,
+                "hidden_size": config.hidden_size,
+                "inputs": inputs,
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": f"{PRESENT}.%d.key",
+                    "present_value_names": f"{PRESENT}.%d.value",
+                },
+                "num_attention_heads": config.num_attention_heads,
+                "num_hidden_layers": len(layers),
+                "num_key_value_heads": layers[0].heads,
+            },
+        },
+        "search": {
+            "do_sample": bool(settings.do_sample) if settings is not None else False,
+            "early_stopping": True,
+            "length_penalty": 1.0,
+            "max_length": length,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": False,  # the graph grows its cache, and does not write into a given one
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 50,
+            "top_p": 1.0,
+        },
+    }
+
+
+_LENGTH = 4096  # of a model whose positions have no end
+
+
+def _is_tokenizer_file(name: str) -> bool:
+    return name in _TOKENIZER_FILES or (name.startswith("tokenizer") and name.endswith((".json", ".model")))
+
+
+_TOKENIZER_FILES = (
+    *("vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm", "tekken.json"),
+)
+
+
+def _is_written(path: str) -> bool:
+    return (
+        path in (MODEL, "config.json", "generation_config.json", GENAI_CONFIG)
+        or _is_tokenizer_file(path)
+        or (path.startswith(f"{MODEL}.") and path.endswith(".data"))
+    )
+
+
+_KIND = DirectoryKind("a directory for generation", _is_written)
