@@ -13,6 +13,7 @@ from lora_fx.cli.console import errors, reported
 from lora_fx.cli.options import (
     ExampleInputsFile,
     IgnoredConfigKeys,
+    ModelClass,
     Overwrite,
     RulesDirectories,
     Stacks,
@@ -26,6 +27,7 @@ from lora_fx.cli.printing import remark
 
 if TYPE_CHECKING:  # torch and transformers are slow to import, and `--help` needs neither
     import lora_fx
+    from lora_fx.tracing.transformers_models import ModelChoice
 
 EXAMPLES = (
     "Examples:  lora-fx export model --format onnx model.onnx   ·   lora-fx export base --adapter style --adapter facts "
@@ -110,6 +112,7 @@ def export(
     strict: Strict = True,
     stacks: Stacks = None,
     ignore_config_key: IgnoredConfigKeys = None,
+    model_class: ModelClass = None,
 ) -> None:
     """Write a model for another runtime: TorchScript, ONNX, or torch.export's pt2, with dynamic batch and sequence.
 
@@ -126,23 +129,22 @@ def export(
     chosen_format = _export_format(format, out, slots=slots)
 
     import lora_fx
+    from lora_fx.adapters.peft_format.base_class import base_class
+    from lora_fx.adapters.peft_format.opening import read_adapter
+    from lora_fx.adapters.peft_format.save_load import with_adapter
     from lora_fx.files.target import Target
     from lora_fx.rules.lookup import load
 
     with reported():
         Target(out, overwrite, inputs(model, *adapters, example_inputs, *(rules_dir or ()), rules)).check()
         with errors.status("loading the model") as status:
-            graph, model_type = _loaded_graph(model, dtype, example_inputs, status.update)
-            for number, (directory, layout) in enumerate(zip(adapters, layouts, strict=True)):
-                status.update(f"adding {directory}")
-                graph = lora_fx.load_adapter(
-                    graph,
-                    directory,
-                    f"adapter_{number}",
-                    strict=strict,
-                    stacks=layout,
-                    ignore_config_keys=ignore_config_key or (),
-                )
+            pairs = zip(adapters, layouts, strict=True)
+            opened = [read_adapter(directory, layout, ignore_config_key or ()) for directory, layout in pairs]
+            choice = base_class(model, opened, model_class)
+            graph, model_type = _loaded_graph(model, dtype, choice, example_inputs, status.update)
+            for number, files in enumerate(opened):
+                status.update(f"adding {files.directory}")
+                graph = with_adapter(graph, files, f"adapter_{number}", trainable=None, strict=strict)
             if slots and (rules or not adapters):
                 graph = lora_fx.rewrite(graph, load(rules or "auto", model_type, rules_dir or ()))
             if adapters and not slots:
@@ -156,7 +158,11 @@ def export(
 
 
 def _loaded_graph(
-    model: Path, dtype: Dtype, example_inputs: Path | None, step: Callable[[str], object]
+    model: Path,
+    dtype: Dtype,
+    choice: ModelChoice | None,
+    example_inputs: Path | None,
+    step: Callable[[str], object],
 ) -> tuple[lora_fx.TracedGraphModule, str | None]:
     """Return the graph of the model in a directory, and its model type."""
     import torch
@@ -165,7 +171,7 @@ def _loaded_graph(
     from lora_fx.tracing.example_inputs import read_example_inputs
     from lora_fx.tracing.transformers_models import load_model
 
-    loaded = load_model(model, None if dtype is Dtype.auto else getattr(torch, dtype.value))
+    loaded = load_model(model, None if dtype is Dtype.auto else getattr(torch, dtype.value), choice)
     step(f"tracing {type(loaded).__name__}")
     inputs = None if example_inputs is None else read_example_inputs(example_inputs, loaded)
     return lora_fx.trace(loaded, inputs, inference=True), getattr(loaded.config, "model_type", None)

@@ -12,6 +12,7 @@ from lora_fx.cli.console import errors, reported
 from lora_fx.cli.options import (
     ExampleInputsFile,
     IgnoredConfigKeys,
+    ModelClass,
     Stacks,
     Strengths,
     Strict,
@@ -59,6 +60,7 @@ def fold(
     strict: Strict = True,
     stacks: Stacks = None,
     ignore_config_key: IgnoredConfigKeys = None,
+    model_class: ModelClass = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the changes without writing them.")] = False,
 ) -> None:
     """Merge adapters into a checkpoint on disk, one tensor in memory at a time.
@@ -95,6 +97,7 @@ def fold(
                 strict=strict,
                 stacks=layouts,
                 ignore_config_keys=ignore_config_key or (),
+                model_class=model_class,
                 example_inputs=example_inputs,
                 step=status.update,
             )
@@ -104,7 +107,7 @@ def fold(
             return
         with tqdm(total=planned.checkpoint.size, desc="folding", unit="B", unit_scale=True) as bar:
             written = planned.write(out, overwrite=overwrite, verify=verify, report=report, progress=bar.update)
-    _tell_written(written, out, planned.untied_lines, report=report)
+    _tell_written(written, out, planned.lines, report=report)
 
 
 def _check_out_is_given(out: Path) -> None:
@@ -116,14 +119,14 @@ def _check_out_is_given(out: Path) -> None:
         )
 
 
-def _tell_written(written: CheckpointReport, out: Path, untied_lines: Sequence[str], *, report: bool) -> None:
+def _tell_written(written: CheckpointReport, out: Path, lines: Sequence[str], *, report: bool) -> None:
     """Print the outcome of a fold on disk: what changed, verification, skipped files, bytes."""
     from lora_fx.folding.checkpoint_files import skipped_lines
     from lora_fx.folding.report import FoldReport
 
     if report:
         remark(str(FoldReport(written.weights)))
-    for line in untied_lines:
+    for line in lines:
         remark(line)
     if written.misrounded is not None:
         remark(

@@ -51,6 +51,14 @@ IgnoredConfigKeys = Annotated[
         help="Key of an adapter_config.json that lora-fx does not know, and that has no effect on the result. May be repeated.",
     ),
 ]
+ModelClass = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Class of transformers that the adapters were trained on. By default that of config.json, or of their task where they "
+        "have modules that this lacks.",
+    ),
+]
 ExampleInputsFile = Annotated[
     Path | None,
     typer.Option(

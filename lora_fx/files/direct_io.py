@@ -107,30 +107,30 @@ def _write_usually(new: FileIO, buffer: memoryview, start: int) -> None:
         done += count
 
 
-def copy_bytes(file: FileIO, new: FileIO, start: int, end: int) -> None:
-    """Copy some bytes to the same place of another file: within the kernel where it can, else through a small buffer."""
-    done = _copied_by_kernel(file.fileno(), new.fileno(), start, end)
+def copy_bytes(file: FileIO, new: FileIO, start: int, end: int, shift: int = 0) -> None:
+    """Copy some bytes to another file, ``shift`` bytes further back: within the kernel where it can, else through a small buffer."""
+    done = _copied_by_kernel(file.fileno(), new.fileno(), start, end, shift)
     buffer = memoryview(bytearray(min(2**20, end - done)))
     while done < end:
         part = buffer[: end - done]
         read_at(file, part, done)
-        write_at(new, part, done)
+        write_at(new, part, done + shift)
         done += len(part)
 
 
-def _copied_by_kernel(file: int, new: int, start: int, end: int) -> int:
+def _copied_by_kernel(file: int, new: int, start: int, end: int, shift: int) -> int:
     """Return up to where the kernel copied."""
     done = start
     while done < end and hasattr(os, "copy_file_range"):
         try:
-            count = os.copy_file_range(file, new, min(PIECE, end - done), done, done)
+            count = os.copy_file_range(file, new, min(PIECE, end - done), done, done + shift)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             break  # it cannot, or which side failed will be seen without it
         if count == 0:
             break
-        write_back_early(new, done, count)
+        write_back_early(new, done + shift, count)
         done += count
     return done
 

@@ -216,6 +216,24 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
             file.write(bytes_of(tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous()))
 
 
+def grown_header(file: TensorFile, added: Mapping[str, torch.Tensor], multiple: int) -> bytes:
+    """Return the header of a file that has further tensors behind its own, whose bytes follow in the order of ``added``.
+
+    Args:
+        file: to grow.
+        added: tensors of names that it does not have.
+        multiple: the header becomes longer by so many bytes, or several times as many.
+    """
+    header = json.loads(file.header[8:].decode())
+    end = max((entry.end for entry in file.entries.values()), default=len(file.header)) - len(file.header)
+    for name, tensor in added.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * ((len(file.header) - 8 - len(text)) % multiple)
+    return struct.pack("<Q", len(text)) + text
+
+
 def _check_writable(path: Path, name: str, tensor: torch.Tensor) -> None:
     problem = None
     if name == "__metadata__":

@@ -219,11 +219,15 @@ class Changes:
         merges: the updates to add, by the key of the tensor. ``Merge.weight`` and ``Merge.names`` are for reports only.
         replacements: new values of the same shape, by the key of the tensor.
         tensors: the factors, and all else that updates name.
+        additions: values of tensors that the checkpoint lacks, on the CPU, by their keys.
+        config: values in config.json, by their keys.
     """
 
     merges: Mapping[str, Merge] = field(default_factory=dict)
     replacements: Mapping[str, torch.Tensor] = field(default_factory=dict)
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    additions: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def factors_of(self, merge: Merge) -> dict[str, torch.Tensor]:
         """Return the tensors that the updates of a merge name, on the CPU."""

@@ -11,14 +11,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lora_fx.adapters.attach import attach
-from lora_fx.adapters.peft_format.fingerprint import fingerprint_on_disk
+from lora_fx.adapters.peft_format.base_class import base_class
 from lora_fx.adapters.peft_format.opening import AdapterFiles, check_base, read_adapter
 from lora_fx.adapters.peft_format.reading import (
     AdapterContents,
@@ -33,21 +32,21 @@ from lora_fx.adapters.peft_format.reading import (
 from lora_fx.adapters.peft_format.stacks import StackLayout
 from lora_fx.adapters.recorded import plan_branches
 from lora_fx.errors import AdapterError, FoldError, LoraFxError, listed
-from lora_fx.files.safetensors import equal_in_files
 from lora_fx.folding.checkpoint import Changes, Checkpoint
 from lora_fx.folding.checkpoint_check import changed_in_files, check_fits
 from lora_fx.folding.checkpoint_files import Companions, companions_of, skipped_lines
+from lora_fx.folding.checkpoint_places import Places
 from lora_fx.folding.checkpoint_write import CheckpointReport, write_merged
 from lora_fx.folding.fold import recipe
-from lora_fx.graph.adapter_names import adapter_of, original_name
+from lora_fx.graph.adapter_names import adapter_of, is_of_adapter, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.state import State
-from lora_fx.numerics.lowrank_merge import Merge, Update
+from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, Update, rounded
 from lora_fx.rules.plain_numbers import finite_number
 from lora_fx.text_table import new_table, text_lines
 from lora_fx.tracing.example_inputs import read_example_inputs
 from lora_fx.tracing.trace import trace
-from lora_fx.tracing.transformers_models import empty_model, untie_as_loaded
+from lora_fx.tracing.transformers_models import ModelChoice, empty_model, untie_as_loaded
 
 
 @dataclass(frozen=True)
@@ -77,12 +76,20 @@ class CheckpointFold:
         return sum(self.checkpoint.find(key)[1].size for key in changed)
 
     @property
-    def untied_lines(self) -> list[str]:
-        """Return a line for each pair that the config ties and the files do not."""
-        return [
+    def lines(self) -> list[str]:
+        """Return a line for each pair that the config ties and the files do not, and one for a class that is not the config's."""
+        untied = [
             f"{source} and {name} are two tensors with other values, and stay apart, as transformers loads them. The config ties them: set "
             "tie_word_embeddings to false for programs that go by it alone"
             for source, name in self.untied
+        ]
+        if not self.changes.additions:
+            return untied
+        added = listed(list(self.changes.additions), _MAX_NAMED)
+        kind = self.changes.config["architectures"][0]
+        return [
+            *untied,
+            f"the result is a {kind}, which the adapter was trained on, in config.json too; added: {added}",
         ]
 
     def __str__(self) -> str:
@@ -96,13 +103,16 @@ class CheckpointFold:
             done = "replaced" if merge is None else " + ".join(map(self._product_text, merge.updates))
             shape = " × ".join(map(str, entry.shape))
             table.add_row(key, str(entry.dtype).removeprefix("torch."), shape, merge.layout if merge else "", done)
+        for key, value in self.changes.additions.items():
+            shape = " × ".join(map(str, value.shape))
+            table.add_row(key, str(value.dtype).removeprefix("torch."), shape, "", "added")
         changed = len(self.changes.merges) + len(self.changes.replacements)
         copied = len(self.checkpoint.tensors) - changed
         return "\n".join(
             [
                 *text_lines(table),
                 *(f"adapter {directory} at strength {strength:g}" for directory, strength in self.adapters),
-                *self.untied_lines,
+                *self.lines,
                 f"{changed} tensors, {self.changed_bytes / 1e6:.1f} MB, change; {copied} tensors, "
                 f"{(self.checkpoint.size - self.changed_bytes) / 1e6:.1f} MB with the headers, are copied as they are",
                 f"copied too: {listed(self.companions.files, _MAX_NAMED)}",
@@ -155,6 +165,7 @@ def plan_checkpoint_fold(
     strict: bool = True,
     stacks: Sequence[StackLayout | None] = (),
     ignore_config_keys: Collection[str] = (),
+    model_class: str | None = None,
     example_inputs: Path | None = None,
     step: Callable[[str], None] = lambda _: None,
 ) -> CheckpointFold:
@@ -166,6 +177,9 @@ def plan_checkpoint_fold(
         strict: see :func:`lora_fx.load_adapter`.
         stacks: see :func:`lora_fx.load_adapter`; one for each adapter, or none.
         ignore_config_keys: see :func:`lora_fx.load_adapter`.
+        model_class: name of the class of transformers that the adapters were trained on. By default it is the one that the config of the
+            checkpoint names, or, where the adapters have modules that this has not, the one of their task (``task_type``) or that they
+            name (``auto_mapping``). Trained modules that the checkpoint lacks, such as the head of a classifier, are added to it.
         example_inputs: a safetensors file of the inputs to trace with, by name; by default they are made from the config.
         step: called with the name of each step, for a display.
 
@@ -180,18 +194,13 @@ def plan_checkpoint_fold(
     checkpoint = Checkpoint.open(Path(base))
     companions = companions_of(checkpoint)
     adapters = [(directory, _strength(directory, given)) for directory, given in adapters]
-    if stacks and len(stacks) != len(adapters):
-        raise LoraFxError(f"stacks: expected a layout or None for each of {len(adapters)} adapters, got {len(stacks)}.")
-    layouts = stacks or [None] * len(adapters)
-    opened = [
-        read_adapter(Path(directory), layout, ignore_config_keys)
-        for (directory, _), layout in zip(adapters, layouts, strict=True)
-    ]
+    opened = _opened([Path(directory) for directory, _ in adapters], stacks, ignore_config_keys)
     step("reading the config")
-    model = empty_model(checkpoint.model)
+    choice = base_class(checkpoint.model, opened, model_class)
+    model = empty_model(checkpoint.model, choice)
     _check_not_quantised(model, checkpoint.model)
     _check_weights_named(model, checkpoint)
-    places = _Places.of(model, checkpoint)
+    places = Places.of(model, checkpoint)
     untied = untie_as_loaded(model, places.plain, partial(places.equal, dtype=getattr(model.config, "dtype", None)))
     step(f"tracing {type(model).__name__}")
     inputs = None if example_inputs is None else read_example_inputs(example_inputs, model)
@@ -201,6 +210,7 @@ def plan_checkpoint_fold(
     names = _all_names(state_of(graph_module))
     factors: dict[str, torch.Tensor] = {}
     copies: dict[str, torch.Tensor] = {}
+    added: dict[str, torch.Tensor] = {}
     trained_by: dict[str, int] = {}
     for index, (files, (_, strength)) in enumerate(zip(opened, adapters, strict=True)):
         check_base(files, base_fingerprint, strict=strict)
@@ -211,14 +221,18 @@ def plan_checkpoint_fold(
         graph_module = _attached(graph_module, contents, name, strength, values)
         factors |= {key: value.detach() for key, value in values.items() if original_name(key) is None}
         copies |= contents.copies
-        stored = {copied: places.of_names(names[copied]) for copied in contents.copies}
+        added |= {name: value for name, value in contents.copies.items() if choice and places.lacks(names[name])}
+        stored = {copied: places.of_names(names[copied]) for copied in contents.copies if copied not in added}
         dtypes = {copied: checkpoint.find(keys[0])[1].dtype for copied, keys in stored.items()}
+        dtypes |= dict.fromkeys(added, _usual_dtype(checkpoint))
         warn_of_rounding(files.directory, contents.copies, dtypes, stacklevel=2)
         trained_by |= {key: index for keys in stored.values() for key in keys}
     merges = {key: merge for merge in _recipe(graph_module) for key in places.of_names(merge.names)}
-    replaced = {key: value for name, value in copies.items() for key in places.of_names(names[name])}
+    replaced = {
+        key: value for name, value in copies.items() if name not in added for key in places.of_names(names[name])
+    }
     _check_apart(merges, replaced, trained_by, [directory for directory, _ in adapters])
-    changes = Changes(merges=merges, replacements=replaced, tensors=factors)
+    changes = Changes(merges, replaced, factors, *_additions(added, choice, model, places, state_of(graph_module)))
     check_fits(checkpoint, changes)
     changed_in_files(checkpoint, changes)
     pairs = tuple((Path(directory), strength) for directory, strength in adapters)
@@ -227,6 +241,17 @@ def plan_checkpoint_fold(
 
 
 _MAX_NAMED = 10
+
+
+def _opened(
+    directories: Sequence[Path], stacks: Sequence[StackLayout | None], ignore_config_keys: Collection[str]
+) -> list[AdapterFiles]:
+    if stacks and len(stacks) != len(directories):
+        raise LoraFxError(
+            f"stacks: expected a layout or None for each of {len(directories)} adapters, got {len(stacks)}."
+        )
+    pairs = zip(directories, stacks or [None] * len(directories), strict=True)
+    return [read_adapter(directory, layout, ignore_config_keys) for directory, layout in pairs]
 
 
 def _strength(directory: str | Path, given: float) -> float:
@@ -244,6 +269,7 @@ def fold_checkpoint(
     strict: bool = True,
     stacks: Sequence[StackLayout | None] = (),
     ignore_config_keys: Collection[str] = (),
+    model_class: str | None = None,
     example_inputs: Path | None = None,
     overwrite: bool = False,
     verify: bool = False,
@@ -256,6 +282,7 @@ def fold_checkpoint(
         strict=strict,
         stacks=stacks,
         ignore_config_keys=ignore_config_keys,
+        model_class=model_class,
         example_inputs=example_inputs,
     )
     return planned.write(out, overwrite=overwrite, verify=verify, report=report)
@@ -292,7 +319,7 @@ def _check_apart(
 
 
 def _with_embeddings(
-    files: AdapterFiles, contents: AdapterContents, places: _Places, graph_module: TracedGraphModule
+    files: AdapterFiles, contents: AdapterContents, places: Places, graph_module: TracedGraphModule
 ) -> AdapterContents:
     """Compare what an adapter's file has of the model's own tensors with the checkpoint; embeddings that differ are trained copies."""
     problems, found, names = [], {}, _all_names(state_of(graph_module))
@@ -312,6 +339,41 @@ def _with_embeddings(
         raise AdapterError(str(files.directory), problems)
     warn_of_embeddings(files.directory, list(found), stacklevel=3)
     return replace(contents, copies={**contents.copies, **found})
+
+
+def _additions(
+    added: Mapping[str, torch.Tensor], choice: ModelChoice | None, model: nn.Module, places: Places, state: State
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the tensors that a checkpoint gets for another class, in the dtype of its others, and what its config says of that class.
+
+    Raises:
+        FoldError: the class has further tensors that neither the checkpoint nor an adapter has.
+    """
+    if choice is None or not added:
+        return {}, {}
+    lacking = [
+        first
+        for first, names in state.names().items()
+        if first not in added and first not in state.non_persistent and not is_of_adapter(first) and places.lacks(names)
+    ]
+    kind = choice.model_class.__name__
+    if lacking:
+        raise FoldError(
+            f"{places.checkpoint.directory}: neither it nor an adapter has values for {listed(lacking, _MAX_NAMED)} of {kind}, which were "
+            "random where the adapter was trained. Fold into the checkpoint that it was trained on."
+        )
+    dtype = _usual_dtype(places.checkpoint)
+    config: Any = model.config
+    said: dict[str, Any] = {"architectures": [kind]}
+    if choice.labels is not None:
+        said |= {"id2label": {str(key): name for key, name in config.id2label.items()}, "label2id": config.label2id}
+    return {name: rounded(value.detach().cpu(), dtype).contiguous() for name, value in added.items()}, said
+
+
+def _usual_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Return the dtype in which a checkpoint gets further weights."""
+    dtypes = (entry.dtype for _, entry in checkpoint.tensors.values() if entry.dtype in FOLDABLE)
+    return next(dtypes, torch.float32)
 
 
 def _all_names(state: State) -> dict[str, tuple[str, ...]]:
@@ -364,74 +426,4 @@ def _check_weights_named(model: nn.Module, checkpoint: Checkpoint) -> None:
         raise FoldError(
             f"{checkpoint.model}: expected the weights in {used}, found that config.json names {named!r} (transformers_weights), which "
             f"transformers loads. Rename that to {used}, and remove the key."
-        )
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Where the tensors of a model are in its checkpoint.
-
-    Attributes:
-        checkpoint: it.
-        plain: name in the model → key, for tensors that are stored as the model has them.
-        converted: name in the model → keys, for tensors that transformers computes from others as it loads.
-    """
-
-    checkpoint: Checkpoint
-    plain: Mapping[str, str]
-    converted: Mapping[str, tuple[str, ...]]
-
-    @staticmethod
-    def of(model: nn.Module, checkpoint: Checkpoint) -> _Places:
-        """Rename every key as transformers does when it loads it."""
-        transforms = get_model_conversion_mapping(model)  # type: ignore[arg-type]
-        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-        converters = [each for each in transforms if isinstance(each, WeightConverter)]
-        prefix = getattr(model, "base_model_prefix", "") or None
-        state = model.state_dict()
-        made_of: dict[str, list[str]] = {}
-        converts = set()
-        for key in checkpoint.tensors:
-            name, converter = rename_source_key(key, renamings, converters, prefix, state)
-            made_of.setdefault(name, []).append(key)
-            if converter is not None:
-                converts.add(name)
-        plain = {name: keys[0] for name, keys in made_of.items() if len(keys) == 1 and name not in converts}
-        converted = {name: tuple(keys) for name, keys in made_of.items() if name not in plain}
-        return _Places(checkpoint, plain, converted)
-
-    def equal(self, one: str, other: str, *, dtype: torch.dtype | None) -> bool:
-        """Tell whether two tensors that are stored as the model has them are equal when they are loaded in a dtype."""
-        first, second = (self.checkpoint.find(self.plain[name]) for name in (one, other))
-        return equal_in_files(first, second, dtype if dtype is not None else first[1].dtype)
-
-    def fingerprint(self, state: State) -> dict[str, str | None]:
-        """Return the fingerprint of the base, see :func:`lora_fx.adapters.peft_format.fingerprint.differences`."""
-        found = {
-            first: next((self.plain[name] for name in names if name in self.plain), None)
-            for first, names in state.names().items()
-            if first not in state.non_persistent
-        }
-        told = fingerprint_on_disk({n: self.checkpoint.find(key) for n, key in found.items() if key is not None})
-        return {name: told.get(name) for name in found}
-
-    def of_names(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Return the keys under which a tensor of the model with these names is stored; several where it is stored twice.
-
-        Raises:
-            FoldError: it is not in the checkpoint as the model has it.
-        """
-        keys = tuple(self.plain[name] for name in names if name in self.plain)
-        if keys:
-            return keys
-        made_of = next((self.converted[name] for name in names if name in self.converted), ())
-        if made_of:
-            raise FoldError(
-                f"{self.checkpoint.directory} does not store {names[0]!r} as the model has it: transformers makes it of "
-                f"{listed(made_of, 3)}. Load the model, fold with lora_fx.from_adapter and lora_fx.fold, and write it with "
-                "lora_fx.huggingface.save_pretrained."
-            )
-        raise FoldError(
-            f"{self.checkpoint.directory} has no tensor for {' or '.join(map(repr, names))}, which an adapter changes. Is it the checkpoint of "
-            "another model?"
         )

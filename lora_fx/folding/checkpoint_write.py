@@ -2,11 +2,14 @@
 
 W' = W + Σ scaling · B A        for each weight that is changed; all else is copied byte by byte
 
-Each file of the result has the header that the one of the checkpoint has, and its tensors in the same places.
+Each file of the result has the header that the one of the checkpoint has, and its tensors in the same places. Tensors that the
+checkpoint lacks are behind those of the last file, whose header is longer by whole pages.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +22,7 @@ import torch
 
 from lora_fx.files.atomic import replacing
 from lora_fx.files.direct_io import (
+    PAGE,
     PIECE,
     aligned_memory,
     copy_bytes,
@@ -29,7 +33,7 @@ from lora_fx.files.direct_io import (
     reading,
     write_at,
 )
-from lora_fx.files.safetensors import TensorEntry, TensorFile, bytes_of
+from lora_fx.files.safetensors import TensorEntry, TensorFile, bytes_of, grown_header
 from lora_fx.files.target import DirectoryKind, Target
 from lora_fx.folding.checkpoint import Changes, Checkpoint, is_weights, size_of
 from lora_fx.folding.checkpoint_check import changed_in_files, check_fits, misrounded_share
@@ -110,12 +114,16 @@ def write_merged(
             (beside / name).mkdir()
         for name in companions.files:
             copy_file(checkpoint.directory / name, beside / name)
+        _tell_of_additions(checkpoint, changes, beside)
         check_finite(_write_files(checkpoint, changes, changed, beside, progress))
         misrounded = misrounded_share(checkpoint, changes, changed, beside) if verify else None
         weights = tuple(_measured(checkpoint, changes, beside)) if report else ()
     entries = [file.entries[key] for file in checkpoint.files for key in changed[checkpoint.name_of(file)]]
     merged_bytes = sum(entry.size for entry in entries)
-    return CheckpointReport(weights, checkpoint.size - merged_bytes, merged_bytes, misrounded, companions.skipped)
+    added_bytes = sum(value.nbytes for value in changes.additions.values())
+    return CheckpointReport(
+        weights, checkpoint.size - merged_bytes, merged_bytes + added_bytes, misrounded, companions.skipped
+    )
 
 
 def _target(
@@ -138,25 +146,29 @@ def _target(
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some bytes of a file with tensors, and the file of the result: of one changed tensor, or a run of others."""
+    """Some bytes of a file with tensors, and the file of the result: of one changed tensor, or a run of others.
+
+    In the result they are ``shift`` bytes, whole pages, further back.
+    """
 
     file: TensorFile
     target: Path
     start: int
     end: int
+    shift: int
     key: str | None = None
 
 
-def _pieces(file: TensorFile, target: Path, changed: Collection[str]) -> Iterator[_Piece]:
+def _pieces(file: TensorFile, target: Path, shift: int, changed: Collection[str]) -> Iterator[_Piece]:
     """Yield the pieces behind the header of a file, in order; runs of untouched tensors in steps of limited size."""
     start = len(file.header)
     ends = [entry for key, entry in file.entries.items() if key in changed]
     for entry in [*ends, None]:
         end = size_of(file) if entry is None else entry.start
         for first in range(start, end, PIECE):
-            yield _Piece(file, target, first, min(first + PIECE, end))
+            yield _Piece(file, target, first, min(first + PIECE, end), shift)
         if entry is not None:
-            yield _Piece(file, target, entry.start, entry.end, entry.name)
+            yield _Piece(file, target, entry.start, entry.end, shift, entry.name)
             start = entry.end
 
 
@@ -171,11 +183,16 @@ def _write_files(
     pieces: list[_Piece] = []
     for file in checkpoint.files:
         name = checkpoint.name_of(file)
+        added = changes.additions if file is checkpoint.files[-1] else {}
+        header = grown_header(file, added, PAGE) if added else file.header
+        shift = len(header) - len(file.header)
         with (directory / name).open("wb") as new:
-            new.write(file.header)
-            new.truncate(size_of(file))
+            new.write(header)
+            new.truncate(size_of(file) + shift)
+            new.seek(0, os.SEEK_END)
+            new.writelines(bytes_of(value) for value in added.values())
         progress(len(file.header))
-        pieces += _pieces(file, directory / name, changed[name])
+        pieces += _pieces(file, directory / name, shift, changed[name])
     buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
     size = max((piece.end - piece.start for piece in pieces if piece.key not in changes.replacements), default=0)
     largest = max((entry.size for _, entry in checkpoint.tensors.values()), default=0)
@@ -189,6 +206,23 @@ def _write_files(
                 non_finite[piece.key] = count
             progress(piece.end - piece.start)
     return non_finite
+
+
+def _tell_of_additions(checkpoint: Checkpoint, changes: Changes, directory: Path) -> None:
+    """Say in the index which file has the tensors that are added, and in the config what else it is to say."""
+    if checkpoint.index is not None and changes.additions:
+        path = directory / checkpoint.index.relative_to(checkpoint.directory)
+        found = json.loads(path.read_text("utf-8"))
+        place = checkpoint.files[-1].path.relative_to(checkpoint.model).as_posix()
+        found["weight_map"] |= dict.fromkeys(changes.additions, place)
+        size = found.get("metadata", {}).get("total_size")
+        if isinstance(size, int):
+            found["metadata"]["total_size"] = size + sum(value.nbytes for value in changes.additions.values())
+        path.write_text(f"{json.dumps(found, indent=2, ensure_ascii=False)}\n", "utf-8")
+    if changes.config:
+        path = directory / checkpoint.model.relative_to(checkpoint.directory) / "config.json"
+        found = json.loads(path.read_text("utf-8"))
+        path.write_text(f"{json.dumps({**found, **changes.config}, indent=2, ensure_ascii=False)}\n", "utf-8")
 
 
 @contextmanager
@@ -209,19 +243,19 @@ def _write_piece(changes: Changes, buffers: SimpleQueue[torch.Tensor], piece: _P
     with piece.target.open("r+b", buffering=0) as new, direct_descriptor(piece.target) as direct:
         if piece.key is not None and piece.key in changes.replacements:
             value = changes.new_value(piece.file.entries[piece.key])
-            write_at(new, bytes_of(value), piece.start)
+            write_at(new, bytes_of(value), piece.start + piece.shift)
             return int((~torch.isfinite(value)).count_nonzero()) if value.dtype in FOLDABLE else 0
         buffer = buffers.get()
         try:
             with reading(piece.file.path, size_of(piece.file)) as file:
                 if piece.key is None and direct is None:
-                    copy_bytes(file, new, piece.start, piece.end)
+                    copy_bytes(file, new, piece.start, piece.end, piece.shift)
                     return 0
                 itemsize = 1 if piece.key is None else piece.file.entries[piece.key].dtype.itemsize
                 data = place_in_page(buffer, piece.start, piece.end - piece.start, itemsize)
                 read_at(file, bytes_of(data), piece.start)
             non_finite = 0 if piece.key is None else _merge(changes, piece.file.entries[piece.key], data)
-            write_at(new, bytes_of(data), piece.start, direct)
+            write_at(new, bytes_of(data), piece.start + piece.shift, direct)
         finally:
             buffers.put(buffer)
         return non_finite

@@ -7,6 +7,7 @@ import importlib
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +24,42 @@ from lora_fx.graph.process_state import forked_random_state
 from lora_fx.graph.state import State
 
 
-def empty_model(path: str | Path) -> nn.Module:
+@dataclass(frozen=True)
+class ModelChoice:
+    """A class of transformers, in place of the one that a config names.
+
+    Attributes:
+        model_class: the class.
+        labels: number of labels of its head, where that is not the config's.
+        supplied: names of weights that a checkpoint need not have, since they are replaced.
+    """
+
+    model_class: Any
+    labels: int | None = None
+    supplied: frozenset[str] = frozenset()
+
+    def apply(self, config: Any) -> Any:
+        """Set the number of labels of a config, in place, and return the class."""
+        if self.labels is not None:
+            config.num_labels = self.labels
+        return self.model_class
+
+
+def empty_model(path: str | Path, choice: ModelChoice | None = None) -> nn.Module:
     """Return the transformers model that a config describes, without weights.
 
     Args:
         path: a model directory, or its ``config.json``.
+        choice: of the class; by default the config's own.
 
     Raises:
         LoraFxError: there is no config, or transformers has no model for it. Code that comes with a model is never run.
     """
     path = Path(path)
-    if not (path / "config.json" if path.is_dir() else path).is_file():
-        raise LoraFxError(
-            f"{path}: expected a model directory with a config.json, or such a file. Nothing is downloaded.{hub_hint(path)}"
-        )
-    config = _read_config(path)
+    config = read_model_config(path)
+    model_class = class_of_config(config) if choice is None else choice.apply(config)
     with torch.device("meta"):
-        return _build(config, path)
+        return _build(config, path, model_class)
 
 
 def untie_as_loaded(
@@ -71,12 +91,13 @@ def untie_as_loaded(
     return tuple(untied)
 
 
-def load_model(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
+def load_model(path: str | Path, dtype: torch.dtype | None = None, choice: ModelChoice | None = None) -> nn.Module:
     """Return the transformers model in a directory, in evaluation mode. Of weights, only safetensors files are read.
 
     Args:
         path: of the directory.
         dtype: of the weights; by default that in which they were saved.
+        choice: of the class; by default the one that the config names.
 
     Raises:
         LoraFxError: it is no such directory, transformers cannot load it, or files do not have all of its weights.
@@ -84,15 +105,16 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     path = Path(path)
     if not (path / "config.json").is_file():
         raise LoraFxError(f"{path}: expected a directory with a config.json and safetensors files.{hub_hint(path)}")
-    config = _read_config(path)
+    config = read_model_config(path)
     names = getattr(config, "architectures", None)
-    model_class = _class_of(config) or transformers.AutoModel
+    model_class = (class_of_config(config) if choice is None else choice.apply(config)) or transformers.AutoModel
     if names and model_class is transformers.AutoModel:
         raise LoraFxError(
             f"{path}: config.json says architectures {names}, of which transformers {transformers.__version__} has no model; code that "
             "comes with a model is not run. Name the class of transformers that was saved."
         )
     options = {"trust_remote_code": False} if model_class is transformers.AutoModel else {}
+    options |= {"config": config} if choice is not None else {}
     try:
         loaded, report = model_class.from_pretrained(
             path,
@@ -106,7 +128,13 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
         raise LoraFxError(
             f"{path}: transformers {transformers.__version__} cannot load this model: {type(error).__name__}: {error}"
         ) from error
-    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    supplied = choice.supplied if choice is not None else frozenset()
+    missing, unused = sorted(set(report["missing_keys"]) - supplied), sorted(report["unexpected_keys"])
+    if missing and choice is not None:
+        raise LoraFxError(
+            f"{path}: neither the files nor an adapter have values for {listed(missing, 5)} of {model_class.__name__}, which were random "
+            "where the adapter was trained. Give the checkpoint that it was trained on."
+        )
     if missing or (unused and not names):
         problem = (
             f"no values for {listed(missing, 5)}, which would be random"
@@ -120,7 +148,16 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     return loaded.eval()
 
 
-def _read_config(path: Path) -> Any:
+def read_model_config(path: Path) -> Any:
+    """Return the config of transformers in a directory, or a file.
+
+    Raises:
+        LoraFxError: there is none, transformers cannot read it, or it asks for code from a hub.
+    """
+    if not (path / "config.json" if path.is_dir() else path).is_file():
+        raise LoraFxError(
+            f"{path}: expected a model directory with a config.json, or such a file. Nothing is downloaded.{hub_hint(path)}"
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the file is a stranger's, and transformers raises whatever it meets
@@ -143,14 +180,44 @@ def _check_kernels(config: Any, path: Path) -> None:
             )
 
 
-def _class_of(config: Any) -> Any:
-    names = getattr(config, "architectures", None)
+def class_of_config(config: Any, names: object = None) -> Any:
+    """Return the first class of transformers among some names, by default those that a config says; None if there is none."""
+    names = getattr(config, "architectures", None) if names is None else names
     names = names if isinstance(names, list | tuple) else []
     return next((getattr(transformers, name) for name in names if _is_model(name)), None)
 
 
-def _build(config: Any, path: Path) -> nn.Module:
-    model_class = _class_of(config)
+def class_of_task(config: Any, task: str | None) -> Any:
+    """Return the class that transformers has for a config and a task, as PEFT names tasks; None if there is none."""
+    mapping = {
+        "SEQ_CLS": transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        "TOKEN_CLS": transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+        "QUESTION_ANS": transformers.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+        "CAUSAL_LM": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+        "SEQ_2_SEQ_LM": transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        "FEATURE_EXTRACTION": transformers.MODEL_MAPPING,
+    }.get(task or "")
+    found = None if mapping is None else mapping.get(type(config), None)
+    return found[0] if isinstance(found, list | tuple) else found
+
+
+def named_class(name: str, config: Any) -> Any:
+    """Return the class of transformers of a name.
+
+    Raises:
+        LoraFxError: there is none, or not for this config.
+    """
+    if not _is_model(name):
+        raise LoraFxError(f"--model-class: transformers {transformers.__version__} has no model class {name!r}.")
+    found = getattr(transformers, name)
+    if not isinstance(config, found.config_class or object):
+        raise LoraFxError(
+            f"--model-class: {name} is built from {found.config_class.__name__}, and the checkpoint has {type(config).__name__}."
+        )
+    return found
+
+
+def _build(config: Any, path: Path, model_class: Any) -> nn.Module:
     try:
         made = transformers.AutoModel.from_config(config) if model_class is None else model_class(config)
     except Exception as error:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_fx.adapters.peft_format.fingerprint import differences, recorded
+from lora_fx.adapters.peft_format.keys import base_name
 from lora_fx.adapters.peft_format.stacks import LAYOUTS, StackLayout
 from lora_fx.adapters.peft_format.tensors import AdapterTensors, open_tensors
 from lora_fx.errors import AdapterError, shortened
@@ -30,6 +31,11 @@ class AdapterFiles:
     config: AdapterConfig
     file: AdapterTensors
     stacks: StackLayout | None = None
+
+    def replaced(self, names: Collection[str]) -> set[str]:
+        """Return which of these parameters of a model the adapter has trained values of, in modules that train as a whole."""
+        found = {base_name(key, names) for key in self.file.entries if ".original_module." not in key}
+        return {name for name in found if name is not None and self.config.saves_any(name)}
 
 
 def read_adapter(
@@ -72,6 +78,7 @@ def check_base(files: AdapterFiles, found: Mapping[str, str | None], *, strict: 
         AdapterError: they differ.
     """
     trained_on, _ = recorded(files.file.metadata)
+    found = {**found, **dict.fromkeys(files.replaced(found))}  # whose values in the base are of no matter
     unlike = list(differences(trained_on, found)) if trained_on and found else []
     if unlike:
         source = str(files.directory)

@@ -74,7 +74,7 @@ def from_adapter(
     # A malformed directory is refused before the model is traced.
     files = read_adapter(Path(directory), stacks, ignore_config_keys)
     graph_module = trace(model, example_inputs, dynamic=dynamic, inference=inference)
-    return _with_adapter(graph_module, files, adapter, trainable=trainable, strict=strict)
+    return with_adapter(graph_module, files, adapter, trainable=trainable, strict=strict)
 
 
 def load_adapter(
@@ -113,13 +113,13 @@ def load_adapter(
         PlanError: the adapter does not fit beside the other adapters of the graph.
     """
     files = read_adapter(Path(directory), stacks, ignore_config_keys)
-    return _with_adapter(graph_module, files, adapter, trainable=trainable, strict=strict)
+    return with_adapter(graph_module, files, adapter, trainable=trainable, strict=strict)
 
 
-def _with_adapter(
+def with_adapter(
     graph_module: TracedGraphModule, files: AdapterFiles, adapter: str, *, trainable: bool | None, strict: bool
 ) -> TracedGraphModule:
-    """Return the graph with an adapter from a directory that was opened."""
+    """Return the graph with an adapter from a directory that was opened, see :func:`load_adapter`."""
     graph_module = _traced(graph_module)
     check_base(files, fingerprint(state_of(graph_module)), strict=strict)
     contents = read_contents(files, graph_module)

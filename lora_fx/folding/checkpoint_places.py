@@ -1,0 +1,91 @@
+"""Where the tensors of a transformers model are in a checkpoint: under their own names, or made of others as it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from lora_fx.adapters.peft_format.fingerprint import fingerprint_on_disk
+from lora_fx.errors import FoldError, listed
+from lora_fx.files.safetensors import equal_in_files
+from lora_fx.folding.checkpoint import Checkpoint
+from lora_fx.graph.state import State
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tensors of a model are in its checkpoint.
+
+    Attributes:
+        checkpoint: it.
+        plain: name in the model → key, for tensors that are stored as the model has them.
+        converted: name in the model → keys, for tensors that transformers computes from others as it loads.
+    """
+
+    checkpoint: Checkpoint
+    plain: Mapping[str, str]
+    converted: Mapping[str, tuple[str, ...]]
+
+    @staticmethod
+    def of(model: nn.Module, checkpoint: Checkpoint) -> Places:
+        """Rename every key as transformers does when it loads it."""
+        transforms = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+        converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        prefix = getattr(model, "base_model_prefix", "") or None
+        state = model.state_dict()
+        made_of: dict[str, list[str]] = {}
+        converts = set()
+        for key in checkpoint.tensors:
+            name, converter = rename_source_key(key, renamings, converters, prefix, state)
+            made_of.setdefault(name, []).append(key)
+            if converter is not None:
+                converts.add(name)
+        plain = {name: keys[0] for name, keys in made_of.items() if len(keys) == 1 and name not in converts}
+        converted = {name: tuple(keys) for name, keys in made_of.items() if name not in plain}
+        return Places(checkpoint, plain, converted)
+
+    def equal(self, one: str, other: str, *, dtype: torch.dtype | None) -> bool:
+        """Tell whether two tensors that are stored as the model has them are equal when they are loaded in a dtype."""
+        first, second = (self.checkpoint.find(self.plain[name]) for name in (one, other))
+        return equal_in_files(first, second, dtype if dtype is not None else first[1].dtype)
+
+    def fingerprint(self, state: State) -> dict[str, str | None]:
+        """Return the fingerprint of the base, see :func:`lora_fx.adapters.peft_format.fingerprint.differences`."""
+        found = {
+            first: next((self.plain[name] for name in names if name in self.plain), None)
+            for first, names in state.names().items()
+            if first not in state.non_persistent
+        }
+        told = fingerprint_on_disk({n: self.checkpoint.find(key) for n, key in found.items() if key is not None})
+        return {name: told.get(name) for name in found}
+
+    def lacks(self, names: Sequence[str]) -> bool:
+        """Tell whether the checkpoint has nothing of which a tensor of the model with these names is made."""
+        return not any(name in self.plain or name in self.converted for name in names)
+
+    def of_names(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return the keys under which a tensor of the model with these names is stored; several where it is stored twice.
+
+        Raises:
+            FoldError: it is not in the checkpoint as the model has it.
+        """
+        keys = tuple(self.plain[name] for name in names if name in self.plain)
+        if keys:
+            return keys
+        made_of = next((self.converted[name] for name in names if name in self.converted), ())
+        if made_of:
+            raise FoldError(
+                f"{self.checkpoint.directory} does not store {names[0]!r} as the model has it: transformers makes it of "
+                f"{listed(made_of, 3)}. Load the model, fold with lora_fx.from_adapter and lora_fx.fold, and write it with "
+                "lora_fx.huggingface.save_pretrained."
+            )
+        raise FoldError(
+            f"{self.checkpoint.directory} has no tensor for {' or '.join(map(repr, names))}, which an adapter changes. Is it the checkpoint of "
+            "another model?"
+        )
