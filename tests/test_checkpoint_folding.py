@@ -448,7 +448,7 @@ def test_the_command_line(base: tuple[nn.Module, Path], tmp_path: Path) -> None:
         directory, tmp_path / "a", tmp_path / "b", out, "--strength", 1, "--strength", 0.5, "--verify", "--report"
     )
     assert done.exit_code == 0, done.output
-    assert "9 weights" in done.stdout
+    assert "6 weights" in done.stdout
     first = tensors_of(out)
     again = call(directory, tmp_path / "a", out)
     assert again.exit_code == 1
