@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import inspect
 import pickle
 from dataclasses import replace
@@ -65,6 +67,21 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return model, wrapped, lora_fx.from_adapter(model, directory)
 
 
+@functools.cache
+def trained(kind: str) -> tuple[Any, Any]:
+    """A model and a graph of it whose adapter trains; with labels for the second kind. What changes the graph takes a copy."""
+    build, targets = KINDS[kind]
+    model = build()
+    if kind == "sequence":
+        model.generation_config = SHORT
+    rules = {"select": [{"target": targets}]}
+    graph = lora_fx.rewrite(model, rules, rank=3, alpha=5, dropout=0.0, labels=kind == "sequence")
+    set_factors(graph)
+    return model, graph
+
+
+SHORT = transformers.GenerationConfig(max_new_tokens=6, decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)
+
 WAYS = {
     "greedy": {"do_sample": False},
     "sampled": {"do_sample": True, "top_k": 30},
@@ -84,53 +101,62 @@ def test_generate_gives_the_tokens_of_peft(pair: Any, way: str) -> None:
 
 
 def test_generate_folds_at_the_start_of_each_call_and_keeps_nothing() -> None:
-    graph = lora_fx.rewrite(causal(), rules="llama", rank=3)
-    set_factors(graph)
-    before = graph.generate(**BATCH, max_new_tokens=8, do_sample=False)
+    graph = copy.deepcopy(trained("causal")[1])
+    options = {**BATCH, "max_new_tokens": 8, "do_sample": False}
+    models = _number_of_models()
+    before = graph.generate(**options)
     factor = next(p for name, p in graph.named_parameters() if "lora_B" in name)
     kept = factor.detach().clone()
     factor.data += 3.0
     with unchanged(graph):
-        assert not torch.equal(graph.generate(**BATCH, max_new_tokens=8, do_sample=False), before)
+        assert not torch.equal(graph.generate(**options), before)
     factor.data = kept
-    assert torch.equal(graph.generate(**BATCH, max_new_tokens=8, do_sample=False), before)
+    assert torch.equal(graph.generate(**options), before)
+    assert _number_of_models() == models
 
 
-def test_generate_shares_the_weights_that_no_adapter_changes() -> None:
-    model = causal()
-    graph = lora_fx.rewrite(model, {"select": [{"target": ["q_proj"]}]}, rank=3)
-    set_factors(graph)
-    double: Any = graph.merge_and_unload()
-    adapted = {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)}
-    own = dict(model.named_parameters())
-    for name, parameter in double.named_parameters():
-        assert (parameter.data_ptr() == own[name].data_ptr()) == (name not in adapted)
+def _number_of_models() -> int:
+    gc.collect()
+    return sum(type(each) is transformers.LlamaForCausalLM for each in gc.get_objects())
+
+
+def test_generate_shares_the_weights_that_no_adapter_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graph = trained("causal")
+    pointers: dict[str, int] = {}
+
+    def generate(self: nn.Module, **_: Any) -> None:
+        assert not self.training
+        pointers.update({name: parameter.data_ptr() for name, parameter in self.named_parameters()})
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", generate)
+    graph.generate(**BATCH)
+    assert pointers.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        assert (pointers[name] == parameter.data_ptr()) != any(part in name for part in KINDS["causal"][1]), name
 
 
 def test_generate_works_on_a_graph_with_labels() -> None:
-    model = sequence()
-    plain, with_labels = (lora_fx.rewrite(model, rules="t5", rank=3, labels=labels) for labels in (False, True))
-    set_factors(plain)
-    set_factors(with_labels)
-    expected = plain.generate(**BATCH, max_new_tokens=8)
-    assert torch.equal(with_labels.train().generate(**BATCH, max_new_tokens=8), expected)
+    model, graph = trained("sequence")
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=KINDS["sequence"][1])
+    wrapped: Any = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    set_factors(wrapped)
+    with_labels = copy.deepcopy(graph).train()
+    assert torch.equal(with_labels.generate(**BATCH), wrapped.generate(**BATCH))
     assert with_labels.training
 
 
 def test_generation_config_is_a_copy_of_its_own_and_can_be_changed_or_replaced() -> None:
-    model = sequence()
-    model.generation_config.max_new_tokens = 7
-    model.generation_config.do_sample = False
-    graph = pickle.loads(pickle.dumps(lora_fx.rewrite(model, rules="t5", rank=3)))
+    model, graph = trained("sequence")
+    graph = pickle.loads(pickle.dumps(graph))
     assert graph.generation_config.to_dict() == model.generation_config.to_dict()
-    assert graph.generate(**BATCH).shape == model.generate(**BATCH).shape
+    assert graph.generate(**BATCH).shape[1] == 7
     graph.generation_config.max_new_tokens = 4
     assert graph.generate(**BATCH).shape[1] == 5
     graph.generation_config = transformers.GenerationConfig(
         max_new_tokens=3, decoder_start_token_id=0, eos_token_id=1, pad_token_id=0
     )
     assert copy.deepcopy(graph).generate(**BATCH).shape[1] == 4
-    assert model.generation_config.max_new_tokens == 7
+    assert model.generation_config.max_new_tokens == 6
 
 
 def test_merge_and_unload_gives_the_bits_of_peft(pair: Any) -> None:
@@ -172,20 +198,17 @@ def _saved(wrapped: Any, directory: Path) -> Path:
     return directory
 
 
-def test_numbers_of_parameters_are_those_of_peft(pair: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    model, wrapped, _ = pair
-    config = wrapped.peft_config["default"]
-    graph = lora_fx.rewrite(model, {"select": [{"target": sorted(config.target_modules)}]}, rank=3, alpha=5)
-    fresh: Any = peft.get_peft_model(
-        copy.deepcopy(model), peft.LoraConfig(r=3, lora_alpha=5, target_modules=sorted(config.target_modules))
-    )
-    assert graph.get_nb_trainable_parameters() == fresh.get_nb_trainable_parameters()
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_of_parameters_are_those_of_peft(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model, graph = trained(kind)
+    wrapped: Any = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=3, target_modules=KINDS[kind][1]))
+    assert graph.get_nb_trainable_parameters() == wrapped.get_nb_trainable_parameters()
     graph.print_trainable_parameters()
-    fresh.print_trainable_parameters()
+    wrapped.print_trainable_parameters()
     mine, theirs = capsys.readouterr().out.splitlines()
     assert mine == theirs
     for options in ({}, {"only_trainable": True}, {"exclude_embeddings": True}):
-        assert graph.num_parameters(**options) == fresh.num_parameters(**options)
+        assert graph.num_parameters(**options) == wrapped.num_parameters(**options)
 
 
 def test_the_input_embedding_is_the_graphs_own_and_refuses_what_would_do_nothing(pair: Any) -> None:
@@ -207,7 +230,7 @@ def test_the_input_embedding_is_the_graphs_own_and_refuses_what_would_do_nothing
 
 
 def test_methods_are_there_where_they_mean_something_and_nowhere_else() -> None:
-    causal_graph = lora_fx.rewrite(causal(), rules="llama", rank=3)
+    _, causal_graph = trained("causal")
     for name in (*PEFT_SPELLING, "generation_config"):
         assert hasattr(causal_graph, name), name
         assert name in dir(causal_graph), name
@@ -248,7 +271,7 @@ def renamed(graph: lora_fx.TracedGraphModule, model_class: str) -> lora_fx.Trace
 
 
 def test_no_second_model_is_made_of_code_from_a_hub_or_of_a_class_that_is_not_found() -> None:
-    graph = lora_fx.rewrite(causal(), rules="llama", rank=3)
+    _, graph = trained("causal")
     hub = renamed(graph, "transformers_modules.somebody.modeling:LlamaForCausalLM")
     lost = renamed(graph, "test_methods:test_something.<locals>.Model")
     assert hub.can_generate()
@@ -323,12 +346,10 @@ def test_a_trained_copy_of_the_head_and_several_adapters_are_merged_as_peft_merg
 
 
 def test_the_seq2seq_trainer_predicts_what_it_predicts_with_peft(tmp_path: Path) -> None:
-    model = sequence()
-    model.generation_config = (
-        _SHORT  # PEFT generates by the model's own, also where the trainer's arguments have another
-    )
-    wrapped: Any = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=3, target_modules=["q", "v"]))
-    graph = lora_fx.rewrite(model, {"select": [{"target": ["q", "v"]}]}, rank=3, alpha=8, labels=True, dropout=0.0)
+    model, graph = trained("sequence")
+    # PEFT generates by the model's own settings, also where the trainer's arguments have others.
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=KINDS["sequence"][1])
+    wrapped: Any = peft.get_peft_model(copy.deepcopy(model), config)
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row[:3]} for row in PROMPT]
     found = []
     for each in (wrapped, graph):
@@ -341,11 +362,8 @@ def test_the_seq2seq_trainer_predicts_what_it_predicts_with_peft(tmp_path: Path)
     assert found[1].metrics["test_loss"] == found[0].metrics["test_loss"]
 
 
-_SHORT = transformers.GenerationConfig(max_new_tokens=6, decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)
-
-
 def test_tags_go_to_the_merged_model() -> None:
-    graph = lora_fx.trace(causal())
+    graph = copy.deepcopy(trained("causal")[1])
     graph.add_model_tags(["trl", "sft"])
     graph.add_model_tags("sft")
     assert graph.merge_and_unload().model_tags == ["trl", "sft"]
