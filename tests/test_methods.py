@@ -13,6 +13,7 @@ from typing import Any
 
 import peft
 import pytest
+import tokenizers
 import torch
 import transformers
 from conftest import set_factors, unchanged
@@ -407,3 +408,19 @@ def test_a_head_or_an_embedding_with_branches_is_not_taken_for_its_weight() -> N
         graph.base_model(**BATCH)
     with pytest.raises(lora_fx.LoraFxError, match="this Embedding has branches of adapters in the graph"):
         graph.get_input_embeddings()(PROMPT)
+
+
+def test_a_pipeline_generates_with_a_graph() -> None:
+    _, graph = trained("causal")
+    words = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", *(f"w{n}" for n in range(3, 97))])}
+    words_only = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    words_only.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words_only, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    found = []
+    for each in (graph, graph.merge_and_unload()):
+        pipeline: Any = transformers.pipeline("text-generation", model=each, tokenizer=tokenizer)
+        found.append(pipeline("w37 w21 w8", max_new_tokens=5, do_sample=False)[0]["generated_text"])
+    assert found[0] == found[1]
+    assert len(found[0].split()) > 3
