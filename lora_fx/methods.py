@@ -16,14 +16,20 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_fx.adapters.peft_format.save_load import write_adapter_files
+from lora_fx.adapters.activate import activate, tell_waiting
+from lora_fx.adapters.peft_format.opening import read_adapter
+from lora_fx.adapters.peft_format.save_load import with_adapter, write_adapter_files
+from lora_fx.adapters.recorded import free_names, with_training
+from lora_fx.branches.lower import is_fused
 from lora_fx.errors import LoraFxError
 from lora_fx.folding.fold import folded_state
 from lora_fx.graph.adapter_names import adapters, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import PEFT_SPELLING, known_info, with_info
+from lora_fx.graph.take_over import take_over
 from lora_fx.tracing.transformers_models import double_over, empty_double
 from lora_fx.training.below_head import below_head
+from lora_fx.training.fuse import fuse
 from lora_fx.training.parameters import parameter_summary
 
 
@@ -33,7 +39,7 @@ def methods_of(graph_module: TracedGraphModule) -> Mapping[str, Callable[..., An
     if not info.pretrained:
         return {}
     absent = set() if info.generation_config is not None else {"base_model", "generate", "get_output_embeddings"}
-    absent |= set() if adapters(graph_module) else {"save_pretrained"}
+    absent |= set() if adapters(graph_module) else {"save_pretrained", "set_adapter"}
     return {name: MethodType(globals()[name], graph_module) for name in sorted(PEFT_SPELLING - absent)}
 
 
@@ -66,6 +72,63 @@ def generate(graph_module: TracedGraphModule, *args: Any, **options: Any) -> Any
     """
     model: Any = double_over(graph_module, folded_state(graph_module, unshare=True)).eval()
     return model.generate(*args, **options)
+
+
+def load_adapter(
+    graph_module: TracedGraphModule, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False
+) -> None:
+    """Take the adapter of a directory into this graph (in place); :func:`lora_fx.load_adapter` returns a new graph instead.
+
+    As in PEFT, the first adapter of a graph acts at once, and a further one waits for :func:`set_adapter`. One that the graph has
+    already gets the values, and goes on acting and training as it does. Every ``Parameter`` that is there stays the object that it
+    is, so that an optimizer made before goes on. Unless ``is_trainable``, the graph is in evaluation mode afterwards.
+
+    Args:
+        graph_module: is changed.
+        model_id: the directory, see :func:`lora_fx.from_adapter`.
+        adapter_name: name for it in the graph.
+        is_trainable: whether a new adapter trains while it acts. Before it acts, its parameters require no gradient.
+
+    Raises:
+        AdapterError: see :func:`lora_fx.load_adapter`; the graph is as it was.
+        PlanError: see :func:`lora_fx.load_adapter`; the graph is as it was.
+    """
+    present = adapter_name in adapters(graph_module)
+    trainable = None if present else is_trainable
+    changed = with_adapter(graph_module, read_adapter(Path(model_id)), adapter_name, trainable=trainable, strict=True)
+    _become(graph_module, changed)
+    if not is_trainable:
+        graph_module.eval()
+    if not present:
+        tell_waiting(graph_module, adapter_name, f'graph.set_adapter("{adapter_name}") makes it act')
+
+
+def set_adapter(
+    graph_module: TracedGraphModule, adapter_name: str | Sequence[str], inference_mode: bool = False
+) -> None:
+    """Let just these adapters act and train in this graph (in place); :func:`lora_fx.activate` returns a new graph instead.
+
+    They act at strength 1. What their kind freezes stays frozen. The others stay in the graph, without nodes, and do not train.
+    Every ``Parameter`` that is there stays the object that it is, so that an optimizer made before goes on.
+
+    Args:
+        graph_module: is changed.
+        adapter_name: a name, or several; none of them for the base.
+        inference_mode: freeze them.
+
+    Raises:
+        PlanError: see :func:`lora_fx.activate`; the graph is as it was.
+    """
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    changed = activate(graph_module, dict.fromkeys(names, 1.0))
+    for name in names:
+        changed = with_training(changed, name, frozenset() if inference_mode else free_names(changed, name))
+    _become(graph_module, changed)
+
+
+def _become(graph_module: TracedGraphModule, changed: TracedGraphModule) -> None:
+    """Let a graph become another one in place, fused if it is."""
+    take_over(graph_module, fuse(changed) if is_fused(graph_module) else changed)
 
 
 def merge_and_unload(

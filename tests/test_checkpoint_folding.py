@@ -469,3 +469,16 @@ def test_the_command_line(base: tuple[nn.Module, Path], tmp_path: Path) -> None:
     assert missing.exit_code == 1
     assert "expected a PEFT adapter" in missing.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "out"]
+
+
+def test_a_strength_scales_branches_and_takes_trained_modules_whole(tmp_path: Path, caplog: Any) -> None:
+    model = small_llama(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "base")
+    adapter(model, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    fold_checkpoint(tmp_path / "base", [(tmp_path / "a", 0.5)], tmp_path / "out")
+    assert caplog.messages == [
+        f"adapter '{tmp_path / 'a'}' acts at strength 0.5, which scales its branches; its trained copies of lm_head.weight are taken whole."
+    ]
+    graph = lora_fx.from_adapter(model, tmp_path / "a", inference=True)
+    expected, found = lora_fx.fold(graph, {"default": 0.5}).state_dict(), tensors_of(tmp_path / "out")
+    assert all(torch.equal(found[key], expected[key]) for key in found)

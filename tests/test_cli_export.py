@@ -48,7 +48,7 @@ def export(*arguments: object, code: int = 0) -> str:
 
 @pytest.mark.parametrize("format", ["torchscript", "onnx", "pt2"])
 def test_a_directory_is_exported_with_its_adapters_folded(
-    base: Path, expected: torch.Tensor, format: str, tmp_path: Path
+    base: Path, expected: torch.Tensor, format: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "new" / "model.pt2"
     adapter = ("--adapter", base / "adapter")
@@ -56,6 +56,7 @@ def test_a_directory_is_exported_with_its_adapters_folded(
     said = export(base / "base", out, "--format", format, *adapter, *adapter, *strengths)
     assert "input_ids (batch, sequence), attention_mask (batch, sequence) → logits" in said
     assert "largest difference to the graph: " in said
+    assert not any("does not act" in message for message in caplog.messages)  # advice on Python calls
     batch = inputs("llama", 3, 11)
     if format == "onnx":
         session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -19,6 +19,7 @@ from lora_fx.graph.info import info_of
 from lora_fx.rules.plain_numbers import finite_number
 
 _logger = logging.getLogger("lora_fx.adapters")
+_advice = logging.getLogger("lora_fx.adapters.advice")  # on calls from Python, which the command line leaves out
 
 
 def activate(graph_module: fx.GraphModule, strengths: Mapping[str, float]) -> TracedGraphModule:
@@ -70,18 +71,28 @@ def let_act(graph_module: TracedGraphModule, strengths: Mapping[str, float]) -> 
     return graph_module
 
 
-def tell_waiting(graph_module: TracedGraphModule, adapter: str) -> None:
-    """Log the call that makes an adapter act, if it does not."""
-    if adapter in waiting(graph_module):
-        others = acting(graph_module)
-        beside = f" beside {listed(list(map(repr, others)), 5)}" if others else ""
+def tell_waiting(graph_module: TracedGraphModule, adapter: str, call: str = "") -> None:
+    """Log the call that makes an adapter act, if it does not: by default that of :func:`activate`."""
+    if adapter not in waiting(graph_module):
+        return
+    others = acting(graph_module)
+    beside = f" beside {listed(list(map(repr, others)), 5)}" if others else ""
+    if not call:
         strengths = ", ".join(f'"{name}": {strength:g}' for name, strength in {**others, adapter: 1.0}.items())
+        call = f'lora_fx.activate(graph, {{"{adapter}": 1.0}})'
+        together = f", {{{strengths}}} together" if others else ""
+        call = f"{call} makes it act alone{together}"
+    _advice.warning("adapter %r is in the graph%s and does not act yet: %s.", adapter, beside, call)
+
+
+def tell_whole_copies(adapter: str, strength: float, names: Sequence[str]) -> None:
+    """Log that a strength other than 1 does not scale an adapter's trained copies of these parameters, if it has any."""
+    if names and strength != 1:
         _logger.warning(
-            'adapter %r is in the graph%s and does not act yet: lora_fx.activate(graph, {"%s": 1.0}) makes it act alone%s.',
+            "adapter %r acts at strength %g, which scales its branches; its trained copies of %s are taken whole.",
             adapter,
-            beside,
-            adapter,
-            f", {{{strengths}}} together" if others else "",
+            strength,
+            listed(names, 5),
         )
 
 
@@ -100,12 +111,5 @@ def ordered(graph_module: fx.GraphModule, strengths: Mapping[str, float]) -> dic
         if strength is None:
             raise PlanError(f"adapter {adapter!r} cannot have the strength {given!r}: give a finite number.")
         found[adapter] = strength
-        names = [trained.name for trained in trained_of(graph_module, adapter)]
-        if names and strength != 1:
-            _logger.warning(
-                "adapter %r acts at strength %g, which scales its branches; its trained copies of %s are taken whole.",
-                adapter,
-                strength,
-                listed(names, 5),
-            )
+        tell_whole_copies(adapter, strength, [trained.name for trained in trained_of(graph_module, adapter)])
     return {adapter: found[adapter] for adapter in adapters_as_added(graph_module) if adapter in found}

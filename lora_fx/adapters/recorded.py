@@ -139,3 +139,13 @@ def with_training(graph_module: TracedGraphModule, adapter: str, trains: frozens
     info = replace(info, adapters={**info.adapters, adapter: record})
     now = trains if record.acts and not info.inference else frozenset()
     return rebuilt(graph_module, info=info, trainable=(trainable_names(graph_module) - own) | now)
+
+
+def free_names(graph_module: fx.GraphModule, adapter: str) -> frozenset[str]:
+    """Return the names of an adapter's parameters, without those that its kind freezes: B of MiCA."""
+    frozen = {
+        branch.names(adapter).b
+        for _, branch in branches_of(graph_module, adapter).values()
+        if not branch.setting.trains_b
+    }
+    return frozenset(parameters_of(graph_module, adapter).keys() - frozen)

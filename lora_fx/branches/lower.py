@@ -23,7 +23,7 @@ def lower(graph_module: Graph) -> Graph | TracedGraphModule:
     Args:
         graph_module: left as it is; the result has parameters of its own over the same storage.
     """
-    if not graph_module.graph.find_nodes(op="call_function", target=add_update):
+    if not is_fused(graph_module):
         return graph_module
     graph, _ = copy_graph(graph_module.graph)
     for node in graph.find_nodes(op="call_function", target=add_update):
@@ -32,6 +32,11 @@ def lower(graph_module: Graph) -> Graph | TracedGraphModule:
     dropouts = {name: nn.Dropout(each.p) for name, each in modules.items() if isinstance(each, DropoutRate)}
     graph.lint()
     return rebuilt(graph_module, graph, modules=dropouts)
+
+
+def is_fused(graph_module: fx.GraphModule) -> bool:
+    """Tell whether a graph computes branches in nodes that compute several at a time."""
+    return bool(graph_module.graph.find_nodes(op="call_function", target=add_update))
 
 
 def describe(node: fx.Node, like: fx.Node, value: Any) -> None:

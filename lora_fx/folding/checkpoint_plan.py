@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx.adapters.activate import tell_whole_copies
 from lora_fx.adapters.attach import attach
 from lora_fx.adapters.peft_format.base_class import base_class
 from lora_fx.adapters.peft_format.opening import AdapterFiles, check_base, read_adapter
@@ -215,7 +216,8 @@ def plan_checkpoint_fold(
     for index, (files, (_, strength)) in enumerate(zip(opened, adapters, strict=True)):
         check_base(files, base_fingerprint, strict=strict)
         contents = _with_embeddings(files, read_contents(files, graph_module), places, graph_module)
-        _check_copies(files, contents.copies, strength, copies)
+        _check_copies(files, contents.copies, copies)
+        tell_whole_copies(str(files.directory), strength, list(contents.copies))
         name = f"adapter_{index}"
         values = contents.values_of(name, trainable=False)
         graph_module = _attached(graph_module, contents, name, strength, values)
@@ -288,13 +290,9 @@ def fold_checkpoint(
     return planned.write(out, overwrite=overwrite, verify=verify, report=report)
 
 
-def _check_copies(
-    files: AdapterFiles, copies: Mapping[str, torch.Tensor], strength: float, others: Mapping[str, torch.Tensor]
-) -> None:
-    """Refuse trained values at another strength than 1, and those of which an earlier adapter has others."""
+def _check_copies(files: AdapterFiles, copies: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> None:
+    """Refuse trained values of parameters of which an earlier adapter has others."""
     problems = [f"{name}: another adapter has trained values too" for name in sorted(copies.keys() & others.keys())]
-    if copies and strength != 1:
-        problems = [f"has trained values of {', '.join(copies)}, which have no other strength than 1"]
     if problems:
         raise AdapterError(str(files.directory), problems)
 

@@ -111,6 +111,7 @@ class TracedGraphModule(fx.GraphModule):
         base_model: Callable[..., Any]
         can_generate: Callable[[], bool]
         generate: Callable[..., Any]
+        load_adapter: Callable[..., None]
         get_input_embeddings: Callable[[], nn.Module]
         get_output_embeddings: Callable[[], nn.Module]
         get_nb_trainable_parameters: Callable[[], tuple[int, int]]
@@ -118,6 +119,7 @@ class TracedGraphModule(fx.GraphModule):
         num_parameters: Callable[..., int]
         print_trainable_parameters: Callable[[], None]
         save_pretrained: Callable[..., None]
+        set_adapter: Callable[..., None]
 
     def _methods(self) -> Mapping[str, Callable[..., Any]]:
         from lora_fx import methods  # the one import against the order of the packages: a face, reached from the graph
@@ -190,7 +192,7 @@ def _rebuild(graph: fx.Graph, state: State, meta: dict[str, Any], modes: Mapping
     """Make a GraphModule around exactly these tensors and modules."""
     # Tensors first, then the graph: its constructor would register them in the order in which nodes name them.
     module = TracedGraphModule(nn.Module(), fx.Graph(), class_name="GraphModule")
-    _install(module, state)
+    install(module, state)
     module.graph = graph
     module.meta.update(meta)
     info = known_info(module)
@@ -373,7 +375,7 @@ def _take_values(
     for first, names in groups.items():
         tensor = with_value(state.tensors[first], values[prefix + names[0]].detach(), assign)
         if tensor is not state.tensors[first]:
-            _install(module, State(dict.fromkeys(every[first], tensor), state.non_persistent))
+            install(module, State(dict.fromkeys(every[first], tensor), state.non_persistent))
         values.update({prefix + name: tensor for name in names})
 
 
@@ -394,7 +396,7 @@ def _owned(state: State, trainable: frozenset[str]) -> State:
     return replace(state, tensors=owned, modules={name: copy.deepcopy(m, memo) for name, m in state.modules.items()})
 
 
-def _install(module: nn.Module, state: State) -> None:
+def install(module: nn.Module, state: State) -> None:
     """Register tensors and modules under their dotted names, making plain containers on the way."""
     check_names((*state.tensors, *state.modules))
     for name, tensor in state.tensors.items():

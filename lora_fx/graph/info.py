@@ -28,10 +28,12 @@ PEFT_SPELLING = frozenset(
         "get_input_embeddings",
         "get_nb_trainable_parameters",
         "get_output_embeddings",
+        "load_adapter",
         "merge_and_unload",
         "num_parameters",
         "print_trainable_parameters",
         "save_pretrained",
+        "set_adapter",
     }
 )
 """Names of the methods of a graph that are functions of ``lora_fx.methods``."""

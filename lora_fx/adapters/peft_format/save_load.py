@@ -74,7 +74,7 @@ def from_adapter(
     # A malformed directory is refused before the model is traced.
     files = read_adapter(Path(directory), stacks, ignore_config_keys)
     graph_module = trace(model, example_inputs, dynamic=dynamic, inference=inference)
-    return with_adapter(graph_module, files, adapter, trainable=trainable, strict=strict)
+    return _told(graph_module, with_adapter(graph_module, files, adapter, trainable=trainable, strict=strict), adapter)
 
 
 def load_adapter(
@@ -113,7 +113,13 @@ def load_adapter(
         PlanError: the adapter does not fit beside the other adapters of the graph.
     """
     files = read_adapter(Path(directory), stacks, ignore_config_keys)
-    return with_adapter(graph_module, files, adapter, trainable=trainable, strict=strict)
+    return _told(graph_module, with_adapter(graph_module, files, adapter, trainable=trainable, strict=strict), adapter)
+
+
+def _told(before: TracedGraphModule, after: TracedGraphModule, adapter: str) -> TracedGraphModule:
+    if adapter not in adapters(before):
+        tell_waiting(after, adapter)
+    return after
 
 
 def with_adapter(
@@ -126,9 +132,7 @@ def with_adapter(
     if adapter not in adapters(graph_module):
         values = contents.values_of(adapter, trainable=bool(trainable))
         plan = plan_branches(graph_module, adapter, contents.branches, contents.trained, origin=contents.origin)
-        result = attach(graph_module, plan, adapter=adapter, values=values)
-        tell_waiting(result, adapter)
-        return result
+        return attach(graph_module, plan, adapter=adapter, values=values)
     return _with_values(graph_module, adapter, contents, trainable)
 
 
