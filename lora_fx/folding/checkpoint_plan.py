@@ -216,8 +216,7 @@ def plan_checkpoint_fold(
     for index, (files, (_, strength)) in enumerate(zip(opened, adapters, strict=True)):
         check_base(files, base_fingerprint, strict=strict)
         contents = _with_embeddings(files, read_contents(files, graph_module), places, graph_module)
-        _check_copies(files, contents.copies, copies)
-        tell_whole_copies(str(files.directory), strength, list(contents.copies))
+        _check_copies(files, contents.copies, strength, copies)
         name = f"adapter_{index}"
         values = contents.values_of(name, trainable=False)
         graph_module = _attached(graph_module, contents, name, strength, values)
@@ -290,11 +289,14 @@ def fold_checkpoint(
     return planned.write(out, overwrite=overwrite, verify=verify, report=report)
 
 
-def _check_copies(files: AdapterFiles, copies: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> None:
-    """Refuse trained values of parameters of which an earlier adapter has others."""
+def _check_copies(
+    files: AdapterFiles, copies: Mapping[str, torch.Tensor], strength: float, others: Mapping[str, torch.Tensor]
+) -> None:
+    """Refuse trained values of parameters of which an earlier adapter has others; log that a strength does not scale them."""
     problems = [f"{name}: another adapter has trained values too" for name in sorted(copies.keys() & others.keys())]
     if problems:
         raise AdapterError(str(files.directory), problems)
+    tell_whole_copies(str(files.directory), strength, list(copies))
 
 
 def _check_apart(
