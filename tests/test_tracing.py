@@ -46,6 +46,17 @@ def test_dropout_follows_the_mode_also_after_a_copy(named: str) -> None:
             assert torch.equal(run(named, graph.train(mode), 3, 11, 5)[0], expected)
 
 
+def test_dropout_is_off_once_each_dropout_module_has_rate_zero(named: str) -> None:
+    """As trl's trainers switch it off; attention's own, which an operator does, too."""
+    graph = copy.deepcopy(traced(named)).train()
+    for module in graph.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0
+    torch.manual_seed(3)
+    first = run(named, graph, 3, 11, 5)[0]
+    assert torch.equal(run(named, graph, 3, 11, 5)[0], first)
+
+
 def test_the_graph_is_in_normal_form(named: str) -> None:
     eager, graph_module = model(named), traced(named)
     attributes = [str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"]
@@ -54,6 +65,7 @@ def test_the_graph_is_in_normal_form(named: str) -> None:
         assert not isinstance(node.target, torch._ops.HigherOrderOperator)
         assert node.op != "call_module" or type(graph_module.get_submodule(node.target)).__name__ in {
             "Dropout",
+            "AttentionDropout",
             "ModeSwitch",
             "InputCheck",
             "RelationCheck",

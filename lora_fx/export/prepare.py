@@ -158,15 +158,15 @@ def _fix_mode(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
     """Replace dropout, mode switches and detach() by their effect in evaluation (in place)."""
     for node in list(graph.nodes):
         module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, nn.modules.dropout._DropoutNd) or node.target is aten.detach.default:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-        elif isinstance(module, ModeSwitch):
+        if isinstance(module, ModeSwitch):
             for user in list(node.users):
                 user.args, user.kwargs = pytree.tree_map(
                     lambda leaf, node=node, value=module.eval_value: value if leaf is node else leaf,
                     (user.args, dict(user.kwargs)),
                 )
+            graph.erase_node(node)
+        elif isinstance(module, nn.modules.dropout._DropoutNd) or node.target is aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
 

@@ -39,7 +39,7 @@ class TracedGraphModule(fx.GraphModule):
     the like raise :class:`lora_fx.LoraFxError`. Moving it to another device works, and so do ``copy.deepcopy`` and ``pickle``.
     """
 
-    is_activation_checkpointing = False
+    is_activation_checkpointing = is_gradient_checkpointing = False
     _keys_to_ignore_on_save = None
 
     @property
@@ -87,6 +87,11 @@ class TracedGraphModule(fx.GraphModule):
         return known_info(self).main_input
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the graph's weights: of the first parameter that is a floating-point number."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+    @property
     def device(self) -> torch.device:
         """Where the graph's tensors are: the device of the first."""
         tensor = next(iter(state_of(self).tensors.values()), None)
@@ -100,8 +105,9 @@ class TracedGraphModule(fx.GraphModule):
     def gradient_checkpointing_enable(self, *_args: Any, **_kwargs: Any) -> None:
         """Refuse: a graph has no layers to compute again."""
         raise LoraFxError(
-            "a traced graph has no activation checkpointing: it is flat, without layers to compute again. Train with a smaller batch and "
-            "gradient accumulation, with a bfloat16 base, or with lora_fx.fuse, which keeps less for the backward pass."
+            "a traced graph has no activation checkpointing: it is flat, without layers to compute again. Set gradient_checkpointing=False "
+            "(trl's configs have True), and train with a smaller batch and gradient accumulation, with a bfloat16 base, or with "
+            "lora_fx.fuse, which keeps less for the backward pass."
         )
 
     activation_checkpointing_enable = gradient_checkpointing_enable

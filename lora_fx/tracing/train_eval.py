@@ -6,7 +6,8 @@ may differ only in these ways, each of which a module can express:
     a dropout that drops in the train trace only   ``nn.Dropout(p)``
     a dropout that drops in neither, or is absent  nothing: it is the identity
     ``contiguous`` in one of the two               as in the train trace
-    attention's ``dropout_p``, an RNN's ``train``  a literal → ``ModeSwitch(train=…, eval=…)``
+    attention's ``dropout_p``                      a literal → ``AttentionDropout(p)``
+    an RNN's ``train``                             a literal → ``ModeSwitch(train=…, eval=…)``
 
 A dropout that drops in both stays an operator. Anything else (layer drop, a head that exists in training only, a constant
 with another value) is refused, naming the node.
@@ -56,6 +57,21 @@ class ModeSwitch(nn.Module):
     def extra_repr(self) -> str:
         """Show both values where the module is printed."""
         return f"train={self.train_value}, eval={self.eval_value}"
+
+
+class AttentionDropout(ModeSwitch, nn.Dropout):
+    """The dropout that an attention operator does itself: it returns its rate, which is set as that of any ``nn.Dropout``."""
+
+    eval_value = 0.0
+
+    def __init__(self, p: float) -> None:
+        nn.Dropout.__init__(self, p)
+
+    def forward(self) -> float:  # type: ignore[override]
+        """Return ``p`` in training, and zero in evaluation."""
+        return self.p if self.training else 0.0
+
+    extra_repr = nn.Dropout.extra_repr
 
 
 def unite_modes(train: fx.Graph, evaluation: fx.Graph, taken: Collection[str] = ()) -> dict[str, nn.Module]:
@@ -180,7 +196,8 @@ def _express(graph: fx.Graph, walk: _ModeComparison, taken: Collection[str]) -> 
             train_value, eval_value = (
                 type(next(v for v in walk.differing[node] if v is not None))(v or 0) for v in walk.differing[node]
             )
-            modules[target] = ModeSwitch(train_value, eval_value)
+            is_dropout = argument == "dropout_p" and not eval_value
+            modules[target] = AttentionDropout(train_value) if is_dropout else ModeSwitch(train_value, eval_value)
             with graph.inserting_before(node):
                 switch = graph.call_module(target)
             switch.meta = {key: value for key, value in node.meta.items() if key != "val"}
