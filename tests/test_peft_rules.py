@@ -18,8 +18,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import lora_fx
+from lora_fx.adapters.recorded import origin_of
 from lora_fx.cli import app
-from lora_fx.graph.info import info_of
 
 SMALL: dict[str, Any] = {
     "vocab_size": 48,
@@ -88,7 +88,7 @@ def test_a_config_of_peft_chooses_what_peft_chooses_and_starts_as_in_peft(
     same = ("use_rslora", "lora_dropout", "task_type", "bias")
     if said.get("bias") != "all":  # all biases of a model may also be those of adapted modules
         assert {key: written[key] for key in same} == {key: theirs[key] for key in same}
-    assert info_of(mine).origins["default"].rules == "peft"
+    assert origin_of(mine, "default").rules == "peft"
 
 
 def test_the_config_may_be_an_object_its_mapping_or_its_file_and_peft_is_not_imported(

@@ -668,6 +668,17 @@ def test_a_directory_that_does_not_fit_is_refused_with_the_reason(
     assert not (tmp_path / "adapter").exists()
 
 
+def test_a_key_that_is_to_be_ignored_is_ignored_for_slots_too(model: Path, tmp_path: Path) -> None:
+    directory = changed(tmp_path / "peft", some_future_mode="per_head")
+    with pytest.raises(AdapterError, match="some_future_mode: unknown key, on which the result may depend"):
+        lora_fx.export.onnx_adapter_from_peft(directory, model, tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="some_future_mode ignored"):
+        lora_fx.export.onnx_adapter_from_peft(
+            directory, model, tmp_path / "adapter", ignore_config_keys=["some_future_mode"]
+        )
+    assert (tmp_path / "adapter").is_file()
+
+
 def test_all_problems_of_a_directory_are_told_at_once(model: Path, tmp_path: Path) -> None:
     def several(values: dict[str, torch.Tensor]) -> None:
         narrower(values)

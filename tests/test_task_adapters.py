@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,26 @@ def test_heads_for_different_numbers_of_labels_are_refused(root: Path, tmp_path:
         lora_fx.AdapterError, match=r"heads for different numbers of labels: 3 in .*/adapter .*; 5 in .*/5 "
     ):
         fold_checkpoint(base, pairs, tmp_path / "out")
+
+
+def test_the_command_line_names_keys_that_are_to_be_ignored(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "some_future_mode": "per_head"}))
+    fold = ["fold", str(root / "base"), str(tmp_path / "adapter"), str(tmp_path / "out")]
+    export = [
+        "export",
+        str(root / "base"),
+        str(tmp_path / "m.pt2"),
+        "--adapter",
+        str(tmp_path / "adapter"),
+        "-f",
+        "pt2",
+    ]
+    for arguments in (fold, export):
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 1
+        assert "(--ignore-config-key some_future_mode)" in " ".join(done.stderr.split())
+        with pytest.warns(UserWarning, match="some_future_mode ignored, as ignore_config_keys says"):
+            done = CliRunner().invoke(app, [*arguments, "--ignore-config-key", "some_future_mode"])
+        assert done.exit_code == 0, done.output
