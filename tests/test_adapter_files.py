@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import warnings
 from pathlib import Path
@@ -371,3 +372,210 @@ def test_a_branch_at_a_module_that_is_never_called_is_left_out_with_a_warning(tm
     inputs = {**INPUTS, "decoder_input_ids": IDS[:, :4]}
     with torch.no_grad():
         assert torch.equal(graph(**inputs).logits, model(**inputs).logits)
+
+
+# Names that transformers changed.
+
+
+def moved(directory: Path, old: str, new: str, **config: Any) -> Path:
+    """Rename a part of the keys, and say other things in the config."""
+    path = directory / "adapter_model.safetensors"
+    save_file({key.replace(old, new, 1): value for key, value in load_file(path).items()}, path)
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["base_model.model.layers", "base_model.model.model.model.layers", "model.layers", "base_model.model.model.layers"],
+    ids=["model missing", "model twice", "without PEFT's own", "as it is"],
+)
+def test_prefixes_are_those_that_transformers_adds_and_drops(
+    base: lora_fx.TracedGraphModule, model: peft.PeftModel, directory: Path, prefix: str
+) -> None:
+    moved(directory, "base_model.model.model.layers", prefix)
+    assert torch.equal(logits(lora_fx.load_adapter(base, directory)), logits(model))
+
+
+def llava() -> nn.Module:
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision, image_size=8, patch_size=4),
+        text_config=transformers.LlamaConfig(**SIZES, num_key_value_heads=2),
+        image_token_index=59,
+        vision_feature_layer=-1,
+    )
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+def test_an_adapter_of_an_older_vision_language_model_is_read_by_its_old_names(tmp_path: Path) -> None:
+    targets = r".*language_model.*\.(q_proj|v_proj)"
+    model = wrapped(llava(), target_modules=targets, rank_pattern={"layers.1.self_attn.q_proj": 5})
+    model.save_pretrained(tmp_path)
+    graph = lora_fx.trace(llava())
+    before = logits(lora_fx.load_adapter(graph, tmp_path))
+    assert torch.equal(before, logits(model))
+    moved(tmp_path, "model.language_model.layers", "language_model.model.layers")
+    assert torch.equal(logits(loaded_by_peft(llava(), tmp_path)), before)
+    assert torch.equal(logits(lora_fx.load_adapter(graph, tmp_path)), before)
+    old = r"language_model\.model\.layers\.(0|1)\.self_attn\.(q_proj|v_proj)"  # in which PEFT finds no module any more
+    moved(
+        tmp_path, "", "", target_modules=old, rank_pattern={r"language_model\.model\.layers\.1\.self_attn\.q_proj": 5}
+    )
+    assert torch.equal(logits(lora_fx.load_adapter(graph, tmp_path)), before)
+
+
+def test_a_prefix_that_fits_nothing_is_one_line_with_both_prefixes(
+    base: lora_fx.TracedGraphModule, directory: Path
+) -> None:
+    moved(directory, "base_model.model.model.", "base_model.model.thinker.text.")
+    refused(
+        base,
+        directory,
+        "adapter_model.safetensors: none of its 8 factors is at a module of the graph: the modules are under 'thinker.text.', those of the "
+        "graph under 'model.'. Is it the adapter of another model?",
+    )
+    moved(directory, "layers.", "h.")
+    with pytest.raises(lora_fx.AdapterError) as caught:
+        lora_fx.load_adapter(base, directory)
+    assert str(caught.value).count("\n") == 0
+
+
+# Experts that were modules of their own.
+
+
+def mixtral() -> nn.Module:
+    torch.manual_seed(0)
+    moe = {"num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, **moe)).eval()
+
+
+def qwen() -> nn.Module:
+    torch.manual_seed(0)
+    moe = {
+        "num_key_value_heads": 2,
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "head_dim": 6,
+    }
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES, **moe)).eval()
+
+
+def expert_tensors(owner: str, shapes: dict[str, tuple[int, int]], rank: int = 3) -> dict[str, torch.Tensor]:
+    """Return the factors of all experts, and of the router, of two layers as PEFT wrote them beside transformers 4."""
+    torch.manual_seed(4)
+    names = [(f"{owner}.experts.{e}.{leaf}", shape) for e in range(3) for leaf, shape in shapes.items()]
+    names.append((f"{owner}.gate", (3, 24)))
+    tensors = {}
+    for layer in range(2):
+        for name, (out, into) in names:
+            key = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{key}.lora_A.weight"] = torch.randn(rank, into)
+            tensors[f"{key}.lora_B.weight"] = 0.1 * torch.randn(out, rank)
+    return tensors
+
+
+W = {"w1": (40, 24), "w2": (24, 40), "w3": (40, 24)}
+PROJECTIONS = {"gate_proj": (16, 24), "up_proj": (16, 24), "down_proj": (24, 16)}
+
+
+def expert_adapter(directory: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
+    directory.mkdir(exist_ok=True)
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    said = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "bias": "none", "base_model_name_or_path": "", **config}
+    (directory / "adapter_config.json").write_text(json.dumps(said))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def stacked() -> lora_fx.TracedGraphModule:
+    return lora_fx.trace(mixtral())
+
+
+@pytest.mark.parametrize(
+    ("make", "owner", "shapes"),
+    [(mixtral, "block_sparse_moe", W), (qwen, "mlp", PROJECTIONS)],
+    ids=["mixtral", "qwen3_moe"],
+)
+def test_factors_of_single_experts_and_routers_are_stacked_as_peft_does(
+    make: Any, owner: str, shapes: dict[str, tuple[int, int]], tmp_path: Path
+) -> None:
+    expert_adapter(tmp_path / "a", expert_tensors(owner, shapes), target_modules=[*shapes, "gate"])
+    graph = lora_fx.from_adapter(make(), tmp_path / "a")
+    theirs = logits(loaded_by_peft(make(), tmp_path / "a"))
+    torch.testing.assert_close(logits(graph), theirs, atol=1e-6, rtol=1e-5)
+    assert (theirs - logits(make())).abs().max() > 1e-3
+    lora_fx.save_adapter(graph, tmp_path / "b")
+    torch.testing.assert_close(logits(loaded_by_peft(make(), tmp_path / "b")), theirs, atol=1e-6, rtol=1e-5)
+    make().save_pretrained(tmp_path / "base", save_original_format=False)
+    fold_checkpoint(tmp_path / "base", [(tmp_path / "a", 1.0)], tmp_path / "merged", verify=True)
+    merged = type(make()).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(merged), theirs, atol=1e-5, rtol=1e-4)
+
+
+def merged_by_hand(tensors: dict[str, torch.Tensor], scale_of: Any) -> nn.Module:
+    """Return Mixtral with the product of every pair of factors added to the part of the stack that was its module."""
+    model = mixtral()
+    rows = {"w1": slice(0, 40), "w3": slice(40, 80), "w2": slice(None)}
+    with torch.no_grad():
+        for key, a in tensors.items():
+            if ".experts." not in key or ".lora_A." not in key:
+                continue
+            _, _, _, _, layer, _, _, expert, leaf, _, _ = key.split(".")
+            experts = model.model.layers[int(layer)].mlp.experts
+            stack = experts.down_proj if leaf == "w2" else experts.gate_up_proj
+            product = scale_of(leaf, len(a)) * tensors[key.replace("lora_A", "lora_B")] @ a
+            stack[int(expert), rows[leaf]] += product
+    return model
+
+
+@pytest.mark.parametrize(
+    ("config", "leaves", "scale_of"),
+    [
+        ({"use_rslora": True}, W, lambda leaf, rank: 6 / rank**0.5),
+        ({}, {"w1": W["w1"]}, lambda leaf, rank: 6 / rank),
+        ({"alpha_pattern": {"w3": 9}}, W, lambda leaf, rank: (9 if leaf == "w3" else 6) / rank),
+        ({"rank_pattern": {"w3": 2, r"experts\.1\.w2": 1}}, W, lambda leaf, rank: 6 / rank),
+    ],
+    ids=["rslora", "one projection of two", "another alpha", "other ranks"],
+)
+def test_where_peft_is_mistaken_or_refuses_experts_are_what_the_config_says(
+    stacked: lora_fx.TracedGraphModule, config: dict[str, Any], leaves: Any, scale_of: Any, tmp_path: Path
+) -> None:
+    tensors = {k: v for k, v in expert_tensors("block_sparse_moe", leaves).items() if ".gate." not in k}
+    ranks = {".w3.": 2, ".experts.1.w2.": 1} if "rank_pattern" in config else {}
+    for key, value in tensors.items():
+        for part, rank in ranks.items():
+            if part in key:
+                tensors[key] = (value[:rank] if ".lora_A." in key else value[:, :rank]).contiguous()
+    expert_adapter(tmp_path, tensors, target_modules=list(leaves), **config)
+    mine = logits(lora_fx.load_adapter(stacked, tmp_path))
+    torch.testing.assert_close(mine, logits(merged_by_hand(tensors, scale_of)), atol=2e-6, rtol=1e-5)
+
+
+def test_what_is_missing_of_experts_is_named(stacked: lora_fx.TracedGraphModule, tmp_path: Path) -> None:
+    tensors = {k: v for k, v in expert_tensors("block_sparse_moe", W).items() if ".gate." not in k}
+    key = "base_model.model.model.layers.1.block_sparse_moe.experts.2.w1.lora_B.weight"
+    expert_adapter(tmp_path, {k: v for k, v in tensors.items() if k != key}, target_modules=[*W])
+    selects = "adapter_config.json selects 'model.layers.1.block_sparse_moe.experts.2.w1'"
+    refused(stacked, tmp_path, f"{key}: missing in adapter_model.safetensors: {selects}")
+    expert_adapter(tmp_path, {**tensors, key: torch.ones(39, 3)}, target_modules=[*W])
+    shape = "expected shape (40, 3), of expert 2 of model.layers.1.mlp.experts.gate_up_proj, got (39, 3)"
+    refused(stacked, tmp_path, f"{key}: {shape}")
+    expert_adapter(tmp_path, {k: v for k, v in tensors.items() if ".layers.0." in k}, target_modules=[*W])
+    refused(
+        stacked,
+        tmp_path,
+        "model.layers.1.block_sparse_moe.experts.0.w1: missing in adapter_model.safetensors: adapter_config.json selects it, for "
+        "model.layers.1.mlp.experts.gate_up_proj",
+    )
+    ninth = {k.replace("experts.2.", "experts.8."): v for k, v in tensors.items()}
+    expert_adapter(tmp_path, ninth, target_modules=[*W])
+    refused(
+        stacked,
+        tmp_path,
+        "expected an expert below 3, the number of experts of model.layers.0.mlp.experts.gate_up_proj",
+    )

@@ -30,6 +30,7 @@ from lora_fx.adapters.peft_format.reading import (
     warn_of_embeddings,
     warn_of_rounding,
 )
+from lora_fx.adapters.peft_format.renaming import fitted
 from lora_fx.adapters.peft_format.stacks import StackLayout
 from lora_fx.adapters.recorded import plan_branches
 from lora_fx.errors import AdapterError, FoldError, LoraFxError, listed
@@ -215,6 +216,7 @@ def plan_checkpoint_fold(
     trained_by: dict[str, int] = {}
     for index, (files, (_, strength)) in enumerate(zip(opened, adapters, strict=True)):
         check_base(files, base_fingerprint, strict=strict)
+        files = fitted(files, graph_module)
         contents = _with_embeddings(files, read_contents(files, graph_module), places, graph_module)
         _check_copies(files, contents.copies, strength, copies)
         name = f"adapter_{index}"

@@ -26,6 +26,7 @@ from lora_fx.adapters.peft_format.keys import (
 )
 from lora_fx.adapters.peft_format.ledger import KeyLedger
 from lora_fx.adapters.peft_format.opening import AdapterFiles
+from lora_fx.adapters.peft_format.renaming import fitted
 from lora_fx.adapters.peft_format.stacks import LAYOUTS, Stack, Writer, is_transposed, stack_layouts
 from lora_fx.errors import did_you_mean, listed
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
@@ -79,7 +80,7 @@ def read_contents(files: AdapterFiles, graph_module: fx.GraphModule) -> AdapterC
     Raises:
         AdapterError: config, file and graph do not agree; all problems are named.
     """
-    return _Reader(files, graph_module).contents()
+    return _Reader(fitted(files, graph_module), graph_module).contents()
 
 
 def warn_of_rounding(

@@ -23,7 +23,7 @@ from lora_fx.numerics.lowrank_merge import concatenated, with_all_rows
 from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import AdapterConfig, trains_bias
 from lora_fx.rules.peft_config.name_matching import modules_of
-from lora_fx.rules.peft_config.target_names import TrainedParts, patterns, targets, trained_parts
+from lora_fx.rules.peft_config.target_names import TrainedParts, alpha_of, patterns, targets, trained_parts
 from lora_fx.sites.call_sites import Site, is_bare, parameter_of, sites
 
 
@@ -193,7 +193,7 @@ def _config(
     origin = origin_of(graph_module, adapter)
     rslora = bool(branches) and all(branch.setting.scaling == "rslora" for branch in branches)
     ranks = {name: float(rank) for name, (rank, _) in settings.items()}
-    alphas = {name: _alpha(rank, scale, rslora=rslora) for name, (rank, scale) in settings.items()}
+    alphas = {name: alpha_of(rank, scale, rslora=rslora) for name, (rank, scale) in settings.items()}
     rank, alpha = _most_common(ranks.values(), 8.0), _most_common(alphas.values(), 8.0)
     dropouts = Counter(branch.setting.dropout for branch in branches)
     modules = [slot.name for slot in placed.values() if not slot.is_parameter]
@@ -242,18 +242,6 @@ def _config(
 
 PEFT_VERSION = "0.21.2"
 """The version whose format is written."""
-
-
-def _alpha(rank: int, scale: float, *, rslora: bool) -> float:
-    """Return the alpha that gives a scale exactly, if one does."""
-    divisor = rank**0.5 if rslora else float(rank)
-    near = scale * divisor
-    candidates = (near, float(round(near)), *(near * (1 + ulps * 2.0**-52) for ulps in (-2, -1, 1, 2)))
-    return next((alpha for alpha in sorted(candidates, key=_digits) if alpha / divisor == scale), near)
-
-
-def _digits(number: float) -> int:
-    return len(repr(number))
 
 
 def _most_common(values: Collection[float], default: float) -> float:

@@ -36,6 +36,18 @@ def patterns(values: Mapping[str, float], default: float) -> dict[str, Any]:
     return found
 
 
+def alpha_of(rank: int, scale: float, *, rslora: bool) -> float:
+    """Return the alpha that gives a scale exactly, if one does."""
+    divisor = rank**0.5 if rslora else float(rank)
+    near = scale * divisor
+    candidates = (near, float(round(near)), *(near * (1 + ulps * 2.0**-52) for ulps in (-2, -1, 1, 2)))
+    return next((alpha for alpha in sorted(candidates, key=_digits) if alpha / divisor == scale), near)
+
+
+def _digits(number: float) -> int:
+    return len(repr(number))
+
+
 _PLAIN = re.compile(r"[\w.-]+")
 """Names that mean themselves as regular expressions, but for the dot."""
 
