@@ -75,7 +75,7 @@ class ExpertKey:
 
 
 @dataclass(frozen=True)
-class _Pair:
+class _ExpertFactors:
     """The factors of a projection of one expert, and what the config says of them."""
 
     a: AdapterTensor
@@ -102,12 +102,12 @@ def stacked(
         by_stack.setdefault(each.stack, []).append(each)
     of_stack = {site.weight: site for site in found if site.op == "expert" and is_bare(site)}
     problems: list[str] = []
-    made: dict[str, _Stack] = {}
+    made: dict[str, _ExpertStack] = {}
     for stack, keys in by_stack.items():
         if stack not in of_stack:
             problems.append(f"{keys[0].key}: an expert of {stack!r}, at which the graph has no call site")
             continue
-        made[stack] = _Stack.of(files, keys, of_stack[stack], problems)
+        made[stack] = _ExpertStack.of(files, keys, of_stack[stack], problems)
     problems += _lacking(files, by_stack, of_stack)
     if problems:
         raise AdapterError(str(files.directory), shortened(problems, _MAX_NAMED, "problems"))
@@ -136,10 +136,10 @@ _MAX_NAMED = 20
 
 
 @dataclass(frozen=True)
-class _Stack:
+class _ExpertStack:
     """The factors of all experts of a stack; by expert and projection, where there are some."""
 
-    pairs: Mapping[tuple[int, int], _Pair]
+    pairs: Mapping[tuple[int, int], _ExpertFactors]
     experts: int
     leaves: int
     features: tuple[int, int]
@@ -147,12 +147,12 @@ class _Stack:
     ranks: tuple[int, ...]
 
     @staticmethod
-    def of(files: AdapterFiles, keys: Sequence[ExpertKey], site: Site, problems: list[str]) -> _Stack:
+    def of(files: AdapterFiles, keys: Sequence[ExpertKey], site: Site, problems: list[str]) -> _ExpertStack:
         """Collect the factors of a stack, and add what is wrong to the problems."""
         some, entries, config = keys[0], files.file.entries, files.config
         modules = {key.module(key.expert, key.leaf): key.key.partition(".lora_")[0] for key in keys}
         out, leaves = site.out_features // len(some.leaves), len(some.leaves)
-        pairs: dict[tuple[int, int], _Pair] = {}
+        pairs: dict[tuple[int, int], _ExpertFactors] = {}
         for expert in range(max(site.matrices, 1 + max(key.expert for key in keys))):
             for index, leaf in enumerate(some.leaves):
                 module = some.module(expert, leaf)
@@ -176,12 +176,12 @@ class _Stack:
                 problems += wrong
                 a, b = factors
                 if not wrong and a is not None and b is not None:
-                    pairs[expert, index] = _Pair(a, b, setting)
+                    pairs[expert, index] = _ExpertFactors(a, b, setting)
         ranks = [
             max((p.setting.rank for (_, i), p in pairs.items() if i == index), default=0) for index in range(leaves)
         ]
         scale = next((pair.setting.scale for pair in pairs.values()), 1.0)
-        return _Stack(pairs, site.matrices, leaves, (site.in_features, site.out_features), scale, tuple(ranks))
+        return _ExpertStack(pairs, site.matrices, leaves, (site.in_features, site.out_features), scale, tuple(ranks))
 
     @property
     def rank(self) -> int:

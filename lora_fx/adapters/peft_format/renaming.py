@@ -50,11 +50,11 @@ def _fitted(files: AdapterFiles, graph_module: fx.GraphModule) -> AdapterFiles:
     strange = [key for key in files.file.entries if not names.have(key)]
     moved: dict[str, str] = {}
     experts: list[ExpertKey] = []
-    table = _Table.of(graph_module, names) if strange else _Table((), (), None, names)
+    conversions = _Conversions.of(graph_module, names) if strange else _Conversions((), (), None, names)
     for key in strange:
-        if (new := table.renamed(key)) is not None:
+        if (new := conversions.renamed(key)) is not None:
             moved[key] = new
-        elif (expert := table.expert(key)) is not None:
+        elif (expert := conversions.expert(key)) is not None:
             experts.append(expert)
     rest = set(strange) - moved.keys() - {expert.key for expert in experts}
     _check_any_fits(files, rest, names)
@@ -99,7 +99,7 @@ def _module_of(key: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Table:
+class _Conversions:
     """How transformers renames the keys of older checkpoints of a model."""
 
     renamings: Sequence[WeightRenaming]
@@ -108,17 +108,17 @@ class _Table:
     names: _Names
 
     @staticmethod
-    def of(graph_module: fx.GraphModule, names: _Names) -> _Table:
+    def of(graph_module: fx.GraphModule, names: _Names) -> _Conversions:
         if not (isinstance(graph_module, TracedGraphModule) and known_info(graph_module).pretrained):
-            return _Table((), (), None, names)
+            return _Conversions((), (), None, names)
         try:
             model = empty_double(graph_module)
         except LoraFxError:  # a class of hub code, which the table does not know
-            return _Table((), (), None, names)
+            return _Conversions((), (), None, names)
         transforms = get_model_conversion_mapping(model)
         renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         converters = [each for each in transforms if isinstance(each, WeightConverter)]
-        return _Table(renamings, converters, model.base_model_prefix or None, names)
+        return _Conversions(renamings, converters, model.base_model_prefix or None, names)
 
     def renamed(self, key: str) -> str | None:
         """Return the key under which a tensor is read; None where the graph has none for it."""
