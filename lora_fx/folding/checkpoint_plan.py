@@ -216,8 +216,7 @@ def plan_checkpoint_fold(
     trained_by: dict[str, int] = {}
     for index, (files, (_, strength)) in enumerate(zip(opened, adapters, strict=True)):
         check_base(files, base_fingerprint, strict=strict)
-        files = fitted(files, graph_module)
-        contents = _with_embeddings(files, read_contents(files, graph_module), places, graph_module)
+        contents = _contents(files, places, graph_module)
         _check_copies(files, contents.copies, strength, copies)
         name = f"adapter_{index}"
         values = contents.values_of(name, trainable=False)
@@ -320,10 +319,13 @@ def _check_apart(
         raise FoldError(f"{'; '.join(problems)}. Leave one of the two adapters out.")
 
 
-def _with_embeddings(
-    files: AdapterFiles, contents: AdapterContents, places: Places, graph_module: TracedGraphModule
-) -> AdapterContents:
-    """Compare what an adapter's file has of the model's own tensors with the checkpoint; embeddings that differ are trained copies."""
+def _contents(files: AdapterFiles, places: Places, graph_module: TracedGraphModule) -> AdapterContents:
+    """Fit an adapter to the graph, and compare what it has of the model's own tensors with the checkpoint.
+
+    Embeddings that differ, as those of a resized vocabulary do, are trained copies.
+    """
+    files = fitted(files, graph_module)
+    contents = read_contents(files, graph_module)
     problems, found, names = [], {}, _all_names(state_of(graph_module))
     adapted = {f"{branch.owner}.weight" for _, branch in contents.branches.values()}
     for name, key in contents.echoes.items():
