@@ -16,6 +16,7 @@ from graph_diff import first_difference
 from torch import nn
 
 import lora_fx
+from lora_fx.adapters.peft_format.directories import read_adapters, write_adapters
 
 X = torch.linspace(-1, 1, 21).reshape(3, 7)
 BODY = {"defaults": {"rank": 2, "alpha": 3, "dropout": 0.1}, "select": [{"target": ["body"]}]}
@@ -120,6 +121,8 @@ def test_activate_keeps_the_others_and_brings_them_back(base: Any) -> None:
     assert nodes(none) == nodes(base)
     assert torch.equal(none(X), base(X))
     assert states(lora_fx.activate(none, {"a": 1.0})) == states(both)
+    assert states(lora_fx.rewrite(none, BODY, adapter="c"))[2] == "c (does not act, would train)"
+    assert states(lora_fx.trace(only_b)) == states(only_b)
     back = lora_fx.activate(only_b, {"a": 1.0})
     assert first_difference(back, both) is None
     assert torch.equal(back(X), both(X))
@@ -175,6 +178,17 @@ def test_a_graph_on_the_meta_device_keeps_them_too(base: Any) -> None:
     assert torch.equal(lora_fx.activate(filled, {"b": 1.0})(X), base(X))  # B is zero, and the copies are the head's
 
 
+def test_of_a_program_that_was_saved_what_no_node_reads_does_not_act(base: Any) -> None:
+    graph = with_b(base, HEAD).eval()
+    loaded = lora_fx.trace(
+        torch.export.export(graph, (X,)), inference=True
+    )  # the record is lost, and the tensors are there
+    assert states(loaded) == ["a (acts, frozen)", "b (does not act, frozen)"]
+    assert states(lora_fx.rewrite(loaded, BODY, adapter="c"))[2] == "c (acts, frozen)"  # the first that it knows
+    assert torch.allclose(lora_fx.fold(loaded)(X), graph(X), atol=1e-6)
+    assert list(lora_fx.fold(loaded).state_dict()) == list(net().state_dict())
+
+
 def test_fold_drops_what_does_not_act_and_says_so(base: Any, caplog: Any) -> None:
     graph = with_b(base, HEAD)
     caplog.clear()
@@ -185,6 +199,8 @@ def test_fold_drops_what_does_not_act_and_says_so(base: Any, caplog: Any) -> Non
     assert list(merged.state_dict()) == list(net().state_dict())
     assert torch.allclose(merged(X), graph(X), atol=1e-6)
     assert torch.equal(merged.get_parameter("head.weight"), base.get_parameter("head.weight"))
+    lora_fx.verify(graph, merged, (X,))
+    assert len(lora_fx.fold_report(graph, merged)) == 1
     caplog.clear()
     chosen = lora_fx.fold(graph, {"b": 1.0})
     assert caplog.messages == ["fold drops what does not act: 'a'."]
@@ -288,6 +304,16 @@ def test_transfer_carries_all_and_which_of_them_act(base: Any, caplog: Any) -> N
         lora_fx.transfer(graph, onto=merged)
     anew = lora_fx.rewrite(merged, BOTH, adapter="b", seed=1)  # another adapter of the same name, on the merged base
     assert states(lora_fx.transfer(anew, onto=merged)) == ["b (acts, trains)"]
+
+
+def test_checkpoints_of_a_trainer_hold_those_that_do_not_act(base: Any, tmp_path: Path) -> None:
+    graph = lora_fx.activate(with_b(base), {"a": 0.5})
+    write_adapters(graph, tmp_path)
+    other = lora_fx.activate(with_b(base), {"a": 0.5})
+    set_factors(other, seed=3)
+    read_adapters(other, tmp_path)
+    assert states(other) == states(graph)
+    assert all(torch.equal(value, graph.state_dict()[key]) for key, value in other.state_dict().items())
 
 
 def test_exports_leave_out_what_does_not_act(base: Any, tmp_path: Path) -> None:

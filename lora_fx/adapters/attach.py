@@ -61,7 +61,8 @@ def attach(
         seed: of the initial factors. Without one they are drawn from torch's current random state, which is restored.
         values: the adapter's parameters, all of them, by their names in the graph, in place of initial ones. Those with
             ``requires_grad`` train while it acts.
-        acts: whether the graph computes with it. By default the first adapter of a graph does, and a later one does not.
+        acts: whether the graph computes with it. By default the first adapter of a graph does, and a later one does not. Branches that
+            came with the model do not count.
 
     Raises:
         PlanError: the adapter name is taken or not usable, a chosen site cannot get a branch, a branch has no values and does
@@ -82,7 +83,7 @@ def attach(
     state = state.with_tensors(new)
     trains = frozenset(name for name, parameter in new.items() if parameter.requires_grad)
     record = AdapterRecord(_branches(plan), plan.origin or Origin.of(plan.rules), _reasons(plan), False, trains)
-    if not taken if acts is None else acts:
+    if not info_of(graph_module).adapters if acts is None else acts:
         return _with_nodes(graph_module, state, plan, adapter, record)
     return checked(rebuilt(graph_module, state=state, info=_with_record(graph_module, adapter, record)), "branched")
 

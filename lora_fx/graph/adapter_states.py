@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import fx, nn
 
 from lora_fx.graph.adapter_names import adapter_of, adapters
 from lora_fx.graph.info import known_info
@@ -40,14 +40,16 @@ def adapters_as_added(module: nn.Module) -> tuple[str, ...]:
 
 
 def adapter_states(module: nn.Module) -> tuple[AdapterState, ...]:
-    """Return the state of every adapter, in the order of :func:`adapters_as_added`. Adapters without a record act."""
+    """Return the state of every adapter, in the order of :func:`adapters_as_added`. One without a record acts if a node reads it."""
     known = known_info(module).adapters
+    nodes = module.graph.find_nodes(op="get_attr") if isinstance(module, fx.GraphModule) else ()
+    read = {adapter_of(str(node.target)) for node in nodes}
     flags = {(adapter_of(name), p.requires_grad) for name, p in module.named_parameters()}
     found = []
     for name in adapters_as_added(module):
         record = known.get(name)
-        acts = record is None or record.acts
-        trains = (name, True) in flags if record is None or record.acts else bool(trained_names(module, name))
+        acts = name in read if record is None else record.acts
+        trains = (name, True) in flags if acts else bool(trained_names(module, name))
         found.append(AdapterState(name, acts, 1.0 if record is None else record.strength, trains))
     return tuple(found)
 
