@@ -152,6 +152,14 @@ def test_what_a_config_asks_for_and_cannot_be_done_is_refused_by_name(case: str,
     assert problem in str(caught.value)
 
 
+def test_what_are_no_rules_is_told(models: dict[str, Case]) -> None:
+    with pytest.raises(
+        lora_fx.RuleError,
+        match="rules: expected a name, a path, a mapping, loaded rules or a configuration of PEFT, got int",
+    ):
+        lora_fx.rewrite(models["llama"][1], 4)  # type: ignore[arg-type]
+
+
 def test_all_problems_of_a_config_are_told_at_once(models: dict[str, Case]) -> None:
     said = {"peft_type": "LORA", "use_dora": True, "r": 0, "init_lora_weights": "olora", "task_type": "X", "new": 1}
     with pytest.raises(lora_fx.RuleError) as caught:

@@ -186,6 +186,21 @@ def test_a_classifier_is_exported_from_its_pretrained_body(ours: bool, root: Pat
         assert torch.allclose(loaded(tmp_path / "out")[1], expected, atol=1e-5)
 
 
+def test_a_config_that_names_no_class_is_as_transformers_takes_it(root: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(root / "base", tmp_path / "base")
+    said = json.loads((base / "config.json").read_text())
+    del said["architectures"]
+    (base / "config.json").write_text(json.dumps(said))
+    done = CliRunner().invoke(
+        app, ["export", str(base), str(tmp_path / "m.pt"), "--adapter", str(root / "adapter"), "-f", "torchscript"]
+    )
+    assert done.exit_code == 0, done.output
+    logits = torch.jit.load(str(tmp_path / "m.pt"))(**BATCH)["logits"]
+    assert torch.allclose(logits, torch.load(root / "logits.pt"), atol=1e-5)
+    fold_checkpoint(base, [(root / "adapter", 1.0)], tmp_path / "out")
+    assert torch.allclose(loaded(tmp_path / "out")[1], torch.load(root / "logits.pt"), atol=1e-5)
+
+
 def test_an_adapter_of_the_body_alone_is_folded_and_the_checkpoint_stays_what_it_is(root: Path, tmp_path: Path) -> None:
     base = root / "base"
     body = transformers.BertModel.from_pretrained(base, add_pooling_layer=False).eval()

@@ -52,6 +52,9 @@ def load(rules: RulesLike, model_type: str | None = None, directories: Sequence[
         return _with_default_targets(peft_rules(rules), model_type)
     if isinstance(rules, Mapping):
         return _rule_set(rules, "custom", "rules", {})
+    if not isinstance(rules, str | Path):
+        expected = "a name, a path, a mapping, loaded rules or a configuration of PEFT"
+        raise RuleError("rules", [f"expected {expected}, got {type(rules).__name__}"])
     if str(rules).endswith(".json"):
         return _with_default_targets(read_peft_rules(Path(rules)), model_type)
     if isinstance(rules, Path) or rules.endswith(".toml"):

@@ -135,7 +135,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, choice: Model
             f"{path}: neither the files nor an adapter have values for {listed(missing, 5)} of {model_class.__name__}, which were random "
             "where the adapter was trained. Give the checkpoint that it was trained on."
         )
-    if missing or (unused and not names):
+    if missing or (unused and not names and choice is None):
         problem = (
             f"no values for {listed(missing, 5)}, which would be random"
             if missing

@@ -6,7 +6,7 @@ of its tensors tell which of them it was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def base_class(path: Path, opened: Sequence[AdapterFiles], name: str | None = No
         AdapterError: the adapters have heads for different numbers of labels.
     """
     config = read_model_config(path)
-    own = class_of_config(config)
+    own = class_of_config(config) or class_of_task(config, "FEATURE_EXTRACTION")  # as transformers' AutoModel
     said = [files.config for files in opened]
     mapped = [class_of_config(config, [(each.auto_mapping or {}).get("base_model_class")]) for each in said]
     by_task = [class_of_task(config, each.task_type) for each in said]
@@ -48,9 +48,10 @@ def base_class(path: Path, opened: Sequence[AdapterFiles], name: str | None = No
         chosen = named_class(name, config)
     elif len(candidates) < 2 or (chosen := _fitting(path, opened, candidates)) in (None, own):
         return None
-    names = _names(empty_model(path, ModelChoice(chosen)))
+    model = empty_model(path, ModelChoice(chosen))
+    names = dict(model.named_parameters(remove_duplicate=False))
     supplied = frozenset(name for files in opened for name in files.replaced(names))
-    return ModelChoice(chosen, _labels(path, opened, ModelChoice(chosen)), supplied)
+    return ModelChoice(chosen, _labels(path, opened, names, getattr(model.config, "num_labels", None)), supplied)
 
 
 def _is_of(model_class: Any, config: object) -> bool:
@@ -68,7 +69,8 @@ def _fitting(path: Path, opened: Sequence[AdapterFiles], candidates: Iterable[An
 
 def _fits(files: AdapterFiles, model: nn.Module) -> bool:
     """Tell whether a model has all modules and parameters that the tensors of an adapter name."""
-    names, modules = _names(model), {name for name, _ in model.named_modules()}
+    names = dict(model.named_parameters(remove_duplicate=False))
+    modules = {name for name, _ in model.named_modules()}
     return all(
         base_name(key, names) is not None
         or key.removeprefix(PREFIX).partition(".lora_")[0].replace(".base_layer", "") in modules
@@ -76,11 +78,10 @@ def _fits(files: AdapterFiles, model: nn.Module) -> bool:
     )
 
 
-def _labels(path: Path, opened: Sequence[AdapterFiles], choice: ModelChoice) -> int | None:
+def _labels(
+    path: Path, opened: Sequence[AdapterFiles], names: Mapping[str, nn.Parameter], known: int | None
+) -> int | None:
     """Return the number of labels that the heads of adapters have, where the model that the config describes has another."""
-    model = empty_model(path, choice)
-    config, names = model.config, _names(model)
-    known = getattr(config, "num_labels", None)
     found: dict[int, str] = {}
     for files in opened:
         for key, entry in files.file.entries.items():
@@ -92,7 +93,3 @@ def _labels(path: Path, opened: Sequence[AdapterFiles], choice: ModelChoice) -> 
         told = "; ".join(f"{count} in {where}" for count, where in found.items())
         raise AdapterError(str(path), [f"the adapters have heads for different numbers of labels: {told}"])
     return next(iter(found), None)
-
-
-def _names(model: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(model.named_parameters(remove_duplicate=False))
