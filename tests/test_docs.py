@@ -14,11 +14,13 @@ def test_the_reference_has_every_public_name_and_no_warning_and_no_link_that_lea
     names = set(make_docs.public_names())
     assert {("lora_fx", name) for name in importlib.import_module("lora_fx").__all__} - names == {
         ("lora_fx", "export"),
+        ("lora_fx", "generation"),
         ("lora_fx", "huggingface"),
     }
     assert {module for module, _ in names} == {
         "lora_fx",
         "lora_fx.export",
+        "lora_fx.generation",
         "lora_fx.huggingface",
         "lora_fx.runtime",
         "lora_fx.trainer",
