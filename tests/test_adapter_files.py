@@ -579,3 +579,63 @@ def test_what_is_missing_of_experts_is_named(stacked: lora_fx.TracedGraphModule,
         tmp_path,
         "expected an expert below 3, the number of experts of model.layers.0.mlp.experts.gate_up_proj",
     )
+
+
+# Heads of several adapters.
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor], lora_fx.TracedGraphModule]:
+    """Two adapters with a head each, a and b, and one without, c: their directory, PEFT's logits, and the graph that has all."""
+    root, base = tmp_path_factory.mktemp("heads"), classifier()
+    graph, theirs = lora_fx.trace(base), {}
+    for name, config in {
+        "a": {"target_modules": ["query"], "task_type": "SEQ_CLS"},
+        "b": {"target_modules": ["query", "value"], "task_type": "SEQ_CLS", "r": 2},
+        "c": {"target_modules": ["query"]},
+    }.items():
+        model = wrapped(base, **config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(ord(name) - 95)  # not the values of the others
+        model.save_pretrained(root / name)
+        theirs[name] = logits(model)
+        graph = lora_fx.load_adapter(graph, root / name, name)
+    return root, theirs, graph
+
+
+def test_two_adapters_with_a_head_each_keep_theirs_and_activate_chooses(heads: Any, tmp_path: Path) -> None:
+    _, theirs, graph = heads
+    for name in ("a", "b", "a"):
+        graph = lora_fx.activate(graph, {name: 1.0})
+        assert torch.equal(logits(graph), theirs[name])
+        assert torch.allclose(logits(lora_fx.fold(graph)), theirs[name], atol=1e-6)
+        lora_fx.save_adapter(graph, tmp_path / name, name, overwrite=True)
+        assert torch.equal(logits(loaded_by_peft(classifier(), tmp_path / name)), theirs[name])
+
+
+def test_combine_keeps_the_trained_head_which_peft_leaves_behind(heads: Any) -> None:
+    root, theirs, graph = heads
+    combined = lora_fx.combine(graph, {"a": 1.0}, adapter="m")
+    assert torch.allclose(logits(combined), theirs["a"], atol=1e-6)
+    model = peft.PeftModel.from_pretrained(classifier(), root / "a", "a").eval()
+    model.add_weighted_adapter(["a"], [1.0], "m", combination_type="cat")
+    model.set_adapter("m")
+    assert (logits(model) - theirs["a"]).abs().max() > 0.1  # PEFT's has the branches, and the head of the base
+    mixed = lora_fx.combine(graph, {"a": 1.0, "c": 0.5}, adapter="m")
+    assert torch.allclose(logits(mixed), logits(lora_fx.activate(graph, {"a": 1.0, "c": 0.5})), atol=1e-6)
+    assert not torch.allclose(logits(mixed), theirs["a"], atol=2e-5)
+
+
+def test_combine_refuses_two_heads_that_differ(heads: Any) -> None:
+    root, theirs, graph = heads
+    with pytest.raises(lora_fx.PlanError) as caught:
+        lora_fx.combine(graph, {"a": 1.0, "b": 1.0}, adapter="m")
+    assert str(caught.value) == (
+        "'a' and 'b' have different trained copies of classifier.weight, classifier.bias, and a copy is taken whole. Combine adapters of "
+        "which one alone has a copy, or give them one value."
+    )
+    twice = lora_fx.load_adapter(graph, root / "a", "again")
+    halves = lora_fx.combine(twice, {"a": 0.5, "again": 0.5}, adapter="m")
+    assert torch.allclose(logits(halves), theirs["a"], atol=1e-6)

@@ -11,7 +11,7 @@ with the products sᵢ Bᵢ Aᵢ pruned; see :mod:`lora_fx.numerics.task_vectors
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -26,7 +26,7 @@ from lora_fx.graph.adapter_names import copy_name
 from lora_fx.graph.adapter_states import acting, trained_names
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.process_state import forked_random_state
-from lora_fx.graph.records import BranchSpec, Origin
+from lora_fx.graph.records import BranchSpec, Origin, Trained
 from lora_fx.numerics.lowrank_merge import concatenated
 from lora_fx.numerics.task_vectors import MajoritySign, Pruning, TaskArithmetic, nearest_factors
 from lora_fx.planning.plan import owners_of
@@ -86,7 +86,7 @@ def combine(
 
     Raises:
         PlanError: there is no such adapter or method, the method does not take an option or lacks one, the name is taken, ranks
-            differ where factors are summed, or several adapters have trained copies of one parameter.
+            differ where factors are summed, or two adapters have different trained copies of one parameter.
     """
     way = _way(method, rank=rank, density=density, majority_sign=majority_sign, clamp=clamp, seed=seed)
     if not strengths:
@@ -111,18 +111,41 @@ def combine(
             own = branch.names(adapter)
             values |= {own.a: nn.Parameter(a, trains), own.b: nn.Parameter(b, trains)}
             branches[key] = (f"combined:{method}", branch)
-    trained = tuple(each for name in chosen for each in trained_of(graph_module, name))
-    for name in chosen:
-        own_parameters = parameters_of(graph_module, name)
-        values |= {
-            copy_name(each.name, adapter): nn.Parameter(
-                own_parameters[copy_name(each.name, name)].detach().clone(), trains
-            )
-            for each in trained_of(graph_module, name)
-        }
+    trained, copies = _one_copy_each(graph_module, chosen)
+    values |= {copy_name(name, adapter): nn.Parameter(value.clone(), trains) for name, value in copies.items()}
     told = ", ".join(f"{name} × {strength:g}" for name, strength in chosen.items())
     plan = plan_branches(rest, adapter, branches, trained, origin=Origin(rules=f"{method} of {told}"))
     return attach(rest, plan, adapter=adapter, values=values, acts=True)
+
+
+def _one_copy_each(
+    graph_module: fx.GraphModule, chosen: Iterable[str]
+) -> tuple[tuple[Trained, ...], dict[str, torch.Tensor]]:
+    """Return the parameters of which adapters have trained copies, and the copies by their names.
+
+    Raises:
+        PlanError: two adapters have different copies of one parameter.
+    """
+    trained: dict[str, Trained] = {}
+    copies: dict[str, torch.Tensor] = {}
+    owner: dict[str, str] = {}
+    differing: dict[tuple[str, str], list[str]] = {}
+    for adapter in chosen:
+        own = parameters_of(graph_module, adapter)
+        for each in trained_of(graph_module, adapter):
+            value = own[copy_name(each.name, adapter)].detach()
+            first = owner.setdefault(each.name, adapter)
+            trained.setdefault(each.name, each)
+            if not torch.equal(copies.setdefault(each.name, value), value):
+                differing.setdefault((first, adapter), []).append(each.name)
+    if differing:
+        told = "; ".join(
+            f"{a!r} and {b!r} have different trained copies of {', '.join(n)}" for (a, b), n in differing.items()
+        )
+        raise PlanError(
+            f"{told}, and a copy is taken whole. Combine adapters of which one alone has a copy, or give them one value."
+        )
+    return tuple(trained.values()), copies
 
 
 @dataclass(frozen=True)
