@@ -136,7 +136,7 @@ def test_each_name_of_the_package_is_what_it_says_whatever_was_imported_before(b
         {before}
         import lora_fx
         modules = [name for name in lora_fx.__all__ if type(getattr(lora_fx, name)).__name__ == "module"]
-        assert modules == ["export", "huggingface"], modules
+        assert modules == ["export", "generation", "huggingface"], modules
         assert set(lora_fx.__all__) <= set(dir(lora_fx))
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)

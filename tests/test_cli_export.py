@@ -81,7 +81,7 @@ def test_an_export_of_something_else_is_told_apart(base: Path, tmp_path: Path) -
     assert "end in .pt2" in export(base / "base", tmp_path / "model.pt", "-f", "pt2", code=2)
     assert "give one for each, or none" in export(base / "base", out, "-f", "pt2", "--strength", 1, code=2)
     assert "a number of 0 or more" in export(base / "base", out, "-f", "pt2", "--tolerance", "nan", code=1)
-    assert "a config.json and safetensors files" in export(tmp_path, out, "-f", "pt2", code=1)
+    assert "expected a model directory with a config.json" in export(tmp_path, out, "-f", "pt2", code=1)
     assert not out.exists()
 
 

@@ -170,7 +170,7 @@ def test_an_error_of_the_system_in_the_block_says_what_could_not_be_written_and_
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("step", ["_flush_tree", "_moved", "_flush_directory"])
+@pytest.mark.parametrize("step", ["_flush_tree", "_move", "_flush_directory"])
 def test_an_error_in_moving_is_told_alike(tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_args: object, **_kwargs: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))

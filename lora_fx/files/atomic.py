@@ -52,8 +52,13 @@ def replacing(target: Target) -> Iterator[Path]:
             written = scratch / path.name
             yield written
             _flush_tree(scratch)
-            with _moved_beside(written, path), _moved(written, target):
-                _flush_directory(path.parent)
+            with _moved_beside(written, path):
+                restore = _move(written, target)
+                try:
+                    _flush_directory(path.parent)
+                except BaseException:
+                    restore()
+                    raise
     except OSError as error:
         raise LoraFxError(_unwritable(path, error)) from error
 
@@ -148,33 +153,25 @@ def _remove_abandoned(target: Path) -> None:
                 os.close(lock)
 
 
-@contextmanager
-def _moved(written: Path, target: Target) -> Iterator[None]:
-    """Move a result into place. If the block fails, move back what was there, or nothing."""
+def _move(written: Path, target: Target) -> Callable[[], object]:
+    """Move a result into place; return what moves it back, and in its place what was there."""
     target.check()  # once more: the block may have taken hours
     path, previous = target.path, written.parent / _PREVIOUS
-    restore: Callable[[], object]
     if not target.overwrite:
         _move_to_new(written, target)
-        restore = partial(path.rename, written)
-    elif not os.path.lexists(path):
+        return partial(path.rename, written)
+    if not os.path.lexists(path):
         written.rename(path)
-        restore = partial(path.rename, written)
-    elif _renamed(written, path, _RENAME_EXCHANGE):
-        restore = partial(_renamed, written, path, _RENAME_EXCHANGE)
-    else:
-        _set_aside(path, previous, keep_name=not written.is_dir())
-        try:
-            written.replace(path)
-        except BaseException:
-            previous.replace(path)
-            raise
-        restore = partial(_restore_previous, written, path, previous)
+        return partial(path.rename, written)
+    if _renamed(written, path, _RENAME_EXCHANGE):
+        return partial(_renamed, written, path, _RENAME_EXCHANGE)
+    _set_aside(path, previous, keep_name=not written.is_dir())
     try:
-        yield
+        written.replace(path)
     except BaseException:
-        restore()
+        previous.replace(path)
         raise
+    return partial(_restore_previous, written, path, previous)
 
 
 def _set_aside(path: Path, previous: Path, *, keep_name: bool) -> None:
@@ -196,7 +193,7 @@ def _restore_previous(written: Path, path: Path, previous: Path) -> None:
 @contextmanager
 def _moved_beside(written: Path, target: Path) -> Iterator[None]:
     """Move the companions of ``written`` beside ``target``; new ones are removed if the block fails."""
-    new = []
+    new, made = [], written.lstat()
     try:
         for companion in written.parent.iterdir():
             if companion != written:
@@ -205,7 +202,8 @@ def _moved_beside(written: Path, target: Path) -> Iterator[None]:
                 companion.replace(beside)
         yield
     except BaseException:
-        for path in new if written.exists() else ():  # and else it is in its place, with what belongs to it
+        in_place = os.path.lexists(target) and os.path.samestat(target.lstat(), made)  # with what belongs to it
+        for path in () if in_place else new:
             path.unlink(missing_ok=True)
         raise
 
