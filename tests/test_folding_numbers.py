@@ -26,7 +26,7 @@ from lora_fx.folding import fold as folding
 from lora_fx.folding.fold import recipe
 from lora_fx.graph.adapter_names import copy_name
 from lora_fx.graph.graph_module import state_of
-from lora_fx.graph.info import GraphInfo, info_of, known_info, with_info
+from lora_fx.graph.info import AdapterRecord, GraphInfo, info_of, known_info, with_info
 from lora_fx.numerics import lowrank_merge as lowrank
 from lora_fx.numerics.lowrank_merge import Merge, merge_into
 from lora_fx.numerics.weight_view import SWAP
@@ -238,7 +238,9 @@ def test_mode_and_metadata_are_kept_but_for_the_adapters(training: bool) -> None
         inference=True, labels=False, constants={}, model_class="", config=None, folded=(), merged=()
     )
     graph_module.meta["mine"] = 1
-    graph_module.meta.update(with_info({}, GraphInfo(inference=False, adapters={"default": {}}, config="c")))
+    graph_module.meta.update(
+        with_info({}, GraphInfo(inference=False, adapters={"default": AdapterRecord({})}, config="c"))
+    )
     for folded in (lora_fx.fold(graph_module), lora_fx.unload(graph_module)):
         assert folded.training is training
         assert folded.meta["mine"] == 1

@@ -119,7 +119,12 @@ def is_of_adapter(name: str) -> bool:
 
 def adapter_of(name: str) -> str | None:
     """Return the adapter that a tensor of this name belongs to, or None if it belongs to none."""
-    patterns = (_FACTOR, _EMBEDDING_FACTOR, _PLACES, _COPY)
+    patterns = (
+        _COPY,
+        _FACTOR,
+        _EMBEDDING_FACTOR,
+        _PLACES,
+    )  # a copy of the weight of a module called lora_A is no factor
     match = next((match for pattern in patterns if (match := pattern.fullmatch(name))), None)
     return match["adapter"] if match else None
 
