@@ -443,6 +443,15 @@ def test_a_prefix_that_fits_nothing_is_one_line_with_both_prefixes(
     assert str(caught.value).count("\n") == 0
 
 
+def test_an_old_and_a_new_key_of_one_module_are_refused(base: lora_fx.TracedGraphModule, directory: Path) -> None:
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    old = key.replace("model.model.model.", "model.model.")
+    save_file({**tensors, old: torch.ones(3, 24)}, path)
+    refused(base, directory, f"{old} and {key} are both for 'model.layers.0.self_attn.q_proj'")
+
+
 # Experts that were modules of their own.
 
 
@@ -571,6 +580,13 @@ def test_what_is_missing_of_experts_is_named(stacked: lora_fx.TracedGraphModule,
         tmp_path,
         "model.layers.1.block_sparse_moe.experts.0.w1: missing in adapter_model.safetensors: adapter_config.json selects it, for "
         "model.layers.1.mlp.experts.gate_up_proj",
+    )
+    whole = {"base_model.model.model.layers.0.mlp.experts.lora_A.weight": torch.ones(9, 40)}
+    expert_adapter(tmp_path, {**tensors, **whole}, target_modules=[*W])
+    refused(
+        stacked,
+        tmp_path,
+        "experts.lora_A.weight: the factors of all experts of model.layers.0.mlp.experts.down_proj, and there are",
     )
     ninth = {k.replace("experts.2.", "experts.8."): v for k, v in tensors.items()}
     expert_adapter(tmp_path, ninth, target_modules=[*W])

@@ -116,7 +116,14 @@ def stacked(
     entries = {key: entry for key, entry in files.file.entries.items() if key not in taken}
     for stack, parts in made.items():
         key_a, key_b = placed[of_stack[stack].module].keys
+        problems += [
+            f"{key}: the factors of all experts of {stack}, and there are those of single ones"
+            for key in (key_a, key_b)
+            if key in entries
+        ]
         entries |= {key_a: parts.entry_a, key_b: parts.entry_b}
+    if problems:
+        raise AdapterError(str(files.directory), shortened(problems, _MAX_NAMED, "problems"))
     ranks = {f"^{re.escape(stack)}$": parts.rank for stack, parts in made.items()}
     alphas = {
         f"^{re.escape(stack)}$": alpha_of(parts.rank, parts.scale, rslora=files.config.use_rslora)

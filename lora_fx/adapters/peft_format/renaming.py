@@ -19,7 +19,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from lora_fx.adapters.peft_format.experts import ExpertKey, stacked
 from lora_fx.adapters.peft_format.keys import PREFIX, base_name
 from lora_fx.adapters.peft_format.opening import AdapterFiles
-from lora_fx.errors import AdapterError, LoraFxError
+from lora_fx.errors import AdapterError, LoraFxError, shortened
 from lora_fx.graph.adapter_names import is_of_adapter
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import known_info
@@ -58,11 +58,17 @@ def _fitted(files: AdapterFiles, graph_module: fx.GraphModule) -> AdapterFiles:
             experts.append(expert)
     rest = set(strange) - moved.keys() - {expert.key for expert in experts}
     _check_any_fits(files, rest, names)
+    twice = [
+        f"{old} and {new} are both for {_module_of(new)!r}" for old, new in moved.items() if new in files.file.entries
+    ]
+    if twice:
+        raise AdapterError(str(files.directory), shortened(twice, _MAX_NAMED, "keys"))
     entries = {moved.get(key, key): entry for key, entry in files.file.entries.items()}
     config = _renamed_config(
         files.config, {_module_of(new): _module_of(old) for old, new in moved.items() if ".lora_" in old}
     )
-    config = _with_parameters(config, entries, known_info(graph_module).parameter_modules)
+    owners = [each for each in known_info(graph_module).parameter_modules if f"{each}.weight" in names.own]
+    config = _with_parameters(config, entries, owners)
     files = replace(files, config=config, file=replace(files.file, entries=entries))
     return stacked(files, experts, sites(graph_module), list(names.own)) if experts else files
 
@@ -160,6 +166,7 @@ def _check_any_fits(files: AdapterFiles, rest: Set[str], names: _Names) -> None:
     raise AdapterError(str(files.directory), [problem])
 
 
+_MAX_NAMED = 10
 _MIN_FACTORS = 4
 """Fewer keys that do not fit are told one by one."""
 
