@@ -571,7 +571,7 @@ def test_lora_plus_gives_trained_copies_the_rate_of_a_and_vectors_no_decay() -> 
 @LLAMA
 def test_lora_plus_tells_the_factors_of_several_adapters() -> None:
     graph_module = ours("llama", PLUS)
-    graph_module = lora_fx.rewrite(graph_module, {"select": [{"target": ["o_proj", "embed_tokens"]}]}, adapter="lora_B")
+    graph_module = lora_fx.rewrite(graph_module, {"select": [{"target": ["o_proj", "embed_tokens"]}]}, adapter="B")
     graph_module = all_acting(graph_module)
     rates = rates_of(graph_module, lora_fx.lora_plus_groups(graph_module, 1e-3, 4.0, embedding_lr=1e-5))
     expected = {"A": 1e-3, "B": 4e-3}
