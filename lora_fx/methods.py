@@ -159,8 +159,8 @@ def merge_and_unload(
     for name, first in model.all_tied_weights_keys.items():
         if {name, first} <= state.tensors.keys() and state.tensors[name] is not state.tensors[first]:
             raise LoraFxError(
-                f"{first!r} and {name!r} are one parameter of {type(model).__name__}, and were un-tied by fold: the model would tie them "
-                "again whenever it is resized, saved or loaded. Un-tie them before the trace (config.tie_word_embeddings = False and a "
+                f"{first!r} and {name!r} are one parameter of {type(model).__name__}, and were untied by fold: the model would tie them "
+                "again whenever it is resized, saved or loaded. Untie them before the trace (config.tie_word_embeddings = False and a "
                 "parameter of its own for each), or write the graph with lora_fx.huggingface.save_pretrained."
             )
     model.add_model_tags(list(known_info(graph_module).tags))

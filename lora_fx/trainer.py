@@ -22,11 +22,11 @@ from transformers.utils.generic import find_labels
 from lora_fx.adapters.peft_format.directories import (
     MAX_NAMED,
     adapter_directories,
+    first_trainable_names,
     other_adapters,
     ranks_in,
     ranks_of,
     read_adapters,
-    trained_names,
     write_adapters,
 )
 from lora_fx.adapters.peft_format.save_load import check_writable, save_adapter
@@ -409,13 +409,13 @@ def _hook(graph: nn.Module) -> None:
 
 
 def _keep_trained(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    kept = {f"{prefix}{name}" for name in trained_names(module)}
+    kept = {f"{prefix}{name}" for name in first_trainable_names(module)}
     for name in [name for name in state_dict if name.startswith(prefix) and name not in kept]:
         del state_dict[name]
 
 
 def _miss_no_frozen(module: nn.Module, keys: Any) -> None:
-    trained = trained_names(module)
+    trained = first_trainable_names(module)
     keys.missing_keys[:] = [name for name in keys.missing_keys if name in trained]
 
 
@@ -428,7 +428,7 @@ def _check_adapters(module: TracedGraphModule, state_dict: Mapping[str, Any], pr
     }
     problems = [
         f"{name}: expected {described(tensors[name])}, got {described(given[name]) if name in given else 'none'}"
-        for name in sorted(trained_names(module))
+        for name in sorted(first_trainable_names(module))
         if is_of_adapter(name) and (name not in given or given[name].shape != tensors[name].shape)
     ]
     problems += [f"{name}: the graph has no such tensor" for name in given if name not in tensors]

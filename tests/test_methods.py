@@ -328,7 +328,7 @@ def test_a_tied_head_with_an_adapter_generates_and_is_not_merged_in_silence() ->
         graph.merge_and_unload()
     untied = lora_fx.fold(graph, unshare=True)
     assert torch.equal(untied.generate(**BATCH, **options), wrapped.generate(**BATCH, **options))
-    with pytest.raises(lora_fx.LoraFxError, match="are one parameter of LlamaForCausalLM, and were un-tied by fold"):
+    with pytest.raises(lora_fx.LoraFxError, match="are one parameter of LlamaForCausalLM, and were untied by fold"):
         untied.merge_and_unload()
 
 

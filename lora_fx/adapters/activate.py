@@ -9,11 +9,11 @@ from dataclasses import replace
 from torch import fx
 
 from lora_fx.adapters.attach import act
-from lora_fx.adapters.recorded import parameters_of, record_of, recorded_plan, trained_of
+from lora_fx.adapters.recorded import parameters_of, record_of, recorded_plan, resting_record_of, trained_of
 from lora_fx.branches.remove import unload
 from lora_fx.errors import PlanError, listed
 from lora_fx.graph.adapter_names import is_of_adapter
-from lora_fx.graph.adapter_states import acting, adapters_as_added, trained_names, waiting
+from lora_fx.graph.adapter_states import acting, adapters_as_added, waiting
 from lora_fx.graph.graph_module import TracedGraphModule, rebuilt, trainable_names
 from lora_fx.graph.info import info_of
 from lora_fx.rules.plain_numbers import finite_number
@@ -50,12 +50,7 @@ def at_rest(graph_module: fx.GraphModule) -> TracedGraphModule:
         PlanError: it has an adapter without a record.
         FoldError: a branch cannot be taken out without changing something else.
     """
-    records = {
-        name: replace(
-            record_of(graph_module, name).at_strength(1.0), acts=False, trains=trained_names(graph_module, name)
-        )
-        for name in adapters_as_added(graph_module)
-    }
+    records = {name: resting_record_of(graph_module, name) for name in adapters_as_added(graph_module)}
     tensors = {name: p for adapter in records for name, p in parameters_of(graph_module, adapter).items()}
     own = frozenset(name for name in trainable_names(graph_module) if not is_of_adapter(name))
     base = unload(graph_module)

@@ -102,6 +102,16 @@ def record_of(graph_module: fx.GraphModule, adapter: str) -> AdapterRecord:
     return known[adapter]
 
 
+def resting_record_of(graph_module: fx.GraphModule, adapter: str) -> AdapterRecord:
+    """Return the record of an adapter as one that does not act: at strength 1, with what trains once it acts.
+
+    Raises:
+        PlanError: see :func:`record_of`.
+    """
+    record = record_of(graph_module, adapter).at_strength(1.0)
+    return replace(record, acts=False, trains=trained_names(graph_module, adapter))
+
+
 def branches_of(graph_module: fx.GraphModule, adapter: str) -> dict[str, tuple[str, BranchSpec]]:
     """Return the branches of an adapter by their keys, each with the rule that chose it. Raises as :func:`record_of` does."""
     return dict(record_of(graph_module, adapter).branches)

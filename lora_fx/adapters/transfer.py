@@ -9,10 +9,10 @@ import torch
 
 from lora_fx.adapters.activate import at_rest, let_act
 from lora_fx.adapters.attach import attach
-from lora_fx.adapters.recorded import parameters_of, record_of, recorded_plan, values_of
+from lora_fx.adapters.recorded import parameters_of, record_of, recorded_plan, resting_record_of, values_of
 from lora_fx.errors import PlanError
 from lora_fx.graph.adapter_names import adapter_of, adapters
-from lora_fx.graph.adapter_states import acting, adapters_as_added, trained_names
+from lora_fx.graph.adapter_states import acting, adapters_as_added
 from lora_fx.graph.compare import described
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, state_of
 from lora_fx.graph.info import RuledBranches, info_of
@@ -68,10 +68,7 @@ def transfer(graph_module: TracedGraphModule, *, onto: TracedGraphModule) -> Tra
         raise PlanError(
             f"the adapters do not fit the graph they are transferred onto: {'; '.join(unlike)}. Use the same model and rules."
         )
-    carried = {
-        name: replace(record_of(given, name).at_strength(1.0), acts=False, trains=trained_names(given, name))
-        for name in adapters(given)
-    }
+    carried = {name: resting_record_of(given, name) for name in adapters(given)}
     records = {name: carried.get(name, record) for name, record in info_of(result).adapters.items()}
     info = replace(info_of(result), adapters=records)
     return let_act(rebuilt(result, tensors=tensors, info=info), strengths)

@@ -1,10 +1,12 @@
 """A directory that clients generate with: onnxruntime-genai, and optimum's ``ORTModelForCausalLM``.
 
-model.onnx                graph with a key-value cache, past_key_values.{i}.key → present.{i}.key
-config.json               of the transformers model; optimum reads sizes of the cache from it
-generation_config.json    defaults of generation
-genai_config.json         what onnxruntime-genai needs to know: names and sizes
-tokenizer files           where a tokenizer is given
+    model.onnx                graph with a key-value cache, past_key_values.{i}.key → present.{i}.key
+    config.json               of the transformers model; optimum reads sizes of the cache from it
+    generation_config.json    defaults of generation
+    genai_config.json         what onnxruntime-genai needs to know: names and sizes
+    tokenizer files           where a tokenizer is given
+
+The files are written beside their place, and moved there together once the model was compared with its graph.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from lora_fx.export.deliver import Exported
 from lora_fx.export.onnx_file import onnx
 from lora_fx.files.atomic import replacing
 from lora_fx.files.target import DirectoryKind, Target
-from lora_fx.graph.cached_graphs import PAST, PRESENT, cache_layers, check_cache, takes_positions
+from lora_fx.graph.cached_graphs import PAST, PRESENT, cache_layers, check_cache, generation_settings, takes_positions
 from lora_fx.graph.graph_module import TracedGraphModule
 
 MODEL = "model.onnx"
@@ -63,8 +65,7 @@ def generation(
         beside.mkdir()
         exported = onnx(graph_module, beside / MODEL, slots=slots, verify=verify, tolerance=tolerance)
         graph_module.config.save_pretrained(beside)
-        if graph_module.generation_config is not None:
-            graph_module.generation_config.save_pretrained(beside)
+        generation_settings(graph_module).save_pretrained(beside)
         text = json.dumps(genai_config(graph_module), indent=2)
         (beside / GENAI_CONFIG).write_text(text + "\n", encoding="utf-8")
         if source is not None:
@@ -86,29 +87,24 @@ GENAI_CONFIG = "genai_config.json"
 def genai_config(graph_module: TracedGraphModule) -> dict[str, Any]:
     """Return the configuration of onnxruntime-genai for a graph with a cache, as the file ``genai_config.json`` holds it."""
     config = graph_module.config.get_text_config()
-    settings = graph_module.generation_config
+    settings = generation_settings(graph_module)
     layers = cache_layers(graph_module)
     inputs = {"input_ids": "input_ids", "attention_mask": "attention_mask"}
     if takes_positions(graph_module):
         inputs["position_ids"] = "position_ids"
     inputs |= {"past_key_names": f"{PAST}.%d.key", "past_value_names": f"{PAST}.%d.value"}
-    tokens = {
-        name: value
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-        if (
-            value := getattr(settings, name, None)
-            if getattr(settings, name, None) is not None
-            else getattr(config, name, None)
-        )
-        is not None
-    }
-    end = tokens.get("eos_token_id", 0)
+
+    def token(kind: str, default: Any) -> Any:
+        given = (getattr(source, f"{kind}_token_id", None) for source in (settings, config))
+        return next((value for value in given if value is not None), default)
+
+    end = token("eos", 0)
     length = getattr(config, "max_position_embeddings", None) or _LENGTH
     return {
         "model": {
-            "bos_token_id": tokens.get("bos_token_id", 0),
+            "bos_token_id": token("bos", 0),
             "eos_token_id": end,
-            "pad_token_id": tokens.get("pad_token_id", end[0] if isinstance(end, list) else end),
+            "pad_token_id": token("pad", end[0] if isinstance(end, list) else end),
             "vocab_size": config.vocab_size,
             "context_length": length,
             "type": "decoder",
@@ -129,7 +125,7 @@ def genai_config(graph_module: TracedGraphModule) -> dict[str, Any]:
             },
         },
         "search": {
-            "do_sample": bool(settings.do_sample) if settings is not None else False,
+            "do_sample": bool(settings.do_sample),
             "early_stopping": True,
             "length_penalty": 1.0,
             "max_length": length,

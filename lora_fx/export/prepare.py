@@ -20,7 +20,7 @@ from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, s
 from lora_fx.graph.info import info_of, known_info
 from lora_fx.graph.input_checks import Constraints, remove_checks
 from lora_fx.graph.provenance import source_line
-from lora_fx.graph.signature import signature_of
+from lora_fx.graph.signature import key_parts, signature_of
 from lora_fx.graph.size_relations import UNBOUNDED
 from lora_fx.tracing.train_eval import ModeSwitch
 
@@ -230,9 +230,7 @@ def _output_names(count: int, out_spec: pytree.TreeSpec) -> list[str]:
         )
     names = [""] * count
     for path, index in pytree.tree_leaves_with_path(dict(tree)):
-        names[index] = ".".join(
-            str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path
-        )
+        names[index] = ".".join(key_parts(path))
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ExportError(f"two outputs have the name {twice[0]!r}. Trace a module that gives them different names.")

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lora_fx.adapters.peft_format.fingerprint import fingerprint_on_disk
 from lora_fx.errors import FoldError, listed
 from lora_fx.files.safetensors import equal_in_files
 from lora_fx.folding.checkpoint import Checkpoint
 from lora_fx.graph.state import State
+from lora_fx.tracing.transformers_models import KeyConversions
 
 
 @dataclass(frozen=True)
@@ -34,15 +33,12 @@ class Places:
     @staticmethod
     def of(model: nn.Module, checkpoint: Checkpoint) -> Places:
         """Rename every key as transformers does when it loads it."""
-        transforms = get_model_conversion_mapping(model)  # type: ignore[arg-type]
-        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-        converters = [each for each in transforms if isinstance(each, WeightConverter)]
-        prefix = getattr(model, "base_model_prefix", "") or None
+        conversions = KeyConversions.of(model)
         state = model.state_dict()
         made_of: dict[str, list[str]] = {}
         converts = set()
         for key in checkpoint.tensors:
-            name, converter = rename_source_key(key, renamings, converters, prefix, state)
+            name, converter = conversions.applied(key, state)
             made_of.setdefault(name, []).append(key)
             if converter is not None:
                 converts.add(name)

@@ -68,7 +68,7 @@ def fold(
             a tensor is on the meta device. Nothing was changed.
         PlanError: ``strengths`` names an adapter that the graph has not.
     """
-    plain = plain_graph(graph_module if strengths is None else activate(graph_module, strengths))
+    plain = _plain_acting(graph_module, strengths)
     if known_info(plain).labels:
         raise FoldError(WITH_LABELS)
     folded = _folded(plain, branches, unshare=unshare, inplace=inplace)
@@ -95,8 +95,13 @@ def folded_state(
         FoldError: see :func:`fold`.
         PlanError: see :func:`fold`.
     """
-    plain = plain_graph(graph_module if strengths is None else activate(graph_module, strengths))
+    plain = _plain_acting(graph_module, strengths)
     return state_of(_folded(plain, is_factor, unshare=unshare))
+
+
+def _plain_acting(graph_module: fx.GraphModule, strengths: Mapping[str, float] | None) -> fx.GraphModule:
+    """Return the plain graph in which these adapters act; without strengths those that do."""
+    return plain_graph(graph_module if strengths is None else activate(graph_module, strengths))
 
 
 def _folded(plain: fx.GraphModule, branches: Nominate, *, unshare: bool, inplace: bool = False) -> TracedGraphModule:
@@ -168,7 +173,7 @@ def recipe(
         FoldError: see :func:`fold`.
         PlanError: see :func:`fold`.
     """
-    plain = plain_graph(graph_module if strengths is None else activate(graph_module, strengths))
+    plain = _plain_acting(graph_module, strengths)
     values = values_of(plain, find_branches(plain, branches), unshare=unshare)
     return tuple(value.merge for value in values if value.updates)
 

@@ -9,9 +9,8 @@ from torch import nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lora_fx.graph.cached_graphs import PAST, PRESENT, check_cache, empty_past, takes_positions
+from lora_fx.graph.cached_graphs import PAST, PRESENT, check_cache, empty_past, generation_settings, takes_positions
 from lora_fx.graph.graph_module import TracedGraphModule
-from lora_fx.graph.info import known_info
 
 
 class Generator(nn.Module, GenerationMixin):
@@ -113,5 +112,4 @@ def generator(graph_module: TracedGraphModule) -> Generator:
         LoraFxError: the graph has no cache.
     """
     check_cache(graph_module)
-    settings = known_info(graph_module).generation_config or GenerationConfig.from_model_config(graph_module.config)
-    return Generator(graph_module, settings)
+    return Generator(graph_module, generation_settings(graph_module))

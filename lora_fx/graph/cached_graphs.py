@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from transformers import GenerationConfig
 
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.graph_module import TracedGraphModule
-from lora_fx.graph.info import info_of
+from lora_fx.graph.info import info_of, known_info
 from lora_fx.graph.signature import signature_of
 
 PAST, PRESENT = "past_key_values", "present"
@@ -52,6 +53,11 @@ def check_cache(graph_module: TracedGraphModule) -> None:
             "expected a graph with a key-value cache: rewrite, trace or from_adapter with cache=True; a graph that was trained without "
             "goes onto one by lora_fx.transfer(graph, onto=lora_fx.trace(model, cache=True))."
         )
+
+
+def generation_settings(graph_module: TracedGraphModule) -> GenerationConfig:
+    """Return the settings by which the traced model generates; where it has none, those that its config implies."""
+    return known_info(graph_module).generation_config or GenerationConfig.from_model_config(graph_module.config)
 
 
 def takes_positions(graph_module: TracedGraphModule) -> bool:

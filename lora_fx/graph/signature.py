@@ -132,9 +132,9 @@ class Signature:
     def nested(self) -> dict[str, str]:
         """The inputs within a list or mapping, each with its place there: ``<input>.<index>`` or ``<input>.<key>``, at any depth."""
         places = [
-            ".".join([argument.name, *path])
+            ".".join([argument.name, *key_parts(path)])
             for argument in self.arguments
-            for path, leaf in zip(_paths(argument.spec), argument.leaves, strict=True)
+            for path, leaf in pytree.tree_leaves_with_path(pytree.tree_unflatten(argument.leaves, argument.spec))
             if leaf in (Leaf.TENSOR, Leaf.NUMBER)
         ]
         return {name: place for name, place in zip(self.inputs, places, strict=True) if "." in place}
@@ -253,6 +253,11 @@ def _argument_names(graph: fx.Graph) -> list[str]:
     return [name for name in codegen.pytree_info.orig_args if name != "self"]
 
 
+def key_parts(path: pytree.KeyPath) -> list[str]:
+    """Return the keys, indices and names that lead to a leaf."""
+    return [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
+
+
 def signature_of(graph: fx.Graph) -> Signature:
     """Return the signature that :func:`take_inputs` gave a graph, or the graph of which it is a copy."""
     codegen = graph._codegen
@@ -362,16 +367,6 @@ def _parts(label: str, value: Any, spec: pytree.TreeSpec) -> list[tuple[str, Any
         keys = list(range(len(parts)))
     nested = zip(keys, parts, spec.children(), strict=True)
     return [leaf for key, part, inner in nested for leaf in _parts(f"{label}[{key!r}]", part, inner)]
-
-
-def _paths(spec: pytree.TreeSpec) -> Iterator[tuple[str, ...]]:
-    """Yield the keys and indices that lead to each leaf."""
-    if spec.is_leaf():
-        yield ()
-        return
-    keys = spec.context if isinstance(spec.context, list) else range(spec.num_children)
-    for key, child in zip(keys, spec.children(), strict=True):
-        yield from ((str(key), *rest) for rest in _paths(child))
 
 
 def _other_structure(label: str, found: str, expected: str) -> InputError:

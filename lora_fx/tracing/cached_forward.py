@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from lora_fx.errors import TraceError, listed
 from lora_fx.graph.cached_graphs import PAST, PRESENT, CacheLayer
 from lora_fx.graph.example_sizes import SUM
-from lora_fx.tracing.example_inputs import BATCH, ExampleInputs
+from lora_fx.tracing.example_inputs import BATCH, ExampleInputs, random_tokens
 
 BATCH_AXIS, SEQUENCE_AXIS, PAST_AXIS = "batch", "sequence", "past_sequence"
 
@@ -182,7 +182,6 @@ def cached_forward(model: nn.Module) -> Iterator[CachedCall]:
 
 
 def _inputs(model: nn.Module, layers: Sequence[CacheLayer]) -> ExampleInputs:
-    config: Any = model.config
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
 
@@ -190,9 +189,8 @@ def _inputs(model: nn.Module, layers: Sequence[CacheLayer]) -> ExampleInputs:
         values = torch.randn(BATCH, layer.heads, _PAST_LENGTH, size, generator=generator)
         return values.to(device, layer.dtype)
 
-    vocabulary = config.get_text_config().vocab_size
     inputs: dict[str, Any] = {
-        "input_ids": torch.randint(0, vocabulary, (BATCH, _LENGTH), generator=generator).to(device),
+        "input_ids": random_tokens(model, _LENGTH, generator).to(device),
         "attention_mask": torch.ones(BATCH, _PAST_LENGTH + _LENGTH, dtype=torch.int64, device=device),
     }
     axes: dict[str, tuple[str | None, ...]] = {

@@ -140,16 +140,16 @@ def _independent(relations: Iterable[Relation], sums: Mapping[Reference, Sequenc
 
     All sizes that are equal become one condition. What holds for all sizes, or follows from the sums, is dropped.
     """
-    equal = _Equalities()
-    others = [Relation.of_sum(size, added) for size, added in sums.items()]
-    kept: dict[object, Relation] = {relation: relation for relation in others}
+    equal, others = _Equalities(), []
     for relation in dict.fromkeys(relations):
         if relation.equal_sizes is not None:
             equal.join(relation.equal_sizes)
-        elif relation not in kept:
+        else:
             others.append(relation)
-    for relation in others[len(sums) :]:
-        meaning = _meaning(relation, equal, sums)
+    defining = {Relation.of_sum(size, added) for size, added in sums.items()}  # by which all others are judged
+    kept: dict[object, Relation] = {}
+    for relation in others:
+        meaning = None if relation in defining else _meaning(relation, equal, sums)
         if meaning is not sympy.true:
             kept.setdefault(relation if meaning is None else meaning, relation)
     return (*map(Relation.of_equal_sizes, equal.classes()), *kept.values())

@@ -249,7 +249,7 @@ def _from_config(model: Any, device: torch.device) -> ExampleInputs:
     if {"input_ids", "pixel_values"} <= inputs.keys() and _has_image_tokens(model.config):
         inputs |= _with_image_tokens(model, inputs)
     if model.config.is_encoder_decoder and "decoder_input_ids" in _parameters(model):  # and not the encoder alone
-        inputs["decoder_input_ids"] = _tokens(model, TARGET_SEQUENCE, generator)
+        inputs["decoder_input_ids"] = random_tokens(model, TARGET_SEQUENCE, generator)
     inputs = {name: value.to(device) for name, value in inputs.items()}
     return ExampleInputs(kwargs={**inputs, **_constants(model, inputs)}, axes=_axes(inputs))
 
@@ -269,7 +269,7 @@ def _beside(model: Any) -> tuple[str, ...]:
 
 def _text(model: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
     inputs = {
-        "input_ids": _tokens(model, SEQUENCE, generator),
+        "input_ids": random_tokens(model, SEQUENCE, generator),
         "attention_mask": torch.ones(BATCH, SEQUENCE, dtype=torch.int64),
     }
     if "bbox" in _parameters(model):
@@ -344,7 +344,12 @@ def _with_image_tokens(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[s
     return made
 
 
-def _tokens(model: Any, length: int, generator: torch.Generator) -> torch.Tensor:
+def random_tokens(model: Any, length: int, generator: torch.Generator) -> torch.Tensor:
+    """Return tokens ``(BATCH, length)`` of a transformers model's vocabulary.
+
+    Raises:
+        TraceError: the config does not say how large it is.
+    """
     try:
         config = model.config.get_text_config()
     except ValueError as error:  # a config of several texts, of which transformers cannot tell the main one

@@ -18,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from lora_fx.errors import TraceError, first_line
 from lora_fx.graph.process_state import quiet
+from lora_fx.graph.signature import key_parts
 from lora_fx.tracing.example_inputs import ExampleInputs
 
 Dynamic = Mapping[str, Sequence[int]]
@@ -168,9 +169,7 @@ def _dynamic_shapes(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | 
                 return None
             if dynamic is not None:
                 return {dim: _hint(dim in dynamic.get(name, ())) for dim in range(leaf.dim())}
-            axes = inputs.axes.get(
-                "_".join([name, *re.findall(r"\w+", pytree.keystr(path))])
-            )  # the name of the placeholder
+            axes = inputs.axes.get("_".join([name, *key_parts(path)]))  # the name of the placeholder
             if axes is not None:
                 return {dim: _hint(axis is not None) for dim, axis in enumerate(axes)}
             return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import importlib
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from lora_fx.errors import LoraFxError, hub_hint, listed
@@ -60,6 +62,44 @@ def empty_model(path: str | Path, choice: ModelChoice | None = None) -> nn.Modul
     model_class = class_of_config(config) if choice is None else choice.apply(config)
     with torch.device("meta"):
         return _build(config, path, model_class)
+
+
+@dataclass(frozen=True)
+class KeyConversions:
+    """How transformers renames the keys of a checkpoint of a model, and makes tensors of others, as it loads it.
+
+    Attributes:
+        renamings: of keys.
+        converters: of several tensors to one, or of one to several.
+        prefix: that is added where it is missing and dropped where it is twice; None for none.
+    """
+
+    renamings: Sequence[WeightRenaming] = ()
+    converters: Sequence[WeightConverter] = ()
+    prefix: str | None = None
+
+    @staticmethod
+    def of(model: Any) -> KeyConversions:
+        """Return those of a model, by transformers' table: by its class, and then by its type."""
+        transforms = get_model_conversion_mapping(model)
+        return KeyConversions(
+            [each for each in transforms if isinstance(each, WeightRenaming)],
+            [each for each in transforms if isinstance(each, WeightConverter)],
+            getattr(model, "base_model_prefix", "") or None,
+        )
+
+    def without_converters(self) -> KeyConversions:
+        """Return the renamings alone."""
+        return replace(self, converters=())
+
+    def applied(self, key: str, names: dict[str, Any]) -> tuple[str, str | None]:
+        """Return the name of the tensor that a key is for, and the pattern of the converter that makes it, if one does.
+
+        Args:
+            key: of a checkpoint.
+            names: of the model's tensors, as keys.
+        """
+        return rename_source_key(key, list(self.renamings), list(self.converters), self.prefix, names)
 
 
 def untie_as_loaded(

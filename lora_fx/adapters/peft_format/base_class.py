@@ -46,9 +46,12 @@ def base_class(path: Path, opened: Sequence[AdapterFiles], name: str | None = No
     candidates = dict.fromkeys(each for each in (own, *mapped, *by_task) if each is not None and _is_of(each, config))
     if name is not None:
         chosen = named_class(name, config)
-    elif len(candidates) < 2 or (chosen := _fitting(path, opened, candidates)) in (None, own):
-        return None
-    model = empty_model(path, ModelChoice(chosen))
+        model = empty_model(path, ModelChoice(chosen))
+    else:
+        fitting = _fitting(path, opened, candidates) if len(candidates) > 1 else None
+        if fitting is None or fitting[0] is own:
+            return None
+        chosen, model = fitting
     names = dict(model.named_parameters(remove_duplicate=False))
     supplied = frozenset(name for files in opened for name in files.replaced(names))
     return ModelChoice(chosen, _labels(path, opened, names, getattr(model.config, "num_labels", None)), supplied)
@@ -58,12 +61,12 @@ def _is_of(model_class: Any, config: object) -> bool:
     return isinstance(config, model_class.config_class or object)
 
 
-def _fitting(path: Path, opened: Sequence[AdapterFiles], candidates: Iterable[Any]) -> Any:
-    """Return the first class that has all modules of these adapters, or None."""
+def _fitting(path: Path, opened: Sequence[AdapterFiles], candidates: Iterable[Any]) -> tuple[Any, Any] | None:
+    """Return the first class that has all modules of these adapters, and an empty model of it; None if there is none."""
     for each in candidates:
         model = empty_model(path, ModelChoice(each))
         if all(_fits(files, model) for files in opened):
-            return each
+            return each, model
     return None
 
 

@@ -44,7 +44,7 @@ def adapter_directories(directory: Path) -> dict[str, Path]:
 def write_adapters(graph: TracedGraphModule, directory: Path) -> None:
     """Write all adapters of a graph, and other parameters that train."""
     tensors = state_of(graph).tensors
-    other = {name: tensors[name] for name in trained_names(graph) if not is_of_adapter(name)}
+    other = {name: tensors[name] for name in first_trainable_names(graph) if not is_of_adapter(name)}
     if other:
         with replacing(Target(directory / OTHER_NAME, overwrite=True)) as beside:
             write_tensors(beside, other, {"format": "pt"})
@@ -74,7 +74,7 @@ def read_adapters(graph: TracedGraphModule, directory: Path) -> None:
 def _read_other(graph: TracedGraphModule, directory: Path) -> dict[str, torch.Tensor]:
     """Return the values that a checkpoint has for the parameters that train and are of no adapter, by their names in the graph."""
     tensors = state_of(graph).tensors
-    names = sorted(name for name in trained_names(graph) if not is_of_adapter(name))
+    names = sorted(name for name in first_trainable_names(graph) if not is_of_adapter(name))
     path = next((path for name in (OTHER_NAME, _STATE_DICT_NAME) if (path := directory / name).is_file()), None)
     found: dict[str, torch.Tensor] = {}
     if names and path is not None:
@@ -127,7 +127,7 @@ def _adapters_text(ranks: Mapping[str, Collection[int]]) -> str:
     return f"adapter{'s' if len(told) > 1 else ''} {' and '.join(told)}" if told else "no adapter"
 
 
-def trained_names(graph: nn.Module) -> set[str]:
+def first_trainable_names(graph: nn.Module) -> set[str]:
     """Return the first name of each parameter that trains."""
     tensors, names = state_of(graph).tensors, state_of(graph).names()
     return {name for name in names if tensors[name].requires_grad}

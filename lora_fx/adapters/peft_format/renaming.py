@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import fx
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lora_fx.adapters.peft_format.experts import ExpertKey, stacked
 from lora_fx.adapters.peft_format.keys import PREFIX, base_name
@@ -26,7 +24,7 @@ from lora_fx.graph.info import known_info
 from lora_fx.rules.peft_config.config import CONFIG_NAME, AdapterConfig
 from lora_fx.rules.peft_config.name_matching import modules_of
 from lora_fx.sites.call_sites import sites
-from lora_fx.tracing.transformers_models import empty_double
+from lora_fx.tracing.transformers_models import KeyConversions, empty_double
 
 
 def fitted(files: AdapterFiles, graph_module: fx.GraphModule) -> AdapterFiles:
@@ -50,7 +48,7 @@ def _fitted(files: AdapterFiles, graph_module: fx.GraphModule) -> AdapterFiles:
     strange = [key for key in files.file.entries if not names.have(key)]
     moved: dict[str, str] = {}
     experts: list[ExpertKey] = []
-    conversions = _Conversions.of(graph_module, names) if strange else _Conversions((), (), None, names)
+    conversions = _Conversions.of(graph_module, names) if strange else _Conversions(KeyConversions(), names)
     for key in strange:
         if (new := conversions.renamed(key)) is not None:
             moved[key] = new
@@ -108,23 +106,18 @@ def _module_of(key: str) -> str:
 class _Conversions:
     """How transformers renames the keys of older checkpoints of a model."""
 
-    renamings: Sequence[WeightRenaming]
-    converters: Sequence[WeightConverter]
-    prefix: str | None
+    of_keys: KeyConversions
     names: _Names
 
     @staticmethod
     def of(graph_module: fx.GraphModule, names: _Names) -> _Conversions:
         if not (isinstance(graph_module, TracedGraphModule) and known_info(graph_module).pretrained):
-            return _Conversions((), (), None, names)
+            return _Conversions(KeyConversions(), names)
         try:
             model = empty_double(graph_module)
         except LoraFxError:  # a class of hub code, which the table does not know
-            return _Conversions((), (), None, names)
-        transforms = get_model_conversion_mapping(model)
-        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-        converters = [each for each in transforms if isinstance(each, WeightConverter)]
-        return _Conversions(renamings, converters, model.base_model_prefix or None, names)
+            return _Conversions(KeyConversions(), names)
+        return _Conversions(KeyConversions.of(model), names)
 
     def renamed(self, key: str) -> str | None:
         """Return the key under which a tensor is read; None where the graph has none for it."""
@@ -139,14 +132,12 @@ class _Conversions:
     def expert(self, key: str) -> ExpertKey | None:
         """Return the place in a stack of the factor of an expert that was a module of its own; None for any other key."""
         module = _module_of(key)
-        name, pattern = rename_source_key(
-            f"{module}.weight", list(self.renamings), list(self.converters), self.prefix, self.names.weights
-        )
-        converter = next((each for each in self.converters if pattern in each.source_patterns), None)
+        name, pattern = self.of_keys.applied(f"{module}.weight", self.names.weights)
+        converter = next((each for each in self.of_keys.converters if pattern in each.source_patterns), None)
         return None if converter is None else ExpertKey.of(key, module, name, str(pattern), converter)
 
     def _new_name(self, name: str) -> str:
-        return rename_source_key(name, list(self.renamings), [], self.prefix, self.names.weights)[0]
+        return self.of_keys.without_converters().applied(name, self.names.weights)[0]
 
 
 def _check_any_fits(files: AdapterFiles, rest: Set[str], names: _Names) -> None:
