@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from lora_fx.errors import PlanError, TraceError, listed
 from lora_fx.graph.process_state import forked_random_state
@@ -54,14 +55,15 @@ def _peft_class(module: nn.Module) -> str | None:
 def preserved(model: nn.Module) -> Iterator[None]:
     """Restore the mode of every module, ``requires_grad``, attributes and the random state.
 
-    Inside, gradients are on, whatever they are outside, and all floating-point parameters require one: torch.export records
-    regions without gradients and layout operators by that, and a graph shall not depend on where it was traced, nor on what
-    happened to be frozen.
+    Inside, torch's fused path of a transformer layer is off, which gives other numbers at padding than the operators of that layer do.
+    Gradients are on, whatever they are outside, and all floating-point parameters require one: torch.export records regions
+    without gradients and layout operators by that, and a graph shall not depend on where it was traced, nor on what happened to
+    be frozen.
     """
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     holders = _holders(model)
     devices = sorted({tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"})
-    with torch.inference_mode(False), torch.enable_grad(), forked_random_state(devices):
+    with torch.inference_mode(False), torch.enable_grad(), forked_random_state(devices), _without_fast_path():
         for parameter in trained:
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
@@ -73,6 +75,16 @@ def preserved(model: nn.Module) -> Iterator[None]:
             for parameter, requires_grad in trained.items():
                 if parameter.requires_grad != requires_grad:
                     parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager
@@ -112,68 +124,91 @@ def stateless(model: nn.Module) -> Iterator[None]:
         )
 
 
-def mode_of(model: nn.Module, *, inference: bool) -> bool:
-    """Return whether a model is in train mode, and not in eval mode. The modes of its modules are left changed.
+@dataclass(frozen=True)
+class Mode:
+    """The mode of a model.
 
-    A module that torch.export made counts as being in eval mode.
+    Attributes:
+        training: whether it is in train mode.
+        fixed: paths of norms that are in eval mode whatever the mode of the model.
+    """
+
+    training: bool
+    fixed: tuple[str, ...] = ()
+
+    def set(self, model: nn.Module, training: bool) -> None:
+        """Set another mode of a model, but for the norms that are fixed.
+
+        Raises:
+            TraceError: there is no train mode, as in what torch.export made.
+        """
+        try:
+            model.train(training)
+        except NotImplementedError as error:
+            if training:
+                raise TraceError(
+                    f"{type(model).__name__} is or holds an exported program, which has no train and eval mode ({error}): it computes as "
+                    "it did when it was exported. Trace it with inference=True; to train it, trace the module that it was made from."
+                ) from error
+            for module in model.modules():
+                module.training = False
+        for path in self.fixed:
+            model.get_submodule(path).eval()
+
+
+def mode_of(model: nn.Module, *, inference: bool) -> Mode:
+    """Return the mode of a model. The modes of its modules are left changed.
+
+    A module that torch.export made counts as being in eval mode. Norms with running statistics that are in eval mode while the model
+    is in train mode are fixed: so they are in many recipes, which keep the statistics of the pretraining.
 
     Raises:
-        TraceError: the modules are in other modes than ``model.train()`` or ``model.eval()`` gives them, and a graph has one;
+        TraceError: the other modules are in other modes than ``model.train()`` or ``model.eval()`` gives them, and a graph has one;
             or there is no train mode, and ``inference`` is false.
     """
     given = _modes(model)
     if inference and is_exported(model):
-        return False
+        return Mode(False)
     possible = []
     for training in (True, False):
-        set_mode(model, training)
+        Mode(training).set(model, training)
         possible.append(_modes(model))
-    if given not in possible:
-        expected = possible[0] if given[""] else possible[1]
-        others = [name for name, mode in given.items() if mode != expected[name]]
+    expected = possible[0] if given[""] else possible[1]
+    others = [name for name, mode in given.items() if mode != expected[name]]
+    fixed = [name for name in others if given[""] and isinstance(model.get_submodule(name), _NormBase)]
+    unknown = [name for name in others if name not in fixed]
+    if unknown:
         raise TraceError(
             f"the modules of {type(model).__name__} are in different modes, and a graph has one: it is in {_mode(given[''])} mode, "
-            f"and in {_mode(not given[''])} mode {'is' if len(others) == 1 else 'are'} "
-            f"{listed(others, 8)}. Call model.train() or model.eval() first."
+            f"and in {_mode(not given[''])} mode {'is' if len(unknown) == 1 else 'are'} "
+            f"{listed(unknown, 8)}. Call model.train() or model.eval() first."
         )
-    return given[""]
+    return Mode(given[""], tuple(fixed))
 
 
 def _modes(model: nn.Module) -> dict[str, bool]:
-    """Return the mode of the model and of all modules that have one: a linear layer that is replaced, as by a resize, has none that matters."""
-    return {name: each.training for name, each in model.named_modules() if not name or type(each) not in _WITHOUT_MODE}
+    return {name: each.training for name, each in model.named_modules() if not name or _has_mode(each)}
 
 
-_WITHOUT_MODE = (
-    nn.Linear,
-    nn.Embedding,
-    nn.LayerNorm,
-    nn.Identity,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ModuleList,
-    nn.ModuleDict,
-    nn.Sequential,
-)
+def _has_mode(module: nn.Module) -> bool:
+    """Tell whether a module may compute something else in train than in eval mode, by the code of its class.
 
-
-def set_mode(model: nn.Module, training: bool) -> None:
-    """Set the mode of a model.
-
-    Raises:
-        TraceError: there is no train mode, as in what torch.export made.
+    A linear layer, an embedding, a layer norm or an activation has no mode that matters: a replaced one is in train mode as made.
     """
-    try:
-        model.train(training)
-    except NotImplementedError as error:
-        if training:
-            raise TraceError(
-                f"{type(model).__name__} is or holds an exported program, which has no train and eval mode ({error}): it computes as it did "
-                "when it was exported. Trace it with inference=True; to train it, trace the module that it was made from."
-            ) from error
-        for module in model.modules():
-            module.training = False
+    if isinstance(module, _CONTAINERS):
+        return False
+    kinds = [kind for kind in type(module).__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module]
+    functions = [value for kind in kinds for value in vars(kind).values() if isinstance(value, FunctionType)]
+    return bool(module._modules) or any(_reads_mode(function.__code__) for function in functions)
+
+
+def _reads_mode(code: CodeType) -> bool:
+    return "training" in (*code.co_names, *code.co_consts) or any(
+        _reads_mode(inner) for inner in code.co_consts if isinstance(inner, CodeType)
+    )
+
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 def is_exported(model: nn.Module) -> bool:

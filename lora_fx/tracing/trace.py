@@ -56,7 +56,7 @@ from lora_fx.tracing.item_count import (
     with_item_count,
     without_item_count,
 )
-from lora_fx.tracing.model_state import is_exported, mode_of, preserved, set_mode, stateless
+from lora_fx.tracing.model_state import Mode, is_exported, mode_of, preserved, stateless
 from lora_fx.tracing.module_kinds import linear_modules, parameter_modules, task_head, vocabulary_modules
 from lora_fx.tracing.parity import check_evaluation, check_outputs, check_training, map_tensors, with_copied_buffers
 from lora_fx.tracing.repeated_layers.call_values import FirstLayerDiffers, LayersDiffer
@@ -141,13 +141,13 @@ def trace(
             inputs = with_item_count(model, with_labels(model, inputs))
         check_inputs(model, inputs, dynamic)
         inputs = varied(in_order(model, inputs), dynamic)
-        training = mode_of(model, inference=inference)
+        mode = mode_of(model, inference=inference)
         if labels:
-            _check_loss(model, inputs)
+            _check_loss(model, inputs, mode)
         if is_exported(model):
             tie(model)
-        traced = _trace_equal_layers_once(_Task(model, inputs, dynamic, labels, inference, cached))
-        return checked_base(traced.train(training))
+        traced = _trace_equal_layers_once(_Task(model, inputs, dynamic, labels, inference, mode, cached))
+        return checked_base(traced.train(mode.training))
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,7 @@ class _Task:
     """A model to trace, and the settings of the trace.
 
     Attributes:
+        mode: of the model as it was given.
         cached: the call with a key-value cache, which replaces the model's own.
         classes: equal layers, of which one is traced.
     """
@@ -164,6 +165,7 @@ class _Task:
     dynamic: Dynamic | None
     labels: bool
     inference: bool
+    mode: Mode
     cached: CachedCall | None = None
     classes: Sequence[LayerClass] = ()
 
@@ -232,14 +234,14 @@ def _check_checkpointing(model: nn.Module) -> None:
         )
 
 
-def _check_loss(model: nn.Module, inputs: ExampleInputs) -> None:
+def _check_loss(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> None:
     """Raise :class:`TraceError` unless the model returns a loss. In its first call it may choose a kind by the labels, and note it in its config.
 
     On the meta device, where models cannot look at their inputs, nothing is checked.
     """
     if any(tensor.is_meta for tensor in state_of(model).tensors.values()):
         return
-    set_mode(model, False)
+    mode.set(model, False)
     try:
         with torch.no_grad():
             found = with_copied_buffers(model)(*inputs.args, **inputs.kwargs)
@@ -364,7 +366,7 @@ def _advice_on_writes(model: nn.Module, written: Collection[str], *, training: b
 def _trace(task: _Task, *, training: bool) -> _Trace:
     """Export in one mode, and bring the graph into normal form."""
     model = task.model
-    set_mode(model, training)
+    task.mode.set(model, training)
     with stubbed(model, task.classes, task.cached), stateless(model):
         program = export(model, task.inputs, task.dynamic, training=training)
     module = program.module(check_guards=False)
@@ -422,14 +424,14 @@ def _verified(task: _Task, state: State, meta: dict[str, Any], traced: _Trace) -
     model, inputs, inference = task.model, task.inputs, task.inference
     on_meta = any(tensor.is_meta for tensor in state.tensors.values())
     if not inference:
-        set_mode(model, True)
+        task.mode.set(model, True)
         check_functions(model, lambda: with_copied_buffers(model)(*inputs.args, **inputs.kwargs), traced.functions)
     if on_meta:
         return traced.constraints
     graph_module = assemble(traced.graph, state, meta=meta, training=not inference, trainable=frozenset())
 
     def set_training(training: bool) -> None:
-        set_mode(model, training)
+        task.mode.set(model, training)
         graph_module.train(training)
 
     if not inference:
