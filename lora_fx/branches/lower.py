@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
-from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, erase_unread, rebuilt, state_of
+from lora_fx.graph.erasing import erase_unread
+from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
 from lora_fx.graph.provenance import stamp_of, write_stamp
 from lora_fx.numerics.bit_dropout import DropoutRate
 from lora_fx.numerics.fused_branch import add_update

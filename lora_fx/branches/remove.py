@@ -13,7 +13,8 @@ from lora_fx.branches.lower import lower
 from lora_fx.branches.weight_uses import Value, separate
 from lora_fx.errors import FoldError
 from lora_fx.graph.adapter_names import is_factor, is_of_adapter, original_name
-from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, erase_unread, rebuilt, state_of
+from lora_fx.graph.erasing import erase_unread
+from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
 from lora_fx.graph.info import known_info
 from lora_fx.graph.state import State
 from lora_fx.sites.stored_weight import is_transparent

@@ -22,7 +22,8 @@ from lora_fx.branches.find import FoundBranch
 from lora_fx.errors import FoldError
 from lora_fx.graph.adapter_names import original_name
 from lora_fx.graph.aten_kinds import flattened
-from lora_fx.graph.graph_module import erase_unread, state_of
+from lora_fx.graph.erasing import erase_unread
+from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.provenance import module_path
 from lora_fx.graph.state import State
 from lora_fx.numerics.lowrank_merge import Merge, Update

@@ -56,9 +56,9 @@ def check_finite(non_finite: Mapping[str, int]) -> None:
         raise FoldError(f"{told}: the weight or an adapter has a NaN, an infinity, or too large a value.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FoldReport:
-    """One entry for every weight that a fold changed. ``str(report)`` is a table.
+    """One entry for every weight that a fold changed. Its text is a table.
 
     Attributes:
         weights: for each its updates, the Frobenius norm of their sum and of the weight, and how many elements have an update but
@@ -73,7 +73,7 @@ class FoldReport:
     def __len__(self) -> int:
         return len(self.weights)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         if not self.weights:
             return "nothing was folded"
         table = new_table()

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 from lora_fx.errors import LoraFxError, PlanError, TraceError
-from lora_fx.graph.adapter_states import adapter_states
+from lora_fx.graph.adapter_states import AdapterState, adapter_states
 from lora_fx.graph.codegen import is_usable_part
 from lora_fx.graph.compare import same_values
 from lora_fx.graph.info import PEFT_SPELLING, GraphInfo, known_info, with_info
+from lora_fx.graph.overview import overview_html, overview_text
 from lora_fx.graph.pickling import GraphRecord, record, restore
 from lora_fx.graph.signature import InputCodeGen
 from lora_fx.graph.state import State, takes, with_value
@@ -97,10 +98,18 @@ class TracedGraphModule(fx.GraphModule):
         tensor = next(iter(state_of(self).tensors.values()), None)
         return torch.device("cpu") if tensor is None else tensor.device
 
-    def extra_repr(self) -> str:
-        """Return a line for the repr of the graph: its adapters, which of them act, and which train."""
-        states = adapter_states(self)
-        return f"adapters: {', '.join(map(str, states))}" if states else ""
+    @property
+    def adapters(self) -> tuple[AdapterState, ...]:
+        """The adapters of the graph, in the order in which they were added: which act, how strongly, and which train."""
+        return adapter_states(self)
+
+    def __repr__(self) -> str:
+        return overview_text(self)
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        return overview_html(self)
 
     def gradient_checkpointing_enable(self, *_args: Any, **_kwargs: Any) -> None:
         """Refuse: a graph has no layers to compute again."""
@@ -336,16 +345,6 @@ def check_names(names: Iterable[str]) -> None:
 
 
 _EMPTY = fx.GraphModule(nn.Module(), fx.Graph())
-
-
-def erase_unread(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node that nothing reads, and its inputs that nothing else reads (in place)."""
-    if node.users or node.op == "placeholder" or node._erased:
-        return
-    inputs = node.all_input_nodes
-    graph.erase_node(node)
-    for source in inputs:
-        erase_unread(graph, source)
 
 
 def _take_values(

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import InputError
-from lora_fx.graph.graph_module import erase_unread
+from lora_fx.graph.erasing import erase_unread
 from lora_fx.graph.signature import signature_of
 from lora_fx.graph.size_relations import UNBOUNDED, Reference, Relation
 

@@ -35,7 +35,7 @@ class Factor:
     view: View = AS_STORED
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Update:
     """One low-rank update ``scaling · … M₂ M₁``, of LoRA ``scaling · B A``, as data.
 
@@ -58,8 +58,13 @@ class Update:
         places = () if self.places is None else (self.places,)
         return (*(factor.name for factor in self.factors), *self.scales, *places)
 
+    def __repr__(self) -> str:
+        product = " @ ".join(factor.name for factor in reversed(self.factors))
+        scales = "".join(f"{scale} * " for scale in self.scales)
+        return f"{self.scaling:g} * {scales}{product}{'' if self.places is None else f' at {self.places}'}"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Merge:
     """What a fold does to one weight, as data.
 
@@ -74,6 +79,9 @@ class Merge:
     names: tuple[str, ...]
     updates: tuple[Update, ...]
     view: View = AS_STORED
+
+    def __repr__(self) -> str:
+        return f"<Merge {' = '.join(self.names)} ({self.layout}) += {' + '.join(map(repr, self.updates))}>"
 
     @property
     def layout(self) -> Layout:

@@ -77,9 +77,9 @@ class Skipped:
 Decision = Chosen | Skipped
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
-    """One decision for every call site of a graph, in graph order. ``str(plan)`` is a table.
+    """One decision for every call site of a graph, in graph order. Its text is a table.
 
     Attributes:
         rules: the rules that it follows.
@@ -111,7 +111,7 @@ class Plan:
         }
         return sum(branches.values())
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return as_text(self)
 
 
