@@ -99,7 +99,7 @@ def _span(values: Iterable[float]) -> str:
 def _inputs(graph_module: fx.GraphModule) -> str:
     checks = [module for module in graph_module.modules() if isinstance(module, InputCheck)]
     examples = known_info(graph_module).examples
-    names = {check.name: (None,) * check.rank for check in checks}
+    names: dict[str, tuple[str | None, ...]] = {check.name: (None,) * check.rank for check in checks}
     if examples is not None:
         varying = {
             (check.name, dim)
@@ -129,7 +129,8 @@ def _output(graph_module: fx.GraphModule) -> str:
     if spec is None or spec.is_leaf():
         return "a tensor"
     keys = spec.context if isinstance(spec.context, list) else []
-    return spec.type.__name__ + (f" ({listed([str(key) for key in keys], MAX_INPUTS)})" if keys else "")
+    kind: str = spec.type.__name__
+    return f"{kind} ({listed([str(key) for key in keys], MAX_INPUTS)})" if keys else kind
 
 
 def _short(dtype: torch.dtype) -> str:
