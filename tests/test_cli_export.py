@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -66,6 +67,53 @@ def test_a_directory_is_exported_with_its_adapters_folded(
         found = loaded(**batch)["logits"]
     assert torch.allclose(found, expected, rtol=0, atol=1e-5)
     assert "exists already" in export(base / "base", out, "--format", format, code=1)
+
+
+def test_a_directory_for_generation_has_the_adapter_and_the_tokenizer(
+    base: Path, expected: torch.Tensor, tmp_path: Path
+) -> None:
+    model, out = shutil.copytree(base / "base", tmp_path / "base"), tmp_path / "new" / "directory"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_text(f'"{name}"')
+    adapter = ("--adapter", base / "adapter", "--strength", 0.75)
+    said = export(model, out, "--format", "onnx", "--with-cache", *adapter)
+    assert "directory: ONNX, 0.2 MB (config.json, genai_config.json" in said
+    assert "attention_mask (batch, past_sequence + sequence), position_ids (batch, sequence), past_key" in said
+    assert "largest difference to the graph: " in said
+    assert {path.name for path in out.iterdir()} == {
+        *("config.json", "genai_config.json", "generation_config.json", "model.onnx"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    session = onnxruntime.InferenceSession(str(out / "model.onnx"), providers=["CPUExecutionProvider"])
+    ids, whole = (value.numpy() for value in inputs("llama", 3, 11).values())
+    past = {value.name: np.zeros((3, 2, 0, 8), np.float32) for value in session.get_inputs() if "past" in value.name}
+    found = []
+    for start, end in ((0, 7), (7, 8), (8, 11)):  # the prompt, a token, several
+        positions = np.broadcast_to(np.arange(start, end), (3, end - start))
+        given = {"input_ids": ids[:, start:end], "attention_mask": whole[:, :end], "position_ids": positions}
+        values = session.run(None, {**given, **past})
+        outputs = dict(zip((value.name for value in session.get_outputs()), values, strict=True))
+        past = {name: outputs[name.replace("past_key_values", "present")] for name in past}
+        found.append(torch.from_numpy(outputs["logits"]))
+    assert torch.allclose(torch.cat(found, 1), expected, rtol=0, atol=1e-5)
+    assert "exists already" in export(model, out, "-f", "onnx", "--with-cache", code=1)
+    assert "is read to make the result" in export(model, model, "-f", "onnx", "--with-cache", "--overwrite", code=1)
+    assert "is a directory, and a file" in export(
+        model, out, "-f", "torchscript", "--with-cache", "--overwrite", code=1
+    )
+
+
+def test_combinations_with_a_cache_that_mean_nothing_are_refused(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "name a format by --format" in export(base / "base", out, "--with-cache", code=2)
+    given = ("-f", "onnx", "--with-cache", "--example-inputs", tmp_path / "inputs.safetensors")
+    assert "--with-cache makes its own inputs" in export(base / "base", out, *given, code=2)
+    build("bert").save_pretrained(tmp_path / "bert")
+    assert "BertModel returns no cache" in export(tmp_path / "bert", out, "-f", "onnx", "--with-cache", code=1)
+    (tmp_path / "file").touch()
+    said = export(base / "base", tmp_path / "file", "-f", "onnx", "--with-cache", "--overwrite", code=1)
+    assert "is a file, and a directory for generation is a directory" in said
+    assert not out.exists()
 
 
 def test_branches_stay_where_they_are_asked_for(base: Path, tmp_path: Path) -> None:

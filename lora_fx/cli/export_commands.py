@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # torch and transformers are slow to import, and `--help` nee
 EXAMPLES = (
     "Examples:  lora-fx export model --format onnx model.onnx   ·   lora-fx export base --adapter style --adapter facts "
     "--strength 1 --strength 0.5 --format torchscript model.pt   ·   lora-fx export base --adapter style --branched --format pt2 model.pt2   ·   "
-    "lora-fx export base --slots --rules t5 slots.onnx"
+    "lora-fx export base --slots --rules t5 slots.onnx   ·   lora-fx export base --adapter style --format onnx --with-cache directory"
 )
 ADAPTER_EXAMPLES = (
     "Examples:  lora-fx export-adapter adapter slots.onnx adapter.onnx_adapter   ·   lora-fx export-adapter style facts slots.onnx "
@@ -80,6 +80,14 @@ SlotRules = Annotated[
         help="With --slots: name of built-in rules, auto, all-linear, or the path of a .toml file or of a PEFT configuration (.json)."
     ),
 ]
+WithCache = Annotated[
+    bool,
+    typer.Option(
+        "--with-cache",
+        help="Let the model take and return its key-value cache, for generation. As ONNX, OUT is then a directory, with the configs and "
+        "the tokenizer beside the model, as onnxruntime-genai and optimum load it.",
+    ),
+]
 WeightsDtype = Annotated[
     Dtype, typer.Option(help="Of the weights; auto is that of the files. onnxruntime's CPU kernels want float32.")
 ]
@@ -96,12 +104,13 @@ def export(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL_DIR", help="A transformers model: config.json and safetensors files.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to be made.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to be made; with --with-cache, a directory.")],
     format: ExportFormatOption = None,
     adapter: ExportAdapters = None,
     strength: Strengths = None,
     branched: Branched = False,
     slots: Slots = False,
+    with_cache: WithCache = False,
     rules: SlotRules = None,
     rules_dir: RulesDirectories = None,
     dtype: WeightsDtype = Dtype.auto,
@@ -120,28 +129,26 @@ def export(
     """
     adapters = adapter or []
     strengths, layouts = strengths_of(adapters, strength), stacks_of(adapters, stacks)
-    if branched and not adapters:
-        raise typer.BadParameter("--branched leaves adapters as branches, and there is none: name one by --adapter")
-    if slots and (branched or strength):
-        raise typer.BadParameter(_NO_SLOTS)
-    if rules is not None and not slots:
-        raise typer.BadParameter("--rules choose the sites of --slots, which was not given")
+    _check_options(adapters, strength, rules, example_inputs, branched, slots, with_cache)
     chosen_format = _export_format(format, out, slots=slots)
+    is_directory = with_cache and chosen_format is ExportFormat.onnx
 
     import lora_fx
     from lora_fx.adapters.peft_format.base_class import base_class
     from lora_fx.adapters.peft_format.opening import read_adapter
     from lora_fx.adapters.peft_format.save_load import with_adapter
+    from lora_fx.export.generation_directory import KIND
     from lora_fx.files.target import Target
     from lora_fx.rules.lookup import load
 
     with reported():
-        Target(out, overwrite, inputs(model, *adapters, example_inputs, *(rules_dir or ()), rules)).check()
+        reads = inputs(model, *adapters, example_inputs, *(rules_dir or ()), rules)
+        Target(out, overwrite, reads, KIND if is_directory else None).check()
         with errors.status("loading the model") as status:
             pairs = zip(adapters, layouts, strict=True)
             opened = [read_adapter(directory, layout, ignore_config_key or ()) for directory, layout in pairs]
             choice = base_class(model, opened, model_class)
-            graph, model_type = _loaded_graph(model, dtype, choice, example_inputs, status.update)
+            graph, model_type = _loaded_graph(model, dtype, choice, example_inputs, with_cache, status.update)
             for number, files in enumerate(opened):
                 status.update(f"adding {files.directory}")
                 graph = with_adapter(graph, files, f"adapter_{number}", trainable=None, strict=strict)
@@ -151,9 +158,10 @@ def export(
                 chosen = {f"adapter_{number}": factor for number, factor in enumerate(strengths)}
                 status.update("folding")
                 graph = lora_fx.activate(graph, chosen) if branched else lora_fx.fold(graph, chosen)
-        write = getattr(lora_fx.export, chosen_format.value)
-        slotted = {"slots": True} if slots else {}  # an option of onnx alone
-        exported = write(graph, out, overwrite=overwrite, verify=verify, tolerance=tolerance, **slotted)
+        write = getattr(lora_fx.export, "generation" if is_directory else chosen_format.value)
+        more: dict[str, Any] = {"slots": True} if slots else {}  # options that not all have
+        more |= {"tokenizer": model} if is_directory else {}
+        exported = write(graph, out, overwrite=overwrite, verify=verify, tolerance=tolerance, **more)
     remark(str(exported))
 
 
@@ -162,6 +170,7 @@ def _loaded_graph(
     dtype: Dtype,
     choice: ModelChoice | None,
     example_inputs: Path | None,
+    with_cache: bool,
     step: Callable[[str], object],
 ) -> tuple[lora_fx.TracedGraphModule, str | None]:
     """Return the graph of the model in a directory, and its model type."""
@@ -174,7 +183,7 @@ def _loaded_graph(
     loaded = load_model(model, None if dtype is Dtype.auto else getattr(torch, dtype.value), choice)
     step(f"tracing {type(loaded).__name__}")
     inputs = None if example_inputs is None else read_example_inputs(example_inputs, loaded)
-    return lora_fx.trace(loaded, inputs, inference=True), getattr(loaded.config, "model_type", None)
+    return lora_fx.trace(loaded, inputs, inference=True, cache=with_cache), getattr(loaded.config, "model_type", None)
 
 
 def export_adapter(
@@ -204,6 +213,26 @@ def export_adapter(
             pairs, model, out, strict=strict, ignore_config_keys=ignore_config_key or (), overwrite=overwrite
         )
     remark(str(exported))
+
+
+def _check_options(
+    adapters: Sequence[Path],
+    strengths: Sequence[float] | None,
+    rules: str | None,
+    example_inputs: Path | None,
+    branched: bool,
+    slots: bool,
+    with_cache: bool,
+) -> None:
+    """Raise typer's error for options that mean nothing together."""
+    if branched and not adapters:
+        raise typer.BadParameter("--branched leaves adapters as branches, and there is none: name one by --adapter")
+    if slots and (branched or strengths):
+        raise typer.BadParameter(_NO_SLOTS)
+    if rules is not None and not slots:
+        raise typer.BadParameter("--rules choose the sites of --slots, which was not given")
+    if with_cache and example_inputs is not None:
+        raise typer.BadParameter("--with-cache makes its own inputs: leave out --example-inputs")
 
 
 _NO_SLOTS = "--slots writes ONNX, without any adapter: leave out --format, --branched and --strength"

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from tqdm.auto import tqdm
 
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, listed
 from lora_fx.export.compare import Comparison, Loaded, check_tolerance, compare
 from lora_fx.export.prepare import Exportable, prepare
 from lora_fx.files.atomic import replacing
@@ -68,7 +68,7 @@ class Exported:
     """A written file and its comparison with the graph. ``str(exported)`` is a summary of a few lines.
 
     Attributes:
-        path: of the file.
+        path: of the file, or of the directory (:func:`lora_fx.export.generation`).
         format: ``"TorchScript"``, ``"ONNX"`` or ``"pt2"``.
         files: all that were written, with sizes in bytes; more than one where a format keeps large weights apart.
         inputs: name of an input → one entry per dimension: the name of its axis, or its size where that is fixed.
@@ -89,13 +89,20 @@ class Exported:
         return max((comparison.largest for comparison in self.comparisons), default=None)
 
     def __str__(self) -> str:
-        lines = [f"{path}: {self.format}, {size / 1e6:.1f} MB" for path, size in self.files.items()]
-        shown = ", ".join(f"{name} ({', '.join(map(str, axes))})" for name, axes in self.inputs.items())
-        lines.append(f"{shown} → {', '.join(self.outputs)}")
+        if self.path in self.files:
+            lines = [f"{path}: {self.format}, {size / 1e6:.1f} MB" for path, size in self.files.items()]
+        else:
+            size, names = sum(self.files.values()), ", ".join(path.name for path in self.files)
+            lines = [f"{self.path}: {self.format}, {size / 1e6:.1f} MB ({names})"]
+        inputs = [f"{name} ({', '.join(map(str, axes))})" for name, axes in self.inputs.items()]
+        lines.append(f"{listed(inputs, _MAX_NAMED)} → {listed(self.outputs, _MAX_NAMED)}")
         if not self.comparisons:
             return "\n".join([*lines, "not compared with the graph"])
         lines.append(f"largest difference to the graph: {self.largest:.1e} of the largest value of an output")
         return "\n".join([*lines, *(f"  {comparison}" for comparison in self.comparisons)])
+
+
+_MAX_NAMED = 8  # of the inputs, and of the outputs: a cache has two for each layer
 
 
 def deliver(format: Format, graph_module: TracedGraphModule, path: str | Path, options: Options) -> Exported:

@@ -61,7 +61,7 @@ def generation(
     if source is not None and not source.is_dir():
         raise LoraFxError(f"tokenizer: expected a directory with a tokenizer's files, or a tokenizer, got {tokenizer}.")
     reads = () if source is None else (source,)
-    with replacing(Target(directory, overwrite, reads, _KIND)) as beside:
+    with replacing(Target(directory, overwrite, reads, KIND)) as beside:
         beside.mkdir()
         exported = onnx(graph_module, beside / MODEL, slots=slots, verify=verify, tolerance=tolerance)
         graph_module.config.save_pretrained(beside)
@@ -162,4 +162,4 @@ def _is_written(path: str) -> bool:
     )
 
 
-_KIND = DirectoryKind("a directory for generation", _is_written)
+KIND = DirectoryKind("a directory for generation", _is_written)
