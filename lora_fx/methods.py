@@ -21,6 +21,7 @@ from lora_fx.adapters.peft_format.opening import read_adapter
 from lora_fx.adapters.peft_format.save_load import with_adapter, write_adapter_files
 from lora_fx.adapters.recorded import free_names, with_training
 from lora_fx.branches.lower import is_fused
+from lora_fx.branches.tied_copies import untied_copies
 from lora_fx.errors import LoraFxError
 from lora_fx.folding.fold import folded_state
 from lora_fx.graph.adapter_names import adapters, original_name
@@ -316,7 +317,8 @@ def _read_name(graph_module: TracedGraphModule, name: str) -> str:
     read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
     first = state_of(graph_module).aliases()[name]
     copies = {original: copied for copied in read if (original := original_name(copied)) is not None}
-    return copies.get(name) or copies.get(first) or first
+    shared = copies.get(first)
+    return copies.get(name) or (None if shared in untied_copies(graph_module) else shared) or first
 
 
 def follow_trainer(caller: FrameType) -> None:

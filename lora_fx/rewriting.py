@@ -9,8 +9,8 @@ from torch import nn
 
 from lora_fx.adapters.activate import tell_waiting
 from lora_fx.adapters.attach import attach
-from lora_fx.graph.graph_module import TracedGraphModule
-from lora_fx.planning.cautions import warn_of_fresh_head, warn_of_lower_ranks
+from lora_fx.graph.graph_module import TracedGraphModule, state_of
+from lora_fx.planning.cautions import warn_of_fresh_head, warn_of_lower_ranks, warn_of_untying
 from lora_fx.planning.planner import plan_graph
 from lora_fx.rules.lookup import RulesLike, load
 from lora_fx.tracing.model_state import check_unwrapped
@@ -78,6 +78,7 @@ def rewrite(
     graph_module = trace(model, example_inputs, dynamic=dynamic, labels=labels, inference=inference, cache=cache)
     plan = plan_graph(graph_module, ruleset)
     warn_of_lower_ranks(plan)
+    warn_of_untying(plan.trained, state_of(graph_module).names(), f"rules {plan.rules.name!r}", stacklevel=2)
     warn_of_fresh_head(plan, graph_module)
     result = attach(graph_module, plan, adapter=adapter, seed=seed)
     tell_waiting(result, adapter)

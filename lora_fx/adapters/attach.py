@@ -12,7 +12,7 @@ takes its own one, or the zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from lora_fx.adapters.fake_values import FakeValues
 from lora_fx.branches.find import find_branches
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import lower
+from lora_fx.branches.tied_copies import covered_names, untie
 from lora_fx.errors import PlanError, listed
 from lora_fx.graph.adapter_names import adapter_of, adapters, check_adapter_name, copy_name, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of, trainable_names
@@ -82,7 +83,8 @@ def attach(
     new = {**factors, **_copies(plan, state, adapter, values)}
     state = state.with_tensors(new)
     trains = frozenset(name for name, parameter in new.items() if parameter.requires_grad)
-    record = AdapterRecord(_branches(plan), plan.origin or Origin.of(plan.rules), _reasons(plan), False, trains)
+    origin, untied = plan.origin or Origin.of(plan.rules), frozenset(each.name for each in plan.trained if each.untied)
+    record = AdapterRecord(_branches(plan), origin, _reasons(plan), False, trains, untied)
     if not info_of(graph_module).adapters if acts is None else acts:
         return _with_nodes(graph_module, state, plan, adapter, record)
     return checked(rebuilt(graph_module, state=state, info=_with_record(graph_module, adapter, record)), "branched")
@@ -110,7 +112,7 @@ def _with_nodes(
 ) -> TracedGraphModule:
     """Return a graph with the nodes of an adapter, whose parameters are in ``state``."""
     copies = {name for name in state.tensors if original_name(name) is not None and adapter_of(name) == adapter}
-    _check_copied_once(graph_module, adapter, copies)
+    _check_copied_once(graph_module, adapter, copies, record.untied)
     ordered = _in_module_order(plan, state)
     places = _places(ordered, state, adapter)
     dropouts = {
@@ -122,21 +124,27 @@ def _with_nodes(
     state = State(state.tensors, state.non_persistent | set(places), state.modules)
     graph = _branched(graph_module, plan, state, adapter)
     for node in graph.find_nodes(op="get_attr"):
-        if copy_name(str(node.target), adapter) in copies:
+        if node.target not in record.untied and copy_name(str(node.target), adapter) in copies:
             node.target = copy_name(str(node.target), adapter)
+    for names in state.names().values():
+        untie(graph, names, {name: copy_name(name, adapter) for name in names if name in record.untied})
     graph.lint()
     info = _with_record(graph_module, adapter, replace(record, branches=_branches(plan), acts=True))
     trainable = trainable_names(graph_module) | (frozenset() if info.inference else record.trains)
     return checked(rebuilt(graph_module, graph, state=state, info=info, trainable=trainable), "branched")
 
 
-def _check_copied_once(graph_module: TracedGraphModule, adapter: str, copies: Iterable[str]) -> None:
+def _check_copied_once(
+    graph_module: TracedGraphModule, adapter: str, copies: Iterable[str], untied: Collection[str]
+) -> None:
     """Refuse a second adapter that acts with a trained copy of a parameter."""
-    read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
-    other = {original: adapter_of(name) for name in read if (original := original_name(name)) is not None}
-    shared = [original for name in copies if (original := original_name(name)) in other]
+    other, state = covered_names(graph_module), state_of(graph_module)
+    names_of, first = state.names(), state.aliases()
+    originals = [original for name in copies if (original := original_name(name)) is not None]
+    covered = (name for each in originals for name in ((each,) if each in untied else names_of[first[each]]))
+    shared = [name for name in covered if name in other]
     if shared:
-        names = sorted({str(other[name]) for name in shared})
+        names = sorted({other[name] for name in shared})
         raise PlanError(
             f"adapter {adapter!r} has trained copies of {listed(sorted(shared), 5)}, and so has {' and '.join(map(repr, names))}, which "
             "acts: a graph computes with one copy of a parameter. Let one of them act at a time: "

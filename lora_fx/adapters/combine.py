@@ -126,6 +126,8 @@ def _one_copy_each(
     Raises:
         PlanError: two adapters have different copies of one parameter.
     """
+    state = state_of(graph_module)
+    names_of, aliases = state.names(), state.aliases()
     trained: dict[str, Trained] = {}
     copies: dict[str, torch.Tensor] = {}
     owner: dict[str, str] = {}
@@ -134,9 +136,13 @@ def _one_copy_each(
         own = parameters_of(graph_module, adapter)
         for each in trained_of(graph_module, adapter):
             value = own[copy_name(each.name, adapter)].detach()
-            first = owner.setdefault(each.name, adapter)
-            trained.setdefault(each.name, each)
-            if not torch.equal(copies.setdefault(each.name, value), value):
+            covered = (each.name,) if each.untied else names_of[aliases[each.name]]
+            first = next((owner[name] for name in covered if name in owner), adapter)
+            owner |= dict.fromkeys(covered, first)
+            alike = trained.setdefault(each.name, each).untied == each.untied and (
+                first == adapter or each.name in copies
+            )
+            if not torch.equal(copies.setdefault(each.name, value), value) or not alike:
                 differing.setdefault((first, adapter), []).append(each.name)
     if differing:
         told = "; ".join(

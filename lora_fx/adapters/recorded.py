@@ -119,8 +119,10 @@ def branches_of(graph_module: fx.GraphModule, adapter: str) -> dict[str, tuple[s
 
 def trained_of(graph_module: nn.Module, adapter: str) -> tuple[Trained, ...]:
     """Return the model's parameters of which an adapter has trained copies."""
+    record = known_info(graph_module).adapters.get(adapter)
+    untied = frozenset[str]() if record is None else record.untied
     return tuple(
-        Trained(original, "transferred", parameter.numel())
+        Trained(original, "transferred", parameter.numel(), untied=original in untied)
         for name, parameter in graph_module.named_parameters()
         if (original := original_name(name)) is not None and name == copy_name(original, adapter)
     )

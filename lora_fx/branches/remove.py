@@ -10,6 +10,7 @@ from torch import fx
 from lora_fx.branches.find import FoundBranch, Nominate, find_branches
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import lower
+from lora_fx.branches.tied_copies import rejoin, untied_copies
 from lora_fx.branches.weight_uses import Value, separate
 from lora_fx.errors import FoldError
 from lora_fx.graph.adapter_names import is_factor, is_of_adapter, original_name
@@ -68,8 +69,12 @@ def without_branches(
         nominate: tells the factors of branches by their names.
     """
     graph, copies = copy_graph(graph_module.graph)
+    untied, first, joined = untied_copies(graph_module), state.aliases(), {}
     for node in graph.find_nodes(op="get_attr"):
+        if node.target in untied:
+            joined[node] = first[untied[str(node.target)]]
         node.target = original_name(str(node.target)) or node.target
+    rejoin(graph, joined)
     separate(graph, values, copies)
     for branch in found:
         base = copies[branch.base]

@@ -136,13 +136,13 @@ def separate(graph: fx.Graph, values: Sequence[Value], copies: Mapping[fx.Node, 
                 continue
             path = [copies[node] for node in (use.weight, *use.between)]
             reader = copies[use.reader]
-            reader.replace_input_with(path[-1], _copy_path(graph, named, path, value.names[0]))
+            reader.replace_input_with(path[-1], copy_path(graph, named, path, value.names[0]))
             left.update(dict.fromkeys(reversed(path)))
     for node in left:  # paths copied for some uses may still serve others
         erase_unread(graph, node)
 
 
-def _copy_path(graph: fx.Graph, named: dict[str, fx.Node], path: Sequence[fx.Node], name: str) -> fx.Node:
+def copy_path(graph: fx.Graph, named: dict[str, fx.Node], path: Sequence[fx.Node], name: str) -> fx.Node:
     """Return the end of a path from a ``get_attr``, copied for another tensor; new ``get_attr`` nodes go into ``named``."""
     first, *between = path
     if name not in named:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from lora_fx.adapters.peft_format.fingerprint import fingerprint_on_disk
-from lora_fx.errors import FoldError, listed
+from lora_fx.adapters.peft_format.opening import AdapterFiles
+from lora_fx.adapters.peft_format.reading import AdapterContents
+from lora_fx.errors import AdapterError, FoldError, listed
 from lora_fx.files.safetensors import equal_in_files
 from lora_fx.folding.checkpoint import Checkpoint
 from lora_fx.graph.state import State
@@ -85,3 +87,22 @@ class Places:
             f"{self.checkpoint.directory} has no tensor for {' or '.join(map(repr, names))}, which an adapter changes. Is it the checkpoint of "
             "another model?"
         )
+
+
+def tied_again(contents: AdapterContents, names: Mapping[str, tuple[str, ...]], files: AdapterFiles) -> AdapterContents:
+    """Return an adapter with one copy of each tied parameter, if the copies for its modules are equal: a file has one tensor for it."""
+    untied = {each.name for each in contents.trained if each.untied}
+    copies = {name: value for name, value in contents.copies.items() if name not in untied}
+    problems = []
+    for tied in dict.fromkeys(names[name] for name in contents.copies if name in untied):
+        one, *others = (contents.copies.get(name) for name in tied)
+        if one is None or any(other is None or not torch.equal(one, other) for other in others):
+            problems.append(
+                f"{' and '.join(tied)}: one tied parameter of the model, which PEFT untied (modules_to_save without ensure_weight_tying) and "
+                "trained to two values. Fold the loaded model with lora_fx.from_adapter and lora_fx.fold, and write it with "
+                "lora_fx.huggingface.save_pretrained"
+            )
+        copies |= {} if one is None else {tied[0]: one}
+    if problems:
+        raise AdapterError(str(files.directory), problems)
+    return replace(contents, copies=copies)

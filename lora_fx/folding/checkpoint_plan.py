@@ -37,7 +37,7 @@ from lora_fx.errors import AdapterError, FoldError, LoraFxError, listed
 from lora_fx.folding.checkpoint import Changes, Checkpoint
 from lora_fx.folding.checkpoint_check import changed_in_files, check_fits
 from lora_fx.folding.checkpoint_files import Companions, companions_of, skipped_lines
-from lora_fx.folding.checkpoint_places import Places
+from lora_fx.folding.checkpoint_places import Places, tied_again
 from lora_fx.folding.checkpoint_write import CheckpointReport, write_merged
 from lora_fx.folding.fold import recipe
 from lora_fx.graph.adapter_names import adapter_of, is_of_adapter, original_name
@@ -342,7 +342,7 @@ def _contents(files: AdapterFiles, places: Places, graph_module: TracedGraphModu
     if problems:
         raise AdapterError(str(files.directory), problems)
     warn_of_embeddings(files.directory, list(found), stacklevel=3)
-    return replace(contents, copies={**contents.copies, **found})
+    return tied_again(replace(contents, copies={**contents.copies, **found}), names, files)
 
 
 def _additions(

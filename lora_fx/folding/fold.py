@@ -20,6 +20,7 @@ from torch import fx, nn
 from lora_fx.adapters.activate import activate
 from lora_fx.branches.find import Nominate, find_branches
 from lora_fx.branches.remove import plain_graph, without_branches
+from lora_fx.branches.tied_copies import with_apart_parameters
 from lora_fx.branches.weight_uses import Value, values_of
 from lora_fx.errors import WITH_LABELS, FoldError, listed
 from lora_fx.folding.report import check_finite
@@ -105,6 +106,7 @@ def _plain_acting(graph_module: fx.GraphModule, strengths: Mapping[str, float] |
 
 
 def _folded(plain: fx.GraphModule, branches: Nominate, *, unshare: bool, inplace: bool = False) -> TracedGraphModule:
+    plain = with_apart_parameters(plain)
     found = find_branches(plain, branches)
     values = values_of(plain, found, unshare=unshare)
     state = state_of(plain)
@@ -173,7 +175,7 @@ def recipe(
         FoldError: see :func:`fold`.
         PlanError: see :func:`fold`.
     """
-    plain = _plain_acting(graph_module, strengths)
+    plain = with_apart_parameters(_plain_acting(graph_module, strengths))
     values = values_of(plain, find_branches(plain, branches), unshare=unshare)
     return tuple(value.merge for value in values if value.updates)
 

@@ -52,6 +52,7 @@ class AdapterRecord:
         acts: whether its branches are nodes of the graph, and its trained copies are read.
         trains: names of its parameters that train while it acts. Of an adapter that acts in a graph that trains, the parameters
             themselves tell, by ``requires_grad``.
+        untied: names of tied parameters of which it has a trained copy for the module of that name alone.
     """
 
     branches: RuledBranches
@@ -59,6 +60,7 @@ class AdapterRecord:
     skipped: Mapping[str, str] = field(default_factory=dict)
     acts: bool = True
     trains: frozenset[str] = frozenset()
+    untied: frozenset[str] = frozenset()
 
     @property
     def strength(self) -> float:

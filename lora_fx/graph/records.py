@@ -81,12 +81,15 @@ class Trained:
         rule: the selection that says so.
         elements: how many elements it has.
         whole: whether it is meant under all of its names, if it is tied.
+        untied: whether the copy is for the module of ``name`` alone, and other modules that share the parameter do not compute with
+            it; ``name`` may then be any of its names.
     """
 
     name: str
     rule: str
     elements: int
     whole: bool = True
+    untied: bool = False
 
 
 @dataclass(frozen=True)

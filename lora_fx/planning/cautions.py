@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 
 from torch import fx
 
 from lora_fx.errors import listed
 from lora_fx.graph.adapter_names import original_name
 from lora_fx.graph.info import known_info
+from lora_fx.graph.records import Trained
 from lora_fx.planning.plan import Plan
 from lora_fx.rules.vocabulary import TaskType
 
@@ -25,6 +27,34 @@ def warn_of_lower_ranks(plan: Plan) -> None:
             f"rules {plan.rules.name!r} give these sites a higher rank than their update can have, and they get: {listed(lower, 20)}. The "
             "scaling stays that of the rule's rank. To have the rank everywhere, give it as an argument, rank=.",
             stacklevel=3,
+        )
+
+
+def warn_of_untying(
+    trained: Sequence[Trained], names: Mapping[str, Sequence[str]], source: str, *, stacklevel: int
+) -> None:
+    """Warn once of parameters that the model ties, and of which modules have trained copies of their own.
+
+    Args:
+        trained: the parameters that train.
+        names: all names of a parameter, by its first.
+        source: of the adapter, or of its rules.
+        stacklevel: see :func:`warnings.warn`, of the caller.
+    """
+    untied = [each.name for each in trained if each.untied]
+    tied = [every for every in names.values() if not set(untied).isdisjoint(every)]
+    if tied:
+        told = "; ".join(
+            f"{' and '.join(every)} are one parameter, of which {' and '.join(n for n in every if n in untied)} "
+            f"{'have copies' if len(set(untied).intersection(every)) > 1 else 'has a copy'} of its own from here on".replace(
+                "copies of its own", "copies of their own"
+            )
+            for every in tied
+        )
+        warnings.warn(
+            f"{source}: {told}, as with PEFT (modules_to_save without ensure_weight_tying): training and fold untie them. Say "
+            "ensure_weight_tying to train one copy.",
+            stacklevel=stacklevel + 1,
         )
 
 

@@ -93,10 +93,16 @@ def _trained(rules: PeftRules, config: AdapterConfig, parameters: Parameters, ad
     for names, elements in parameters.items():
         saved = [config.saves_any(name) for name in names]
         meant = [saves or trains_bias(config, name, adapted) for saves, name in zip(saved, names, strict=True)]
-        if any(meant):
-            whole = all(meant) or (any(saved) and config.ensure_weight_tying)
-            rule = f"{rules.name}:{'modules_to_save' if any(saved) else 'bias'}"
-            found.append(Trained(names[0], rule, elements, whole=whole))
+        if not any(meant):
+            continue
+        rule = f"{rules.name}:{'modules_to_save' if any(saved) else 'bias'}"
+        if (
+            len(names) > 1 and any(saved) and not config.ensure_weight_tying
+        ):  # PEFT has a copy for each of these modules
+            alone = [name for name, saves in zip(names, saved, strict=True) if saves]
+            found += [Trained(name, rule, elements, untied=True) for name in alone]
+        else:
+            found.append(Trained(names[0], rule, elements, whole=all(meant) or any(saved)))
     return tuple(found)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.branches.remove import unload
+from lora_fx.branches.tied_copies import why_not_untied
 from lora_fx.errors import PlanError, RuleError, did_you_mean
 from lora_fx.graph.adapter_names import adapters, is_factor, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
@@ -220,14 +221,20 @@ def check_attachable(plan: Plan, graph_module: fx.GraphModule) -> None:
                 'say calls = "each"'
             )
     weights = (chosen.site.weight for chosen in plan.chosen)
-    adapted, tied = {original_name(name) or name for name in weights}, state.names()
+    first, tied = state.aliases(), state.names()
+    adapted = {first[original_name(name) or name] for name in weights}
     for trained in plan.trained:
-        names = tied[trained.name]
-        if not trained.whole:
+        names = tied[first[trained.name]]
+        if trained.untied and (reason := why_not_untied(graph_module, names, trained.name)):
+            problems.append(
+                f"{' and '.join(names)} are one parameter, of which {trained.name} would be a trained copy of its own, as PEFT has it without "
+                f"ensure_weight_tying: {reason}. Say ensure_weight_tying for one copy"
+            )
+        elif not trained.whole:
             problems.append(
                 f"{' and '.join(names)} are one tied parameter, which cannot train at one of its uses alone"
             )
-        elif trained.name in adapted:
+        elif first[trained.name] in adapted:
             problems.append(f"{trained.name!r} would both train and get a branch; leave one of the two out")
     if problems:
         raise PlanError("; ".join(problems) + ".")

@@ -37,6 +37,7 @@ from lora_fx.graph.provenance import called_modules
 from lora_fx.graph.records import BranchSpec, Origin, Trained
 from lora_fx.numerics.factor_init import adapter_dtype
 from lora_fx.numerics.lowrank_merge import rounded
+from lora_fx.planning.cautions import warn_of_untying
 from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import CONFIG_NAME, trains_bias
 from lora_fx.sites.call_sites import Site, is_bare, sites
@@ -160,6 +161,7 @@ class _Reader:
         self._first = self._state.aliases()
         self._sites = {site.module: site for site in sites(graph_module)}
         self._graph_module = graph_module
+        self._untied: set[str] = set()  # names of tied parameters of which their modules have copies of their own
 
     def contents(self) -> AdapterContents:
         chosen = [site for site in self._sites.values() if self._ledger.selects(site)]
@@ -183,6 +185,8 @@ class _Reader:
         saved = {name: self._read_copy(key, own[name]) for name, key in copies.items()}
         echoes = self._check_rest(own, copies)
         self._ledger.stop_if_wrong()
+        trained = tuple(Trained(n, CONFIG_NAME, v.numel(), untied=n in self._untied) for n, v in saved.items())
+        warn_of_untying(trained, self._state.names(), str(self._files.directory), stacklevel=5)
         warn_of_embeddings(self._files.directory, list(resized), stacklevel=5)
         kept = {name: own[name].dtype for name in saved if not own[name].is_meta}
         warn_of_rounding(self._files.directory, saved, kept, stacklevel=5)
@@ -194,7 +198,7 @@ class _Reader:
         config = self._config
         return AdapterContents(
             {branches[slot].key: (CONFIG_NAME, branches[slot]) for slot in branches},
-            tuple(Trained(name, CONFIG_NAME, value.numel()) for name, value in values.items()),
+            trained,
             {branches[slot].key: pair for slot, pair in read.items()},
             values,
             replace(origin, task_type=config.task_type, base=config.base_model_name_or_path, revision=config.revision),
@@ -256,9 +260,9 @@ class _Reader:
     def _copies(self, own: Mapping[str, torch.Tensor], adapted: Collection[str]) -> dict[str, str]:
         """Return the key of each parameter that trains as a whole or as a bias, and take it from those of the file."""
         taken: dict[str, str] = {}
-        declared: dict[str, list[str]] = {}
+        apart = self._apart_in_file()
         for name, tensor in own.items():
-            saved = self._config.saves_any(name)
+            saved = self._config.saves_any(name) or name in apart
             if not (saved or trains_bias(self._config, name, adapted)):
                 continue
             key = base_key(name, () if saved else adapted)
@@ -266,20 +270,29 @@ class _Reader:
             if not isinstance(tensor, nn.Parameter):
                 continue  # a buffer, which is compared with the model's
             first = self._first[name]
-            declared.setdefault(first, []).append(name)
-            if first in taken:
+            tied = len(self._state.names()[first]) > 1
+            if saved and tied and (name in apart or not self._config.ensure_weight_tying):
+                self._untied.add(name)
+            elif first in taken:
                 continue  # another name of a tied parameter, compared with the value under the first
             self._ledger.take(key, tuple(tensor.shape), f"{CONFIG_NAME} says {why}", f"as {name} in the graph")
-            taken[first] = key
-        names = self._state.names()
-        for first, meant in declared.items():
-            tied = names[first]
-            if len(meant) < len(tied) and not self._config.ensure_weight_tying:
-                self._ledger.problems.append(
-                    f"{' and '.join(tied)}: one tied parameter, of which {' and '.join(meant)} would train alone. Untie them in the "
-                    "model first"
-                )
+            taken[name if name in self._untied else first] = key
         return taken
+
+    def _apart_in_file(self) -> set[str]:
+        """Return the names of parameters that were to stay tied, and of which the file has different values: PEFT unties a second adapter."""
+        found: set[str] = set()
+        for names in self._state.names().values() if self._config.ensure_weight_tying else ():
+            keys = {name: key for name in names if (key := base_key(name, ())) in self._ledger.unread}
+            if len(keys) > 1 and any(map(self._config.saves_any, names)):
+                one, *others = (self._files.file.read(key) for key in keys.values())
+                found |= set() if all(torch.equal(one, other) for other in others) else keys.keys()
+        return found
+
+    def _copied_as(self, name: str, copies: Collection[str]) -> str | None:
+        """Return the name of the copy with which the module of a parameter computes; None without one."""
+        first = self._first[name]
+        return name if name in copies else first if first in copies and first not in self._untied else None
 
     def _resized_embeddings(
         self, own: Mapping[str, torch.Tensor], copies: Collection[str], adapted: Collection[str]
@@ -294,7 +307,7 @@ class _Reader:
             if name is None or ".original_module." in key or not is_of_embedding(name, self._graph_module):
                 continue
             first, mine = self._first[name], own[name]
-            if first in copies or first in found:
+            if self._copied_as(name, {*copies, *found}) is not None:
                 continue
             if entry.shape != tuple(mine.shape):
                 self._ledger.problems.append(
@@ -311,7 +324,9 @@ class _Reader:
                 del self._ledger.unread[key]
             elif not mine.is_meta and not equal_as_saved(self._files.file.read(key), mine.detach().cpu()):
                 del self._ledger.unread[key]
-                found[first] = key
+                apart = not self._untied.isdisjoint(self._state.names()[first])
+                self._untied.update([name] if apart else [])
+                found[name if apart else first] = key
         return found
 
     def _rest(self, own: Mapping[str, torch.Tensor], chosen: Collection[str]) -> None:
@@ -409,8 +424,8 @@ class _Reader:
         for key, entry in self._ledger.unread.items():
             name = base_name(key, own)
             assert name is not None
-            of_copy = ".original_module." not in key and self._first[name] in copies
-            other = self._files.file.read(copies[self._first[name]]) if of_copy else own[name].detach()
+            copied = None if ".original_module." in key else self._copied_as(name, copies)
+            other = own[name].detach() if copied is None else self._files.file.read(copies[copied])
             if other.is_meta:
                 echoes[name] = key
             same = entry.shape == tuple(other.shape) and (
@@ -420,12 +435,6 @@ class _Reader:
                 self._ledger.problems.append(
                     f"{key}: the buffer {name!r} of a module that trains has changed too (running statistics, for instance), and an "
                     "adapter keeps the buffers of the model. Give the model these values first"
-                )
-            elif not same and of_copy and name != self._first[name]:
-                self._ledger.problems.append(
-                    f"{key}: {name!r} and {self._first[name]!r} are one tied parameter of the model, which PEFT untied (modules_to_save "
-                    "without ensure_weight_tying) and trained to two values. Untie them in the model first: "
-                    "config.tie_word_embeddings = False, and a parameter of its own for each"
                 )
             elif not same:
                 self._ledger.problems.append(another_value(key, name, other))

@@ -224,10 +224,11 @@ def _with_values(
         for key, (rule, b) in contents.branches.items()
     }
     unlike = differences(mine, theirs)
-    trained = {each.name for each in trained_of(graph_module, adapter)}
-    unlike += [
-        f"{name}: trains in one of them only" for name in sorted(trained ^ {each.name for each in contents.trained})
-    ]
+    own, given = (
+        {(each.name, each.untied) for each in trained}
+        for trained in (trained_of(graph_module, adapter), contents.trained)
+    )
+    unlike += [f"{name}: trains in one of them only" for name in sorted({name for name, _ in own ^ given})]
     if unlike:
         problem = f"the graph's adapter {adapter!r} is another than the directory's; load it under another name, or with from_adapter"
         raise AdapterError(problem, unlike)

@@ -94,7 +94,7 @@ class _PeftWriter:
         config = _config(self._graph_module, self._adapter, branches, placed, settings)
         config = config.model_copy(update={"bias": parts.bias, "modules_to_save": parts.modules or None})
         names_of, trained = self._state.names(), trained_of(self._graph_module, self._adapter)
-        tied = [names_of[each.name] for each in trained if len(names_of[each.name]) > 1]
+        tied = [names_of[each.name] for each in trained if not each.untied and len(names_of[each.name]) > 1]
         as_one = any(config.saves_any(name) for names in tied for name in names)
         config = config.model_copy(update={"ensure_weight_tying": as_one})
         return PeftAdapter(config, {**tensors, **self._copies(config, adapted)})
@@ -155,13 +155,14 @@ class _PeftWriter:
         return pairs[0] if len(pairs) == 1 else concatenated(pairs)
 
     def _trained(self, adapted: Collection[str]) -> TrainedParts:
-        trained = {each.name for each in trained_of(self._graph_module, self._adapter)}
+        trained = trained_of(self._graph_module, self._adapter)
+        together, alone = ({each.name for each in trained if each.untied is untied} for untied in (False, True))
         nodes = self._graph_module.graph.find_nodes(op="get_attr")
         read = {original_name(str(node.target)) or str(node.target) for node in nodes}
         names = [name for name, tensor in self._own.items() if isinstance(tensor, nn.Parameter)]
         unread = {name for name in names if self._first[name] not in read}
         try:
-            own = {name for name in names if self._first[name] in trained}
+            own = {name for name in names if name in alone or self._first[name] in together}
             # A list of modules is not called, and has no parameters of its own: PEFT takes its items.
             modules = called_modules(self._graph_module) | {name.rpartition(".")[0] for name in names}
             return trained_parts(own, names, unread, adapted, modules)
@@ -179,7 +180,8 @@ class _PeftWriter:
             saved = config.saves_any(name) and name not in self._state.non_persistent
             if saved or (isinstance(tensor, nn.Parameter) and trains_bias(config, name, adapted)):
                 key = base_key(name, () if saved else adapted)
-                kept[key] = copies.get(copy_name(self._first[name], self._adapter), tensor)
+                shared = copies.get(copy_name(self._first[name], self._adapter), tensor)
+                kept[key] = copies.get(copy_name(name, self._adapter), shared)
         return kept
 
 
