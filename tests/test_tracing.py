@@ -420,19 +420,6 @@ def test_a_model_that_writes_to_its_buffers_is_refused() -> None:
     assert model.calls == 0
 
 
-def test_batch_norm_is_refused_for_training_and_traced_for_inference() -> None:
-    model, example = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)).train(), (torch.randn(4, 6),)
-    with unchanged(model):
-        with pytest.raises(
-            lora_fx.TraceError,
-            match=r"writes to 1\.num_batches_tracked, 1\.running_mean, 1\.running_var .* in training.*inference=True",
-        ):
-            lora_fx.trace(model, example)
-        graph_module = lora_fx.trace(model, example, inference=True)
-    x = torch.randn(7, 6)
-    assert torch.equal(graph_module(x), model.eval()(x))
-
-
 def test_a_failed_trace_leaves_the_model_as_it_was() -> None:
     model, example = ReadsData().train(), (torch.randn(2, 6),)
     with unchanged(model), pytest.raises(lora_fx.TraceError):

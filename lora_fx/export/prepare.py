@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.branches.lower import lower
 from lora_fx.errors import WITH_LABELS, ExportError
+from lora_fx.graph.batch_norms import GivenBatchNorm
 from lora_fx.graph.example_sizes import Dimension, Examples
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
 from lora_fx.graph.info import info_of, known_info
@@ -155,7 +156,7 @@ def _in_evaluation(graph_module: TracedGraphModule) -> TracedGraphModule:
 
 
 def _fix_mode(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
-    """Replace dropout, mode switches and detach() by their effect in evaluation (in place)."""
+    """Replace dropout, batch norms, mode switches and detach() by their effect in evaluation (in place)."""
     for node in list(graph.nodes):
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, ModeSwitch):
@@ -165,6 +166,10 @@ def _fix_mode(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
                     (user.args, dict(user.kwargs)),
                 )
             graph.erase_node(node)
+        elif isinstance(module, GivenBatchNorm):
+            given, weight, bias, mean, var, _ = node.args
+            args = given, weight, bias, mean, var, False, module.momentum or 0.0, module.eps, True
+            node.op, node.target, node.args = "call_function", aten.batch_norm.default, args
         elif isinstance(module, nn.modules.dropout._DropoutNd) or node.target is aten.detach.default:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)

@@ -72,7 +72,8 @@ def name_of(node: fx.Node) -> str:
     if node.op == "call_module":
         module = node.graph.owning_module
         called = module.get_submodule(str(node.target)) if module is not None else None
-        return "dropout" if isinstance(called, nn.modules.dropout._DropoutNd) else str(node.target)
+        kinds = {"dropout": nn.modules.dropout._DropoutNd, "batch_norm": nn.modules.batchnorm._BatchNorm}
+        return next((name for name, kind in kinds.items() if isinstance(called, kind)), str(node.target))
     if node.target is operator.getitem:
         return "getitem"
     return str(getattr(node.target, "_opname", node.op)).rstrip("_")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 from lora_fx.errors import LoraFxError, PlanError, TraceError
 from lora_fx.graph.adapter_states import AdapterState, adapter_states
+from lora_fx.graph.batch_norms import copied_leaf, statistics
 from lora_fx.graph.codegen import is_usable_part
 from lora_fx.graph.compare import same_values
 from lora_fx.graph.info import PEFT_SPELLING, GraphInfo, known_info, with_info
@@ -181,7 +182,7 @@ class TracedGraphModule(fx.GraphModule):
         copied = replace(
             state,
             tensors={name: copy.deepcopy(tensor, memo) for name, tensor in state.tensors.items()},
-            modules={name: copy.deepcopy(module, memo) for name, module in state.modules.items()},
+            modules={name: copied_leaf(module, memo) for name, module in state.modules.items()},
         )
         graph, _ = copy_graph(self.graph)
         made = _rebuild(graph, copied, copy.deepcopy(self.meta, memo), _modes(self))
@@ -263,6 +264,8 @@ def assemble(
 ) -> TracedGraphModule:
     """Make a GraphModule that owns one new ``Parameter`` per distinct parameter of ``state``, over the same storage.
 
+    The running statistics that it updates are copies.
+
     Args:
         graph: its ``get_attr`` and ``call_module`` targets are names in ``state``.
         state: nothing of it is changed, and no storage is copied.
@@ -270,7 +273,7 @@ def assemble(
         training: the mode of the result.
         trainable: names of the parameters that get ``requires_grad=True``; all others are frozen.
     """
-    module = _rebuild(graph, _owned(state, trainable), dict(meta), {})
+    module = _rebuild(graph, _owned(state, trainable, statistics(graph, state.modules)), dict(meta), {})
     module.train(training)
     return module
 
@@ -384,9 +387,9 @@ def _take_values(
         values.update({prefix + name: tensor for name in names})
 
 
-def _owned(state: State, trainable: frozenset[str]) -> State:
+def _owned(state: State, trainable: frozenset[str], updated: Iterable[str]) -> State:
     aliases = state.aliases()
-    trained = {aliases[name] for name in trainable}
+    trained, updated = {aliases[name] for name in trainable}, {aliases[name] for name in updated}
     owned: dict[str, torch.Tensor] = {}
     for name, tensor in state.tensors.items():
         first = aliases[name]
@@ -395,17 +398,17 @@ def _owned(state: State, trainable: frozenset[str]) -> State:
         elif isinstance(tensor, nn.Parameter):
             owned[name] = nn.Parameter(tensor.detach(), requires_grad=first in trained)
         else:
-            owned[name] = tensor.detach()
+            owned[name] = tensor.detach().clone() if first in updated else tensor.detach()
     # A leaf module carries its mode, which each graph sets for itself: copied, around the tensors owned above.
     memo: dict[int, Any] = {id(tensor): owned[name] for name, tensor in state.tensors.items()}
-    return replace(state, tensors=owned, modules={name: copy.deepcopy(m, memo) for name, m in state.modules.items()})
+    return replace(state, tensors=owned, modules={name: copied_leaf(m, memo) for name, m in state.modules.items()})
 
 
 def install(module: nn.Module, state: State) -> None:
     """Register tensors and modules under their dotted names, making plain containers on the way."""
     check_names((*state.tensors, *state.modules))
     for name, tensor in state.tensors.items():
-        parent, leaf = _parent(module, name)
+        parent, leaf = _parent(module, name, state.modules)
         if isinstance(tensor, nn.Parameter):
             parent.register_parameter(leaf, tensor)
         else:
@@ -413,17 +416,18 @@ def install(module: nn.Module, state: State) -> None:
                 del parent._buffers[leaf]
             parent.register_buffer(leaf, tensor, persistent=name not in state.non_persistent)
     for name, submodule in state.modules.items():
-        parent, leaf = _parent(module, name)
+        parent, leaf = _parent(module, name, state.modules)
         parent.add_module(leaf, submodule)
 
 
-def _parent(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+def _parent(module: nn.Module, name: str, modules: Mapping[str, nn.Module]) -> tuple[nn.Module, str]:
+    """Return the module that holds a name, made on the way if it is not there; it may be one of ``modules``, by their paths."""
     *path, leaf = name.split(".")
-    for part in path:
+    for count, part in enumerate(path, 1):
         if part not in module._modules:
             if hasattr(module, part):
                 raise LoraFxError(f"{name!r} cannot be a name in a graph: {part!r} is something else in it.")
-            module.add_module(part, nn.Module())
+            module.add_module(part, modules.get(".".join(path[:count]), nn.Module()))
         module = module.get_submodule(part)
     return module, leaf
 

@@ -3,7 +3,7 @@
 The passes edit the given graph, which belongs to the tracer. In their order:
 
     inline_regions            wrapped sub-graphs (``no_grad`` and disabled-autocast regions of rotary embeddings)
-    written_names             (changes nothing) tensors that a model writes to, which is refused
+    written_names             (changes nothing) tensors that a model writes to, which is refused but for running statistics
     remove_assertions         metadata assertions; the input checks replace them
     use_first_names           one ``get_attr`` a tensor, under its first name; none for unused tensors
     follow_input_device       device literals → the device of an input
@@ -139,13 +139,44 @@ def remove_assertions(graph: fx.Graph) -> None:
 
 
 def written_names(graph: fx.Graph) -> list[str]:
-    """Return the names of the tensors and inputs that a graph writes to, in place or as running statistics."""
+    """Return the names of the tensors and inputs that a graph writes to, in place or as running statistics, but for those of batch norms."""
     names: dict[object, str] = {}
     for node in graph.nodes:
         if node.op in ("get_attr", "placeholder"):
             names.update(dict.fromkeys(_storages(node), str(node.target)))
-    found = (names[storage] for node in graph.nodes for storage in _written(node) if storage in names)
+    followed = {node for norm in batch_norms(graph) for node in (norm, counter_of(norm))}
+    found = (
+        names[storage] for node in graph.nodes if node not in followed for storage in _written(node) if storage in names
+    )
     return list(dict.fromkeys(found))
+
+
+def batch_norms(graph: fx.Graph) -> list[fx.Node]:
+    """Return the batch norms that update running statistics of the model."""
+    return [
+        node
+        for node in graph.find_nodes(op="call_function", target=aten.batch_norm.default)
+        if node.args[5] is True and all(isinstance(each, fx.Node) and each.op == "get_attr" for each in node.args[3:5])
+    ]
+
+
+def counter_of(norm: fx.Node) -> fx.Node | None:
+    """Return the node that counts a batch for a batch norm, just before it, or None if it has no such counter."""
+    path = str(norm.args[3].target).rpartition(".")[0]  # type: ignore[union-attr]
+    name = f"{path}.num_batches_tracked".removeprefix(".")
+    node = norm.prev
+    while node.target is not aten.batch_norm.default and node.op == "call_function":
+        if node.target is aten.add_.Tensor and counted_by(node).target == name and node.args[1] == 1:
+            return node
+        node = node.prev
+    return None
+
+
+def counted_by(counter: fx.Node) -> fx.Node:
+    """Return the tensor that a node counts in; further counts are recorded as those of its result."""
+    source = counter.args[0]
+    assert isinstance(source, fx.Node)
+    return counted_by(source) if source.target is counter.target else source
 
 
 def _written(node: fx.Node) -> Iterator[object]:

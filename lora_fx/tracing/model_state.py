@@ -78,6 +78,28 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def traceable_batch_norms(model: nn.Module, cumulative: float) -> Iterator[None]:
+    """Let batch norms ask nothing of their inputs or counters by Python inside the block; those of a graph do so at each call.
+
+    Args:
+        model: to be traced.
+        cumulative: stands for the momentum None.
+    """
+    averages = [each for each in model.modules() if isinstance(each, _NormBase) and each.momentum is None]
+    functional: Any = nn.functional
+    verify = functional._verify_batch_size
+    functional._verify_batch_size = lambda _size: None  # more than one value for each feature
+    for each in averages:
+        each.momentum = cumulative
+    try:
+        yield
+    finally:
+        functional._verify_batch_size = verify
+        for each in averages:
+            each.momentum = None
+
+
+@contextmanager
 def _without_fast_path() -> Iterator[None]:
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -17,7 +17,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_fx.errors import TraceError
+from lora_fx.graph.batch_norms import statistics
 from lora_fx.graph.compare import compare_values
+from lora_fx.graph.graph_module import state_of
 from lora_fx.tracing.example_inputs import ExampleInputs
 
 TOLERANCE = 1e-4
@@ -79,7 +81,8 @@ def check_evaluation(model: nn.Module, graph_module: fx.GraphModule, inputs: Exa
     with torch.no_grad():
         check_outputs(model, graph_module, inputs, "evaluation")
         try:
-            found = difference(with_copied_buffers(model), graph_module, map_tensors(_strided, inputs))
+            run, run_graph = OnCopies(model), OnCopies(graph_module)
+            found = difference(run, run_graph, map_tensors(_strided, inputs))
         except (ModelFailed, GraphFailed):  # a refusal is not a wrong number
             return
     if found is not None:
@@ -93,7 +96,7 @@ def check_outputs(model: nn.Module, graph_module: fx.GraphModule, inputs: Exampl
     """Raise :class:`TraceError` unless graph and model, both in this mode, agree on the inputs; nothing is recorded for gradients."""
     name = type(model).__name__
     with torch.no_grad(), _explained(name, mode):
-        _check(name, difference(with_copied_buffers(model), graph_module, inputs), mode)
+        _check(name, difference(OnCopies(model), OnCopies(graph_module), inputs), mode)
 
 
 def check_training(model: nn.Module, graph_module: fx.GraphModule, inputs: ExampleInputs) -> None:
@@ -126,8 +129,12 @@ def _check_gradients(model: nn.Module, graph_module: fx.GraphModule, inputs: Exa
 
         return run
 
-    run = differentiated(model, with_copied_buffers(model))
-    _check(type(model).__name__, difference(run, differentiated(graph_module, graph_module), inputs), "training")
+    run, run_graph = OnCopies(model), OnCopies(graph_module)
+    found = difference(differentiated(model, run), differentiated(graph_module, run_graph), inputs)
+    updated = statistics(graph_module.graph, state_of(graph_module).modules)
+    unlike = [name for name in updated if not agree(run.buffers[name].float(), run_graph.buffers[name].float())]
+    found = found or (f"the running statistics {unlike[0]!r}" if unlike else None)
+    _check(type(model).__name__, found, "training")
     wrong = _wrong_gradient(names, *derivatives)
     if wrong is not None:
         raise TraceError(
@@ -142,13 +149,21 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], inputs: Exampl
     return ExampleInputs(args, kwargs, inputs.axes)
 
 
-def with_copied_buffers(model: nn.Module) -> Callable[..., Any]:
-    """Return a call of a model with copies of its buffers: it may write to them where a trace does not see it."""
-    return lambda *args, **kwargs: torch.func.functional_call(model, _copied_buffers(model), args, kwargs)
+class OnCopies:
+    """A call of a model with copies of its buffers: it may write to them where a trace does not see it.
 
+    Attributes:
+        buffers: of the last call, by their names.
+    """
 
-def _copied_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.buffers: dict[str, torch.Tensor] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the model returns."""
+        self.buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
+        return torch.func.functional_call(self._model, self.buffers, args, kwargs)
 
 
 @contextmanager

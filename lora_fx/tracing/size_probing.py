@@ -53,6 +53,14 @@ def examples_of(inputs: ExampleInputs, constraints: Constraints) -> Examples:
     return Examples(dict(zip(constraints.ranges, [leaf.detach() for leaf in leaves], strict=True)), inputs.axes)
 
 
+def _failure(run: Callable[..., Any], inputs: ExampleInputs) -> str | None:
+    try:
+        run(*inputs.args, **inputs.kwargs)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 @dataclass(frozen=True)
 class _Prober:
     model: Callable[..., Any]
@@ -132,7 +140,7 @@ class _Prober:
         with ExitStack() as stack:
             stack.callback(self.set_training, False)
             self.set_training(True)
-            return self._same(sizes)
+            return self._same(sizes) or self._both_refuse(sizes)
 
     def _same(self, sizes: Mapping[Dimension, int]) -> bool:
         """Run both on new values, and, where the model does not take any values, on those of the example."""
@@ -145,6 +153,13 @@ class _Prober:
                 except ModelFailed:
                     continue
         return False
+
+    def _both_refuse(self, sizes: Mapping[Dimension, int]) -> bool:
+        """Tell whether both fail in one way, as a batch norm does that trains on one value."""
+        inputs = self._resized(sizes, cut_or_repeated)
+        with torch.no_grad():
+            told = [_failure(run, inputs) for run in (self.model, self.graph_module)]
+        return told[0] is not None and told[0] == told[1]
 
     def _resized(
         self, sizes: Mapping[Dimension, int], values: Callable[[torch.Tensor, torch.Size], torch.Tensor]

@@ -56,9 +56,9 @@ from lora_fx.tracing.item_count import (
     with_item_count,
     without_item_count,
 )
-from lora_fx.tracing.model_state import Mode, is_exported, mode_of, preserved, stateless
+from lora_fx.tracing.model_state import Mode, is_exported, mode_of, preserved, stateless, traceable_batch_norms
 from lora_fx.tracing.module_kinds import linear_modules, parameter_modules, task_head, vocabulary_modules
-from lora_fx.tracing.parity import check_evaluation, check_outputs, check_training, map_tensors, with_copied_buffers
+from lora_fx.tracing.parity import OnCopies, check_evaluation, check_outputs, check_training, map_tensors
 from lora_fx.tracing.repeated_layers.call_values import FirstLayerDiffers, LayersDiffer
 from lora_fx.tracing.repeated_layers.expand import expand
 from lora_fx.tracing.repeated_layers.layer_classes import (
@@ -71,7 +71,7 @@ from lora_fx.tracing.repeated_layers.layer_classes import (
 from lora_fx.tracing.repeated_layers.stubs import stubbed
 from lora_fx.tracing.size_probing import examples_of, without_artefacts
 from lora_fx.tracing.torch_export import Dynamic, check_inputs, export, in_order, tie
-from lora_fx.tracing.train_eval import check_constants, remove_inactive_dropout, unite_modes
+from lora_fx.tracing.train_eval import CUMULATIVE, check_constants, remove_inactive_dropout, unite_modes
 
 _logger = logging.getLogger("lora_fx.tracing")
 
@@ -244,7 +244,7 @@ def _check_loss(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> None:
     mode.set(model, False)
     try:
         with torch.no_grad():
-            found = with_copied_buffers(model)(*inputs.args, **inputs.kwargs)
+            found = OnCopies(model)(*inputs.args, **inputs.kwargs)
     except TypeError as error:
         if ITEM_COUNT not in str(error):
             raise
@@ -367,7 +367,8 @@ def _trace(task: _Task, *, training: bool) -> _Trace:
     """Export in one mode, and bring the graph into normal form."""
     model = task.model
     task.mode.set(model, training)
-    with stubbed(model, task.classes, task.cached), stateless(model):
+    asks_nothing = nullcontext() if task.inference else traceable_batch_norms(model, CUMULATIVE)
+    with stubbed(model, task.classes, task.cached), asks_nothing, stateless(model):
         program = export(model, task.inputs, task.dynamic, training=training)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
@@ -425,7 +426,7 @@ def _verified(task: _Task, state: State, meta: dict[str, Any], traced: _Trace) -
     on_meta = any(tensor.is_meta for tensor in state.tensors.values())
     if not inference:
         task.mode.set(model, True)
-        check_functions(model, lambda: with_copied_buffers(model)(*inputs.args, **inputs.kwargs), traced.functions)
+        check_functions(model, lambda: OnCopies(model)(*inputs.args, **inputs.kwargs), traced.functions)
     if on_meta:
         return traced.constraints
     graph_module = assemble(traced.graph, state, meta=meta, training=not inference, trainable=frozenset())
@@ -441,7 +442,8 @@ def _verified(task: _Task, state: State, meta: dict[str, Any], traced: _Trace) -
     if loss_uses_count(graph_module) and signature_of(traced.graph).omissible:
         check_outputs(model, graph_module, without_item_count(inputs), "evaluation")
     modes = None if inference else set_training
-    return without_artefacts(with_copied_buffers(model), graph_module, inputs, traced.constraints, modes)
+    run, run_graph = OnCopies(model), OnCopies(graph_module)
+    return without_artefacts(run, run_graph, inputs, traced.constraints, modes)
 
 
 def _has_tensor(value: Any) -> bool:

@@ -8,6 +8,7 @@ may differ only in these ways, each of which a module can express:
     ``contiguous`` in one of the two               as in the train trace
     attention's ``dropout_p``                      a literal → ``AttentionDropout(p)``
     an RNN's ``train``                             a literal → ``ModeSwitch(train=…, eval=…)``
+    a batch norm's ``training``, and its counter   a batch norm of the graph, with running statistics of its own
 
 A dropout that drops in both stays an operator. Anything else (layer drop, a head that exists in training only, a constant
 with another value) is refused, naming the node.
@@ -25,18 +26,25 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
 from lora_fx.graph.aten_kinds import arguments_of, set_argument
+from lora_fx.graph.batch_norms import batch_norm
 from lora_fx.graph.compare import same_values
 from lora_fx.graph.provenance import module_path, source_line
+from lora_fx.tracing.canonicalize import batch_norms, counted_by, counter_of
 
 aten = torch.ops.aten
 
-DROPOUT, CONTIGUOUS = aten.dropout.default, aten.contiguous.default
+DROPOUT, CONTIGUOUS, BATCH_NORM = aten.dropout.default, aten.contiguous.default, aten.batch_norm.default
+
+CUMULATIVE = -1.0
+"""Stands in a trace for the momentum None of a batch norm: the average over all batches, which torch computes in Python."""
+
 _NAMED = ("placeholder", "get_attr")  # matched by name, wherever they stand
 
 _RECURRENT = (aten.gru.input, aten.lstm.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 
 MODE_ARGUMENTS: Mapping[object, str] = {
     aten.scaled_dot_product_attention.default: "dropout_p",
+    aten.batch_norm.default: "training",
     **dict.fromkeys(_RECURRENT, "train"),
 }
 """Operator → the argument that carries the mode."""
@@ -122,6 +130,7 @@ class _ModeComparison:
     def __init__(self, train: fx.Graph, evaluation: fx.Graph) -> None:
         self._evaluation = [node for node in evaluation.nodes if node.op not in _NAMED]
         self._position = 0
+        self._counters = {counter: norm for norm in batch_norms(train) if (counter := counter_of(norm)) is not None}
         named = {(node.op, node.target): node for node in evaluation.nodes if node.op in _NAMED}
         self._image: dict[fx.Node, fx.Node] = {
             node: named[node.op, node.target]
@@ -134,6 +143,8 @@ class _ModeComparison:
 
     def step(self, node: fx.Node) -> None:
         """Match the next node of the train graph."""
+        if node in self._counters:
+            return
         other = self._evaluation[self._position]
         while other.target is CONTIGUOUS and node.target is not CONTIGUOUS:
             self._value[other] = self._value_of(other.args[0])
@@ -179,9 +190,13 @@ def _same(mine: object, theirs: object) -> bool:
 
 def _express(graph: fx.Graph, walk: _ModeComparison, taken: Collection[str]) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {}
+    for norm in [node for node in walk.differing if node.target is BATCH_NORM]:
+        modules |= _follow_batch_norm(graph, norm, modules)
+    norms = set(modules)  # other modules may be parts of them
     for node in list(graph.nodes):
+        free = (*taken, *(name for name in modules if name not in norms))
         if node in walk.dropouts:
-            target = free_path(_dropout_path(node), (*taken, *modules))
+            target = free_path(_dropout_path(node), free)
             modules[target] = nn.Dropout(node.args[1])
             with graph.inserting_before(node):
                 replacement = graph.call_module(target, (node.args[0],))
@@ -192,7 +207,7 @@ def _express(graph: fx.Graph, walk: _ModeComparison, taken: Collection[str]) -> 
             argument = MODE_ARGUMENTS[node.target]
             # No submodule can be called train, as a method of every module is.
             leaf = f"{argument}_mode" if hasattr(nn.Module, argument) else argument
-            target = free_path(f"{module_path(node)}.{leaf}".removeprefix("."), (*taken, *modules))
+            target = free_path(f"{module_path(node)}.{leaf}".removeprefix("."), free)
             train_value, eval_value = (
                 type(next(v for v in walk.differing[node] if v is not None))(v or 0) for v in walk.differing[node]
             )
@@ -203,6 +218,28 @@ def _express(graph: fx.Graph, walk: _ModeComparison, taken: Collection[str]) -> 
             switch.meta = {key: value for key, value in node.meta.items() if key != "val"}
             set_argument(node, argument, switch)
     return modules
+
+
+def _follow_batch_norm(graph: fx.Graph, node: fx.Node, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Replace a batch norm and its counter by a call of a module (in place), and return that, by the path of its statistics."""
+    given, weight, bias, mean, var, _, momentum, eps, _ = node.args
+    counter = counter_of(node)
+    count = None if counter is None else counted_by(counter)
+    rank, features = given.meta["val"].dim(), int(given.meta["val"].shape[1])  # type: ignore[union-attr]
+    average = None if momentum == CUMULATIVE else momentum
+    made = batch_norm(rank, features, eps, average, affine=weight is not None)  # type: ignore[arg-type]
+    path = str(mean.target).rpartition(".")[0] or f"{module_path(node)}.batch_norm".removeprefix(".")  # type: ignore[union-attr]
+    if path in modules and repr(modules[path]) != repr(made):
+        path = free_path(f"{path}.batch_norm", modules)
+    with graph.inserting_before(node):
+        call = graph.call_module(path, (given, weight, bias, mean, var, count))
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    graph.erase_node(node)
+    if counter is not None and count is not None:
+        counter.replace_all_uses_with(count)
+        graph.erase_node(counter)
+    return {path: modules.get(path, made)}
 
 
 def _dropout_path(node: fx.Node) -> str:

@@ -1,0 +1,129 @@
+"""Batch norms: modules at their own paths, with running statistics that are the graph's own."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import set_factors, unchanged
+from graph_diff import first_difference
+from torch import nn
+
+import lora_fx
+from lora_fx.graph.batch_norms import TENSORS
+
+RULES = {"select": [{"op": ["conv2d", "linear"], "rank": 2}]}
+X = torch.randn(3, 2, 7, 5, generator=torch.Generator().manual_seed(3))
+
+
+class Convolutional(nn.Module):
+    """Batch norms of images and of features, one that averages over all batches, one that is called twice, and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6, momentum=0.3)
+        self.inner, self.again = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6, momentum=None, affine=False)
+        self.drop, self.out, self.last = nn.Dropout(0.3), nn.Linear(6, 4), nn.BatchNorm1d(4, eps=1e-3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.again(self.norm(self.stem(x)).relu())
+        x = self.again(self.inner(x))
+        return self.last(self.out(self.drop(x.mean((2, 3)))))
+
+
+def built(training: bool = True) -> Any:
+    torch.manual_seed(2)
+    model = Convolutional().train(training).requires_grad_(False)
+    with torch.no_grad():
+        for norm in (model.norm, model.last):
+            for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                tensor.copy_(torch.rand_like(tensor) + 0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def traced() -> lora_fx.TracedGraphModule:
+    return lora_fx.trace(built(), (X,))
+
+
+def test_a_batch_norm_is_a_module_at_its_own_path_that_is_given_its_tensors(traced: Any) -> None:
+    nodes = {str(node.target): node for node in traced.graph.find_nodes(op="call_module")}
+    kinds = {"norm": nn.BatchNorm2d, "again": nn.BatchNorm2d, "last": nn.BatchNorm1d}
+    for path, kind in kinds.items():
+        assert isinstance(traced.get_submodule(path), kind)
+        read = [None if node is None else node.target for node in nodes[path].args[1:]]
+        held = [name if hasattr(getattr(built(), path), name) else None for name in TENSORS]
+        expected = [
+            f"{path}.{name}" if getattr(getattr(built(), path), str(name)) is not None else None for name in held
+        ]
+        assert read == expected
+    assert traced.state_dict().keys() == built().state_dict().keys()
+
+
+def trained_alike(graph: Any, model: Any, steps: int = 3) -> None:
+    """Fail unless three batches give equal outputs, and equal statistics afterwards, in both modes."""
+    for step in range(steps):
+        batch = torch.randn(4 + step, *X.shape[1:])
+        outputs = []
+        for module in (graph, model):
+            torch.manual_seed(step)
+            outputs.append(module(batch))
+        assert torch.equal(*outputs)
+    values = graph.state_dict()
+    assert all(torch.equal(values[name], tensor) for name, tensor in model.state_dict().items())
+    graph.eval(), model.eval()
+    assert torch.equal(graph(X), model(X))
+
+
+def test_running_statistics_are_those_of_the_model_after_three_batches_and_the_graphs_own(traced: Any) -> None:
+    model = built()
+    with unchanged(model), torch.random.fork_rng():
+        lora_fx.trace(model, (X,))(X)
+    trained_alike(copy.deepcopy(traced), built())
+    trained_alike(pickle.loads(pickle.dumps(traced)), built())
+    assert traced.norm.num_batches_tracked == 0
+
+
+def test_a_graph_that_a_pass_returns_has_statistics_of_its_own(traced: Any) -> None:
+    graph = lora_fx.rewrite(traced, RULES)
+    set_factors(graph)
+    before = graph.norm.running_mean.clone()
+    merged = lora_fx.fold(graph)
+    assert first_difference(merged, traced) is None
+    for each in (merged, lora_fx.activate(graph, {}), copy.deepcopy(graph)):
+        each.train()(X)
+        assert not torch.equal(each.norm.running_mean, before)
+    assert torch.equal(graph.norm.running_mean, before)
+
+
+def test_a_fold_takes_the_statistics_of_the_training_with_it(traced: Any, tmp_path: Path) -> None:
+    graph = lora_fx.rewrite(traced, RULES)
+    set_factors(graph)
+    graph.train()(X), graph(X + 1)
+    merged = lora_fx.fold(graph.eval())
+    assert merged.norm.num_batches_tracked == 2
+    torch.testing.assert_close(merged(X), graph(X), rtol=1e-5, atol=1e-5)
+    for name, export in (("m.pt", lora_fx.export.torchscript), ("m.pt2", lora_fx.export.pt2)):
+        export(merged, tmp_path / name)  # which compares the file with the graph
+
+
+def test_one_image_is_predicted_for_and_not_trained_on(traced: Any) -> None:
+    one, model = copy.deepcopy(traced), built()
+    assert torch.equal(one.eval()(X[:1]), model.eval()(X[:1]))
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        one.train()(X[:1])
+
+
+def test_batch_norms_in_eval_mode_stay_so_while_the_rest_trains() -> None:
+    model = built()
+    for norm in (model.norm, model.again, model.last):
+        norm.eval()
+    with unchanged(model):
+        graph = lora_fx.trace(model, (X,))
+    assert graph.training
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in graph.modules())
+    trained_alike(graph, model)
