@@ -343,11 +343,21 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 
-def build(name: str, seed: int = 0) -> nn.Module:
-    """Return a model in eval mode whose one-dimensional parameters (biases, norms) are perturbed away from 0 and 1."""
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+
+
+def build(name: str, seed: int = 0, *, layers: int | None = None) -> nn.Module:
+    """Return a model in eval mode whose one-dimensional parameters (biases, norms) are perturbed away from 0 and 1.
+
+    Where depth does not matter, ``layers`` of each stack are enough.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = ARCHITECTURES[name].build().eval()
+        settings = model.config.to_dict()
+        if layers is not None and "attention_types" not in settings:  # GPT Neo's says of each layer what it is
+            config = type(model.config).from_dict(settings | {key: layers for key in DEPTHS if key in settings})
+            model = type(model)(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import resource
 import signal
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 import torch
 from matrices import Matrices
 from torch import fx, nn
+from torch.onnx._internal._lazy_import import onnxscript_apis
 
 import lora_fx
 
@@ -28,14 +30,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let reports say in which row of a matrix a case is."""
+    """Let reports say in which row of a matrix a case is; all else of a file runs in one process, which makes its fixtures once."""
     for item in items:
         group = item.get_closest_marker("xdist_group")
         if group is not None:
             item.user_properties.append(("row", group.args[0]))
+        else:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 torch.set_num_threads(1)  # the suite has a process for each core; the models are small
+
+# torch.onnx asks onnxscript for all operators at each export, which parses their sources: half of what a small export costs.
+onnxscript_apis.get_torchlib_ops = functools.cache(
+    lambda: type(onnxscript_apis).__getattr__(onnxscript_apis, "get_torchlib_ops")()
+)
 
 
 @pytest.fixture(autouse=True)

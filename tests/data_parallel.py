@@ -15,6 +15,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, inputs
 from torch import distributed
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_fx
@@ -67,8 +68,20 @@ def _check_refuses(module: DistributedDataParallel, name: str) -> None:
         module(**{**inputs(name, 2, 5), "attention_mask": longer})
 
 
+def refused(trace: lora_fx.TracedGraphModule, out: Path) -> list[str]:
+    """Return what is said of a graph that is sharded, by what reads whole tensors."""
+    graph = lora_fx.rewrite(trace, {"select": [{"op": ["linear"]}], "defaults": {"rank": 4}})
+    fully_shard(graph)
+    said = []
+    for use in (lora_fx.fold, lora_fx.fuse, lambda sharded: lora_fx.save_adapter(sharded, out)):
+        with pytest.raises(lora_fx.LoraFxError) as caught:
+            use(graph)
+        said.append(str(caught.value))
+    return said
+
+
 def main(directory: Path) -> None:
-    """Train every trace in ``directory``; rank 0 writes the losses."""
+    """Train every trace in ``directory``; rank 0 writes the losses, and what was said of a sharded graph."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     rank, world = distributed.get_rank(), distributed.get_world_size()
@@ -76,8 +89,10 @@ def main(directory: Path) -> None:
     for path in sorted(directory.glob("*.trace")):
         trace = torch.load(path, weights_only=False)
         losses[path.stem] = train(path.stem.split("-")[0], trace, path.with_suffix(".adapter"), rank, world)
+    refusals = refused(trace, directory / "sharded")
     if rank == 0:
         (directory / "losses.json").write_text(json.dumps(losses))
+        (directory / "refusals.json").write_text(json.dumps(refusals))
     distributed.destroy_process_group()
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import filecmp
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from architectures import traced
 from conftest import limited, set_factors
-from killed import TRIALS, check_killed, server
+from killed import TRIALS, Server, check_killed, server
 
 import lora_fx
 
@@ -28,11 +29,17 @@ def act(out, overwrite):
 NAMES = ["adapter_config.json", "adapter_model.safetensors"]
 
 
+@pytest.fixture(scope="module")
+def act() -> Iterator[Server]:
+    with server(SETUP) as saving:
+        yield saving
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("trials", TRIALS)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_process_that_is_killed_while_it_saves_leaves_no_half_adapter(
-    tmp_path: Path, overwrite: bool, trials: int
+    tmp_path: Path, act: Server, overwrite: bool, trials: int
 ) -> None:
     place, reference, before = (tmp_path / name for name in ("place", "reference", "before"))
     place.mkdir()
@@ -44,19 +51,18 @@ def test_a_process_that_is_killed_while_it_saves_leaves_no_half_adapter(
         names = sorted(each.name for each in path.iterdir())
         return names == NAMES and all(filecmp.cmp(path / name, other / name, shallow=False) for name in NAMES)
 
-    with server(SETUP) as act:
-        assert act(reference, overwrite=False)[0] == 0
-        assert (reference / NAMES[1]).stat().st_size > 8_000_000
-        check_killed(
-            act,
-            place,
-            overwrite=overwrite,
-            old=lambda out: shutil.copytree(before, out),
-            new=lambda out: same(out, reference),
-            same_as_old=lambda out: same(out, before),
-            remove=shutil.rmtree,
-            trials=trials,
-        )
+    assert act(reference, overwrite=False)[0] == 0
+    assert (reference / NAMES[1]).stat().st_size > 8_000_000
+    check_killed(
+        act,
+        place,
+        overwrite=overwrite,
+        old=lambda out: shutil.copytree(before, out),
+        new=lambda out: same(out, reference),
+        same_as_old=lambda out: same(out, before),
+        remove=shutil.rmtree,
+        trials=trials,
+    )
 
 
 def test_a_disk_that_is_full_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:Deprecati
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a model and an adapter of it."""
     root = tmp_path_factory.mktemp("export")
-    model = build("llama")
+    model = build("llama", layers=1)
     model.save_pretrained(root / "base")
     graph = lora_fx.rewrite(model, rules="llama", rank=4, alpha=6)
     set_factors(graph)
@@ -37,7 +37,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(base: Path) -> torch.Tensor:
     """The logits of the model with its adapter folded at three quarters."""
-    graph = lora_fx.from_adapter(build("llama"), base / "adapter", "tuned", inference=True)
+    graph = lora_fx.from_adapter(build("llama", layers=1), base / "adapter", "tuned", inference=True)
     return lora_fx.fold(graph, {"tuned": 0.75}).eval()(**inputs("llama", 3, 11)).logits  # type: ignore[no-any-return]
 
 
@@ -120,7 +120,7 @@ def test_branches_stay_where_they_are_asked_for(base: Path, tmp_path: Path) -> N
     out = tmp_path / "model.onnx"
     export(base / "base", out, "-f", "onnx", "--adapter", base / "adapter", "--branched", "--no-verify")
     names = [tensor.name for tensor in onnx.load(out).graph.initializer]
-    assert "model.layers.1.self_attn.q_proj.lora_A.adapter_0.weight" in names
+    assert "model.layers.0.self_attn.q_proj.lora_A.adapter_0.weight" in names
 
 
 def test_an_export_of_something_else_is_told_apart(base: Path, tmp_path: Path) -> None:
@@ -161,5 +161,5 @@ def test_a_config_that_does_not_fit_or_asks_for_code_is_refused(
 def test_pickled_weights_are_not_read(base: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(base / "base", tmp_path / "base")
     (directory / "model.safetensors").unlink()
-    torch.save(build("llama").state_dict(), directory / "pytorch_model.bin")
+    torch.save(build("llama", layers=1).state_dict(), directory / "pytorch_model.bin")
     assert "cannot load this model" in export(directory, tmp_path / "model.onnx", "-f", "onnx", code=1)

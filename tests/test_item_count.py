@@ -27,7 +27,7 @@ SIZES = {
     "vocab_size": 53,
     "hidden_size": 24,
     "intermediate_size": 40,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "max_position_embeddings": 32,
 }
@@ -45,7 +45,7 @@ def llama(**settings: Any) -> nn.Module:
 
 
 def t5() -> nn.Module:
-    sizes = {"vocab_size": 53, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 2, "num_heads": 4}
+    sizes = {"vocab_size": 53, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 1, "num_heads": 4}
     config = transformers.T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0)
     return transformers.T5ForConditionalGeneration(config)
 

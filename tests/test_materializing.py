@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, SIZES, TWO, build, inputs
+from architectures import ARCHITECTURES, SIZES, TWO, build, inputs, traced
 from conftest import set_factors, unchanged
 from torch import nn
 
@@ -16,14 +17,19 @@ def on_meta(name: str) -> nn.Module:
         return ARCHITECTURES[name].build()
 
 
+@functools.cache
+def empty(name: str) -> lora_fx.TracedGraphModule:
+    """Return the trace of a model without weights. Not to be changed."""
+    return lora_fx.trace(on_meta(name))
+
+
 @pytest.mark.parametrize("name", TWO)
 def test_a_graph_traced_on_meta_runs_on_cpu_with_the_models_bits(name: str) -> None:
     model = build(name).requires_grad_(False)
-    empty = lora_fx.trace(on_meta(name))
     with unchanged(model):
-        graph_module = lora_fx.materialize(empty, model.state_dict()).eval()
+        graph_module = lora_fx.materialize(empty(name), model.state_dict()).eval()
     assert not any(tensor.is_meta for tensor in (*graph_module.parameters(), *graph_module.buffers()))
-    assert all(p.is_meta for p in empty.parameters())
+    assert all(p.is_meta for p in empty(name).parameters())
     assert set(graph_module.state_dict()) == set(model.state_dict())
     for size in SIZES:
         batch = inputs(name, *size)
@@ -33,30 +39,30 @@ def test_a_graph_traced_on_meta_runs_on_cpu_with_the_models_bits(name: str) -> N
 
 def test_factors_are_initialised_or_taken() -> None:
     model = build("llama")
-    branched = lora_fx.rewrite(model, rules="llama", seed=3)
-    empty = lora_fx.rewrite(on_meta("llama"), rules="llama")
-    assert all(p.is_meta for p in empty.parameters())
-    fresh = lora_fx.materialize(empty, model.state_dict(), seed=3)
+    branched = lora_fx.rewrite(traced("llama"), rules="llama", seed=3)
+    on_no_device = lora_fx.rewrite(empty("llama"), rules="llama")
+    assert all(p.is_meta for p in on_no_device.parameters())
+    fresh = lora_fx.materialize(on_no_device, model.state_dict(), seed=3)
     assert {n for n, p in fresh.named_parameters() if p.requires_grad} == {
         n for n, p in branched.named_parameters() if p.requires_grad
     }
     for name, parameter in branched.named_parameters():
         assert torch.equal(fresh.get_parameter(name), parameter)
     set_factors(branched)
-    taken = lora_fx.materialize(empty, branched.state_dict())
+    taken = lora_fx.materialize(on_no_device, branched.state_dict())
     batch = inputs("llama", 3, 11)
     assert torch.equal(taken.eval()(**batch)[0], branched.eval()(**batch)[0])
 
 
 def test_a_state_dict_that_does_not_fit_is_refused_with_all_problems() -> None:
-    empty = lora_fx.trace(on_meta("bert"), inference=True)
+    without = lora_fx.trace(on_meta("bert"), inference=True)
     weights: dict[str, Any] = dict(build("bert").state_dict())
     weights["extra"] = torch.zeros(3)
     weights["pooler.dense.bias"] = torch.zeros(7)
     weights["pooler.dense.weight"] = weights["pooler.dense.weight"].half()
     del weights["embeddings.LayerNorm.bias"]
     with pytest.raises(lora_fx.LoraFxError) as caught:
-        lora_fx.materialize(empty, weights)
+        lora_fx.materialize(without, weights)
     for problem in (
         "'embeddings.LayerNorm.bias' is missing",
         "'extra' is unknown",

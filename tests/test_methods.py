@@ -33,7 +33,7 @@ def causal() -> transformers.PreTrainedModel:
         vocab_size=97,
         hidden_size=32,
         intermediate_size=40,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         pad_token_id=0,

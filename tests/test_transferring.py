@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import build, inputs, traced
+from architectures import branched, build, inputs, traced
 from conftest import set_factors, unchanged
 
 import lora_fx
@@ -13,12 +13,12 @@ from lora_fx.graph.info import info_of
 
 def test_trained_adapters_move_onto_another_trace() -> None:
     model = build("llama")
-    trained = lora_fx.rewrite(model, rules="llama", rank=6, alpha=9)
+    trained = branched("llama")
     trained = lora_fx.rewrite(trained, {"select": [{"target": ["up_proj"]}]}, rank=2, alpha=3, adapter="second")
     set_factors(trained)
     expected = trained.eval()(**inputs("llama", 3, 11))[0]
     base = lora_fx.trace(model, inference=True)
-    fresh = lora_fx.rewrite(model, rules="llama", rank=6, alpha=9)
+    fresh = branched("llama")
     for onto in (base, fresh):
         with unchanged(trained), unchanged(onto):
             moved = lora_fx.transfer(trained, onto=onto)
@@ -29,13 +29,13 @@ def test_trained_adapters_move_onto_another_trace() -> None:
 
 
 def test_adapters_that_do_not_fit_are_refused() -> None:
-    trained = lora_fx.rewrite(build("llama"), rules="llama", rank=6)
+    trained = branched("llama")
     with pytest.raises(
         lora_fx.PlanError,
         match=r"adapter 'default' has branches at model\.layers\.0\.self_attn\.q_proj.*which the other graph has not",
     ):
-        lora_fx.transfer(trained, onto=lora_fx.trace(build("bert")))
-    other = lora_fx.rewrite(build("llama"), rules="llama", rank=4)
+        lora_fx.transfer(trained, onto=traced("bert"))
+    other = branched("llama", rank=4)
     with pytest.raises(
         lora_fx.PlanError, match=r"q_proj\.lora_A\.default\.weight: torch\.float32 \(6, 48\) against .* \(4, 48\)"
     ):
