@@ -168,6 +168,12 @@ def _shape(tensor: torch.Tensor) -> str:
     return "×".join(map(str, tensor.shape))
 
 
+def _is_uncalled(name: str, row: Row) -> bool:
+    """Tell whether a parameter is a factor at a module that the model never calls, as the embedding that others are tied to."""
+    module, found, _ = name.removeprefix("base_model.model.").partition(".lora_")
+    return bool(found) and row.model == "seq2seq tied" and module == "model.shared"
+
+
 def _named(mine: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], what: str) -> Outcome:
     base = ".base_layer.weight"  # of an embedding, which PEFT's files may have beside its factors
     mine, theirs = ({n: t for n, t in each.items() if not n.endswith(base)} for each in (mine, theirs))
@@ -206,7 +212,10 @@ def _output(case: Case) -> Outcome:
 
 def _trains(case: Case) -> Outcome:
     mine = lora_fx.parameter_summary(_trainable(case)).trainable
-    theirs = sum(p.numel() for p in case.wrapped.parameters() if p.requires_grad)
+    trained = [p for name, p in case.wrapped.named_parameters() if p.requires_grad and not _is_uncalled(name, case.row)]
+    theirs = sum(
+        {p.data_ptr(): p.numel() for p in trained}.values()
+    )  # the factors that PEFT ties are two over one memory
     return (
         Outcome(Kind.EQUAL) if mine == theirs else Outcome(Kind.WRONG, f"{mine} parameters train; with PEFT {theirs}")
     )
@@ -244,7 +253,14 @@ def _read_back(case: Case, name: str, theirs: nn.Module) -> Outcome:
         read = peft.PeftModel.from_pretrained(_base(case.row), case.directory.with_name(name)).eval()
     except Exception as error:
         return Outcome(Kind.WRONG, f"PEFT cannot read what save_adapter wrote: {type(error).__name__}: {error}")
-    tensors = (peft.get_peft_model_state_dict(each) for each in (read, theirs))
+    tensors = (
+        {
+            name: tensor
+            for name, tensor in peft.get_peft_model_state_dict(each).items()
+            if not _is_uncalled(name, case.row)
+        }
+        for each in (read, theirs)
+    )
     return _worst(
         _named(*tensors, "tensors"), _compared(_outputs(read, case.row), _outputs(theirs.eval(), case.row), "read back")
     )
@@ -317,11 +333,19 @@ def _rules(case: Case) -> Outcome:
         fresh = peft.get_peft_model(_base(case.row), _config(case.row.settings))
     read = peft.PeftModel.from_pretrained(_base(case.row), case.directory.with_name("fresh"), is_trainable=True)
     mine, theirs = (
-        {name: _shape(parameter) for name, parameter in each.named_parameters() if parameter.requires_grad}
+        {
+            name: _shape(parameter)
+            for name, parameter in each.named_parameters()
+            if parameter.requires_grad and not _is_uncalled(name, case.row)
+        }
         for each in (read, fresh)
     )
     scalings = [
-        {name: module.scaling for name, module in each.named_modules() if hasattr(module, "scaling")}
+        {
+            name: module.scaling
+            for name, module in each.named_modules()
+            if hasattr(module, "scaling") and not _is_uncalled(f"{name}.lora_", case.row)
+        }
         for each in (read, fresh)
     ]
     if mine != theirs or scalings[0] != scalings[1]:

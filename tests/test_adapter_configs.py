@@ -15,6 +15,7 @@ import transformers
 from conftest import set_factors
 from peft.utils import PeftType
 from peft_releases import CHANGES, GONE, RELEASES
+from safetensors.torch import load_file
 from torch import nn
 
 import lora_fx
@@ -246,7 +247,7 @@ def test_ensured_weight_tying_changes_nothing_where_nothing_tied_is_touched_and_
 @pytest.mark.filterwarnings(
     "ignore:Setting `save_embedding_layers`", "ignore:Model with `tie_word_embeddings", "ignore:You have requested"
 )
-def test_factors_at_a_tied_weight_are_read_at_each_of_its_modules_with_a_warning_that_they_train_apart(
+def test_the_factors_of_a_tied_embedding_are_those_of_its_head_transposed_and_train_and_fold_as_one(
     llama: tuple[nn.Module, lora_fx.TracedGraphModule], targets: list[str], tmp_path: Path
 ) -> None:
     model, base = llama
@@ -257,19 +258,25 @@ def test_factors_at_a_tied_weight_are_read_at_each_of_its_modules_with_a_warning
     wrapped.eval().save_pretrained(str(tmp_path))
     with torch.no_grad():
         expected = wrapped(input_ids=IDS, **mask).logits
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        loaded = lora_fx.load_adapter(base, tmp_path).eval()
-    found = [str(each.message) for each in told if issubclass(each.category, UserWarning)]
-    if model.config.tie_word_embeddings:  # type: ignore[union-attr]
-        assert found == [
-            f"{tmp_path}: has the same factors at modules that share a weight (lm_head, model.embed_tokens), which PEFT trains as one "
-            "(ensure_weight_tying). Here each module has its own, and training changes them apart."
-        ]
-    else:
-        assert found == []
+    loaded = lora_fx.load_adapter(base, tmp_path, trainable=True).eval()
+    tied = model.config.tie_word_embeddings  # type: ignore[union-attr]
+    names = {name.partition(".lora_")[0] for name, p in loaded.named_parameters() if p.requires_grad}
+    assert ("lm_head" in names) == (not tied and "lm_head" in targets)
     with torch.no_grad():
         logits = loaded(input_ids=IDS, **mask).logits
         assert torch.allclose(logits, expected, atol=2e-6)  # PEFT multiplies by transposed views of the factors
         assert not torch.allclose(logits, base.eval()(input_ids=IDS, **mask).logits, atol=1e-2)
-        assert torch.allclose(lora_fx.fold(loaded, unshare=True)(input_ids=IDS, **mask).logits, expected, atol=2e-5)
+        folded = lora_fx.fold(loaded)
+        assert torch.allclose(folded(input_ids=IDS, **mask).logits, expected, atol=2e-5)
+        assert (folded.get_parameter("lm_head.weight") is folded.get_parameter("model.embed_tokens.weight")) == tied
+        combined = lora_fx.combine(loaded, {"default": 1.0}, adapter="alone")
+        assert torch.allclose(combined(input_ids=IDS, **mask).logits, expected, atol=2e-5)
+        assert torch.equal(copy.deepcopy(loaded)(input_ids=IDS, **mask).logits, logits)
+        assert torch.equal(lora_fx.fuse(loaded)(input_ids=IDS, **mask).logits, logits) or not tied
+    lora_fx.save_adapter(loaded, tmp_path / "again")
+    assert load_file(tmp_path / "again" / "adapter_model.safetensors").keys() == {
+        key for key in load_file(tmp_path / "adapter_model.safetensors") if "base_layer" not in key
+    }
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "again")).eval()
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=IDS, **mask).logits, expected)

@@ -185,7 +185,7 @@ def test_a_config_without_modules_needs_a_model_of_a_known_type() -> None:
         lora_fx.rewrite(Named(), peft.LoraConfig(), example_inputs=(torch.ones(2, 5),))
 
 
-def test_ensured_weight_tying_trains_one_copy_and_is_refused_at_factors() -> None:
+def test_ensured_weight_tying_trains_one_copy_and_one_pair_of_factors() -> None:
     torch.manual_seed(8)
     tied = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, tie_word_embeddings=True)).eval()
     graph = lora_fx.trace(tied)
@@ -194,10 +194,17 @@ def test_ensured_weight_tying_trains_one_copy_and_is_refused_at_factors() -> Non
     assert lora_fx.parameter_summary(mine).trainable == 48 * 24 + 2 * 8 * 48
     with pytest.warns(UserWarning, match="of which model.embed_tokens.weight has a copy of its own from here on"):
         lora_fx.rewrite(graph, {**config.to_dict(), "ensure_weight_tying": False})
-    with pytest.raises(
-        lora_fx.RuleError, match="PEFT trains the same factors at all of its modules; here each module has its own"
-    ):
-        lora_fx.rewrite(graph, peft.LoraConfig(target_modules=["lm_head"], ensure_weight_tying=True))
+    shared = peft.LoraConfig(target_modules=["lm_head"], ensure_weight_tying=True)
+    both = lora_fx.rewrite(graph, shared)
+    assert {name.partition(".lora_")[0] for name, p in both.named_parameters() if p.requires_grad} == {
+        "model.embed_tokens"
+    }
+    with pytest.raises(lora_fx.RuleError) as caught:
+        lora_fx.rewrite(graph, {**shared.to_dict(), "rank_pattern": {"lm_head": 4}})
+    assert str(caught.value) == (
+        "rules: ensure_weight_tying: 'lm_head' and 'model.embed_tokens' have the same factors, and rank_pattern or alpha_pattern gives "
+        "them different ones"
+    )
 
 
 def test_the_command_line_takes_the_file_of_a_config(models: dict[str, Case], tmp_path: Path) -> None:

@@ -200,6 +200,8 @@ def _new_factors(
         for chosen, branch in ordered.values():
             site, names, init = chosen.site, branch.names(adapter), _init_of(branch)
             like = state.tensors[site.weight]
+            if branch.mirrors is not None:
+                continue
             if like.is_meta:  # there is nothing to draw, which takes longer than all else
                 dtype = adapter_dtype(site.cast or like.dtype)
                 a, b = (torch.empty(shape, dtype=dtype, device="meta") for shape in factor_shapes(branch, site))
@@ -278,7 +280,8 @@ def new_factors_like(
         device: for the values.
         seed: of the draws. Without one they come from torch's current random state, which is restored.
     """
-    by_name = {branch.names(adapter).a: (branch, branch.names(adapter).b) for adapter, branch in branches}
+    own = ((adapter, branch) for adapter, branch in branches if branch.mirrors is None)
+    by_name = {branch.names(adapter).a: (branch, branch.names(adapter).b) for adapter, branch in own}
     values: dict[str, torch.Tensor] = {}
     with forked_random_state(seed=seed):
         for name, a in wanted.items():
@@ -345,6 +348,8 @@ class _BranchWriter:
                 value = self._call(base, "cast", aten.to.dtype, value, wide)
             if names.dropout in self.state.modules:
                 value = self._record(base, "dropout", self.graph.call_module(names.dropout, (value,)))
+            if self.branch.mirrors is not None:
+                a, b = (self._call(base, part, aten.t.default, factor) for part, factor in (("A", a), ("B", b)))
             value = low_rank(base, value, a, b, setting.rank, partial(self._call, base))
             value = self._call(base, "scale", aten.mul.Tensor, value, setting.scale)
             if places is not None:

@@ -165,9 +165,8 @@ class _Member:
 
     @staticmethod
     def of(graph_module: fx.GraphModule, adapter: str, branch: BranchSpec, strength: float) -> _Member:
-        names = branch.names(adapter)
-        a, b = (graph_module.get_parameter(name).detach() for name in (names.a, names.b))
-        return _Member(replace(branch, setting=replace(branch.setting, strength=1.0)), a, b, strength)
+        a, b = branch.factors(adapter, state_of(graph_module).tensors)
+        return _Member(replace(branch, setting=replace(branch.setting, strength=1.0), mirrors=None), a, b, strength)
 
     @property
     def scale(self) -> float:

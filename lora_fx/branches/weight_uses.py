@@ -27,7 +27,7 @@ from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.provenance import module_path
 from lora_fx.graph.state import State
 from lora_fx.numerics.lowrank_merge import Merge, Update
-from lora_fx.numerics.weight_view import AS_STORED, View
+from lora_fx.numerics.weight_view import AS_STORED, SWAP, View
 from lora_fx.sites.call_sites import sites
 from lora_fx.sites.stored_weight import stored
 from lora_fx.sites.weight_ops import readers
@@ -93,7 +93,7 @@ def values_of(graph_module: fx.GraphModule, found: Sequence[FoundBranch], *, uns
     for weight, uses in _uses(graph_module, found, state).items():
         groups: dict[object, list[Use]] = {}
         for use in uses:
-            groups.setdefault((frozenset(Counter(use.updates).items()), use.view), []).append(use)
+            groups.setdefault(_in_one_layout(use), []).append(use)
         distinct = [Value(weight, tuple(group)) for group in groups.values()]
         twice = next((use for use in uses if use.updates and _read_count(use.reader, weight, aliases) > 1), None)
         if twice is not None:
@@ -110,6 +110,17 @@ def values_of(graph_module: fx.GraphModule, found: Sequence[FoundBranch], *, uns
     if problems:
         raise FoldError(" ".join(problems))
     return tuple(values)
+
+
+def _in_one_layout(use: Use) -> object:
+    """Return the updates at a use and the view that they are in, equal for uses that add the same to a weight, in whichever layout.
+
+    An embedding reads the table as ``(dim, rows)``, and the head that is tied to it as ``(rows, dim)``: ``(B A)ᵀ = Aᵀ Bᵀ``.
+    """
+    updates, view = use.updates, use.view
+    if view.steps[-1:] == (SWAP,) and all(update.places is None for update in updates):
+        updates, view = tuple(update.transposed for update in updates), view.then(SWAP)
+    return frozenset(Counter(updates).items()), view
 
 
 def original_names(names: Sequence[str]) -> tuple[str, ...]:

@@ -167,8 +167,7 @@ class _ScaledPair:
 
 def _of_branch(graph_module: TracedGraphModule, adapter: str, branch: BranchSpec, site: Site) -> _ScaledPair:
     """Return the product of a branch, with rows of zeros for features that it leaves alone."""
-    names = branch.names(adapter)
-    a, b = (graph_module.get_parameter(name).detach() for name in (names.a, names.b))
+    a, b = branch.factors(adapter, state_of(graph_module).tensors)
     return _ScaledPair(a, with_all_rows(b, branch.features, site.out_features), branch.setting.scale)
 
 

@@ -20,16 +20,15 @@ from lora_fx.adapters.activate import tell_whole_copies
 from lora_fx.adapters.attach import attach
 from lora_fx.adapters.peft_format.base_class import base_class
 from lora_fx.adapters.peft_format.opening import AdapterFiles, check_base, read_adapter
-from lora_fx.adapters.peft_format.reading import (
-    AdapterContents,
+from lora_fx.adapters.peft_format.own_tensors import (
     another_value,
     equal_as_saved,
     is_of_embedding,
-    read_contents,
     resized_and_adapted,
     warn_of_embeddings,
     warn_of_rounding,
 )
+from lora_fx.adapters.peft_format.reading import AdapterContents, read_contents
 from lora_fx.adapters.peft_format.renaming import fitted
 from lora_fx.adapters.peft_format.stacks import StackLayout
 from lora_fx.adapters.recorded import plan_branches
@@ -123,7 +122,8 @@ class CheckpointFold:
         )
 
     def _product_text(self, update: Update) -> str:
-        rank = self.changes.tensors[update.factors[0].name].shape[0]
+        first = update.factors[0]
+        rank = first.view.apply(self.changes.tensors[first.name]).shape[0]
         return f"{update.scaling:g} · B A of rank {rank}"
 
     def write(

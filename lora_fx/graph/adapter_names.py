@@ -30,21 +30,23 @@ class BranchNames:
         owner: the module path after which they are named; ``<module path>@n`` where the n-th call has a branch of its own.
         adapter: the adapter that the branch belongs to.
         part: of a branch for one part of a fused projection, ``"query"`` for instance.
+        mirrors: the owner of the branch whose factors it has, each as the transpose of the other one.
     """
 
     owner: str
     adapter: str
     part: str | None = None
+    mirrors: str | None = None
 
     @property
     def a(self) -> str:
-        """Parameter A, of shape ``(rank, in)``."""
-        return f"{self.owner}.lora_A.{self._suffix}.weight"
+        """Parameter A, of shape ``(rank, in)``; of a mirrored branch the other one's B."""
+        return f"{self.owner}.lora_A.{self._suffix}.weight" if self.mirrors is None else self._mirrored.b
 
     @property
     def b(self) -> str:
-        """Parameter B, of shape ``(out, rank)``, with as many rows as the part has features."""
-        return f"{self.owner}.lora_B.{self._suffix}.weight"
+        """Parameter B, of shape ``(out, rank)``, with as many rows as the part has features; of a mirrored branch the other one's A."""
+        return f"{self.owner}.lora_B.{self._suffix}.weight" if self.mirrors is None else self._mirrored.a
 
     @property
     def places(self) -> str:
@@ -55,6 +57,10 @@ class BranchNames:
     def dropout(self) -> str:
         """Module of the branch's dropout."""
         return f"{self.owner}.lora_dropout.{self._suffix}"
+
+    @property
+    def _mirrored(self) -> BranchNames:
+        return BranchNames(str(self.mirrors), self.adapter)
 
     @property
     def _suffix(self) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
+
+import torch
 
 from lora_fx.graph.adapter_names import BranchNames
 from lora_fx.rules.peft_config.rules import PeftRules
@@ -54,6 +56,8 @@ class BranchSpec:
         part: of a branch for one part of a fused projection.
         features: the output features of that part; None where the branch writes to all.
         op: what kind of site it is beside.
+        mirrors: the owner of a branch beside an embedding, whose factors this one has at the tied head: its A is the other's B,
+            transposed, and its B the other's A.
     """
 
     owner: str
@@ -61,6 +65,7 @@ class BranchSpec:
     part: Part | None = None
     features: Features | None = None
     op: Op = "linear"
+    mirrors: str | None = None
 
     @property
     def key(self) -> str:
@@ -69,7 +74,13 @@ class BranchSpec:
 
     def names(self, adapter: str) -> BranchNames:
         """Return the names of the branch's parameters in an adapter."""
-        return BranchNames(self.owner, adapter, self.part)
+        return BranchNames(self.owner, adapter, self.part, self.mirrors)
+
+    def factors(self, adapter: str, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and B of the branch from the tensors of a graph, without a gradient."""
+        names = self.names(adapter)
+        a, b = (tensors[name].detach() for name in (names.a, names.b))
+        return (a, b) if self.mirrors is None else (a.t(), b.t())
 
 
 @dataclass(frozen=True)

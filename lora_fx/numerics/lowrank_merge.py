@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -51,6 +51,12 @@ class Update:
     scaling: float = 1.0
     scales: tuple[str, ...] = ()
     places: str | None = None
+
+    @property
+    def transposed(self) -> Update:
+        """The transpose of an update without places."""
+        factors = tuple(Factor(factor.name, factor.view.then(SWAP)) for factor in reversed(self.factors))
+        return replace(self, factors=factors)
 
     @property
     def names(self) -> tuple[str, ...]:

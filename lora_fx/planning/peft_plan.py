@@ -43,13 +43,15 @@ def plan_peft_sites(
         RuleError: nothing is selected, or what PEFT cannot adapt. All problems are named.
     """
     config = rules.config.model_copy(update={"modules_to_save": rules.saved or None})
-    if str(config.target_modules).lower() == ALL_LINEAR:
+    every = str(config.target_modules).lower() == ALL_LINEAR
+    if every:
         config = config.model_copy(update={"target_modules": tuple(linears)})
     try:
-        decisions = [_decision(site, config, rules, purpose_of.get(site.name, Purpose())) for site in found]
+        tied = {} if every else _tied_modules(config, found, parameters)  # PEFT ties before it knows the linear layers
+        decisions = [_decision(site, config, rules, tied, purpose_of.get(site.name, Purpose())) for site in found]
         chosen = [each.site for each in decisions if isinstance(each, Chosen)]
         trained = _trained(rules, config, parameters, {site.module for site in chosen if not is_bare(site)})
-        problems = [*_unadaptable(config, found, parameters, modules), *_tied(config, chosen, parameters)]
+        problems = [*_unadaptable(config, found, parameters, modules), *_unlike(config, tied)]
     except TimeoutError as error:
         raise RuleError(rules.source, [str(error)]) from error
     if not chosen and not trained:
@@ -62,16 +64,18 @@ def plan_peft_sites(
 _MAX_NAMED = 20
 
 
-def _decision(site: Site, config: AdapterConfig, rules: PeftRules, purpose: Purpose) -> Decision:
+def _decision(
+    site: Site, config: AdapterConfig, rules: PeftRules, tied: Mapping[str, str | None], purpose: Purpose
+) -> Decision:
     """Return the branch of a site, or why it has none."""
     parameter = parameter_of(site)
     if config.selects_parameter(parameter):
         key, name = "target_parameters", parameter
-    elif not is_bare(site) and config.selects(site.module):
+    elif not is_bare(site) and (site.module in tied or config.selects(site.module)):
         key, name = "target_modules", site.module
     else:
         return Skipped(site, _why_not(site, config), purpose)
-    branch = BranchSpec(owners_of(site)[0], config.setting_of(name), op=site.op)
+    branch = BranchSpec(owners_of(site)[0], config.setting_of(name), op=site.op, mirrors=tied.get(site.module))
     return Chosen(site, f"{rules.name}:{key}", (branch,), purpose)
 
 
@@ -123,17 +127,31 @@ def _unadaptable(
             yield f"target_modules: {path!r} is no linear layer, convolution or embedding that the model calls"
 
 
-def _tied(config: AdapterConfig, chosen: Sequence[Site], parameters: Parameters) -> Iterator[str]:
-    """Yield the chosen sites whose branches PEFT would give to other modules too, with shared factors."""
+def _tied_modules(config: AdapterConfig, found: Sequence[Site], parameters: Parameters) -> dict[str, str | None]:
+    """Return the modules to which PEFT gives a branch since they share a weight with a selected one, selected or not.
+
+    Each with the input embedding whose factors it has, transposed, as the head has; None where the factors are its own: those of
+    embeddings, and of the head of a model that never calls the embedding that all others are tied to (``shared`` of T5).
+    """
     if not config.ensure_weight_tying:
-        return
-    weights = {names[0]: names for names in parameters if len(names) > 1}
-    for site in chosen:
-        if site.weight in weights:
-            tied = " and ".join(weights[site.weight])
+        return {}
+    kinds = {site.module: site.op for site in found if not is_bare(site)}
+    together: dict[str, str | None] = {}
+    for names in parameters:
+        paths = [name.rpartition(".")[0] for name in names]
+        if len(names) > 1 and any(map(config.selects, paths)):
+            source = paths[0] if kinds.get(paths[0]) == "embedding" else None
+            together |= {path: source if kinds[path] == "linear" else None for path in paths if path in kinds}
+    return together
+
+
+def _unlike(config: AdapterConfig, tied: Mapping[str, str | None]) -> Iterator[str]:
+    """Yield the modules that would have the factors of another one, with other settings."""
+    for module, source in tied.items():
+        if source is not None and config.setting_of(module) != config.setting_of(source):
             yield (
-                f"ensure_weight_tying: {tied} are one parameter, and PEFT trains the same factors at all of its modules; here each "
-                "module has its own. Leave it out, or name none of these modules"
+                f"ensure_weight_tying: {module!r} and {source!r} have the same factors, and rank_pattern or alpha_pattern gives them different "
+                "ones"
             )
 
 

@@ -32,8 +32,8 @@ def factor_shapes(branch: BranchSpec, site: Site) -> tuple[tuple[int, ...], tupl
 
 
 def parameters_of_branch(branch: BranchSpec, site: Site) -> int:
-    """Return the number of parameters of A and B beside a site."""
-    return sum(math.prod(shape) for shape in factor_shapes(branch, site))
+    """Return the number of parameters of A and B beside a site; none where it has those of another branch."""
+    return 0 if branch.mirrors is not None else sum(math.prod(shape) for shape in factor_shapes(branch, site))
 
 
 def outputs_of(branch: BranchSpec, site: Site) -> int:

@@ -7,10 +7,8 @@ reported at once.
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import fx, nn
@@ -26,11 +24,18 @@ from lora_fx.adapters.peft_format.keys import (
 )
 from lora_fx.adapters.peft_format.ledger import KeyLedger
 from lora_fx.adapters.peft_format.opening import AdapterFiles
+from lora_fx.adapters.peft_format.own_tensors import (
+    another_value,
+    equal_as_saved,
+    is_of_embedding,
+    resized_and_adapted,
+    warn_of_embeddings,
+    warn_of_rounding,
+)
 from lora_fx.adapters.peft_format.renaming import fitted
 from lora_fx.adapters.peft_format.stacks import LAYOUTS, Stack, Writer, is_transposed, stack_layouts
-from lora_fx.errors import did_you_mean, listed
+from lora_fx.errors import did_you_mean
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
-from lora_fx.graph.compare import described
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.info import known_info
 from lora_fx.graph.provenance import called_modules
@@ -69,6 +74,8 @@ class AdapterContents:
         values: dict[str, nn.Parameter] = {}
         for key, (a, b) in self.factors.items():
             branch = self.branches[key][1]
+            if branch.mirrors is not None:
+                continue
             names, trains_b = branch.names(adapter), branch.setting.trains_b
             values |= {names.a: nn.Parameter(a, trainable), names.b: nn.Parameter(b, trains_b and trainable)}
         copies = {copy_name(name, adapter): nn.Parameter(value, trainable) for name, value in self.copies.items()}
@@ -82,72 +89,6 @@ def read_contents(files: AdapterFiles, graph_module: fx.GraphModule) -> AdapterC
         AdapterError: config, file and graph do not agree; all problems are named.
     """
     return _Reader(fitted(files, graph_module), graph_module).contents()
-
-
-def warn_of_rounding(
-    directory: Path, saved: Mapping[str, torch.Tensor], kept: Mapping[str, torch.dtype], *, stacklevel: int
-) -> None:
-    """Warn of trained values that are saved with more precision than they are kept with, in one line.
-
-    Args:
-        directory: of the adapter.
-        saved: the values by the parameters' names.
-        kept: the dtypes of the parameters.
-        stacklevel: see :func:`warnings.warn`, of the caller.
-    """
-    finer = [name for name, to in kept.items() if torch.promote_types(saved[name].dtype, to) != to]
-    if finer:
-        before = " and ".join(sorted({_dtype_name(saved[name].dtype) for name in finer}))
-        after = " and ".join(sorted({_dtype_name(kept[name]) for name in finer}))
-        warnings.warn(
-            f"{directory}: {listed(finer, _MAX_NAMED)}: saved in {before}, rounded to {after}, the dtype of the model.",
-            stacklevel=stacklevel + 1,
-        )
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-_MAX_NAMED = 4
-
-
-def is_of_embedding(name: str, graph_module: fx.GraphModule) -> bool:
-    """Tell whether a parameter is in the input or the output embedding of the model."""
-    return name.rpartition(".")[0] in known_info(graph_module).vocabulary
-
-
-def warn_of_embeddings(directory: Path, names: Sequence[str], *, stacklevel: int) -> None:
-    """Warn of embeddings that an adapter brings along without its config saying so; ``stacklevel`` as in :func:`warnings.warn`."""
-    if names:
-        warnings.warn(
-            f"{directory}: {listed(sorted(names), _MAX_NAMED)}: other values than the model's, as of a resized vocabulary "
-            "(save_embedding_layers): taken as trained copies.",
-            stacklevel=stacklevel + 1,
-        )
-
-
-def another_value(key: str, name: str, own: torch.Tensor) -> str:
-    """Return the message for a tensor in an adapter's file that differs from the model's own."""
-    return (
-        f"{key}: another value than the model's {name!r} ({described(own)}), and {CONFIG_NAME} lets neither a bias nor a module train "
-        "there. If that is meant, as of a resized embedding, add its module to modules_to_save"
-    )
-
-
-def resized_and_adapted(key: str, name: str) -> str:
-    """Return the message for an embedding with other values than the model's, beside which the adapter has a branch."""
-    return (
-        f"{key}: another value than the model's {name!r}, as of a resized vocabulary, and a branch beside it. Give the model this value "
-        "before it is traced"
-    )
-
-
-def equal_as_saved(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Tell whether two tensors of one shape have equal values, in the less precise of their dtypes if they have two."""
-    finer = torch.promote_types(one.dtype, other.dtype) if one.dtype != other.dtype else one.dtype
-    kept = other.dtype if finer == one.dtype else one.dtype
-    return torch.equal(one.to(kept), other.to(kept))
 
 
 class _Reader:
@@ -182,6 +123,7 @@ class _Reader:
         self._rest(own, [slot.site.module for slot in branches])
         self._ledger.stop_if_wrong()
         read = {slot: self._read_factors(slot, *names) for slot, names in factors.items()}
+        branches = self._mirrored(branches, read)
         saved = {name: self._read_copy(key, own[name]) for name, key in copies.items()}
         echoes = self._check_rest(own, copies)
         self._ledger.stop_if_wrong()
@@ -210,16 +152,28 @@ class _Reader:
         if not self._config.ensure_weight_tying:
             return []
         weights, modules = {self._first[site.weight] for site in chosen}, {site.module for site in chosen}
+        own = (name for name in self._state.tensors if not is_of_adapter(name))
+        weights |= {self._first[name] for name in own if self._is_dead(name.rpartition(".")[0], self._state.tensors)}
         tied = [s for s in self._sites.values() if s.module not in modules and self._first[s.weight] in weights]
-        found = [site for site in tied if Slot(site, site.module, site.module).keys[0] in self._ledger.unread]
-        together = Counter(self._first[site.weight] for site in (*chosen, *found))
-        shared = sorted(site.module for site in (*chosen, *found) if together[self._first[site.weight]] > 1)
-        if shared and not known_info(self._graph_module).inference:
-            warnings.warn(
-                f"{self._files.directory}: has the same factors at modules that share a weight ({', '.join(shared)}), which "
-                "PEFT trains as one (ensure_weight_tying). Here each module has its own, and training changes them apart.",
-                stacklevel=6,
-            )
+        return [site for site in tied if Slot(site, site.module, site.module).keys[0] in self._ledger.unread]
+
+    def _mirrored(
+        self, branches: Mapping[Slot, BranchSpec], factors: Mapping[Slot, tuple[torch.Tensor, torch.Tensor]]
+    ) -> dict[Slot, BranchSpec]:
+        """Return the branches, of which those at a head have the factors of its tied embedding where PEFT trains both as one."""
+        found = dict(branches)
+        if self._config.ensure_weight_tying:
+            for slot in branches:
+                mirrors = (
+                    other.site.module
+                    for other in branches
+                    if other.site.op == "embedding"
+                    and self._first[other.site.weight] == self._first[slot.site.weight]
+                    and branches[other].setting == branches[slot].setting
+                    and all(map(torch.equal, factors[slot], (each.t() for each in reversed(factors[other]))))
+                )
+                if slot.site.op == "linear" and (owner := next(mirrors, None)) is not None:
+                    found[slot] = replace(branches[slot], mirrors=owner)
         return found
 
     def _branch(self, slot: Slot) -> BranchSpec:

@@ -96,6 +96,7 @@ class _PeftWriter:
         names_of, trained = self._state.names(), trained_of(self._graph_module, self._adapter)
         tied = [names_of[each.name] for each in trained if not each.untied and len(names_of[each.name]) > 1]
         as_one = any(config.saves_any(name) for names in tied for name in names)
+        as_one = as_one or any(branch.mirrors is not None for branch in branches)
         config = config.model_copy(update={"ensure_weight_tying": as_one})
         return PeftAdapter(config, {**tensors, **self._copies(config, adapted)})
 
@@ -149,10 +150,10 @@ class _PeftWriter:
         """Return A and B of one branch for all output features that does what those of parts do together."""
         pairs = []
         for branch in branches:
-            names = branch.names(self._adapter)
-            a, b = (self._state.tensors[name].detach() for name in (names.a, names.b))
+            a, b = branch.factors(self._adapter, self._state.tensors)
             pairs.append((a, with_all_rows(b, branch.features, site.out_features)))
-        return pairs[0] if len(pairs) == 1 else concatenated(pairs)
+        a, b = pairs[0] if len(pairs) == 1 else concatenated(pairs)
+        return a.contiguous(), b.contiguous()
 
     def _trained(self, adapted: Collection[str]) -> TrainedParts:
         trained = trained_of(self._graph_module, self._adapter)
