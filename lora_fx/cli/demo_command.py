@@ -1,4 +1,4 @@
-"""``lora-fx demo``: the whole path on a pretrained model."""
+"""``lora-fx demo``: the whole path on a pretrained model, and generation with adapters."""
 
 from __future__ import annotations
 
@@ -9,17 +9,30 @@ import typer
 
 from lora_fx.cli.console import console, reported
 
-EXAMPLES = "Example:  lora-fx demo --out demo-output"
+EXAMPLES = "Examples:  lora-fx demo --out demo-output   ·   lora-fx demo --generate"
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the results; those of a former run are replaced.")] = Path(
         "demo-output"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Number of training steps.")] = 60,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Number of training steps; by default 60, and with --generate 800.")
+    ] = None,
+    generate: Annotated[
+        bool,
+        typer.Option(
+            "--generate",
+            help="Train a small language model and two adapters, and let onnxruntime continue a prompt without and with either.",
+        ),
+    ] = False,
 ) -> None:
     """Rewrite a pretrained MiniLM, fine-tune it on Python's own documentation, fold it, and write it out."""
-    from lora_fx.demo import demo as run  # transformers and torch are slow to import, and `--help` needs neither
+    # transformers and torch are slow to import, and `--help` needs neither
+    if generate:
+        from lora_fx import demo_generation as chosen
+    else:
+        from lora_fx import demo as chosen  # type: ignore[no-redef]
 
     with reported():
-        run(out, console, steps=steps)
+        chosen.demo(out, console, steps=chosen.STEPS if steps is None else steps)
