@@ -13,7 +13,7 @@ from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.planning.cautions import warn_of_fresh_head, warn_of_lower_ranks, warn_of_untying
 from lora_fx.planning.planner import plan_graph
 from lora_fx.rules.lookup import RulesLike, load
-from lora_fx.tracing.model_state import check_unwrapped
+from lora_fx.tracing.model_state import check_unwrapped, inner_model
 from lora_fx.tracing.torch_export import Dynamic
 from lora_fx.tracing.trace import trace
 
@@ -71,6 +71,7 @@ def rewrite(
         TraceError: the model cannot be traced.
         PlanError: a selected site cannot get such a branch, the adapter name is taken, or PEFT wraps the model.
     """
+    model = inner_model(model)
     check_unwrapped(model)
     ruleset = load(rules, getattr(getattr(model, "config", None), "model_type", None)).with_overrides(
         rank, alpha, dropout, task_type

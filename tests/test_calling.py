@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from architectures import build
 from torch import fx, nn
 
@@ -221,6 +223,81 @@ def test_a_flag_of_transformers_keeps_the_value_of_the_trace() -> None:
         graph_module(input_ids=ids, attention_mask=mask, use_cache=True)
     with pytest.raises(lora_fx.InputError, match=r"'past_key_values' is .*: the graph was traced without it"):
         graph_module(ids, mask)
+
+
+# What the model fills in.
+
+
+def of_positions(name: str, **more: torch.Tensor) -> tuple[nn.Module, Any]:
+    """Return a model, and a graph of it that takes positions and types of tokens."""
+    model, ids = build(name), torch.randint(3, 97, (2, 7))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(7).expand(2, 7)}
+    return model, lora_fx.trace(model, {**given, **more}, inference=True)
+
+
+def test_positions_and_types_left_out_are_those_of_the_model() -> None:
+    ids = torch.randint(3, 97, (3, 5))
+    model, graph_module = of_positions("bert", token_type_ids=torch.ones(2, 7, dtype=torch.int64))
+    with torch.no_grad():
+        assert torch.equal(graph_module(ids)[0], model(ids)[0])
+        positions = torch.tensor([[2, 0, 1, 4, 3]])
+        found = graph_module(ids, position_ids=positions.expand(3, 5))[0]
+        assert torch.equal(found, model(ids, position_ids=positions)[0])
+        assert not torch.allclose(found, graph_module(ids)[0])
+
+
+def test_positions_that_the_model_counts_otherwise_are_not_filled_in() -> None:
+    _, graph_module = of_positions("roberta")  # counts from the padding on
+    with pytest.raises(lora_fx.InputError, match="input 'position_ids' is missing"):
+        graph_module(torch.randint(3, 97, (3, 5)))
+
+
+class MasksItsPadding(transformers.BertModel):  # type: ignore[misc]
+    """A model that makes a mask from the tokens where none is given."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
+        mask = input_ids.ne(self.config.pad_token_id).long() if attention_mask is None else attention_mask
+        return super().forward(input_ids, mask)
+
+
+def test_a_mask_that_the_model_makes_from_its_tokens_is_not_filled_in() -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12
+    )
+    graph_module = lora_fx.trace(MasksItsPadding(config).eval(), inference=True)
+    with pytest.raises(lora_fx.InputError, match="input 'attention_mask' is missing"):
+        graph_module(torch.randint(3, 50, (3, 5)))
+
+
+def test_flags_of_the_config_may_be_repeated_and_others_say_how_they_are_traced() -> None:
+    model, ids = build("llama"), torch.randint(0, 97, (2, 7))
+    graph_module = lora_fx.trace(model, inference=True)
+    same = {"return_dict": True, "output_hidden_states": False, "output_attentions": None, "use_cache": False}
+    with torch.no_grad():
+        assert torch.equal(graph_module(ids, **same, labels=None).logits, model(ids).logits)
+    for given, message in (
+        ({"output_hidden_states": True}, "example_inputs={…, 'output_hidden_states': True}) makes a graph with this"),
+        ({"return_dict": False}, "it returns what the model's class returns: to_tuple() of that is a tuple"),
+        ({"labels": ids}, "rewrite(…, labels=True) makes a graph that takes labels and returns the loss"),
+        ({"use_cache": True}, "rewrite(…, cache=True) makes a graph with a key-value cache"),
+        ({"inputs_embeds": torch.ones(2, 7, 8)}, "example_inputs={…, 'inputs_embeds': a tensor}) makes a graph"),
+    ):
+        with pytest.raises(lora_fx.InputError, match=re.escape(message)):
+            graph_module(ids, **given)
+    every = {"input_ids": ids, "output_hidden_states": True}
+    with torch.no_grad():
+        assert len(lora_fx.trace(model, every, inference=True)(ids, output_hidden_states=True).hidden_states) == 3
+
+
+def test_sizes_that_do_not_fit_are_told() -> None:
+    graph_module = lora_fx.trace(build("llama"), inference=True)
+    with pytest.raises(lora_fx.InputError) as refused:
+        graph_module(torch.ones(2, 7, dtype=torch.int64), torch.ones(2, 5, dtype=torch.int64))
+    assert str(refused.value) == (
+        "expected input sizes with input_ids.size(1) == attention_mask.size(1), which the trace covers, got input_ids.size(1) = 7, "
+        "attention_mask.size(1) = 5. Pass inputs of equal sizes."
+    )
 
 
 # Names.

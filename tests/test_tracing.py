@@ -316,11 +316,18 @@ def test_pickle_and_torch_save_keep_everything(named: str, tmp_path: Any) -> Non
         assert first_difference(folded, lora_fx.fold(copied)) is None
 
 
-def test_an_input_left_out_is_named(named: str) -> None:
+def test_a_mask_left_out_is_what_the_model_makes_of_that_and_other_inputs_are_named(named: str) -> None:
     batch = inputs(named, 3, 11)
-    del batch["attention_mask"]
-    with pytest.raises(lora_fx.InputError, match="input 'attention_mask' is missing, but the graph was traced with it"):
-        traced(named)(**batch)
+    mask = batch.pop("attention_mask")
+    graph = traced(named)
+    with torch.no_grad():
+        expected, found = model(named)(**batch)[0], graph(**batch)[0]
+        for given in (torch.ones_like(mask), torch.ones_like(mask).bool()):
+            assert torch.equal(graph(**batch, attention_mask=given)[0], found)
+    assert torch.equal(found, expected)
+    last = list(batch)[-1]
+    with pytest.raises(lora_fx.InputError, match=f"input '{last}' is missing, but the graph was traced with it"):
+        graph(**{name: value for name, value in batch.items() if name != last})
 
 
 class StraightThrough(torch.autograd.Function):

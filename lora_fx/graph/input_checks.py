@@ -80,12 +80,16 @@ class RelationCheck(nn.Module):
     def __init__(self, relation: str) -> None:
         super().__init__()
         self.relation = relation
+        self.sizes = [f"{name}.size({dim})" for name, dim in Relation(relation).ordered_references]
+        equal = Relation(relation).equal_sizes is not None
+        self.advice = "Pass inputs of equal sizes" if equal else "Trace again with example_inputs of these sizes"
 
-    def forward(self, holds: bool) -> None:
-        """Check that the relation, computed by nodes of the graph, holds."""
+    def forward(self, holds: bool, sizes: list[int]) -> None:
+        """Check that the relation, computed by nodes of the graph, holds; the sizes are those in it, for the message."""
         if not holds:
+            found = [f"{self.sizes[index]} = {size}" for index, size in enumerate(sizes)]
             raise InputError(
-                f"expected input sizes with {self.relation}, which the trace covers, got others. Trace again with example_inputs of these sizes."
+                f"expected input sizes with {self.relation}, which the trace covers, got {', '.join(found)}. {self.advice}."
             )
 
     def extra_repr(self) -> str:
@@ -172,7 +176,8 @@ def add_checks(graph: fx.Graph, constraints: Constraints) -> dict[str, nn.Module
         for index, relation in enumerate(constraints.relations):
             target = f"{PREFIX}.relation_{index}"
             modules[target] = RelationCheck(relation.text)
-            graph.call_module(target, (emitter.emit(relation),))
+            sizes = [emitter.size(*reference) for reference in relation.ordered_references]
+            graph.call_module(target, (emitter.emit(relation), sizes))
     return modules
 
 
@@ -208,9 +213,9 @@ class _RelationEmitter:
         self._emitted: dict[tuple[Any, ...], fx.Node] = {}
 
     def emit(self, relation: Relation) -> Any:
-        return relation.interpret(self._size, int, self._call)
+        return relation.interpret(self.size, int, self._call)
 
-    def _size(self, name: str, dim: int) -> fx.Node:
+    def size(self, name: str, dim: int) -> fx.Node:
         return self._call(torch.ops.aten.sym_size.int, (self._placeholders[name], dim))
 
     def _call(self, function: Callable[..., Any], operands: Sequence[Any]) -> fx.Node:

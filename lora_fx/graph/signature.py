@@ -11,7 +11,7 @@ import copy
 import inspect
 import keyword
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from reprlib import Repr
 from typing import Any
@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import InputError, TraceError, did_you_mean
 from lora_fx.graph.codegen import shortened
+from lora_fx.graph.omitted import Fill, advice_on
 from lora_fx.graph.provenance import source_line
 
 ITEM_COUNT = "num_items_in_batch"
@@ -49,6 +50,7 @@ class Argument:
         spec: the structure of its value.
         leaves: the values in that structure: ``TENSOR`` for a tensor, ``NUMBER`` for the whole value where it may be left out,
             otherwise the constant.
+        fill: of a tensor that may be omitted, its value then.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Argument:
     traced: bool
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
+    fill: Fill | None = None
 
     @property
     def is_input(self) -> bool:
@@ -65,10 +68,15 @@ class Argument:
     def tensors(self, value: Any) -> list[Any]:
         """Return the tensors in ``value``, in the order of the trace; ``ABSENT`` if it was not given.
 
-        Of an argument that may be left out the one value is None, a number or a tensor.
+        Of an argument that may be left out the one value is None, a number or a tensor; of one with a fill, the fill where it is
+        omitted.
         """
         if self.leaves == (Leaf.NUMBER,):
             return [self._number(value)]
+        if self.fill is not None:
+            if value is Leaf.ABSENT or value is None:
+                return [self.fill]
+            value = self.fill.cast(value) if isinstance(value, torch.Tensor) else value
         if value is Leaf.ABSENT or (value is None and self.leaves == (Leaf.TENSOR,)):
             if Leaf.TENSOR in self.leaves:
                 raise InputError(
@@ -103,12 +111,15 @@ class Argument:
         if not self.traced:
             raise InputError(
                 f"input '{label}' is {_shown(given)}, expected its default, {_shown(constant)}: the graph was traced without it. "
-                "Omit it, or trace again with example_inputs that have it."
+                f"Omit it, or trace again with it{self._advice(label, given)}."
             )
         raise InputError(
             f"input '{label}' is {_shown(given)}, expected {_shown(constant)}, since it is a constant of the graph. "
-            "Pass that, or trace again with example_inputs that have this value."
+            f"Pass that, or trace again with example_inputs that have this value{self._advice(label, given)}."
         )
+
+    def _advice(self, label: str, given: Any) -> str:
+        return f": {advice_on(self.name, given)}" if label == self.name else ""
 
 
 @dataclass(frozen=True)
@@ -118,10 +129,12 @@ class Signature:
     Attributes:
         arguments: all of them.
         inputs: for each tensor among them, its name in the constraints of the trace.
+        flags: of the model's config, by the names of the arguments that override them; at these values they change nothing.
     """
 
     arguments: tuple[Argument, ...]
     inputs: tuple[str, ...]
+    flags: Mapping[str, bool] = field(default_factory=dict, hash=False)
 
     @property
     def takes_item_count(self) -> bool:
@@ -154,6 +167,11 @@ class Signature:
             ),
         )
 
+    def with_fills(self, fills: Mapping[str, Fill]) -> Signature:
+        """Return the signature with inputs that may be omitted, and their values then."""
+        filled = (replace(argument, fill=fills.get(argument.name)) for argument in self.arguments)
+        return replace(self, arguments=tuple(filled))
+
     def tensors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """Bind the arguments of a call and return the tensors in them, in the order of ``inputs``; None for an omitted number.
 
@@ -168,14 +186,30 @@ class Signature:
         given = dict(zip(positional, args, strict=False))
         known = [argument.name for argument in self.arguments]
         for name, value in kwargs.items():
-            if name not in known:
-                raise InputError(f"there is no input '{name}'{did_you_mean(name, known)}. {self._traced_inputs()}")
             if name in given:
                 raise InputError(f"input '{name}' is given twice, by position and by name. {self._traced_inputs()}")
-            given[name] = value
-        return [
+            if name in self.flags and value is not None:
+                self._check_flag(name, value)
+            elif name in known:
+                given[name] = value
+            elif name not in self.flags:
+                raise InputError(f"there is no input '{name}'{did_you_mean(name, known)}. {self._traced_inputs()}")
+        found = [
             tensor for argument in self.arguments for tensor in argument.tensors(given.get(argument.name, Leaf.ABSENT))
         ]
+        if any(isinstance(value, Fill) for value in found):
+            tensors = {
+                name: value for name, value in zip(self.inputs, found, strict=True) if not isinstance(value, Fill)
+            }
+            found = [value.value(tensors) if isinstance(value, Fill) else value for value in found]
+        return found
+
+    def _check_flag(self, name: str, value: Any) -> None:
+        if not _is_same(value, self.flags[name]):
+            raise InputError(
+                f"input '{name}' is {_shown(value)}, and the graph was traced with {self.flags[name]}, as the model's config says. "
+                f"Omit it; {advice_on(name, value)}."
+            )
 
     def shown(self) -> inspect.Signature:
         """Return the traced arguments as the signature of a method; keyword-only behind the first omitted argument."""
@@ -270,6 +304,22 @@ def let_omit(graph: fx.Graph, name: str) -> None:
     codegen = graph._codegen
     assert isinstance(codegen, InputCodeGen)
     graph.set_codegen(InputCodeGen(codegen.signature.with_omissible(name), codegen.pytree_info.out_spec))
+
+
+def fill_in(graph: fx.Graph, fills: Mapping[str, Fill], flags: Mapping[str, bool]) -> None:
+    """Let calls of a graph omit inputs that its model fills in, and give flags that change nothing (in place).
+
+    Args:
+        graph: with a signature.
+        fills: the values of inputs, by their names.
+        flags: of the model's config, those that were not given in the trace.
+    """
+    codegen = graph._codegen
+    assert isinstance(codegen, InputCodeGen)
+    signature = codegen.signature
+    traced = {argument.name for argument in signature.arguments if argument.traced}
+    free = {name: value for name, value in flags.items() if name not in traced}
+    graph.set_codegen(InputCodeGen(replace(signature.with_fills(fills), flags=free), codegen.pytree_info.out_spec))
 
 
 def take_inputs(graph: fx.Graph, forward: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -106,6 +106,11 @@ class Relation:
         found = (_as_reference(tree) for tree in ast.walk(self._tree) if isinstance(tree, ast.expr))
         return frozenset(reference for reference in found if reference is not None)
 
+    @property
+    def ordered_references(self) -> tuple[Reference, ...]:
+        """The sizes to which the relation refers, in the order of its text."""
+        return tuple(dict.fromkeys((found[1], int(found[2])) for found in _SIZE.finditer(self.text)))
+
     @cached_property
     def functions(self) -> frozenset[str]:
         """The names of the functions that it calls, of ``FUNCTIONS``."""

@@ -29,7 +29,7 @@ from lora_fx.rules.rule_file import RuleSet, Selection
 from lora_fx.rules.vocabulary import TASK_HEADS, Part
 from lora_fx.sites.call_sites import Site, sites
 from lora_fx.sites.roles import Purpose, purposes
-from lora_fx.tracing.model_state import check_unwrapped
+from lora_fx.tracing.model_state import check_unwrapped, inner_model
 from lora_fx.tracing.trace import trace
 
 
@@ -62,6 +62,7 @@ def plan(
         PlanError: a chosen site cannot get such a branch, or PEFT wraps the model.
         TraceError: the model cannot be traced.
     """
+    model = inner_model(model)
     check_unwrapped(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     ruleset = load(rules, model_type).with_overrides(rank, alpha, dropout, task_type)
@@ -143,6 +144,13 @@ def plan_sites(
         _matches_nothing(known, rules, index)
         for index, selection in enumerate(rules.select)
         if index not in matched and not selection.optional
+    ]
+    problems += [
+        _names_nothing(known, rules, index, target)
+        for index in sorted(matched)
+        if not rules.select[index].optional
+        for target in rules.select[index].target or ()
+        if not _names_something(target, known, parameters or {})
     ]
     if problems:
         raise RuleError(rules.source or f"rules {rules.name!r}", problems)
@@ -302,6 +310,24 @@ def _setting_text(branch: BranchSpec) -> str:
     words += [setting.scaling] if setting.scaling != "standard" else []
     words += [f"init {setting.init}"] if setting.init != "kaiming" else []
     return ", ".join([*words, f"for {branch.part or 'all'} of {branch.owner!r}"])
+
+
+def _names_something(
+    target: str, known: Mapping[Site, Purpose], parameters: Mapping[tuple[str, ...], int]
+) -> bool:
+    named = Selection(target=(target,))
+    if any(named.names(site.module) for site in known):
+        return True
+    return any(named.names(path) for names in parameters for name in names for path in (*modules_of(name), name))
+
+
+def _names_nothing(known: Mapping[Site, Purpose], rules: RuleSet, index: int, target: str) -> str:
+    ends = sorted({site.module.rpartition(".")[2] for site in known})
+    hint = did_you_mean(target.rpartition(".")[2], ends)
+    return (
+        f"{rules.where(index)} names {target!r}, which is no module that the model calls{hint}; leave it out, or give it a selection of "
+        "its own with optional = true"
+    )
 
 
 def _matches_nothing(known: Mapping[Site, Purpose], rules: RuleSet, index: int) -> str:

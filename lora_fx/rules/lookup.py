@@ -24,7 +24,7 @@ RULES_PATH = "LORA_FX_RULES"
 Rules = RuleSet | PeftRules
 """Rules as they are loaded."""
 
-RulesLike = str | Path | Mapping[str, Any] | ConfigObject | Rules
+RulesLike = str | Path | Sequence[str] | Mapping[str, Any] | ConfigObject | Rules | None
 """What :func:`load` takes."""
 
 
@@ -38,8 +38,8 @@ def load(rules: RulesLike, model_type: str | None = None, directories: Sequence[
     Args:
         rules: the stem of a rule file or one of its ``model_types``, ``"auto"`` (by ``model_type``; the queries and values
             of attention where there is no file for it), ``"all-linear"`` (every linear but heads, routers, and
-            products with one output feature, such as gates), a path to a ``.toml`` file, a mapping with the keys of such a file,
-            a loaded rule set; or a configuration of PEFT: a ``peft.LoraConfig``, its mapping, or the path of its ``.json`` file.
+            products with one output feature, such as gates), a path to a ``.toml`` file, a list of names of modules, a mapping with
+            the keys of such a file, a loaded rule set; None for ``"auto"``; or a configuration of PEFT: a ``peft.LoraConfig``, its mapping, or the path of its ``.json`` file.
         model_type: the model's ``config.model_type``, for ``"auto"``, and for a configuration of PEFT that names no modules.
         directories: of further rule files.
 
@@ -48,12 +48,18 @@ def load(rules: RulesLike, model_type: str | None = None, directories: Sequence[
     """
     if isinstance(rules, Rules):
         return rules
+    if rules is None:
+        return load("auto", model_type, directories)
     if isinstance(rules, ConfigObject) or (isinstance(rules, Mapping) and "peft_type" in rules):
         return _with_default_targets(peft_rules(rules), model_type)
     if isinstance(rules, Mapping):
+        _check_not_of_peft(rules)
         return _rule_set(rules, "custom", "rules", {})
+    if isinstance(rules, list | tuple | set | frozenset) and all(isinstance(name, str) for name in rules):
+        names = sorted(rules) if isinstance(rules, set | frozenset) else list(rules)
+        return _rule_set({"select": [{"target": names}]}, "custom", "rules", {})
     if not isinstance(rules, str | Path):
-        expected = "a name, a path, a mapping, loaded rules or a configuration of PEFT"
+        expected = "a name, a path, names of modules, a mapping, loaded rules or a configuration of PEFT"
         raise RuleError("rules", [f"expected {expected}, got {type(rules).__name__}"])
     if str(rules).endswith(".json"):
         return _with_default_targets(read_peft_rules(Path(rules)), model_type)
@@ -69,6 +75,19 @@ def load(rules: RulesLike, model_type: str | None = None, directories: Sequence[
         _log.info("%s: rules 'auto' select the query and value projections of attention by their role", why)
         return _made(rules, Selection(role=("attention.query", "attention.value")))
     return found or _unknown(rules, folders)
+
+
+def _check_not_of_peft(rules: Mapping[str, Any]) -> None:
+    """Raise :class:`RuleError` for a mapping with the keys of a PEFT configuration that does not say that it is one."""
+    theirs = [key for key in ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save") if key in rules]
+    if theirs and "select" not in rules:
+        raise RuleError(
+            "rules",
+            [
+                f"{', '.join(theirs)} are keys of a PEFT configuration: add 'peft_type': 'LORA' to have it read as PEFT reads it; as rules "
+                "say {'defaults': {'rank': 8, 'alpha': 16}, 'select': [{'target': ['q', 'v']}]}"
+            ],
+        )
 
 
 def directory() -> Path:

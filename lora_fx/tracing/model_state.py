@@ -22,6 +22,44 @@ from lora_fx.errors import PlanError, TraceError, listed
 from lora_fx.graph.process_state import forked_random_state
 
 
+def inner_model(model: Any) -> Any:
+    """Return the model that ``torch.compile`` or a data-parallel wrapper of torch holds; anything else as it is.
+
+    Raises:
+        PlanError: FSDP's wrapper, in which no process has whole weights; a module deep inside is compiled; or torch quantised it.
+    """
+    while isinstance(model, nn.Module) and type(model).__name__ in _WRAPPERS and type(model).__module__.startswith("torch."):
+        attribute = _WRAPPERS[type(model).__name__]
+        if attribute is None:
+            raise PlanError(
+                f"{type(model).__name__} holds parts of the weights in each process, and a graph needs whole ones: rewrite the model first, and "
+                "wrap the graph in torch's DistributedDataParallel."
+            )
+        model = getattr(model, attribute)
+    if isinstance(model, nn.Module):
+        for name, module in model.named_modules():
+            if type(module).__name__ == "OptimizedModule":
+                raise PlanError(
+                    f"{name!r} is compiled, and its parameters would be called '{name}._orig_mod.…', which no adapter file says: put the "
+                    f"module inside, {name}._orig_mod, back in its place, and compile the graph instead."
+                )
+            if type(module).__module__.startswith("torch.ao.nn"):
+                raise PlanError(
+                    f"{name!r} is a {type(module).__name__} of torch.ao.quantization, whose weights are packed: rewrite the model before it is "
+                    "quantised; fold and export.onnx give a graph that other tools quantise."
+                )
+    return model
+
+
+_WRAPPERS: Mapping[str, str | None] = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "FullyShardedDataParallel": None,
+}
+"""Classes of torch that wrap a model → the attribute with the model inside."""
+
+
 def check_unwrapped(model: Any) -> None:
     """Raise :class:`PlanError` for a model that PEFT wraps, or changed in place: it has adapters that rules know nothing of.
 

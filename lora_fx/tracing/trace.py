@@ -26,7 +26,7 @@ from lora_fx.graph.info import GraphInfo, with_info
 from lora_fx.graph.input_checks import Constraints, add_checks
 from lora_fx.graph.invariants import checked_base
 from lora_fx.graph.process_state import uncollected
-from lora_fx.graph.signature import ITEM_COUNT, signature_of, take_inputs
+from lora_fx.graph.signature import ITEM_COUNT, fill_in, signature_of, take_inputs
 from lora_fx.graph.state import State
 from lora_fx.tracing.cached_forward import CachedCall, cached_forward
 from lora_fx.tracing.canonicalize import (
@@ -56,8 +56,9 @@ from lora_fx.tracing.item_count import (
     with_item_count,
     without_item_count,
 )
-from lora_fx.tracing.model_state import Mode, is_exported, mode_of, preserved, stateless, traceable_batch_norms
+from lora_fx.tracing.model_state import Mode, inner_model, is_exported, mode_of, preserved, stateless, traceable_batch_norms
 from lora_fx.tracing.module_kinds import linear_modules, parameter_modules, task_head, vocabulary_modules
+from lora_fx.tracing.omitted_inputs import fills_of, flags_of
 from lora_fx.tracing.parity import OnCopies, check_evaluation, check_outputs, check_training, map_tensors
 from lora_fx.tracing.repeated_layers.call_values import FirstLayerDiffers, LayersDiffer
 from lora_fx.tracing.repeated_layers.expand import expand
@@ -122,6 +123,7 @@ def trace(
         TraceError: the model cannot be traced, fixes a dimension that should vary (the message says which), or has a graph
             that gives other numbers or gradients than it does.
     """
+    model = inner_model(model)
     if isinstance(model, TracedGraphModule):
         return rebuilt(model)
     if isinstance(model, torch.export.ExportedProgram):
@@ -428,6 +430,7 @@ def _verified(task: _Task, state: State, meta: dict[str, Any], traced: _Trace) -
         task.mode.set(model, True)
         check_functions(model, lambda: OnCopies(model)(*inputs.args, **inputs.kwargs), traced.functions)
     if on_meta:
+        fill_in(traced.graph, {}, _flags(task))
         return traced.constraints
     graph_module = assemble(traced.graph, state, meta=meta, training=not inference, trainable=frozenset())
 
@@ -441,9 +444,15 @@ def _verified(task: _Task, state: State, meta: dict[str, Any], traced: _Trace) -
     check_evaluation(model, graph_module, inputs)
     if loss_uses_count(graph_module) and signature_of(traced.graph).omissible:
         check_outputs(model, graph_module, without_item_count(inputs), "evaluation")
+    fills = fills_of(model, graph_module, inputs) if task.info.pretrained else {}
+    fill_in(traced.graph, fills, _flags(task))
     modes = None if inference else set_training
     run, run_graph = OnCopies(model), OnCopies(graph_module)
     return without_artefacts(run, run_graph, inputs, traced.constraints, modes)
+
+
+def _flags(task: _Task) -> dict[str, bool]:
+    return flags_of(task.info.config, cache=task.cached is not None) if task.info.pretrained else {}
 
 
 def _has_tensor(value: Any) -> bool:
