@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
 from lora_fx.adapters.activate import tell_waiting
 from lora_fx.adapters.attach import attach
+from lora_fx.errors import PlanError
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.planning.cautions import warn_of_fresh_head, warn_of_lower_ranks, warn_of_untying
 from lora_fx.planning.planner import plan_graph
@@ -17,7 +19,40 @@ from lora_fx.tracing.model_state import check_unwrapped, inner_model
 from lora_fx.tracing.torch_export import Dynamic
 from lora_fx.tracing.trace import trace
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
+
+_PEFT_ARGUMENTS = {
+    "r": "rank=",
+    "lora_alpha": "alpha=",
+    "lora_dropout": "dropout=",
+    "adapter_name": "adapter=",
+    "target_modules": 'rules=["q_proj", "v_proj"]',
+    "peft_config": "rules=",
+    "lora_config": "rules=",
+    "modules_to_save": 'a [[select]] with trainable = "all" in the rules',
+    "inference_mode": "inference=True",
+}
+"""PEFT's names → what they are called here."""
+
+
+def _told_of_peft_names(function: Callable[P, T]) -> Callable[P, T]:
+    """Return the function, which refuses arguments with the names that PEFT gives them by the names that they have here."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        theirs = [f"{name}= ({_PEFT_ARGUMENTS[name]} here)" for name in kwargs if name in _PEFT_ARGUMENTS]
+        if theirs:
+            raise PlanError(
+                f"{function.__name__} takes no {', '.join(theirs)}; or pass the whole configuration: rules=LoraConfig(…)."
+            )
+        return function(*args, **kwargs)
+
+    return call
+
+
+@_told_of_peft_names
 def rewrite(
     model: nn.Module,
     rules: RulesLike = "auto",
@@ -45,8 +80,9 @@ def rewrite(
         model: a module, or a graph that lora_fx returned, which then gets one more adapter. That one does not act before
             :func:`~lora_fx.activate` says so, as in PEFT; it acts at once if the graph had none.
         rules: the name of a built-in file or one of its model types (``"t5"``); ``"auto"``, by ``model.config.model_type``, or by role
-            where there is no file for it; ``"all-linear"``; a path to a ``.toml`` file; a mapping with the keys of such a file; or a
-            configuration of PEFT: a ``peft.LoraConfig``, its mapping, or the path of its ``.json`` file.
+            where there is no file for it; ``"all-linear"``; a path to a ``.toml`` file; names of modules (``["q", "v"]``); a mapping
+            with the keys of a rule file; or a configuration of PEFT: a ``peft.LoraConfig``, its mapping, or the path of its ``.json``
+            file.
         rank: replaces the rank in the rules' ``[defaults]``, at least 1. It is taken as it is; a rank of the rules is lowered, with a
             warning, at each site whose update cannot have it, and the scaling stays that of the rule's rank.
         alpha: replaces the alpha in ``[defaults]``, greater than 0.

@@ -312,9 +312,7 @@ def _setting_text(branch: BranchSpec) -> str:
     return ", ".join([*words, f"for {branch.part or 'all'} of {branch.owner!r}"])
 
 
-def _names_something(
-    target: str, known: Mapping[Site, Purpose], parameters: Mapping[tuple[str, ...], int]
-) -> bool:
+def _names_something(target: str, known: Mapping[Site, Purpose], parameters: Mapping[tuple[str, ...], int]) -> bool:
     named = Selection(target=(target,))
     if any(named.names(site.module) for site in known):
         return True

@@ -38,8 +38,9 @@ def load(rules: RulesLike, model_type: str | None = None, directories: Sequence[
     Args:
         rules: the stem of a rule file or one of its ``model_types``, ``"auto"`` (by ``model_type``; the queries and values
             of attention where there is no file for it), ``"all-linear"`` (every linear but heads, routers, and
-            products with one output feature, such as gates), a path to a ``.toml`` file, a list of names of modules, a mapping with
-            the keys of such a file, a loaded rule set; None for ``"auto"``; or a configuration of PEFT: a ``peft.LoraConfig``, its mapping, or the path of its ``.json`` file.
+            products with one output feature, such as gates), a path to a ``.toml`` file, names of modules, a mapping with the keys
+            of such a file, a loaded rule set; None for ``"auto"``; or a configuration of PEFT: a ``peft.LoraConfig``, its mapping, or
+            the path of its ``.json`` file.
         model_type: the model's ``config.model_type``, for ``"auto"``, and for a configuration of PEFT that names no modules.
         directories: of further rule files.
 

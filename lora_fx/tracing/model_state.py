@@ -28,7 +28,11 @@ def inner_model(model: Any) -> Any:
     Raises:
         PlanError: FSDP's wrapper, in which no process has whole weights; a module deep inside is compiled; or torch quantised it.
     """
-    while isinstance(model, nn.Module) and type(model).__name__ in _WRAPPERS and type(model).__module__.startswith("torch."):
+    while (
+        isinstance(model, nn.Module)
+        and type(model).__name__ in _WRAPPERS
+        and type(model).__module__.startswith("torch.")
+    ):
         attribute = _WRAPPERS[type(model).__name__]
         if attribute is None:
             raise PlanError(

@@ -56,7 +56,15 @@ from lora_fx.tracing.item_count import (
     with_item_count,
     without_item_count,
 )
-from lora_fx.tracing.model_state import Mode, inner_model, is_exported, mode_of, preserved, stateless, traceable_batch_norms
+from lora_fx.tracing.model_state import (
+    Mode,
+    inner_model,
+    is_exported,
+    mode_of,
+    preserved,
+    stateless,
+    traceable_batch_norms,
+)
 from lora_fx.tracing.module_kinds import linear_modules, parameter_modules, task_head, vocabulary_modules
 from lora_fx.tracing.omitted_inputs import fills_of, flags_of
 from lora_fx.tracing.parity import OnCopies, check_evaluation, check_outputs, check_training, map_tensors
