@@ -91,11 +91,14 @@ def test_each_name_of_a_selection_has_to_name_something(base: Any) -> None:
     with pytest.raises(lora_fx.RuleError) as refused:
         lora_fx.rewrite(base, ["q", "heat", "v"])
     assert str(refused.value) == (
-        "rules: select[0] names 'heat', which is no module that the model calls (did you mean 'head'?); leave it out, or give it a "
-        "selection of its own with optional = true"
+        "rules: select[0] names 'heat', which is no module that the model calls (did you mean 'head'?); leave it out, or say "
+        "alternatives = true if models have one name or another"
     )
-    optional = {"select": [{"target": ["q"]}, {"target": ["wz"], "optional": True}]}
-    assert owners(lora_fx.rewrite(base, optional)) == ["q"]
+    for rest in (
+        ({"target": ["q"]}, {"target": ["wz"], "optional": True}),
+        ({"target": ["q", "wz"], "alternatives": True},),
+    ):
+        assert owners(lora_fx.rewrite(base, {"select": list(rest)})) == ["q"]
     trained = {"select": [{"target": ["q"]}, {"target": ["head", "tail"], "trainable": "all"}]}
     with pytest.raises(lora_fx.RuleError, match=r"select\[1\] names 'tail'"):
         lora_fx.rewrite(base, trained)

@@ -163,7 +163,7 @@ Q = "[[select]]\ntarget = ['q']\n"
 SOME = "target, regex, role, op, layers, in_features, out_features"
 WORDS = {
     "{SOME}": SOME,
-    "{SELECT}": "alpha, calls, dropout, exclude, exclude_role, features, in_features, init, layers, op, optional, "
+    "{SELECT}": "alpha, alternatives, calls, dropout, exclude, exclude_role, features, in_features, init, layers, op, optional, "
     "out_features, override, rank, regex, role, scaling, target, trainable",
     "{DEFAULTS}": "alpha, dropout, init, rank, scaling, task_type",
     "{FILE}": "defaults, model_types, select",

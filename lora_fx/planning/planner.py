@@ -148,7 +148,7 @@ def plan_sites(
     problems += [
         _names_nothing(known, rules, index, target)
         for index in sorted(matched)
-        if not rules.select[index].optional
+        if not rules.select[index].alternatives
         for target in rules.select[index].target or ()
         if not _names_something(target, known, parameters or {})
     ]
@@ -323,8 +323,8 @@ def _names_nothing(known: Mapping[Site, Purpose], rules: RuleSet, index: int, ta
     ends = sorted({site.module.rpartition(".")[2] for site in known})
     hint = did_you_mean(target.rpartition(".")[2], ends)
     return (
-        f"{rules.where(index)} names {target!r}, which is no module that the model calls{hint}; leave it out, or give it a selection of "
-        "its own with optional = true"
+        f"{rules.where(index)} names {target!r}, which is no module that the model calls{hint}; leave it out, or say alternatives = true "
+        "if models have one name or another"
     )
 
 

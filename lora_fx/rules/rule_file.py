@@ -199,6 +199,9 @@ class Selection(_Table):
     optional: Flag = False
     """Whether this selection may match nothing."""
 
+    alternatives: Flag = False
+    """Whether names in target may match nothing beside others that do, as in rules for several versions of a model."""
+
     @classmethod
     def as_a_whole(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """Tell whether something is selected, and which settings of branches stand beside ``trainable``."""
