@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.errors import TraceError, first_line, listed
+from lora_fx.errors import TraceError, first_line
 from lora_fx.graph.graph_module import (
     TracedGraphModule,
     assemble,
@@ -26,8 +26,9 @@ from lora_fx.graph.info import GraphInfo, with_info
 from lora_fx.graph.input_checks import Constraints, add_checks
 from lora_fx.graph.invariants import checked_base
 from lora_fx.graph.process_state import uncollected
-from lora_fx.graph.signature import ITEM_COUNT, fill_in, signature_of, take_inputs
+from lora_fx.graph.signature import fill_in, signature_of
 from lora_fx.graph.state import State
+from lora_fx.graph.take_inputs import take_inputs
 from lora_fx.tracing.cached_forward import CachedCall, cached_forward
 from lora_fx.tracing.canonicalize import (
     follow_input_device,
@@ -56,6 +57,7 @@ from lora_fx.tracing.item_count import (
     with_item_count,
     without_item_count,
 )
+from lora_fx.tracing.model_checks import advice_on_writes, check_checkpointing, check_loss, check_model
 from lora_fx.tracing.model_state import (
     Mode,
     inner_model,
@@ -138,13 +140,13 @@ def trace(
         if example_inputs is None and model.example_inputs is not None:
             example_inputs = ExampleInputs(*model.example_inputs)
         model = model.module()
-    _check_model(model)
+    check_model(model)
     if cache and (labels or example_inputs is not None or dynamic is not None):
         raise TraceError(
             "cache=True makes its own example_inputs, and has no labels: leave out example_inputs, dynamic and labels."
         )
     if not inference:
-        _check_checkpointing(model)
+        check_checkpointing(model)
     with uncollected(), preserved(model), cached_forward(model) if cache else nullcontext() as cached:
         inputs = _inputs_of(model, cached.inputs if cached else example_inputs)
         if labels:
@@ -153,7 +155,7 @@ def trace(
         inputs = varied(in_order(model, inputs), dynamic)
         mode = mode_of(model, inference=inference)
         if labels:
-            _check_loss(model, inputs, mode)
+            check_loss(model, inputs, mode)
         if is_exported(model):
             tie(model)
         traced = _trace_equal_layers_once(_Task(model, inputs, dynamic, labels, inference, mode, cached))
@@ -216,57 +218,6 @@ class _Trace:
     constraints: Constraints
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     functions: Set[Any] = frozenset()
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise TraceError(f"expected a torch.nn.Module in Python, got a {type(model).__name__}: {model!r}.")
-    tensors = state_of(model).tensors
-    check_names(tensors)
-    if any(tensor.is_inference() for tensor in tensors.values()):
-        raise TraceError(
-            f"the tensors of {type(model).__name__} were made under torch.inference_mode(), and can have no gradients: "
-            "make the model outside of it."
-        )
-
-
-def _check_checkpointing(model: nn.Module) -> None:
-    """Raise :class:`TraceError` for a model that computes layers again in the backward pass, which a flat graph does not."""
-    switched = [
-        name for name, module in model.named_modules() if getattr(module, "gradient_checkpointing", False) is True
-    ]
-    if switched:
-        raise TraceError(
-            f"{type(model).__name__} has gradient checkpointing switched on (gradient_checkpointing of "
-            f"{listed([name or 'the model' for name in switched], 3)}), and a graph would train without it, in more memory. Call "
-            "model.gradient_checkpointing_disable(), or trace with inference=True; to save memory, train with a smaller batch and "
-            "gradient accumulation, or with lora_fx.fuse."
-        )
-
-
-def _check_loss(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> None:
-    """Raise :class:`TraceError` unless the model returns a loss. In its first call it may choose a kind by the labels, and note it in its config.
-
-    On the meta device, where models cannot look at their inputs, nothing is checked.
-    """
-    if any(tensor.is_meta for tensor in state_of(model).tensors.values()):
-        return
-    mode.set(model, False)
-    try:
-        with torch.no_grad():
-            found = OnCopies(model)(*inputs.args, **inputs.kwargs)
-    except TypeError as error:
-        if ITEM_COUNT not in str(error):
-            raise
-        raise TraceError(
-            f"{type(model).__name__}.forward has **kwargs, so that transformers' Trainer passes {ITEM_COUNT}, and the model fails "
-            f"with it: {error}. Set model.accepts_loss_kwargs = False, by which Trainer goes too, or let forward take it."
-        ) from error
-    if getattr(found, "loss", None) is None:
-        names = ", ".join(without_item_count(inputs).kwargs)
-        raise TraceError(
-            f"{type(model).__name__} returns no loss for {names}: let example_inputs have all labels that it asks for."
-        )
 
 
 def _inputs_of(model: nn.Module, given: Mapping[str, Any] | tuple[Any, ...] | ExampleInputs | None) -> ExampleInputs:
@@ -357,22 +308,6 @@ def _trace_both(task: _Task) -> _Trace:
     return replace(train, constraints=constraints, modules=modules, functions=found.functions)
 
 
-def _advice_on_writes(model: nn.Module, written: Collection[str], *, training: bool) -> str:
-    weights = {id(value) for name, value in model.named_parameters(remove_duplicate=False) if name in written}
-    tables = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and module.max_norm is not None and id(module.weight) in weights
-    ]
-    if tables:
-        return (
-            f"The embedding {listed(tables, 3)} has a max_norm: give its rows that norm once, "
-            "torch.embedding_renorm_(weight, torch.arange(len(weight)), max_norm, norm_type) under torch.no_grad(), "
-            "and set its max_norm to None. It computes the same then."
-        )
-    return "Use inference=True." if training else "Such a model is not supported."
-
-
 def _trace(task: _Task, *, training: bool) -> _Trace:
     """Export in one mode, and bring the graph into normal form."""
     model = task.model
@@ -389,7 +324,7 @@ def _trace(task: _Task, *, training: bool) -> _Trace:
     if written:
         raise TraceError(
             f"the model writes to {', '.join(written)} while it computes{' in training' if training else ''}, and a graph would write to "
-            f"the model's own. {_advice_on_writes(model, written, training=training)}"
+            f"the model's own. {advice_on_writes(model, written, training=training)}"
         )
     remove_assertions(graph)
     follow_input_device(graph)

@@ -1,0 +1,85 @@
+"""Models that are refused before or after a trace, with what to do: no module, layers computed again, no loss, tensors written to."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+from lora_fx.errors import TraceError, listed
+from lora_fx.graph.graph_module import check_names, state_of
+from lora_fx.graph.signature import ITEM_COUNT
+from lora_fx.tracing.example_inputs import ExampleInputs
+from lora_fx.tracing.item_count import without_item_count
+from lora_fx.tracing.model_state import Mode
+from lora_fx.tracing.parity import OnCopies
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise :class:`TraceError` for anything but a module in Python whose tensors can have gradients and have usable names."""
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(f"expected a torch.nn.Module in Python, got a {type(model).__name__}: {model!r}.")
+    tensors = state_of(model).tensors
+    check_names(tensors)
+    if any(tensor.is_inference() for tensor in tensors.values()):
+        raise TraceError(
+            f"the tensors of {type(model).__name__} were made under torch.inference_mode(), and can have no gradients: "
+            "make the model outside of it."
+        )
+
+
+def check_checkpointing(model: nn.Module) -> None:
+    """Raise :class:`TraceError` for a model that computes layers again in the backward pass, which a flat graph does not."""
+    switched = [
+        name for name, module in model.named_modules() if getattr(module, "gradient_checkpointing", False) is True
+    ]
+    if switched:
+        raise TraceError(
+            f"{type(model).__name__} has gradient checkpointing switched on (gradient_checkpointing of "
+            f"{listed([name or 'the model' for name in switched], 3)}), and a graph would train without it, in more memory. Call "
+            "model.gradient_checkpointing_disable(), or trace with inference=True; to save memory, train with a smaller batch and "
+            "gradient accumulation, or with lora_fx.fuse."
+        )
+
+
+def check_loss(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> None:
+    """Raise :class:`TraceError` unless the model returns a loss. In its first call it may choose a kind by the labels, and note it in its config.
+
+    On the meta device, where models cannot look at their inputs, nothing is checked.
+    """
+    if any(tensor.is_meta for tensor in state_of(model).tensors.values()):
+        return
+    mode.set(model, False)
+    try:
+        with torch.no_grad():
+            found = OnCopies(model)(*inputs.args, **inputs.kwargs)
+    except TypeError as error:
+        if ITEM_COUNT not in str(error):
+            raise
+        raise TraceError(
+            f"{type(model).__name__}.forward has **kwargs, so that transformers' Trainer passes {ITEM_COUNT}, and the model fails "
+            f"with it: {error}. Set model.accepts_loss_kwargs = False, by which Trainer goes too, or let forward take it."
+        ) from error
+    if getattr(found, "loss", None) is None:
+        names = ", ".join(without_item_count(inputs).kwargs)
+        raise TraceError(
+            f"{type(model).__name__} returns no loss for {names}: let example_inputs have all labels that it asks for."
+        )
+
+
+def advice_on_writes(model: nn.Module, written: Collection[str], *, training: bool) -> str:
+    """Return what to do about tensors that a model writes to while it computes."""
+    weights = {id(value) for name, value in model.named_parameters(remove_duplicate=False) if name in written}
+    tables = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module.max_norm is not None and id(module.weight) in weights
+    ]
+    if tables:
+        return (
+            f"The embedding {listed(tables, 3)} has a max_norm: give its rows that norm once, "
+            "torch.embedding_renorm_(weight, torch.arange(len(weight)), max_norm, norm_type) under torch.no_grad(), "
+            "and set its max_norm to None. It computes the same then."
+        )
+    return "Use inference=True." if training else "Such a model is not supported."
