@@ -17,6 +17,7 @@ from lora_fx.files.target import DirectoryKind, Target
 from lora_fx.folding.checkpoint import is_weights
 from lora_fx.folding.fold import fold
 from lora_fx.folding.transformers_directory import DTYPES, check_loads, contents_of, write
+from lora_fx.graph.batch_norms import statistics
 from lora_fx.graph.compare import described, same_values
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import info_of
@@ -39,7 +40,7 @@ def folded(model: nn.Module, graph_module: TracedGraphModule) -> Iterator[nn.Mod
         FoldError: the branches cannot be folded.
     """
     new = _changed(model, _folded_of(model, graph_module))
-    originals = dict(model.named_parameters(remove_duplicate=False))
+    originals = state_of(model).tensors
     try:
         _put(model, new)
         yield model
@@ -149,17 +150,17 @@ def _folded_of(model: nn.Module, graph_module: TracedGraphModule) -> TracedGraph
     return merged
 
 
-def _changed(model: nn.Module, merged: TracedGraphModule) -> dict[str, nn.Parameter]:
-    """Return new parameters for the ones whose values fold changed; tied ones are one object."""
-    current = dict(model.named_parameters(remove_duplicate=False))
-    made: dict[int, nn.Parameter] = {}
-    new: dict[str, nn.Parameter] = {}
-    for name, parameter in merged.named_parameters(remove_duplicate=False):
-        old = current[name]
-        if not same_values(parameter, old):
-            new[name] = made.setdefault(
-                id(parameter), nn.Parameter(parameter.detach().to(old.device), old.requires_grad)
-            )
+def _changed(model: nn.Module, merged: TracedGraphModule) -> dict[str, torch.Tensor]:
+    """Return new parameters and running statistics for the ones whose values fold or training changed; tied ones are one object."""
+    current, state = state_of(model).tensors, state_of(merged)
+    measured = statistics(merged.graph, state.modules)
+    made: dict[int, torch.Tensor] = {}
+    new: dict[str, torch.Tensor] = {}
+    for name, tensor in state.tensors.items():
+        if isinstance(tensor, nn.Parameter) and not same_values(tensor, old := current[name]):
+            new[name] = made.setdefault(id(tensor), nn.Parameter(tensor.detach().to(old.device), old.requires_grad))
+        elif name in measured and not same_values(tensor, current[name]):
+            new[name] = made.setdefault(id(tensor), tensor.clone().to(current[name].device))
     return new
 
 
@@ -187,6 +188,7 @@ def _check_traced_from(model: nn.Module, graph_module: TracedGraphModule, merged
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     other = {name for name, _ in merged.named_parameters(remove_duplicate=False)} ^ parameters
     folded_before = info_of(graph_module).merged
+    before = {**mine, **info_of(graph_module).statistics}
     extra = sorted(other.intersection(folded_before))
     if extra:
         raise LoraFxError(
@@ -212,7 +214,7 @@ def _check_traced_from(model: nn.Module, graph_module: TracedGraphModule, merged
     differences = differences or [
         f"{name!r} has other values"
         for name, tensor in theirs.items()
-        if name not in folded_before and not same_values(tensor, mine[name])
+        if name not in folded_before and not same_values(tensor, before[name])
     ]
     if differences:
         raise LoraFxError(
@@ -225,7 +227,9 @@ def _check_traced_from(model: nn.Module, graph_module: TracedGraphModule, merged
 _MAX_NAMED = 3
 
 
-def _put(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    for name, parameter in parameters.items():
+def _put(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
-        model.get_submodule(path).register_parameter(leaf, parameter)
+        owner = model.get_submodule(path)
+        held: dict[str, Any] = owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers
+        held[leaf] = tensor

@@ -7,13 +7,16 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from conftest import set_factors, unchanged
 from graph_diff import first_difference
 from torch import nn
 
 import lora_fx
+from lora_fx import huggingface
 from lora_fx.graph.batch_norms import TENSORS
 
 RULES = {"select": [{"op": ["conv2d", "linear"], "rank": 2}]}
@@ -127,3 +130,86 @@ def test_batch_norms_in_eval_mode_stay_so_while_the_rest_trains() -> None:
     assert graph.training
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in graph.modules())
     trained_alike(graph, model)
+
+
+# In PEFT's files, with a model of transformers.
+
+
+def resnet() -> Any:
+    config = transformers.ResNetConfig(embedding_size=6, hidden_sizes=[6, 8], depths=[1, 1], layer_type="basic")
+    torch.manual_seed(4)
+    model: Any = transformers.ResNetForImageClassification(config).eval()
+    return model.requires_grad_(False)
+
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+NORM = "resnet.embedder.embedder.normalization"
+
+
+@pytest.fixture(scope="module")
+def resnet_graph() -> lora_fx.TracedGraphModule:
+    return lora_fx.trace(resnet(), {"pixel_values": IMAGES})
+
+
+@pytest.fixture(scope="module", params=["kept", "saved"])
+def trained_by_peft(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The directory of an adapter that PEFT trained for two steps, with a batch norm in modules_to_save or without."""
+    config = peft.LoraConfig(
+        r=2, target_modules=["convolution"], modules_to_save=[NORM] if request.param == "saved" else None
+    )
+    model = peft.get_peft_model(resnet(), config).train()
+    set_factors(model)
+    for _ in range(2):
+        model(pixel_values=IMAGES)
+    directory = tmp_path_factory.mktemp("peft") / request.param
+    model.save_pretrained(directory)
+    return directory
+
+
+def test_an_adapter_of_peft_folds_to_what_peft_makes_of_it(trained_by_peft: Path, resnet_graph: Any) -> None:
+    expected = peft.PeftModel.from_pretrained(resnet(), trained_by_peft).eval()
+    graph = lora_fx.from_adapter(resnet_graph, trained_by_peft)
+    assert torch.equal(graph(pixel_values=IMAGES).logits, expected(pixel_values=IMAGES).logits)
+    merged, theirs = lora_fx.fold(graph), expected.merge_and_unload()
+    for name, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
+    moved = trained_by_peft.name == "saved"
+    assert bool(merged.state_dict()[f"{NORM}.num_batches_tracked"]) is moved
+    assert torch.equal(
+        lora_fx.activate(graph, {})(pixel_values=IMAGES).logits, resnet_graph(pixel_values=IMAGES).logits
+    )
+
+
+def test_saved_statistics_come_back_in_both_and_others_are_warned_of(resnet_graph: Any, tmp_path: Path) -> None:
+    rules = {
+        "select": [
+            {"op": ["conv2d"], "rank": 2},
+            {"target": [NORM], "trainable": "all"},
+        ]
+    }
+    graph = lora_fx.rewrite(resnet_graph, rules).train()
+    set_factors(graph)
+    for _ in range(2):
+        graph(pixel_values=IMAGES)
+    graph.eval()
+    with pytest.warns(
+        UserWarning, match=r"moved the running statistics of resnet\..*, and the adapter is saved without"
+    ):
+        lora_fx.save_adapter(graph, tmp_path / "ours")
+    again = lora_fx.from_adapter(resnet_graph, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(resnet(), tmp_path / "ours").eval()
+    assert torch.equal(again(pixel_values=IMAGES).logits, theirs(pixel_values=IMAGES).logits)
+    copied = f"{NORM}.trained_copy.default.running_mean"
+    assert torch.equal(again.state_dict()[copied], graph.state_dict()[copied])
+    assert not torch.equal(graph.state_dict()[copied], graph.state_dict()[f"{NORM}.running_mean"])
+
+
+def test_statistics_go_back_to_the_model_with_the_merged_weights(resnet_graph: Any) -> None:
+    graph = lora_fx.rewrite(resnet_graph, {"select": [{"op": ["conv2d"], "rank": 2}]}).train()
+    set_factors(graph)
+    graph(pixel_values=IMAGES)
+    model, expected = resnet(), graph.eval()(pixel_values=IMAGES).logits
+    with unchanged(model), huggingface.folded(model, graph):
+        torch.testing.assert_close(model(pixel_values=IMAGES).logits, expected, rtol=1e-4, atol=1e-5)
+    huggingface.write_back(model, graph)
+    torch.testing.assert_close(model(pixel_values=IMAGES).logits, expected, rtol=1e-4, atol=1e-5)

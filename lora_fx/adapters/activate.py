@@ -9,7 +9,14 @@ from dataclasses import replace
 from torch import fx
 
 from lora_fx.adapters.attach import act
-from lora_fx.adapters.recorded import parameters_of, record_of, recorded_plan, resting_record_of, trained_of
+from lora_fx.adapters.recorded import (
+    parameters_of,
+    record_of,
+    recorded_plan,
+    resting_record_of,
+    statistics_of,
+    trained_of,
+)
 from lora_fx.branches.remove import unload
 from lora_fx.errors import PlanError, listed
 from lora_fx.graph.adapter_names import is_of_adapter
@@ -51,7 +58,8 @@ def at_rest(graph_module: fx.GraphModule) -> TracedGraphModule:
         FoldError: a branch cannot be taken out without changing something else.
     """
     records = {name: resting_record_of(graph_module, name) for name in adapters_as_added(graph_module)}
-    tensors = {name: p for adapter in records for name, p in parameters_of(graph_module, adapter).items()}
+    found = (own(graph_module, adapter) for adapter in records for own in (parameters_of, statistics_of))
+    tensors = {name: tensor for each in found for name, tensor in each.items()}
     own = frozenset(name for name in trainable_names(graph_module) if not is_of_adapter(name))
     base = unload(graph_module)
     return rebuilt(base, tensors=tensors, info=replace(info_of(base), adapters=records), trainable=own)

@@ -27,6 +27,7 @@ from lora_fx.branches.lower import lower
 from lora_fx.branches.tied_copies import covered_names, untie
 from lora_fx.errors import PlanError, listed
 from lora_fx.graph.adapter_names import adapter_of, adapters, check_adapter_name, copy_name, original_name
+from lora_fx.graph.batch_norms import whole_norms
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of, trainable_names
 from lora_fx.graph.info import AdapterRecord, GraphInfo, RuledBranches, info_of
 from lora_fx.graph.process_state import forked_random_state, uncollected
@@ -80,7 +81,8 @@ def attach(
     state = state_of(graph_module)
     ordered = _in_module_order(plan, state)
     factors = _new_factors(ordered, state, adapter, seed) if values is None else _given(ordered, adapter, values)
-    new = {**factors, **_copies(plan, state, adapter, values)}
+    copies = _copies(plan, state, adapter, values)
+    new = {**factors, **copies, **_statistics(graph_module.graph, plan, state, adapter, values)}
     state = state.with_tensors(new)
     trains = frozenset(name for name, parameter in new.items() if parameter.requires_grad)
     origin, untied = plan.origin or Origin.of(plan.rules), frozenset(each.name for each in plan.trained if each.untied)
@@ -247,6 +249,15 @@ def _copies(
     if values is not None:
         return {name: _parameter(values[name]) for name in own}
     return {name: nn.Parameter(parameter.detach().clone()) for name, parameter in own.items()}
+
+
+def _statistics(
+    graph: fx.Graph, plan: Plan, state: State, adapter: str, values: Mapping[str, torch.Tensor] | None
+) -> dict[str, torch.Tensor]:
+    """Return copies of the running statistics of the batch norms that train as a whole."""
+    names = whole_norms(graph, state.modules, [trained.name for trained in plan.trained])
+    own = {copy_name(name, adapter): state.tensors[name] for name in names}
+    return {name: (values or own).get(name, tensor).detach().clone() for name, tensor in own.items()}
 
 
 def _parameter(value: torch.Tensor) -> nn.Parameter:

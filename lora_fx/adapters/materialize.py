@@ -65,7 +65,8 @@ def materialize(
     for name in wanted:
         original = original_name(name)
         if original is not None and name not in given:
-            values[name] = nn.Parameter(given[original].detach().clone())
+            value = given[original].detach().clone()
+            values[name] = nn.Parameter(value) if isinstance(state.tensors[name], nn.Parameter) else value
     adapters = info_of(graph_module).adapters
     branches = [(adapter, branch) for adapter, record in adapters.items() for _, branch in record.branches.values()]
     values |= new_factors_like({n: t for n, t in wanted.items() if n not in given}, branches, device, seed)
@@ -77,7 +78,9 @@ def materialize(
     empty = [name for name, tensor in state.tensors.items() if tensor.is_meta]
     if empty:
         raise LoraFxError(f"{', '.join(empty)} have no values: pass like=, a module of the traced class that has them.")
-    ready = rebuilt(graph_module, state=state)
+    info = info_of(graph_module)
+    info = replace(info, statistics={name: state.tensors[name].clone() for name in info.statistics})
+    ready = rebuilt(graph_module, state=state, info=info)
     return checked(ready if like is None else _probed(ready, like), "branched" if adapters else "base")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import fx, nn
 
 from lora_fx.errors import PlanError, did_you_mean
@@ -138,10 +139,20 @@ def parameters_of(graph_module: nn.Module, adapter: str) -> dict[str, nn.Paramet
     return {name: p for name, p in graph_module.named_parameters() if adapter_of(name) == adapter}
 
 
-def values_of(graph_module: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """Return new parameters over those of an adapter; the ones that train while it acts require a gradient."""
-    trains = trained_names(graph_module, adapter)
-    return {name: nn.Parameter(p.detach(), name in trains) for name, p in parameters_of(graph_module, adapter).items()}
+def statistics_of(graph_module: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
+    """Return the running statistics of an adapter: of batch norms of which it has trained copies."""
+    return {
+        name: buffer
+        for name, buffer in graph_module.named_buffers()
+        if original_name(name) is not None and adapter_of(name) == adapter
+    }
+
+
+def values_of(graph_module: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
+    """Return new parameters over those of an adapter, and its statistics; what trains while it acts requires a gradient."""
+    trains, own = trained_names(graph_module, adapter), parameters_of(graph_module, adapter)
+    values = {name: nn.Parameter(p.detach(), name in trains) for name, p in own.items()}
+    return {**values, **statistics_of(graph_module, adapter)}
 
 
 def with_training(graph_module: TracedGraphModule, adapter: str, trains: frozenset[str]) -> TracedGraphModule:

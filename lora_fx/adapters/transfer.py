@@ -9,7 +9,14 @@ import torch
 
 from lora_fx.adapters.activate import at_rest, let_act
 from lora_fx.adapters.attach import attach
-from lora_fx.adapters.recorded import parameters_of, record_of, recorded_plan, resting_record_of, values_of
+from lora_fx.adapters.recorded import (
+    parameters_of,
+    record_of,
+    recorded_plan,
+    resting_record_of,
+    statistics_of,
+    values_of,
+)
 from lora_fx.errors import PlanError
 from lora_fx.graph.adapter_names import adapter_of, adapters
 from lora_fx.graph.adapter_states import acting, adapters_as_added
@@ -47,7 +54,7 @@ def transfer(graph_module: TracedGraphModule, *, onto: TracedGraphModule) -> Tra
             f"adapter {twice[0]!r} is folded into the weights of the graph that it is transferred onto, and would count twice. "
             "Transfer it onto lora_fx.unload(graph), or let it not act: lora_fx.activate."
         )
-    result, tensors, unlike = at_rest(onto), dict[str, torch.nn.Parameter](), list[str]()
+    result, tensors, unlike = at_rest(onto), dict[str, torch.Tensor](), list[str]()
     for adapter in adapters_as_added(given):
         if adapter in within:
             _logger.warning("adapter %r is folded into the weights already, and is not transferred.", adapter)
@@ -57,7 +64,7 @@ def transfer(graph_module: TracedGraphModule, *, onto: TracedGraphModule) -> Tra
         else:
             mine, theirs = (record_of(each, adapter).at_strength(1.0).branches for each in (given, result))
             unlike += differences(mine, theirs)
-            tensors |= parameters_of(given, adapter)
+            tensors |= {**parameters_of(given, adapter), **statistics_of(given, adapter)}
     state = state_of(result)
     unlike += [
         f"{name}: {described(tensor)} against {_shape_text(state.tensors.get(name))}"

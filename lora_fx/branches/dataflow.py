@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from lora_fx.graph.aten_kinds import VIEW, name_of, writes
 from lora_fx.graph.batch_norms import GivenBatchNorm
+from lora_fx.graph.training_only import TrainingOnly
 from lora_fx.sites.stored_weight import cast_of, is_view
 
 aten = torch.ops.aten
@@ -87,6 +88,8 @@ class Flow:
             called = self._graph_module.get_submodule(str(node.target))
             if isinstance(called, GivenBatchNorm):
                 return [source for source in node.args[3:] if isinstance(source, fx.Node)]
+            if isinstance(called, TrainingOnly):
+                return node.all_input_nodes if called.changes_inputs else []
             drops = isinstance(called, nn.modules.dropout._DropoutNd) and not called.inplace
             return [] if drops or type(called).__module__.startswith("lora_fx.") else node.all_input_nodes
         computes = node.op == "call_method" or (node.op == "call_function" and not _is_pure(node.target))

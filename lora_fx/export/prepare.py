@@ -23,6 +23,7 @@ from lora_fx.graph.input_checks import Constraints, remove_checks
 from lora_fx.graph.provenance import source_line
 from lora_fx.graph.signature import key_parts, signature_of
 from lora_fx.graph.size_relations import UNBOUNDED
+from lora_fx.graph.training_only import TrainingOnly
 from lora_fx.tracing.train_eval import ModeSwitch
 
 aten = torch.ops.aten
@@ -170,7 +171,7 @@ def _fix_mode(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
             given, weight, bias, mean, var, _ = node.args
             args = given, weight, bias, mean, var, False, module.momentum or 0.0, module.eps, True
             node.op, node.target, node.args = "call_function", aten.batch_norm.default, args
-        elif isinstance(module, nn.modules.dropout._DropoutNd) or node.target is aten.detach.default:
+        elif isinstance(module, nn.modules.dropout._DropoutNd | TrainingOnly) or node.target is aten.detach.default:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 

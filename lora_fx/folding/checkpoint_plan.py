@@ -217,17 +217,17 @@ def plan_checkpoint_fold(
     for index, (files, (_, strength)) in enumerate(zip(opened, adapters, strict=True)):
         check_base(files, base_fingerprint, strict=strict)
         contents = _contents(files, places, graph_module)
-        _check_copies(files, contents.copies, strength, copies)
+        _check_copies(files, own := {**contents.copies, **contents.statistics}, strength, copies)
         name = f"adapter_{index}"
         values = contents.values_of(name, trainable=False)
         graph_module = _attached(graph_module, contents, name, strength, values)
         factors |= {key: value.detach() for key, value in values.items() if original_name(key) is None}
-        copies |= contents.copies
-        added |= {name: value for name, value in contents.copies.items() if choice and places.lacks(names[name])}
-        stored = {copied: places.of_names(names[copied]) for copied in contents.copies if copied not in added}
+        copies |= own
+        added |= {name: value for name, value in own.items() if choice and places.lacks(names[name])}
+        stored = {copied: places.of_names(names[copied]) for copied in own if copied not in added}
         dtypes = {copied: checkpoint.find(keys[0])[1].dtype for copied, keys in stored.items()}
         dtypes |= dict.fromkeys(added, _usual_dtype(checkpoint))
-        warn_of_rounding(files.directory, contents.copies, dtypes, stacklevel=2)
+        warn_of_rounding(files.directory, own, dtypes, stacklevel=2)
         trained_by |= {key: index for keys in stored.values() for key in keys}
     merges = {key: merge for merge in _recipe(graph_module) for key in places.of_names(merge.names)}
     replaced = {
@@ -390,7 +390,7 @@ def _attached(
     contents: AdapterContents,
     adapter: str,
     strength: float,
-    values: Mapping[str, nn.Parameter],
+    values: Mapping[str, torch.Tensor],
 ) -> TracedGraphModule:
     """Return the graph with an adapter whose values stay outside of it."""
     branches = {

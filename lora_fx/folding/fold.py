@@ -222,7 +222,8 @@ def _trained(graph_module: fx.GraphModule, state: State, merged: dict[str, torch
         tied: parameter
         for name, tensor in state.tensors.items()
         if name in read and (original := original_name(name)) is not None and original not in merged
-        for parameter in (nn.Parameter(tensor.detach().clone()),)
+        for copied in (tensor.detach().clone(),)
+        for parameter in (nn.Parameter(copied) if isinstance(tensor, nn.Parameter) else copied,)
         for tied in names[aliases[original]]
     }
 

@@ -73,7 +73,10 @@ def name_of(node: fx.Node) -> str:
         module = node.graph.owning_module
         called = module.get_submodule(str(node.target)) if module is not None else None
         kinds = {"dropout": nn.modules.dropout._DropoutNd, "batch_norm": nn.modules.batchnorm._BatchNorm}
-        return next((name for name, kind in kinds.items() if isinstance(called, kind)), str(node.target))
+        return next(
+            (name for name, kind in kinds.items() if isinstance(called, kind)),
+            str(getattr(called, "kind", node.target)),
+        )
     if node.target is operator.getitem:
         return "getitem"
     return str(getattr(node.target, "_opname", node.op)).rstrip("_")

@@ -7,12 +7,14 @@ mode it normalises by the statistics of the batch and updates the running ones, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn import functional
+
+from lora_fx.graph.adapter_names import original_name
 
 TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 """Tensors of a batch norm, in the order in which a node passes them behind the input."""
@@ -68,6 +70,21 @@ _BY_RANK: Mapping[int, type[GivenBatchNorm]] = {4: GivenBatchNorm2d, 5: GivenBat
 def batch_norm(rank: int, features: int, eps: float, momentum: float | None, *, affine: bool) -> GivenBatchNorm:
     """Return the batch norm for inputs with so many dimensions."""
     return _BY_RANK.get(rank, GivenBatchNorm1d)(features, eps, momentum, affine=affine)
+
+
+def whole_norms(graph: fx.Graph, modules: Mapping[str, nn.Module], parameters: Collection[str]) -> list[str]:
+    """Return the names of the running statistics of norms that have parameters, all of them among these, in graphs of both kinds."""
+    found: list[str] = []
+    for node in graph.nodes:
+        is_module = node.op == "call_module" and isinstance(modules.get(str(node.target)), GivenBatchNorm)
+        if is_module or node.target is torch.ops.aten.batch_norm.default:
+            own, measured = (_names(node.args[first:last]) for first, last in ((1, 3), (3, 6 if is_module else 5)))
+            found += measured if own and set(own) <= set(parameters) else []
+    return list(dict.fromkeys(found))
+
+
+def _names(nodes: Iterable[object]) -> list[str]:
+    return [original_name(str(node.target)) or str(node.target) for node in nodes if isinstance(node, fx.Node)]
 
 
 def copied_leaf(module: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from lora_fx.errors import PlanError
@@ -98,6 +99,7 @@ class GraphInfo:
         vocabulary: the modules of the input and the output embedding of that model, by their paths.
         loss_type: of that model, as transformers names losses.
         examples: the inputs of the trace.
+        statistics: of the model's batch norms as it was traced, by their names; copies.
         adapters: those that lora_fx added, in that order.
         folded: the merges of the fold that made the graph.
         merged: names of all parameters that folds changed, also earlier ones.
@@ -121,6 +123,7 @@ class GraphInfo:
     parameter_modules: Mapping[str, ParameterModule] = field(default_factory=dict)
     loss_type: str | None = None
     examples: Examples | None = None
+    statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
     adapters: Mapping[str, AdapterRecord] = field(default_factory=dict)
     folded: tuple[Merge, ...] = ()
     merged: tuple[str, ...] = ()

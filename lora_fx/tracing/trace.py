@@ -14,14 +14,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError, first_line
-from lora_fx.graph.graph_module import (
-    TracedGraphModule,
-    assemble,
-    check_names,
-    copy_graph,
-    rebuilt,
-    state_of,
-)
+from lora_fx.graph.batch_norms import statistics
+from lora_fx.graph.graph_module import TracedGraphModule, assemble, check_names, copy_graph, rebuilt, state_of
 from lora_fx.graph.info import GraphInfo, with_info
 from lora_fx.graph.input_checks import Constraints, add_checks
 from lora_fx.graph.invariants import checked_base
@@ -286,7 +280,8 @@ def _trace_all(task: _Task) -> TracedGraphModule:
     state = replace(state_of(task.model), modules=united.modules).with_tensors(united.constants)
     state = replace(state, non_persistent=state.non_persistent | set(united.constants))
     check_names(united.modules)
-    meta = with_info({}, replace(task.info, examples=examples_of(task.inputs, united.constraints)))
+    measured = {name: state.tensors[name].clone() for name in statistics(united.graph, united.modules)}
+    meta = with_info({}, replace(task.info, examples=examples_of(task.inputs, united.constraints), statistics=measured))
     constraints = _verified(task, state, meta, united)
     graph = numbered(united.graph)
     checks = add_checks(graph, constraints)
@@ -390,8 +385,7 @@ def _verified(task: _Task, state: State, meta: dict[str, Any], traced: _Trace) -
     fills = fills_of(model, graph_module, inputs) if task.info.pretrained else {}
     fill_in(traced.graph, fills, _flags(task))
     modes = None if inference else set_training
-    run, run_graph = OnCopies(model), OnCopies(graph_module)
-    return without_artefacts(run, run_graph, inputs, traced.constraints, modes)
+    return without_artefacts(OnCopies(model), OnCopies(graph_module), inputs, traced.constraints, modes)
 
 
 def _flags(task: _Task) -> dict[str, bool]:

@@ -8,9 +8,11 @@ may differ only in these ways, each of which a module can express:
     ``contiguous`` in one of the two               as in the train trace
     attention's ``dropout_p``                      a literal → ``AttentionDropout(p)``
     an RNN's ``train``                             a literal → ``ModeSwitch(train=…, eval=…)``
+    what the train trace has more between a        ``TrainingOnly`` (stochastic depth, noise)
+    value and where the eval trace reads it
     a batch norm's ``training``, and its counter   a batch norm of the graph, with running statistics of its own
 
-A dropout that drops in both stays an operator. Anything else (layer drop, a head that exists in training only, a constant
+A dropout that drops in both stays an operator. Anything else (a head that exists in training only, a constant
 with another value) is refused, naming the node.
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +32,7 @@ from lora_fx.graph.aten_kinds import arguments_of, set_argument
 from lora_fx.graph.batch_norms import batch_norm
 from lora_fx.graph.compare import same_values
 from lora_fx.graph.provenance import module_path, source_line
+from lora_fx.graph.training_only import TrainingOnly
 from lora_fx.tracing.canonicalize import batch_norms, counted_by, counter_of
 
 aten = torch.ops.aten
@@ -97,6 +101,7 @@ def unite_modes(train: fx.Graph, evaluation: fx.Graph, taken: Collection[str] = 
     for node in train.nodes:
         if node.op not in _NAMED:
             walk.step(node)
+    walk.check_regions()
     return _express(train, walk, taken)
 
 
@@ -120,6 +125,39 @@ def remove_inactive_dropout(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+MAX_REGION = 32
+"""Most nodes of a region that is computed in training alone."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """Nodes that the train trace has more, between one value and where the eval trace reads that value.
+
+    Attributes:
+        nodes: in their order.
+        value: that is read in evaluation.
+        result: of the nodes, which is read in training.
+        met: the node of the eval trace behind them.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    value: fx.Node
+    result: fx.Node
+    met: fx.Node
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Tell whether a node is a size or a device, which is matched by its operator and arguments, wherever it stands."""
+    return node.target is getattr or isinstance(
+        node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float
+    )
+
+
+def _is_alike(value: fx.Node, result: fx.Node) -> bool:
+    one, other = value.meta["val"], result.meta["val"]
+    return one.dtype is other.dtype and [*map(str, one.shape)] == [*map(str, other.shape)]
+
+
 class _ModeComparison:
     """Comparison of the train graph with the eval graph, node by node.
 
@@ -128,7 +166,8 @@ class _ModeComparison:
     """
 
     def __init__(self, train: fx.Graph, evaluation: fx.Graph) -> None:
-        self._evaluation = [node for node in evaluation.nodes if node.op not in _NAMED]
+        self._evaluation = [node for node in evaluation.nodes if node.op not in _NAMED and not _is_number(node)]
+        self._numbers = [node for node in evaluation.nodes if node.op not in _NAMED and _is_number(node)]
         self._position = 0
         self._counters = {counter: norm for norm in batch_norms(train) if (counter := counter_of(norm)) is not None}
         named = {(node.op, node.target): node for node in evaluation.nodes if node.op in _NAMED}
@@ -140,10 +179,16 @@ class _ModeComparison:
         self._value: dict[fx.Node, fx.Node] = {}
         self.differing: dict[fx.Node, tuple[Any, Any]] = {}
         self.dropouts: set[fx.Node] = set()
+        self.regions: list[Region] = []
+        self._open: list[fx.Node] = []
 
     def step(self, node: fx.Node) -> None:
         """Match the next node of the train graph."""
         if node in self._counters:
+            return
+        if _is_number(node):
+            like = (each for each in self._numbers if self._corresponds(node, each))
+            self._image.update((node, each) for each in itertools.islice(like, 1))
             return
         other = self._evaluation[self._position]
         while other.target is CONTIGUOUS and node.target is not CONTIGUOUS:
@@ -162,8 +207,39 @@ class _ModeComparison:
         elif node.target is DROPOUT and source is not None:
             self._image[node] = source
             self.dropouts.add(node)
-        else:
-            raise _refusal(node, other)
+        elif not self._closes_region(node, other):
+            self._open.append(node)
+            if len(self._open) > MAX_REGION or node.op == "output":
+                raise _refusal(self._open[0], other)
+
+    def check_regions(self) -> None:
+        """Raise :class:`TraceError` where a value of a region is read outside of it, or it updates running statistics."""
+        if self._open:
+            raise _refusal(self._open[0], self._evaluation[-1])
+        for region in self.regions:
+            nodes = set(region.nodes)
+            leaks = [node for node in region.nodes if node is not region.result and not nodes.issuperset(node.users)]
+            norms = {*batch_norms(region.result.graph), *self._counters} & nodes
+            if leaks or norms or not _is_alike(region.value, region.result):
+                raise _refusal((*leaks, *norms, region.nodes[0])[0], region.met)
+
+    def _closes_region(self, node: fx.Node, other: fx.Node) -> bool:
+        """Match a node behind what the train trace has more: it reads the result where the eval trace reads the value before."""
+        if not self._open or (node.op, node.target) != (other.op, other.target):
+            return False
+        inputs = dict.fromkeys(source for each in self._open for source in each.all_input_nodes)
+        before = [source for source in inputs if source in self._image and not _is_number(source)]
+        for result in (each for each in self._open if each in node.all_input_nodes):
+            for value in before:
+                self._image[result] = self._image[value]
+                if self._corresponds(node, other):
+                    self.regions.append(Region(tuple(self._open), value, result, other))
+                    self._open = []
+                    self._image[node] = other
+                    self._position += 1
+                    return True
+                del self._image[result]
+        return False
 
     def _corresponds(self, node: fx.Node, other: fx.Node) -> bool:
         if (node.op, node.target) != (other.op, other.target):
@@ -193,6 +269,8 @@ def _express(graph: fx.Graph, walk: _ModeComparison, taken: Collection[str]) -> 
     for norm in [node for node in walk.differing if node.target is BATCH_NORM]:
         modules |= _follow_batch_norm(graph, norm, modules)
     norms = set(modules)  # other modules may be parts of them
+    for region in walk.regions:
+        modules |= _follow_region(graph, region, (*taken, *(name for name in modules if name not in norms)))
     for node in list(graph.nodes):
         free = (*taken, *(name for name in modules if name not in norms))
         if node in walk.dropouts:
@@ -218,6 +296,27 @@ def _express(graph: fx.Graph, walk: _ModeComparison, taken: Collection[str]) -> 
             switch.meta = {key: value for key, value in node.meta.items() if key != "val"}
             set_argument(node, argument, switch)
     return modules
+
+
+def _follow_region(graph: fx.Graph, region: Region, taken: Collection[str]) -> dict[str, nn.Module]:
+    """Replace a region by a call of a module (in place), and return that, by the path of the model's module."""
+    nodes = set(region.nodes)
+    read = dict.fromkeys(source for node in region.nodes for source in node.all_input_nodes if source not in nodes)
+    inputs = [region.value, *(source for source in read if source is not region.value)]
+    body = fx.Graph()
+    image = {source: body.placeholder(f"input_{index}") for index, source in enumerate(inputs)}
+    for node in region.nodes:
+        image[node] = body.node_copy(node, lambda each: image[each])
+        image[node].meta = {}
+    body.output(image[region.result])
+    path = free_path(module_path(region.result) or "training_only", taken)
+    with graph.inserting_after(region.nodes[-1]):
+        call = graph.call_module(path, tuple(inputs))
+    call.meta = dict(region.result.meta)
+    region.result.replace_all_uses_with(call)
+    for node in reversed(region.nodes):
+        graph.erase_node(node)
+    return {path: TrainingOnly(body)}
 
 
 def _follow_batch_norm(graph: fx.Graph, node: fx.Node, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

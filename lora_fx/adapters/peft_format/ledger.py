@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
-from lora_fx.adapters.peft_format.keys import Slot
+import torch
+
+from lora_fx.adapters.peft_format.keys import Slot, base_key
 from lora_fx.adapters.peft_format.opening import AdapterFiles
 from lora_fx.adapters.peft_format.tensors import AdapterTensor
 from lora_fx.errors import AdapterError
@@ -90,3 +92,13 @@ class KeyLedger:
             self.problems.append(f"{key}: expected shape {shape}, {of}, got {entry.shape}")
             return None
         return entry
+
+    def statistics(self, norms: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """Take the keys of the running statistics of batch norms that train as a whole, by the names of those."""
+        taken = {}
+        for name, tensor in norms.items():
+            key = base_key(name, ())
+            if self._config.saves_any(name) and key in self.unread:
+                self.take(key, tuple(tensor.shape), f"{CONFIG_NAME} says modules_to_save", f"as {name} in the graph")
+                taken[name] = key
+        return taken

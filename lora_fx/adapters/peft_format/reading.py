@@ -36,6 +36,7 @@ from lora_fx.adapters.peft_format.renaming import fitted
 from lora_fx.adapters.peft_format.stacks import LAYOUTS, Stack, Writer, is_transposed, stack_layouts
 from lora_fx.errors import did_you_mean
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
+from lora_fx.graph.batch_norms import whole_norms
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.info import known_info
 from lora_fx.graph.provenance import called_modules
@@ -58,6 +59,7 @@ class AdapterContents:
         factors: A and B of each branch, by its key.
         copies: the trained values, by the parameter's name.
         origin: where it comes from.
+        statistics: running statistics of batch norms that train as a whole, by their names.
         echoes: what the file has of the model's own tensors, which a graph on the meta device could not be compared with: the
             key of each, by its name in the graph.
     """
@@ -67,11 +69,12 @@ class AdapterContents:
     factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     copies: Mapping[str, torch.Tensor]
     origin: Origin
+    statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
     echoes: Mapping[str, str] = field(default_factory=dict)
 
-    def values_of(self, adapter: str, *, trainable: bool) -> dict[str, nn.Parameter]:
-        """Return the parameters by the names that they have in a graph; if they are to train, they require a gradient."""
-        values: dict[str, nn.Parameter] = {}
+    def values_of(self, adapter: str, *, trainable: bool) -> dict[str, torch.Tensor]:
+        """Return the tensors by the names that they have in a graph; parameters that are to train require a gradient."""
+        values: dict[str, torch.Tensor] = {copy_name(name, adapter): value for name, value in self.statistics.items()}
         for key, (a, b) in self.factors.items():
             branch = self.branches[key][1]
             if branch.mirrors is not None:
@@ -120,11 +123,14 @@ class _Reader:
         copies = self._copies(own, [slot.site.module for slot in branches if not is_bare(slot.site)])
         resized = self._resized_embeddings(own, copies, {self._first[slot.site.weight] for slot in branches})
         copies |= resized
+        norms = whole_norms(self._graph_module.graph, self._state.modules, copies)
+        statistics = self._ledger.statistics({name: own[name] for name in norms})
         self._rest(own, [slot.site.module for slot in branches])
         self._ledger.stop_if_wrong()
         read = {slot: self._read_factors(slot, *names) for slot, names in factors.items()}
         branches = self._mirrored(branches, read)
         saved = {name: self._read_copy(key, own[name]) for name, key in copies.items()}
+        measured = {name: self._read_copy(key, own[name]).to(own[name]) for name, key in statistics.items()}
         echoes = self._check_rest(own, copies)
         self._ledger.stop_if_wrong()
         trained = tuple(Trained(n, CONFIG_NAME, v.numel(), untied=n in self._untied) for n, v in saved.items())
@@ -144,6 +150,7 @@ class _Reader:
             {branches[slot].key: pair for slot, pair in read.items()},
             values,
             replace(origin, task_type=config.task_type, base=config.base_model_name_or_path, revision=config.revision),
+            measured,
             echoes,
         )
 

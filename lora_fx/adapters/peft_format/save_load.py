@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import fx, nn
 from lora_fx.adapters.activate import tell_waiting
 from lora_fx.adapters.attach import attach
 from lora_fx.adapters.peft_format.fingerprint import fingerprint, metadata
+from lora_fx.adapters.peft_format.keys import base_key
 from lora_fx.adapters.peft_format.opening import AdapterFiles, check_base, read_adapter
 from lora_fx.adapters.peft_format.reading import AdapterContents, read_contents
 from lora_fx.adapters.peft_format.stacks import StackLayout
@@ -22,14 +24,17 @@ from lora_fx.adapters.recorded import branches_of, origin_of, plan_branches, tra
 from lora_fx.adapters.transfer import differences
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import lower
-from lora_fx.errors import AdapterError, PlanError
+from lora_fx.errors import AdapterError, PlanError, listed
 from lora_fx.files.atomic import replacing
 from lora_fx.files.safetensors import write_tensors
 from lora_fx.files.target import DirectoryKind, Target
 from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.adapter_states import trained_names
+from lora_fx.graph.batch_norms import statistics
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, state_of
+from lora_fx.graph.info import info_of
 from lora_fx.graph.records import BranchSpec
+from lora_fx.graph.state import State
 from lora_fx.numerics.lowrank_merge import with_all_rows
 from lora_fx.rules.peft_config.config import CONFIG_NAME
 from lora_fx.tracing.model_state import check_unwrapped, inner_model
@@ -128,7 +133,7 @@ def with_adapter(
 ) -> TracedGraphModule:
     """Return the graph with an adapter from a directory that was opened, see :func:`load_adapter`."""
     graph_module = _traced(graph_module)
-    check_base(files, fingerprint(state_of(graph_module)), strict=strict)
+    check_base(files, fingerprint(_base_of(graph_module)), strict=strict)
     contents = read_contents(files, graph_module)
     if adapter not in adapters(graph_module):
         values = contents.values_of(adapter, trainable=bool(trainable))
@@ -162,6 +167,7 @@ def save_adapter(
     target = Target(Path(directory), overwrite, kind=_ADAPTER)
     target.check()
     content = to_peft(graph_module, adapter)
+    _warn_of_statistics(graph_module, content, stacklevel=2)
     with replacing(target) as beside:
         beside.mkdir()
         _write(graph_module, adapter, content, beside / FILE_NAME)
@@ -182,6 +188,7 @@ def write_adapter_files(graph_module: TracedGraphModule, directory: Path, adapte
     """
     graph_module = _traced(graph_module)
     content = to_peft(graph_module, adapter)
+    _warn_of_statistics(graph_module, content, stacklevel=2)
     with replacing(Target(directory / FILE_NAME, overwrite=True)) as beside:
         _write(graph_module, adapter, content, beside)
 
@@ -193,7 +200,7 @@ def check_writable(graph_module: TracedGraphModule, adapter: str) -> None:
 
 def _write(graph_module: TracedGraphModule, adapter: str, content: PeftAdapter, file: Path) -> None:
     """Write the file of an adapter's tensors, and its config beside it."""
-    base = fingerprint(state_of(graph_module))
+    base = fingerprint(_base_of(graph_module))
     write_tensors(file, content.tensors, metadata(origin_of(graph_module, adapter), base))
     file.with_name(CONFIG_NAME).write_text(content.config.to_json())
 
@@ -201,6 +208,32 @@ def _write(graph_module: TracedGraphModule, adapter: str, content: PeftAdapter, 
 _ADAPTER = DirectoryKind(
     "an adapter", {CONFIG_NAME, FILE_NAME, PICKLE_NAME, "README.md"}.__contains__
 )  # PEFT adds the last
+
+
+def _base_of(graph_module: TracedGraphModule) -> State:
+    """Return the state of the base as it was traced: without what training has made of running statistics."""
+    return state_of(graph_module).with_tensors(info_of(graph_module).statistics)
+
+
+def _warn_of_statistics(graph_module: TracedGraphModule, content: PeftAdapter, *, stacklevel: int) -> None:
+    """Warn of batch norms whose running statistics training has moved, and the adapter does not have."""
+    before, state = info_of(graph_module).statistics, state_of(graph_module)
+    path_of = statistics(graph_module.graph, state.modules)
+    moved = {
+        path_of[name]: None
+        for name, value in before.items()
+        if name in path_of
+        and base_key(name, ()) not in content.tensors
+        and not torch.equal(state.tensors[name].cpu(), value.cpu())
+    }
+    if moved:
+        warnings.warn(
+            f"training has moved the running statistics of {listed(list(moved), 8)}, and the adapter is saved without them, as PEFT does: "
+            "whoever loads it gets those of the base, and other numbers than this graph. Save these modules with the adapter "
+            "(modules_to_save, trainable), put them into eval mode before the model is rewritten, or save the merged model "
+            "(huggingface.save_pretrained, or the state dict of lora_fx.fold(graph)).",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def _traced(graph_module: fx.GraphModule) -> TracedGraphModule:

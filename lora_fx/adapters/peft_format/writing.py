@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from lora_fx.adapters.peft_format.keys import Slot, apart_from_calls, base_key, slots
 from lora_fx.adapters.peft_format.stacks import StackLayout, is_transposed, written_layout
-from lora_fx.adapters.recorded import branches_of, origin_of, parameters_of, trained_of
+from lora_fx.adapters.recorded import branches_of, origin_of, parameters_of, statistics_of, trained_of
 from lora_fx.errors import AdapterError
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
@@ -175,7 +175,8 @@ class _PeftWriter:
 
     def _copies(self, config: AdapterConfig, adapted: Collection[str]) -> dict[str, torch.Tensor]:
         """Return what PEFT keeps of the model's own tensors: trained parameters, and all else in the modules that train."""
-        copies = parameters_of(self._graph_module, self._adapter)
+        own = (each(self._graph_module, self._adapter) for each in (parameters_of, statistics_of))
+        copies = {name: tensor for each in own for name, tensor in each.items()}
         kept = {}
         for name, tensor in self._own.items():
             saved = config.saves_any(name) and name not in self._state.non_persistent
