@@ -49,6 +49,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "rank_pattern": {"layers.0.self_attn.q_proj": 2, "up_proj": 6}, "alpha_pattern": {r"layers\.\d+\.mlp\.up_proj": 5, ".*v_proj": 9},
         },
     ),
+    "both factors random": ("llama", {"target_modules": ["embed_tokens", "k_proj", "up_proj"], "init_lora_weights": False, "r": 3}),
     "an expression": ("llama", {"target_modules": r".*\.1\..*(q|k)_proj", "init_lora_weights": "gaussian", "r": 5}),
     "excluded names": ("llama", {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["1.self_attn.v_proj"]}),
     "an excluded expression": ("llama", {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*layers\.0.*"}),
@@ -85,7 +86,7 @@ def test_a_config_of_peft_chooses_what_peft_chooses_and_starts_as_in_peft(
         assert torch.equal(found[key], value), key
     assert sum(p.numel() for p in mine.parameters() if p.requires_grad) == wrapped.get_nb_trainable_parameters()[0]
     written, theirs = (json.loads((tmp_path / each / "adapter_config.json").read_text()) for each in ("ours", "peft"))
-    same = ("use_rslora", "lora_dropout", "task_type", "bias")
+    same = ("use_rslora", "lora_dropout", "task_type", "bias", "init_lora_weights")
     if said.get("bias") != "all":  # all biases of a model may also be those of adapted modules
         assert {key: written[key] for key in same} == {key: theirs[key] for key in same}
     assert origin_of(mine, "default").rules == "peft"
@@ -128,9 +129,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a start": (
         {**Q, "init_lora_weights": "pissa"},
-        "init_lora_weights: expected true or 'gaussian', by which A starts random and B zero, found 'pissa'. Leave it out, or train",
+        "init_lora_weights: expected true, false or 'gaussian', by which A starts random, and B zero or random, found 'pissa'. Leave it out",
     ),
-    "B at random": ({**Q, "init_lora_weights": False}, "init_lora_weights: expected true or 'gaussian'"),
     "a later key": (
         {**Q, "use_wonder": 2},
         "use_wonder: unknown key: found 2. Leave it out if the result does not depend on it",

@@ -37,7 +37,7 @@ from lora_fx.graph.state import State
 from lora_fx.numerics.factor_init import adapter_dtype, initial_factors
 from lora_fx.planning.plan import Chosen, Plan, Skipped, factor_shapes
 from lora_fx.planning.planner import check_attachable
-from lora_fx.rules.vocabulary import Init
+from lora_fx.rules.vocabulary import Draw
 from lora_fx.sites.call_sites import biased
 from lora_fx.sites.weight_ops import low_rank, weight_op
 
@@ -220,7 +220,7 @@ def _new_factors(
     return factors
 
 
-def _init_of(branch: BranchSpec) -> Init:
+def _init_of(branch: BranchSpec) -> Draw:
     """Return how new factors of a branch start.
 
     Raises:

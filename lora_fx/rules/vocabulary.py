@@ -51,7 +51,10 @@ Scaling = Literal["standard", "rslora"]
 Init = Literal["kaiming", "gaussian"]
 """How A starts: uniform with a = √5, or normal with standard deviation 1 / rank. B starts as zero."""
 
-Start = Literal[Init, "mica"]
+Draw = Literal[Init, "random"]
+"""How the factors of a PEFT configuration start: as in rule files, or both random (``init_lora_weights=False``)."""
+
+Start = Literal[Draw, "mica"]
 """How the factors of an adapter from a file started; of MiCA (arXiv 2604.01694) A alone trains."""
 
 TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]

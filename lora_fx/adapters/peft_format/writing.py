@@ -24,6 +24,7 @@ from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import AdapterConfig, trains_bias
 from lora_fx.rules.peft_config.name_matching import modules_of
 from lora_fx.rules.peft_config.target_names import TrainedParts, alpha_of, patterns, targets, trained_parts
+from lora_fx.rules.vocabulary import Start
 from lora_fx.sites.call_sites import Site, is_bare, parameter_of, sites
 
 
@@ -233,7 +234,7 @@ def _config(
         lora_dropout=dropout,
         target_modules=targets(modules, others) if modules or not parameters else None,
         target_parameters=parameters or None,
-        init_lora_weights=True if len(starts) != 1 or "kaiming" in starts else starts.pop(),
+        init_lora_weights=_start_text(starts),
         fan_in_fan_out=bool(linear) and all(slot.site.layout == "in_out" for slot in linear),
         inference_mode=True,
         task_type=origin.task_type,
@@ -242,6 +243,12 @@ def _config(
         revision=origin.revision,
         peft_version=PEFT_VERSION,
     )
+
+
+def _start_text(starts: Collection[Start]) -> bool | str:
+    """Return how the branches started, in PEFT's words; its default where they did not all start alike."""
+    (start,) = starts if len(starts) == 1 else ("kaiming",)
+    return start == "kaiming" if start in ("kaiming", "random") else start
 
 
 PEFT_VERSION = "0.21.2"

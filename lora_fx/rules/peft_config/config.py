@@ -58,7 +58,7 @@ def _check_init(init: bool | str) -> bool | str:
 
 _CHANGED_BASE = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 _SAME_BASE = ("gaussian", "eva", "orthogonal", "mica")
-_STARTS: Mapping[bool | str, Start] = {"gaussian": "gaussian", "mica": "mica"}
+_STARTS: Mapping[bool | str, Start] = {"gaussian": "gaussian", "mica": "mica", False: "random"}
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False), expecting("a finite number")]
 Names = Annotated[tuple[Text, ...], expecting("a list of names")]

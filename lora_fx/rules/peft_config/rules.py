@@ -31,7 +31,7 @@ class PeftRules:
     """A PEFT configuration that says which sites of a model get a branch.
 
     Attributes:
-        config: of a LoRA whose factors start as in :func:`lora_fx.rewrite`: A random, B zero.
+        config: of a LoRA whose factors start as in :func:`lora_fx.rewrite`: A random, B zero unless ``init_lora_weights`` is false.
         name: for plans, and for the metadata of adapters.
         source: where it comes from, for messages.
     """
@@ -137,7 +137,7 @@ def _checked(document: Mapping[str, Any], source: str) -> AdapterConfig:
 
 
 def _starts(init: Any) -> bool:
-    return init is True or init in ("gaussian", None)
+    return isinstance(init, bool) or init in ("gaussian", None)
 
 
 def _problems(document: Mapping[str, Any], known: Mapping[str, Any], init: Any) -> Iterator[str]:
@@ -150,8 +150,8 @@ def _problems(document: Mapping[str, Any], known: Mapping[str, Any], init: Any) 
             yield f"{plain(key)}: unknown key: found {shown(value)}. Leave it out if the result does not depend on it"
     if not _starts(init):
         yield (
-            f"init_lora_weights: expected true or 'gaussian', by which A starts random and B zero, found {shown(init)}. Leave it out, or "
-            "train with PEFT"
+            f"init_lora_weights: expected true, false or 'gaussian', by which A starts random, and B zero or random, found {shown(init)}. "
+            "Leave it out, or train with PEFT"
         )
     task = known.get("task_type")
     if task not in (None, *get_args(TaskType)):
