@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all browser bench docs mutate lint format clean
+.PHONY: demo test test-all test-clients browser bench bench-all docs mutate lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/lora-fx demo
@@ -15,6 +15,10 @@ test: $(INSTALLED) browser
 # Every promise for every architecture: up to an hour on two cores. Writes what came of each into tests/matrices.md.
 test-all: $(INSTALLED) browser
 	$(BIN)/pytest -m "" --matrices tests/matrices.md
+
+# Clients that load what export.generation writes, in environments of their own (.venv-clients, 1.5 GB). Writes tests/clients.md.
+test-clients: $(INSTALLED)
+	$(BIN)/python tests/clients --write
 
 # The page that pictures are looked at in is tested in a real browser: installed where that takes no question, and else asked for.
 browser:
@@ -47,7 +51,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format lora_fx tests tools
 
 clean:
-	rm -rf $(VENV) demo-output mutants docs
+	rm -rf $(VENV) .venv-clients demo-output mutants docs
 
 # torch first and alone: its pin names a CPU build where one is at hand, and nothing that follows may replace it.
 $(INSTALLED): pyproject.toml constraints.txt
