@@ -16,6 +16,11 @@ from torch.onnx._internal._lazy_import import onnxscript_apis
 
 import lora_fx
 
+try:
+    from _pytest.nodeid import NodeId
+except ImportError:  # before pytest 9.2
+    NodeId = None
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrices", type=Path, metavar="FILE", help="write what came of every matrix into this file")
@@ -29,14 +34,21 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Matrices(path))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let reports say in which row of a matrix a case is; all else of a file runs in one process, which makes its fixtures once."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let reports say in which row of a matrix a case is.
+
+    A row runs in one process, and so does all else of a file, whose fixtures are made once. xdist reads that off the ends of ids,
+    but writes them where pytest before 9.2 had its ids.
+    """
     for item in items:
-        group = item.get_closest_marker("xdist_group")
-        if group is not None:
-            item.user_properties.append(("row", group.args[0]))
+        marker = item.get_closest_marker("xdist_group")
+        group = item.path.name if marker is None else str(marker.args[0])
+        if marker is None:
+            item.add_marker(pytest.mark.xdist_group(group))
         else:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+            item.user_properties.append(("row", group))
+        if NodeId is not None and config.getoption("loadgroup", False):
+            item._id = NodeId.parse(f"{item.nodeid}@{group}")
 
 
 torch.set_num_threads(1)  # the suite has a process for each core; the models are small

@@ -34,6 +34,7 @@ class Matrices:
             return
         file, _, name = report.nodeid.partition("::")
         function, _, case = name.partition("[")
+        function = function.partition("@")[0]  # xdist's name of the group
         test, row = (file, function), dict(report.user_properties).get("row", case.partition("]")[0])
         self.outcomes[test][str(row)][report.outcome] += 1
         if "matrix" in report.keywords:

@@ -10,14 +10,14 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from killed import TRIALS, check_killed, server
+from killed import TRIALS, Server, check_killed, server
 from safetensors.torch import load_file
 
 from lora_fx.errors import FoldError, LoraFxError
@@ -816,16 +816,22 @@ def act(out, overwrite):
 """
 
 
-@pytest.fixture
-def large(tmp_path: Path) -> Path:
-    """Return a checkpoint of 40 MB."""
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint of 20 MB."""
     generator = torch.Generator().manual_seed(9)
     tensors = {
         f"{number}.{kind}": (torch.randn(1024, 1024, generator=generator) * 0.02).bfloat16()
-        for number in range(10)
+        for number in range(5)
         for kind in ("weight", "kept")
     }
-    return write(tmp_path / "base", tensors, 4)
+    return write(tmp_path_factory.mktemp("large") / "base", tensors, 4)
+
+
+@pytest.fixture(scope="module")
+def act(large: Path) -> Iterator[Server]:
+    with server(SETUP, large) as merging:
+        yield merging
 
 
 def _same_directories(one: Path, other: Path) -> bool:
@@ -839,21 +845,20 @@ def _same_directories(one: Path, other: Path) -> bool:
 @pytest.mark.parametrize("trials", TRIALS)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_process_that_is_killed_leaves_the_old_one_or_the_new_one(
-    tmp_path: Path, large: Path, overwrite: bool, trials: int
+    tmp_path: Path, large: Path, act: Server, overwrite: bool, trials: int
 ) -> None:
     old, new, place = tmp_path / "old", tmp_path / "new", tmp_path / "place"
     write(old, {"a": torch.ones(3)})
     place.mkdir()
-    with server(SETUP, large) as act:
-        assert act(new, overwrite=False)[0] == 0
-        check_killed(
-            act,
-            place,
-            overwrite=overwrite,
-            old=lambda out: shutil.copytree(old, out),
-            new=lambda out: _same_directories(out, new),
-            same_as_old=lambda out: _same_directories(out, old),
-            remove=shutil.rmtree,
-            trials=trials,
-        )
+    assert act(new, overwrite=False)[0] == 0
+    check_killed(
+        act,
+        place,
+        overwrite=overwrite,
+        old=lambda out: shutil.copytree(old, out),
+        new=lambda out: _same_directories(out, new),
+        same_as_old=lambda out: _same_directories(out, old),
+        remove=shutil.rmtree,
+        trials=trials,
+    )
     assert _equal(_tensors_in(place / "out"), merged(_tensors_in(large), changes_for(_tensors_in(large))))

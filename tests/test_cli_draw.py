@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,6 +59,22 @@ def _without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _traced_once() -> Iterator[None]:
+    """Let models of one config be traced once: a trace takes seconds."""
+    known: dict[str, lora_fx.TracedGraphModule] = {}
+
+    def traced(model: Any, inputs: Any, **options: Any) -> lora_fx.TracedGraphModule:
+        key = f"{type(model)} {model.config} {inputs} {options}"
+        if key not in known:
+            known[key] = lora_fx.trace(model, inputs, **options)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("lora_fx.drawing.models.trace", traced)
+        yield
+
+
 def draw(*arguments: object, code: int = 0) -> tuple[str, str]:
     result = CliRunner().invoke(app, ["draw", *map(str, arguments)])
     assert result.exit_code == code, result.output
@@ -74,7 +91,7 @@ def refused(*arguments: object, code: int = 1) -> str:
 
 @functools.cache
 def printed(*arguments: object) -> str:
-    """Return what is printed. Each is drawn once: a trace takes seconds."""
+    """Return what is printed. Each is drawn once."""
     return draw(*arguments)[0]
 
 

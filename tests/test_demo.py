@@ -41,12 +41,15 @@ def test_the_loss_is_the_cross_entropy_to_leave_one_out_means() -> None:
 
 @pytest.fixture
 def _few_topics(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the demo read fewer topics than a batch has three times."""
+    """Let the demo read as many topics as a batch has, and no more of each than that."""
     whole = demo.read_corpus(demo.SEED)
     names = [
         name for name in whole.train if len(whole.train[name]) >= demo.PARAGRAPHS_PER_TOPIC and whole.held_out[name]
-    ][:18]
-    few = demo.Corpus({name: whole.train[name] for name in names}, {name: whole.held_out[name][:2] for name in names})
+    ][: demo.TOPICS_PER_BATCH]
+    few = demo.Corpus(
+        {name: whole.train[name][: demo.PARAGRAPHS_PER_TOPIC] for name in names},
+        {name: whole.held_out[name][:1] for name in names},
+    )
     monkeypatch.setattr(demo, "read_corpus", lambda _seed: few)
 
 

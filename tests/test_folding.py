@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, EACH, SIZES, TWO, branched, build, inputs, model, rows, run, traced
+from architectures import ARCHITECTURES, EACH, SIZES, branched, build, inputs, model, rows, run, traced
 from conftest import all_acting, set_factors, unchanged
 from graph_diff import first_difference
 from torch import fx, nn
@@ -40,7 +40,7 @@ def test_folded_computes_what_the_branched_graph_computes(rewritten: Any, size: 
     assert not torch.allclose(before, base, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", rows(("t5", "gpt2", "llama", "bert", "mt5"), ("t5", "gpt2")))
+@pytest.mark.parametrize("name", rows(("t5", "gpt2", "llama", "bert", "mt5"), ("gpt2",)))
 def test_in_fp64_folded_and_branched_are_the_same_to_1e_12(name: str) -> None:
     graph_module = lora_fx.rewrite(
         build(name).double(), rules=ARCHITECTURES[name].rules, rank=6, alpha=9, inference=True
@@ -98,7 +98,7 @@ def test_merged_weights_equal_the_fp64_formula(rewritten: Any) -> None:
     assert adapted == {key.split(".lora_A.")[0] for key in factors if ".lora_A." in key}
 
 
-@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("name", rows(("t5", "gpt2", "llama", "bert"), ("gpt2",)))
 def test_public_functions_change_neither_the_model_nor_the_graph(name: str) -> None:
     model = build(name)
     rules = ARCHITECTURES[name].rules

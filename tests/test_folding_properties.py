@@ -33,7 +33,7 @@ aten = torch.ops.aten
 
 CHECKED = settings(
     deadline=None,
-    max_examples=40,
+    max_examples=25,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
@@ -738,7 +738,7 @@ def check_folded_in_place(made: Branched, folded: lora_fx.TracedGraphModule) -> 
         assert torch.equal(tensor, folded.state_dict()[name])
 
 
-@settings(CHECKED, max_examples=25)
+@settings(CHECKED, max_examples=15)
 @given(programs(dtypes=(torch.float64,)), st.lists(ADAPTERS, min_size=1, max_size=2))
 def test_a_copy_that_torch_fx_made_is_refused_or_folds_to_what_it_computes(
     program: Program, adapters: list[Adapter]
@@ -983,7 +983,7 @@ def _attribute(module: Any, name: str) -> torch.Tensor:
 FACTORED = [kind for kind in KINDS if kind not in (*POINTWISE, *WOVEN, "both layouts")]
 
 
-@settings(CHECKED, max_examples=25)
+@settings(CHECKED, max_examples=15)
 @given(programs(FACTORED, most=3, dtypes=(torch.float64,)), ADAPTERS, st.integers(0, 2**32 - 1))
 def test_a_changed_branch_is_refused_by_node_or_folds_to_what_it_computes(
     program: Program, adapter: Adapter, seed: int

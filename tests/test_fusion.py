@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import PRIMARY, build, run, traced
+from architectures import PRIMARY, build, rows, run, traced
 from conftest import all_acting, set_factors, unchanged
 from graph_diff import first_difference
 from made import X, module
@@ -29,8 +29,12 @@ EVERY = {
 
 
 EITHER = [
-    pytest.param(name, dtype, marks=pytest.mark.xdist_group(name))
-    for name, dtype in [*((name, torch.float32) for name in EVERY), ("llama", torch.bfloat16), ("bert", torch.bfloat16)]
+    pytest.param(row.values[0], dtype, marks=row.marks)
+    for dtype, names, representatives in (
+        (torch.float32, EVERY, ("t5", "gpt2", "bert")),
+        (torch.bfloat16, ("llama", "bert"), ("llama",)),
+    )
+    for row in rows(names, representatives)
 ]
 
 

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_fx"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -88,3 +90,9 @@ def test_the_tree_in_the_guide_is_that_of_the_package() -> None:
     modules = {str(path.relative_to(PACKAGE).with_suffix("")) for path in FILES if path.name != "__init__.py"}
     assert listed - modules == {"drawing/render/assets"}  # no Python
     assert modules - listed == set()
+
+
+def test_all_of_a_file_runs_in_one_process(request: pytest.FixtureRequest) -> None:
+    """xdist reads off the end of an id which tests belong together; else each process makes all fixtures and traces."""
+    if request.config.getoption("loadgroup", False):
+        assert request.node.nodeid.endswith(f"@{Path(__file__).name}")

@@ -126,7 +126,7 @@ def test_a_part_trains_and_survives_copies(name: str) -> None:
 
 @pytest.mark.parametrize("part", ["query", "key", "value"])
 def test_unequal_parts_of_multi_query_attention(part: str) -> None:
-    base = lora_fx.trace(families.build("falcon-grouped"), inference=True)
+    base = families.traced("falcon-grouped")
     graph_module = lora_fx.rewrite(base, {"select": [{"target": ["query_key_value"], "features": [part], "rank": 2}]})
     set_factors(graph_module)
     batch = {

@@ -24,13 +24,17 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
 @pytest.fixture(scope="module")
 def model() -> MT5ForConditionalGeneration:
     torch.manual_seed(0)
+    return made(250112, 8)
+
+
+def made(vocabulary: int, layers: int) -> MT5ForConditionalGeneration:
     config = MT5Config(
-        vocab_size=250112,
+        vocab_size=vocabulary,
         d_model=512,
         d_kv=64,
         d_ff=1024,
-        num_layers=8,
-        num_decoder_layers=8,
+        num_layers=layers,
+        num_decoder_layers=layers,
         num_heads=6,
         feed_forward_proj="gated-gelu",
         decoder_start_token_id=0,
@@ -94,8 +98,8 @@ def test_branched_folded_and_generate_give_the_same_tokens_and_others_than_the_b
     assert torch.equal(generate(model), base)
 
 
-def test_inference_trains_nothing(model: Any) -> None:
-    graph_module = lora_fx.rewrite(model, rules="t5", inference=True)
+def test_inference_trains_nothing() -> None:
+    graph_module = lora_fx.rewrite(made(97, 1), rules="t5", inference=True)
     assert lora_fx.parameter_summary(graph_module).trainable == 0
     assert not any(isinstance(m, torch.nn.Dropout) for n, m in graph_module.named_modules() if "lora" not in n)
 

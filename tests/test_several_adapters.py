@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from architectures import EACH, SIZES, build, model, run, traced
+from architectures import EACH, SIZES, build, model, rows, run, traced
 from conftest import set_factors, unchanged
 from graph_diff import first_difference
 from torch import fx, nn
@@ -121,7 +121,7 @@ def test_folding_one_leaves_the_other_working() -> None:
     assert not torch.allclose(logits(merged), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "llama"])
+@pytest.mark.parametrize("name", rows(("bert", "gpt2", "t5", "llama"), ("bert", "gpt2")))
 def test_cat_is_exact(name: str) -> None:
     both = two(name, torch.float64)
     for strengths in ({"a": 1.0, "b": 1.0}, {"a": 0.7, "b": -1.3}, {"b": 2.0}):

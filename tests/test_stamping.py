@@ -75,6 +75,9 @@ MORE: Mapping[str, int] = {
 """The same for families whose layers are of several kinds, route to experts, or see images and sounds."""
 
 
+ONE_MODE = ("t5",)
+"""Those that are traced for inference alone, since mT5, of the same layers, is traced for training."""
+
 WITH_WEIGHTS = ("bloom", "gpt_neo")
 """Those whose training is not traced on the meta device: they have gradients, and constants, that are compared."""
 
@@ -145,17 +148,17 @@ def _like(value: Any) -> Any:
     return str(value)
 
 
-@pytest.mark.parametrize("name", rows(STAMPED, ("t5", "gpt2", "llama", "gpt_neo", "deberta-v2")))
+@pytest.mark.parametrize("name", rows(STAMPED, ("t5", "llama", "gpt_neo")))
 def test_stamped_is_the_full_trace_node_by_node(
     name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = deepened(architectures.model(name), "cpu" if name in WITH_WEIGHTS else "meta", TIMES.get(name, 2))
-    stamped, full, said = traced_both(model, caplog, monkeypatch)
+    stamped, full, said = traced_both(model, caplog, monkeypatch, inference=name in ONE_MODE)
     assert said == f"{type(model).__name__} is traced with {STAMPED[name]} layers stamped"
     assert_equal(stamped, full)
 
 
-@pytest.mark.parametrize("name", rows(MORE, ("gemma3_text", "mixtral", "whisper")))
+@pytest.mark.parametrize("name", rows(MORE, ("gemma3_text", "mixtral")))
 def test_layers_of_several_kinds_are_stamped_each_by_their_own(
     name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,7 +204,7 @@ def test_a_graph_with_a_loss_is_stamped_too(
     [
         ("llama", "output_hidden_states"),
         pytest.param("llama", "output_attentions", marks=pytest.mark.matrix),
-        ("mixtral", "output_router_logits"),
+        pytest.param("mixtral", "output_router_logits", marks=pytest.mark.matrix),
     ],
 )
 def test_what_is_collected_from_inside_of_layers_is_traced_in_full(

@@ -21,7 +21,7 @@ import lora_fx
 from lora_fx.graph.process_state import exclusive, quiet
 
 RULES = {"defaults": {"rank": 2, "alpha": 3}, "select": [{"op": ["linear"]}]}
-THREADS, ROUNDS = 3, 4
+THREADS, ROUNDS = 3, 3
 
 
 def model(thread: int) -> tuple[nn.Module, torch.Tensor]:
