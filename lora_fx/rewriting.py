@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 from torch import nn
 
 from lora_fx.adapters.activate import tell_waiting
 from lora_fx.adapters.attach import attach
 from lora_fx.errors import PlanError
+from lora_fx.graph.cached_graphs import CachedGraphs
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
+from lora_fx.graph.joined_graphs import through
 from lora_fx.planning.cautions import warn_of_fresh_head, warn_of_lower_ranks, warn_of_untying
 from lora_fx.planning.planner import plan_graph
 from lora_fx.rules.lookup import RulesLike, load
@@ -52,6 +54,44 @@ def _told_of_peft_names(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
+@overload
+def rewrite(
+    model: nn.Module,
+    rules: RulesLike = "auto",
+    *,
+    rank: int | None = None,
+    alpha: float | None = None,
+    dropout: float | None = None,
+    adapter: str = "default",
+    task_type: str | None = None,
+    seed: int | None = None,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    dynamic: Dynamic | None = None,
+    labels: bool = False,
+    inference: bool = False,
+    cache: Literal[False] = False,
+) -> TracedGraphModule: ...
+
+
+@overload
+def rewrite(
+    model: nn.Module,
+    rules: RulesLike = "auto",
+    *,
+    rank: int | None = None,
+    alpha: float | None = None,
+    dropout: float | None = None,
+    adapter: str = "default",
+    task_type: str | None = None,
+    seed: int | None = None,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    dynamic: Dynamic | None = None,
+    labels: bool = False,
+    inference: bool = False,
+    cache: bool,
+) -> TracedGraphModule | CachedGraphs: ...
+
+
 @_told_of_peft_names
 def rewrite(
     model: nn.Module,
@@ -68,7 +108,7 @@ def rewrite(
     labels: bool = False,
     inference: bool = False,
     cache: bool = False,
-) -> TracedGraphModule:
+) -> TracedGraphModule | CachedGraphs:
     """Return a graph of ``model`` with a low-rank branch beside every call site that the rules select.
 
     ``y = W x`` becomes ``y = W x + scale · B(A(dropout(x)))`` (LoRA, arXiv 2106.09685), with W of shape ``(out, in)``, A of
@@ -112,11 +152,15 @@ def rewrite(
     ruleset = load(rules, getattr(getattr(model, "config", None), "model_type", None)).with_overrides(
         rank, alpha, dropout, task_type
     )
-    graph_module = trace(model, example_inputs, dynamic=dynamic, labels=labels, inference=inference, cache=cache)
-    plan = plan_graph(graph_module, ruleset)
-    warn_of_lower_ranks(plan)
-    warn_of_untying(plan.trained, state_of(graph_module).names(), f"rules {plan.rules.name!r}", stacklevel=2)
-    warn_of_fresh_head(plan, graph_module)
-    result = attach(graph_module, plan, adapter=adapter, seed=seed)
-    tell_waiting(result, adapter)
-    return result
+
+    def attached(graph_module: TracedGraphModule) -> TracedGraphModule:
+        plan = plan_graph(graph_module, ruleset)
+        warn_of_lower_ranks(plan)
+        warn_of_untying(plan.trained, state_of(graph_module).names(), f"rules {plan.rules.name!r}", stacklevel=5)
+        warn_of_fresh_head(plan, graph_module)
+        result = attach(graph_module, plan, adapter=adapter, seed=seed)
+        tell_waiting(result, adapter)
+        return result
+
+    traced = trace(model, example_inputs, dynamic=dynamic, labels=labels, inference=inference, cache=cache)
+    return through(traced, attached)

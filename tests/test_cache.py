@@ -296,7 +296,7 @@ def test_caches_of_another_kind_are_refused_by_name() -> None:
         lora_fx.TraceError, match=r"cache=True: Lfm2ForCausalLM keeps a cache of another kind \(LinearAttentionLayer\)"
     ):
         lora_fx.trace(transformers.Lfm2ForCausalLM(config).eval(), cache=True)
-    with pytest.raises(lora_fx.TraceError, match="cache=True: BertModel returns no cache"):
+    with pytest.raises(lora_fx.TraceError, match="cache=True: BertModel returns no logits to generate from"):
         lora_fx.trace(architectures.model("bert"), cache=True)
     with pytest.raises(lora_fx.TraceError, match="cache=True: Linear is not a causal language model of transformers"):
         lora_fx.trace(nn.Linear(3, 4), cache=True)

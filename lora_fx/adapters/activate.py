@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import overload
 
 from torch import fx
 
@@ -21,15 +22,27 @@ from lora_fx.branches.remove import unload
 from lora_fx.errors import PlanError, listed
 from lora_fx.graph.adapter_names import is_of_adapter
 from lora_fx.graph.adapter_states import acting, adapters_as_added, waiting
+from lora_fx.graph.cached_graphs import CachedGraphs, check_whole
 from lora_fx.graph.graph_module import TracedGraphModule, rebuilt, trainable_names
 from lora_fx.graph.info import info_of
+from lora_fx.graph.joined_graphs import apart, joined
 from lora_fx.rules.plain_numbers import finite_number
 
 _logger = logging.getLogger("lora_fx.adapters")
 _advice = logging.getLogger("lora_fx.adapters.advice")  # on calls from Python, which the command line leaves out
 
 
-def activate(graph_module: fx.GraphModule, strengths: Mapping[str, float]) -> TracedGraphModule:
+@overload
+def activate(graph_module: CachedGraphs, strengths: Mapping[str, float]) -> CachedGraphs: ...
+
+
+@overload
+def activate(graph_module: fx.GraphModule, strengths: Mapping[str, float]) -> TracedGraphModule: ...
+
+
+def activate(
+    graph_module: fx.GraphModule | CachedGraphs, strengths: Mapping[str, float]
+) -> TracedGraphModule | CachedGraphs:
     """Return a new graph in which just these adapters act: ``y + Σ strength · scaling · B(A(x))``.
 
     The others stay in it, without nodes: another ``activate`` brings them back. Their parameters are frozen as long as they do
@@ -38,7 +51,7 @@ def activate(graph_module: fx.GraphModule, strengths: Mapping[str, float]) -> Tr
     adapter, it is no factor of it. It scales branches; trained copies of the model's own parameters are taken whole.
 
     Args:
-        graph_module: made by lora_fx, with adapters.
+        graph_module: made by lora_fx, with adapters; or the graphs of an encoder-decoder model with a cache.
         strengths: adapter → factor of its scaling; 1 is the adapter as it was trained. Numbers of numpy and tensors without
             dimensions are taken too.
 
@@ -47,6 +60,9 @@ def activate(graph_module: fx.GraphModule, strengths: Mapping[str, float]) -> Tr
             parameter.
         FoldError: a branch cannot be taken out without changing something else.
     """
+    if isinstance(graph_module, CachedGraphs):
+        return apart(activate(joined(graph_module), strengths), graph_module)
+    check_whole(graph_module)
     return let_act(at_rest(graph_module), ordered(graph_module, strengths))
 
 

@@ -28,6 +28,7 @@ from lora_fx.branches.tied_copies import covered_names, untie
 from lora_fx.errors import PlanError, listed
 from lora_fx.graph.adapter_names import adapter_of, adapters, check_adapter_name, copy_name, original_name
 from lora_fx.graph.batch_norms import whole_norms
+from lora_fx.graph.cached_graphs import check_whole
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of, trainable_names
 from lora_fx.graph.info import AdapterRecord, GraphInfo, RuledBranches, info_of
 from lora_fx.graph.process_state import forked_random_state, uncollected
@@ -71,6 +72,7 @@ def attach(
             not start with random ones, or another adapter that acts has a trained copy of the same parameter.
     """
     check_adapter_name(adapter)
+    check_whole(graph_module)
     taken = adapters(graph_module)
     if adapter in taken:
         raise PlanError(

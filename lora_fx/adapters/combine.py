@@ -25,6 +25,7 @@ from lora_fx.errors import PlanError, did_you_mean
 from lora_fx.graph.adapter_names import copy_name
 from lora_fx.graph.adapter_states import acting, trained_names
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
+from lora_fx.graph.info import check_module
 from lora_fx.graph.process_state import forked_random_state
 from lora_fx.graph.records import BranchSpec, Origin, Trained
 from lora_fx.numerics.lowrank_merge import concatenated
@@ -88,6 +89,7 @@ def combine(
         PlanError: there is no such adapter or method, the method does not take an option or lacks one, the name is taken, ranks
             differ where factors are summed, or two adapters have different trained copies of one parameter.
     """
+    check_module(graph_module)
     way = _way(method, rank=rank, density=density, majority_sign=majority_sign, clamp=clamp, seed=seed)
     if not strengths:
         raise PlanError("expected at least one adapter with its strength, got none.")

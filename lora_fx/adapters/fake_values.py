@@ -34,16 +34,22 @@ class FakeValues:
             return
         mode, target = fake.fake_mode, node.target
         if node.op == "get_attr":
-            # On the device of the trace, which the graph may have left since: for another one, or for weights after meta.
-            tensor = self._state.tensors[str(target)]
-            given = (tuple(tensor.shape), tensor.stride(), tensor.dtype, fake.device)
-            node.meta["val"] = self._once(lambda: _empty(mode, *given), mode, *given)
+            node.meta["val"] = self._of_tensor(node, fake)
         elif all("val" in argument.meta for argument in node.all_input_nodes):
-            arguments: Any = fx.map_arg(node.args, lambda n: n.meta["val"])
+            # Of a tensor, a value of the mode: where graphs were joined, several modes read it.
+            arguments: Any = fx.map_arg(
+                node.args, lambda n: self._of_tensor(n, fake) if n.op == "get_attr" else n.meta["val"]
+            )
             if callable(target):
                 node.meta["val"] = self._once(lambda: _run(mode, target, arguments), mode, target, arguments)
             else:  # the path of a dropout
                 node.meta["val"] = arguments[0]
+
+    def _of_tensor(self, node: fx.Node, fake: FakeTensor) -> Any:
+        # On the device of the trace, which the graph may have left since: for another one, or for weights after meta.
+        tensor, mode = self._state.tensors[str(node.target)], fake.fake_mode
+        given = (tuple(tensor.shape), tensor.stride(), tensor.dtype, fake.device)
+        return self._once(lambda: _empty(mode, *given), mode, *given)
 
     def _once(self, compute: Callable[[], Any], *given: Any) -> Any:
         """Return the result for arguments like ``given``; computed at the first such call."""

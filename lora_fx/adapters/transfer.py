@@ -20,15 +20,17 @@ from lora_fx.adapters.recorded import (
 from lora_fx.errors import PlanError
 from lora_fx.graph.adapter_names import adapter_of, adapters
 from lora_fx.graph.adapter_states import acting, adapters_as_added
+from lora_fx.graph.cached_graphs import check_whole
 from lora_fx.graph.compare import described
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, state_of
 from lora_fx.graph.info import RuledBranches, info_of
+from lora_fx.graph.joined_graphs import Graphs, through
 from lora_fx.graph.records import BranchSpec
 
 _logger = logging.getLogger("lora_fx.adapters")
 
 
-def transfer(graph_module: TracedGraphModule, *, onto: TracedGraphModule) -> TracedGraphModule:
+def transfer(graph_module: TracedGraphModule, *, onto: Graphs) -> Graphs:
     """Return a new graph: ``onto`` with the adapters of ``graph_module``, of which the same act at the same strengths.
 
     Sites correspond by module. An adapter that ``onto`` already has gets the trained factors, and trains if it does in
@@ -38,14 +40,21 @@ def transfer(graph_module: TracedGraphModule, *, onto: TracedGraphModule) -> Tra
 
     Args:
         graph_module: a branched graph, not changed.
-        onto: another trace of the same model (another mode, dtype of activations, or other inputs), not changed.
+        onto: another trace of the same model (another mode, dtype of activations, or other inputs), not changed; or its graphs
+            with a cache, if it has an encoder and a decoder.
 
     Raises:
         PlanError: one of the two is no graph of lora_fx; a site of an adapter is missing in ``onto``, or has other features or
             another rank there; an adapter that acts is folded into the weights of ``onto``; or two that would act have trained
             copies of one parameter.
     """
-    onto, given = as_traced(onto), as_traced(graph_module)
+    return through(onto, lambda graph: _transferred(graph_module, as_traced(graph)))
+
+
+def _transferred(graph_module: TracedGraphModule, onto: TracedGraphModule) -> TracedGraphModule:
+    given = as_traced(graph_module)
+    for each in (given, onto):
+        check_whole(each)
     strengths = {**{name: each for name, each in acting(onto).items() if name not in adapters(given)}, **acting(given)}
     within = _folded_into(onto) - _folded_into(given)
     twice = sorted(within & acting(given).keys())

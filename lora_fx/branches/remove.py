@@ -16,7 +16,7 @@ from lora_fx.errors import FoldError
 from lora_fx.graph.adapter_names import is_factor, is_of_adapter, original_name
 from lora_fx.graph.erasing import erase_unread
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
-from lora_fx.graph.info import known_info
+from lora_fx.graph.info import held_graphs, known_info
 from lora_fx.graph.state import State
 from lora_fx.sites.stored_weight import is_transparent
 
@@ -43,7 +43,8 @@ def plain_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     """
     if not isinstance(graph_module, fx.GraphModule):
         raise FoldError(
-            f"expected a graph, got a {type(graph_module).__name__}: make one with lora_fx.rewrite or lora_fx.trace."
+            f"expected a graph, got a {type(graph_module).__name__}: "
+            f"{held_graphs(graph_module) or 'make one with lora_fx.rewrite or lora_fx.trace'}."
         )
     if known_info(graph_module).consumed:
         raise FoldError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +27,8 @@ from lora_fx.cli.options import (
 from lora_fx.cli.printing import remark
 
 if TYPE_CHECKING:  # torch and transformers are slow to import, and `--help` needs neither
-    import lora_fx
+    from lora_fx.adapters.peft_format.opening import AdapterFiles
+    from lora_fx.graph.graph_module import TracedGraphModule
     from lora_fx.tracing.transformers_models import ModelChoice
 
 EXAMPLES = (
@@ -136,9 +138,9 @@ def export(
     import lora_fx
     from lora_fx.adapters.peft_format.base_class import base_class
     from lora_fx.adapters.peft_format.opening import read_adapter
-    from lora_fx.adapters.peft_format.save_load import with_adapter
     from lora_fx.export.generation_directory import KIND
     from lora_fx.files.target import Target
+    from lora_fx.graph.joined_graphs import through
     from lora_fx.rules.lookup import load
 
     with reported():
@@ -149,9 +151,7 @@ def export(
             opened = [read_adapter(directory, layout, ignore_config_key or ()) for directory, layout in pairs]
             choice = base_class(model, opened, model_class)
             graph, model_type = _loaded_graph(model, dtype, choice, example_inputs, with_cache, status.update)
-            for number, files in enumerate(opened):
-                status.update(f"adding {files.directory}")
-                graph = with_adapter(graph, files, f"adapter_{number}", trainable=None, strict=strict)
+            graph = through(graph, partial(_with_adapters, opened=opened, strict=strict, step=status.update))
             if slots and (rules or not adapters):
                 graph = lora_fx.rewrite(graph, load(rules or "auto", model_type, rules_dir or ()))
             if adapters and not slots:
@@ -165,6 +165,18 @@ def export(
     remark(str(exported))
 
 
+def _with_adapters(
+    graph: TracedGraphModule, *, opened: Sequence[AdapterFiles], strict: bool, step: Callable[[str], object]
+) -> TracedGraphModule:
+    """Return a graph with the adapters of these directories, called by their numbers."""
+    from lora_fx.adapters.peft_format.save_load import with_adapter
+
+    for number, files in enumerate(opened):
+        step(f"adding {files.directory}")
+        graph = with_adapter(graph, files, f"adapter_{number}", trainable=None, strict=strict)
+    return graph
+
+
 def _loaded_graph(
     model: Path,
     dtype: Dtype,
@@ -172,8 +184,8 @@ def _loaded_graph(
     example_inputs: Path | None,
     with_cache: bool,
     step: Callable[[str], object],
-) -> tuple[lora_fx.TracedGraphModule, str | None]:
-    """Return the graph of the model in a directory, and its model type."""
+) -> tuple[Any, str | None]:
+    """Return the graph of the model in a directory, or the graphs of one with an encoder, a decoder and a cache; and its model type."""
     import torch
 
     import lora_fx

@@ -21,6 +21,7 @@ from lora_fx.drawing.render.text import in_words, text
 from lora_fx.errors import ExportError
 from lora_fx.files.atomic import replacing
 from lora_fx.files.target import Target
+from lora_fx.graph.info import held_graphs
 
 __all__ = [
     "FORMATS",
@@ -86,7 +87,8 @@ def draw(
     for graph in (before, after):
         if not isinstance(graph, fx.GraphModule):
             raise ExportError(
-                f"expected graphs to draw, got a {type(graph).__name__}: trace it first, lora_fx.trace(model)."
+                f"expected graphs to draw, got a {type(graph).__name__}: "
+                f"{held_graphs(graph) or 'trace it first, lora_fx.trace(model)'}."
             )
     alone = {"before": before, "after": after}
     if show != "diff" and show not in alone:

@@ -1,9 +1,11 @@
-"""A directory that clients generate with: onnxruntime-genai, and optimum's ``ORTModelForCausalLM``.
+"""A directory that clients generate with: onnxruntime-genai, and optimum's ``ORTModelForCausalLM`` and ``ORTModelForSeq2SeqLM``.
 
     model.onnx                graph with a key-value cache, past_key_values.{i}.key → present.{i}.key
+    encoder_model.onnx, decoder_model.onnx, decoder_with_past_model.onnx
+                              of an encoder-decoder model in its place: past_key_values.{i}.decoder.key, ….encoder.key
     config.json               of the transformers model; optimum reads sizes of the cache from it
     generation_config.json    defaults of generation
-    genai_config.json         what onnxruntime-genai needs to know: names and sizes
+    genai_config.json         what onnxruntime-genai needs to know: names and sizes; of a causal model
     tokenizer files           where a tokenizer is given
 
 The files are written beside their place, and moved there together once the model was compared with its graph.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +25,28 @@ from lora_fx.export.deliver import Exported
 from lora_fx.export.onnx_file import onnx
 from lora_fx.files.atomic import replacing
 from lora_fx.files.target import DirectoryKind, Target
-from lora_fx.graph.cached_graphs import PAST, PRESENT, cache_layers, check_cache, generation_settings, takes_positions
+from lora_fx.graph.cached_graphs import (
+    PAST,
+    PRESENT,
+    CachedGraphs,
+    cache_layers,
+    check_cache,
+    generation_settings,
+    takes_positions,
+)
 from lora_fx.graph.graph_module import TracedGraphModule
 
 MODEL = "model.onnx"
+PART_FILES = {
+    "encoder": "encoder_model.onnx",
+    "first": "decoder_model.onnx",
+    "later": "decoder_with_past_model.onnx",
+}
+"""File of each graph of an encoder-decoder model, as optimum calls them."""
 
 
 def generation(
-    graph_module: TracedGraphModule,
+    graph_module: TracedGraphModule | CachedGraphs,
     directory: str | Path,
     *,
     tokenizer: Any = None,
@@ -41,7 +58,8 @@ def generation(
     """Write the directory that onnxruntime-genai and optimum generate with.
 
     Args:
-        graph_module: of a causal language model, traced with ``cache=True``; base, branched or folded. Not changed.
+        graph_module: traced with ``cache=True``; base, branched or folded. Not changed. Of a causal language model a graph, of one
+            with an encoder and a decoder all graphs together.
         directory: to be made.
         tokenizer: of the model, an object with ``save_pretrained``, or a directory whose tokenizer files are copied. Without one,
             clients are given tokens.
@@ -55,7 +73,18 @@ def generation(
         ExportError: see :func:`lora_fx.export.onnx`.
         VerifyError: the written model does not compute what the graph computes.
     """
-    check_cache(graph_module)
+    graphs: dict[str, TracedGraphModule]
+    if isinstance(graph_module, CachedGraphs):
+        graphs = {PART_FILES[part]: each for part, each in graph_module.parts.items()}
+        if slots:
+            raise LoraFxError(
+                "slots=True: clients of encoder-decoder models load no adapters. Write their graphs one by one, each with its adapters: "
+                "lora_fx.export.onnx(graphs.encoder, path, slots=True), and so for first and later."
+            )
+    else:
+        check_cache(graph_module)
+        graphs = {MODEL: graph_module}
+    main = next(iter(graphs.values()))
     directory = Path(directory)
     source = Path(tokenizer) if isinstance(tokenizer, str | Path) else None
     if source is not None and not source.is_dir():
@@ -63,11 +92,15 @@ def generation(
     reads = () if source is None else (source,)
     with replacing(Target(directory, overwrite, reads, KIND)) as beside:
         beside.mkdir()
-        exported = onnx(graph_module, beside / MODEL, slots=slots, verify=verify, tolerance=tolerance)
-        graph_module.config.save_pretrained(beside)
-        generation_settings(graph_module).save_pretrained(beside)
-        text = json.dumps(genai_config(graph_module), indent=2)
-        (beside / GENAI_CONFIG).write_text(text + "\n", encoding="utf-8")
+        written = {
+            name: onnx(each, beside / name, slots=slots, verify=verify, tolerance=tolerance)
+            for name, each in graphs.items()
+        }
+        main.config.save_pretrained(beside)
+        generation_settings(main).save_pretrained(beside)
+        if MODEL in graphs:
+            text = json.dumps(genai_config(main), indent=2)
+            (beside / GENAI_CONFIG).write_text(text + "\n", encoding="utf-8")
         if source is not None:
             for file in sorted(path for path in source.iterdir() if _is_tokenizer_file(path.name)):
                 shutil.copyfile(file, beside / file.name)
@@ -78,7 +111,18 @@ def generation(
             for path in sorted(beside.rglob("*"))
             if path.is_file()
         }
-    return replace(exported, path=directory, files=files)
+    return replace(_together(written), path=directory, files=files)
+
+
+def _together(written: Mapping[str, Exported]) -> Exported:
+    """Return the record of several files as one, with inputs and outputs called ``<file>:<name>``."""
+    first, *others = written.values()
+    if not others:
+        return first
+    inputs = {f"{file}:{name}": axes for file, each in written.items() for name, axes in each.inputs.items()}
+    outputs = tuple(f"{file}:{name}" for file, each in written.items() for name in each.outputs)
+    comparisons = tuple(comparison for each in written.values() for comparison in each.comparisons)
+    return replace(first, inputs=inputs, outputs=outputs, comparisons=comparisons)
 
 
 GENAI_CONFIG = "genai_config.json"
@@ -155,10 +199,11 @@ _TOKENIZER_FILES = (
 
 
 def _is_written(path: str) -> bool:
+    models = (MODEL, *PART_FILES.values())
     return (
-        path in (MODEL, "config.json", "generation_config.json", GENAI_CONFIG)
+        path in (*models, "config.json", "generation_config.json", GENAI_CONFIG)
         or _is_tokenizer_file(path)
-        or (path.startswith(f"{MODEL}.") and path.endswith(".data"))
+        or (path.startswith(tuple(f"{model}." for model in models)) and path.endswith(".data"))
     )
 
 

@@ -18,7 +18,7 @@ from lora_fx.errors import WITH_LABELS, ExportError
 from lora_fx.graph.batch_norms import GivenBatchNorm
 from lora_fx.graph.example_sizes import Dimension, Examples
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
-from lora_fx.graph.info import info_of, known_info
+from lora_fx.graph.info import held_graphs, info_of, known_info
 from lora_fx.graph.input_checks import Constraints, remove_checks
 from lora_fx.graph.provenance import source_line
 from lora_fx.graph.signature import key_parts, signature_of
@@ -99,8 +99,8 @@ def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.
     """
     if not isinstance(graph_module, TracedGraphModule):
         raise ExportError(
-            f"expected a graph that lora_fx.trace, rewrite or fold returned, got {type(graph_module).__name__}. "
-            "Trace it: lora_fx.trace(module, example_inputs)."
+            f"expected a graph that lora_fx.trace, rewrite or fold returned, got {type(graph_module).__name__}: "
+            f"{held_graphs(graph_module) or 'trace it, lora_fx.trace(module, example_inputs)'}."
         )
     if info_of(graph_module).labels:
         raise ExportError(WITH_LABELS)

@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import fx, nn
@@ -26,14 +26,28 @@ from lora_fx.errors import WITH_LABELS, FoldError, listed
 from lora_fx.folding.report import check_finite
 from lora_fx.graph.adapter_names import is_factor, original_name
 from lora_fx.graph.adapter_states import waiting
+from lora_fx.graph.cached_graphs import CachedGraphs, check_whole
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import known_info, with_info
+from lora_fx.graph.joined_graphs import apart, joined
 from lora_fx.graph.state import State
 from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, merge_into, surely_finite
 
 _logger = logging.getLogger("lora_fx.folding")
 
 
+@overload
+def fold(
+    graph_module: CachedGraphs,
+    strengths: Mapping[str, float] | None = None,
+    *,
+    branches: Nominate = is_factor,
+    unshare: bool = False,
+    inplace: bool = False,
+) -> CachedGraphs: ...
+
+
+@overload
 def fold(
     graph_module: fx.GraphModule,
     strengths: Mapping[str, float] | None = None,
@@ -41,7 +55,17 @@ def fold(
     branches: Nominate = is_factor,
     unshare: bool = False,
     inplace: bool = False,
-) -> TracedGraphModule:
+) -> TracedGraphModule: ...
+
+
+def fold(
+    graph_module: fx.GraphModule | CachedGraphs,
+    strengths: Mapping[str, float] | None = None,
+    *,
+    branches: Nominate = is_factor,
+    unshare: bool = False,
+    inplace: bool = False,
+) -> TracedGraphModule | CachedGraphs:
     """Return the graph without its branches, with their product merged into the weights of their sites.
 
     ``W ← W + Σ strength · scaling · B A`` (arXiv 2106.09685, section 4.1), in the layout in which the operator reads W.
@@ -54,7 +78,8 @@ def fold(
     and rounded once.
 
     Args:
-        graph_module: of ATen operators: made by lora_fx, a copy of such, or a trace of a model with branches of its own.
+        graph_module: of ATen operators: made by lora_fx, a copy of such, or a trace of a model with branches of its own; or the
+            graphs of an encoder-decoder model with a cache.
         strengths: the adapters to fold, as for :func:`~lora_fx.activate`. By default those that act, at their strengths. The
             others are dropped, and named in the log.
         branches: tells by a parameter's name whether it is a factor of a branch. By default the names that lora_fx and
@@ -69,6 +94,11 @@ def fold(
             a tensor is on the meta device. Nothing was changed.
         PlanError: ``strengths`` names an adapter that the graph has not.
     """
+    if isinstance(graph_module, CachedGraphs):
+        whole = fold(joined(graph_module), strengths, branches=branches, unshare=unshare, inplace=inplace)
+        for part in graph_module.parts.values() if inplace else ():
+            _consume(part)
+        return apart(whole, graph_module)
     plain = _plain_acting(graph_module, strengths)
     if known_info(plain).labels:
         raise FoldError(WITH_LABELS)
@@ -102,6 +132,7 @@ def folded_state(
 
 def _plain_acting(graph_module: fx.GraphModule, strengths: Mapping[str, float] | None) -> fx.GraphModule:
     """Return the plain graph in which these adapters act; without strengths those that do."""
+    check_whole(graph_module)
     return plain_graph(graph_module if strengths is None else activate(graph_module, strengths))
 
 

@@ -12,7 +12,7 @@ from lora_fx.branches.remove import plain_graph
 from lora_fx.errors import FoldError, listed
 from lora_fx.folding.checkpoint_check import MAX_MISROUNDED_ELEMENTS, MISROUNDED
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
-from lora_fx.graph.info import info_of, known_info
+from lora_fx.graph.info import check_module, info_of, known_info
 from lora_fx.numerics.lowrank_merge import Merge, Merged, measure
 from lora_fx.text_table import new_table, text_lines
 
@@ -116,6 +116,8 @@ def fold_report(before: fx.GraphModule, merged: TracedGraphModule) -> FoldReport
             has other values since; or the graphs are the other way round, or on the meta device.
         PlanError: lora_fx did not make ``merged``.
     """
+    for each in (before, merged):
+        check_module(each)
     merges = info_of(merged).folded
     if not merges:
         _check_order(before, merged)

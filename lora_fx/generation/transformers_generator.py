@@ -1,25 +1,36 @@
-"""Generation with a key-value cache: transformers' own ``generate`` over a graph that was traced with one."""
+"""Generation with a key-value cache: transformers' own ``generate`` over graphs that were traced with one."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
-from lora_fx.graph.cached_graphs import PAST, PRESENT, check_cache, empty_past, generation_settings, takes_positions
+from lora_fx.errors import InputError
+from lora_fx.graph.cached_graphs import (
+    PAST,
+    PRESENT,
+    CachedGraphs,
+    check_cache,
+    empty_past,
+    generation_settings,
+    takes_positions,
+)
 from lora_fx.graph.graph_module import TracedGraphModule
+from lora_fx.graph.info import info_of
+from lora_fx.graph.signature import signature_of
 
 
 class Generator(nn.Module, GenerationMixin):
-    """A causal graph with a cache as transformers' ``generate`` drives a model: greedy, sampling, beams.
+    """Graphs with a cache as transformers' ``generate`` drives a model: greedy, sampling, beams.
 
-    It holds no tensors of its own: what is trained in the graph counts in the next call.
+    It holds no tensors of its own: what is trained in a graph counts in the next call.
 
     Attributes:
-        graph: that computes.
         config: of the model that was traced.
         generation_config: defaults of ``generate``.
     """
@@ -29,16 +40,16 @@ class Generator(nn.Module, GenerationMixin):
     base_model_prefix = ""
     _is_stateful = False
 
-    def __init__(self, graph: TracedGraphModule, generation_config: GenerationConfig) -> None:
+    def __init__(self, graphs: Sequence[TracedGraphModule]) -> None:
         super().__init__()
-        self.graph = graph
-        self.config = graph.config
-        self.generation_config = generation_config
+        self._graphs = tuple(graphs)
+        self.config = graphs[0].config
+        self.generation_config = generation_settings(graphs[0])
 
     @property
     def device(self) -> torch.device:
-        """Where the graph's tensors are."""
-        return self.graph.device
+        """Where the graphs' tensors are."""
+        return self._graphs[0].device
 
     def can_generate(self) -> bool:
         """Tell transformers that it may."""
@@ -51,17 +62,44 @@ class Generator(nn.Module, GenerationMixin):
     def get_experts_implementation(self) -> None:
         """Tell transformers that there is no kernel of experts to exchange while it decodes."""
 
+    def empty_cache(self) -> Cache:
+        """Return a cache without a past, all of whose layers grow: the graphs' masks do windows."""
+        return DynamicCache()
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as transformers' ``GenerationMixin.generate`` does, with a cache that grows; without gradients."""
+        """Generate as transformers' ``GenerationMixin.generate`` does, with a cache that grows; without gradients.
+
+        Raises:
+            InputError: attentions or hidden states are asked for.
+        """
+        for asked in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(asked) or getattr(kwargs.get("generation_config", self.generation_config), asked, False):
+                raise InputError(
+                    f"{asked} was asked for, and a graph returns its logits and cache alone. Ask the model itself."
+                )
         if kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = DynamicCache()  # no config: all layers grow, and the graph's masks do windows
-        training = self.graph.training
+            kwargs["past_key_values"] = self.empty_cache()
+        modes = [graph.training for graph in self._graphs]
         try:
-            self.graph.eval()
+            for graph in self._graphs:
+                graph.eval()
             model: Any = self  # with what generate needs of a PreTrainedModel
             return GenerationMixin.generate(model, *args, **kwargs)
         finally:
-            self.graph.train(training)
+            for graph, training in zip(self._graphs, modes, strict=True):
+                graph.train(training)
+
+
+class CausalGenerator(Generator):
+    """A :class:`Generator` over the graph of a causal language model.
+
+    Attributes:
+        graph: that computes.
+    """
+
+    def __init__(self, graph: TracedGraphModule) -> None:
+        super().__init__((graph,))
+        self.graph = graph
 
     def forward(
         self,
@@ -80,12 +118,7 @@ class Generator(nn.Module, GenerationMixin):
             past_key_values: a cache, changed in place.
         """
         cache = DynamicCache() if past_key_values is None else past_key_values
-        layers: list[Any] = list(cache.layers)
-        past = (
-            [{"key": layer.keys, "value": layer.values} for layer in layers]
-            if cache.get_seq_length()
-            else empty_past(self.graph, input_ids.size(0))
-        )
+        past = _pairs(cache) if cache.get_seq_length() else empty_past(self.graph, input_ids.size(0))
         length = past[0]["key"].size(2) + input_ids.size(1)
         mask = attention_mask if attention_mask is not None else input_ids.new_ones(input_ids.size(0), length)
         inputs = {"input_ids": input_ids, "attention_mask": mask, PAST: past}
@@ -93,16 +126,116 @@ class Generator(nn.Module, GenerationMixin):
             counted = (mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.size(1) :]
             inputs["position_ids"] = counted if position_ids is None else position_ids
         outputs = self.graph(**inputs)
-        for index, layer in enumerate(outputs[PRESENT]):
-            if index < len(layers) and layers[index].is_initialized:
-                layers[index].keys, layers[index].values = layer["key"], layer["value"]
-            else:
-                cache.update(layer["key"], layer["value"], index)
+        _put(cache, outputs[PRESENT])
         return CausalLMOutputWithPast(logits=outputs["logits"], past_key_values=cache)
 
 
-def generator(graph_module: TracedGraphModule) -> Generator:
+class EncoderDecoderGenerator(Generator):
+    """A :class:`Generator` over the graphs of a model with an encoder and a decoder.
+
+    Attributes:
+        graphs: that compute.
+    """
+
+    def __init__(self, graphs: CachedGraphs) -> None:
+        super().__init__(tuple(graphs.parts.values()))
+        self.graphs = graphs
+        self.main_input_name = info_of(graphs.encoder).main_input
+        self.encoder = _Encoder(graphs.encoder, self.main_input_name)
+        self._masked = "encoder_attention_mask" in signature_of(graphs.first.graph).inputs
+
+    def empty_cache(self) -> Cache:
+        """Return a cache without a past, over the decoder and over the encoder."""
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+    def get_encoder(self) -> nn.Module:
+        """Return the encoder, as ``generate`` calls it."""
+        return self.encoder
+
+    def forward(
+        self,
+        decoder_input_ids: torch.Tensor,
+        encoder_outputs: BaseModelOutput,
+        attention_mask: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        **_: Any,
+    ) -> Seq2SeqLMOutput:
+        """Compute logits ``(batch, sequence, vocabulary)``, and let the cache have the new positions.
+
+        Args:
+            decoder_input_ids: ``(batch, sequence)``.
+            encoder_outputs: with ``last_hidden_state (batch, encoder_sequence, hidden)``.
+            attention_mask: of the encoder's inputs, ``(batch, encoder_sequence)``; all ones by default.
+            decoder_attention_mask: all ones, since the graphs take none.
+            past_key_values: a cache, changed in place.
+
+        Raises:
+            InputError: positions of the decoder are masked.
+        """
+        if decoder_attention_mask is not None and not bool((decoder_attention_mask == 1).all()):
+            raise InputError(
+                "decoder_attention_mask has zeros, and the graphs of an encoder-decoder model take decoder_input_ids of one length: "
+                "generate for those of each length on their own."
+            )
+        cache: Any = self.empty_cache() if past_key_values is None else past_key_values
+        hidden: Any = encoder_outputs.last_hidden_state
+        inputs: dict[str, Any] = {"input_ids": decoder_input_ids}
+        if self._masked:
+            ones = decoder_input_ids.new_ones(hidden.shape[:2])
+            inputs["encoder_attention_mask"] = ones if attention_mask is None else attention_mask
+        both = {"decoder": cache.self_attention_cache, "encoder": cache.cross_attention_cache}
+        if cache.get_seq_length():
+            layers = zip(*map(_pairs, both.values()), strict=True)
+            outputs = self.graphs.later(**inputs, **{PAST: [dict(zip(both, pairs, strict=True)) for pairs in layers]})
+        else:
+            outputs = self.graphs.first(**inputs, encoder_hidden_states=hidden)
+        for of in outputs[PRESENT][0]:
+            _put(both[of], [layer[of] for layer in outputs[PRESENT]])
+        return Seq2SeqLMOutput(logits=outputs["logits"], past_key_values=cache, encoder_last_hidden_state=hidden)
+
+
+class _Encoder(nn.Module):
+    """An encoder as ``generate`` calls one: with its inputs by keyword."""
+
+    def __init__(self, graph: TracedGraphModule, main_input_name: str) -> None:
+        super().__init__()
+        self.main_input_name = main_input_name
+        self._graph = graph
+        self._inputs = signature_of(graph.graph).inputs
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        **_: Any,
+    ) -> BaseModelOutput:
+        mask = attention_mask if input_ids is None or attention_mask is not None else torch.ones_like(input_ids)
+        given = {"input_ids": input_ids, "attention_mask": mask, "input_features": input_features}
+        return BaseModelOutput(**self._graph(**{name: given[name] for name in self._inputs}))
+
+
+def _pairs(cache: Cache) -> list[dict[str, torch.Tensor]]:
+    layers: list[Any] = list(cache.layers)
+    return [{"key": layer.keys, "value": layer.values} for layer in layers]
+
+
+def _put(cache: Cache, present: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Give the layers of a cache these keys and values (in place)."""
+    layers: list[Any] = list(cache.layers)
+    for index, pair in enumerate(present):
+        if index < len(layers) and layers[index].is_initialized:
+            layers[index].keys, layers[index].values = pair["key"], pair["value"]
+        else:
+            cache.update(pair["key"], pair["value"], index)
+
+
+def generator(graph_module: TracedGraphModule | CachedGraphs) -> Generator:
     """Return an object on which transformers' ``generate`` runs: greedy search, sampling, beams, streaming.
+
+    What a model's class does around ``generate`` is not part of it: of Whisper, the tokens of language and task are given as
+    ``decoder_input_ids``, and sounds are no longer than one window.
 
     Args:
         graph_module: traced with ``cache=True``: base, branched, fused or folded. It is held, not copied; the values that it has when
@@ -111,5 +244,7 @@ def generator(graph_module: TracedGraphModule) -> Generator:
     Raises:
         LoraFxError: the graph has no cache.
     """
+    if isinstance(graph_module, CachedGraphs):
+        return EncoderDecoderGenerator(graph_module)
     check_cache(graph_module)
-    return Generator(graph_module, generation_settings(graph_module))
+    return CausalGenerator(graph_module)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import GenerationConfig
 
-from lora_fx.errors import LoraFxError
-from lora_fx.graph.graph_module import TracedGraphModule
+from lora_fx.errors import LoraFxError, PlanError
+from lora_fx.graph.graph_module import TracedGraphModule, install, state_of
 from lora_fx.graph.info import info_of, known_info
 from lora_fx.graph.signature import signature_of
+from lora_fx.graph.state import State
 
 PAST, PRESENT = "past_key_values", "present"
 """Names of the cache among the inputs and among the outputs."""
@@ -41,13 +43,60 @@ class CacheLayer:
         }
 
 
+@dataclass(frozen=True)
+class CachedGraphs:
+    """The graphs of an encoder-decoder model with a key-value cache: ``trace`` and ``rewrite`` return them with ``cache=True``.
+
+    They have the same ``Parameter`` objects, of the whole model. ``fold``, ``transfer``, ``activate``, ``load_adapter``,
+    ``save_adapter``, ``generation.generator`` and ``export.generation`` take them together; all else takes one of them.
+
+    Attributes:
+        encoder: ``input_ids`` and ``attention_mask``, or ``input_features`` → ``{"last_hidden_state"}``.
+        first: ``input_ids (batch, sequence)`` of the decoder, ``encoder_attention_mask``, ``encoder_hidden_states`` →
+            ``{"logits", "present"}``, a list with ``{"decoder": {"key", "value"}, "encoder": {"key", "value"}}`` of each layer. Without
+            a mask of the encoder where the model takes sounds.
+        later: ``input_ids``, ``encoder_attention_mask``, ``past_key_values``, a list as ``first`` returns it → ``{"logits", "present"}``,
+            a list with ``{"decoder": {"key", "value"}}``.
+    """
+
+    encoder: TracedGraphModule
+    first: TracedGraphModule
+    later: TracedGraphModule
+
+    @property
+    def parts(self) -> dict[str, TracedGraphModule]:
+        """The graphs by their names."""
+        return {"encoder": self.encoder, "first": self.first, "later": self.later}
+
+    def sharing(self) -> CachedGraphs:
+        """Let the graphs have the same tensors (in place), those of the first graph that has them."""
+        tensors: dict[str, torch.Tensor] = {}
+        for part in self.parts.values():
+            own = state_of(part)
+            shared = {name: tensors.setdefault(name, tensor) for name, tensor in own.tensors.items()}
+            install(part, State(shared, own.non_persistent))
+        return self
+
+
+def check_whole(graph_module: nn.Module) -> None:
+    """Raise :class:`PlanError` for one of :class:`CachedGraphs` alone, whose adapters and weights the others would not have."""
+    info = known_info(graph_module)
+    if info.part:
+        raise PlanError(
+            f"expected the graphs of {info.class_name} together, got {info.part!r} alone: pass the CachedGraphs that hold it, since "
+            "their parameters are shared."
+        )
+
+
 def has_cache(graph_module: TracedGraphModule) -> bool:
     """Tell whether a graph was traced with ``cache=True``."""
     return any(argument.name == PAST and argument.is_input for argument in signature_of(graph_module.graph).arguments)
 
 
 def check_cache(graph_module: TracedGraphModule) -> None:
-    """Raise :class:`LoraFxError` unless a graph was traced with a cache."""
+    """Raise :class:`LoraFxError` unless a graph was traced with a cache, and is that of the whole model."""
+    if isinstance(graph_module, TracedGraphModule):
+        check_whole(graph_module)
     if not isinstance(graph_module, TracedGraphModule) or not has_cache(graph_module):
         raise LoraFxError(
             "expected a graph with a key-value cache: rewrite, trace or from_adapter with cache=True; a graph that was trained without "

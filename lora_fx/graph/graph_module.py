@@ -23,7 +23,7 @@ from lora_fx.graph.adapter_states import AdapterState, adapter_states
 from lora_fx.graph.batch_norms import copied_leaf, statistics
 from lora_fx.graph.codegen import is_usable_part
 from lora_fx.graph.compare import same_values
-from lora_fx.graph.info import PEFT_SPELLING, GraphInfo, known_info, with_info
+from lora_fx.graph.info import PEFT_SPELLING, GraphInfo, check_module, held_graphs, known_info, with_info
 from lora_fx.graph.overview import overview_html, overview_text
 from lora_fx.graph.pickling import GraphRecord, record, restore
 from lora_fx.graph.signature import InputCodeGen
@@ -228,7 +228,11 @@ def state_of(module: nn.Module) -> State:
     """Return all parameters, buffers and (for a graph) called modules of ``module``; nothing is copied.
 
     The module tree is not asked for leaf modules unless it is a graph, where the graph says which they are.
+
+    Raises:
+        PlanError: the argument is no module.
     """
+    check_module(module)
     tensors: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
     tensors.update(module.named_buffers(remove_duplicate=False))
     sharded = next((name for name, tensor in tensors.items() if hasattr(tensor, "device_mesh")), None)
@@ -248,14 +252,7 @@ def as_traced(module: nn.Module) -> TracedGraphModule:
     """
     if isinstance(module, TracedGraphModule):
         return module
-    wrapped = next(
-        (name for name in ("module", "_orig_mod") if isinstance(getattr(module, name, None), TracedGraphModule)), None
-    )
-    advice = (
-        "make one with lora_fx.trace, or take a model with lora_fx.from_adapter"
-        if wrapped is None
-        else f"it wraps one, which is its attribute {wrapped!r}: pass that"
-    )
+    advice = held_graphs(module) or "make one with lora_fx.trace, or take a model with lora_fx.from_adapter"
     raise PlanError(f"expected a graph of lora_fx, got a {type(module).__name__}: {advice}.")
 
 

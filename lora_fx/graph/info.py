@@ -84,6 +84,8 @@ class GraphInfo:
     Attributes:
         inference: traced in eval mode alone, so that nothing in it trains.
         labels: traced with labels, for training.
+        part: ``"encoder"``, ``"first"`` or ``"later"``: which of the graphs of an encoder-decoder model with a cache; empty for a whole
+            model.
         constants: inputs of the trace that are no tensors, by their names.
         model_class: of the model that was traced, as ``module:qualified.name``.
         pretrained: whether the model is a ``transformers.PreTrainedModel``.
@@ -108,6 +110,7 @@ class GraphInfo:
 
     inference: bool = True
     labels: bool = False
+    part: str = ""
     constants: Mapping[str, Any] = field(default_factory=dict)
     model_class: str = ""
     pretrained: bool = False
@@ -145,8 +148,8 @@ def info_of(graph_module: fx.GraphModule) -> GraphInfo:
     info = _record(graph_module)
     if info is None:
         raise PlanError(
-            f"expected a graph that lora_fx made, got a {type(graph_module).__name__} without its record: make one with "
-            "lora_fx.trace."
+            f"expected a graph that lora_fx made, got a {type(graph_module).__name__} without its record: "
+            f"{held_graphs(graph_module) or 'make one with lora_fx.trace'}."
         )
     return info
 
@@ -156,7 +159,25 @@ def known_info(graph_module: nn.Module) -> GraphInfo:
     return _record(graph_module) or GraphInfo()
 
 
-def _record(module: nn.Module) -> GraphInfo | None:
+def check_module(value: object) -> None:
+    """Raise :class:`PlanError` for anything but a module, such as an object that holds several graphs."""
+    if not isinstance(value, nn.Module):
+        raise PlanError(
+            f"expected a graph or another module, got a {type(value).__name__}: "
+            f"{held_graphs(value) or 'make a graph with lora_fx.trace'}."
+        )
+
+
+def held_graphs(value: object) -> str:
+    """Return advice to pass a graph that an object holds: a wrapper of one, or the graphs of a model; nothing if it holds none."""
+    held = [*getattr(value, "__dict__", {}).items(), *getattr(value, "_modules", {}).items()]
+    graphs = [name for name, each in held if _record(each) is not None]
+    if len(graphs) == 1:
+        return f"it wraps one, which is its attribute {graphs[0]!r}: pass that"
+    return f"pass one of its graphs: {', '.join(graphs)}" if graphs else ""
+
+
+def _record(module: Any) -> GraphInfo | None:
     """Return the record of a graph; None for a foreign one, and for a module that is no graph."""
     meta = getattr(module, "meta", None)  # what wraps a graph answers for it
     info = meta.get(_KEY) if isinstance(meta, dict) else None

@@ -350,7 +350,10 @@ def _gated_parts(graph: _Graph, inner: fx.Node, last: fx.Node) -> dict[Part, Fea
 
 
 def _find_heads(graph: _Graph, found: _Found) -> None:
-    """Find heads: their output is returned by the graph, but for scaling, a cap, and a choice of positions."""
+    """Find heads: their output is returned by the graph, but for scaling, a cap, and a choice of positions.
+
+    Keys and values that are returned, for a cache, are none.
+    """
     todo, seen = graph.nodes[-1].all_input_nodes, set()
     while todo:
         node = todo.pop()
@@ -359,10 +362,13 @@ def _find_heads(graph: _Graph, found: _Found) -> None:
         seen.add(node)
         inputs = [source for source in graph.reads[node] if source not in graph.constants]
         if node in graph.sites:
-            if graph.weight_ops[node].op == "linear":
+            if graph.weight_ops[node].op == "linear" and not found.has(node, *_KEPT):
                 found.add(node, "head", "")
         elif len(inputs) == 1 and (name_of(node) in SHAPE | POINTWISE or _is_cap(node)):
             todo += inputs
+
+
+_KEPT = tuple(f"{kind}_attention.{part}" for kind in ("self", "cross") for part in ("key", "value"))
 
 
 def _is_cap(node: fx.Node) -> bool:

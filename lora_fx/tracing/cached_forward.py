@@ -11,9 +11,9 @@ question to Python. Layers with a sliding window grow too: the mask does the win
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -23,29 +23,43 @@ from lora_fx.errors import TraceError, listed
 from lora_fx.graph.cached_graphs import PAST, PRESENT, CacheLayer
 from lora_fx.graph.example_sizes import SUM
 from lora_fx.tracing.example_inputs import BATCH, ExampleInputs, random_tokens
+from lora_fx.tracing.repeated_layers.stubs import Carried
 
 BATCH_AXIS, SEQUENCE_AXIS, PAST_AXIS = "batch", "sequence", "past_sequence"
 
 _PAST_LENGTH, _LENGTH = 5, 3  # of the example: distinct from each other, the batch and their sum
 
 
-class _GrowingLayer(DynamicLayer):
-    """A layer of a cache that holds its past from the start.
+class GrowingLayer(DynamicLayer):
+    """A layer of a cache that holds its past from the start, or is told that it has none.
 
     transformers asks a layer by Python whether it is empty; this one has a length, 0 or more, by the size of its keys.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def __init__(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.keys: torch.Tensor = keys
-        self.values: torch.Tensor = values
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.keys, self.values = keys, values
+        self.is_initialized = True
 
     def get_seq_length(self) -> int:
-        return self.keys.shape[-2]
+        """Return the number of positions."""
+        return 0 if self.keys is None else self.keys.shape[-2]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep new positions, and return all."""
+        self.keys, self.values = self.extended(key_states, value_states)
+        return self.keys, self.values
+
+    def extended(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the past with new positions behind it."""
+        if self.keys is None or self.values is None:
+            return keys, values
+        return torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2)
 
 
-class _State:
+class CallState:
     """What changes in a cache during a call: it has no ``__dict__``, so that layers that are given the cache are given equal things.
 
     Attributes:
@@ -60,23 +74,39 @@ class _State:
         self.present: dict[int, Sequence[torch.Tensor]] = {}
 
 
-class _TensorCache(DynamicCache):
-    """A cache over given keys and values."""
+class _Layers(list[Any]):
+    """The layers of a cache, of which the one that computes now is found by any number."""
 
-    def __init__(self, past: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    def __init__(self, layers: Iterable[Any], state: CallState) -> None:
+        super().__init__(layers)
+        self._state = state
+
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(index if self._state.layer is None else self._state.layer)
+
+
+class TensorCache(DynamicCache):
+    """A cache over given keys and values; ``None`` for a layer without a past."""
+
+    def __init__(self, past: Sequence[Mapping[str, torch.Tensor] | None]) -> None:
         super().__init__()
-        self.layers: list[Any] = [_GrowingLayer(layer["key"], layer["value"]) for layer in past]
-        self.state = _State()
+        self.state = CallState()
+        layers = (GrowingLayer() if layer is None else GrowingLayer(layer["key"], layer["value"]) for layer in past)
+        self.layers: list[Any] = _Layers(layers, self.state)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of positions of a layer."""
+        return self.layers[layer_idx].get_seq_length()  # type: ignore[no-any-return]
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep new positions of a layer, and return all."""
+        layer: GrowingLayer = self.layers[layer_idx]
         if self.state.layer is None:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        past = self.layers[self.state.layer]
-        keys, values = torch.cat([past.keys, key_states], -2), torch.cat([past.values, value_states], -2)
-        self.state.present[self.state.layer] = keys, values
-        return keys, values
+            return layer.update(key_states, value_states)
+        self.state.present[self.state.layer] = found = layer.extended(key_states, value_states)
+        return found
 
     def present(self) -> list[dict[str, torch.Tensor]]:
         """Return the keys and values of all layers."""
@@ -86,43 +116,54 @@ class _TensorCache(DynamicCache):
             for index, pair in enumerate(pairs)
         ]
 
+    def begin(self, layer: int) -> list[torch.Tensor]:
+        """Return past keys and values of a layer, which is the one that computes until :meth:`end`."""
+        self.state.layer = layer
+        past: GrowingLayer = self.layers[layer]
+        return [] if past.keys is None or past.values is None else [past.keys, past.values]
 
-class CachedCall:
-    """``model.forward`` with a cache of tensors, and what its layers take from the cache and put there.
+    def end(self) -> list[torch.Tensor]:
+        """Return its present keys and values; nothing if it keeps none."""
+        layer, self.state.layer = self.state.layer, None
+        assert layer is not None
+        return list(self.state.present.get(layer, ()))
 
-    It is ``Carried`` of :mod:`lora_fx.tracing.repeated_layers.stubs`. A layer's number is its place in its ``ModuleList``.
+    def replace(self, layer: int, returned: Sequence[torch.Tensor]) -> None:
+        """Take these for the present keys and values of a layer."""
+        self.state.layer = None
+        if returned:
+            self.state.present[layer] = returned
 
-    Attributes:
-        inputs: examples.
-        forward: in the place of the model's own.
-    """
+
+class CachedCall(Carried, Protocol):
+    """A call with a cache of tensors that takes the place of ``model.forward``, and what layers take from the cache and put there."""
+
+    inputs: ExampleInputs
+    forward: Callable[..., Any]
+
+
+class CausalCall:
+    """The :class:`CachedCall` of a causal language model. A layer's number is its place in its ``ModuleList``."""
+
+    forward: Callable[..., Any]
 
     def __init__(self, model: nn.Module) -> None:
         self.inputs = _inputs(model, cache_layers(model))
         self._original = model.forward
-        self._cache = _TensorCache(())
+        self._cache = TensorCache(())
         self.forward = self._with_positions if _takes_positions(model) else self._without_positions
 
     def begin(self, path: str) -> list[torch.Tensor]:
         """Return past keys and values of a layer."""
-        self._cache.state.layer = _number(path)
-        layer = self._cache.layers[_number(path)]
-        return [layer.keys, layer.values]
+        return self._cache.begin(number(path))
 
     def end(self) -> list[torch.Tensor]:
-        """Return its present keys and values; nothing if it keeps none."""
-        state = self._cache.state
-        assert state.layer is not None
-        found = list(state.present.get(state.layer, ()))
-        state.layer = None
-        return found
+        """Return its present keys and values."""
+        return self._cache.end()
 
     def replace(self, path: str, returned: Sequence[torch.Tensor]) -> None:
         """Take these for the present keys and values of a layer."""
-        state = self._cache.state
-        state.layer = None
-        if returned:
-            state.present[_number(path)] = returned
+        self._cache.replace(number(path), returned)
 
     def _with_positions(
         self, input_ids: Any, attention_mask: Any, position_ids: Any, past_key_values: Any
@@ -136,7 +177,7 @@ class CachedCall:
 
     def _call(self, past: Sequence[Mapping[str, torch.Tensor]], **inputs: torch.Tensor) -> dict[str, Any]:
         _check_lengths(past, inputs)
-        self._cache = _TensorCache(past)
+        self._cache = TensorCache(past)
         logits = self._original(**inputs, past_key_values=self._cache, use_cache=True).logits
         return {"logits": logits, PRESENT: self._cache.present()}
 
@@ -154,22 +195,14 @@ def _check_lengths(past: Sequence[Mapping[str, torch.Tensor]], inputs: Mapping[s
         )
 
 
-def _number(path: str) -> int:
+def number(path: str) -> int:
+    """Return the number of a layer by its path."""
     return int(path.rpartition(".")[2])
 
 
 @contextmanager
-def cached_forward(model: nn.Module) -> Iterator[CachedCall]:
-    """Let ``model.forward`` take and return the cache as tensors inside the block; yield the call.
-
-    Its arguments are ``input_ids (batch, sequence)``, ``attention_mask (batch, past_sequence + sequence)``, ``position_ids
-    (batch, sequence)`` where the model takes those, and ``past_key_values``, a ``{"key", "value"}`` for each layer. It returns
-    ``{"logits", "present"}``.
-
-    Raises:
-        TraceError: the model is no causal language model, or has a cache of another kind.
-    """
-    call = CachedCall(model)
+def replaced_forward(model: nn.Module, call: CachedCall) -> Iterator[CachedCall]:
+    """Let ``model.forward`` be a call with a cache inside the block; yield the call."""
     own = vars(model).get("forward")
     model.forward = call.forward
     try:
@@ -213,34 +246,54 @@ def cache_layers(model: nn.Module) -> list[CacheLayer]:
         TraceError: the model is no causal language model, or keeps something else than keys and values of all positions.
     """
     name = type(model).__name__
-    _check_positions(model)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or "input_ids" not in _parameters(model):
+    check_positions(model)
+    if "input_ids" not in _parameters(model):
         raise TraceError(
             f"cache=True: {name} is not a causal language model of transformers. Trace it without a cache."
         )
     ids = torch.ones(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
     try:
         with torch.no_grad():
-            cache: Any = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
+            found: Any = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+        cache = found.past_key_values
     except (TypeError, AttributeError) as error:
         raise TraceError(f"cache=True: {name} returns no cache ({error}). Trace it without.") from error
+    check_logits(model, found)
     if cache is None:
         raise TraceError(f"cache=True: {name} returns no cache. Trace it without.")
+    return layers_of(model, cache)
+
+
+def check_logits(model: nn.Module, outputs: Any) -> None:
+    """Raise :class:`TraceError` for a model without a head."""
+    if getattr(outputs, "logits", None) is None:
+        raise TraceError(
+            f"cache=True: {type(model).__name__} returns no logits to generate from. Trace the model with its head, or this one without a "
+            "cache."
+        )
+
+
+def layers_of(model: nn.Module, cache: Any) -> list[CacheLayer]:
+    """Return the sizes of a cache that a model returned.
+
+    Raises:
+        TraceError: it keeps something else than keys and values of all positions.
+    """
     layers: list[Any] = list(getattr(cache, "layers", ()))
     kinds = {type(layer).__name__: type(layer) for layer in layers}
     other = [kind for kind, each in kinds.items() if each not in (DynamicLayer, DynamicSlidingWindowLayer)]
     if type(cache) is not DynamicCache or not kinds or other:
         found = listed(other, 3) or type(cache).__name__
         raise TraceError(
-            f"cache=True: {name} keeps a cache of another kind ({found}), and a graph has keys and values of all positions. Trace it "
-            "without a cache."
+            f"cache=True: {type(model).__name__} keeps a cache of another kind ({found}), and a graph has keys and values of all "
+            "positions. Trace it without a cache."
         )
     return [
         CacheLayer(layer.keys.size(1), layer.keys.size(3), layer.values.size(3), layer.keys.dtype) for layer in layers
     ]
 
 
-def _check_positions(model: nn.Module) -> None:
+def check_positions(model: nn.Module) -> None:
     """Refuse positions whose frequencies the model chooses anew in Python, by the length."""
     config = getattr(model, "config", None)
     rope = getattr(config, "rope_parameters", None) or {}

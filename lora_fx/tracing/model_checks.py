@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_fx.errors import TraceError, listed
 from lora_fx.graph.graph_module import check_names, state_of
+from lora_fx.graph.info import held_graphs
 from lora_fx.graph.signature import ITEM_COUNT
 from lora_fx.tracing.example_inputs import ExampleInputs
 from lora_fx.tracing.item_count import without_item_count
@@ -19,7 +20,9 @@ from lora_fx.tracing.parity import OnCopies
 def check_model(model: nn.Module) -> None:
     """Raise :class:`TraceError` for anything but a module in Python whose tensors can have gradients and have usable names."""
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise TraceError(f"expected a torch.nn.Module in Python, got a {type(model).__name__}: {model!r}.")
+        raise TraceError(
+            f"expected a torch.nn.Module in Python, got a {type(model).__name__}: {held_graphs(model) or repr(model)}."
+        )
     tensors = state_of(model).tensors
     check_names(tensors)
     if any(tensor.is_inference() for tensor in tensors.values()):

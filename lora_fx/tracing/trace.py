@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import fx, nn
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError, first_line
 from lora_fx.graph.batch_norms import statistics
+from lora_fx.graph.cached_graphs import CachedGraphs
 from lora_fx.graph.graph_module import TracedGraphModule, assemble, check_names, copy_graph, rebuilt, state_of
 from lora_fx.graph.info import GraphInfo, with_info
 from lora_fx.graph.input_checks import Constraints, add_checks
@@ -23,7 +24,8 @@ from lora_fx.graph.process_state import uncollected
 from lora_fx.graph.signature import fill_in, signature_of
 from lora_fx.graph.state import State
 from lora_fx.graph.take_inputs import take_inputs
-from lora_fx.tracing.cached_forward import CachedCall, cached_forward
+from lora_fx.tracing.cached_encoder_decoder import CALLS, is_encoder_decoder, sizes_of
+from lora_fx.tracing.cached_forward import CachedCall, CausalCall, replaced_forward
 from lora_fx.tracing.canonicalize import (
     follow_input_device,
     inline_regions,
@@ -81,6 +83,30 @@ from lora_fx.tracing.train_eval import CUMULATIVE, check_constants, remove_inact
 _logger = logging.getLogger("lora_fx.tracing")
 
 
+@overload
+def trace(
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | ExampleInputs | None = None,
+    *,
+    dynamic: Dynamic | None = None,
+    labels: bool = False,
+    inference: bool = False,
+    cache: Literal[False] = False,
+) -> TracedGraphModule: ...
+
+
+@overload
+def trace(
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | ExampleInputs | None = None,
+    *,
+    dynamic: Dynamic | None = None,
+    labels: bool = False,
+    inference: bool = False,
+    cache: bool,
+) -> TracedGraphModule | CachedGraphs: ...
+
+
 def trace(
     model: nn.Module | torch.export.ExportedProgram,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | ExampleInputs | None = None,
@@ -89,7 +115,7 @@ def trace(
     labels: bool = False,
     inference: bool = False,
     cache: bool = False,
-) -> TracedGraphModule:
+) -> TracedGraphModule | CachedGraphs:
     """Trace a model into one plain ``torch.fx.GraphModule`` of ATen operators.
 
     The graph takes the inputs it was traced with, by position or keyword, and returns what the model returned (for a
@@ -141,19 +167,35 @@ def trace(
         )
     if not inference:
         check_checkpointing(model)
-    with uncollected(), preserved(model), cached_forward(model) if cache else nullcontext() as cached:
-        inputs = _inputs_of(model, cached.inputs if cached else example_inputs)
-        if labels:
-            inputs = with_item_count(model, with_labels(model, inputs))
-        check_inputs(model, inputs, dynamic)
-        inputs = varied(in_order(model, inputs), dynamic)
-        mode = mode_of(model, inference=inference)
-        if labels:
-            check_loss(model, inputs, mode)
-        if is_exported(model):
-            tie(model)
-        traced = _trace_equal_layers_once(_Task(model, inputs, dynamic, labels, inference, mode, cached))
-        return checked_base(traced.train(mode.training))
+    with uncollected(), preserved(model):
+        if cache and is_encoder_decoder(model):
+            return _encoder_decoder(model)
+        with replaced_forward(model, CausalCall(model)) if cache else nullcontext() as cached:
+            inputs = _inputs_of(model, cached.inputs if cached else example_inputs)
+            if labels:
+                inputs = with_item_count(model, with_labels(model, inputs))
+            check_inputs(model, inputs, dynamic)
+            inputs = varied(in_order(model, inputs), dynamic)
+            mode = mode_of(model, inference=inference)
+            if labels:
+                check_loss(model, inputs, mode)
+            if is_exported(model):
+                tie(model)
+            traced = _trace_equal_layers_once(_Task(model, inputs, dynamic, labels, inference, mode, cached))
+            return checked_base(traced.train(mode.training))
+
+
+def _encoder_decoder(model: nn.Module) -> CachedGraphs:
+    """Trace the encoder of a model, and the first and the later steps of its decoder."""
+    mode = mode_of(model, inference=True)
+    mode.set(model, False)
+    sizes, parts = sizes_of(model), dict[str, TracedGraphModule]()
+    for part, call in CALLS.items():
+        with replaced_forward(model, call(model, sizes)) as cached:
+            inputs = in_order(model, _inputs_of(model, cached.inputs))
+            task = _Task(model, inputs, None, labels=False, inference=True, mode=mode, cached=cached, part=part)
+            parts[part] = checked_base(_trace_equal_layers_once(task).train(mode.training))
+    return CachedGraphs(**parts).sharing()
 
 
 @dataclass(frozen=True)
@@ -163,6 +205,7 @@ class _Task:
     Attributes:
         mode: of the model as it was given.
         cached: the call with a key-value cache, which replaces the model's own.
+        part: of an encoder-decoder model that the call is of.
         classes: equal layers, of which one is traced.
     """
 
@@ -173,6 +216,7 @@ class _Task:
     inference: bool
     mode: Mode
     cached: CachedCall | None = None
+    part: str = ""
     classes: Sequence[LayerClass] = ()
 
     @property
@@ -182,6 +226,7 @@ class _Task:
         return GraphInfo(
             inference=self.inference,
             labels=self.labels,
+            part=self.part,
             constants={name: value for name, value in inputs.kwargs.items() if not _has_tensor(value)},
             model_class=f"{type(model).__module__}:{type(model).__qualname__}",
             pretrained=is_pretrained(model),
@@ -329,6 +374,10 @@ def _trace(task: _Task, *, training: bool) -> _Trace:
         for name, tensor in program.constants.items()
         if name not in state.tensors and isinstance(tensor, torch.Tensor)
     }
+    if task.part:  # whose graphs have all other tensors in common
+        for node in graph.find_nodes(op="get_attr"):
+            node.target = f"{task.part}_{node.target}" if node.target in constants else node.target
+        constants = {f"{task.part}_{name}": tensor for name, tensor in constants.items()}
     if not task.classes:
         use_first_names(graph, {**{name: name for name in constants}, **state.aliases()})
     graph.eliminate_dead_code()

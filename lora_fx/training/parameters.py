@@ -11,7 +11,7 @@ from torch import fx, nn
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.adapter_names import is_embedding_factor, is_factor, is_factor_b
 from lora_fx.graph.adapter_states import AdapterState, adapter_states
-from lora_fx.graph.info import known_info
+from lora_fx.graph.info import check_module, known_info
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ def parameter_summary(module: nn.Module) -> ParameterSummary:
     Args:
         module: a graph, or any other module.
     """
+    check_module(module)
     parameters = list(module.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     states = adapter_states(module) if isinstance(module, fx.GraphModule) else ()
@@ -92,6 +93,7 @@ def lora_plus_groups(
             f"lora_plus_groups: expected a finite number, 0 or above, for weight_decay, got {weight_decay!r}."
         )
     rates = {"A": lr, "B": lr * ratio, "embedding": embedding_lr, "own": lr, "own vectors": lr}
+    check_module(graph_module)
     embedding = _embedding_factors(graph_module)
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in graph_module.named_parameters():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import fx, nn
@@ -31,8 +31,10 @@ from lora_fx.files.target import DirectoryKind, Target
 from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.adapter_states import trained_names
 from lora_fx.graph.batch_norms import statistics
+from lora_fx.graph.cached_graphs import CachedGraphs, check_whole
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, state_of
 from lora_fx.graph.info import info_of
+from lora_fx.graph.joined_graphs import Graphs, joined, through
 from lora_fx.graph.records import BranchSpec
 from lora_fx.graph.state import State
 from lora_fx.numerics.lowrank_merge import with_all_rows
@@ -40,6 +42,40 @@ from lora_fx.rules.peft_config.config import CONFIG_NAME
 from lora_fx.tracing.model_state import check_unwrapped, inner_model
 from lora_fx.tracing.torch_export import Dynamic
 from lora_fx.tracing.trace import trace
+
+
+@overload
+def from_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    adapter: str = "default",
+    *,
+    trainable: bool = False,
+    strict: bool = True,
+    stacks: StackLayout | None = None,
+    ignore_config_keys: Collection[str] = (),
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    dynamic: Dynamic | None = None,
+    inference: bool = False,
+    cache: Literal[False] = False,
+) -> TracedGraphModule: ...
+
+
+@overload
+def from_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    adapter: str = "default",
+    *,
+    trainable: bool = False,
+    strict: bool = True,
+    stacks: StackLayout | None = None,
+    ignore_config_keys: Collection[str] = (),
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    dynamic: Dynamic | None = None,
+    inference: bool = False,
+    cache: bool,
+) -> TracedGraphModule | CachedGraphs: ...
 
 
 def from_adapter(
@@ -54,7 +90,8 @@ def from_adapter(
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     dynamic: Dynamic | None = None,
     inference: bool = False,
-) -> TracedGraphModule:
+    cache: bool = False,
+) -> TracedGraphModule | CachedGraphs:
     """Return a new graph of ``model`` with the adapter that a directory holds: its targets, ranks, scalings and values.
 
     Args:
@@ -69,6 +106,7 @@ def from_adapter(
         example_inputs: see :func:`lora_fx.trace`.
         dynamic: see :func:`lora_fx.trace`.
         inference: trace the eval mode only and train nothing.
+        cache: trace with the key-value cache as inputs and outputs; see :func:`lora_fx.trace`.
 
     Raises:
         AdapterError: see :func:`load_adapter`.
@@ -79,12 +117,12 @@ def from_adapter(
     check_unwrapped(model)
     # A malformed directory is refused before the model is traced.
     files = read_adapter(Path(directory), stacks, ignore_config_keys)
-    graph_module = trace(model, example_inputs, dynamic=dynamic, inference=inference)
-    return _told(graph_module, with_adapter(graph_module, files, adapter, trainable=trainable, strict=strict), adapter)
+    traced = trace(model, example_inputs, dynamic=dynamic, inference=inference, cache=cache)
+    return through(traced, _loading(files, adapter, trainable, strict))
 
 
 def load_adapter(
-    graph_module: TracedGraphModule,
+    graph_module: Graphs,
     directory: str | Path,
     adapter: str = "default",
     *,
@@ -92,7 +130,7 @@ def load_adapter(
     strict: bool = True,
     stacks: StackLayout | None = None,
     ignore_config_keys: Collection[str] = (),
-) -> TracedGraphModule:
+) -> Graphs:
     """Return a new graph with the adapter that a directory holds.
 
     The first adapter of a graph acts. A further one stays in it without nodes, and waits for :func:`~lora_fx.activate`, as in PEFT.
@@ -101,7 +139,7 @@ def load_adapter(
     Factors are converted to the dtype that they have in the graph, if that loses nothing.
 
     Args:
-        graph_module: not changed.
+        graph_module: not changed; or the graphs of an encoder-decoder model with a cache.
         directory: see :func:`from_adapter`.
         adapter: name for it in the graph.
         trainable: whether it trains while it acts. By default a new adapter does not, and one that the graph has already goes on as
@@ -119,13 +157,19 @@ def load_adapter(
         PlanError: the adapter does not fit beside the other adapters of the graph.
     """
     files = read_adapter(Path(directory), stacks, ignore_config_keys)
-    return _told(graph_module, with_adapter(graph_module, files, adapter, trainable=trainable, strict=strict), adapter)
+    return through(graph_module, _loading(files, adapter, trainable, strict))
 
 
-def _told(before: TracedGraphModule, after: TracedGraphModule, adapter: str) -> TracedGraphModule:
-    if adapter not in adapters(before):
-        tell_waiting(after, adapter)
-    return after
+def _loading(
+    files: AdapterFiles, adapter: str, trainable: bool | None, strict: bool
+) -> Callable[[TracedGraphModule], TracedGraphModule]:
+    def loaded(graph_module: TracedGraphModule) -> TracedGraphModule:
+        found = with_adapter(graph_module, files, adapter, trainable=trainable, strict=strict)
+        if adapter not in adapters(graph_module):
+            tell_waiting(found, adapter)
+        return found
+
+    return loaded
 
 
 def with_adapter(
@@ -143,7 +187,11 @@ def with_adapter(
 
 
 def save_adapter(
-    graph_module: TracedGraphModule, directory: str | Path, adapter: str = "default", *, overwrite: bool = False
+    graph_module: TracedGraphModule | CachedGraphs,
+    directory: str | Path,
+    adapter: str = "default",
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Write an adapter as PEFT does: ``PeftModel.from_pretrained(model, directory)`` computes what the graph computes.
 
@@ -153,7 +201,7 @@ def save_adapter(
     place.
 
     Args:
-        graph_module: with the adapter; not changed.
+        graph_module: with the adapter; not changed. Or the graphs of an encoder-decoder model with a cache.
         directory: to be made.
         adapter: its name, which does not appear in the files.
         overwrite: replace a directory that holds nothing but an adapter.
@@ -163,7 +211,7 @@ def save_adapter(
         AdapterError: PEFT has no way to say what the adapter is. All problems are named.
         LoraFxError: the directory exists, or cannot be written.
     """
-    graph_module = _traced(graph_module)
+    graph_module = _traced(joined(graph_module) if isinstance(graph_module, CachedGraphs) else graph_module)
     target = Target(Path(directory), overwrite, kind=_ADAPTER)
     target.check()
     content = to_peft(graph_module, adapter)
@@ -239,6 +287,7 @@ def _warn_of_statistics(graph_module: TracedGraphModule, content: PeftAdapter, *
 def _traced(graph_module: fx.GraphModule) -> TracedGraphModule:
     """Return a graph of lora_fx as plain nodes with weights; refuse anything else."""
     traced = as_traced(graph_module)
+    check_whole(traced)
     if any(parameter.is_meta for parameter in traced.parameters()):
         raise PlanError("the graph is on the meta device, without weights: lora_fx.materialize gives it some.")
     return lower(traced)
