@@ -77,7 +77,8 @@ class ExportError(LoraFxError):
 
 WITH_LABELS = (
     "this graph was traced with labels, for training, and would need them when it is used. Carry its adapters over first: "
-    "lora_fx.transfer(graph, onto=lora_fx.rewrite(model, …)), with the same rules and without labels=True."
+    "lora_fx.transfer(graph, onto=lora_fx.trace(model)). A trace can be kept for that, and the transfer takes milliseconds; where weights "
+    "are enough, huggingface.save_pretrained, folded and write_back take this graph as it is."
 )
 """What fold and the exporters say of a graph that is for training."""
 

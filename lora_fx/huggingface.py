@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +16,13 @@ from lora_fx.errors import LoraFxError, listed
 from lora_fx.files.atomic import replacing
 from lora_fx.files.target import DirectoryKind, Target
 from lora_fx.folding.checkpoint import is_weights
-from lora_fx.folding.fold import fold
+from lora_fx.folding.fold import folded_state, tell_dropped
 from lora_fx.folding.transformers_directory import DTYPES, check_loads, contents_of, write
 from lora_fx.graph.batch_norms import statistics
 from lora_fx.graph.compare import described, same_values
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import info_of
+from lora_fx.graph.state import State
 
 
 @contextmanager
@@ -33,13 +35,13 @@ def folded(model: nn.Module, graph_module: TracedGraphModule) -> Iterator[nn.Mod
 
     Args:
         model: the model that ``graph_module`` was traced from.
-        graph_module: a branched or a folded graph.
+        graph_module: a branched or a folded graph; it may have labels.
 
     Raises:
         LoraFxError: the graph was traced from another model, or from other weights.
         FoldError: the branches cannot be folded.
     """
-    new = _changed(model, _folded_of(model, graph_module))
+    new = _changed(model, graph_module, _folded_of(model, graph_module))
     originals = state_of(model).tensors
     try:
         _put(model, new)
@@ -55,7 +57,7 @@ def write_back(model: nn.Module, graph_module: TracedGraphModule) -> None:
 
     Args:
         model: the model that ``graph_module`` was traced from; it is changed.
-        graph_module: a branched or a folded graph.
+        graph_module: a branched or a folded graph; it may have labels.
 
     Raises:
         LoraFxError: the graph was traced from another model, or fold untied weights in it that are one in the model, which
@@ -71,7 +73,7 @@ def write_back(model: nn.Module, graph_module: TracedGraphModule) -> None:
             "config.tie_word_embeddings = False and a parameter of its own for each, then trace that model, and fold. "
             "huggingface.folded and huggingface.save_pretrained take this graph as it is."
         )
-    _put(model, _changed(model, merged))
+    _put(model, _changed(model, graph_module, merged))
 
 
 def save_pretrained(
@@ -93,7 +95,7 @@ def save_pretrained(
 
     Args:
         model: the transformers model that ``graph_module`` was traced from; nothing in it is changed, at no time.
-        graph_module: a branched or a folded graph.
+        graph_module: a branched or a folded graph; it may have labels.
         directory: to be made. It is there once it is whole.
         overwrite: replace a directory that holds nothing but configs and weights, and is not the one that ``model`` was loaded from.
         dtype: of the weights that are written, float16, bfloat16, float32 or float64; those of the model by default. The
@@ -120,7 +122,7 @@ def save_pretrained(
     directory = Path(directory)
     target = Target(directory, overwrite, _loaded_from(model), _KIND)
     target.check()
-    values = state_of(_folded_of(model, graph_module)).tensors
+    values = _folded_of(model, graph_module).tensors
     contents = contents_of(model, values, _untied(model, graph_module), dtype)
     with replacing(target) as beside:
         write(model, contents, beside, options)
@@ -144,19 +146,25 @@ def _loaded_from(model: Any) -> tuple[Path, ...]:
     return (Path(source),) if Path(source).is_dir() and source else ()
 
 
-def _folded_of(model: nn.Module, graph_module: TracedGraphModule) -> TracedGraphModule:
-    merged = fold(graph_module)
+def _folded_of(model: nn.Module, graph_module: TracedGraphModule) -> State:
+    """Return the folded weights; only these are needed, so that the graph may have labels."""
+    merged = folded_state(graph_module)
+    tell_dropped(graph_module, logging.WARNING)
     _check_traced_from(model, graph_module, merged)
     return merged
 
 
-def _changed(model: nn.Module, merged: TracedGraphModule) -> dict[str, torch.Tensor]:
+def _parameters(state: State) -> dict[str, nn.Parameter]:
+    return {name: tensor for name, tensor in state.tensors.items() if isinstance(tensor, nn.Parameter)}
+
+
+def _changed(model: nn.Module, graph_module: TracedGraphModule, merged: State) -> dict[str, torch.Tensor]:
     """Return new parameters and running statistics for the ones whose values fold or training changed; tied ones are one object."""
-    current, state = state_of(model).tensors, state_of(merged)
-    measured = statistics(merged.graph, state.modules)
+    current = state_of(model).tensors
+    measured = statistics(graph_module.graph, state_of(graph_module).modules)
     made: dict[int, torch.Tensor] = {}
     new: dict[str, torch.Tensor] = {}
-    for name, tensor in state.tensors.items():
+    for name, tensor in merged.tensors.items():
         if isinstance(tensor, nn.Parameter) and not same_values(tensor, old := current[name]):
             new[name] = made.setdefault(id(tensor), nn.Parameter(tensor.detach().to(old.device), old.requires_grad))
         elif name in measured and not same_values(tensor, current[name]):
@@ -177,7 +185,7 @@ def _untied(model: nn.Module, graph_module: TracedGraphModule) -> tuple[tuple[st
     )
 
 
-def _check_traced_from(model: nn.Module, graph_module: TracedGraphModule, merged: TracedGraphModule) -> None:
+def _check_traced_from(model: nn.Module, graph_module: TracedGraphModule, merged: State) -> None:
     """Raise unless the model has the tensors that the graph was traced with, or others of the same values and ties.
 
     Of a graph that is folded already, the merged weights are not compared: their former values are gone. Weights that it untied
@@ -186,7 +194,7 @@ def _check_traced_from(model: nn.Module, graph_module: TracedGraphModule, merged
     model_state, graph_state = state_of(model), state_of(graph_module)
     theirs, mine = model_state.tensors, graph_state.tensors
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    other = {name for name, _ in merged.named_parameters(remove_duplicate=False)} ^ parameters
+    other = _parameters(merged).keys() ^ parameters
     folded_before = info_of(graph_module).merged
     before = {**mine, **info_of(graph_module).statistics}
     extra = sorted(other.intersection(folded_before))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from conftest import set_factors, unchanged
 from torch import nn
 
 import lora_fx
+from lora_fx import huggingface
 from lora_fx.graph.info import info_of
 
 SIZES = {
@@ -99,18 +101,27 @@ def test_a_graph_with_labels_goes_on_to_one_without_by_site(tmp_path: Path) -> N
     set_factors(trained)
     onto = lora_fx.rewrite(model, rules="t5", dropout=0.0)
     graph = lora_fx.transfer(trained, onto=onto).eval()
-    inputs = {**text(), "labels": tokens(3, 6)}
+    inputs = {**(given := text()), "labels": tokens(3, 6)}
     shifted = torch.cat([torch.zeros(3, 1, dtype=torch.int64), inputs["labels"][:, :-1]], dim=1)
-    logits = graph(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], decoder_input_ids=shifted
-    ).logits
-    assert torch.equal(logits, trained.eval()(**inputs).logits)
+    without_labels = {**given, "decoder_input_ids": shifted}
+    assert torch.equal(graph(**without_labels).logits, trained.eval()(**inputs).logits)
     with pytest.raises(lora_fx.FoldError, match=r"traced with labels, for training.*lora_fx\.transfer"):
         lora_fx.fold(trained)
     with pytest.raises(lora_fx.ExportError, match=r"traced with labels, for training.*lora_fx\.transfer"):
         lora_fx.export.torchscript(trained, tmp_path / "model.pt")
     assert not list(tmp_path.iterdir())
-    assert info_of(lora_fx.fold(graph)).labels is False
+    merged = lora_fx.fold(graph)
+    assert info_of(merged).labels is False
+    assert lora_fx.recipe(trained) == lora_fx.recipe(graph)
+    with torch.no_grad(), huggingface.folded(model, trained):  # weights are enough
+        assert torch.equal(model(**inputs).logits, merged(**without_labels).logits)
+    written = copy.deepcopy(model)
+    huggingface.write_back(written, trained)
+    for name, parameter in written.named_parameters():
+        assert torch.equal(parameter, merged.get_parameter(name))
+    huggingface.save_pretrained(model, trained, tmp_path / "merged")
+    loaded_model = type(model).from_pretrained(tmp_path / "merged")
+    assert all(torch.equal(a, b) for a, b in zip(loaded_model.parameters(), written.parameters(), strict=True))
     lora_fx.save_adapter(trained, tmp_path / "adapter")
     loaded = lora_fx.load_adapter(onto, tmp_path / "adapter", "loaded")
     for name, parameter in loaded.named_parameters():

@@ -105,11 +105,15 @@ def fold(
     folded = _folded(plain, branches, unshare=unshare, inplace=inplace)
     if inplace:
         _consume(graph_module)
-    dropped = waiting(plain)
-    if dropped:
-        level = logging.WARNING if strengths is None else logging.INFO  # the latter was asked for
-        _logger.log(level, "fold drops what does not act: %s.", listed(list(map(repr, dropped)), 5))
+    tell_dropped(plain, logging.WARNING if strengths is None else logging.INFO)  # the latter was asked for
     return folded
+
+
+def tell_dropped(graph_module: fx.GraphModule, level: int) -> None:
+    """Log the adapters that do not act, which a fold drops."""
+    dropped = waiting(graph_module)
+    if dropped:
+        _logger.log(level, "fold drops what does not act: %s.", listed(list(map(repr, dropped)), 5))
 
 
 def folded_state(
