@@ -7,7 +7,9 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from conftest import set_factors
 from graph_diff import first_difference
 from made import X, agrees, module, refused
@@ -77,3 +79,38 @@ def test_a_value_that_training_alone_computes_and_returns_elsewhere_is_refused()
         return y.relu() + extra
 
     refused(module(forward), "something else in training than in evaluation")
+
+
+@pytest.mark.parametrize(
+    "drop",
+    [nn.Dropout(0.4, inplace=True), nn.Dropout1d(0.4), nn.AlphaDropout(0.4), nn.FeatureAlphaDropout(0.4), nn.RReLU()],
+    ids=lambda drop: type(drop).__name__,
+)
+def test_every_kind_of_dropout_follows_the_mode(drop: nn.Module) -> None:
+    graph = agrees(module(lambda self, x: self.drop(self.lin(x)), drop=drop))
+    if not isinstance(drop, nn.RReLU):
+        assert type(graph.drop) is type(drop)
+        assert not isinstance(drop, nn.Dropout) or graph.drop.inplace
+
+
+# Decisions by random numbers in Python.
+
+
+def wav2vec2(**settings: Any) -> Any:
+    config = transformers.Wav2Vec2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, conv_dim=[8, 8],
+        conv_stride=[5, 2], conv_kernel=[10, 3], num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
+        vocab_size=20, **settings,
+    )  # fmt: skip
+    return transformers.Wav2Vec2ForCTC(config).eval()
+
+
+def test_a_decision_by_random_numbers_names_the_fields_of_the_config() -> None:
+    sound = {"input_values": torch.randn(2, 400)}
+    with pytest.raises(
+        lora_fx.TraceError,
+        match=r"^Wav2Vec2ForCTC cannot be traced in training mode at .*modeling_wav2vec2\.py:\d+\. In training its Python decides by random "
+        r"numbers, .* anew with config\.layerdrop = 0 and config\.apply_spec_augment = False, then it trains\.",
+    ):
+        lora_fx.trace(wav2vec2(), sound)
+    lora_fx.trace(wav2vec2(layerdrop=0.0, apply_spec_augment=False), sound)

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lora_fx.errors import PlanError, TraceError, listed
 from lora_fx.graph.process_state import forked_random_state
+from lora_fx.tracing.random_settings import advice_on_random_settings
 
 
 def inner_model(model: Any) -> Any:
@@ -184,7 +185,7 @@ def stateless(model: nn.Module) -> Iterator[None]:
     if sources:
         raise TraceError(
             f"{name} draws random numbers from {' and '.join(sources)} while it computes, and a graph would repeat those of one call. "
-            "Draw them with torch."
+            f"Draw them with torch.{advice_on_random_settings(model)}"
         )
 
 

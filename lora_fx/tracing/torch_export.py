@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch._dynamo.config
+import torch.export._trace
 from torch import fx, nn
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
@@ -20,6 +21,7 @@ from lora_fx.errors import TraceError, first_line
 from lora_fx.graph.process_state import quiet
 from lora_fx.graph.signature import key_parts
 from lora_fx.tracing.example_inputs import ExampleInputs
+from lora_fx.tracing.random_settings import advice_on_random_settings
 
 Dynamic = Mapping[str, Sequence[int]]
 
@@ -38,7 +40,14 @@ def export(
     Raises:
         TraceError: torch.export refuses; the message names the model's own line, or the dimension that it fixes.
     """
-    with quiet(), _explicit_arguments(model, inputs), _broadcast_masks(), _without_cache(), _without_code():
+    with (
+        quiet(),
+        _explicit_arguments(model, inputs),
+        _broadcast_masks(),
+        _without_cache(),
+        _without_code(),
+        _unprinted(),
+    ):
         shapes = _dynamic_shapes(model, inputs, dynamic)
         try:
             return torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False, dynamic_shapes=shapes)
@@ -153,6 +162,17 @@ def _without_cache() -> AbstractContextManager[None]:
     return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)  # type: ignore[no-any-return]
 
 
+@contextmanager
+def _unprinted() -> Iterator[None]:
+    """Keep torch.export from printing the graph so far, hundreds of lines, where it fails."""
+    names = vars(torch.export._trace)
+    names["print"] = lambda *_args, **_kwargs: None  # in the place of the builtin, for that module
+    try:
+        yield
+    finally:
+        del names["print"]
+
+
 def _without_code() -> AbstractContextManager[None]:
     """Let torch generate the code of its graphs on demand, which never comes."""
     return _use_lazy_graph_module(True)
@@ -193,7 +213,7 @@ _FIXED_DIMENSION = re.compile(r"(?:inputs|L)(?P<path>(?:\['?\w+'?\])+)\.(?:shape
 
 def _refusal(model: nn.Module, inputs: ExampleInputs, error: Exception, training: bool) -> TraceError:
     message = str(error)
-    said = first_line(message, "nothing")
+    said = re.sub(r"\s*(Please|please) (file an issue|report).*", "", first_line(message, "nothing"))
     mode = " in training mode" if training else ""
     name = type(model).__name__
     fixed = sorted({(re.findall(r"\w+", m["path"])[0], int(m["dim"])) for m in _FIXED_DIMENSION.finditer(message)})
@@ -213,7 +233,26 @@ def _refusal(model: nn.Module, inputs: ExampleInputs, error: Exception, training
             f"Trace for the sizes of example_inputs alone with dynamic={rest}. torch.export says: {said}"
         )
     hint = " If the model does so in training only, inference=True traces the eval mode alone." if training else ""
+    advice = advice_on_random_settings(model) if training else ""
+    if advice:
+        return TraceError(
+            f"{name} cannot be traced{mode}{_own_line(error)}.{advice} inference=True traces the eval mode alone."
+        )
+    if _BY_VALUES.search(message):
+        said = f"its Python asks for the values of a tensor there, or branches by them{_asked(said)}, and a graph has one course."
+        return TraceError(
+            f"{name} cannot be traced{mode}{_own_line(error)}: {said} Write it with operators, as torch.where.{hint}"
+        )
     return TraceError(f"{name} cannot be traced{mode}{_own_line(error)}. torch.export says: {said}{hint}")
+
+
+_BY_VALUES = re.compile("data-dependent|GuardOnDataDependent|unbacked|aten._local_scalar_dense|is not supported.*item")
+
+
+def _asked(said: str) -> str:
+    """Return the condition that torch.export names, without its remarks."""
+    condition = re.search(r"expression (?P<text>.+?)(?: \(unhinted|$|\.)", said)
+    return f" ({condition['text']})" if condition else ""
 
 
 def _axis(inputs: ExampleInputs, name: str, dim: int) -> str:
@@ -234,5 +273,5 @@ def _own_line(error: BaseException) -> str:
 
 
 def is_model_code(file: str) -> bool:
-    """Tell whether a source file belongs neither to torch, nor to this package, nor to contextlib."""
-    return "/torch/" not in file and "/lora_fx/" not in file and "contextlib" not in file
+    """Tell whether a source file belongs neither to torch or numpy, nor to this package, nor to contextlib."""
+    return not any(part in file for part in ("/torch/", "/lora_fx/", "/numpy/", "contextlib"))

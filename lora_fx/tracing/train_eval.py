@@ -39,6 +39,18 @@ aten = torch.ops.aten
 
 DROPOUT, CONTIGUOUS, BATCH_NORM = aten.dropout.default, aten.contiguous.default, aten.batch_norm.default
 
+DROPOUTS: Mapping[Any, Any] = {
+    DROPOUT: nn.Dropout,
+    aten.dropout_.default: nn.Dropout,
+    aten.feature_dropout.default: nn.Dropout2d,
+    aten.feature_dropout_.default: nn.Dropout2d,
+    aten.alpha_dropout.default: nn.AlphaDropout,
+    aten.alpha_dropout_.default: nn.AlphaDropout,
+    aten.feature_alpha_dropout.default: nn.FeatureAlphaDropout,
+    aten.feature_alpha_dropout_.default: nn.FeatureAlphaDropout,
+}
+"""Operator → the module that drops so; the one of whole features has a class for each number of dimensions."""
+
 CUMULATIVE = -1.0
 """Stands in a trace for the momentum None of a batch norm: the average over all batches, which torch computes in Python."""
 
@@ -48,7 +60,7 @@ _RECURRENT = (aten.gru.input, aten.lstm.input, aten.rnn_tanh.input, aten.rnn_rel
 
 MODE_ARGUMENTS: Mapping[object, str] = {
     aten.scaled_dot_product_attention.default: "dropout_p",
-    aten.batch_norm.default: "training",
+    **dict.fromkeys((aten.batch_norm.default, aten.rrelu.default, aten.rrelu_.default), "training"),
     **dict.fromkeys(_RECURRENT, "train"),
 }
 """Operator → the argument that carries the mode."""
@@ -120,7 +132,7 @@ def check_constants(graph: fx.Graph, train: Mapping[str, torch.Tensor], evaluati
 def remove_inactive_dropout(graph: fx.Graph) -> None:
     """Remove the dropout nodes that drop nothing in the mode of the trace (in place)."""
     for node in list(graph.nodes):
-        if node.target is DROPOUT and not node.args[2]:
+        if node.target in DROPOUTS and not (node.args[1] and node.args[2]):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
@@ -195,7 +207,7 @@ class _ModeComparison:
             self._value[other] = self._value_of(other.args[0])
             self._position += 1
             other = self._evaluation[self._position]
-        source = self._image.get(node.args[0]) if node.target in (CONTIGUOUS, DROPOUT) else None  # type: ignore[arg-type]
+        source = self._image.get(node.args[0]) if node.target in (CONTIGUOUS, *DROPOUTS) else None  # type: ignore[arg-type]
         if node.target is CONTIGUOUS and source is not None:
             self._image[node] = source
             if other.target is CONTIGUOUS and self._value_of(other.args[0]) is source:
@@ -204,7 +216,7 @@ class _ModeComparison:
         elif self._corresponds(node, other):
             self._image[node] = other
             self._position += 1
-        elif node.target is DROPOUT and source is not None:
+        elif node.target in DROPOUTS and source is not None:
             self._image[node] = source
             self.dropouts.add(node)
         elif not self._closes_region(node, other):
@@ -275,7 +287,7 @@ def _express(graph: fx.Graph, walk: _ModeComparison, taken: Collection[str]) -> 
         free = (*taken, *(name for name in modules if name not in norms))
         if node in walk.dropouts:
             target = free_path(_dropout_path(node), free)
-            modules[target] = nn.Dropout(node.args[1])
+            modules[target] = _dropout(node)
             with graph.inserting_before(node):
                 replacement = graph.call_module(target, (node.args[0],))
             replacement.meta = dict(node.meta)
@@ -283,8 +295,8 @@ def _express(graph: fx.Graph, walk: _ModeComparison, taken: Collection[str]) -> 
             graph.erase_node(node)
         elif node in walk.differing:
             argument = MODE_ARGUMENTS[node.target]
-            # No submodule can be called train, as a method of every module is.
-            leaf = f"{argument}_mode" if hasattr(nn.Module, argument) else argument
+            # No submodule can be called train or training, as a method and an attribute of every module are.
+            leaf = f"{argument}_mode" if hasattr(nn.Module(), argument) else argument
             target = free_path(f"{module_path(node)}.{leaf}".removeprefix("."), free)
             train_value, eval_value = (
                 type(next(v for v in walk.differing[node] if v is not None))(v or 0) for v in walk.differing[node]
@@ -341,9 +353,21 @@ def _follow_batch_norm(graph: fx.Graph, node: fx.Node, modules: Mapping[str, nn.
     return {path: modules.get(path, made)}
 
 
+def _dropout(node: fx.Node) -> nn.Module:
+    """Return the module that drops as an operator does."""
+    operator: Any = node.target
+    kind = DROPOUTS[operator]
+    if kind is nn.Dropout2d:
+        kind = {4: nn.Dropout2d, 5: nn.Dropout3d}.get(node.meta["val"].dim(), nn.Dropout1d)
+    made: nn.Module = kind(node.args[1], inplace=operator._schema.is_mutable)
+    return made
+
+
 def _dropout_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
-    named = [path for path, kind in stack.values() if str(getattr(kind, "__name__", kind)).endswith("Dropout")]
+    named = [
+        path for path, kind in stack.values() if "Dropout" in str(getattr(kind, "__name__", kind)).rpartition(".")[2]
+    ]
     own = [path for path in named if path]  # the path of the model itself is empty
     return own[-1] if own else f"{module_path(node)}.dropout".removeprefix(".")
 
@@ -369,9 +393,13 @@ def _line(node: fx.Node) -> str:
     return ""
 
 
+def _operator(node: fx.Node) -> str:
+    return "its output" if node.op == "output" else str(node.target)
+
+
 def _refusal(node: fx.Node, other: fx.Node) -> TraceError:
     return TraceError(
-        f"the model computes something else in training than in evaluation, beyond dropout: the train trace has {node.format_node()}, "
-        f"where the eval trace has {other.format_node()}{_line(node) or _line(other)}. Such a model cannot be trained as a graph; "
+        f"the model computes something else in training than in evaluation, beyond dropout: {_operator(node)} in training, where it has "
+        f"{_operator(other)} in evaluation{_line(node) or _line(other)}. Such a model cannot be trained as a graph; "
         "use inference=True to plan, fold and export it."
     )
