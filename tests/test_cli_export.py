@@ -163,3 +163,10 @@ def test_pickled_weights_are_not_read(base: Path, tmp_path: Path) -> None:
     (directory / "model.safetensors").unlink()
     torch.save(build("llama", layers=1).state_dict(), directory / "pytorch_model.bin")
     assert "cannot load this model" in export(directory, tmp_path / "model.onnx", "-f", "onnx", code=1)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("m.onnx", "onnx"), ("m.pt", "torchscript"), ("m.pt2", "pt2")])
+def test_the_format_follows_from_the_name_of_the_file(name: str, expected: str) -> None:
+    from lora_fx.cli.export_commands import _export_format
+
+    assert _export_format(None, Path(name), slots=False) == expected

@@ -1,8 +1,19 @@
 """The command line: ``lora-fx``."""
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
-from lora_fx.cli import demo_command, draw_command, export_commands, fold_command, plan_command
+from lora_fx.cli import (
+    demo_command,
+    draw_command,
+    export_commands,
+    fold_command,
+    inspect_command,
+    plan_command,
+    rules_command,
+)
 from lora_fx.cli.printing import PrintableGroup
 
 app = typer.Typer(
@@ -14,12 +25,24 @@ app = typer.Typer(
 )
 app.command(epilog=demo_command.EXAMPLES)(demo_command.demo)
 app.command(epilog=plan_command.EXAMPLES)(plan_command.plan)
+app.command(epilog=rules_command.EXAMPLES)(rules_command.rules)
+app.command(epilog=inspect_command.EXAMPLES)(inspect_command.inspect)
 app.command(epilog=draw_command.EXAMPLES)(draw_command.draw)
 app.command(epilog=fold_command.EXAMPLES)(fold_command.fold)
 app.command(epilog=export_commands.EXAMPLES)(export_commands.export)
 app.command("export-adapter", epilog=export_commands.ADAPTER_EXAMPLES)(export_commands.export_adapter)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"lora-fx {version('lora_fx')}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """LoRA as graph surgery."""

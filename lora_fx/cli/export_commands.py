@@ -60,7 +60,12 @@ class Dtype(StrEnum):
 
 
 ExportFormatOption = Annotated[
-    ExportFormat | None, typer.Option("--format", "-f", help="What to write; with --slots, onnx.")
+    ExportFormat | None,
+    typer.Option(
+        "--format",
+        "-f",
+        help="What to write. By default as OUT ends: .onnx, .pt (TorchScript), .pt2; with --slots, onnx.",
+    ),
 ]
 ExportAdapters = Annotated[
     list[Path] | None, typer.Option(help="Directory of a PEFT adapter, which is folded in. May be repeated.")
@@ -256,7 +261,12 @@ def _export_format(format: ExportFormat | None, out: Path, *, slots: bool) -> Ex
             raise typer.BadParameter(_NO_SLOTS)
         return ExportFormat.onnx
     if format is None:
-        raise typer.BadParameter("name a format by --format: torchscript, onnx or pt2")
+        named = {".onnx": ExportFormat.onnx, ".pt": ExportFormat.torchscript, ".pt2": ExportFormat.pt2}.get(out.suffix)
+        if named is None:
+            raise typer.BadParameter(
+                f"{out}: its name says no format (.onnx, .pt for TorchScript, .pt2): name a format by --format, torchscript, onnx or pt2"
+            )
+        return named
     if format is ExportFormat.pt2 and out.suffix != ".pt2":
         raise typer.BadParameter(f"{out}: torch.export loads files whose names end in .pt2")
     return format

@@ -103,6 +103,26 @@ def builtin() -> Sequence[RuleSet]:
     return [_read(path) for path in _files(directory())]
 
 
+def available(directories: Sequence[str | Path] = ()) -> Sequence[RuleSet]:
+    """Return every rule set that :func:`load` finds by its name: those of the directories, of the environment variable, built in."""
+    found: dict[str, RuleSet] = {}
+    for folder in _folders(directories):
+        found = {**{rules.name: rules for rules in map(_read, _files(folder))}, **found}
+    return [found[name] for name in sorted(found)]
+
+
+def file_of(name: str, directories: Sequence[str | Path] = ()) -> Path:
+    """Return the file of rules of a name, as :func:`load` finds it.
+
+    Raises:
+        RuleError: there is none.
+    """
+    if name in ("auto", "all-linear"):
+        raise RuleError(f"rules={name!r}", ["these follow from the model, and have no file"])
+    found = _find(name, folders := _folders(directories))
+    return Path(found.source) if found is not None else _unknown(name, folders)
+
+
 def _with_default_targets(rules: PeftRules, model_type: str | None) -> PeftRules:
     """Return a configuration with the modules that PEFT takes for a model type where it names none: those of the built-in rules."""
     found = None if model_type is None else _find(model_type, [directory()])
@@ -144,7 +164,7 @@ def _unknown(name: str, folders: Sequence[Path]) -> NoReturn:
     near = did_you_mean(name, {"auto", "all-linear", *(n for known in names.values() for n in known)})
     built_in = ", ".join(names.pop(directory()))
     further = "".join(f"; in {folder}: {', '.join(known)}" for folder, known in names.items())
-    problem = f"there are no built-in rules of this name{near}; built in: {built_in}{further}; or give the path of a .toml file"
+    problem = f"there are no built-in rules of this name{near}; built in: {built_in}{further}; or auto, all-linear, or the path of a .toml file"
     raise RuleError(f"rules={name!r}", [problem])
 
 

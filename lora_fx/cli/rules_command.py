@@ -1,0 +1,34 @@
+"""``lora-fx rules``: the built-in rules, and the text of one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lora_fx.cli.console import reported
+from lora_fx.cli.options import RulesDirectories
+
+EXAMPLES = "Examples:  lora-fx rules   ·   lora-fx rules llama   ·   lora-fx rules llama > mine.toml"
+
+
+def rules(
+    name: Annotated[str | None, typer.Argument(help="Name of rules, or one of their model types.")] = None,
+    rules_dir: RulesDirectories = None,
+) -> None:
+    """List the built-in rules with the model types that they are for, or print the file of one, to start from."""
+    from lora_fx.rules.lookup import available, file_of
+    from lora_fx.text_table import new_table, text_lines
+
+    with reported():
+        if name is not None:
+            print(file_of(name, rules_dir or ()).read_text(encoding="utf-8"), end="")
+            return
+        table = new_table()
+        for heading in ("rules", "model types", "targets"):
+            table.add_column(heading, no_wrap=True, overflow="ignore")
+        for ruleset in available(rules_dir or ()):
+            targets = dict.fromkeys(name for selection in ruleset.select for name in selection.target or ("by role",))
+            table.add_row(ruleset.name, ", ".join(ruleset.model_types), ", ".join(targets))
+        print("\n".join(text_lines(table)))
+        print('beside them: "auto" (by the model type; else queries and values by their role) and "all-linear"')
