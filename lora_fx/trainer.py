@@ -14,25 +14,21 @@ from typing import Any
 import torch
 from torch import fx, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_callback import TrainerCallback, TrainerState
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import TrainingArguments
 from transformers.utils.generic import find_labels
 
 from lora_fx.adapters.peft_format.directories import (
-    MAX_NAMED,
     adapter_directories,
-    first_trainable_names,
-    other_adapters,
-    ranks_in,
-    ranks_of,
     read_adapters,
     write_adapters,
 )
 from lora_fx.adapters.peft_format.save_load import check_writable, save_adapter
-from lora_fx.errors import AdapterError, LoraFxError, shortened
-from lora_fx.graph.adapter_names import adapters, is_of_adapter
-from lora_fx.graph.compare import described
+from lora_fx.adapters.trained_state import is_restricted, restrict
+from lora_fx.errors import LoraFxError
+from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import known_info
 from lora_fx.graph.provenance import code_of
@@ -95,7 +91,7 @@ def prepare(trainer: Any) -> None:
         )
     graph = _graph_in(trainer.model, "prepare")
     _warn_of_sums(trainer, graph)
-    _hook(graph)
+    restrict(graph)
     for kind in (AdapterCallback, UnpreparedCallback):
         while trainer.pop_callback(kind) is not None:
             pass
@@ -137,7 +133,7 @@ class AdapterCallback(TrainerCallback):
 
     def on_init_end(self, *_event: Any, model: Any = None, **_context: Any) -> None:
         """Restrict the graph's state dict to what trains; the graph that ``model_init`` makes later has its turn then."""
-        _hook(_graph_in(model, "AdapterCallback"))
+        restrict(_graph_in(model, "AdapterCallback"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, *_control: Any, model: Any = None, **_context: Any
@@ -145,7 +141,7 @@ class AdapterCallback(TrainerCallback):
         """Refuse what the checkpoints would be wrong for, before the first step; restrict the state dict of the graph that trains."""
         graph = _graph_in(model, "AdapterCallback")
         self._check(args, state, graph)
-        _hook(graph)
+        restrict(graph)
         for adapter in adapters(graph) if args.save_strategy != "no" else ():
             check_writable(graph, adapter)  # raises what the first checkpoint would
 
@@ -180,7 +176,7 @@ class AdapterCallback(TrainerCallback):
                 "AdapterCallback would write the adapters of all trials of a hyper-parameter search to the same directories: a callback "
                 "is not told which the trainer takes. Call lora_fx.trainer.prepare(trainer) instead."
             )
-        if state.global_step and not _is_hooked(graph):
+        if state.global_step and not is_restricted(graph):
             raise LoraFxError(
                 f"AdapterCallback expected the graph that it was given, got another one, of model_init, resumed at step "
                 f"{state.global_step} before the callback saw it: whether the checkpoint's adapters are the graph's is not known. "
@@ -307,6 +303,8 @@ def _check_smoothing(args: TrainingArguments, graph: TracedGraphModule, keeps_la
         reason = (
             f"and {name} has {' and '.join(labels)} instead: transformers would train without smoothing. Set it to 0."
         )
+    elif args.torch_compile and name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        reason = "and of a compiled model transformers does not see that the labels are to be shifted: set torch_compile=False."
     elif not keeps_labels:
         reason = "which the graph needs for its own loss. Call lora_fx.trainer.prepare(trainer), which gives both what they need."
     else:
@@ -352,19 +350,31 @@ def _save_model(trainer: Any, save_model: Callable[..., None], *args: Any, **opt
         trainer.model = graph
 
 
-class _Batch(dict[str, Any]):
-    """A batch that still has its labels after the trainer took them for a loss of its own."""
+class _KeptLabels:
+    """A hook before the call of a graph, which gives it the labels that its trainer took from the batch for a loss of its own."""
 
-    def pop(self, name: str, *default: Any) -> Any:
-        return self[name] if name == "labels" and name in self else super().pop(name, *default)
+    labels: Any = None
+
+    def __call__(self, _graph: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs if self.labels is None else {"labels": self.labels, **kwargs}
 
 
 def _compute_loss(
     trainer: Any, compute_loss: Callable[..., Any], model: Any, inputs: Mapping[str, Any], *args: Any, **options: Any
 ) -> Any:
-    if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
-        inputs = _Batch(inputs) if "labels" in find_labels(type(trainer.model)) else inputs
-    return compute_loss(model, inputs, *args, **options)
+    graph = trainer.model
+    takes = trainer.label_smoother is not None or trainer.compute_loss_func is not None
+    if not takes or "labels" not in find_labels(type(graph)):
+        return compute_loss(model, inputs, *args, **options)
+    kept = next((hook for hook in graph._forward_pre_hooks.values() if isinstance(hook, _KeptLabels)), None)
+    if kept is None:
+        kept = _KeptLabels()
+        graph.register_forward_pre_hook(kept, with_kwargs=True)
+    kept.labels = inputs.get("labels")
+    try:
+        return compute_loss(model, inputs, *args, **options)
+    finally:
+        kept.labels = None
 
 
 def _decaying(_trainer: Any, names_of: Callable[[nn.Module], list[str]], model: nn.Module) -> list[str]:
@@ -381,7 +391,7 @@ def _load_from_checkpoint(
     trainer: Any, load: Callable[..., None], resume_from_checkpoint: str, model: Any = None
 ) -> None:
     graph = _graph_in(trainer.model if model is None else model, "prepare")
-    _hook(graph)
+    restrict(graph)
     if adapter_directories(Path(resume_from_checkpoint)):
         read_adapters(graph, Path(resume_from_checkpoint))
     else:
@@ -394,44 +404,3 @@ def _load_best_model(trainer: Any, load: Callable[[], None]) -> None:
         read_adapters(_graph_in(trainer.model, "prepare"), directory)
     else:
         load()
-
-
-def _is_hooked(graph: nn.Module) -> bool:
-    return _keep_trained in graph._state_dict_hooks.values()
-
-
-def _hook(graph: nn.Module) -> None:
-    """Restrict the state dict of a graph to what trains, once; loading one misses nothing, and other adapters are refused."""
-    if not _is_hooked(graph):
-        graph.register_state_dict_post_hook(_keep_trained)
-        graph.register_load_state_dict_pre_hook(_check_adapters)
-        graph.register_load_state_dict_post_hook(_miss_no_frozen)
-
-
-def _keep_trained(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    kept = {f"{prefix}{name}" for name in first_trainable_names(module)}
-    for name in [name for name in state_dict if name.startswith(prefix) and name not in kept]:
-        del state_dict[name]
-
-
-def _miss_no_frozen(module: nn.Module, keys: Any) -> None:
-    trained = first_trainable_names(module)
-    keys.missing_keys[:] = [name for name in keys.missing_keys if name in trained]
-
-
-def _check_adapters(module: TracedGraphModule, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    tensors = state_of(module).tensors
-    given = {
-        name: value
-        for key, value in state_dict.items()
-        if key.startswith(prefix) and is_of_adapter(name := key[len(prefix) :])
-    }
-    problems = [
-        f"{name}: expected {described(tensors[name])}, got {described(given[name]) if name in given else 'none'}"
-        for name in sorted(first_trainable_names(module))
-        if is_of_adapter(name) and (name not in given or given[name].shape != tensors[name].shape)
-    ]
-    problems += [f"{name}: the graph has no such tensor" for name in given if name not in tensors]
-    if problems:
-        told = other_adapters(ranks_of(given, module), ranks_in(module))
-        raise AdapterError("the state dict that is loaded", [told, *shortened(problems, MAX_NAMED, "tensors")])

@@ -391,6 +391,12 @@ CLAIM = "label_smoothing_factor=0.1 takes an input called labels from the batch,
     [
         (
             "gpt2",
+            prepare,
+            {"label_smoothing_factor": 0.1, "torch_compile": True},
+            f"{CLAIM}and of a compiled model transformers does not see that the labels are to be shifted: set torch_compile=False.",
+        ),
+        (
+            "gpt2",
             bare,
             {"label_smoothing_factor": 0.1},
             f"{CLAIM}which the graph needs for its own loss. Call lora_fx.trainer.prepare(trainer), which gives both what they need.",
@@ -425,7 +431,14 @@ CLAIM = "label_smoothing_factor=0.1 takes an input called labels from the batch,
             "(neftune_noise_alpha=None).",
         ),
     ],
-    ids=["smoothing, not prepared", "smoothing of positions", "smoothing without labels", "ties", "neftune"],
+    ids=[
+        "smoothing, compiled",
+        "smoothing, not prepared",
+        "smoothing of positions",
+        "smoothing without labels",
+        "ties",
+        "neftune",
+    ],
 )
 def test_what_a_trainer_cannot_do_with_a_graph_is_refused_before_the_first_step(
     kind: str, how: Any, options: dict[str, Any], told: str, tmp_path: Path
