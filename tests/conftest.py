@@ -64,6 +64,22 @@ def _seeded() -> None:
     torch.manual_seed(1234)
 
 
+@pytest.fixture(scope="module")
+def traced_once() -> Iterator[None]:
+    """Let ``lora-fx draw`` trace models of one config once."""
+    known: dict[str, lora_fx.TracedGraphModule] = {}
+
+    def traced(model: Any, inputs: Any, **options: Any) -> lora_fx.TracedGraphModule:
+        key = f"{type(model)} {model.config} {inputs} {options}"
+        if key not in known:
+            known[key] = lora_fx.trace(model, inputs, **options)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("lora_fx.drawing.models.trace", traced)
+        yield
+
+
 def set_factors(module: nn.Module, seed: int = 11, scale: float = 0.2) -> None:
     """Make every B (and A) of a branched graph or a PEFT model a known value that is not zero."""
     generator = torch.Generator().manual_seed(seed)

@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +20,8 @@ from typer.testing import CliRunner
 
 import lora_fx
 from lora_fx.cli import app
+
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 ROOT = Path(__file__).parent.parent
 SIZES = {
@@ -57,22 +58,6 @@ def _without_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _traced_once() -> Iterator[None]:
-    """Let models of one config be traced once: a trace takes seconds."""
-    known: dict[str, lora_fx.TracedGraphModule] = {}
-
-    def traced(model: Any, inputs: Any, **options: Any) -> lora_fx.TracedGraphModule:
-        key = f"{type(model)} {model.config} {inputs} {options}"
-        if key not in known:
-            known[key] = lora_fx.trace(model, inputs, **options)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("lora_fx.drawing.models.trace", traced)
-        yield
 
 
 def draw(*arguments: object, code: int = 0) -> tuple[str, str]:

@@ -146,6 +146,7 @@ def commands() -> list[list[str]]:
     ]
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("command", commands(), ids=lambda command: command[-1])
 def test_the_pictures_are_what_their_commands_make(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -161,6 +162,7 @@ def test_the_pictures_are_what_their_commands_make(
     assert f"(../../{PICTURES.relative_to(ROOT)}/{name})" in text_of("lora_fx/drawing")
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_the_matrix_is_what_its_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     shown = re.search(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,14 @@ SIZE = (3, 11, 5)
 STRENGTHS = {"a": 1.0, "b": 0.5}
 
 
+@functools.cache
+def base(name: str, dtype: torch.dtype) -> lora_fx.TracedGraphModule:
+    return traced(name) if dtype == torch.float32 else lora_fx.trace(build(name).to(dtype), inference=True)
+
+
 def two(name: str = "bert", dtype: torch.dtype = torch.float32) -> lora_fx.TracedGraphModule:
     """Return a graph in which two adapters of different ranks and scalings act on overlapping sites."""
-    base = traced(name) if dtype == torch.float32 else lora_fx.trace(build(name).to(dtype), inference=True)
-    first = lora_fx.rewrite(base, name if name != "blip-2-t5" else "blip-2", rank=3, alpha=5, adapter="a")
+    first = lora_fx.rewrite(base(name, dtype), name if name != "blip-2-t5" else "blip-2", rank=3, alpha=5, adapter="a")
     both = lora_fx.rewrite(
         first,
         {"select": [{"role": ["attention.query", "attention.output"], "rank": 5, "alpha": 4, "scaling": "rslora"}]},
