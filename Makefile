@@ -36,6 +36,10 @@ mutate: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python tools/bench
 
+# Those and generation (tools/bench/generation.py; onnxruntime-genai, where `make test-clients` installed it): 20 minutes more.
+bench-all: $(INSTALLED)
+	$(BIN)/python tools/bench --all
+
 # The API reference, from the docstrings: plain HTML in docs/, links checked.
 docs: $(INSTALLED)
 	$(BIN)/python tools/make_docs.py

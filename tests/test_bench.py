@@ -24,6 +24,7 @@ sys.path += [str(ROOT / "tools"), str(ROOT / "tools" / "bench")]
 import checkpoint_fold  # noqa: E402
 import contenders  # noqa: E402
 import folds  # noqa: E402
+import generation  # noqa: E402
 import gpu  # noqa: E402
 import guides  # noqa: E402
 import inference  # noqa: E402
@@ -256,7 +257,7 @@ def test_all_rows_that_were_found_make_the_table_and_a_failure_is_told(
     assert "C3: it broke" in capsys.readouterr().err
     with pytest.raises(typer.BadParameter, match="C0"):
         every.main(["C0"], out=tmp_path)
-    assert {(ROOT / "tools" / "bench" / tool).is_file() for tool, *_ in every.ROWS.values()} == {True}
+    assert {(ROOT / "tools" / "bench" / tool).is_file() for tool, *_ in (every.ROWS | every.MORE).values()} == {True}
 
 
 def test_a_table_is_put_between_its_markers_alone(tmp_path: Path) -> None:
@@ -269,6 +270,25 @@ def test_a_table_is_put_between_its_markers_alone(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"expected '<!-- made by z\.py -->' once .* got it 0 times"):
         guides.write("z.py", "none", [path])
     assert path.read_text() == text
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("row", ["G1"])
+def test_all_ways_to_generate_write_the_same_text(row: str, tmp_path: Path) -> None:
+    with torch.no_grad():
+        result, directory = generation.measured(generation.SHAPE.tiny(), 4, 1, tmp_path)
+    check(result, tmp_path / "row.json", row)
+    ours = ["folded, TorchScript", "folded, onnxruntime", "slots, onnxruntime", "no cache, onnxruntime"]
+    assert {"PEFT, eager", "folded, eager", *ours} <= {each.name for each in result.contenders}
+    assert "All wrote the same 4 tokens" in result.notes
+    checked = generation.checked_step(directory, 5, 3)
+    check(checked, tmp_path / "row.json", "G2")
+    assert checked.notes[0].endswith("nodes without checks")
+
+
+def test_texts_agree_up_to_the_first_other_token() -> None:
+    assert generation.agreement([1, 2, 3, 4], [1, 2, 9, 4]) == 2
+    assert generation.agreement([1, 2], [1, 2]) == 2
 
 
 def test_a_batch_is_the_same_every_time_and_has_the_padding_that_is_asked() -> None:

@@ -1,6 +1,7 @@
 """All rows that need no GPU, one after another, each in a process of its own; the table of them is in README.md beside this file.
 
     python tools/bench                                 # what ``make bench`` runs, without --write
+    python tools/bench --all                           # what ``make bench-all`` runs: the rows of MORE too
     python tools/bench C2 C9                           # these rows; the others of the table are as they were found before
     python tools/bench --write                         # puts the table into the guide
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -38,22 +40,25 @@ ROWS: dict[str, tuple[str, ...]] = {
     "C8": ("tracing.py",),
     "C9": ("inference.py",),
 }
-"""What each row runs."""
+"""What each row of ``make bench`` runs."""
+
+MORE: dict[str, tuple[str, ...]] = {"G1": ("generation.py",)}
+"""What the further rows of ``make bench-all`` run; their tables stand for themselves in the guide."""
 
 ORDER = (*ROWS, "H1", "H1-long", "H2", "H3")
 
 
 def run(row: str, path: Path, *, tiny: bool) -> str | None:
     """Measure a row, and return what went wrong, if anything did."""
-    tool, *arguments = ROWS[row]
+    tool, *arguments = (ROWS | MORE)[row]
     command = [sys.executable, str(HERE / tool), *arguments, "--json", str(path), *(["--tiny"] if tiny else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return None if done.returncode == 0 else f"{row}: {' '.join(command)}\n{done.stderr[-2000:]}"
 
 
-def found_in(directory: Path) -> list[Result]:
+def found_in(directory: Path, rows: Iterable[str] = (*ORDER, *MORE)) -> list[Result]:
     """Return the rows that were measured, in the order of the table."""
-    paths = (directory / f"{row}.json" for row in ORDER)
+    paths = (directory / f"{row}.json" for row in rows)
     return [result for path in paths if path.exists() for result in load(path)]
 
 
@@ -62,14 +67,19 @@ def main(
     out: Annotated[Path, typer.Option(help="Where what was found is written, a JSON file a row.")] = Path(
         "bench-output"
     ),
+    every: Annotated[
+        bool, typer.Option("--all", help="All rows by default, and not only those of `make bench`.")
+    ] = False,
     write: Annotated[bool, typer.Option("--write", help="Put the table into the guide.")] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="With sizes that take little time, and show nothing.")] = False,
 ) -> None:
     """Run the benchmarks, and print the table."""
-    chosen = rows or list(ROWS)
-    unknown = [row for row in chosen if row not in ROWS]
+    chosen = rows or [*ROWS, *(MORE if every else ())]
+    unknown = [row for row in chosen if row not in ROWS | MORE]
     if unknown:
-        raise typer.BadParameter(f"{', '.join(unknown)}: the rows are {', '.join(ROWS)}; H1 to H3 are in gpu.py.")
+        raise typer.BadParameter(
+            f"{', '.join(unknown)}: the rows are {', '.join(ROWS | MORE)}; H1 to H3 are in gpu.py."
+        )
     out.mkdir(parents=True, exist_ok=True)
     failures = []
     for row in (bar := tqdm(chosen, unit="row")):
@@ -85,7 +95,12 @@ def main(
     if failures:
         raise typer.Exit(1)
     if write:
-        guides.write("tools/bench", text)
+        for marker, its_rows in {
+            "tools/bench": ORDER,
+            **{f"tools/bench/{MORE[row][0]}": (row,) for row in MORE},
+        }.items():
+            if found := found_in(out, its_rows):
+                guides.write(marker, table(found))
 
 
 EXAMPLES = "Examples:  python tools/bench --write   ·   python tools/bench C2 C9 --out found"

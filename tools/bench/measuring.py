@@ -40,9 +40,21 @@ def alternating(
     before: Mapping[str, Step] | None = None,
     warm_up: int = 2,
     device: str = "cpu",
+    clock: Callable[[str], float] | None = None,
     says: str = "",
 ) -> dict[str, tuple[float, ...]]:
-    """Return the seconds of each repetition of each step; what some need done ``before`` is not timed."""
+    """Return the seconds of each repetition of each step; what some need done ``before`` is not timed.
+
+    Args:
+        steps: by name.
+        repetitions: of each.
+        before: what some need done.
+        warm_up: repetitions before those.
+        device: that the steps run on.
+        clock: seconds, of a device; by default :func:`now`.
+        says: what is measured, for the progress bar.
+    """
+    clock = clock or now
     names, times = list(steps), {name: list[float]() for name in steps}
     bar = tqdm(total=(warm_up + repetitions) * len(names), desc=says, leave=False, disable=None)
     for repetition in range(warm_up + repetitions):
@@ -50,9 +62,9 @@ def alternating(
         for name in names[start:] + names[:start]:
             if before is not None and name in before:
                 before[name]()
-            begin = now(device)
+            begin = clock(device)
             steps[name]()
-            took = now(device) - begin
+            took = clock(device) - begin
             if repetition >= warm_up:
                 times[name].append(took)
             bar.update()
