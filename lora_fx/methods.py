@@ -24,7 +24,9 @@ from lora_fx.branches.lower import is_fused
 from lora_fx.branches.tied_copies import untied_copies
 from lora_fx.errors import LoraFxError
 from lora_fx.folding.fold import folded_state
+from lora_fx.generation import generator
 from lora_fx.graph.adapter_names import adapters, original_name
+from lora_fx.graph.cached_graphs import has_cache
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import PEFT_SPELLING, known_info, with_info
 from lora_fx.graph.take_over import take_over
@@ -59,6 +61,8 @@ def can_generate(graph_module: TracedGraphModule) -> bool:
 def generate(graph_module: TracedGraphModule, *args: Any, **options: Any) -> Any:
     """Generate tokens by the model's own ``generate``, with the weights as they are folded at the start of the call.
 
+    A graph that was traced with ``cache=True`` computes them itself: see :func:`lora_fx.generation.generator`.
+
     A model of the traced class is made for the call, in evaluation mode. It shares the weights that no adapter changes; the others
     are in memory twice until the call returns, and nothing is kept. The graph may have labels.
 
@@ -71,6 +75,8 @@ def generate(graph_module: TracedGraphModule, *args: Any, **options: Any) -> Any
         LoraFxError: the class of the model is code of a hub, or its config makes another model.
         FoldError: the branches cannot be folded.
     """
+    if has_cache(graph_module):
+        return generator(graph_module).generate(*args, **options)
     model: Any = double_over(graph_module, folded_state(graph_module, unshare=True)).eval()
     return model.generate(*args, **options)
 

@@ -85,6 +85,7 @@ def generation(
         check_cache(graph_module)
         graphs = {MODEL: graph_module}
     main = next(iter(graphs.values()))
+    genai = genai_config(main) if MODEL in graphs else None
     directory = Path(directory)
     source = Path(tokenizer) if isinstance(tokenizer, str | Path) else None
     if source is not None and not source.is_dir():
@@ -98,8 +99,8 @@ def generation(
         }
         main.config.save_pretrained(beside)
         generation_settings(main).save_pretrained(beside)
-        if MODEL in graphs:
-            text = json.dumps(genai_config(main), indent=2)
+        if genai is not None:
+            text = json.dumps(genai, indent=2)
             (beside / GENAI_CONFIG).write_text(text + "\n", encoding="utf-8")
         if source is not None:
             for file in sorted(path for path in source.iterdir() if _is_tokenizer_file(path.name)):
@@ -133,6 +134,12 @@ def genai_config(graph_module: TracedGraphModule) -> dict[str, Any]:
     config = graph_module.config.get_text_config()
     settings = generation_settings(graph_module)
     layers = cache_layers(graph_module)
+    sizes = {(layer.heads, layer.key_size) for layer in layers} | {(layer.heads, layer.value_size) for layer in layers}
+    if len(sizes) > 1:
+        raise LoraFxError(
+            f"expected keys and values of one size in all layers, which is all that genai_config.json can say, got (heads, size of a head) "
+            f"{', '.join(map(str, sorted(sizes)))}. Write the model alone: lora_fx.export.onnx(graph, path)."
+        )
     inputs = {"input_ids": "input_ids", "attention_mask": "attention_mask"}
     if takes_positions(graph_module):
         inputs["position_ids"] = "position_ids"

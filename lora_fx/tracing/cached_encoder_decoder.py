@@ -24,6 +24,7 @@ from lora_fx.errors import TraceError
 from lora_fx.graph.cached_graphs import PAST, PRESENT, CacheLayer
 from lora_fx.tracing.cached_forward import (
     BATCH_AXIS,
+    INSTEAD,
     PAST_AXIS,
     SEQUENCE_AXIS,
     CachedCall,
@@ -100,7 +101,7 @@ def sizes_of(model: nn.Module) -> Sizes:
         beside = None
     if beside is None or not {"decoder_input_ids", "encoder_outputs"} <= set(parameters):
         raise TraceError(
-            f"cache=True: {name} has no encoder of tokens, or of sounds as Whisper's, beside a decoder of tokens. Trace it without a cache."
+            f"cache=True: {name} has no encoder of tokens, or of sounds as Whisper's, beside a decoder of tokens. {INSTEAD}"
         )
     kept = {key: value for key, value in made.kwargs.items() if key in (main, *beside)}
     axes = {key: _encoder_axes(made.axes.get(key, ()), kept[key]) for key in kept}
@@ -112,19 +113,19 @@ def sizes_of(model: nn.Module) -> Sizes:
         check_logits(model, found)
         hidden, cache = found.encoder_last_hidden_state, found.past_key_values
     except (TypeError, AttributeError) as error:
-        raise TraceError(f"cache=True: {name} returns no cache ({error}). Trace it without.") from error
+        raise TraceError(f"cache=True: {name} returns no cache ({error}). {INSTEAD}") from error
     if type(cache) is not EncoderDecoderCache:
         raise TraceError(
             f"cache=True: {name} keeps a cache of another kind ({type(cache).__name__}), and graphs have keys and values over the decoder "
-            "and the encoder. Trace it without a cache."
+            f"and the encoder. {INSTEAD}"
         )
     own, cross = layers_of(model, cache.self_attention_cache), layers_of(model, cache.cross_attention_cache)
     over: list[Any] = list(cache.cross_attention_cache.layers)
     lengths = {layer.keys.size(2) for layer in over}
     if len(own) != len(cross) or lengths != {hidden.size(1)}:
         raise TraceError(
-            f"cache=True: the decoder of {name} keeps keys and values over other positions than those that its encoder returns. Trace it "
-            "without a cache."
+            f"cache=True: the decoder of {name} keeps keys and values over other positions than those that its encoder returns. "
+            f"{INSTEAD}"
         )
     return Sizes(ExampleInputs(kwargs=kept, axes=axes), hidden, "attention_mask" in kept, own, cross)
 

@@ -27,6 +27,9 @@ from lora_fx.tracing.repeated_layers.stubs import Carried
 
 BATCH_AXIS, SEQUENCE_AXIS, PAST_AXIS = "batch", "sequence", "past_sequence"
 
+INSTEAD = "Trace it without a cache, and generate with the model and folded weights: lora_fx.huggingface.folded(model, graph)."
+"""The way that works where a graph has no cache."""
+
 _PAST_LENGTH, _LENGTH = 5, 3  # of the example: distinct from each other, the batch and their sum
 
 
@@ -257,10 +260,10 @@ def cache_layers(model: nn.Module) -> list[CacheLayer]:
             found: Any = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
         cache = found.past_key_values
     except (TypeError, AttributeError) as error:
-        raise TraceError(f"cache=True: {name} returns no cache ({error}). Trace it without.") from error
+        raise TraceError(f"cache=True: {name} returns no cache ({error}). {INSTEAD}") from error
     check_logits(model, found)
     if cache is None:
-        raise TraceError(f"cache=True: {name} returns no cache. Trace it without.")
+        raise TraceError(f"cache=True: {name} returns no cache. {INSTEAD}")
     return layers_of(model, cache)
 
 
@@ -286,7 +289,7 @@ def layers_of(model: nn.Module, cache: Any) -> list[CacheLayer]:
         found = listed(other, 3) or type(cache).__name__
         raise TraceError(
             f"cache=True: {type(model).__name__} keeps a cache of another kind ({found}), and a graph has keys and values of all "
-            "positions. Trace it without a cache."
+            f"positions. {INSTEAD}"
         )
     return [
         CacheLayer(layer.keys.size(1), layer.keys.size(3), layer.values.size(3), layer.keys.dtype) for layer in layers
@@ -302,8 +305,7 @@ def check_positions(model: nn.Module) -> None:
     if chosen:
         raise TraceError(
             f"cache=True: {type(model).__name__} has rope_type={chosen[0]!r}, whose frequencies the model chooses by the length of the "
-            "text: the keys of a cache would have been made by others. Generate with the model itself, its weights folded: "
-            "lora_fx.huggingface.folded."
+            f"text: the keys of a cache would have been made by others. {INSTEAD}"
         )
 
 
