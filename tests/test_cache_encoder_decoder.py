@@ -42,6 +42,16 @@ SIZES = {
     "decoder_start_token_id": 1,
 }
 OWN = {
+    "mt5": families._model(  # transformers' own generate fails where the decoder has more layers than the encoder
+        "MT5ForConditionalGeneration",
+        "MT5Config",
+        **families.TOKENS,
+        d_model=40,
+        d_kv=12,
+        d_ff=72,
+        num_layers=2,
+        num_heads=4,
+    ),
     "mbart": families._model("MBartForConditionalGeneration", "MBartConfig", **SIZES),
     "pegasus": families._model("PegasusForConditionalGeneration", "PegasusConfig", **SIZES),
 }
