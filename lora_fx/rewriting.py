@@ -120,7 +120,7 @@ def rewrite(
         model: a module, or a graph that lora_fx returned, which then gets one more adapter. That one does not act before
             :func:`~lora_fx.activate` says so, as in PEFT; it acts at once if the graph had none.
         rules: the name of a built-in file or one of its model types (``"t5"``); ``"auto"``, by ``model.config.model_type``, or by role
-            where there is no file for it; ``"all-linear"``; a path to a ``.toml`` file; names of modules (``["q", "v"]``); a mapping
+            where there is no file for it; ``"all-linear"``; ``"all-conv"``; a path to a ``.toml`` file; names of modules (``["q", "v"]``); a mapping
             with the keys of a rule file; or a configuration of PEFT: a ``peft.LoraConfig``, its mapping, or the path of its ``.json``
             file.
         rank: replaces the rank in the rules' ``[defaults]``, at least 1. It is taken as it is; a rank of the rules is lowered, with a

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import build
+from torch import nn
 
 import lora_fx
 from lora_fx.graph.records import Features
@@ -236,3 +237,30 @@ def test_a_quantised_weight_is_refused() -> None:
     query.weight = torch.nn.Parameter(query.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(lora_fx.PlanError, match=r"query' has a weight of dtype torch\.int8.*Dequantise"):
         lora_fx.rewrite(graph_module, rules="bert")
+
+
+class Separable(nn.Module):
+    """A depthwise convolution, one over all channels, and a linear layer, of no library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise, self.pointwise = nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 4, 1)
+        self.hidden, self.out = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.hidden(self.pointwise(self.depthwise(x)).mean((2, 3))).relu())
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ("all-conv", {"pointwise"}),
+        ("all-linear", {"hidden"}),  # out is its head
+        ({"select": [{"op": ["conv2d"], "groups": {"min": 2}}]}, {"depthwise"}),
+        ({"select": [{"groups": {"max": 1}}]}, {"pointwise", "hidden", "out"}),
+    ],
+    ids=["all-conv", "all-linear", "in groups", "not in groups"],
+)
+def test_rules_tell_convolutions_in_groups_in_a_model_of_no_library(rules: Any, expected: set[str]) -> None:
+    graph = lora_fx.trace(Separable().eval(), (torch.randn(2, 6, 5, 5),), inference=True)
+    assert {chosen.site.module for chosen in lora_fx.plan(graph, rules).chosen} == expected

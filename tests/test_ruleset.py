@@ -160,10 +160,10 @@ def write(directory: Path, text: str) -> Path:
 
 
 Q = "[[select]]\ntarget = ['q']\n"
-SOME = "target, regex, role, op, layers, in_features, out_features"
+SOME = "target, regex, role, op, layers, in_features, out_features, groups"
 WORDS = {
     "{SOME}": SOME,
-    "{SELECT}": "alpha, alternatives, calls, dropout, exclude, exclude_role, features, in_features, init, layers, op, optional, "
+    "{SELECT}": "alpha, alternatives, calls, dropout, exclude, exclude_role, features, groups, in_features, init, layers, op, optional, "
     "out_features, override, rank, regex, role, scaling, target, trainable",
     "{DEFAULTS}": "alpha, dropout, init, rank, scaling, task_type",
     "{FILE}": "defaults, model_types, select",

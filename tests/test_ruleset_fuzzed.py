@@ -158,6 +158,7 @@ PREDICATES = {
     "op": some(st.sampled_from(OPS)),
     "layers": some(st.integers(0, 99) | st.sampled_from(["0-3", "5-", "7-7"])),
     "in_features": BOUNDS,
+    "groups": BOUNDS,
     "exclude": some(NAMES),
     "exclude_role": some(st.sampled_from(ROLES)),
     "optional": st.booleans(),

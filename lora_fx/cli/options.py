@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # torch is slow to import, and `--help` does not need it
 Rules = Annotated[
     str,
     typer.Option(
-        help="Name of built-in rules, auto, all-linear, or the path of a .toml file or of a PEFT configuration (.json)."
+        help="Name of built-in rules, auto, all-linear, all-conv, or the path of a .toml file or of a PEFT configuration (.json)."
     ),
 ]
 RulesDirectories = Annotated[

@@ -40,6 +40,7 @@ def refusal(selection: Selection, site: Site, purpose: Purpose) -> Refusal | Non
         _role(selection, purpose),
         _bounds(selection.in_features, site.in_features, "in_features"),
         _bounds(selection.out_features, site.out_features, "out_features"),
+        _bounds(selection.groups, site.matrices if site.kernel else 1, "groups"),
         _excluded(selection, purpose),
         _call(selection, site),
         _features(selection, purpose),
@@ -53,7 +54,16 @@ def trains(selection: Selection, purpose_of: Mapping[Site, Purpose]) -> Callable
     layers = None if selection.layers is None else Selection(layers=selection.layers)
     excluded = None if selection.exclude is None else Selection(target=selection.exclude)
     admitted: set[str] | None = None
-    if any((selection.role, selection.op, selection.in_features, selection.out_features, selection.exclude_role)):
+    if any(
+        (
+            selection.role,
+            selection.op,
+            selection.in_features,
+            selection.out_features,
+            selection.groups,
+            selection.exclude_role,
+        )
+    ):
         alone = selection.model_copy(update={"trainable": None, "target": None, "regex": None, "layers": None})
         admitted = {site.module for site, purpose in purpose_of.items() if refusal(alone, site, purpose) is None}
 

@@ -38,7 +38,8 @@ def load(rules: RulesLike, model_type: str | None = None, directories: Sequence[
     Args:
         rules: the stem of a rule file or one of its ``model_types``, ``"auto"`` (by ``model_type``; the queries and values
             of attention where there is no file for it), ``"all-linear"`` (every linear but heads, routers, and
-            products with one output feature, such as gates), a path to a ``.toml`` file, names of modules, a mapping with the keys
+            products with one output feature, such as gates), ``"all-conv"`` (every convolution that is not in groups),
+            a path to a ``.toml`` file, names of modules, a mapping with the keys
             of such a file, a loaded rule set; None for ``"auto"``; or a configuration of PEFT: a ``peft.LoraConfig``, its mapping, or
             the path of its ``.json`` file.
         model_type: the model's ``config.model_type``, for ``"auto"``, and for a configuration of PEFT that names no modules.
@@ -68,6 +69,8 @@ def load(rules: RulesLike, model_type: str | None = None, directories: Sequence[
         return _read(Path(rules))
     if rules == "all-linear":
         return _made(rules, Selection(op=("linear",), exclude_role=("head", "router"), out_features=Bounds(min=2)))
+    if rules == "all-conv":
+        return _made(rules, Selection(op=("conv1d", "conv2d", "conv3d"), exclude_role=("head",), groups=Bounds(max=1)))
     folders = _folders(directories)
     name = model_type if rules == "auto" else rules
     found = None if name is None else _find(name, folders)
@@ -161,7 +164,7 @@ def _unknown(name: str, folders: Sequence[Path]) -> NoReturn:
         folder: sorted({n for path in _files(folder) for n in (path.stem, *_read(path).model_types)})
         for folder in folders
     }
-    near = did_you_mean(name, {"auto", "all-linear", *(n for known in names.values() for n in known)})
+    near = did_you_mean(name, {"auto", "all-linear", "all-conv", *(n for known in names.values() for n in known)})
     built_in = ", ".join(names.pop(directory()))
     further = "".join(f"; in {folder}: {', '.join(known)}" for folder, known in names.items())
     problem = f"there are no built-in rules of this name{near}; built in: {built_in}{further}; or auto, all-linear, or the path of a .toml file"

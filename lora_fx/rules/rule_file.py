@@ -135,7 +135,7 @@ class FileDefaults(Defaults):
     """The task, as PEFT names it: for SEQ_CLS, TOKEN_CLS and QUESTION_ANS the task head trains as a whole."""
 
 
-PREDICATES = ("target", "regex", "role", "op", "layers", "in_features", "out_features")
+PREDICATES = ("target", "regex", "role", "op", "layers", "in_features", "out_features", "groups")
 OF_BRANCHES = ("rank", "alpha", "dropout", "scaling", "init", "features", "calls")
 
 
@@ -162,6 +162,9 @@ class Selection(_Table):
 
     out_features: Bounds | None = None
     """Width of the output."""
+
+    groups: Bounds | None = None
+    """Groups of a convolution, as many as input channels if it is depthwise; 1 for all other operators."""
 
     exclude: Patterns | None = None
     """Excluded names, as in target."""
