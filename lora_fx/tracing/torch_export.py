@@ -21,13 +21,19 @@ from lora_fx.errors import TraceError, first_line
 from lora_fx.graph.process_state import quiet
 from lora_fx.graph.signature import key_parts
 from lora_fx.tracing.example_inputs import ExampleInputs
+from lora_fx.tracing.fake_results import FakeResults
 from lora_fx.tracing.random_settings import advice_on_random_settings
 
 Dynamic = Mapping[str, Sequence[int]]
 
 
 def export(
-    model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | None, *, training: bool
+    model: nn.Module,
+    inputs: ExampleInputs,
+    dynamic: Dynamic | None,
+    *,
+    training: bool,
+    results: FakeResults | None = None,
 ) -> torch.export.ExportedProgram:
     """Export ``model`` in its current mode.
 
@@ -36,10 +42,12 @@ def export(
         inputs: as :func:`check_inputs` accepted them.
         dynamic: input name → dimensions that must vary; all others are fixed. ``None``: as ``inputs.axes`` say.
         training: for messages.
+        results: of operators in earlier exports of the model; those of this one are added.
 
     Raises:
         TraceError: torch.export refuses; the message names the model's own line, or the dimension that it fixes.
     """
+    results = FakeResults() if results is None else results
     with (
         quiet(),
         _explicit_arguments(model, inputs),
@@ -47,6 +55,7 @@ def export(
         _without_cache(),
         _without_code(),
         _unprinted(),
+        results.used(),
     ):
         shapes = _dynamic_shapes(model, inputs, dynamic)
         try:

@@ -46,6 +46,7 @@ from lora_fx.tracing.example_inputs import (
     with_labels,
 )
 from lora_fx.tracing.example_inputs import example_inputs as make_inputs
+from lora_fx.tracing.fake_results import FakeResults
 from lora_fx.tracing.item_count import (
     follow_item_count,
     loss_uses_count,
@@ -247,10 +248,7 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Trace:
-    """A flat graph, its constraints, the tensors and modules that are not the model's, and the model's autograd functions.
-
-    It contains stubs until it is expanded.
-    """
+    """A flat graph, its constraints, tensors and modules beyond the model's, and the model's autograd functions; stubs are to be expanded."""
 
     graph: fx.Graph
     constants: Mapping[str, torch.Tensor]
@@ -318,7 +316,7 @@ def _reason(error: Exception) -> BaseException:
 
 def _trace_all(task: _Task) -> TracedGraphModule:
     """Trace in all modes, compare the graph with the model, and add its input checks."""
-    united = _trace(task, training=False) if task.inference else _trace_both(task)
+    united = _trace(task, FakeResults(), training=False) if task.inference else _trace_both(task)
     if task.classes:
         united = _expanded(task, united)
     united = _counted(task, united)
@@ -336,25 +334,31 @@ def _trace_all(task: _Task) -> TracedGraphModule:
 
 def _trace_both(task: _Task) -> _Trace:
     """Trace in both modes, and return one trace that serves both."""
-    model = task.model
+    model, results = task.model, FakeResults()
     check_hooks(model, ())
-    evaluation = _trace(task, training=False)
-    with recorded_interference(model) as found:
-        train = _trace(task, training=True)
-    check_hooks(model, found.lines)
-    check_constants(train.graph, train.constants, evaluation.constants)
-    modules = unite_modes(train.graph, evaluation.graph, [*state_of(model).tensors, *train.constants])
+    evaluation = _trace(task, results, training=False)
+    for remembered in (results, FakeResults()):  # before a model is refused, nothing is taken from the other mode
+        with recorded_interference(model) as found:
+            train = _trace(task, remembered, training=True)
+        check_hooks(model, found.lines)
+        check_constants(train.graph, train.constants, evaluation.constants)
+        try:
+            modules = unite_modes(train.graph, evaluation.graph, [*state_of(model).tensors, *train.constants])
+            break
+        except TraceError:
+            if remembered is not results:
+                raise
     constraints = train.constraints.intersection(evaluation.constraints)
     return replace(train, constraints=constraints, modules=modules, functions=found.functions)
 
 
-def _trace(task: _Task, *, training: bool) -> _Trace:
+def _trace(task: _Task, results: FakeResults, *, training: bool) -> _Trace:
     """Export in one mode, and bring the graph into normal form."""
     model = task.model
     task.mode.set(model, training)
     asks_nothing = nullcontext() if task.inference else traceable_batch_norms(model, CUMULATIVE)
     with stubbed(model, task.classes, task.cached), asks_nothing, stateless(model):
-        program = export(model, task.inputs, task.dynamic, training=training)
+        program = export(model, task.inputs, task.dynamic, training=training, results=results)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     inline_regions(module, training=training)
