@@ -1,10 +1,15 @@
-"""PEFT's own LoRA configurations, with PEFT beside them: representatives here, all of them by ``python tests/peft_table.py``."""
+"""PEFT's own LoRA configurations, with PEFT beside them: representatives here, every one in ``make test-all``, and what came of each in a table."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from peft_configurations import ROWS
-from peft_table import Kind, check, verdict
+from peft_table import TABLE, check, verdict
 
 BY_NAME = {str(row): row for row in ROWS}
 
@@ -21,15 +26,54 @@ REPRESENTATIVES = (
     "initialization: parts: target_modules=[linear, embed, conv2d], rank_pattern={'embed': 9, 'conv2d': 16}, "
     "alpha_pattern={'linear': 11, 'conv2d': 13}, lora_alpha=17, r=25, use_rslora=True",
     "initialization: parts: target_modules=[linear, conv2d], bias=lora_only",
+    "initialization: tied: target_modules=[linear, lm_head], ensure_weight_tying=True",
+    "initialization: seq2seq tied: target_modules=[linear, lm_head], ensure_weight_tying=True",
     "tuners_utils: paths: target_modules=[baz], layers_to_transform=[1], layers_pattern=[bar]",
     "tuners_utils: nested: target_modules=all-linear, rank_pattern={'^foo': 16, '^module.foo': 24}",
 )
 """How the names of rows begin that stand for the others: one of each kind of layer, of target and of pattern."""
 
+STANDING = {next(name for name in BY_NAME if name.startswith(beginning)) for beginning in REPRESENTATIVES}
 
-@pytest.mark.parametrize("beginning", REPRESENTATIVES)
-def test_a_configuration_of_peft_holds_in_full(beginning: str) -> None:
-    name = next(name for name in BY_NAME if name.startswith(beginning))
+
+def _written() -> dict[str, str]:
+    """Return the verdict that the table has for each row."""
+    verdicts, word = {}, ""
+    for line in TABLE.read_text(encoding="utf-8").splitlines():
+        if line.startswith("### "):
+            word = line.partition(": ")[2]
+        elif name := re.match(r"- `([^`]*)`", line):
+            verdicts[name[1]] = word
+    return verdicts
+
+
+def _rows() -> list[Any]:
+    """Return every row as a parameter; those of one model stay in one process, which traces it once."""
+    return [
+        pytest.param(
+            name, marks=[pytest.mark.xdist_group(row.model), *([] if name in STANDING else [pytest.mark.matrix])]
+        )
+        for name, row in BY_NAME.items()
+    ]
+
+
+@pytest.mark.parametrize("name", _rows())
+def test_what_comes_of_a_configuration_of_peft_is_what_the_table_says(
+    name: str, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("row", f"{BY_NAME[name].table}{', variants' if BY_NAME[name].variant else ''}")
     found = check(BY_NAME[name])
-    assert verdict(found) == "in full", found
-    assert not [each for each in found.values() if each.kind is Kind.REFUSED and "init_lora_weights" not in each.text]
+    assert verdict(found) == _written()[name], found
+    assert name not in STANDING or verdict(found) == "in full"
+
+
+def test_the_table_has_every_configuration_and_none_is_wrong_or_ends_in_a_raw_error() -> None:
+    written = _written()
+    assert written.keys() == BY_NAME.keys()
+    assert not {"wrong", "raw"}.intersection(written.values())
+
+
+def test_of_the_configurations_without_a_variant_all_but_fifteen_hold_in_full() -> None:
+    counted = Counter(word for name, word in _written().items() if BY_NAME[name].variant is None)
+    assert counted["in part"] + counted["refused"] <= 15
+    assert counted["in full"] > 240
