@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lora_fx.errors import PlanError, TraceError, listed
+from lora_fx.graph.compare import compare_values
 from lora_fx.graph.process_state import forked_random_state
 from lora_fx.tracing.random_settings import advice_on_random_settings
 
@@ -153,19 +154,27 @@ def _without_fast_path() -> Iterator[None]:
 
 
 @contextmanager
-def stateless(model: nn.Module) -> Iterator[None]:
+def stateless(model: nn.Module, run: Callable[[], Any]) -> Iterator[None]:
     """Restore all changes by the model's Python inside, and refuse the ones that a graph would have to repeat at every call.
 
-    Caches and flags are just restored: whether a graph needs them shows when it is run.
+    Caches and flags are just restored: whether a graph needs them shows when it is run. So is a number that every call sets to the
+    same, as Swin's shift where the window covers the image.
+
+    Args:
+        model: is called inside.
+        run: calls it as it is without a trace.
 
     Raises:
         TraceError: an attribute counts or measures, or random numbers were drawn from Python or numpy.
     """
     holders, drawn = _holders(model), _random_states()
     changed: dict[str, None] = {}
+    symbolic: list[object] = []
 
     def look(*_: Any) -> None:  # where the call ends: torch.export puts some attributes back itself
         changed.update((name, None) for holder in holders for name in holder.changed_values())
+        values = (value for holder in holders for value in _as_dict(holder.items).values())
+        symbolic.extend(value for value in values if isinstance(value, torch.SymInt | torch.SymFloat))
 
     handle = model.register_forward_hook(look)
     try:
@@ -177,7 +186,7 @@ def stateless(model: nn.Module) -> Iterator[None]:
         sources = [source for source, state in _random_states().items() if not _same_states(state, drawn[source])]
         _set_random_states(drawn)
     name = type(model).__name__
-    if changed:
+    if changed and (symbolic or not _settles(holders, run)):
         raise TraceError(
             f"{name} changes its own {', '.join(changed)} while it computes, and a graph would keep what one call made of it. "
             "Compute it from the inputs, or hold it in a tensor that is passed in."
@@ -187,6 +196,28 @@ def stateless(model: nn.Module) -> Iterator[None]:
             f"{name} draws random numbers from {' and '.join(sources)} while it computes, and a graph would repeat those of one call. "
             f"Draw them with torch.{advice_on_random_settings(model)}"
         )
+
+
+def _settles(holders: Sequence[_Holder], run: Callable[[], Any]) -> bool:
+    """Tell whether a first and a second call leave the same values, and return the same; all is restored."""
+    try:
+        first = run()
+        left = [_as_dict(holder.items) for holder in holders]
+        second = run()
+    except Exception:  # without a comparison nothing is known
+        return False
+    else:
+        now = [_as_dict(holder.items) for holder in holders]
+        alike = all(
+            _same(before.get(key), after.get(key))
+            for before, after in zip(left, now, strict=True)
+            for key in {**before, **after}
+            if _is_plain(before.get(key)) or _is_plain(after.get(key))
+        )
+        return alike and not compare_values(first, second, None).message
+    finally:
+        for holder in holders:
+            holder.restore()
 
 
 @dataclass(frozen=True)

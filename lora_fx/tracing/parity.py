@@ -149,6 +149,12 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], inputs: Exampl
     return ExampleInputs(args, kwargs, inputs.axes)
 
 
+def called(model: nn.Module, inputs: ExampleInputs) -> Any:
+    """Return what a model returns for inputs, without gradients, each random operator with a stream of its own."""
+    with torch.no_grad(), OwnStreams():
+        return OnCopies(model)(*inputs.args, **inputs.kwargs)
+
+
 class OnCopies:
     """A call of a model with copies of its buffers: it may write to them where a trace does not see it.
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -66,7 +67,7 @@ from lora_fx.tracing.model_state import (
 )
 from lora_fx.tracing.module_kinds import linear_modules, parameter_modules, task_head, vocabulary_modules
 from lora_fx.tracing.omitted_inputs import fills_of, flags_of
-from lora_fx.tracing.parity import OnCopies, check_evaluation, check_outputs, check_training, map_tensors
+from lora_fx.tracing.parity import OnCopies, called, check_evaluation, check_outputs, check_training, map_tensors
 from lora_fx.tracing.repeated_layers.call_values import FirstLayerDiffers, LayersDiffer
 from lora_fx.tracing.repeated_layers.expand import expand
 from lora_fx.tracing.repeated_layers.layer_classes import (
@@ -357,7 +358,7 @@ def _trace(task: _Task, results: FakeResults, *, training: bool) -> _Trace:
     model = task.model
     task.mode.set(model, training)
     asks_nothing = nullcontext() if task.inference else traceable_batch_norms(model, CUMULATIVE)
-    with stubbed(model, task.classes, task.cached), asks_nothing, stateless(model):
+    with stubbed(model, task.classes, task.cached), asks_nothing, stateless(model, partial(called, model, task.inputs)):
         program = export(model, task.inputs, task.dynamic, training=training, results=results)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
