@@ -55,13 +55,26 @@ def export(
         _without_cache(),
         _without_code(),
         _unprinted(),
-        results.used(),
     ):
         shapes = _dynamic_shapes(model, inputs, dynamic)
-        try:
+
+        def exported() -> torch.export.ExportedProgram:
             return torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False, dynamic_shapes=shapes)
+
+        try:
+            try:
+                with results.used():
+                    return exported()
+            except RuntimeError as error:
+                if _OUT_OF_MEMORY not in str(error):
+                    raise
+                return exported()
         except Exception as error:
             raise _refusal(model, inputs, error, training) from error
+
+
+_OUT_OF_MEMORY = "out of bounds for storage"
+"""What torch says where an operator writes the strides of a remembered result, which has no memory: a pool to one pixel, in place."""
 
 
 def tie(model: nn.Module) -> None:
