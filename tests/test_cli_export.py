@@ -105,11 +105,13 @@ def test_a_directory_for_generation_has_the_adapter_and_the_tokenizer(
 
 def test_combinations_with_a_cache_that_mean_nothing_are_refused(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert "name a format by --format" in export(base / "base", out, "--with-cache", code=2)
+    assert "says no" in export(base / "base", out, "--with-cache", code=2)
     given = ("-f", "onnx", "--with-cache", "--example-inputs", tmp_path / "inputs.safetensors")
     assert "--with-cache makes its own inputs" in export(base / "base", out, *given, code=2)
     build("bert").save_pretrained(tmp_path / "bert")
-    assert "BertModel returns no cache" in export(tmp_path / "bert", out, "-f", "onnx", "--with-cache", code=1)
+    assert "BertModel returns no logits to generate from" in export(
+        tmp_path / "bert", out, "-f", "onnx", "--with-cache", code=1
+    )
     (tmp_path / "file").touch()
     said = export(base / "base", tmp_path / "file", "-f", "onnx", "--with-cache", "--overwrite", code=1)
     assert "is a file, and a directory for generation is a directory" in said

@@ -4,10 +4,10 @@
     .venv/bin/python tests/clients llama gpt2           # these rows, printed
     .venv/bin/python tests/clients --client optimum t5
 
-The models are those of test_cache.py. lora_fx exports each with its adapter folded in, or with slots and the adapter in a file beside
-it; a client loads the directory; its tokens are compared with those of transformers' own ``generate`` with the folded weights. The
-environments are made of the package index, below .venv-clients, and kept for the next run. What cannot be installed, loaded or run is a
-row that failed, with the client's own words.
+The models are those of test_cache.py and test_cache_encoder_decoder.py. lora_fx exports each with its adapter folded in, or with slots and
+the adapter in a file beside it; a client loads the directory; its tokens are compared with those of transformers' own ``generate`` with the
+folded weights. The environments are made of the package index, below .venv-clients, and kept for the next run. What cannot be
+installed, loaded or run is a row that failed, with the client's own words.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ ROOT = HERE.parent.parent
 sys.path.append(str(HERE.parent))
 
 import test_cache as decoders  # noqa: E402
+import test_cache_encoder_decoder as encoder_decoders  # noqa: E402
 
 import lora_fx  # noqa: E402
 from lora_fx.cli.printing import run_script  # noqa: E402
@@ -39,6 +40,11 @@ ENVIRONMENTS = ROOT / ".venv-clients"
 TABLE = HERE.parent / "clients.md"
 SLOTTED = ("llama", "gpt2", "gemma3_text")
 """Models that are exported with slots too."""
+
+TRANSLATORS = tuple(name for name in encoder_decoders.NAMES if name != "whisper")
+"""Encoder-decoders of text."""
+
+NAMES = (*decoders.NAMES, *TRANSLATORS)
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Client:
         script: beside this file, which that environment's Python runs.
         cases: what it is asked for: names of the prompts of test_cache.py, each with a number of beams.
         slots: whether it takes adapters.
+        translates: whether it is asked for encoder-decoders.
     """
 
     name: str
@@ -60,6 +67,7 @@ class Client:
     script: str
     cases: tuple[tuple[str, int], ...]
     slots: bool = False
+    translates: bool = False
 
 
 UNPADDED = ("batch 3", "batch 1", "prompt of 1", "longer than the window")
@@ -78,6 +86,7 @@ CLIENTS = (
         (("torch==2.13.0",), ("optimum-onnx[onnxruntime]==0.1.0", "onnxruntime==1.32.0", "numpy==2.4.6")),
         "optimum_client.py",
         tuple((prompt, beams) for beams in (1, 3) for prompt in (*UNPADDED, "left-padded")),
+        translates=True,
     ),
 )
 
@@ -111,7 +120,23 @@ def write_cases(client: Client, name: str, directory: Path, adapter: str | None)
             told = f"{prompt}, {beams} beams" if beams > 1 else prompt
             cases[f"{told}, {'adapter' if chosen else 'base'}" if adapter else told] = {
                 **{"ids": ids.tolist(), "mask": mask.tolist(), "tokens": tokens.tolist()},
-                **{"steps": decoders.STEPS, "beams": beams, "adapter": chosen},
+                **{"steps": decoders.STEPS, "beams": beams, "adapter": chosen, "options": {}},
+            }
+    directory.mkdir()
+    (directory / "cases.json").write_text(json.dumps(cases))
+
+
+def write_translations(name: str, directory: Path) -> None:
+    """Write what a client is asked for of an encoder-decoder, greedy and by three beams."""
+    cases: dict[str, dict[str, Any]] = {}
+    for beams in (1, 3):
+        for prompt in ("batch 3", "padded", "one token"):
+            given = encoder_decoders.inputs(name)[prompt]
+            found = encoder_decoders.generated(encoder_decoders.merged(name), **given, num_beams=beams).sequences
+            cases[f"{prompt}, {beams} beams" if beams > 1 else prompt] = {
+                **{"ids": given["input_ids"].tolist(), "mask": given["attention_mask"].tolist()},
+                **{"tokens": found.tolist(), "steps": encoder_decoders.STEPS, "beams": beams, "adapter": None},
+                "options": {"eos_token_id": 2, "decoder_start_token_id": 1},
             }
     directory.mkdir()
     (directory / "cases.json").write_text(json.dumps(cases))
@@ -119,6 +144,16 @@ def write_cases(client: Client, name: str, directory: Path, adapter: str | None)
 
 def write_directories(name: str, clients: Sequence[Client], place: Path) -> Iterator[tuple[Client, Path]]:
     """Export a model for clients: folded, and for those that take adapters with slots too."""
+    if name in TRANSLATORS:
+        for client in (each for each in clients if each.translates):
+            directory = place / client.environment / name
+            directory.parent.mkdir(exist_ok=True)
+            write_translations(name, directory)
+            lora_fx.export.generation(encoder_decoders.folded(name), place / name, verify=False)
+            for path in (place / name).iterdir():
+                os.link(path, directory / path.name)
+            yield client, directory
+        return
     kinds = (False, True) if name in SLOTTED and any(client.slots for client in clients) else (False,)
     for slots in kinds:
         exported = place / f"{name}{', slots' if slots else ''}"
@@ -191,11 +226,12 @@ HEAD = f"""# Clients
 
 [lora_fx](../README.md) › [tests](README.md) › clients.md
 
-Made by `make test-clients`. The models of `test_cache.py`, exported by `lora_fx.export.generation`, are loaded by clients in
-environments of their own, which are installed from the package index, and in processes of their own. A cell counts the cases in which
-a client's tokens are those of transformers' `generate` with the folded weights, over {decoders.STEPS} steps: onnxruntime-genai
-greedy, unpadded, of a batch of 3, of 1, prompts of one token, and prompts longer than the window; optimum the same and left-padded,
-greedy and with three beams. *slots* is one file with the base and an adapter in a file of its own, asked for with and without it.
+Made by `make test-clients`. The models of `test_cache.py` and `test_cache_encoder_decoder.py`, exported by
+`lora_fx.export.generation`, are loaded by clients in environments of their own, which are installed from the package index, and in
+processes of their own. A cell counts the cases in which a client's tokens are those of transformers' `generate` with the folded
+weights, over {decoders.STEPS} steps: onnxruntime-genai greedy, unpadded, of a batch of 3, of 1, prompts of one token, and prompts longer than the
+window; optimum the same and left-padded, greedy and with three beams (encoder-decoders: a batch of 3, padded, and of one token).
+*slots* is one file with the base and an adapter in a file of its own, asked for with and without it.
 
 optimum takes the number of heads of a cache from a list of model types in its own code, on which Phi-3, Mixtral and others are missing,
 and the size of a head as `hidden_size / num_attention_heads` for all but a few, whatever `head_dim` says (huggingface/optimum#2379).
@@ -212,15 +248,13 @@ def main(
     """Ask the clients, and print the table."""
     torch.set_num_threads(1)
     clients = [each for each in CLIENTS if not client or each.environment in client]
-    unknown = sorted({*(rows or ())} - {*decoders.NAMES}) + sorted({*(client or ())} - {c.environment for c in CLIENTS})
+    unknown = sorted({*(rows or ())} - {*NAMES}) + sorted({*(client or ())} - {c.environment for c in CLIENTS})
     if unknown:
         environments = ", ".join(each.environment for each in CLIENTS)
-        raise typer.BadParameter(
-            f"{', '.join(unknown)}: models are {', '.join(decoders.NAMES)}; clients {environments}"
-        )
+        raise typer.BadParameter(f"{', '.join(unknown)}: models are {', '.join(NAMES)}; clients {environments}")
     with tempfile.TemporaryDirectory() as place:
         made: dict[Client, list[Path]] = {each: [] for each in clients}
-        for name in tqdm(rows or decoders.NAMES, desc="exporting"):
+        for name in tqdm(rows or NAMES, desc="exporting"):
             for each, directory in write_directories(name, clients, Path(place)):
                 made[each].append(directory)
         found = {each.name: answers(each, directories) for each, directories in made.items()}

@@ -17,10 +17,10 @@ torch.set_num_threads(1)
 
 
 def generated(model: Any, case: dict[str, Any]) -> list[list[int]]:
-    """Return prompts (of a decoder alone) and as many tokens, greedy or by beams, in a batch."""
+    """Return prompts (of a decoder alone) and their tokens, greedy or by beams, in a batch."""
     steps = {"max_new_tokens": case["steps"], "min_new_tokens": case["steps"]}
     ids, mask = torch.tensor(case["ids"]), torch.tensor(case["mask"])
-    options = {**steps, "num_beams": case["beams"], "do_sample": False, "pad_token_id": 0}
+    options = {**steps, "num_beams": case["beams"], "do_sample": False, "pad_token_id": 0, **case["options"]}
     return model.generate(input_ids=ids, attention_mask=mask, **options).tolist()
 
 
