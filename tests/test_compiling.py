@@ -146,7 +146,7 @@ UNCOVERED = (
     (lambda: inputs("bert", 2, 70), "size 70 in dimension 1, expected 1 to 64"),
     (mismatched, r"input_ids.size\(1\) == attention_mask.size\(1\)"),
     (lambda: {**inputs("bert", 2, 7), "attention_mask": torch.ones(2, 7)}, "has dtype torch.float32"),
-    (lambda: {"input_ids": inputs("bert", 2, 7)["input_ids"]}, "'attention_mask' is missing"),
+    (lambda: {"attention_mask": inputs("bert", 2, 7)["attention_mask"]}, "'input_ids' is missing"),
     (lambda: {**inputs("bert", 2, 7), "output_attentions": True}, "'output_attentions'"),
 )
 
