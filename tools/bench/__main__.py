@@ -39,6 +39,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "C7": ("folds.py", "C7"),
     "C8": ("tracing.py",),
     "C9": ("inference.py",),
+    "W1": ("rewriting.py", "W1"),
+    "W2": ("rewriting.py", "W2"),
 }
 """What each row of ``make bench`` runs."""
 
