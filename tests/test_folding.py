@@ -37,7 +37,7 @@ def test_folded_computes_what_the_branched_graph_computes(rewritten: Any, size: 
             run(name, module, *size)[0] for module in (graph_module, lora_fx.fold(graph_module), traced(name))
         )
     assert torch.allclose(before, after, rtol=0, atol=rounding(before))
-    assert not torch.allclose(before, base, rtol=0, atol=1e-4)
+    assert not torch.allclose(before, base, rtol=0, atol=2 * rounding(before))  # the branches matter
 
 
 @pytest.mark.parametrize("name", rows(("t5", "gpt2", "llama", "bert", "mt5"), ("gpt2",)))
