@@ -180,7 +180,9 @@ def test_an_adapter_of_peft_folds_to_what_peft_makes_of_it(trained_by_peft: Path
     )
 
 
-def test_saved_statistics_come_back_in_both_and_others_are_warned_of(resnet_graph: Any, tmp_path: Path) -> None:
+def test_saved_statistics_come_back_in_both_and_others_are_warned_of(
+    resnet_graph: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rules = {
         "select": [
             {"op": ["conv2d"], "rank": 2},
@@ -199,6 +201,9 @@ def test_saved_statistics_come_back_in_both_and_others_are_warned_of(resnet_grap
     again = lora_fx.from_adapter(resnet_graph, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(resnet(), tmp_path / "ours").eval()
     assert torch.equal(again(pixel_values=IMAGES).logits, theirs(pixel_values=IMAGES).logits)
+    with caplog.at_level("WARNING", "lora_fx.adapters"):
+        lora_fx.transfer(graph, onto=resnet_graph)
+    assert "moved the running statistics of resnet." in caplog.text
     copied = f"{NORM}.trained_copy.default.running_mean"
     assert torch.equal(again.state_dict()[copied], graph.state_dict()[copied])
     assert not torch.equal(graph.state_dict()[copied], graph.state_dict()[f"{NORM}.running_mean"])

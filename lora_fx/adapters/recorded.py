@@ -11,7 +11,8 @@ from torch import fx, nn
 from lora_fx.errors import PlanError, did_you_mean
 from lora_fx.graph.adapter_names import adapter_of, adapters, copy_name, original_name
 from lora_fx.graph.adapter_states import trained_names
-from lora_fx.graph.graph_module import TracedGraphModule, rebuilt, trainable_names
+from lora_fx.graph.batch_norms import statistics
+from lora_fx.graph.graph_module import TracedGraphModule, rebuilt, state_of, trainable_names
 from lora_fx.graph.info import AdapterRecord, info_of, known_info
 from lora_fx.graph.records import BranchSpec, Origin, Trained
 from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, owners_of
@@ -145,6 +146,16 @@ def statistics_of(graph_module: nn.Module, adapter: str) -> dict[str, torch.Tens
         name: buffer
         for name, buffer in graph_module.named_buffers()
         if original_name(name) is not None and adapter_of(name) == adapter
+    }
+
+
+def moved_statistics(graph_module: TracedGraphModule) -> dict[str, str]:
+    """Return the model's running statistics that are others than in the trace, and the path of the norm of each."""
+    before, state = info_of(graph_module).statistics, state_of(graph_module)
+    return {
+        name: path
+        for name, path in statistics(graph_module.graph, state.modules).items()
+        if name in before and not torch.equal(state.tensors[name].cpu(), before[name].cpu())
     }
 
 

@@ -10,6 +10,7 @@ import torch
 from lora_fx.adapters.activate import at_rest, let_act
 from lora_fx.adapters.attach import attach
 from lora_fx.adapters.recorded import (
+    moved_statistics,
     parameters_of,
     record_of,
     recorded_plan,
@@ -17,7 +18,7 @@ from lora_fx.adapters.recorded import (
     statistics_of,
     values_of,
 )
-from lora_fx.errors import PlanError
+from lora_fx.errors import PlanError, listed
 from lora_fx.graph.adapter_names import adapter_of, adapters
 from lora_fx.graph.adapter_states import acting, adapters_as_added
 from lora_fx.graph.cached_graphs import check_whole
@@ -53,6 +54,13 @@ def transfer(graph_module: TracedGraphModule, *, onto: Graphs) -> Graphs:
 
 def _transferred(graph_module: TracedGraphModule, onto: TracedGraphModule) -> TracedGraphModule:
     given = as_traced(graph_module)
+    norms = list(dict.fromkeys(moved_statistics(given).values()))
+    if norms:
+        _logger.warning(
+            "training has moved the running statistics of %s, which belong to no adapter and are not transferred: the result has "
+            "those of the graph that it is transferred onto.",
+            listed(norms, 8),
+        )
     for each in (given, onto):
         check_whole(each)
     strengths = {**{name: each for name, each in acting(onto).items() if name not in adapters(given)}, **acting(given)}

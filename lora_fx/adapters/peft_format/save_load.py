@@ -20,7 +20,7 @@ from lora_fx.adapters.peft_format.reading import AdapterContents, read_contents
 from lora_fx.adapters.peft_format.stacks import StackLayout
 from lora_fx.adapters.peft_format.tensors import FILE_NAME, PICKLE_NAME
 from lora_fx.adapters.peft_format.writing import PeftAdapter, to_peft
-from lora_fx.adapters.recorded import branches_of, origin_of, plan_branches, trained_of, with_training
+from lora_fx.adapters.recorded import branches_of, moved_statistics, origin_of, plan_branches, trained_of, with_training
 from lora_fx.adapters.transfer import differences
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import lower
@@ -30,7 +30,6 @@ from lora_fx.files.safetensors import write_tensors
 from lora_fx.files.target import DirectoryKind, Target
 from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.adapter_states import trained_names
-from lora_fx.graph.batch_norms import statistics
 from lora_fx.graph.cached_graphs import CachedGraphs, check_whole
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, state_of
 from lora_fx.graph.info import info_of
@@ -265,18 +264,11 @@ def _base_of(graph_module: TracedGraphModule) -> State:
 
 def _warn_of_statistics(graph_module: TracedGraphModule, content: PeftAdapter, *, stacklevel: int) -> None:
     """Warn of batch norms whose running statistics training has moved, and the adapter does not have."""
-    before, state = info_of(graph_module).statistics, state_of(graph_module)
-    path_of = statistics(graph_module.graph, state.modules)
-    moved = {
-        path_of[name]: None
-        for name, value in before.items()
-        if name in path_of
-        and base_key(name, ()) not in content.tensors
-        and not torch.equal(state.tensors[name].cpu(), value.cpu())
-    }
-    if moved:
+    moved = moved_statistics(graph_module)
+    norms = dict.fromkeys(path for name, path in moved.items() if base_key(name, ()) not in content.tensors)
+    if norms:
         warnings.warn(
-            f"training has moved the running statistics of {listed(list(moved), 8)}, and the adapter is saved without them, as PEFT does: "
+            f"training has moved the running statistics of {listed(list(norms), 8)}, and the adapter is saved without them, as PEFT does: "
             "whoever loads it gets those of the base, and other numbers than this graph. Save these modules with the adapter "
             "(modules_to_save, trainable), put them into eval mode before the model is rewritten, or save the merged model "
             "(huggingface.save_pretrained, or the state dict of lora_fx.fold(graph)).",
