@@ -289,7 +289,9 @@ def check_files(name: str, place: Path) -> None:
             assert (last - logits).abs().max() <= 1e-6 * logits.abs().max(), case
             now = last.index_fill(1, torch.tensor([2]), -torch.inf).argmax(-1, keepdim=True)  # no end before its time
             tokens = torch.cat([tokens, now], 1)
-        assert tokens.equal(expected.sequences), case
+        assert tokens[:, :-1].equal(expected.sequences[:, :-1]), (
+            case
+        )  # generate forces the last token of BART and its kin
 
 
 @pytest.mark.matrix
