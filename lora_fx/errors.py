@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -81,6 +83,18 @@ WITH_LABELS = (
     "are enough, huggingface.save_pretrained, folded and write_back take this graph as it is."
 )
 """What fold and the exporters say of a graph that is for training."""
+
+
+def warn(message: str) -> None:
+    """Warn at the line that called the package: the first one outside of it, however many functions are in between."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+_BETWEEN = (__name__.partition(".")[0], "contextlib", "functools")
+"""Packages whose lines a warning is not about: this one, and those that call its functions for it."""
 
 
 def first_line(message: str, otherwise: str) -> str:

@@ -156,7 +156,7 @@ def rewrite(
     def attached(graph_module: TracedGraphModule) -> TracedGraphModule:
         plan = plan_graph(graph_module, ruleset)
         warn_of_lower_ranks(plan)
-        warn_of_untying(plan.trained, state_of(graph_module).names(), f"rules {plan.rules.name!r}", stacklevel=5)
+        warn_of_untying(plan.trained, state_of(graph_module).names(), f"rules {plan.rules.name!r}")
         warn_of_fresh_head(plan, graph_module)
         result = attach(graph_module, plan, adapter=adapter, seed=seed)
         tell_waiting(result, adapter)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from lora_fx.adapters.peft_format.directories import (
 )
 from lora_fx.adapters.peft_format.save_load import check_writable, save_adapter
 from lora_fx.adapters.trained_state import is_restricted, restrict
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, warn
 from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import known_info
@@ -105,11 +104,10 @@ def _warn_of_sums(trainer: Any, graph: TracedGraphModule) -> None:
     counts = trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None and trainer.label_smoother is None
     if steps > 1 and counts and not loss_uses_count(graph):
         model = known_info(graph).model_class.rpartition(":")[2]
-        warnings.warn(
+        warn(
             f"the loss of {model} ignores num_items_in_batch, and transformers takes it to be used: nothing divides by the {steps} "
             "accumulation steps, so that losses and gradients are sums over them, as they are with PEFT. For their mean set "
             "trainer.model_accepts_loss_kwargs = False.",
-            stacklevel=3,
         )
 
 

@@ -144,13 +144,13 @@ RULES: list[dict[str, Any]] = [{}, {"scaling": "rslora"}]
 def test_what_was_rewritten_here_comes_back_from_peft_as_it_was(name: str, variant: int, tmp_path: Path) -> None:
     targets = list(ARCHITECTURES[name].target_modules)
     select: list[dict[str, Any]] = [
-        {"target": targets, "rank": 3, "alpha": 7.5},
-        {"target": targets, "layers": [1], "rank": 5, "alpha": 4, "override": True},
+        {"target": targets, "alternatives": True, "rank": 3, "alpha": 7.5},
+        {"target": targets, "alternatives": True, "layers": [1], "rank": 5, "alpha": 4, "override": True},
     ]
     if variant:
         select += [
             {"target": [saved_module(name)], "trainable": "all"},
-            {"target": targets, "trainable": "bias", "optional": True},
+            {"target": targets, "alternatives": True, "trainable": "bias", "optional": True},
         ]
     mine = lora_fx.rewrite(traced(name), {"defaults": RULES[variant], "select": select}).eval()
     randomized(mine)

@@ -77,7 +77,7 @@ def test_a_directory_for_generation_has_the_adapter_and_the_tokenizer(
         (model / name).write_text(f'"{name}"')
     adapter = ("--adapter", base / "adapter", "--strength", 0.75)
     said = export(model, out, "--format", "onnx", "--with-cache", *adapter)
-    assert "directory: ONNX, 0.2 MB (config.json, genai_config.json" in said
+    assert "MB (config.json, genai_config.json, generation_config.json, model.onnx, tokenizer.json" in said
     assert "attention_mask (batch, past_sequence + sequence), position_ids (batch, sequence), past_key" in said
     assert "largest difference to the graph: " in said
     assert {path.name for path in out.iterdir()} == {

@@ -91,11 +91,10 @@ def test_slots_may_be_where_adapters_have_branches(root: Path, tmp_path: Path) -
         (("--slots", "--format", "pt2"), 2, "leave out --format"),
         (("--slots", "--adapter", "a", "--strength", "2"), 2, "leave out --format"),
         (("--format", "onnx", "--rules", "bert"), 2, "--rules choose the sites of --slots, which was not given"),
-        ((), 2, "name a format by --format"),
         (("--slots", "--rules", "brt"), 1, "did you mean 'bert'"),
         (("--slots", "--dtype", "bfloat16"), 1, "computes in torch.bfloat16"),
     ],
-    ids=["branched", "format", "strength", "rules", "nothing", "no such rules", "half precision"],
+    ids=["branched", "format", "strength", "rules", "no such rules", "half precision"],
 )
 def test_options_that_do_not_go_together_are_told(
     root: Path, tmp_path: Path, options: tuple[str, ...], code: int, said: str

@@ -88,4 +88,4 @@ def test_weights_that_are_not_the_pinned_ones_are_refused(monkeypatch: pytest.Mo
 def test_help_shows_an_example() -> None:
     result = CliRunner().invoke(app, ["demo", "--help"])
     assert result.exit_code == 0
-    assert "Example:" in result.output
+    assert "Examples:" in result.output

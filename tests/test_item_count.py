@@ -32,7 +32,7 @@ SIZES = {
     "max_position_embeddings": 32,
 }
 RULES = {
-    "select": [{"target": ["q_proj", "v_proj", "query", "value", "q", "v"]}],
+    "select": [{"target": ["q_proj", "v_proj", "query", "value", "q", "v"], "alternatives": True}],
     "defaults": {"rank": 3, "alpha": 5.0},
 }
 NAME = "num_items_in_batch"

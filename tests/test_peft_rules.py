@@ -155,7 +155,7 @@ def test_what_a_config_asks_for_and_cannot_be_done_is_refused_by_name(case: str,
 def test_what_are_no_rules_is_told(models: dict[str, Case]) -> None:
     with pytest.raises(
         lora_fx.RuleError,
-        match="rules: expected a name, a path, a mapping, loaded rules or a configuration of PEFT, got int",
+        match="rules: expected a name, a path, names of modules, a mapping, loaded rules or a configuration of PEFT, got int",
     ):
         lora_fx.rewrite(models["llama"][1], 4)  # type: ignore[arg-type]
 

@@ -227,7 +227,7 @@ def plan_checkpoint_fold(
         stored = {copied: places.of_names(names[copied]) for copied in own if copied not in added}
         dtypes = {copied: checkpoint.find(keys[0])[1].dtype for copied, keys in stored.items()}
         dtypes |= dict.fromkeys(added, _usual_dtype(checkpoint))
-        warn_of_rounding(files.directory, own, dtypes, stacklevel=2)
+        warn_of_rounding(files.directory, own, dtypes)
         trained_by |= {key: index for keys in stored.values() for key in keys}
     merges = {key: merge for merge in _recipe(graph_module) for key in places.of_names(merge.names)}
     replaced = {
@@ -341,7 +341,7 @@ def _contents(files: AdapterFiles, places: Places, graph_module: TracedGraphModu
                 problems.append(another_value(key, name, own))
     if problems:
         raise AdapterError(str(files.directory), problems)
-    warn_of_embeddings(files.directory, list(found), stacklevel=3)
+    warn_of_embeddings(files.directory, list(found))
     return tied_again(replace(contents, copies={**contents.copies, **found}), names, files)
 
 

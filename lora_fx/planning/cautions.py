@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 from torch import fx
 
-from lora_fx.errors import listed
+from lora_fx.errors import listed, warn
 from lora_fx.graph.adapter_names import original_name
 from lora_fx.graph.info import known_info
 from lora_fx.graph.records import Trained
@@ -23,23 +22,19 @@ def warn_of_lower_ranks(plan: Plan) -> None:
         if branch.setting.rule_rank is not None
     ]
     if lower:
-        warnings.warn(
+        warn(
             f"rules {plan.rules.name!r} give these sites a higher rank than their update can have, and they get: {listed(lower, 20)}. The "
             "scaling stays that of the rule's rank. To have the rank everywhere, give it as an argument, rank=.",
-            stacklevel=3,
         )
 
 
-def warn_of_untying(
-    trained: Sequence[Trained], names: Mapping[str, Sequence[str]], source: str, *, stacklevel: int
-) -> None:
+def warn_of_untying(trained: Sequence[Trained], names: Mapping[str, Sequence[str]], source: str) -> None:
     """Warn once of parameters that the model ties, and of which modules have trained copies of their own.
 
     Args:
         trained: the parameters that train.
         names: all names of a parameter, by its first.
         source: of the adapter, or of its rules.
-        stacklevel: see :func:`warnings.warn`, of the caller.
     """
     untied = [each.name for each in trained if each.untied]
     tied = [every for every in names.values() if not set(untied).isdisjoint(every)]
@@ -51,10 +46,9 @@ def warn_of_untying(
             )
             for every in tied
         )
-        warnings.warn(
+        warn(
             f"{source}: {told}, as with PEFT (modules_to_save without ensure_weight_tying): training and fold untie them. Say "
             "ensure_weight_tying to train one copy.",
-            stacklevel=stacklevel + 1,
         )
 
 
@@ -83,10 +77,9 @@ def warn_of_fresh_head(plan: Plan, graph_module: fx.GraphModule) -> None:
     advice = (
         f"Say task_type={task!r} to train it" if task else f"To train it, add the selection {selection} to the rules"
     )
-    warnings.warn(
+    warn(
         f"the task head of {kind} is not known to have values from a checkpoint, and neither trains nor gets a branch: {listed(left, 8)}. "
         f"If it is random, it stays so. {advice}, as a whole.",
-        stacklevel=3,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from lora_fx.adapters.peft_format.fingerprint import differences, recorded
 from lora_fx.adapters.peft_format.keys import base_name
 from lora_fx.adapters.peft_format.stacks import LAYOUTS, StackLayout
 from lora_fx.adapters.peft_format.tensors import AdapterTensors, open_tensors
-from lora_fx.errors import AdapterError, shortened
+from lora_fx.errors import AdapterError, shortened, warn
 from lora_fx.rules.peft_config.config import CONFIG_NAME, AdapterConfig, read_config
 from lora_fx.rules.validation import shown
 
@@ -85,7 +84,7 @@ def check_base(files: AdapterFiles, found: Mapping[str, str | None], *, strict: 
         if strict:
             advice = "the adapter was trained on another base; pass that model, or strict=False"
             raise AdapterError(source, [advice, *shortened(unlike, _MAX_NAMED, "tensors")])
-        warnings.warn(f"{source}: the adapter was trained on another base:\n  " + "\n  ".join(unlike), stacklevel=4)
+        warn(f"{source}: the adapter was trained on another base:\n  " + "\n  ".join(unlike))
 
 
 _MAX_NAMED = 10

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import fx
 
-from lora_fx.errors import listed
+from lora_fx.errors import listed, warn
 from lora_fx.graph.compare import described
 from lora_fx.graph.info import known_info
 from lora_fx.rules.peft_config.config import CONFIG_NAME
 
 
-def warn_of_rounding(
-    directory: Path, saved: Mapping[str, torch.Tensor], kept: Mapping[str, torch.dtype], *, stacklevel: int
-) -> None:
+def warn_of_rounding(directory: Path, saved: Mapping[str, torch.Tensor], kept: Mapping[str, torch.dtype]) -> None:
     """Warn of trained values that are saved with more precision than they are kept with, in one line.
 
     Args:
         directory: of the adapter.
         saved: the values by the parameters' names.
         kept: the dtypes of the parameters.
-        stacklevel: see :func:`warnings.warn`, of the caller.
     """
     finer = [name for name, to in kept.items() if torch.promote_types(saved[name].dtype, to) != to]
     if finer:
         before = " and ".join(sorted({_dtype_name(saved[name].dtype) for name in finer}))
         after = " and ".join(sorted({_dtype_name(kept[name]) for name in finer}))
-        warnings.warn(
+        warn(
             f"{directory}: {listed(finer, _MAX_NAMED)}: saved in {before}, rounded to {after}, the dtype of the model.",
-            stacklevel=stacklevel + 1,
         )
 
 
@@ -48,13 +43,12 @@ def is_of_embedding(name: str, graph_module: fx.GraphModule) -> bool:
     return name.rpartition(".")[0] in known_info(graph_module).vocabulary
 
 
-def warn_of_embeddings(directory: Path, names: Sequence[str], *, stacklevel: int) -> None:
-    """Warn of embeddings that an adapter brings along without its config saying so; ``stacklevel`` as in :func:`warnings.warn`."""
+def warn_of_embeddings(directory: Path, names: Sequence[str]) -> None:
+    """Warn of embeddings that an adapter brings along without its config saying so."""
     if names:
-        warnings.warn(
+        warn(
             f"{directory}: {listed(sorted(names), _MAX_NAMED)}: other values than the model's, as of a resized vocabulary "
             "(save_embedding_layers): taken as trained copies.",
-            stacklevel=stacklevel + 1,
         )
 
 

@@ -6,7 +6,6 @@ reported at once.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -34,7 +33,7 @@ from lora_fx.adapters.peft_format.own_tensors import (
 )
 from lora_fx.adapters.peft_format.renaming import fitted
 from lora_fx.adapters.peft_format.stacks import LAYOUTS, Stack, Writer, is_transposed, stack_layouts
-from lora_fx.errors import did_you_mean
+from lora_fx.errors import did_you_mean, warn
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
 from lora_fx.graph.batch_norms import whole_norms
 from lora_fx.graph.graph_module import state_of
@@ -134,10 +133,10 @@ class _Reader:
         echoes = self._check_rest(own, copies)
         self._ledger.stop_if_wrong()
         trained = tuple(Trained(n, CONFIG_NAME, v.numel(), untied=n in self._untied) for n, v in saved.items())
-        warn_of_untying(trained, self._state.names(), str(self._files.directory), stacklevel=5)
-        warn_of_embeddings(self._files.directory, list(resized), stacklevel=5)
+        warn_of_untying(trained, self._state.names(), str(self._files.directory))
+        warn_of_embeddings(self._files.directory, list(resized))
         kept = {name: own[name].dtype for name in saved if not own[name].is_meta}
-        warn_of_rounding(self._files.directory, saved, kept, stacklevel=5)
+        warn_of_rounding(self._files.directory, saved, kept)
         values = {
             name: rounded(value, kept[name]).to(own[name].device) if name in kept else value
             for name, value in saved.items()
@@ -304,10 +303,9 @@ class _Reader:
             self._ledger.problems.append(f"{key}: {self._why_not(key, chosen)}")
             del self._ledger.unread[key]
         if dead:
-            warnings.warn(
+            warn(
                 f"{self._files.directory}: has branches at {', '.join(sorted(dead))}, which the model never computes with; they are "
                 "left out.",
-                stacklevel=6,
             )
 
     def _is_dead(self, module: str, own: Mapping[str, torch.Tensor]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from lora_fx.adapters.recorded import branches_of, moved_statistics, origin_of, 
 from lora_fx.adapters.transfer import differences
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import lower
-from lora_fx.errors import AdapterError, PlanError, listed
+from lora_fx.errors import AdapterError, PlanError, listed, warn
 from lora_fx.files.atomic import replacing
 from lora_fx.files.safetensors import write_tensors
 from lora_fx.files.target import DirectoryKind, Target
@@ -214,7 +213,7 @@ def save_adapter(
     target = Target(Path(directory), overwrite, kind=_ADAPTER)
     target.check()
     content = to_peft(graph_module, adapter)
-    _warn_of_statistics(graph_module, content, stacklevel=2)
+    _warn_of_statistics(graph_module, content)
     with replacing(target) as beside:
         beside.mkdir()
         _write(graph_module, adapter, content, beside / FILE_NAME)
@@ -235,7 +234,7 @@ def write_adapter_files(graph_module: TracedGraphModule, directory: Path, adapte
     """
     graph_module = _traced(graph_module)
     content = to_peft(graph_module, adapter)
-    _warn_of_statistics(graph_module, content, stacklevel=2)
+    _warn_of_statistics(graph_module, content)
     with replacing(Target(directory / FILE_NAME, overwrite=True)) as beside:
         _write(graph_module, adapter, content, beside)
 
@@ -262,17 +261,16 @@ def _base_of(graph_module: TracedGraphModule) -> State:
     return state_of(graph_module).with_tensors(info_of(graph_module).statistics)
 
 
-def _warn_of_statistics(graph_module: TracedGraphModule, content: PeftAdapter, *, stacklevel: int) -> None:
+def _warn_of_statistics(graph_module: TracedGraphModule, content: PeftAdapter) -> None:
     """Warn of batch norms whose running statistics training has moved, and the adapter does not have."""
     moved = moved_statistics(graph_module)
     norms = dict.fromkeys(path for name, path in moved.items() if base_key(name, ()) not in content.tensors)
     if norms:
-        warnings.warn(
+        warn(
             f"training has moved the running statistics of {listed(list(norms), 8)}, and the adapter is saved without them, as PEFT does: "
             "whoever loads it gets those of the base, and other numbers than this graph. Save these modules with the adapter "
             "(modules_to_save, trainable), put them into eval mode before the model is rewritten, or save the merged model "
             "(huggingface.save_pretrained, or the state dict of lora_fx.fold(graph)).",
-            stacklevel=stacklevel + 1,
         )
 
 

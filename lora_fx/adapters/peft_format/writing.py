@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import fx, nn
 from lora_fx.adapters.peft_format.keys import Slot, apart_from_calls, base_key, slots
 from lora_fx.adapters.peft_format.stacks import StackLayout, is_transposed, written_layout
 from lora_fx.adapters.recorded import branches_of, origin_of, parameters_of, statistics_of, trained_of
-from lora_fx.errors import AdapterError
+from lora_fx.errors import AdapterError, warn
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import info_of
@@ -205,17 +204,15 @@ def _config(
     parameters = tuple(slot.name for slot in placed.values() if slot.is_parameter)
     if len(dropouts) > 1 and not parameters:
         told = ", ".join(f"{dropout:g}" for dropout in sorted(dropouts))
-        warnings.warn(
+        warn(
             f"adapter {adapter!r} trains with the dropouts {told}; PEFT has one for all, and {max(dropouts):g} is written. What the adapter "
             "computes in evaluation is the same.",
-            stacklevel=4,
         )
     dropout = max(dropouts, default=0.0)
     if parameters and dropout:
-        warnings.warn(
+        warn(
             f"adapter {adapter!r} trains with a dropout of {dropout:g}; PEFT has none where it adapts a parameter, and 0 is written. What the "
             "adapter computes in evaluation is the same.",
-            stacklevel=4,
         )
         dropout = 0.0
     others = sorted(_module_paths(graph_module) - set(modules))

@@ -7,14 +7,13 @@ changed the base weights, and every unknown option that is switched on and that 
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from lora_fx.errors import AdapterError, RuleError, hub_hint
+from lora_fx.errors import AdapterError, RuleError, hub_hint, warn
 from lora_fx.rules.peft_config.name_matching import admits_layer, is_bias, is_named, modules_of, value_of_pattern
 from lora_fx.rules.peft_config.other_keys import UNUSED, is_off, problem_of_key
 from lora_fx.rules.peft_config.other_methods import why_not_applied
@@ -215,7 +214,7 @@ def read_config(directory: Path, ignored: Collection[str] = ()) -> AdapterConfig
         raise AdapterError(str(path), problems)
     passed = [plain(key) for key, value in others.items() if key in ignored and not is_off(value)]
     if passed:
-        warnings.warn(f"{path}: {', '.join(passed)} ignored, as ignore_config_keys says.", stacklevel=4)
+        warn(f"{path}: {', '.join(passed)} ignored, as ignore_config_keys says.")
     return config
 
 
