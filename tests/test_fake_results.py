@@ -93,3 +93,10 @@ def test_torch_is_as_before_after_a_trace() -> None:
     before = FakeTensorMode._dispatch_impl
     lora_fx.trace(nn.Linear(3, 5), {"input": torch.randn(2, 3)})
     assert FakeTensorMode._dispatch_impl is before
+
+
+def test_without_the_private_name_of_torch_a_trace_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model().eval()
+    expected = lora_fx.trace(model, _example())
+    monkeypatch.setattr("lora_fx.tracing.fake_results.FakeTensorMode", type("Renamed", (), {}))
+    assert first_difference(expected, lora_fx.trace(model, _example())) is None

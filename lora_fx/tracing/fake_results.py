@@ -44,7 +44,10 @@ class FakeResults:
     @contextmanager
     def used(self) -> Iterator[None]:
         """Let torch.export take results from here inside the block, in this thread, and add those that it computes."""
-        original: Callable[..., Any] = FakeTensorMode._dispatch_impl
+        original: Callable[..., Any] | None = getattr(FakeTensorMode, "_dispatch_impl", None)
+        if original is None:  # a private name of torch: without it a trace takes longer, and is the same
+            yield
+            return
         thread = threading.get_ident()
         held: set[Any] = set()
 
