@@ -37,6 +37,7 @@ def test_the_readme_is_short_and_has_a_link_to_every_guide() -> None:
         "lora_fx/drawing",
         "lora_fx/export",
         "lora_fx/folding",
+        "lora_fx/tracing",
         "lora_fx/training",
         "tests",
         "tools/bench",
