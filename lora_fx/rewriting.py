@@ -39,7 +39,7 @@ _PEFT_ARGUMENTS = {
 """PEFT's names → what they are called here."""
 
 
-def _told_of_peft_names(function: Callable[P, T]) -> Callable[P, T]:
+def _refusing_peft_names(function: Callable[P, T]) -> Callable[P, T]:
     """Return the function, which refuses arguments with the names that PEFT gives them by the names that they have here."""
 
     @functools.wraps(function)
@@ -92,7 +92,7 @@ def rewrite(
 ) -> TracedGraphModule | CachedGraphs: ...
 
 
-@_told_of_peft_names
+@_refusing_peft_names
 def rewrite(
     model: nn.Module,
     rules: RulesLike = "auto",

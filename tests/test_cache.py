@@ -21,6 +21,7 @@ from conftest import set_factors
 from torch import nn
 
 import lora_fx
+from lora_fx.export.generation_directory import genai_config
 from lora_fx.generation import generator
 from lora_fx.graph.cached_graphs import cache_layers
 from lora_fx.graph.input_checks import RelationCheck
@@ -230,6 +231,48 @@ def test_an_adapter_of_a_directory_comes_with_a_cache(tmp_path: Path, monkeypatc
     assert all(ours.equal(theirs) for ours, theirs in zip(found.logits, expected.logits, strict=True))
 
 
+@pytest.mark.xdist_group("llama")
+@pytest.mark.parametrize(
+    "options", [{"use_cache": False}, {"use_cache": False, "num_beams": 3}, {"cache_implementation": "dynamic"}]
+)
+def test_settings_of_the_cache_change_neither_tokens_nor_logits(options: dict[str, Any]) -> None:
+    ids, mask = prompts()["batch 3"]
+    beams = {key: value for key, value in options.items() if key == "num_beams"}
+    expected = generated(generator(branched("llama")), ids, mask, **beams)
+    found = generated(generator(branched("llama")), ids, mask, **options)
+    assert found.sequences.equal(expected.sequences)
+    assert all(ours.equal(theirs) for ours, theirs in zip(found.logits, expected.logits, strict=True))
+
+
+@pytest.mark.xdist_group("llama")
+def test_a_cache_that_forgets_positions_is_refused_and_one_that_grows_goes_on() -> None:
+    ids, mask = prompts()["batch 3"]
+    windowed = transformers.DynamicCache(config=transformers.MistralConfig(num_hidden_layers=2, sliding_window=6))
+    fixed = transformers.StaticCache(config=branched("llama").config, max_cache_len=20)
+    for cache, found in ((windowed, "DynamicSlidingWindowLayer"), (fixed, "StaticLayer")):
+        with pytest.raises(lora_fx.InputError, match=f"whose layers all grow, got {found}. Leave out config="):
+            generated(generator(branched("llama")), ids, mask, past_key_values=cache)
+    turns = transformers.DynamicCache()
+    first = generated(generator(branched("llama")), ids, mask, past_key_values=turns).sequences
+    longer = torch.cat([first, ids[:, :2]], dim=1)
+    found, expected = (
+        generated(generator(branched("llama")), longer, torch.ones_like(longer), **more).sequences
+        for more in ({"past_key_values": turns}, {})
+    )
+    assert found.equal(expected)
+
+
+@pytest.mark.xdist_group("llama")
+def test_modules_of_a_graph_keep_their_modes_when_it_generates() -> None:
+    graph = copy.deepcopy(branched("llama"))
+    next(iter(graph.children())).training = True
+    modes = [module.training for module in graph.modules()]
+    generated(generator(graph), *prompts()["batch 1"])
+    assert [module.training for module in graph.modules()] == modes
+    assert any(modes)
+    assert not all(modes)
+
+
 # In files.
 
 
@@ -264,6 +307,43 @@ def test_a_directory_for_generation_has_what_clients_read(directory: Path) -> No
     with pytest.raises(lora_fx.LoraFxError, match="holds more than a directory for generation: notes"):
         lora_fx.export.generation(folded("llama"), directory, overwrite=True)
     (directory / "notes").unlink()
+
+
+@pytest.mark.xdist_group("llama")
+def test_settings_of_generation_are_those_of_the_file_for_genai_too(caplog: Any) -> None:
+    graph = copy.deepcopy(folded("llama"))
+    settings = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "top_k": 20,
+        "repetition_penalty": 1.05,
+        "num_beams": 2,
+    }
+    graph.generation_config = transformers.GenerationConfig(eos_token_id=[7, 9], pad_token_id=3, **settings)
+    made = genai_config(graph)
+    assert {name: made["search"][name] for name in settings} == settings
+    assert (made["model"]["eos_token_id"], made["model"]["pad_token_id"]) == ([7, 9], 3)
+    assert not caplog.messages
+    graph.config.eos_token_id = None
+    graph.generation_config = transformers.GenerationConfig()
+    assert genai_config(graph)["model"]["eos_token_id"] == 0
+    assert caplog.messages[0].startswith("the model has no eos_token_id, which genai_config.json needs: it says 0, and")
+
+
+@pytest.mark.xdist_group("llama")
+def test_what_cannot_be_written_beside_the_model_is_told_before_the_export(tmp_path: Path) -> None:
+    with pytest.raises(
+        lora_fx.LoraFxError, match="expected a directory, or a tokenizer of transformers with save_pretrained"
+    ):
+        lora_fx.export.generation(folded("llama"), tmp_path / "out", tokenizer=object())
+    graph = copy.deepcopy(folded("llama"))
+    settings = graph.generation_config
+    settings.temperature = 0.6  # without do_sample
+    graph.generation_config = settings
+    with pytest.raises(lora_fx.LoraFxError, match="the graph's generation_config is not valid"):
+        lora_fx.export.generation(graph, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.xdist_group("llama")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -95,6 +96,14 @@ def test_another_method_or_a_broken_config_is_one_message(tmp_path: Path, docume
     assert message in run("inspect", tmp_path, code=1)
 
 
+def test_texts_of_strangers_stay_on_their_line(adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter, tmp_path / "a")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "evil\x1b[31m\n  rank  1"
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    assert "  base             evil\\x1b[31m\\n  rank  1" in run("inspect", tmp_path / "a").splitlines()
+
+
 def test_rules_are_listed_and_each_is_shown_as_its_file(tmp_path: Path) -> None:
     listed = run("rules")
     row = next(line for line in listed.splitlines() if line.split()[:1] == ["llama"])
@@ -109,8 +118,9 @@ def test_rules_are_listed_and_each_is_shown_as_its_file(tmp_path: Path) -> None:
 def test_a_name_that_is_nearly_one_of_rules_is_told() -> None:
     told = run("rules", "lama", code=1)
     assert "there are no built-in rules of this name (did you mean 'llama'" in told
-    assert "or auto, all-linear, or the path of a .toml file" in told
-    assert "these follow from the model, and have no file" in run("rules", "all-linear", code=1)
+    assert "or auto, all-linear, all-conv, or a path (.toml)" in told
+    for name in ("auto", "all-linear", "all-conv"):
+        assert "these follow from the model, and have no file" in run("rules", name, code=1)
 
 
 def test_the_version_is_that_of_the_package() -> None:

@@ -91,7 +91,7 @@ def test_each_name_of_a_selection_has_to_name_something(base: Any) -> None:
     with pytest.raises(lora_fx.RuleError) as refused:
         lora_fx.rewrite(base, ["q", "heat", "v"])
     assert str(refused.value) == (
-        "rules: select[0] names 'heat', which is no module that the model calls (did you mean 'head'?); leave it out, or say "
+        "rules: select[0] names 'heat', which is no module that multiplies by a weight here (did you mean 'head'?); leave it out, or say "
         "alternatives = true if models have one name or another"
     )
     for rest in (
@@ -102,6 +102,29 @@ def test_each_name_of_a_selection_has_to_name_something(base: Any) -> None:
     trained = {"select": [{"target": ["q"]}, {"target": ["head", "tail"], "trainable": "all"}]}
     with pytest.raises(lora_fx.RuleError, match=r"select\[1\] names 'tail'"):
         lora_fx.rewrite(base, trained)
+
+
+def test_a_module_without_a_site_is_no_name_beside_others(base: Any) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.norm = net(), nn.LayerNorm(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.inner(x))  # type: ignore[no-any-return]
+
+    graph = lora_fx.trace(Outer().eval(), (X,))
+    for name in ("inner", "norm"):
+        with pytest.raises(lora_fx.RuleError, match=rf"select\[0\] names '{name}', which is no module that multiplies"):
+            lora_fx.rewrite(graph, ["q", name])
+
+
+def test_a_graph_is_not_traced_again_with_labels_or_a_cache(base: Any) -> None:
+    for more in ({"cache": True}, {"labels": True}):
+        with pytest.raises(
+            lora_fx.TraceError, match="a graph is taken as it was traced, and this one was traced without"
+        ):
+            lora_fx.rewrite(base, ["q"], **more)
 
 
 def test_wrappers_of_torch_are_taken_off() -> None:

@@ -84,7 +84,7 @@ Slots = Annotated[
 SlotRules = Annotated[
     str | None,
     typer.Option(
-        help="With --slots: name of built-in rules, auto, all-linear, or the path of a .toml file or of a PEFT configuration (.json)."
+        help="With --slots: name of built-in rules, auto, all-linear, all-conv, or the path of a .toml file or of a PEFT configuration (.json)."
     ),
 ]
 WithCache = Annotated[
@@ -164,7 +164,7 @@ def export(
                 status.update("folding")
                 graph = lora_fx.activate(graph, chosen) if branched else lora_fx.fold(graph, chosen)
         write = getattr(lora_fx.export, "generation" if is_directory else chosen_format.value)
-        more: dict[str, Any] = {"slots": True} if slots else {}  # options that not all have
+        more: dict[str, Any] = {"slots": True} if slots else {}  # options of some formats only
         more |= {"tokenizer": model} if is_directory else {}
         exported = write(graph, out, overwrite=overwrite, verify=verify, tolerance=tolerance, **more)
     remark(str(exported))

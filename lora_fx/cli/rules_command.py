@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lora_fx.cli.console import reported
 from lora_fx.cli.options import RulesDirectories
+
+if TYPE_CHECKING:
+    from lora_fx.rules.rule_file import Selection
 
 EXAMPLES = "Examples:  lora-fx rules   ·   lora-fx rules llama   ·   lora-fx rules llama > mine.toml"
 
@@ -28,7 +31,17 @@ def rules(
         for heading in ("rules", "model types", "targets"):
             table.add_column(heading, no_wrap=True, overflow="ignore")
         for ruleset in available(rules_dir or ()):
-            targets = dict.fromkeys(name for selection in ruleset.select for name in selection.target or ("by role",))
+            targets = dict.fromkeys(
+                name for selection in ruleset.select for name in selection.target or (_kind(selection),)
+            )
             table.add_row(ruleset.name, ", ".join(ruleset.model_types), ", ".join(targets))
         print("\n".join(text_lines(table)))
-        print('beside them: "auto" (by the model type; else queries and values by their role) and "all-linear"')
+        print(
+            'beside them: "auto" (by the model type; else queries and values by their role), "all-linear" and "all-conv"'
+        )
+
+
+def _kind(selection: Selection) -> str:
+    if selection.regex is not None:
+        return f"regex {selection.regex}"
+    return "by role" if selection.role else "by operator" if selection.op else "by layer or width"

@@ -14,13 +14,15 @@ The files are written beside their place, and moved there together once the mode
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, first_line
 from lora_fx.export.deliver import Exported
 from lora_fx.export.onnx_file import onnx
 from lora_fx.files.atomic import replacing
@@ -35,6 +37,8 @@ from lora_fx.graph.cached_graphs import (
     takes_positions,
 )
 from lora_fx.graph.graph_module import TracedGraphModule
+
+_logger = logging.getLogger("lora_fx.export")
 
 MODEL = "model.onnx"
 PART_FILES = {
@@ -88,9 +92,21 @@ def generation(
     genai = genai_config(main) if MODEL in graphs else None
     directory = Path(directory)
     source = Path(tokenizer) if isinstance(tokenizer, str | Path) else None
+    if source is None and tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise LoraFxError(
+            f"tokenizer: expected a directory, or a tokenizer of transformers with save_pretrained, got a {type(tokenizer).__name__}."
+        )
     if source is not None and not source.is_dir():
         raise LoraFxError(f"tokenizer: expected a directory with a tokenizer's files, or a tokenizer, got {tokenizer}.")
     reads = () if source is None else (source,)
+    settings = generation_settings(main)
+    try:  # before the export, which takes long
+        with tempfile.TemporaryDirectory() as aside:
+            settings.save_pretrained(aside)
+    except ValueError as error:
+        raise LoraFxError(
+            f"the graph's generation_config is not valid, so that transformers does not save it: {first_line(str(error), 'ValueError')}"
+        ) from error
     with replacing(Target(directory, overwrite, reads, KIND)) as beside:
         beside.mkdir()
         written = {
@@ -98,13 +114,17 @@ def generation(
             for name, each in graphs.items()
         }
         main.config.save_pretrained(beside)
-        generation_settings(main).save_pretrained(beside)
+        settings.save_pretrained(beside)
         if genai is not None:
             text = json.dumps(genai, indent=2)
             (beside / GENAI_CONFIG).write_text(text + "\n", encoding="utf-8")
         if source is not None:
-            for file in sorted(path for path in source.iterdir() if _is_tokenizer_file(path.name)):
-                shutil.copyfile(file, beside / file.name)
+            candidates = [*source.glob("*"), *source.glob(f"{_TEMPLATES}*")]
+            for file in sorted(path for path in candidates if path.is_file()):
+                name = file.relative_to(source)
+                if _is_tokenizer_file(name.as_posix()):
+                    (beside / name).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(file, beside / name)
         elif tokenizer is not None:
             tokenizer.save_pretrained(beside)
         files = {
@@ -149,7 +169,17 @@ def genai_config(graph_module: TracedGraphModule) -> dict[str, Any]:
         given = (getattr(source, f"{kind}_token_id", None) for source in (settings, config))
         return next((value for value in given if value is not None), default)
 
-    end = token("eos", 0)
+    def said(name: str, default: Any) -> Any:
+        value = getattr(settings, name, None)
+        return default if value is None else value
+
+    end = token("eos", None) or 0
+    if token("eos", None) in (None, []):
+        _logger.warning(
+            "the model has no eos_token_id, which %s needs: it says 0, and onnxruntime-genai stops at that token. Set "
+            "graph.generation_config.eos_token_id to a token that ends a text, or that no text has.",
+            GENAI_CONFIG,
+        )
     length = getattr(config, "max_position_embeddings", None) or _LENGTH
     return {
         "model": {
@@ -177,17 +207,17 @@ def genai_config(graph_module: TracedGraphModule) -> dict[str, Any]:
         },
         "search": {
             "do_sample": bool(settings.do_sample),
-            "early_stopping": True,
-            "length_penalty": 1.0,
+            "early_stopping": bool(said("early_stopping", True)),
+            "length_penalty": said("length_penalty", 1.0),
             "max_length": length,
-            "min_length": 0,
-            "num_beams": 1,
+            "min_length": said("min_length", 0),
+            "num_beams": said("num_beams", 1),
             "num_return_sequences": 1,
             "past_present_share_buffer": False,  # the graph grows its cache, and does not write into a given one
-            "repetition_penalty": 1.0,
-            "temperature": 1.0,
-            "top_k": 50,
-            "top_p": 1.0,
+            "repetition_penalty": said("repetition_penalty", 1.0),
+            "temperature": said("temperature", 1.0),
+            "top_k": said("top_k", 50),
+            "top_p": said("top_p", 1.0),
         },
     }
 
@@ -196,12 +226,23 @@ _LENGTH = 4096  # of a model whose positions have no end
 
 
 def _is_tokenizer_file(name: str) -> bool:
-    return name in _TOKENIZER_FILES or (name.startswith("tokenizer") and name.endswith((".json", ".model")))
+    of_tokenizer = name.startswith("tokenizer") and name.endswith((".json", ".model"))
+    return name in _TOKENIZER_FILES or of_tokenizer or name.startswith(_TEMPLATES)
 
 
+_TEMPLATES = "additional_chat_templates/"
 _TOKENIZER_FILES = (
     *("vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja"),
-    *("spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm", "tekken.json"),
+    *(
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "sentencepiece.model",
+        "source.spm",
+        "target.spm",
+        "tekken.json",
+        "bpe.codes",
+    ),
+    *("normalizer.json", "preprocessor_config.json", "processor_config.json", "chat_template.json"),
 )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
 from lora_fx.errors import InputError
@@ -69,8 +70,10 @@ class Generator(nn.Module, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as transformers' ``GenerationMixin.generate`` does, with a cache that grows; without gradients.
 
+        Whether the settings say ``use_cache`` is of no matter: a graph with a cache has no other way.
+
         Raises:
-            InputError: attentions or hidden states are asked for.
+            InputError: attentions or hidden states are asked for, or a cache is given that does not keep all positions.
         """
         for asked in ("output_attentions", "output_hidden_states"):
             if kwargs.get(asked) or getattr(kwargs.get("generation_config", self.generation_config), asked, False):
@@ -79,15 +82,18 @@ class Generator(nn.Module, GenerationMixin):
                 )
         if kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = self.empty_cache()
-        modes = [graph.training for graph in self._graphs]
+        _check_grows(kwargs["past_key_values"])
+        # With use_cache=False, transformers gives all tokens at every step, which the graph would take for new ones behind its past.
+        kwargs |= {"use_cache": True, "cache_implementation": None}
+        modes = {module: module.training for graph in self._graphs for module in graph.modules()}
         try:
             for graph in self._graphs:
                 graph.eval()
             model: Any = self  # with what generate needs of a PreTrainedModel
             return GenerationMixin.generate(model, *args, **kwargs)
         finally:
-            for graph, training in zip(self._graphs, modes, strict=True):
-                graph.train(training)
+            for module, training in modes.items():
+                module.training = training
 
 
 class CausalGenerator(Generator):
@@ -118,6 +124,7 @@ class CausalGenerator(Generator):
             past_key_values: a cache, changed in place.
         """
         cache = DynamicCache() if past_key_values is None else past_key_values
+        _check_grows(cache)
         past = _pairs(cache) if cache.get_seq_length() else empty_past(self.graph, input_ids.size(0))
         length = past[0]["key"].size(2) + input_ids.size(1)
         mask = attention_mask if attention_mask is not None else input_ids.new_ones(input_ids.size(0), length)
@@ -179,6 +186,7 @@ class EncoderDecoderGenerator(Generator):
                 "generate for those of each length on their own."
             )
         cache: Any = self.empty_cache() if past_key_values is None else past_key_values
+        _check_grows(cache)
         hidden: Any = encoder_outputs.last_hidden_state
         inputs: dict[str, Any] = {"input_ids": decoder_input_ids}
         if self._masked:
@@ -214,6 +222,27 @@ class _Encoder(nn.Module):
         mask = attention_mask if input_ids is None or attention_mask is not None else torch.ones_like(input_ids)
         given = {"input_ids": input_ids, "attention_mask": mask, "input_features": input_features}
         return BaseModelOutput(**self._graph(**{name: given[name] for name in self._inputs}))
+
+
+def _check_grows(cache: Cache) -> None:
+    """Raise :class:`InputError` unless all layers of a cache keep all positions: the mask of a graph does the window of a layer."""
+    parts = (
+        (cache.self_attention_cache, cache.cross_attention_cache)
+        if isinstance(cache, EncoderDecoderCache)
+        else (cache,)
+    )
+    other = {
+        type(layer).__name__
+        for part in parts
+        for layer in getattr(part, "layers", ())
+        if type(layer) is not DynamicLayer
+    }
+    if other or not all(isinstance(part, DynamicCache) for part in parts):
+        found = ", ".join(sorted(other)) or type(cache).__name__
+        raise InputError(
+            f"past_key_values: expected a transformers.DynamicCache() whose layers all grow, got {found}. Leave out config= (the mask of "
+            "the graph does the window of a layer), or leave out past_key_values."
+        )
 
 
 def _pairs(cache: Cache) -> list[dict[str, torch.Tensor]]:

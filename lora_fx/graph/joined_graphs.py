@@ -1,7 +1,7 @@
 """The graphs of an encoder-decoder model side by side in one graph, and apart again.
 
-What adds branches, takes them out, or merges them into weights has to see all uses of a weight: those of the encoder, of the first step
-of the decoder and of every later one. So such a pass is given one graph that takes the inputs of all three and returns the outputs of
+A pass that adds branches, takes them out, or merges them into weights has to see all uses of a weight: those of the encoder, of the first step
+of the decoder and of every later one. It is given one graph that takes the inputs of all three and returns the outputs of
 all three. A module of the decoder is then one that is called twice, which passes know: its calls have one branch.
 """
 

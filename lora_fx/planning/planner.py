@@ -150,7 +150,7 @@ def plan_sites(
         for index in sorted(matched)
         if not rules.select[index].alternatives
         for target in rules.select[index].target or ()
-        if not _names_something(target, known, parameters or {})
+        if not _names_something(target, known, (parameters or {}) if rules.select[index].trainable else {})
     ]
     if problems:
         raise RuleError(rules.source or f"rules {rules.name!r}", problems)
@@ -323,7 +323,7 @@ def _names_nothing(known: Mapping[Site, Purpose], rules: RuleSet, index: int, ta
     ends = sorted({site.module.rpartition(".")[2] for site in known})
     hint = did_you_mean(target.rpartition(".")[2], ends)
     return (
-        f"{rules.where(index)} names {target!r}, which is no module that the model calls{hint}; leave it out, or say alternatives = true "
+        f"{rules.where(index)} names {target!r}, which is no module that multiplies by a weight here{hint}; leave it out, or say alternatives = true "
         "if models have one name or another"
     )
 

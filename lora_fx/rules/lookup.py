@@ -120,7 +120,7 @@ def file_of(name: str, directories: Sequence[str | Path] = ()) -> Path:
     Raises:
         RuleError: there is none.
     """
-    if name in ("auto", "all-linear"):
+    if name in ("auto", "all-linear", "all-conv"):
         raise RuleError(f"rules={name!r}", ["these follow from the model, and have no file"])
     found = _find(name, folders := _folders(directories))
     return Path(found.source) if found is not None else _unknown(name, folders)
@@ -167,7 +167,7 @@ def _unknown(name: str, folders: Sequence[Path]) -> NoReturn:
     near = did_you_mean(name, {"auto", "all-linear", "all-conv", *(n for known in names.values() for n in known)})
     built_in = ", ".join(names.pop(directory()))
     further = "".join(f"; in {folder}: {', '.join(known)}" for folder, known in names.items())
-    problem = f"there are no built-in rules of this name{near}; built in: {built_in}{further}; or auto, all-linear, or the path of a .toml file"
+    problem = f"there are no built-in rules of this name{near}; built in: {built_in}{further}; or auto, all-linear, all-conv, or a path (.toml)"
     raise RuleError(f"rules={name!r}", [problem])
 
 

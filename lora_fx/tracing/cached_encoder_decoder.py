@@ -112,7 +112,7 @@ def sizes_of(model: nn.Module) -> Sizes:
             found: Any = model(**kept, decoder_input_ids=ids, use_cache=True)
         check_logits(model, found)
         hidden, cache = found.encoder_last_hidden_state, found.past_key_values
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise TraceError(f"cache=True: {name} returns no cache ({error}). {INSTEAD}") from error
     if type(cache) is not EncoderDecoderCache:
         raise TraceError(

@@ -63,7 +63,7 @@ class GrowingLayer(DynamicLayer):
 
 
 class CallState:
-    """What changes in a cache during a call: it has no ``__dict__``, so that layers that are given the cache are given equal things.
+    """State of a cache during a call: it has no ``__dict__``, so that layers that are given the cache are given equal things.
 
     Attributes:
         layer: that computes now, where its own number is not to be asked.
@@ -259,7 +259,7 @@ def cache_layers(model: nn.Module) -> list[CacheLayer]:
         with torch.no_grad():
             found: Any = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
         cache = found.past_key_values
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise TraceError(f"cache=True: {name} returns no cache ({error}). {INSTEAD}") from error
     check_logits(model, found)
     if cache is None:
@@ -291,6 +291,8 @@ def layers_of(model: nn.Module, cache: Any) -> list[CacheLayer]:
             f"cache=True: {type(model).__name__} keeps a cache of another kind ({found}), and a graph has keys and values of all "
             f"positions. {INSTEAD}"
         )
+    if not all(layer.is_initialized for layer in layers):
+        raise TraceError(f"cache=True: {type(model).__name__} leaves layers of its cache empty in a call. {INSTEAD}")
     return [
         CacheLayer(layer.keys.size(1), layer.keys.size(3), layer.values.size(3), layer.keys.dtype) for layer in layers
     ]

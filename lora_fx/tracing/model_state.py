@@ -44,7 +44,7 @@ def inner_model(model: Any) -> Any:
         model = getattr(model, attribute)
     if isinstance(model, nn.Module):
         for name, module in model.named_modules():
-            if type(module).__name__ == "OptimizedModule":
+            if type(module).__name__ == "OptimizedModule" and type(module).__module__.startswith("torch."):
                 raise PlanError(
                     f"{name!r} is compiled, and its parameters would be called '{name}._orig_mod.…', which no adapter file says: put the "
                     f"module inside, {name}._orig_mod, back in its place, and compile the graph instead."

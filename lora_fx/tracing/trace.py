@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError, first_line
 from lora_fx.graph.batch_norms import statistics
-from lora_fx.graph.cached_graphs import CachedGraphs
+from lora_fx.graph.cached_graphs import CachedGraphs, has_cache
 from lora_fx.graph.graph_module import TracedGraphModule, assemble, check_names, copy_graph, rebuilt, state_of
-from lora_fx.graph.info import GraphInfo, with_info
+from lora_fx.graph.info import GraphInfo, info_of, with_info
 from lora_fx.graph.input_checks import Constraints, add_checks
 from lora_fx.graph.invariants import checked_base
 from lora_fx.graph.process_state import uncollected
@@ -157,6 +157,11 @@ def trace(
     """
     model = inner_model(model)
     if isinstance(model, TracedGraphModule):
+        if (cache and not has_cache(model)) or (labels and not info_of(model).labels):
+            raise TraceError(
+                "a graph is taken as it was traced, and this one was traced without what cache=True or labels=True ask for: pass the model. "
+                "Adapters of this graph go along by lora_fx.transfer(graph, onto=lora_fx.trace(model, …))."
+            )
         return rebuilt(model)
     if isinstance(model, torch.export.ExportedProgram):
         if example_inputs is None and model.example_inputs is not None:

@@ -40,7 +40,7 @@ class AdapterOverview:
 def overview_of(files: AdapterFiles) -> AdapterOverview:
     """Return the overview of an adapter that was opened.
 
-    Ranks are those of the tensors; scalings, alphas and dropout those of the config.
+    Ranks, alphas, scalings and dropout are those of the config, by which adapters are applied.
     """
     config, entries = files.config, files.file.entries
     found = {key: _FACTOR.fullmatch(key.removeprefix(PREFIX)) for key in entries}
@@ -87,5 +87,14 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes, its file has a fingerprint of the base" if value else "no, its file has no fingerprint of the base"
     if isinstance(value, list):
-        return listed([f"{each:g}" if isinstance(each, float | int) else str(each) for each in value], MAX_MODULES)
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)
+        return listed(
+            [f"{each:g}" if isinstance(each, float | int) else printable(str(each)) for each in value], MAX_MODULES
+        )
+    if isinstance(value, int | float):
+        return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+    return printable(str(value))
+
+
+def printable(text: str) -> str:
+    """Return a text of strangers on one line, without signs that a terminal obeys."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
