@@ -18,6 +18,7 @@ from lora_fx.files.target import DirectoryKind, Target
 from lora_fx.folding.checkpoint import is_weights
 from lora_fx.folding.fold import folded_state, tell_dropped
 from lora_fx.folding.transformers_directory import DTYPES, check_loads, contents_of, write
+from lora_fx.graph.adapter_names import original_name
 from lora_fx.graph.batch_norms import statistics
 from lora_fx.graph.compare import described, same_values
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
@@ -161,7 +162,8 @@ def _parameters(state: State) -> dict[str, nn.Parameter]:
 def _changed(model: nn.Module, graph_module: TracedGraphModule, merged: State) -> dict[str, torch.Tensor]:
     """Return new parameters and running statistics for the ones whose values fold or training changed; tied ones are one object."""
     current = state_of(model).tensors
-    measured = statistics(graph_module.graph, state_of(graph_module).modules)
+    read = statistics(graph_module.graph, state_of(graph_module).modules)
+    measured = {original_name(name) or name for name in read}
     made: dict[int, torch.Tensor] = {}
     new: dict[str, torch.Tensor] = {}
     for name, tensor in merged.tensors.items():

@@ -257,7 +257,7 @@ def _statistics(
     graph: fx.Graph, plan: Plan, state: State, adapter: str, values: Mapping[str, torch.Tensor] | None
 ) -> dict[str, torch.Tensor]:
     """Return copies of the running statistics of the batch norms that train as a whole."""
-    names = whole_norms(graph, state.modules, [trained.name for trained in plan.trained])
+    names = whole_norms(graph, state.modules, [trained.name for trained in plan.trained], state.tensors)
     own = {copy_name(name, adapter): state.tensors[name] for name in names}
     return {name: (values or own).get(name, tensor).detach().clone() for name, tensor in own.items()}
 

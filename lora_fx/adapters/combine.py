@@ -20,9 +20,9 @@ from torch import fx, nn
 
 from lora_fx.adapters.activate import activate, ordered
 from lora_fx.adapters.attach import attach
-from lora_fx.adapters.recorded import branches_of, parameters_of, plan_branches, trained_of
+from lora_fx.adapters.recorded import branches_of, parameters_of, plan_branches, statistics_of, trained_of
 from lora_fx.errors import PlanError, did_you_mean
-from lora_fx.graph.adapter_names import copy_name
+from lora_fx.graph.adapter_names import copy_name, original_name
 from lora_fx.graph.adapter_states import acting, trained_names
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import check_module
@@ -115,6 +115,13 @@ def combine(
             branches[key] = (f"combined:{method}", branch)
     trained, copies = _one_copy_each(graph_module, chosen)
     values |= {copy_name(name, adapter): nn.Parameter(value.clone(), trains) for name, value in copies.items()}
+    for name in chosen:
+        for held, tensor in statistics_of(graph_module, name).items():
+            copy = copy_name(str(original_name(held)), adapter)
+            if not torch.equal(values.setdefault(copy, tensor), tensor):
+                raise PlanError(
+                    f"adapters have different running statistics of {original_name(held)}, and a copy is taken whole."
+                )
     told = ", ".join(f"{name} × {strength:g}" for name, strength in chosen.items())
     plan = plan_branches(rest, adapter, branches, trained, origin=Origin(rules=f"{method} of {told}"))
     return attach(rest, plan, adapter=adapter, values=values, acts=True)

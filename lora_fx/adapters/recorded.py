@@ -155,7 +155,9 @@ def moved_statistics(graph_module: TracedGraphModule) -> dict[str, str]:
     return {
         name: path
         for name, path in statistics(graph_module.graph, state.modules).items()
-        if name in before and not torch.equal(state.tensors[name].cpu(), before[name].cpu())
+        if name in before
+        and not before[name].is_meta
+        and not torch.equal(state.tensors[name].cpu(), before[name].cpu())
     }
 
 

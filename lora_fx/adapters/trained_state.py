@@ -13,6 +13,7 @@ from lora_fx.adapters.peft_format.directories import (
     other_adapters,
     ranks_in,
     ranks_of,
+    updated_names,
 )
 from lora_fx.errors import AdapterError, shortened
 from lora_fx.graph.adapter_names import is_of_adapter
@@ -34,7 +35,7 @@ def restrict(graph: nn.Module) -> None:
 
 
 def _keep_trained(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    kept = {f"{prefix}{name}" for name in first_trainable_names(module)}
+    kept = {f"{prefix}{name}" for name in first_trainable_names(module) | updated_names(module)}
     for name in [name for name in state_dict if name.startswith(prefix) and name not in kept]:
         del state_dict[name]
 

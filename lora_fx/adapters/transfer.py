@@ -120,5 +120,6 @@ def _function_text(entry: tuple[str, BranchSpec] | None) -> str:
     if entry is None:
         return "no branch"
     _, branch = entry
+    tied = f", factors of {branch.mirrors}" if branch.mirrors is not None else ""
     part = f" for features {branch.features}" if branch.features is not None else ""
-    return f"rank {branch.setting.rank}, scale {branch.setting.scale:g}, dropout {branch.setting.dropout:g}{part}"
+    return f"rank {branch.setting.rank}, scale {branch.setting.scale:g}, dropout {branch.setting.dropout:g}{part}{tied}"

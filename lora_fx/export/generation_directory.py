@@ -22,6 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from lora_fx.errors import LoraFxError, first_line
 from lora_fx.export.deliver import Exported
 from lora_fx.export.onnx_file import onnx
@@ -92,21 +94,10 @@ def generation(
     genai = genai_config(main) if MODEL in graphs else None
     directory = Path(directory)
     source = Path(tokenizer) if isinstance(tokenizer, str | Path) else None
-    if source is None and tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
-        raise LoraFxError(
-            f"tokenizer: expected a directory, or a tokenizer of transformers with save_pretrained, got a {type(tokenizer).__name__}."
-        )
-    if source is not None and not source.is_dir():
-        raise LoraFxError(f"tokenizer: expected a directory with a tokenizer's files, or a tokenizer, got {tokenizer}.")
+    _check_tokenizer(tokenizer, source)
     reads = () if source is None else (source,)
     settings = generation_settings(main)
-    try:  # before the export, which takes long
-        with tempfile.TemporaryDirectory() as aside:
-            settings.save_pretrained(aside)
-    except ValueError as error:
-        raise LoraFxError(
-            f"the graph's generation_config is not valid, so that transformers does not save it: {first_line(str(error), 'ValueError')}"
-        ) from error
+    _check_settings(settings)
     with replacing(Target(directory, overwrite, reads, KIND)) as beside:
         beside.mkdir()
         written = {
@@ -119,12 +110,7 @@ def generation(
             text = json.dumps(genai, indent=2)
             (beside / GENAI_CONFIG).write_text(text + "\n", encoding="utf-8")
         if source is not None:
-            candidates = [*source.glob("*"), *source.glob(f"{_TEMPLATES}*")]
-            for file in sorted(path for path in candidates if path.is_file()):
-                name = file.relative_to(source)
-                if _is_tokenizer_file(name.as_posix()):
-                    (beside / name).parent.mkdir(exist_ok=True)
-                    shutil.copyfile(file, beside / name)
+            _copy_tokenizer(source, beside)
         elif tokenizer is not None:
             tokenizer.save_pretrained(beside)
         files = {
@@ -133,6 +119,34 @@ def generation(
             if path.is_file()
         }
     return replace(_together(written), path=directory, files=files)
+
+
+def _check_tokenizer(tokenizer: Any, source: Path | None) -> None:
+    if source is None and tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise LoraFxError(
+            f"tokenizer: expected a directory, or a tokenizer of transformers with save_pretrained, got a {type(tokenizer).__name__}."
+        )
+    if source is not None and not source.is_dir():
+        raise LoraFxError(f"tokenizer: expected a directory with a tokenizer's files, or a tokenizer, got {tokenizer}.")
+
+
+def _check_settings(settings: GenerationConfig) -> None:
+    """Raise :class:`LoraFxError` for settings that transformers does not save: before the export, which takes long."""
+    try:
+        with tempfile.TemporaryDirectory() as aside:
+            settings.save_pretrained(aside)
+    except ValueError as error:
+        raise LoraFxError(
+            f"the graph's generation_config is not valid, so that transformers does not save it: {first_line(str(error), 'ValueError')}"
+        ) from error
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for file in sorted(path for path in (*source.glob("*"), *source.glob(f"{_TEMPLATES}*")) if path.is_file()):
+        name = file.relative_to(source)
+        if _is_tokenizer_file(name.as_posix()):
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target / name)
 
 
 def _together(written: Mapping[str, Exported]) -> Exported:
@@ -169,10 +183,6 @@ def genai_config(graph_module: TracedGraphModule) -> dict[str, Any]:
         given = (getattr(source, f"{kind}_token_id", None) for source in (settings, config))
         return next((value for value in given if value is not None), default)
 
-    def said(name: str, default: Any) -> Any:
-        value = getattr(settings, name, None)
-        return default if value is None else value
-
     end = token("eos", None) or 0
     if token("eos", None) in (None, []):
         _logger.warning(
@@ -205,20 +215,29 @@ def genai_config(graph_module: TracedGraphModule) -> dict[str, Any]:
                 "num_key_value_heads": layers[0].heads,
             },
         },
-        "search": {
-            "do_sample": bool(settings.do_sample),
-            "early_stopping": bool(said("early_stopping", True)),
-            "length_penalty": said("length_penalty", 1.0),
-            "max_length": length,
-            "min_length": said("min_length", 0),
-            "num_beams": said("num_beams", 1),
-            "num_return_sequences": 1,
-            "past_present_share_buffer": False,  # the graph grows its cache, and does not write into a given one
-            "repetition_penalty": said("repetition_penalty", 1.0),
-            "temperature": said("temperature", 1.0),
-            "top_k": said("top_k", 50),
-            "top_p": said("top_p", 1.0),
-        },
+        "search": _search(settings, length),
+    }
+
+
+def _search(settings: GenerationConfig, length: int) -> dict[str, Any]:
+    """Return the settings of the search; genai's own where the model has none."""
+    defaults = {
+        "early_stopping": True,
+        "length_penalty": 1.0,
+        "min_length": 0,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "temperature": 1.0,
+        "top_k": 50,
+        "top_p": 1.0,
+    }
+    said = {name: getattr(settings, name, None) for name in defaults}
+    return {
+        "do_sample": bool(settings.do_sample),
+        **{name: default if said[name] is None else said[name] for name, default in defaults.items()},
+        "max_length": length,
+        "num_return_sequences": 1,
+        "past_present_share_buffer": False,  # the graph grows its cache, and does not write into a given one
     }
 
 

@@ -157,7 +157,8 @@ def _folded(plain: fx.GraphModule, branches: Nominate, *, unshare: bool, inplace
     own = known_info(folded)
     names = (name for merge in merges for name in merge.names)
     changed = tuple(dict.fromkeys((*own.merged, *merged, *names)))
-    folded.meta.update(with_info({}, replace(own, folded=tuple(merges), merged=changed)))
+    measured = {name: state_of(folded).tensors[name].clone() for name in own.statistics}
+    folded.meta.update(with_info({}, replace(own, folded=tuple(merges), merged=changed, statistics=measured)))
     if inplace:
         _write(merges, state, copied)
     return folded

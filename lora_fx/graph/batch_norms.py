@@ -44,6 +44,11 @@ class GivenBatchNorm(nn.modules.batchnorm._BatchNorm):
                 factor = 1.0 / float(num_batches_tracked)
         return functional.batch_norm(input, running_mean, running_var, weight, bias, self.training, factor, self.eps)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # torch's own puts a counter into state dicts of old versions, which here may have no place.
+        kind = nn.Module if self._buffers.get("num_batches_tracked") is None else nn.modules.batchnorm._NormBase
+        kind._load_from_state_dict(self, *args)
+
     def bare(self) -> GivenBatchNorm:
         """Return a copy that holds no tensors and no parts."""
         held = (*self.parameters(recurse=False), *self.buffers(recurse=False), *self.children())
@@ -72,14 +77,18 @@ def batch_norm(rank: int, features: int, eps: float, momentum: float | None, *, 
     return _BY_RANK.get(rank, GivenBatchNorm1d)(features, eps, momentum, affine=affine)
 
 
-def whole_norms(graph: fx.Graph, modules: Mapping[str, nn.Module], parameters: Collection[str]) -> list[str]:
+def whole_norms(
+    graph: fx.Graph, modules: Mapping[str, nn.Module], parameters: Collection[str], buffers: Collection[str]
+) -> list[str]:
     """Return the names of the running statistics of norms that have parameters, all of them among these, in graphs of both kinds."""
     found: list[str] = []
     for node in graph.nodes:
         is_module = node.op == "call_module" and isinstance(modules.get(str(node.target)), GivenBatchNorm)
         if is_module or node.target is torch.ops.aten.batch_norm.default:
             own, measured = (_names(node.args[first:last]) for first, last in ((1, 3), (3, 6 if is_module else 5)))
-            found += measured if own and set(own) <= set(parameters) else []
+            if own and set(own) <= set(parameters):
+                count = f"{measured[0].rpartition('.')[0]}.num_batches_tracked".removeprefix(".") if measured else ""
+                found += [*measured, *[name for name in (count,) if name in buffers]]
     return list(dict.fromkeys(found))
 
 

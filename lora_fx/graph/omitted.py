@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from lora_fx.errors import InputError
 from lora_fx.graph.size_relations import Reference
 
 FillKind = Literal["ones", "zeros", "positions"]
@@ -33,6 +34,9 @@ class Fill:
         Args:
             given: the other inputs by name.
         """
+        short = next((name for added in self.sizes for name, dim in added if given[name].dim() <= dim), None)
+        if short is not None:
+            raise InputError(f"input '{short}' has {given[short].dim()} dimensions, fewer than in the trace.")
         sizes = [[given[name].size(dim) for name, dim in added] for added in self.sizes]
         shape = [sum(added) for added in sizes]
         device = given[self.sizes[0][0][0]].device

@@ -138,13 +138,13 @@ def remove_assertions(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def written_names(graph: fx.Graph) -> list[str]:
+def written_names(graph: fx.Graph, *, training: bool) -> list[str]:
     """Return the names of the tensors and inputs that a graph writes to, in place or as running statistics, but for those of batch norms."""
     names: dict[object, str] = {}
     for node in graph.nodes:
         if node.op in ("get_attr", "placeholder"):
             names.update(dict.fromkeys(_storages(node), str(node.target)))
-    followed = {node for norm in batch_norms(graph) for node in (norm, counter_of(norm))}
+    followed = {node for norm in batch_norms(graph) if training for node in (norm, counter_of(norm))}
     found = (
         names[storage] for node in graph.nodes if node not in followed for storage in _written(node) if storage in names
     )

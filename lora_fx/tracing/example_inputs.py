@@ -399,3 +399,8 @@ def _constants(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
     configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
     has_cache = any(getattr(part, "use_cache", None) is not None for part in configs)
     return {"use_cache": False} if has_cache and accepts and "use_cache" not in given else {}
+
+
+def has_tensor(value: Any) -> bool:
+    """Tell whether there is a tensor in a value."""
+    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))

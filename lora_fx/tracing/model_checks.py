@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from lora_fx.errors import TraceError, listed
-from lora_fx.graph.graph_module import check_names, state_of
-from lora_fx.graph.info import held_graphs
+from lora_fx.graph.cached_graphs import has_cache
+from lora_fx.graph.graph_module import TracedGraphModule, check_names, state_of
+from lora_fx.graph.info import held_graphs, info_of
 from lora_fx.graph.signature import ITEM_COUNT
 from lora_fx.tracing.example_inputs import ExampleInputs
 from lora_fx.tracing.item_count import without_item_count
@@ -29,6 +30,15 @@ def check_model(model: nn.Module) -> None:
         raise TraceError(
             f"the tensors of {type(model).__name__} were made under torch.inference_mode(), and can have no gradients: "
             "make the model outside of it."
+        )
+
+
+def check_taken_as_traced(graph_module: TracedGraphModule, *, cache: bool, labels: bool) -> None:
+    """Raise :class:`TraceError` where a trace of a graph, which is that graph, is asked for what it was traced without."""
+    if (cache and not has_cache(graph_module)) or (labels and not info_of(graph_module).labels):
+        raise TraceError(
+            "a graph is taken as it was traced, and this one was traced without what cache=True or labels=True ask for: pass the model. "
+            "Adapters of this graph go along by lora_fx.transfer(graph, onto=lora_fx.trace(model, …))."
         )
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_fx.graph.example_sizes import SUM
 from lora_fx.graph.graph_module import TracedGraphModule
+from lora_fx.graph.info import GraphInfo
 from lora_fx.graph.omitted import Fill, FillKind
 from lora_fx.graph.process_state import quiet
 from lora_fx.graph.signature import signature_of
@@ -30,9 +31,11 @@ FLAGS = ("output_attentions", "output_hidden_states", "output_router_logits", "r
 """Arguments of transformers models that override a flag of the config."""
 
 
-def flags_of(config: Any, *, cache: bool) -> dict[str, bool]:
-    """Return the flags of a config that calls may repeat, and whether the trace has a cache."""
-    flags = {name: getattr(config, name, None) for name in FLAGS}
+def flags_of(info: GraphInfo, *, cache: bool) -> dict[str, bool]:
+    """Return the flags of a model's config that calls may repeat, and whether the trace has a cache; none of another model."""
+    if not info.pretrained:
+        return {}
+    flags = {name: getattr(info.config, name, None) for name in FLAGS}
     return {**{name: value for name, value in flags.items() if isinstance(value, bool)}, "use_cache": cache}
 
 
@@ -104,4 +107,9 @@ def _with_padding(model: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]
         if isinstance(ids, torch.Tensor) and ids.dim() == 2 and isinstance(token, int) and token >= 0:
             padded[name] = ids.clone()
             padded[name][0, -1] = token
+    for name in ("attention_mask", "decoder_attention_mask"):  # from which some models count positions
+        mask = values.get(name)
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            padded[name] = mask.clone()
+            padded[name][0, 0] = 0
     return padded

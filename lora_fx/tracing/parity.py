@@ -168,8 +168,15 @@ class OnCopies:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model returns."""
-        self.buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        return torch.func.functional_call(self._model, self.buffers, args, kwargs)
+        # A module that has two names is given its buffers once: torch would restore the second time what it had put there the first.
+        copies: dict[int, torch.Tensor] = {}
+        self.buffers = {
+            f"{path}.{name}".removeprefix("."): copies.setdefault(id(buffer), buffer.clone())
+            for path, module in self._model.named_modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        }
+        return torch.func.functional_call(self._model, self.buffers, args, kwargs, tie_weights=False)
 
 
 @contextmanager

@@ -12,13 +12,12 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError, first_line
 from lora_fx.graph.batch_norms import statistics
-from lora_fx.graph.cached_graphs import CachedGraphs, has_cache
+from lora_fx.graph.cached_graphs import CachedGraphs
 from lora_fx.graph.graph_module import TracedGraphModule, assemble, check_names, copy_graph, rebuilt, state_of
-from lora_fx.graph.info import GraphInfo, info_of, with_info
+from lora_fx.graph.info import GraphInfo, with_info
 from lora_fx.graph.input_checks import Constraints, add_checks
 from lora_fx.graph.invariants import checked_base
 from lora_fx.graph.process_state import uncollected
@@ -41,6 +40,7 @@ from lora_fx.tracing.example_inputs import (
     ExampleInputs,
     config_of,
     generation_config_of,
+    has_tensor,
     is_pretrained,
     pad_token_of,
     varied,
@@ -55,7 +55,13 @@ from lora_fx.tracing.item_count import (
     with_item_count,
     without_item_count,
 )
-from lora_fx.tracing.model_checks import advice_on_writes, check_checkpointing, check_loss, check_model
+from lora_fx.tracing.model_checks import (
+    advice_on_writes,
+    check_checkpointing,
+    check_loss,
+    check_model,
+    check_taken_as_traced,
+)
 from lora_fx.tracing.model_state import (
     Mode,
     inner_model,
@@ -157,11 +163,7 @@ def trace(
     """
     model = inner_model(model)
     if isinstance(model, TracedGraphModule):
-        if (cache and not has_cache(model)) or (labels and not info_of(model).labels):
-            raise TraceError(
-                "a graph is taken as it was traced, and this one was traced without what cache=True or labels=True ask for: pass the model. "
-                "Adapters of this graph go along by lora_fx.transfer(graph, onto=lora_fx.trace(model, …))."
-            )
+        check_taken_as_traced(model, cache=cache, labels=labels)
         return rebuilt(model)
     if isinstance(model, torch.export.ExportedProgram):
         if example_inputs is None and model.example_inputs is not None:
@@ -234,7 +236,7 @@ class _Task:
             inference=self.inference,
             labels=self.labels,
             part=self.part,
-            constants={name: value for name, value in inputs.kwargs.items() if not _has_tensor(value)},
+            constants={name: value for name, value in inputs.kwargs.items() if not has_tensor(value)},
             model_class=f"{type(model).__module__}:{type(model).__qualname__}",
             pretrained=is_pretrained(model),
             config=config_of(model),
@@ -370,7 +372,7 @@ def _trace(task: _Task, results: FakeResults, *, training: bool) -> _Trace:
     inline_regions(module, training=training)
     graph, _ = copy_graph(module.graph)
     remove_inactive_dropout(graph)
-    written = written_names(graph)
+    written = written_names(graph, training=training)
     if written:
         raise TraceError(
             f"the model writes to {', '.join(written)} while it computes{' in training' if training else ''}, and a graph would write to "
@@ -427,7 +429,7 @@ def _verified(task: _Task, state: State, meta: dict[str, Any], traced: _Trace) -
         task.mode.set(model, True)
         check_functions(model, lambda: OnCopies(model)(*inputs.args, **inputs.kwargs), traced.functions)
     if on_meta:
-        fill_in(traced.graph, {}, _flags(task))
+        fill_in(traced.graph, {}, flags_of(task.info, cache=task.cached is not None))
         return traced.constraints
     graph_module = assemble(traced.graph, state, meta=meta, training=not inference, trainable=frozenset())
 
@@ -442,14 +444,6 @@ def _verified(task: _Task, state: State, meta: dict[str, Any], traced: _Trace) -
     if loss_uses_count(graph_module) and signature_of(traced.graph).omissible:
         check_outputs(model, graph_module, without_item_count(inputs), "evaluation")
     fills = fills_of(model, graph_module, inputs) if task.info.pretrained else {}
-    fill_in(traced.graph, fills, _flags(task))
+    fill_in(traced.graph, fills, flags_of(task.info, cache=task.cached is not None))
     modes = None if inference else set_training
     return without_artefacts(OnCopies(model), OnCopies(graph_module), inputs, traced.constraints, modes)
-
-
-def _flags(task: _Task) -> dict[str, bool]:
-    return flags_of(task.info.config, cache=task.cached is not None) if task.info.pretrained else {}
-
-
-def _has_tensor(value: Any) -> bool:
-    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))

@@ -14,14 +14,15 @@ from torch import nn
 
 from lora_fx.adapters.peft_format.opening import read_adapter
 from lora_fx.adapters.peft_format.save_load import load_adapter, write_adapter_files
-from lora_fx.adapters.recorded import branches_of, parameters_of
+from lora_fx.adapters.recorded import branches_of, parameters_of, statistics_of
 from lora_fx.errors import AdapterError, shortened
 from lora_fx.files.atomic import replacing
 from lora_fx.files.safetensors import TensorFile, write_tensors
 from lora_fx.files.target import Target
 from lora_fx.graph.adapter_names import adapter_of, adapters, is_of_adapter
+from lora_fx.graph.batch_norms import statistics
 from lora_fx.graph.compare import described
-from lora_fx.graph.graph_module import TracedGraphModule, rebuilt, state_of
+from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, state_of
 from lora_fx.rules.peft_config.config import CONFIG_NAME
 
 OTHER_NAME = "graph_state.safetensors"
@@ -45,6 +46,7 @@ def write_adapters(graph: TracedGraphModule, directory: Path) -> None:
     """Write all adapters of a graph, and other parameters that train."""
     tensors = state_of(graph).tensors
     other = {name: tensors[name] for name in first_trainable_names(graph) if not is_of_adapter(name)}
+    other |= {name: tensors[name] for name in updated_names(graph) if not is_of_adapter(name)}
     if other:
         with replacing(Target(directory / OTHER_NAME, overwrite=True)) as beside:
             write_tensors(beside, other, {"format": "pt"})
@@ -67,7 +69,8 @@ def read_adapters(graph: TracedGraphModule, directory: Path) -> None:
         except AdapterError as error:
             told = other_adapters({adapter: held[adapter]}, {adapter: wanted[adapter]})
             raise AdapterError(str(directory), [told, error.source, *error.problems]) from error
-    values = {name: value for adapter in found for name, value in parameters_of(loaded, adapter).items()}
+    own = (each(loaded, adapter) for adapter in found for each in (parameters_of, statistics_of))
+    values = {name: value for each in own for name, value in each.items()}
     graph.load_state_dict({**other, **values}, strict=False)
 
 
@@ -77,9 +80,9 @@ def _read_other(graph: TracedGraphModule, directory: Path) -> dict[str, torch.Te
     names = sorted(name for name in first_trainable_names(graph) if not is_of_adapter(name))
     path = next((path for name in (OTHER_NAME, _STATE_DICT_NAME) if (path := directory / name).is_file()), None)
     found: dict[str, torch.Tensor] = {}
-    if names and path is not None:
+    if (names or updated_names(graph)) and path is not None:
         file = TensorFile.open(path)
-        found = {name: file.read(name) for name in names if name in file.entries}
+        found = {name: file.read(name) for name in (*names, *updated_names(graph)) if name in file.entries}
     problems = [
         f"{name}: expected {described(tensors[name])}, got {described(value)}"
         for name, value in found.items()
@@ -131,6 +134,11 @@ def first_trainable_names(graph: nn.Module) -> set[str]:
     """Return the first name of each parameter that trains."""
     tensors, names = state_of(graph).tensors, state_of(graph).names()
     return {name for name in names if tensors[name].requires_grad}
+
+
+def updated_names(graph: nn.Module) -> set[str]:
+    """Return the names of the running statistics that the graph updates in train mode."""
+    return set(statistics(as_traced(graph).graph, state_of(graph).modules))
 
 
 def ranks_of(given: Mapping[str, torch.Tensor], graph: TracedGraphModule) -> dict[str, set[int]]:

@@ -122,14 +122,15 @@ class _Reader:
         copies = self._copies(own, [slot.site.module for slot in branches if not is_bare(slot.site)])
         resized = self._resized_embeddings(own, copies, {self._first[slot.site.weight] for slot in branches})
         copies |= resized
-        norms = whole_norms(self._graph_module.graph, self._state.modules, copies)
+        norms = whole_norms(self._graph_module.graph, self._state.modules, copies, own)
         statistics = self._ledger.statistics({name: own[name] for name in norms})
         self._rest(own, [slot.site.module for slot in branches])
         self._ledger.stop_if_wrong()
         read = {slot: self._read_factors(slot, *names) for slot, names in factors.items()}
         branches = self._mirrored(branches, read)
         saved = {name: self._read_copy(key, own[name]) for name, key in copies.items()}
-        measured = {name: self._read_copy(key, own[name]).to(own[name]) for name, key in statistics.items()}
+        measured = {name: self._read_copy(key, own[name]) for name, key in statistics.items()}
+        measured = {n: v if own[n].is_meta else v.to(own[n]) for n, v in measured.items()}
         echoes = self._check_rest(own, copies)
         self._ledger.stop_if_wrong()
         trained = tuple(Trained(n, CONFIG_NAME, v.numel(), untied=n in self._untied) for n, v in saved.items())
