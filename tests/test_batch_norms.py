@@ -17,6 +17,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import huggingface
+from lora_fx.adapters.peft_format.directories import read_adapters, write_adapters
 from lora_fx.graph.batch_norms import TENSORS
 
 RULES = {"select": [{"op": ["conv2d", "linear"], "rank": 2}]}
@@ -218,3 +219,111 @@ def test_statistics_go_back_to_the_model_with_the_merged_weights(resnet_graph: A
         torch.testing.assert_close(model(pixel_values=IMAGES).logits, expected, rtol=1e-4, atol=1e-5)
     huggingface.write_back(model, graph)
     torch.testing.assert_close(model(pixel_values=IMAGES).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+# Norms that train as a whole: their running statistics belong to the adapter.
+
+WHOLE = {"select": [{"op": ["linear"], "rank": 2}, {"target": ["norm", "last"], "trainable": "all"}]}
+ALONE = {"select": [{"op": ["linear"], "rank": 2}]}
+
+
+@pytest.fixture(scope="module")
+def whole() -> Any:
+    """A graph that was trained with such an adapter, in eval mode."""
+    graph = trained_with(WHOLE)
+    for name, tensor in built().again.named_buffers():  # has no parameters that an adapter could train
+        graph.again.get_buffer(name).copy_(tensor)
+    return graph
+
+
+def trained_with(rules: Any) -> Any:
+    graph = lora_fx.rewrite(built(), rules, example_inputs=(X,))
+    set_factors(graph)
+    graph.train()
+    for step in range(3):
+        graph(torch.randn(4, *X.shape[1:], generator=torch.Generator().manual_seed(step)) * 2 + 1)
+    return graph.eval()
+
+
+def test_a_combined_adapter_has_the_statistics_of_its_source(whole: Any) -> None:
+    combined = lora_fx.combine(whole, {"default": 1.0}, adapter="sum")
+    assert torch.equal(combined(X), whole(X))
+
+
+@pytest.mark.parametrize("rules", [WHOLE, ALONE], ids=["trained norms", "others"])
+def test_a_run_that_is_continued_has_the_statistics_that_it_had(rules: Any, tmp_path: Path) -> None:
+    graph, again = trained_with(rules), lora_fx.rewrite(built(), rules, example_inputs=(X,)).eval()
+    assert not torch.allclose(again(X), graph(X), atol=1e-3)
+    write_adapters(graph, tmp_path)
+    read_adapters(again, tmp_path)
+    assert torch.equal(again(X), graph(X))
+
+
+def test_statistics_of_trained_norms_go_back_to_the_model(whole: Any) -> None:
+    model = built(training=False)
+    merged = lora_fx.fold(whole)
+    with huggingface.folded(model, whole):
+        assert torch.equal(model(X), merged(X))
+    huggingface.write_back(model, whole)
+    assert torch.equal(model(X), merged(X))
+
+
+def test_an_adapter_with_trained_norms_goes_onto_a_graph_for_inference(whole: Any, tmp_path: Path) -> None:
+    inference = lora_fx.rewrite(built(), WHOLE, example_inputs=(X,), inference=True).eval()
+    assert torch.equal(lora_fx.transfer(whole, onto=inference)(X), whole(X))
+    lora_fx.save_adapter(whole, tmp_path / "a")
+    loaded = lora_fx.from_adapter(built(), tmp_path / "a", example_inputs=(X,), inference=True).eval()
+    assert torch.equal(loaded(X), whole(X))
+
+
+@pytest.mark.filterwarnings("error:training has moved")
+def test_what_a_fold_left_is_the_base_of_the_next_adapter(tmp_path: Path) -> None:
+    merged = lora_fx.fold(trained_with(ALONE))
+    graph = lora_fx.rewrite(merged, ALONE)
+    lora_fx.save_adapter(graph, tmp_path / "a")
+    base = built(training=False)
+    base.load_state_dict(merged.state_dict())
+    loaded = lora_fx.from_adapter(base, tmp_path / "a", example_inputs=(X,))
+    assert torch.equal(loaded(X), graph(X))
+
+
+class Always(nn.Module):
+    """Normalises by its batch in both modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(5, 4)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.batch_norm(self.lin(x), self.mean, self.var, training=True)
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_a_norm_that_trains_in_both_modes_is_refused(inference: bool) -> None:
+    model, x = Always().eval(), torch.randn(3, 5)
+    with unchanged(model), pytest.raises(lora_fx.TraceError, match=r"the model writes to mean, var while it computes"):
+        lora_fx.trace(model, (x,), inference=inference)
+
+
+def test_a_norm_with_two_names_is_traced() -> None:
+    model = built()
+    model.alias = model.norm
+    graph = lora_fx.trace(model, (X,))
+    for module in (graph, model):
+        torch.manual_seed(1)
+        module(X)
+    assert torch.equal(graph.norm.running_mean, model.norm.running_mean)
+
+
+def test_a_norm_without_a_counter_takes_the_state_of_its_model() -> None:
+    class Counterless(Always):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.batch_norm(self.lin(x), self.mean, self.var, training=self.training)
+
+    model = Counterless()
+    graph = lora_fx.trace(model, (torch.randn(3, 5),))
+    model(torch.randn(6, 5))
+    graph.load_state_dict(model.state_dict())
+    assert torch.equal(graph.mean, model.mean)

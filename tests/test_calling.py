@@ -252,6 +252,19 @@ def test_positions_that_the_model_counts_otherwise_are_not_filled_in() -> None:
         graph_module(torch.randint(3, 97, (3, 5)))
 
 
+def test_positions_that_the_model_counts_from_its_mask_are_not_filled_in() -> None:
+    _, graph_module = of_positions("opt")
+    ids, mask = torch.randint(3, 90, (3, 5)), torch.ones(3, 5, dtype=torch.int64)
+    mask[0, :2] = 0
+    with pytest.raises(lora_fx.InputError, match="input 'position_ids' is missing"):
+        graph_module(ids, mask)
+
+
+def test_too_few_dimensions_are_told_where_a_mask_is_left_out() -> None:
+    with pytest.raises(lora_fx.InputError, match="input 'input_ids' has 1 dimensions, fewer than in the trace"):
+        lora_fx.trace(build("llama", layers=1), inference=True)(torch.tensor([3, 4, 5]))
+
+
 class MasksItsPadding(transformers.BertModel):  # type: ignore[misc]
     """A model that makes a mask from the tokens where none is given."""
 

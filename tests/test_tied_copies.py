@@ -179,3 +179,18 @@ def test_what_folds_untied_copies_unties_the_model_or_says_so(base: lora_fx.Trac
         "ensure_weight_tying) and trained to two values. Fold the loaded model with lora_fx.from_adapter and lora_fx.fold, and write it "
         "with lora_fx.huggingface.save_pretrained"
     )
+
+
+def test_tied_factors_and_factors_of_their_own_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    targets = ["q_proj", "embed_tokens", "lm_head"]
+    tied, apart = (
+        lora_fx.rewrite(tied_llama(), peft.LoraConfig(r=2, target_modules=targets, ensure_weight_tying=tying))
+        for tying in (True, False)
+    )
+    lora_fx.save_adapter(tied, tmp_path / "tied")
+    lora_fx.save_adapter(apart, tmp_path / "apart")
+    for graph, directory in ((apart, "tied"), (tied, "apart")):
+        with pytest.raises(lora_fx.AdapterError, match="factors of"):
+            lora_fx.load_adapter(graph, tmp_path / directory)
+    with pytest.raises(lora_fx.PlanError, match="factors of"):
+        lora_fx.transfer(tied, onto=apart)
