@@ -102,6 +102,11 @@ def first_line(message: str, otherwise: str) -> str:
     return next((line.strip() for line in message.splitlines() if line.strip()), otherwise)
 
 
+def printable(text: str) -> str:
+    """Return a text of strangers on one line, with escapes in place of signs that a terminal obeys."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 def listed(items: Sequence[str], most: int, separator: str = ", ") -> str:
     """Return ``"x, y and 3 more"``: the first items of a list, and how many there are besides.
 

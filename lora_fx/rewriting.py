@@ -17,7 +17,7 @@ from lora_fx.graph.joined_graphs import through
 from lora_fx.planning.cautions import warn_of_fresh_head, warn_of_lower_ranks, warn_of_untying
 from lora_fx.planning.planner import plan_graph
 from lora_fx.rules.lookup import RulesLike, load
-from lora_fx.tracing.model_state import check_unwrapped, inner_model
+from lora_fx.tracing.model_state import unwrapped
 from lora_fx.tracing.torch_export import Dynamic
 from lora_fx.tracing.trace import trace
 
@@ -147,8 +147,7 @@ def rewrite(
         TraceError: the model cannot be traced.
         PlanError: a selected site cannot get such a branch, the adapter name is taken, or PEFT wraps the model.
     """
-    model = inner_model(model)
-    check_unwrapped(model)
+    model = unwrapped(model)
     ruleset = load(rules, getattr(getattr(model, "config", None), "model_type", None)).with_overrides(
         rank, alpha, dropout, task_type
     )

@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen
 
 from lora_fx.errors import listed, shortened
@@ -16,6 +16,12 @@ from lora_fx.graph.info import AdapterRecord, known_info
 from lora_fx.graph.input_checks import InputCheck
 
 MAX_ADAPTERS, MAX_INPUTS = 5, 6
+
+
+def element_counts(module: nn.Module) -> tuple[int, int]:
+    """Return the numbers of elements in the parameters that require a gradient, and in all, each tensor once."""
+    parameters = list(module.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
 def overview_text(graph_module: fx.GraphModule) -> str:
@@ -59,8 +65,7 @@ def _heading(graph_module: fx.GraphModule) -> str:
 
 
 def _parameters(graph_module: fx.GraphModule) -> str:
-    parameters = list(graph_module.parameters())
-    total, trainable = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    trainable, total = element_counts(graph_module)
     return f"{trainable:,} trainable of {total:,}" + (f" ({100 * trainable / total:.4g}%)" if total else "")
 
 

@@ -29,7 +29,7 @@ from lora_fx.rules.rule_file import RuleSet, Selection
 from lora_fx.rules.vocabulary import TASK_HEADS, Part
 from lora_fx.sites.call_sites import Site, sites
 from lora_fx.sites.roles import Purpose, purposes
-from lora_fx.tracing.model_state import check_unwrapped, inner_model
+from lora_fx.tracing.model_state import unwrapped
 from lora_fx.tracing.trace import trace
 
 
@@ -62,8 +62,7 @@ def plan(
         PlanError: a chosen site cannot get such a branch, or PEFT wraps the model.
         TraceError: the model cannot be traced.
     """
-    model = inner_model(model)
-    check_unwrapped(model)
+    model = unwrapped(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     ruleset = load(rules, model_type).with_overrides(rank, alpha, dropout, task_type)
     graph_module = model if isinstance(model, TracedGraphModule) else trace(model, example_inputs, inference=True)

@@ -66,7 +66,18 @@ _WRAPPERS: Mapping[str, str | None] = {
 """Classes of torch that wrap a model → the attribute with the model inside."""
 
 
-def check_unwrapped(model: Any) -> None:
+def unwrapped(model: Any) -> Any:
+    """Return the model that wrappers of torch hold; see :func:`inner_model`. One that PEFT wraps is refused.
+
+    Raises:
+        PlanError: see :func:`inner_model`; or PEFT wraps the model.
+    """
+    model = inner_model(model)
+    _check_without_peft(model)
+    return model
+
+
+def _check_without_peft(model: Any) -> None:
     """Raise :class:`PlanError` for a model that PEFT wraps, or changed in place: it has adapters that rules know nothing of.
 
     PEFT is not imported: its classes are told by the module that they come from.

@@ -12,6 +12,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.graph.adapter_names import is_embedding_factor, is_factor, is_factor_b
 from lora_fx.graph.adapter_states import AdapterState, adapter_states
 from lora_fx.graph.info import check_module, known_info
+from lora_fx.graph.overview import element_counts
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,8 @@ def parameter_summary(module: nn.Module) -> ParameterSummary:
         module: a graph, or any other module.
     """
     check_module(module)
-    parameters = list(module.parameters())
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
     states = adapter_states(module) if isinstance(module, fx.GraphModule) else ()
-    return ParameterSummary(trainable, sum(p.numel() for p in parameters), states)
+    return ParameterSummary(*element_counts(module), states)
 
 
 def lora_plus_groups(

@@ -7,13 +7,12 @@ A case without an adapter asks for the base of a model with slots, where the dir
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime_genai as og
+from answering import Answer, answer_all
 
 
 def generated(model: Any, ids: list[list[int]], steps: int, adapter: tuple[Any, str] | None) -> list[list[int]]:
@@ -31,25 +30,18 @@ def generated(model: Any, ids: list[list[int]], steps: int, adapter: tuple[Any, 
     return [[int(token) for token in generator.get_sequence(row)] for row in range(rows)]
 
 
-def outcome(directory: Path) -> dict[str, str]:
-    """Return what came of each case."""
+def loaded(directory: Path) -> Answer:
+    """Load the model of a directory, and its adapters."""
     model = og.Model(str(directory))
     adapters = og.Adapters(model)
     for path in directory.glob("*.onnx_adapter"):
         adapters.load(str(path), path.stem)
-    found = {}
-    for name, case in json.loads((directory / "cases.json").read_text()).items():
+
+    def answer(case: dict[str, Any]) -> list[list[int]]:
         adapter = (adapters, case["adapter"]) if case["adapter"] else None
-        try:
-            tokens = generated(model, case["ids"], case["steps"], adapter)
-            found[name] = "equal" if tokens == case["tokens"] else "other tokens"
-        except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}"
-    return found
+        return generated(model, case["ids"], case["steps"], adapter)
+
+    return answer
 
 
-for path in map(Path, sys.argv[1:]):
-    try:
-        print(json.dumps({"directory": path.name, "found": outcome(path)}), flush=True)
-    except Exception as error:
-        print(json.dumps({"directory": path.name, "error": f"{type(error).__name__}: {error}"}), flush=True)
+answer_all(loaded)

@@ -5,12 +5,12 @@ python optimum_client.py DIRECTORY…       # each has the cases that are asked 
 
 from __future__ import annotations
 
-import json
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from answering import Answer, answer_all
 from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForSeq2SeqLM
 
 torch.set_num_threads(1)
@@ -24,21 +24,11 @@ def generated(model: Any, case: dict[str, Any]) -> list[list[int]]:
     return model.generate(input_ids=ids, attention_mask=mask, **options).tolist()
 
 
-def outcome(directory: Path) -> dict[str, str]:
-    """Return what came of each case."""
+def loaded(directory: Path) -> Answer:
+    """Load the model of a directory."""
     is_decoder = (directory / "model.onnx").exists()
     model = (ORTModelForCausalLM if is_decoder else ORTModelForSeq2SeqLM).from_pretrained(directory)
-    found = {}
-    for name, case in json.loads((directory / "cases.json").read_text()).items():
-        try:
-            found[name] = "equal" if generated(model, case) == case["tokens"] else "other tokens"
-        except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}"
-    return found
+    return partial(generated, model)
 
 
-for path in map(Path, sys.argv[1:]):
-    try:
-        print(json.dumps({"directory": path.name, "found": outcome(path)}), flush=True)
-    except Exception as error:
-        print(json.dumps({"directory": path.name, "error": f"{type(error).__name__}: {error}"}), flush=True)
+answer_all(loaded)

@@ -12,7 +12,7 @@ from typing import Any
 from lora_fx.adapters.peft_format.fingerprint import recorded
 from lora_fx.adapters.peft_format.keys import PREFIX
 from lora_fx.adapters.peft_format.opening import AdapterFiles
-from lora_fx.errors import listed
+from lora_fx.errors import listed, printable
 
 _FACTOR = re.compile(r"(?P<module>.+?)\.lora_(?P<kind>A|B|embedding_A|embedding_B|magnitude_vector)(\.weight)?")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -93,8 +93,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, int | float):
         return f"{value:,}" if isinstance(value, int) else f"{value:g}"
     return printable(str(value))
-
-
-def printable(text: str) -> str:
-    """Return a text of strangers on one line, without signs that a terminal obeys."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

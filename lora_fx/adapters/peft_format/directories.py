@@ -80,9 +80,10 @@ def _read_other(graph: TracedGraphModule, directory: Path) -> dict[str, torch.Te
     names = sorted(name for name in first_trainable_names(graph) if not is_of_adapter(name))
     path = next((path for name in (OTHER_NAME, _STATE_DICT_NAME) if (path := directory / name).is_file()), None)
     found: dict[str, torch.Tensor] = {}
-    if (names or updated_names(graph)) and path is not None:
+    kept = (*names, *updated_names(graph))
+    if kept and path is not None:
         file = TensorFile.open(path)
-        found = {name: file.read(name) for name in (*names, *updated_names(graph)) if name in file.entries}
+        found = {name: file.read(name) for name in kept if name in file.entries}
     problems = [
         f"{name}: expected {described(tensors[name])}, got {described(value)}"
         for name, value in found.items()

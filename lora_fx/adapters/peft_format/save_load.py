@@ -37,7 +37,7 @@ from lora_fx.graph.records import BranchSpec
 from lora_fx.graph.state import State
 from lora_fx.numerics.lowrank_merge import with_all_rows
 from lora_fx.rules.peft_config.config import CONFIG_NAME
-from lora_fx.tracing.model_state import check_unwrapped, inner_model
+from lora_fx.tracing.model_state import unwrapped
 from lora_fx.tracing.torch_export import Dynamic
 from lora_fx.tracing.trace import trace
 
@@ -111,8 +111,7 @@ def from_adapter(
         PlanError: see :func:`load_adapter`; or PEFT wraps the model.
         TraceError: the model cannot be traced.
     """
-    model = inner_model(model)
-    check_unwrapped(model)
+    model = unwrapped(model)
     # A malformed directory is refused before the model is traced.
     files = read_adapter(Path(directory), stacks, ignore_config_keys)
     traced = trace(model, example_inputs, dynamic=dynamic, inference=inference, cache=cache)

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from lora_fx.errors import printable
 from lora_fx.text_table import new_table, text_lines
 
 MARKS = {"added": "+", "removed": "−", "rewired": "⇄", "changed": "~"}
@@ -18,8 +19,7 @@ _GROUPS_SHOWN = 300
 
 def visible(text: object, limit: int = 60) -> str:
     """Return a name on one line without control or direction characters, at most ``limit`` characters long."""
-    start = str(text)[: limit + 1]
-    shown = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in start)
+    shown = printable(str(text)[: limit + 1])
     return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
 
 
