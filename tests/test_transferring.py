@@ -54,3 +54,13 @@ def test_an_adapter_that_computes_something_else_there_is_refused(rules: dict[st
     trained = lora_fx.rewrite(base, {"select": [{"target": ["q_proj"]}]})
     with pytest.raises(lora_fx.PlanError, match=difference):
         lora_fx.transfer(trained, onto=lora_fx.rewrite(base, rules))
+
+
+@pytest.mark.parametrize("copied", ["given", "onto"])
+def test_an_adapter_with_a_trained_copy_in_one_graph_alone_is_refused(copied: str) -> None:
+    base, attention = traced("llama"), {"target": ["q_proj"]}
+    plain = lora_fx.rewrite(base, {"select": [attention]})
+    trains_head = lora_fx.rewrite(base, {"select": [attention, {"target": ["lm_head"], "trainable": "all"}]})
+    given, onto = (trains_head, plain) if copied == "given" else (plain, trains_head)
+    with pytest.raises(lora_fx.PlanError, match=r"lm_head\S*weight\S*: .*(no trained copy against one|no such site)"):
+        lora_fx.transfer(given, onto=onto)

@@ -16,6 +16,7 @@ from lora_fx.adapters.recorded import (
     recorded_plan,
     resting_record_of,
     statistics_of,
+    trained_of,
     values_of,
 )
 from lora_fx.errors import PlanError, listed
@@ -26,7 +27,7 @@ from lora_fx.graph.compare import described
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, state_of
 from lora_fx.graph.info import RuledBranches, info_of
 from lora_fx.graph.joined_graphs import Graphs, through
-from lora_fx.graph.records import BranchSpec
+from lora_fx.graph.records import BranchSpec, Trained
 
 _logger = logging.getLogger("lora_fx.adapters")
 
@@ -80,7 +81,7 @@ def _transferred(graph_module: TracedGraphModule, onto: TracedGraphModule) -> Tr
             result = attach(result, plan, adapter=adapter, values=values_of(given, adapter), acts=False)
         else:
             mine, theirs = (record_of(each, adapter).at_strength(1.0).branches for each in (given, result))
-            unlike += differences(mine, theirs)
+            unlike += differences(mine, theirs) or _copy_differences(given, result, adapter)
             tensors |= {**parameters_of(given, adapter), **statistics_of(given, adapter)}
     state = state_of(result)
     unlike += [
@@ -114,6 +115,22 @@ def differences(mine: RuledBranches, theirs: RuledBranches) -> list[str]:
         key: (_function_text(mine.get(key)), _function_text(theirs.get(key))) for key in dict.fromkeys((*mine, *theirs))
     }
     return [f"{key}: {one} against {other}" for key, (one, other) in told.items() if one != other]
+
+
+def _copy_differences(given: TracedGraphModule, onto: TracedGraphModule, adapter: str) -> list[str]:
+    """Return the trained copies that an adapter has in ``onto`` alone, and those that other modules compute with in one graph alone."""
+    copies, theirs = ({each.name: each for each in trained_of(graph, adapter)} for graph in (given, onto))
+    return [
+        f"{name}: no trained copy against one"
+        if name not in copies
+        else f"{name}: a trained copy {_reach(copies[name])} against one {_reach(copy)}"
+        for name, copy in theirs.items()
+        if name not in copies or copies[name].untied != copy.untied
+    ]
+
+
+def _reach(copy: Trained) -> str:
+    return "for that module alone" if copy.untied else "for all modules that share it"
 
 
 def _function_text(entry: tuple[str, BranchSpec] | None) -> str:
