@@ -37,6 +37,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = transformers.PatchTSTModel(transformers.PatchTSTConfig(**SIZES)).eval()
     model.save_pretrained(root / "base")
+    asking = transformers.TimesFmConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=4
+    )
+    transformers.TimesFmModel(asking).save_pretrained(root / "asking")
     (root / "mine.toml").write_text(RULES)
     inputs = {"past_values": torch.randn(2, 16, 2)}
     save_file(inputs, root / "inputs.safetensors")
@@ -57,16 +61,16 @@ def given(root: Path) -> tuple[object, ...]:
     return "--example-inputs", root / "inputs.safetensors"
 
 
-def test_without_the_inputs_each_command_asks_for_them(root: Path, tmp_path: Path) -> None:
+def test_without_inputs_that_cannot_be_made_each_command_asks_for_them(root: Path, tmp_path: Path) -> None:
     for arguments in (
-        ("plan", root / "base"),
-        ("draw", root / "base"),
-        ("export", root / "base", tmp_path / "model.onnx", "-f", "onnx"),
-        ("fold", root / "base", root / "adapter", tmp_path / "merged"),
+        ("plan", root / "asking"),
+        ("draw", root / "asking"),
+        ("export", root / "asking", tmp_path / "model.onnx", "-f", "onnx"),
+        ("fold", root / "asking", root / "adapter", tmp_path / "merged"),
     ):
-        assert "its main input 'past_values' is not made from a config yet: pass example_inputs" in call(
-            *arguments, code=1
-        )
+        said = call(*arguments, code=1)
+        assert "'freq' cannot be made from its signature and config: pass example_inputs=" in said
+        assert "--example-inputs" in said
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,7 +11,9 @@ from families import IMAGE_TOKEN, IMAGE_TOKENS, build
 from torch import nn
 
 import lora_fx
-from lora_fx.tracing.example_inputs import BATCH, SEQUENCE, TARGET_SEQUENCE, ExampleInputs, example_inputs, graph_inputs
+from lora_fx.tracing import input_trials
+from lora_fx.tracing.example_inputs import ExampleInputs, example_inputs, graph_inputs
+from lora_fx.tracing.input_kinds import BATCH, SEQUENCE, TARGET_SEQUENCE
 
 TEXT = dict.fromkeys(("input_ids", "attention_mask"), (("batch", "sequence"), (BATCH, SEQUENCE)))
 IMAGE = {"pixel_values": (("batch", None, None, None), (BATCH, 3, 12, 12))}
@@ -89,7 +91,8 @@ def _blip_2() -> nn.Module:
 
 
 def _resnet() -> nn.Module:
-    return transformers.ResNetModel(transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1])
+    return transformers.ResNetModel(config)
 
 
 def _siglip_2() -> nn.Module:
@@ -105,26 +108,126 @@ def _audio_spectrogram() -> nn.Module:
     return transformers.ASTModel(transformers.ASTConfig(**SMALL, max_length=32, num_mel_bins=16))
 
 
-class TakesPatches(transformers.ViTModel):  # type: ignore[misc]
-    main_input_name = "flattened_patches"
+def _time_series() -> nn.Module:
+    sizes = {"prediction_length": 4, "context_length": 6, "lags_sequence": [1, 3], "num_time_features": 2, "d_model": 8}
+    return transformers.InformerModel(transformers.InformerConfig(**sizes, encoder_layers=1, decoder_layers=1))
+
+
+def _decisions() -> nn.Module:
+    sizes = {"state_dim": 3, "act_dim": 2, "hidden_size": 8, "n_layer": 1, "n_head": 2}
+    return transformers.DecisionTransformerModel(transformers.DecisionTransformerConfig(**sizes))
+
+
+def _regions() -> nn.Module:
+    layers = {"l_layers": 1, "x_layers": 1, "r_layers": 1, "visual_feat_dim": 6, "visual_pos_dim": 4}
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 9}
+    return transformers.LxmertModel(transformers.LxmertConfig(**sizes, **layers))
+
+
+def _boxes() -> nn.Module:
+    return transformers.BrosModel(transformers.BrosConfig(**{**SMALL, "hidden_size": 64}, vocab_size=9))
+
+
+def _film() -> nn.Module:
+    sizes = {"image_size": 8, "patch_size": 4, "num_frames": 4, "tubelet_size": 2}
+    return transformers.VideoMAEModel(transformers.VideoMAEConfig(**SMALL, **sizes))
+
+
+def _characters() -> nn.Module:
+    return transformers.CanineModel(transformers.CanineConfig(**SMALL, num_hash_buckets=16, local_transformer_stride=8))
+
+
+KINDS = {
+    "image without a size": (_resnet, {"pixel_values": (2, 3, 224, 224)}),
+    "flat patches": (
+        _siglip_2,
+        {"pixel_values": (2, 16, 768), "pixel_attention_mask": (2, 16), "spatial_shapes": (2, 2)},
+    ),
+    "frames first": (_speech_to_text, {"input_features": (2, 64, 80), "decoder_input_ids": (2, 5)}),
+    "spectrogram": (_audio_spectrogram, {"input_values": (2, 32, 16)}),
+    "film": (_film, {"pixel_values": (2, 4, 3, 8, 8)}),
+    "time series": (_time_series, {"past_values": (2, 9), "past_time_features": (2, 9, 2), "future_values": (2, 4)}),
+    "trajectory": (_decisions, {"states": (2, 7, 3), "actions": (2, 7, 2), "timesteps": (2, 7)}),
+    "regions": (_regions, {"input_ids": (2, 7), "visual_feats": (2, 5, 6), "visual_pos": (2, 5, 4)}),
+    "boxes on a page": (_boxes, {"input_ids": (2, 7), "bbox": (2, 7, 4)}),
+    "characters": (_characters, {"input_ids": (2, 7)}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_of_each_kind_are_made_and_taken_and_the_model_stays_as_it_is(kind: str) -> None:
+    build_model, expected = KINDS[kind]
+    torch.manual_seed(0)
+    model = build_model()  # in train mode, in which batch norms would count
+    with unchanged(model):
+        made = example_inputs(model, None)
+    shapes = {name: tuple(value.shape) for name, value in graph_inputs(made).items()}
+    assert {name: shapes.get(name) for name in expected} == expected
+    assert set(made.made) == shapes.keys()
+    with torch.no_grad():
+        model.eval()(**made.kwargs)
+
+
+def test_the_trace_says_which_inputs_it_made(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "lora_fx.tracing"):
+        graph_module = lora_fx.trace(_resnet(), inference=True)
+    assert "inputs of ResNetModel are made from its config: pixel_values (2, 3, 224, 224)" in caplog.text
+    model = _resnet().eval()
+    caplog.clear()
+    given = {"pixel_values": torch.randn(3, 3, 32, 48)}
+    with caplog.at_level("INFO", "lora_fx.tracing"):
+        lora_fx.trace(model, given, inference=True)
+    assert "made from its config" not in caplog.text
+    assert graph_module.training
+
+
+class TakesFrequency(transformers.ViTModel):  # type: ignore[misc]
+    def forward(self, pixel_values: torch.Tensor, frequency: torch.Tensor) -> Any:
+        return super().forward(pixel_values * frequency)
+
+
+class TakesNone(transformers.ViTModel):  # type: ignore[misc]
+    def forward(self, pixel_values: torch.Tensor) -> Any:
+        raise ValueError(f"no image of {pixel_values.shape[-1]} pixels, please")
+
+
+BOTH_WAYS = r"pass example_inputs= \(on the command line, --example-inputs FILE\.safetensors\)"
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: nn.Linear(2, 2), "Linear is not a transformers model"),
-        (lambda: TakesPatches(build("vit").config), "its main input 'flattened_patches' is not made"),
-        (_resnet, "config of ResNetModel does not say by image_size what 'pixel_values' is like"),
-        (_siglip_2, "config of Siglip2Model does not say by image_size what 'pixel_values' is like"),
-        (_speech_to_text, "by num_mel_bins and max_source_positions what 'input_features' is like"),
-        (_audio_spectrogram, "by conv_kernel and conv_stride what 'input_values' is like"),
-        (_blip_2, "by num_query_tokens or mm_tokens_per_image, and image_token_id, which tokens an image takes"),
+        (lambda: nn.Linear(2, 2), "Linear is not a transformers model.*pass example_inputs"),
+        (
+            lambda: TakesFrequency(build("vit").config),
+            f"takes pixel_values, frequency; 'frequency' cannot be made from its signature and config: {BOTH_WAYS}",
+        ),
+        (
+            lambda: TakesNone(build("vit").config),
+            r"what 'pixel_values' is like does not follow from its config; with pixel_values \(2, 3, 12, 12\) it says: "
+            f"ValueError: no image of 12 pixels, please. For other inputs, {BOTH_WAYS}",
+        ),
+        (_blip_2, f"what 'pixel_values', 'input_ids' are like does not follow from its config; .*{BOTH_WAYS}"),
     ],
-    ids=["plain", "patches", "image", "image-and-text", "spectrogram", "waveform", "image-in-text"],
+    ids=["plain", "unknown-argument", "takes-none", "image-in-text"],
 )
-def test_what_a_config_does_not_say_is_asked_for(model: Any, message: str) -> None:
-    with pytest.raises(lora_fx.TraceError, match=f"{message}.*pass example_inputs"):
+def test_an_argument_that_cannot_be_made_is_asked_for_by_its_name(model: Any, message: str) -> None:
+    with pytest.raises(lora_fx.TraceError, match=message):
         example_inputs(model(), None)
+
+
+def test_a_model_without_values_is_tried_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = _speech_to_text()
+    made = graph_inputs(example_inputs(model, None))
+    assert made["input_features"].shape == (2, 64, 80)
+    assert all(value.is_meta for value in made.values())
+
+
+def test_trials_end_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(input_trials, "MAX_SECONDS", 0.0)
+    with pytest.raises(lora_fx.TraceError, match=r"the run takes too long \(no more were tried after 0 s\)"):
+        example_inputs(build("vit"), None)
 
 
 def test_texts_and_images_are_batches_of_their_own_in_clip() -> None:

@@ -1,10 +1,13 @@
 """Build, trace, rewrite and fold a small model of every architecture of transformers that can be built small, and tabulate.
 
-Example:  python tools/survey.py --write
+Examples:
+    python tools/survey.py --write
+    python tools/survey.py --again
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import datetime
 import json
@@ -15,7 +18,8 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -42,14 +46,27 @@ from lora_fx.rules.vocabulary import ROLES  # noqa: E402
 from lora_fx.sites.call_sites import sites  # noqa: E402
 from lora_fx.sites.roles import purposes  # noqa: E402
 from lora_fx.tracing.example_inputs import ExampleInputs, example_inputs, graph_inputs  # noqa: E402
+from lora_fx.tracing.input_trials import shapes  # noqa: E402
 
 TABLE = ROOT / "tools" / "survey.md"
-LARGEST, SECONDS, MEMORY = 5_000_000, 150, 12 << 30
+LARGEST, SECONDS, MEMORY = 40_000_000, 150, 12 << 30
 RENEWED = 40  # types after which a process ends: torch.export keeps something of each
 TOLERANCE = 1e-5
 HEADER = (
-    "| model type | model class | parameters | traces | equal to eager | roles | rules | folds back |",
-    "|---|---|---:|---|---|---|---|---|",
+    "| model type | model class | parameters | inputs | traces | equal to eager | roles | rules | folds back | surveyed |",
+    "|---|---|---:|---|---|---|---|---|---|---|",
+)
+COLUMNS = (
+    "model_type",
+    "model_class",
+    "parameters",
+    "inputs",
+    "traces",
+    "equal",
+    "roles",
+    "rules",
+    "folds",
+    "surveyed",
 )
 
 
@@ -61,6 +78,8 @@ class Row:
         model_type: as in a config.
         model_class: the class that is taken for it.
         parameters: of the small model.
+        inputs: that ``lora_fx`` made for it, with their shapes.
+        surveyed: the date.
         built: whether it could be built small.
         traces: whether ``lora_fx.trace`` takes it.
         equal: whether its graph computes what the model computes.
@@ -74,12 +93,14 @@ class Row:
     model_type: str
     model_class: str
     parameters: int = 0
+    inputs: str = ""
     built: str = ""
     traces: str = ""
     equal: str = ""
     roles: str = ""
     rules: str = ""
     folds: str = ""
+    surveyed: str = dataclasses.field(default_factory=lambda: str(datetime.datetime.now(datetime.UTC).date()))
     seconds: float = 0
     place: str = ""
 
@@ -89,26 +110,47 @@ class Row:
         return dataclasses.replace(self, **{column: reason}, place=place)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        traces = self.traces or f"cannot be built small: {self.built}"
-        cells = (
-            self.model_type,
-            self.model_class,
-            str(self.parameters or ""),
-            traces,
-            self.equal,
-            self.roles,
-            self.rules,
-            self.folds,
-        )
+        shown = dataclasses.replace(self, traces=self.traces or f"cannot be built small: {self.built}")
+        cells = (str(getattr(shown, column) or "") for column in COLUMNS)
         return f"| {' | '.join(cell.replace('|', '¦') for cell in cells)} |"
 
+    @classmethod
+    def read(cls, line: str) -> Row:
+        """Return the row that a line of the table holds."""
+        cells = dict(
+            zip(
+                COLUMNS,
+                (cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split(" | ")),
+                strict=True,
+            )
+        )
+        return cls(
+            **{**cells, "parameters": int(cells["parameters"] or 0), "built": "yes" if cells["parameters"] else "no"}
+        )
 
-def survey(model_type: str, model_class: str) -> Iterator[Row]:
+    @property
+    def good(self) -> bool:
+        """Whether the type traces and folds back."""
+        return self.traces.startswith("yes") and self.folds == "yes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A type to survey, in full or for its inputs alone."""
+
+    model_type: str
+    model_class: str
+    inputs_alone: bool = False
+
+
+def survey(task: Task) -> Iterator[Row]:
     """Yield the row of one type after each step, so that the last one tells how far it came."""
-    row = Row(model_type, model_class)
+    row = Row(task.model_type, task.model_class)
     try:
         for step in _steps(row):
             yield (row := step)
+            if task.inputs_alone and row.inputs:
+                break
     except Exception as error:
         yield row.failed(_reason(error), _place(error))
 
@@ -118,20 +160,35 @@ def _steps(row: Row) -> Iterator[Row]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     yield (row := dataclasses.replace(row, parameters=parameters, built="yes"))
     inputs = example_inputs(model, None)
+    yield (row := dataclasses.replace(row, inputs=shapes(inputs.kwargs)))
     _eager(model, inputs)
-    graph = lora_fx.trace(model, inference=True)
-    yield (row := dataclasses.replace(row, traces="yes"))
-    yield (row := dataclasses.replace(row, equal=equality(model, graph, inputs)))
+    graph, dynamic = traced(model)
+    yield (row := dataclasses.replace(row, traces="yes" if dynamic is None else f"yes, with dynamic={dynamic}"))
+    yield (
+        row := dataclasses.replace(row, equal=equality(model, graph, inputs, None if dynamic else other_size(inputs)))
+    )
     yield (row := dataclasses.replace(row, roles=roles_of(graph)))
     rules, branched = rewritten(graph, model)
     yield (row := dataclasses.replace(row, rules=rules))
     yield dataclasses.replace(row, folds=folding(graph, branched, inputs))
 
 
-def equality(model: nn.Module, graph: TracedGraphModule, inputs: ExampleInputs) -> str:
-    """Compare a graph with its model on the example inputs and at another size."""
+def traced(model: nn.Module) -> tuple[TracedGraphModule, dict[str, Any] | None]:
+    """Return a trace, and the ``dynamic=`` that it was given if the model fixes a size: what the refusal says to pass."""
+    try:
+        return lora_fx.trace(model, inference=True), None
+    except lora_fx.TraceError as error:
+        advice = re.search(r"with dynamic=(\{.*?\})\.", str(error))
+        if advice is None:
+            raise
+        dynamic = ast.literal_eval(advice[1])
+    return lora_fx.trace(model, inference=True, dynamic=dynamic), dynamic
+
+
+def equality(model: nn.Module, graph: TracedGraphModule, inputs: ExampleInputs, other: ExampleInputs | None) -> str:
+    """Compare a graph with its model on the example inputs and at another size, which a graph may refuse."""
     found = []
-    for words, case in (("", inputs), ("at another size: ", other_size(inputs))):
+    for words, case in (("", inputs), ("at another size: ", other)):
         if case is None:
             continue
         try:
@@ -140,7 +197,13 @@ def equality(model: nn.Module, graph: TracedGraphModule, inputs: ExampleInputs) 
             if case is inputs:
                 raise
             continue  # such as a second image where the text has the tokens of one
-        difference = _difference(expected, _run(graph, case))
+        try:
+            difference = _difference(expected, _run(graph, case))
+        except lora_fx.InputError as error:
+            if case is inputs:
+                raise
+            found.append(f"{words}refused, {_shortened(str(error), 120)}")
+            continue
         if difference != 0:
             again = _difference(expected, _eager(model, case))
             found.append(
@@ -170,7 +233,8 @@ def rewritten(graph: TracedGraphModule, model: Any) -> tuple[str, TracedGraphMod
     try:
         branched = lora_fx.rewrite(graph, rules=rules, rank=1)
     except lora_fx.RuleError:
-        linear = [site for site in sites(graph) if site.op == "linear"]
+        uses = Counter(site.weight for site in sites(graph))
+        linear = [site for site in sites(graph) if site.op == "linear" and uses[site.weight] == 1]
         if not linear:
             raise lora_fx.PlanError("the graph has no linear call site.") from None
         name = "none of its sites"
@@ -295,7 +359,7 @@ def _work(connection: Connection, memory: int) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     while (task := connection.recv()) is not None:
-        for row in survey(*task):
+        for row in survey(task):
             connection.send(row)
         connection.send(None)
 
@@ -308,14 +372,14 @@ class _Worker:
         self._connection: Any = None
         self._count = 0
 
-    def row(self, model_type: str, model_class: str) -> Row:
-        row, start = Row(model_type, model_class), time.monotonic()
+    def row(self, task: Task) -> Row:
+        row, start = Row(task.model_type, task.model_class), time.monotonic()
         if self._count == RENEWED:
             self.stop()
         if self._process is None:
             self._start()
         self._count += 1
-        self._connection.send((model_type, model_class))
+        self._connection.send(task)
         while True:
             try:
                 if not self._connection.poll(max(0, start + SECONDS - time.monotonic())):
@@ -352,23 +416,23 @@ class _Worker:
         self._process = None
 
 
-def walk(types: Mapping[str, str], jobs: int) -> Iterator[Row]:
+def walk(tasks: Iterable[Task], jobs: int) -> Iterator[Row]:
     """Survey types, ``jobs`` at a time, and yield their rows as they come."""
     workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     everyone = [_Worker() for _ in range(jobs)]
     for worker in everyone:
         workers.put(worker)
 
-    def one(task: tuple[str, str]) -> Row:
+    def one(task: Task) -> Row:
         worker = workers.get()
         try:
-            return worker.row(*task)
+            return worker.row(task)
         finally:
             workers.put(worker)
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            for future in as_completed([pool.submit(one, task) for task in types.items()]):
+            for future in as_completed([pool.submit(one, task) for task in tasks]):
                 yield future.result()
         finally:
             for worker in everyone:
@@ -378,40 +442,63 @@ def walk(types: Mapping[str, str], jobs: int) -> Iterator[Row]:
 def summary(rows: list[Row]) -> str:
     """Return the line below the table."""
     built, traced, equal, folded = (
-        sum(getattr(row, column) == good for row in rows)
+        sum(getattr(row, column).split(",")[0] == good for row in rows)
         for column, good in (("built", "yes"), ("traces", "yes"), ("equal", "bit-equal"), ("folds", "yes"))
     )
     return f"{len(rows)} types tried, {built} built, {traced} trace, {equal} bit-equal, {folded} fold back"
 
 
+def table(rows: Mapping[str, Row]) -> str:
+    """Return the table, with what is said above and below it."""
+    head = (
+        "# Survey of transformers\n\n"
+        f"Made with torch {torch.__version__} and transformers {transformers.__version__}, by `python tools/survey.py --write` for all "
+        "types, and by `python tools/survey.py --again` since then for the ones that did not trace and fold back: the last column is the "
+        "date of each row. Every model is small, and its weights are random. Its inputs are made by `lora_fx`; that they are as the table "
+        "says is checked for all rows by each of the two commands.\n"
+    )
+    ordered = [rows[model_type] for model_type in sorted(rows)]
+    return "\n".join([head, *HEADER, *map(str, ordered), "", f"{summary(ordered)}.", ""])
+
+
+def known_rows() -> dict[str, Row]:
+    """Return the rows of the table as it is."""
+    lines = TABLE.read_text(encoding="utf-8").splitlines()
+    found = [Row.read(line) for line in lines if line.startswith("| ") and line not in HEADER]
+    return {row.model_type: row for row in found}
+
+
 def main(
     write: Annotated[bool, typer.Option(help="Write the table to tools/survey.md instead of printing it.")] = False,
+    again: Annotated[
+        bool,
+        typer.Option(
+            help="Retake the rows of tools/survey.md that do not trace and fold back, and write each into the table as it comes. "
+            "Of the other rows the inputs alone are made again."
+        ),
+    ] = False,
     only: Annotated[list[str] | None, typer.Option(help="Survey these model types alone.")] = None,
     jobs: Annotated[int, typer.Option(help="Number of processes.")] = 1,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the rows here, as JSON lines.")] = None,
 ) -> None:
     """Build, trace, rewrite and fold a small model of every architecture of transformers, and tabulate."""
-    types = model_types()
-    if only:
-        types = {model_type: types[model_type] for model_type in only}
-    progress = tqdm(walk(types, jobs), total=len(types), disable=not sys.stderr.isatty())
-    order = {model_type: index for index, model_type in enumerate(sorted(types))}
-    rows = []
+    types = {each: name for each, name in model_types().items() if not only or each in only}
+    rows = known_rows() if again else {}
+    settled = frozenset(model_type for model_type, row in rows.items() if row.good)
+    tasks = [Task(*each, inputs_alone=each[0] in settled) for each in types.items()]
+    tasks.sort(key=lambda task: task.inputs_alone)
+    progress = tqdm(walk(tasks, jobs), total=len(tasks), disable=not sys.stderr.isatty())
     with Path(json_path or os.devnull).open("w", encoding="utf-8") as lines:  # line by line: a walk takes long
         for row in progress:
             print(json.dumps(dataclasses.asdict(row)), file=lines, flush=True)
-            rows.append(row)
-    rows.sort(key=lambda row: order[row.model_type])
-    table = "\n".join([*HEADER, *map(str, rows), "", f"{summary(rows)}."])
-    if not write:
-        print(table)
-        return
-    head = (
-        "# Survey of transformers\n\n"
-        f"Made by `python tools/survey.py --write` with torch {torch.__version__} and transformers {transformers.__version__} "
-        f"on {datetime.datetime.now(datetime.UTC).date()}. Every model is small, and its weights are random.\n"
-    )
-    TABLE.write_text(f"{head}\n{table}\n", encoding="utf-8")
+            known = rows.get(row.model_type)
+            rows[row.model_type] = dataclasses.replace(known, inputs=row.inputs) if known and known.good else row
+            if again:
+                TABLE.write_text(table(rows), encoding="utf-8")
+    if write:
+        TABLE.write_text(table(rows), encoding="utf-8")
+    elif not again:
+        print(table(rows))
 
 
 if __name__ == "__main__":

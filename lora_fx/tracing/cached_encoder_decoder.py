@@ -34,7 +34,8 @@ from lora_fx.tracing.cached_forward import (
     layers_of,
     number,
 )
-from lora_fx.tracing.example_inputs import BATCH, ExampleInputs, example_inputs, random_tokens
+from lora_fx.tracing.example_inputs import ExampleInputs, example_inputs
+from lora_fx.tracing.input_kinds import BATCH, random_tokens
 
 ENCODER_AXIS = "encoder_sequence"
 

@@ -22,7 +22,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from lora_fx.errors import TraceError, listed
 from lora_fx.graph.cached_graphs import PAST, PRESENT, CacheLayer
 from lora_fx.graph.example_sizes import SUM
-from lora_fx.tracing.example_inputs import BATCH, ExampleInputs, random_tokens
+from lora_fx.tracing.example_inputs import ExampleInputs
+from lora_fx.tracing.input_kinds import BATCH, random_tokens
 from lora_fx.tracing.repeated_layers.stubs import Carried
 
 BATCH_AXIS, SEQUENCE_AXIS, PAST_AXIS = "batch", "sequence", "past_sequence"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from transformers.models.auto import modeling_auto
 from lora_fx.errors import TraceError, did_you_mean
 from lora_fx.files.safetensors import TensorFile
 from lora_fx.graph.example_sizes import cut_or_repeated
+from lora_fx.tracing.input_kinds import arguments
+from lora_fx.tracing.input_trials import shapes, taken
 
-# Small, distinct, and no divisors of each other, so that a size taken for another shows.
-BATCH, SEQUENCE, TARGET_SEQUENCE = 2, 7, 5
+_logger = logging.getLogger("lora_fx.tracing")
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class ExampleInputs:
         kwargs: keyword inputs, constants of the trace (``use_cache=False``) among them.
         axes: input → name of each dimension that shall be dynamic (``None``: as the example has it). An input that is not
             listed is dynamic wherever the model allows.
+        made: names of the inputs that were made from a config.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     axes: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
+    made: tuple[str, ...] = ()
 
 
 def example_inputs(
@@ -45,8 +48,8 @@ def example_inputs(
 ) -> ExampleInputs:
     """Return the inputs to trace ``model`` with: the given ones, or made from its config.
 
-    A transformers model is traced without its key-value cache. Inputs that are made go to ``device``, by default that of the
-    model.
+    A transformers model is traced without its key-value cache. Inputs that are made are the first of several candidates that the
+    model takes in a run; they go to ``device``, by default that of the model, and the logger ``lora_fx.tracing`` names them at level INFO.
 
     Raises:
         TraceError: none are given, and the model is not one whose inputs follow from a config.
@@ -76,7 +79,7 @@ def read_example_inputs(path: str | Path, model: nn.Module) -> dict[str, torch.T
     """
     file = TensorFile.open(Path(path))
     # **kwargs are not counted: transformers passes unknown ones on until nobody looks at them.
-    named = {name: p for name, p in _parameters(model).items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    named = {name: p for name, p in arguments(model).items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     problems = [
         f"it has {name!r}, which is no input of the model{did_you_mean(name, named)}"
         for name in file.entries
@@ -108,7 +111,7 @@ def with_labels(model: nn.Module, inputs: ExampleInputs) -> ExampleInputs:
     Raises:
         TraceError: the model takes no labels, or what they are like does not follow from its class and config.
     """
-    if not _is_transformers(model) or not {"labels", "start_positions"} & set(_parameters(model)):
+    if not _is_transformers(model) or not {"labels", "start_positions"} & set(arguments(model)):
         raise TraceError(
             f"{type(model).__name__} takes no labels: leave labels=True out, and compute the loss of its outputs."
         )
@@ -154,7 +157,7 @@ def _labels(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     if _is_for(kind, _TOKEN_CLASSES):
         below = config.num_labels
     elif _is_for(kind, _TOKENS) or (tokens.dim() == 2 and model.get_output_embeddings() is not None):
-        (below,) = _read(model, config.get_text_config(), "labels", "vocab_size")
+        below = config.get_text_config().vocab_size
     else:
         raise TraceError(f"what the labels of {kind} are like is not known: let example_inputs have them.")
     labels = chosen(*tokens.shape[:2], below=below)
@@ -236,146 +239,9 @@ def _is_transformers(model: nn.Module) -> bool:
 
 
 def _from_config(model: Any, device: torch.device) -> ExampleInputs:
-    main = model.main_input_name
-    if not isinstance(main, str) or main not in _MADE or main not in _parameters(model):
-        raise TraceError(
-            f"{type(model).__name__} takes {', '.join(_parameters(model))}, and its main input {main!r} is not made from a config "
-            "yet: pass example_inputs (on the command line, --example-inputs FILE.safetensors)."
-        )
-    generator = torch.Generator().manual_seed(0)  # its own, so that the caller's random state stays
-    inputs: dict[str, torch.Tensor] = {}
-    for name in (main, *_beside(model)):
-        inputs |= _MADE[name](model, generator)
-    if {"input_ids", "pixel_values"} <= inputs.keys() and _has_image_tokens(model.config):
-        inputs |= _with_image_tokens(model, inputs)
-    if model.config.is_encoder_decoder and "decoder_input_ids" in _parameters(model):  # and not the encoder alone
-        inputs["decoder_input_ids"] = random_tokens(model, TARGET_SEQUENCE, generator)
-    inputs = {name: value.to(device) for name, value in inputs.items()}
-    return ExampleInputs(kwargs={**inputs, **_constants(model, inputs)}, axes=_axes(inputs))
-
-
-def _beside(model: Any) -> tuple[str, ...]:
-    """Return the names of further inputs: the text to an image, and the image to a text.
-
-    A language model that takes images in place of tokens also runs without one, and is traced so where its config does not
-    say how many tokens an image takes.
-    """
-    takes, config = _parameters(model), model.config
-    if model.main_input_name == "pixel_values":
-        return ("input_ids",) if "input_ids" in takes else ()
-    sees = "pixel_values" in takes and getattr(config, "vision_config", None) is not None
-    return ("pixel_values",) if sees and (not _has_image_tokens(config) or _image_tokens(config)) else ()
-
-
-def _text(model: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    inputs = {
-        "input_ids": random_tokens(model, SEQUENCE, generator),
-        "attention_mask": torch.ones(BATCH, SEQUENCE, dtype=torch.int64),
-    }
-    if "bbox" in _parameters(model):
-        (maximum,) = _read(model, model.config.get_text_config(), "bbox", "max_2d_position_embeddings")
-        corner = torch.randint(0, maximum // 2, (BATCH, SEQUENCE, 2), generator=generator)
-        inputs["bbox"] = torch.cat([corner, 2 * corner], dim=-1)  # left, top, right, bottom
-    return inputs
-
-
-def _images(model: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    config = getattr(model.config, "vision_config", None) or model.config
-    (size,) = _read(model, config, "pixel_values", "image_size")
-    height, width = (size, size) if isinstance(size, int) else size
-    return {"pixel_values": _noise(model, generator, getattr(config, "num_channels", 3), height, width)}
-
-
-def _spectrogram(model: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Return the input of an encoder that takes one length alone and halves it by its second convolution, as Whisper's does."""
-    bins, positions = _read(model, model.config, "input_features", "num_mel_bins", "max_source_positions")
-    return {"input_features": _noise(model, generator, bins, 2 * positions)}
-
-
-def _waveform(model: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Return as many samples as the convolutions of wav2vec 2.0 and its kin make ``SEQUENCE`` frames of."""
-    kernels, strides = _read(model, model.config, "input_values", "conv_kernel", "conv_stride")
-    length = SEQUENCE
-    for kernel, stride in reversed(list(zip(kernels, strides, strict=True))):
-        length = (length - 1) * stride + kernel
-    return {"input_values": _noise(model, generator, length)}
-
-
-_MADE: Mapping[str, Callable[[Any, torch.Generator], dict[str, torch.Tensor]]] = {
-    "input_ids": _text,
-    "pixel_values": _images,
-    "input_features": _spectrogram,
-    "input_values": _waveform,
-}
-"""By the main input of a model: what makes it, and what belongs to it."""
-
-
-_IMAGE_LENGTHS = ("num_query_tokens", "mm_tokens_per_image")  # BLIP-2's and Gemma 3's
-
-
-def _has_image_tokens(config: Any) -> bool:
-    """Tell whether the features of an image take the place of tokens in the text, as in BLIP-2, and not as in CLIP."""
-    return hasattr(config, "image_token_id")
-
-
-def _image_tokens(config: Any) -> tuple[int, int] | None:
-    """Return how many tokens an image takes the place of, and which token stands for it, if the config says so."""
-    lengths = [length for name in _IMAGE_LENGTHS if (length := getattr(config, name, None)) is not None]
-    return (lengths[0], config.image_token_id) if lengths and config.image_token_id is not None else None
-
-
-def _with_image_tokens(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the text with the tokens of one image before it, and nowhere else."""
-    config = model.config
-    found = _image_tokens(config)
-    if found is None:
-        raise TraceError(
-            f"the config of {type(model).__name__} does not say by {' or '.join(_IMAGE_LENGTHS)}, and image_token_id, which tokens "
-            "an image takes the place of: pass example_inputs."
-        )
-    count, token = found
-    text = inputs["input_ids"].masked_fill(
-        inputs["input_ids"] == token, (token + 1) % config.get_text_config().vocab_size
-    )
-    tokens = torch.cat([torch.full((BATCH, count), token), text], dim=1)
-    made = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if "token_type_ids" in _parameters(model):
-        made["token_type_ids"] = (tokens == token).long()  # the tokens of an image attend to each other both ways
-    return made
-
-
-def random_tokens(model: Any, length: int, generator: torch.Generator) -> torch.Tensor:
-    """Return tokens ``(BATCH, length)`` of a transformers model's vocabulary.
-
-    Raises:
-        TraceError: the config does not say how large it is.
-    """
-    try:
-        config = model.config.get_text_config()
-    except ValueError as error:  # a config of several texts, of which transformers cannot tell the main one
-        raise TraceError(f"{type(model).__name__} has several text configs: pass example_inputs. {error}") from error
-    (vocabulary,) = _read(model, config, "input_ids", "vocab_size")
-    return torch.randint(0, vocabulary, (BATCH, length), generator=generator)
-
-
-def _noise(model: nn.Module, generator: torch.Generator, *shape: int) -> torch.Tensor:
-    return torch.randn(BATCH, *shape, generator=generator).to(next(model.parameters()).dtype)
-
-
-def _read(model: nn.Module, config: Any, made: str, *names: str) -> tuple[Any, ...]:
-    """Return attributes of a config that an input is made by."""
-    values = tuple(getattr(config, name, None) for name in names)
-    if None in values:
-        raise TraceError(
-            f"the config of {type(model).__name__} does not say by {' and '.join(names)} what {made!r} is like: pass example_inputs."
-        )
-    return values
-
-
-def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Return the arguments of the transformers model that ``model`` is, or wraps: a wrapper passes all on by ``**kwargs``."""
-    own = (module for module in model.modules() if hasattr(type(module), "main_input_name"))
-    return inspect.signature(next(own, model).forward).parameters
+    inputs = {name: value.to(device) for name, value in taken(model).items()}
+    _logger.info("inputs of %s are made from its config: %s", type(model).__name__, shapes(inputs))
+    return ExampleInputs(kwargs={**inputs, **_constants(model, inputs)}, axes=_axes(inputs), made=tuple(inputs))
 
 
 _AXES: Mapping[str, tuple[str | None, ...]] = {
@@ -393,7 +259,7 @@ def _axes(inputs: Mapping[str, Any]) -> dict[str, tuple[str | None, ...]]:
 
 
 def _constants(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = _parameters(model)
+    parameters = arguments(model)
     accepts = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     config: Any = getattr(model, "config", None)
     configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]

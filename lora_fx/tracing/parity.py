@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -146,7 +147,7 @@ def _check_gradients(model: nn.Module, graph_module: fx.GraphModule, inputs: Exa
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], inputs: ExampleInputs) -> ExampleInputs:
     """Return the inputs with a function applied to every tensor, in the order of placeholders."""
     args, kwargs = pytree.tree_map_only(torch.Tensor, function, (inputs.args, dict(inputs.kwargs)))
-    return ExampleInputs(args, kwargs, inputs.axes)
+    return replace(inputs, args=args, kwargs=kwargs)
 
 
 def called(model: nn.Module, inputs: ExampleInputs) -> Any:
