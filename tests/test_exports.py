@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from architectures import rows
 from conftest import set_factors, unchanged
 
 import lora_fx
+from lora_fx.export.onnx_weights import TRANSPOSED_KEY
 from lora_fx.graph.info import info_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:DeprecationWarning")
@@ -162,7 +164,11 @@ def _check_names(
     assert [value.name for value in model.graph.output] == names
     assert all(value.type.tensor_type.shape.dim[0].dim_param == "batch" for value in model.graph.output)
     state = dict(graph.named_parameters(remove_duplicate=False)) | dict(graph.named_buffers(remove_duplicate=False))
-    weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    keys = json.loads({entry.key: entry.value for entry in model.metadata_props}.get(TRANSPOSED_KEY, "{}"))
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    weights = {keys.get(name, name): value.T if name in keys else value for name, value in arrays.items()}
+    assert all(name == f"{key}.T" for name, key in keys.items())
+    assert len(weights) == len(arrays)
     assert weights.keys() <= state.keys()
     assert all(torch.equal(torch.tensor(value), state[key]) for key, value in weights.items())
     read = {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}

@@ -19,6 +19,7 @@ from lora_fx.export.deliver import Exported, Options, Step, deliver
 from lora_fx.export.onnx_input_checks import add_checks
 from lora_fx.export.onnx_ops import attention, grouped_mm, onnx_package
 from lora_fx.export.onnx_slots import Slots
+from lora_fx.export.onnx_weights import store_transposed
 from lora_fx.export.portable_ops import grouped_products
 from lora_fx.export.prepare import Exportable, prepare
 from lora_fx.export.torch_program import export_plain
@@ -41,11 +42,12 @@ def onnx(
     tolerance: float | None = None,
     example_inputs: Mapping[str, torch.Tensor] | None = None,
     slots: bool = False,
+    transpose_weights: bool = True,
 ) -> Exported:
     """Write a graph as an ONNX model, in evaluation mode. Needs the extra ``lora-fx[onnx]``.
 
-    Inputs and outputs have the model's names, weights those of its ``state_dict``, and dimensions that vary the names of
-    their axes (``batch``, ``sequence``). Sizes that the trace does not cover fail at a node whose name says which sizes it covers.
+    Inputs and outputs have the model's names, weights those of its ``state_dict`` (see ``transpose_weights``), and dimensions that
+    vary the names of their axes (``batch``, ``sequence``). Sizes that the trace does not cover fail at a node whose name says which sizes it covers.
     Weights of more than 1 GB go into one file beside ``path``, ``<name>.<digest>.data``, which has to stay beside it.
 
     Args:
@@ -60,6 +62,9 @@ def onnx(
             themselves are not written. Without an adapter, the model computes the bits of the base; up to rounding where a slot
             stands between two operators that onnxruntime fuses at its higher optimisation levels (a product and the GELU or the
             layer norm behind it). It is compared without an adapter, and with a made-up one.
+        transpose_weights: store a matrix that a product alone reads, transposed, as the initializer ``<key>.T``, for tools that
+            quantise or fuse products: they skip those behind a Transpose. The model's metadata maps the names to the keys
+            (``lora_fx.transposed_weights``, a JSON object). False stores each weight under its key, as it is.
 
     Returns:
         The written files and their comparison with the graph.
@@ -77,7 +82,7 @@ def onnx(
     with_slots = Slots.of(graph_module) if slots else None
     options = Options(overwrite, verify, tolerance, example_inputs)
     written = with_slots.probe if with_slots else graph_module
-    exported = deliver(_Onnx(with_slots, options), written, path, options)
+    exported = deliver(_Onnx(with_slots, options, transpose_weights), written, path, options)
     _remove_unnamed(previous, exported.path)
     return exported
 
@@ -86,6 +91,7 @@ def onnx(
 class _Onnx:
     slots: Slots | None
     options: Options
+    transpose_weights: bool
     name = "ONNX"
     dotted_names = True
 
@@ -98,6 +104,8 @@ class _Onnx:
         model = _translate(written, program)
         step("cleaning up")
         _clean_up(model)
+        if self.transpose_weights:
+            store_transposed(model)
         add_checks(model, exportable.constraints)
         for value in model.graph.inputs:
             value.name = exportable.nested.get(value.name, value.name)
@@ -222,6 +230,7 @@ def _clean_up(model: Any) -> None:
         passes.NameFixPass(),
     ):
         each(model)
+    _constants_as_tensors(model)
     for value, (type_, shape) in zip(model.graph.outputs, described, strict=True):
         value.type, value.shape = type_, shape  # lost where an output was computed twice
 
@@ -244,6 +253,17 @@ def _write_as_nodes(model: Any, constants: Mapping[str, Any]) -> None:
         ir.convenience.replace_all_uses_with(value, node.outputs[0])
         del model.graph.initializers[name]
         node.outputs[0].name = name
+
+
+def _constants_as_tensors(model: Any) -> None:
+    """Write numbers and lists of constants as tensors (in place): onnxruntime's shape inference reads no others."""
+    ir = onnx_package("onnx_ir")
+    for node in model.graph.all_nodes():
+        if node.op_type == "Constant":
+            tensor = ir.convenience.get_const_tensor(node.outputs[0])
+            if tensor is not None and "value" not in node.attributes:
+                node.attributes.clear()
+                node.attributes["value"] = ir.AttrTensor("value", tensor)
 
 
 def _write(model: Any, path: Path) -> None:

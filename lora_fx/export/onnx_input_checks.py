@@ -1,9 +1,10 @@
 """Input checks of an ONNX model. ONNX has no assertions: an index goes out of range where a check fails.
 
-    Shape(input) ─► … ─► Not ─► Cast ─► Gather([1], ·) ─► Expand(input, ·)
+    Shape(input) ─► … ─► Not ─► Cast ─► Gather([1], ·) ─► Cast ─► Mul(input, ·)
 
-An input is expanded to the gathered shape 1, which leaves it unchanged; everything reads the result, so that nothing is
-computed where a check fails. The runtime's error names the node, and its name says which sizes the trace covers.
+An input is multiplied by the gathered 1, which leaves it unchanged; everything reads the result, so that nothing is
+computed where a check fails. The runtime's error names the node, and its name says which sizes the trace covers. A shape that
+depends on the checks, as of an Expand, would end the shape inference of other tools.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ def add_checks(model: Any, constraints: Constraints) -> None:
         return
     ir = onnx_package("onnx_ir")
     first = next(value for value in model.graph.inputs if len(value.shape))
+    logical = first.dtype == ir.DataType.BOOL
     emitter = _Emitter(ir, {value.name: value for value in model.graph.inputs})
-    shape = reduce(lambda a, b: emitter.op("Mul", [a, b]), [emitter.check(relation) for relation in conditions])
-    checked = emitter.op("Expand", [first, shape])
+    one = reduce(lambda a, b: emitter.op("Mul", [a, b]), [emitter.check(relation) for relation in conditions])
+    checked = emitter.op("And" if logical else "Mul", [first, emitter.op("Cast", [one], to=first.dtype.value)])
     checked.type, checked.shape = first.type, first.shape
     own = set(emitter.nodes)
     for use in list(first.uses()):

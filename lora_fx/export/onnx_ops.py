@@ -81,8 +81,10 @@ def attention(
         if is_causal or attn_mask.dtype == ir.DataType.BOOL
         else op.Add(scores, attn_mask)
     )
-    highest = op.ReduceMax(masked, op.Constant(value_ints=[-1]), keepdims=1)
-    weights = op.Where(op.Equal(highest, infinite), number(0.0), op.Softmax(masked, axis=-1))
+    # A sum, since onnxruntime's shape inference stops at other reductions over a given axis.
+    unmasked = op.CastLike(op.Not(op.Equal(masked, infinite)), query)
+    count = op.ReduceSum(unmasked, op.Constant(value_ints=[-1]), keepdims=1)
+    weights = op.Where(op.Equal(count, number(0.0)), number(0.0), op.Softmax(masked, axis=-1))
     return op.MatMul(weights, value)
 
 
