@@ -68,7 +68,10 @@ ExportFormatOption = Annotated[
     ),
 ]
 ExportAdapters = Annotated[
-    list[Path] | None, typer.Option(help="Directory of a PEFT adapter, which is folded in. May be repeated.")
+    list[Path] | None,
+    typer.Option(
+        help="Directory of a PEFT adapter, or a file of diffusers' or kohya's form, which is folded in. May be repeated."
+    ),
 ]
 Branched = Annotated[
     bool, typer.Option("--branched", help="Leave adapters as branches beside their weights; do not fold them.")

@@ -16,7 +16,11 @@ EXAMPLES = "Examples:  lora-fx inspect path/to/adapter   ·   lora-fx inspect pa
 
 def inspect(
     adapter: Annotated[
-        Path, typer.Argument(metavar="ADAPTER_DIR", help="Directory of a PEFT adapter; its tensors are not read.")
+        Path,
+        typer.Argument(
+            metavar="ADAPTER_DIR",
+            help="Directory of a PEFT adapter, or a file of diffusers or kohya; its tensors are not read.",
+        ),
     ],
     ignore_config_key: IgnoredConfigKeys = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,

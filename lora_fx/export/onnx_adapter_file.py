@@ -208,9 +208,10 @@ class _PeftReader:
     """Reader of a directory of PEFT's into slots. It collects problems and raises them together."""
 
     def __init__(self, files: AdapterFiles, table: SlotTable) -> None:
-        self._files, self._table = files, table
-        self._config = files.config
-        self._ledger = KeyLedger(files)
+        features = {slot.module: (slot.in_features, slot.out_features) for slot in table.slots}
+        self._files, self._table = files.placed(features), table
+        self._config = self._files.config
+        self._ledger = KeyLedger(self._files)
 
     def products(self) -> dict[str, _ScaledPair]:
         """Return the product for each slot, by its site."""

@@ -52,6 +52,7 @@ def overview_of(files: AdapterFiles) -> AdapterOverview:
     elements = sum(prod(entry.shape) for entry in entries.values())
     size = sum(prod(entry.shape) * entry.dtype.itemsize for entry in entries.values())
     data = {
+        "form": files.foreign.form if files.foreign else None,
         "kind": _kind(files, [match["kind"] for match in found.values() if match is not None]),
         "written by": f"PEFT {config.peft_version}" if config.peft_version else None,
         "base": config.base_model_name_or_path,

@@ -1,12 +1,14 @@
-"""Opening of an adapter directory: its config, the headers of its tensors, and the base that it names. No graph is needed."""
+"""Opening of an adapter: its config, the headers of its tensors, and the base that it names. No graph is needed."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_fx.adapters.peft_format.fingerprint import differences, recorded
+from lora_fx.adapters.peft_format.foreign_formats.foreign_file import ForeignFile, Sizes
+from lora_fx.adapters.peft_format.foreign_formats.recognize import read_foreign
 from lora_fx.adapters.peft_format.keys import base_name
 from lora_fx.adapters.peft_format.stacks import LAYOUTS, StackLayout
 from lora_fx.adapters.peft_format.tensors import AdapterTensors, open_tensors
@@ -17,19 +19,32 @@ from lora_fx.rules.validation import shown
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter directory that was opened.
+    """An adapter that was opened.
 
     Attributes:
-        directory: where it is.
+        directory: where it is; or its file, in a form of other tools.
         config: of the adapter.
         file: its tensors.
         stacks: the layout of the factors of stacked experts, if it was given.
+        foreign: the file in a form of other tools, while config and tensors have the names that it has for modules.
     """
 
     directory: Path
     config: AdapterConfig
     file: AdapterTensors
     stacks: StackLayout | None = None
+    foreign: ForeignFile | None = None
+
+    def placed(self, modules: Sizes) -> AdapterFiles:
+        """Return the adapter by the names of a graph's modules, which a form of other tools has to be fitted to.
+
+        Raises:
+            AdapterError: they do not fit.
+        """
+        if self.foreign is None:
+            return self
+        config, file = self.foreign.placed(modules)
+        return replace(self, config=config, file=file, foreign=None)
 
     def replaced(self, names: Collection[str]) -> set[str]:
         """Return which of these parameters of a model the adapter has trained values of, in modules that train as a whole."""
@@ -40,10 +55,11 @@ class AdapterFiles:
 def read_adapter(
     directory: Path, stacks: StackLayout | None = None, ignore_config_keys: Collection[str] = ()
 ) -> AdapterFiles:
-    """Open an adapter directory.
+    """Open an adapter.
 
     Args:
-        directory: with ``adapter_config.json``, and ``adapter_model.safetensors`` or ``adapter_model.bin``.
+        directory: with ``adapter_config.json``, and ``adapter_model.safetensors`` or ``adapter_model.bin``; or a file, or a directory
+            with one, in diffusers' or kohya's form.
         stacks: the layout of the factors of stacked experts, where the directory does not tell it.
         ignore_config_keys: keys of the config that lora_fx does not know, and that have no effect on the result.
 
@@ -61,6 +77,8 @@ def read_adapter(
         if inner:
             problem = f"expected {CONFIG_NAME}, found it in {', '.join(inner)}: give one of these directories"
             raise AdapterError(str(directory), [problem])
+    if (foreign := read_foreign(directory, ignore_config_keys)) is not None:
+        return AdapterFiles(directory, *foreign.as_written(), stacks, foreign)
     config = read_config(directory, ignore_config_keys)
     return AdapterFiles(directory, config, open_tensors(directory), stacks)
 

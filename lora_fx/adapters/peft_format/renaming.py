@@ -45,6 +45,7 @@ def fitted(files: AdapterFiles, graph_module: fx.GraphModule) -> AdapterFiles:
 
 def _fitted(files: AdapterFiles, graph_module: fx.GraphModule) -> AdapterFiles:
     names = _Names.of(graph_module)
+    files = files.placed(_sizes(graph_module, names)) if files.foreign else files
     strange = [key for key in files.file.entries if not names.have(key)]
     moved: dict[str, str] = {}
     experts: list[ExpertKey] = []
@@ -69,6 +70,12 @@ def _fitted(files: AdapterFiles, graph_module: fx.GraphModule) -> AdapterFiles:
     config = _with_parameters(config, entries, owners)
     files = replace(files, config=config, file=replace(files.file, entries=entries))
     return stacked(files, experts, sites(graph_module), list(names.own)) if experts else files
+
+
+def _sizes(graph_module: fx.GraphModule, names: _Names) -> dict[str, tuple[int, int] | None]:
+    """Return the modules of a graph, with the input and output features of those that multiply by a weight."""
+    features = {site.module: (site.in_features, site.out_features) for site in sites(graph_module)}
+    return {path: features.get(path) for path in sorted(names.modules)}
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""Adapters in and out of directories, in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""Adapters in and out of directories: in PEFT's format, ``adapter_config.json`` and ``adapter_model.safetensors``, and in other tools' forms."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import fx, nn
@@ -13,12 +13,15 @@ from torch import fx, nn
 from lora_fx.adapters.activate import tell_waiting
 from lora_fx.adapters.attach import attach
 from lora_fx.adapters.peft_format.fingerprint import fingerprint, metadata
+from lora_fx.adapters.peft_format.foreign_formats import foreign_file
+from lora_fx.adapters.peft_format.foreign_formats.diffusers import component_of, to_diffusers
+from lora_fx.adapters.peft_format.foreign_formats.kohya import to_kohya
 from lora_fx.adapters.peft_format.keys import base_key
 from lora_fx.adapters.peft_format.opening import AdapterFiles, check_base, read_adapter
 from lora_fx.adapters.peft_format.reading import AdapterContents, read_contents
 from lora_fx.adapters.peft_format.stacks import StackLayout
 from lora_fx.adapters.peft_format.tensors import FILE_NAME, PICKLE_NAME
-from lora_fx.adapters.peft_format.writing import PeftAdapter, to_peft
+from lora_fx.adapters.peft_format.writing import PeftAdapter, module_paths, to_peft
 from lora_fx.adapters.recorded import branches_of, moved_statistics, origin_of, plan_branches, trained_of, with_training
 from lora_fx.adapters.transfer import differences
 from lora_fx.branches.invariants import checked
@@ -37,6 +40,7 @@ from lora_fx.graph.records import BranchSpec
 from lora_fx.graph.state import State
 from lora_fx.numerics.lowrank_merge import with_all_rows
 from lora_fx.rules.peft_config.config import CONFIG_NAME
+from lora_fx.rules.validation import shown
 from lora_fx.tracing.model_state import unwrapped
 from lora_fx.tracing.torch_export import Dynamic
 from lora_fx.tracing.trace import trace
@@ -95,7 +99,9 @@ def from_adapter(
     Args:
         model: a module, or a graph of lora_fx, to which it is added as by :func:`load_adapter`; not changed.
         directory: with ``adapter_config.json``, and ``adapter_model.safetensors`` or ``adapter_model.bin``, as PEFT or
-            :func:`save_adapter` writes them; or with a whole ``PeftModel.state_dict()`` in place of the tensors.
+            :func:`save_adapter` writes them; or with a whole ``PeftModel.state_dict()`` in place of the tensors. Or a safetensors
+            file, or a directory with one, of diffusers (``pytorch_lora_weights.safetensors``) or with kohya's keys; what such a file
+            has for other models of a pipeline is left out, with a warning.
         adapter: name for it in the graph.
         trainable: whether it trains.
         strict: see :func:`load_adapter`.
@@ -188,6 +194,7 @@ def save_adapter(
     directory: str | Path,
     adapter: str = "default",
     *,
+    format: Literal["peft", "diffusers", "kohya"] = "peft",
     overwrite: bool = False,
 ) -> None:
     """Write an adapter as PEFT does: ``PeftModel.from_pretrained(model, directory)`` computes what the graph computes.
@@ -201,21 +208,43 @@ def save_adapter(
         graph_module: with the adapter; not changed. Or the graphs of an encoder-decoder model with a cache.
         directory: to be made.
         adapter: its name, which does not appear in the files.
+        format: ``"diffusers"`` writes ``pytorch_lora_weights.safetensors`` for ``load_lora_weights`` of the pipeline that the model
+            is of, with its keys under ``unet.``, ``transformer.`` or ``text_encoder.`` by the class of the model, or else without
+            a prefix. ``"kohya"`` writes a file of that name with kohya's keys (``lora_unet_…`` and the like) and an alpha for each
+            module. Both have factors of linear layers and convolutions alone.
         overwrite: replace a directory that holds nothing but an adapter.
 
     Raises:
         PlanError: the graph has no such adapter.
-        AdapterError: PEFT has no way to say what the adapter is. All problems are named.
+        AdapterError: the format has no way to say what the adapter is. All problems are named.
         LoraFxError: the directory exists, or cannot be written.
     """
     graph_module = _traced(joined(graph_module) if isinstance(graph_module, CachedGraphs) else graph_module)
+    if format not in get_args(foreign_file.Form) and format != "peft":
+        raise AdapterError("format", [f"expected 'peft', 'diffusers' or 'kohya', got {shown(format)}"])
     target = Target(Path(directory), overwrite, kind=_ADAPTER)
     target.check()
     content = to_peft(graph_module, adapter)
+    foreign = None if format == "peft" else _in_form(graph_module, content, format)
     _warn_of_statistics(graph_module, content)
     with replacing(target) as beside:
         beside.mkdir()
-        _write(graph_module, adapter, content, beside / FILE_NAME)
+        if foreign is None:
+            _write(graph_module, adapter, content, beside / FILE_NAME)
+        else:
+            tensors, said = foreign
+            said = {**metadata(origin_of(graph_module, adapter), fingerprint(_base_of(graph_module))), **said}
+            write_tensors(beside / foreign_file.FILE_NAME, tensors, said)
+
+
+def _in_form(
+    graph_module: TracedGraphModule, content: PeftAdapter, form: foreign_file.Form
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of an adapter in a form of other tools."""
+    model_class = info_of(graph_module).model_class
+    if form == "diffusers":
+        return to_diffusers(content.config, content.tensors, model_class)
+    return to_kohya(content.config, content.tensors, module_paths(graph_module), component_of(model_class))
 
 
 def write_adapter_files(graph_module: TracedGraphModule, directory: Path, adapter: str) -> None:
@@ -251,7 +280,7 @@ def _write(graph_module: TracedGraphModule, adapter: str, content: PeftAdapter, 
 
 
 _ADAPTER = DirectoryKind(
-    "an adapter", {CONFIG_NAME, FILE_NAME, PICKLE_NAME, "README.md"}.__contains__
+    "an adapter", {CONFIG_NAME, FILE_NAME, PICKLE_NAME, foreign_file.FILE_NAME, "README.md"}.__contains__
 )  # PEFT adds the last
 
 

@@ -70,16 +70,21 @@ def open_tensors(directory: Path) -> AdapterTensors:
     Raises:
         AdapterError: there is none, or it is malformed, or has several adapters.
     """
-    stored, pickled = directory / FILE_NAME, directory / PICKLE_NAME
-    if stored.is_file():
-        metadata, entries = _stored(stored)
-        return AdapterTensors(stored, metadata, _as_peft_writes(stored, entries))
+    usual, pickled = directory / FILE_NAME, directory / PICKLE_NAME
+    if usual.is_file():
+        metadata, entries = stored(usual)
+        return AdapterTensors(usual, metadata, _as_peft_writes(usual, entries))
     if pickled.is_file():
         return AdapterTensors(pickled, {}, _as_peft_writes(pickled, _pickled(pickled)))
     raise AdapterError(str(directory), [f"expected {FILE_NAME} or {PICKLE_NAME}, neither of which is there"])
 
 
-def _stored(path: Path) -> tuple[Mapping[str, str], dict[str, AdapterTensor]]:
+def stored(path: Path) -> tuple[Mapping[str, str], dict[str, AdapterTensor]]:
+    """Return the metadata and the tensors of a safetensors file by its own keys.
+
+    Raises:
+        AdapterError: it is malformed.
+    """
     try:
         file = TensorFile.open(path)
     except LoraFxError as error:

@@ -215,7 +215,7 @@ def _config(
             "adapter computes in evaluation is the same.",
         )
         dropout = 0.0
-    others = sorted(_module_paths(graph_module) - set(modules))
+    others = sorted(module_paths(graph_module) - set(modules))
     info = info_of(graph_module)
     library, _, class_name = info.model_class.partition(":")
     linear = [slot for slot in placed.values() if not slot.is_parameter and slot.site.op == "linear"]
@@ -257,7 +257,7 @@ def _most_common(values: Collection[float], default: float) -> float:
     return max(counts, key=lambda value: (counts[value], -value)) if counts else default
 
 
-def _module_paths(graph_module: fx.GraphModule) -> set[str]:
+def module_paths(graph_module: fx.GraphModule) -> set[str]:
     """Return the paths of the model's modules, as far as tensors and nodes tell."""
     paths = {path for name in state_of(graph_module).tensors if not is_of_adapter(name) for path in modules_of(name)}
     return (paths | called_modules(graph_module)) - {""}

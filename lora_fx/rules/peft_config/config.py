@@ -200,34 +200,42 @@ def read_config(directory: Path, ignored: Collection[str] = ()) -> AdapterConfig
             all problems are named.
     """
     path = directory / CONFIG_NAME
-    document = read_document(path, AdapterError, "a PEFT adapter")
-    _check_method(document, path)
+    return config_in(read_document(path, AdapterError, "a PEFT adapter"), str(path), ignored)
+
+
+def config_in(document: Mapping[str, Any], source: str, ignored: Collection[str] = ()) -> AdapterConfig:
+    """Return the config that a document has, as :func:`read_config` does.
+
+    Args:
+        document: the object of its JSON.
+        source: where it is, for messages.
+        ignored: see :func:`read_config`.
+    """
+    _check_method(document, source)
     given = {key: value for key, value in document.items() if key in AdapterConfig.model_fields}
     others = {key: value for key, value in document.items() if key not in given}
     problems = [f"{key}: is applied, and cannot be ignored" for key in given if key in ignored]
     problems += [problem for key, value in others.items() if (problem := problem_of_key(key, value, ignored))]
     try:
-        config = validated(AdapterConfig, given, str(path))
+        config = validated(AdapterConfig, given, source)
     except RuleError as error:
-        raise AdapterError(str(path), [*problems, *error.problems]) from None
+        raise AdapterError(source, [*problems, *error.problems]) from None
     if problems:
-        raise AdapterError(str(path), problems)
+        raise AdapterError(source, problems)
     passed = [plain(key) for key, value in others.items() if key in ignored and not is_off(value)]
     if passed:
-        warn(f"{path}: {', '.join(passed)} ignored, as ignore_config_keys says.")
+        warn(f"{source}: {', '.join(passed)} ignored, as ignore_config_keys says.")
     return config
 
 
-def _check_method(document: Mapping[str, Any], path: Path) -> None:
+def _check_method(document: Mapping[str, Any], source: str) -> None:
     """Refuse another method than LoRA in one line: the rest of its config, and its tensors, are of no interest."""
     method = document.get("peft_type")
     if isinstance(method, str) and (why := why_not_applied(method)) is not None:
-        raise AdapterError(str(path), [f"peft_type: expected 'LORA', found {method!r}, {why}"])
+        raise AdapterError(source, [f"peft_type: expected 'LORA', found {method!r}, {why}"])
     if method != "LORA":
         found = "no such key: this is no PEFT adapter" if method is None else shown(method)
-        raise AdapterError(
-            str(path), [f"peft_type: expected 'LORA', the only method that lora_fx applies, found {found}"]
-        )
+        raise AdapterError(source, [f"peft_type: expected 'LORA', the only method that lora_fx applies, found {found}"])
 
 
 def trains_bias(config: AdapterConfig, parameter: str, adapted: Collection[str]) -> bool:
