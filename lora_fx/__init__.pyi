@@ -21,6 +21,7 @@ from .folding.fold import fold, recipe
 from .folding.report import FoldReport, fold_report
 from .folding.verify import verify
 from .graph.graph_module import TracedGraphModule
+from .graph.nested import flatten, nest
 from .planning.plan import Plan
 from .planning.planner import plan
 from .rewriting import rewrite
@@ -46,6 +47,7 @@ __all__ = [
     "combine",
     "draw",
     "export",
+    "flatten",
     "fold",
     "fold_report",
     "from_adapter",
@@ -55,6 +57,7 @@ __all__ = [
     "load_adapter",
     "lora_plus_groups",
     "materialize",
+    "nest",
     "parameter_summary",
     "plan",
     "recipe",

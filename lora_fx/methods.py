@@ -28,20 +28,25 @@ from lora_fx.generation import generator
 from lora_fx.graph.adapter_names import adapters, original_name
 from lora_fx.graph.cached_graphs import has_cache
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
-from lora_fx.graph.info import PEFT_SPELLING, known_info, with_info
+from lora_fx.graph.info import CHECKPOINTING_SPELLING, PEFT_SPELLING, known_info, with_info
 from lora_fx.graph.take_over import take_over
 from lora_fx.tracing.transformers_models import double_over, empty_double
 from lora_fx.training.below_head import below_head
+from lora_fx.training.checkpointing import (  # noqa: F401  # methods, by their names
+    activation_checkpointing_disable,
+    activation_checkpointing_enable,
+    gradient_checkpointing_disable,
+    gradient_checkpointing_enable,
+)
 from lora_fx.training.fuse import fuse
 from lora_fx.training.parameters import parameter_summary
 
 
 def methods_of(graph_module: TracedGraphModule) -> Mapping[str, Callable[..., Any]]:
-    """Return the methods that mean something for a graph, by their names: none unless it is of a transformers model."""
+    """Return the methods that mean something for a graph, by their names: few unless it is of a transformers model."""
     info = known_info(graph_module)
-    if not info.pretrained:
-        return {}
-    absent = set() if info.generation_config is not None else {"base_model", "generate", "get_output_embeddings"}
+    absent = set() if info.pretrained else PEFT_SPELLING - CHECKPOINTING_SPELLING
+    absent |= set() if info.generation_config is not None else {"base_model", "generate", "get_output_embeddings"}
     absent |= set() if adapters(graph_module) else {"save_pretrained", "set_adapter"}
     return {name: MethodType(globals()[name], graph_module) for name in sorted(PEFT_SPELLING - absent)}
 

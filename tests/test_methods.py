@@ -21,7 +21,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import methods
-from lora_fx.graph.info import PEFT_SPELLING, info_of, with_info
+from lora_fx.graph.info import CHECKPOINTING_SPELLING, PEFT_SPELLING, info_of, with_info
 
 PROMPT = torch.tensor([[37, 21, 8, 59, 11], [5, 44, 70, 23, 9]])
 BATCH = {"input_ids": PROMPT, "attention_mask": torch.ones_like(PROMPT)}
@@ -254,8 +254,10 @@ def test_methods_are_there_where_they_mean_something_and_nowhere_else() -> None:
     wrapped = peft.get_peft_model(causal(), peft.LoraConfig(target_modules=["q_proj"]))
     for graph in (plain, lora_fx.trace(wrapped.eval(), {"input_ids": PROMPT}, inference=True)):
         parts = {name for name, _ in graph.named_children()}  # PEFT's model has a part that is called base_model
-        assert not [name for name in {*PEFT_SPELLING, "generation_config"} - parts if hasattr(graph, name)]
-        assert not (PEFT_SPELLING - parts) & set(dir(graph))
+        absent = PEFT_SPELLING - CHECKPOINTING_SPELLING - parts
+        assert not [name for name in {*absent, "generation_config"} if hasattr(graph, name)]
+        assert not absent & set(dir(graph))
+        assert set(dir(graph)) >= CHECKPOINTING_SPELLING
 
 
 def test_every_name_of_the_table_is_a_function_and_is_declared() -> None:

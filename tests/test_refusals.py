@@ -11,7 +11,6 @@ from typing import Any
 import numpy
 import pytest
 import torch
-import transformers
 from made import X, agrees, module, refused
 from torch import nn
 from torch.nn import functional
@@ -361,21 +360,3 @@ def test_one_tensor_for_two_inputs_is_two_inputs() -> None:
     graph_module = lora_fx.trace(model, {"x": X, "a": X, "b": X})
     other = (torch.randn(5, 4), torch.randn(5, 4), torch.randn(5, 4))
     assert torch.equal(graph_module(*other), model(*other))
-
-
-def test_gradient_checkpointing_of_the_model_is_refused_naming_the_switch() -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **sizes)).train()
-    model.gradient_checkpointing_enable()
-    switch = (
-        r"LlamaForCausalLM has gradient checkpointing switched on \(gradient_checkpointing of model, model\.layers\.0\), and a graph "
-        r"would train without it, in more memory\. Call model\.gradient_checkpointing_disable\(\), or trace with inference=True"
-    )
-    for make in (lora_fx.trace, lora_fx.rewrite):
-        with pytest.raises(lora_fx.TraceError, match=switch):
-            make(model)
-    assert model.is_gradient_checkpointing
-    assert model.training
-    assert lora_fx.plan(model).chosen  # which trains nothing
-    model.gradient_checkpointing_disable()
-    lora_fx.trace(model)

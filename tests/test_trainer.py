@@ -218,9 +218,16 @@ def test_a_callback_on_something_else_is_refused(tmp_path: Path) -> None:
             trained(model, tmp_path, AdapterCallback())
 
 
-def test_activation_checkpointing_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    with pytest.raises(lora_fx.LoraFxError, match="no activation checkpointing"):
-        trained(graph(), tmp_path, gradient_checkpointing=True)
+def test_a_trainer_gives_the_losses_and_factors_of_a_flat_graph_with_activation_checkpointing(tmp_path: Path) -> None:
+    mine, flat = graph(), graph()
+    options = {"every_n_layers": 1, "use_reentrant": False}
+    checkpointed = trained(
+        mine, tmp_path / "mine", AdapterCallback(), gradient_checkpointing=True, gradient_checkpointing_kwargs=options
+    )
+    assert mine.is_gradient_checkpointing
+    assert losses(checkpointed) == losses(trained(flat, tmp_path / "flat", AdapterCallback()))
+    assert factors(mine).keys() == factors(flat).keys()
+    assert all(torch.equal(value, factors(flat)[name]) for name, value in factors(mine).items())
 
 
 def test_accelerate_trains_a_graph(tmp_path: Path) -> None:

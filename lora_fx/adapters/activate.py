@@ -78,7 +78,7 @@ def at_rest(graph_module: fx.GraphModule) -> TracedGraphModule:
     tensors = {name: tensor for each in found for name, tensor in each.items()}
     own = frozenset(name for name in trainable_names(graph_module) if not is_of_adapter(name))
     base = unload(graph_module)
-    return rebuilt(base, tensors=tensors, info=replace(info_of(base), adapters=records), trainable=own)
+    return rebuilt(base, tensors=tensors, info=replace(info_of(graph_module), adapters=records), trainable=own)
 
 
 def let_act(graph_module: TracedGraphModule, strengths: Mapping[str, float]) -> TracedGraphModule:

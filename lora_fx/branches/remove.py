@@ -60,7 +60,7 @@ def without_branches(
     state: State,
     nominate: Nominate,
 ) -> TracedGraphModule:
-    """Return a graph without these branches, with a state that may have other values for their weights.
+    """Return a flat graph without these branches, with a state that may have other values for their weights.
 
     Args:
         graph_module: of plain nodes.
@@ -98,7 +98,7 @@ def without_branches(
         if first not in read and (first in of_branches or is_of_adapter(name) or nominate(name))
     }
     dropped |= set(state.modules) - read
-    info = replace(known_info(graph_module), adapters={})
+    info = replace(known_info(graph_module).flat, adapters={})
     plain = rebuilt(graph_module, graph, state=state.without(dropped), info=info, trainable=frozenset())
     return checked(plain, "folded")
 

@@ -153,7 +153,7 @@ def explain(exportable: Exportable, message: str) -> str:
 
 
 def _in_evaluation(graph_module: TracedGraphModule) -> TracedGraphModule:
-    return rebuilt(graph_module, training=False, trainable=frozenset())
+    return rebuilt(graph_module, info=info_of(graph_module).flat, training=False, trainable=frozenset())
 
 
 def _fix_mode(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:

@@ -7,6 +7,7 @@ tensor up from the root, by one Python function per part of its name; here the m
 
 from __future__ import annotations
 
+import copy
 import functools
 import keyword
 import re
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.graph import CodeGen
 
 aten = torch.ops.aten
 
@@ -60,6 +62,22 @@ MAX_POSITIONAL: Mapping[Any, int] = {aten.to.dtype: 4}
 """Operator → the number of positional arguments of its function, where the operator has more."""
 
 _COUNTER = re.compile(r"# COUNTER: (\d+)\n")
+
+
+class ShortCode(CodeGen):
+    """A code generator that writes short code to run; the printed code (``verbose``) keeps the names of the operators."""
+
+    def _gen_python_code(
+        self, nodes: Any, root_module: str, namespace: Any, *, verbose: bool = False, **options: Any
+    ) -> fx.graph.PythonCode:
+        given = self._body_transformer
+
+        def transformed(body: list[str]) -> list[str]:
+            return shortened(body if given is None else given(body), tuple(nodes), root_module)
+
+        generator = copy.copy(self)  # graphs share this object
+        generator._body_transformer = given if verbose else transformed
+        return super(ShortCode, generator)._gen_python_code(nodes, root_module, namespace, verbose=verbose, **options)
 
 
 def shortened(body: Sequence[str], nodes: Sequence[fx.Node], root: str) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,11 @@ from lora_fx.graph.batch_norms import copied_leaf, statistics
 from lora_fx.graph.codegen import is_usable_part
 from lora_fx.graph.compare import same_values
 from lora_fx.graph.info import PEFT_SPELLING, GraphInfo, check_module, held_graphs, known_info, with_info
+from lora_fx.graph.layers import NO_LAYERS, check_pickles, check_unwrapped, nesting
 from lora_fx.graph.overview import overview_html, overview_text
 from lora_fx.graph.pickling import GraphRecord, record, restore
 from lora_fx.graph.signature import InputCodeGen
-from lora_fx.graph.state import State, takes, with_value
+from lora_fx.graph.state import State, leaf_modules, non_persistent_names, takes, with_value
 
 
 class TracedGraphModule(fx.GraphModule):
@@ -41,7 +42,6 @@ class TracedGraphModule(fx.GraphModule):
     the like raise :class:`lora_fx.LoraFxError`. Moving it to another device works, and so do ``copy.deepcopy`` and ``pickle``.
     """
 
-    is_activation_checkpointing = is_gradient_checkpointing = False
     _keys_to_ignore_on_save = None
 
     @property
@@ -112,17 +112,23 @@ class TracedGraphModule(fx.GraphModule):
     def _repr_html_(self) -> str:
         return overview_html(self)
 
-    def gradient_checkpointing_enable(self, *_args: Any, **_kwargs: Any) -> None:
-        """Refuse: a graph has no layers to compute again."""
-        raise LoraFxError(
-            "a traced graph has no activation checkpointing: it is flat, without layers to compute again. Set gradient_checkpointing=False "
-            "(trl's configs have True), and train with a smaller batch and gradient accumulation, with a bfloat16 base, or with "
-            "lora_fx.fuse, which keeps less for the backward pass."
-        )
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether layers are computed again in the backward pass, which ``activation_checkpointing_enable`` switches on."""
+        return known_info(self).checkpointing is not None
 
-    activation_checkpointing_enable = gradient_checkpointing_enable
+    is_gradient_checkpointing = is_activation_checkpointing
 
-    if TYPE_CHECKING:  # functions of lora_fx.methods, on graphs of transformers models
+    def set_submodule(self, target: str, module: nn.Module, strict: bool = False) -> None:
+        """Set the module of a path, as torch's own method does, but no wrapper that computes it again."""
+        check_unwrapped([f"{target}.{name}" for name, _ in module.named_children()])
+        super().set_submodule(target, module, strict)
+
+    if TYPE_CHECKING:  # functions of lora_fx.methods, most of them on graphs of transformers models alone
+        activation_checkpointing_enable: Callable[..., None]
+        activation_checkpointing_disable: Callable[[], None]
+        gradient_checkpointing_enable: Callable[..., None]
+        gradient_checkpointing_disable: Callable[[], None]
         add_model_tags: Callable[..., None]
         base_model: Callable[..., Any]
         can_generate: Callable[[], bool]
@@ -151,9 +157,16 @@ class TracedGraphModule(fx.GraphModule):
         return [*super().__dir__(), *self._methods()]  # type: ignore[no-untyped-call]
 
     def recompile(self) -> fx.graph.PythonCode:
-        """Generate the code anew from the graph, with the signature of the model."""
+        """Generate the code anew from the graph, with the signature of the model; of a nested graph, in layers."""
         vars(self).pop("_below_head", None)
-        code = super().recompile()
+        info, graph = known_info(self), self._graph
+        parts = nesting(self, graph) if info.nested else NO_LAYERS
+        parts.install(self, info.checkpointing)
+        self._graph = parts.outer or graph
+        try:
+            code = super().recompile()
+        finally:
+            self._graph = graph
         if isinstance(self._graph._codegen, InputCodeGen):
             type(self).forward.__signature__ = self._graph._codegen.signature.shown()  # type: ignore[attr-defined]
         return code
@@ -178,26 +191,32 @@ class TracedGraphModule(fx.GraphModule):
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedGraphModule:
-        state = state_of(self)
-        copied = replace(
-            state,
-            tensors={name: copy.deepcopy(tensor, memo) for name, tensor in state.tensors.items()},
-            modules={name: copied_leaf(module, memo) for name, module in state.modules.items()},
-        )
-        graph, _ = copy_graph(self.graph)
-        made = _rebuild(graph, copied, copy.deepcopy(self.meta, memo), _modes(self))
-        memo[id(self)] = made
-        for name, module in self.named_modules(remove_duplicate=False):
-            if name not in state.modules:  # those are copied with their hooks
-                hooks = {key: value for key, value in vars(module).items() if key.endswith(_HOOKS)}
-                vars(made.get_submodule(name)).update(copy.deepcopy(hooks, memo))
-        return made
+        tensors = {name: copy.deepcopy(tensor, memo) for name, tensor in state_of(self).tensors.items()}
+        return copied_over(self, tensors, copy.deepcopy(self.meta, memo), memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        check_pickles(known_info(self).checkpointing)
         return _rebuild_from_record, (record(self.graph), state_of(self), self.meta, _modes(self))
 
 
 _HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_is_full_backward_hook")
+
+
+def copied_over(
+    graph_module: TracedGraphModule, tensors: Mapping[str, torch.Tensor], meta: dict[str, Any], memo: dict[int, Any]
+) -> TracedGraphModule:
+    """Return a copy over these tensors, with the modes and copies of the hooks and of the called modules."""
+    state = state_of(graph_module)
+    copied = replace(
+        state, tensors=tensors, modules={name: copied_leaf(module, memo) for name, module in state.modules.items()}
+    )
+    made = _rebuild(copy_graph(graph_module.graph)[0], copied, meta, _modes(graph_module))
+    memo[id(graph_module)] = made
+    for name, module in graph_module.named_modules(remove_duplicate=False):
+        if name not in state.modules:  # those are copied with their hooks
+            hooks = {key: value for key, value in vars(module).items() if key.endswith(_HOOKS)}
+            vars(made.get_submodule(name)).update(copy.deepcopy(hooks, memo))
+    return made
 
 
 def _rebuild_from_record(recorded: GraphRecord, *rest: Any) -> TracedGraphModule:
@@ -209,8 +228,8 @@ def _rebuild(graph: fx.Graph, state: State, meta: dict[str, Any], modes: Mapping
     # Tensors first, then the graph: its constructor would register them in the order in which nodes name them.
     module = TracedGraphModule(nn.Module(), fx.Graph(), class_name="GraphModule")
     install(module, state)
-    module.graph = graph
     module.meta.update(meta)
+    module.graph = graph
     info = known_info(module)
     if info.pretrained:
         # transformers decides by the name of a class: whether a loss shifts labels, which inputs are labels, what a pipeline does.
@@ -235,13 +254,14 @@ def state_of(module: nn.Module) -> State:
     check_module(module)
     tensors: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
     tensors.update(module.named_buffers(remove_duplicate=False))
+    check_unwrapped(tensors)
     sharded = next((name for name, tensor in tensors.items() if hasattr(tensor, "device_mesh")), None)
     if sharded is not None:
         raise LoraFxError(
             f"{sharded!r} is sharded over several devices (FSDP), and lora_fx reads whole tensors. Train with "
             "DistributedDataParallel, or gather the state dict and load it into a graph that is not sharded."
         )
-    return State(tensors, frozenset(_non_persistent_names(module)), dict(_called_modules(module)))
+    return State(tensors, frozenset(non_persistent_names(module)), dict(leaf_modules(module)))
 
 
 def as_traced(module: nn.Module) -> TracedGraphModule:
@@ -427,16 +447,3 @@ def _parent(module: nn.Module, name: str, modules: Mapping[str, nn.Module]) -> t
             module.add_module(part, modules.get(".".join(path[:count]), nn.Module()))
         module = module.get_submodule(part)
     return module, leaf
-
-
-def _non_persistent_names(module: nn.Module) -> Iterator[str]:
-    for prefix, submodule in module.named_modules(remove_duplicate=False):
-        for name in submodule._non_persistent_buffers_set:
-            yield f"{prefix}.{name}" if prefix else name
-
-
-def _called_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, fx.GraphModule):
-        for node in module.graph.nodes:
-            if node.op == "call_module":
-                yield str(node.target), module.get_submodule(str(node.target))

@@ -14,13 +14,24 @@ from torch import fx, nn
 
 from lora_fx.errors import PlanError
 from lora_fx.graph.example_sizes import Examples
+from lora_fx.graph.layers import Checkpointing
 from lora_fx.graph.records import BranchSpec, Origin, ParameterModule, TaskHead
 from lora_fx.numerics.lowrank_merge import Merge
 
 RuledBranches = Mapping[str, tuple[str, BranchSpec]]
 """The branches of one adapter by their keys, each behind the rule that chose it."""
 
-PEFT_SPELLING = frozenset(
+CHECKPOINTING_SPELLING = frozenset(
+    {
+        "activation_checkpointing_disable",
+        "activation_checkpointing_enable",
+        "gradient_checkpointing_disable",
+        "gradient_checkpointing_enable",
+    }
+)
+"""Names of the methods of all graphs, also of those of models that are not of transformers."""
+
+PEFT_SPELLING = CHECKPOINTING_SPELLING | frozenset(
     {
         "add_model_tags",
         "base_model",
@@ -106,6 +117,8 @@ class GraphInfo:
         folded: the merges of the fold that made the graph.
         merged: names of all parameters that folds changed, also earlier ones.
         consumed: folded in place, so that its weights hold its branches already.
+        nested: whether the code is in layers.
+        checkpointing: how layers of a nested graph are computed again in the backward pass; None where none are.
     """
 
     inference: bool = True
@@ -131,6 +144,13 @@ class GraphInfo:
     folded: tuple[Merge, ...] = ()
     merged: tuple[str, ...] = ()
     consumed: bool = False
+    nested: bool = False
+    checkpointing: Checkpointing | None = None
+
+    @property
+    def flat(self) -> GraphInfo:
+        """The record of the same graph when its code is not in layers."""
+        return replace(self, nested=False, checkpointing=None)
 
     @property
     def class_name(self) -> str:

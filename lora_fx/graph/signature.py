@@ -7,7 +7,6 @@ signature of the model's ``forward``, and a constant that differs from the trace
 
 from __future__ import annotations
 
-import copy
 import inspect
 import keyword
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import InputError, did_you_mean
-from lora_fx.graph.codegen import shortened
+from lora_fx.graph.codegen import ShortCode
 from lora_fx.graph.omitted import Fill, advice_on
 
 ITEM_COUNT = "num_items_in_batch"
@@ -231,7 +230,7 @@ class Signature:
         return f"The graph was traced with: {', '.join(traced)}. For other inputs, trace again with example_inputs that have them."
 
 
-class InputCodeGen(_PyTreeCodeGen):
+class InputCodeGen(ShortCode, _PyTreeCodeGen):
     """A code generator whose ``forward`` binds its arguments by a :class:`Signature`."""
 
     def __init__(self, signature: Signature, out_spec: pytree.TreeSpec | None) -> None:
@@ -248,19 +247,6 @@ class InputCodeGen(_PyTreeCodeGen):
         return (
             f"def forward(self, *args, **kwargs){maybe_return_annotation}:\n    {bound}{_GLOBAL}.tensors(args, kwargs)"
         )
-
-    def _gen_python_code(
-        self, nodes: Any, root_module: str, namespace: Any, *, verbose: bool = False, **options: Any
-    ) -> fx.graph.PythonCode:
-        """Return the short code to run; the printed code (``verbose``) keeps the names of the operators."""
-        given = self._body_transformer
-
-        def transformed(body: list[str]) -> list[str]:
-            return shortened(body if given is None else given(body), tuple(nodes), root_module)
-
-        generator = copy.copy(self)  # graphs share this object
-        generator._body_transformer = given if verbose else transformed
-        return _PyTreeCodeGen._gen_python_code(generator, nodes, root_module, namespace, verbose=verbose, **options)
 
     def additional_globals(self) -> list[tuple[str, Any]]:
         """Return the global names of the generated code."""

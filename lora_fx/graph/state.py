@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 
 @dataclass(frozen=True)
@@ -63,3 +63,18 @@ def with_value(tensor: torch.Tensor, value: torch.Tensor, assign: bool) -> torch
     if not tensor.is_inference():
         torch.autograd.graph.increment_version(tensor)  # a backward over the old value is refused, as after a copy_
     return tensor
+
+
+def non_persistent_names(module: nn.Module) -> Iterator[str]:
+    """Yield the names of the buffers that a state dict does not have."""
+    for prefix, submodule in module.named_modules(remove_duplicate=False):
+        for name in submodule._non_persistent_buffers_set:
+            yield f"{prefix}.{name}" if prefix else name
+
+
+def leaf_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that a graph calls, by their paths; other modules have none."""
+    if isinstance(module, fx.GraphModule):
+        for node in module.graph.nodes:
+            if node.op == "call_module":
+                yield str(node.target), module.get_submodule(str(node.target))

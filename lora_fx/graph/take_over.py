@@ -35,9 +35,9 @@ def take_over(graph_module: TracedGraphModule, other: TracedGraphModule) -> None
     _remove(graph_module, mine.tensors.keys() - theirs.tensors.keys())
     graph, _ = copy_graph(other.graph)
     install(graph_module, State(tensors, theirs.non_persistent, modules))
+    graph_module.meta.update(other.meta)
     graph_module.graph = graph
     _remove(graph_module, mine.modules.keys() - theirs.modules.keys())
-    graph_module.meta.update(other.meta)
     for name, module in graph_module.named_modules():
         if name not in known or name in modules:
             module.training = graph_module.training

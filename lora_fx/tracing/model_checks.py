@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lora_fx.errors import TraceError, listed
+from lora_fx.errors import LoraFxError, TraceError, listed
 from lora_fx.graph.cached_graphs import has_cache
 from lora_fx.graph.graph_module import TracedGraphModule, check_names, state_of
 from lora_fx.graph.info import held_graphs, info_of
+from lora_fx.graph.layers import Checkpointing
+from lora_fx.graph.nested import nest_in_place
 from lora_fx.graph.signature import ITEM_COUNT
 from lora_fx.tracing.example_inputs import ExampleInputs
 from lora_fx.tracing.item_count import without_item_count
@@ -42,18 +47,54 @@ def check_taken_as_traced(graph_module: TracedGraphModule, *, cache: bool, label
         )
 
 
-def check_checkpointing(model: nn.Module) -> None:
-    """Raise :class:`TraceError` for a model that computes layers again in the backward pass, which a flat graph does not."""
-    switched = [
-        name for name, module in model.named_modules() if getattr(module, "gradient_checkpointing", False) is True
+def taken_checkpointing(model: nn.Module) -> Checkpointing | None:
+    """Let a model keep what its layers compute (in place), and return how it computed them again in the backward pass, if it did.
+
+    Raises:
+        LoraFxError: by a function that is neither torch's nor transformers', or with settings that a graph refuses.
+    """
+    switched = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    if not switched:
+        return None
+    functions = [
+        module._gradient_checkpointing_func for module in switched if "_gradient_checkpointing_func" in vars(module)
     ]
-    if switched:
+    function = functions[0] if functions else partial(checkpoint)
+    inner = getattr(function, "func", function)
+    offloads = getattr(inner, "__module__", "") == "transformers.modeling_utils"  # which wraps torch's, for that alone
+    if inner is not checkpoint and not offloads:
         raise TraceError(
-            f"{type(model).__name__} has gradient checkpointing switched on (gradient_checkpointing of "
-            f"{listed([name or 'the model' for name in switched], 3)}), and a graph would train without it, in more memory. Call "
-            "model.gradient_checkpointing_disable(), or trace with inference=True; to save memory, train with a smaller batch and "
-            "gradient accumulation, or with lora_fx.fuse."
+            f"{type(model).__name__} computes its layers again by {getattr(inner, '__qualname__', inner)}, expected "
+            "torch.utils.checkpoint.checkpoint. Call model.activation_checkpointing_disable(), and graph.activation_checkpointing_enable()."
         )
+    repeated = [
+        module.gradient_checkpointing for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
+    chosen = [index for index, on in enumerate(repeated) if on]
+    every = chosen[1] - chosen[0] if len(chosen) > 1 else max(len(repeated), 1)
+    for module in switched:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    return Checkpointing.of(getattr(function, "keywords", None), every, offload=offloads)
+
+
+def nest_as(
+    model: nn.Module, graph_module: TracedGraphModule, checkpointing: Checkpointing | None
+) -> TracedGraphModule:
+    """Return a graph that computes its layers again (in place) if its model does.
+
+    Raises:
+        TraceError: it cannot.
+    """
+    if checkpointing is None:
+        return graph_module
+    try:
+        nest_in_place(graph_module, checkpointing)
+    except LoraFxError as error:
+        raise TraceError(
+            f"{type(model).__name__} has activation checkpointing switched on, and its graph would train without it, in more memory: {error} "
+            "Call model.activation_checkpointing_disable(), or trace with inference=True."
+        ) from error
+    return graph_module
 
 
 def check_loss(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> None:

@@ -57,10 +57,11 @@ from lora_fx.tracing.item_count import (
 )
 from lora_fx.tracing.model_checks import (
     advice_on_writes,
-    check_checkpointing,
     check_loss,
     check_model,
     check_taken_as_traced,
+    nest_as,
+    taken_checkpointing,
 )
 from lora_fx.tracing.model_state import (
     Mode,
@@ -155,7 +156,8 @@ def trace(
             are lists with ``{"key", "value"}`` of each layer, ``(batch, heads, length, size of a head)``. The past may be empty.
 
     Returns:
-        A graph in the mode (train or eval) of the model; in eval mode for an exported program.
+        A graph in the mode (train or eval) of the model; in eval mode for an exported program. It is nested
+        (:func:`~lora_fx.nest`) if the model computes layers again in the backward pass, and does so too.
 
     Raises:
         TraceError: the model cannot be traced, fixes a dimension that should vary (the message says which), or has a graph
@@ -174,9 +176,8 @@ def trace(
         raise TraceError(
             "cache=True makes its own example_inputs, and has no labels: leave out example_inputs, dynamic and labels."
         )
-    if not inference:
-        check_checkpointing(model)
     with uncollected(), preserved(model):
+        checkpointing = None if inference or cache else taken_checkpointing(model)
         if cache and is_encoder_decoder(model):
             return _encoder_decoder(model)
         with replaced_forward(model, CausalCall(model)) if cache else nullcontext() as cached:
@@ -191,7 +192,7 @@ def trace(
             if is_exported(model):
                 tie(model)
             traced = _trace_equal_layers_once(_Task(model, inputs, dynamic, labels, inference, mode, cached))
-            return checked_base(traced.train(mode.training))
+            return checked_base(nest_as(model, traced.train(mode.training), checkpointing))
 
 
 def _encoder_decoder(model: nn.Module) -> CachedGraphs:

@@ -44,6 +44,7 @@ def classifier(encoder: Any) -> transformers.PreTrainedModel:
 def main(
     steps: Annotated[int, typer.Option(min=1, help="Number of training steps.")] = 100,
     out: Annotated[Path, typer.Option(help="Directory for checkpoints and the adapter.")] = Path("finetuned"),
+    checkpointing: Annotated[bool, typer.Option(help="Compute layers again in the backward pass: less memory.")] = True,
 ) -> None:
     """Fine-tune MiniLM with transformers' Trainer to tell chapters of Python's reference apart."""
     console = Console()
@@ -71,6 +72,7 @@ def main(
             learning_rate=2e-3,
             logging_steps=max(1, steps // 4),
             save_steps=max(1, steps // 2),
+            gradient_checkpointing=checkpointing,
             report_to=[],
             dataloader_pin_memory=torch.cuda.is_available(),
         ),
