@@ -18,24 +18,25 @@ from torch import nn
 import lora_fx
 from lora_fx import huggingface
 from lora_fx.adapters.peft_format.directories import read_adapters, write_adapters
-from lora_fx.graph.batch_norms import TENSORS
+from lora_fx.graph.batch_norms import TENSORS, GivenInstanceNorm
 
 RULES = {"select": [{"op": ["conv2d", "linear"], "rank": 2}]}
 X = torch.randn(3, 2, 7, 5, generator=torch.Generator().manual_seed(3))
 
 
 class Convolutional(nn.Module):
-    """Batch norms of images and of features, one that averages over all batches, one that is called twice, and dropout."""
+    """Norms of images and features, one that averages over all batches, one called twice, one of each image alone; and dropout."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.norm = nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6, momentum=0.3)
         self.inner, self.again = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6, momentum=None, affine=False)
+        self.single = nn.InstanceNorm2d(6, momentum=0.2, affine=True, track_running_stats=True)
         self.drop, self.out, self.last = nn.Dropout(0.3), nn.Linear(6, 4), nn.BatchNorm1d(4, eps=1e-3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.again(self.norm(self.stem(x)).relu())
-        x = self.again(self.inner(x))
+        x = self.single(self.again(self.inner(x)))
         return self.last(self.out(self.drop(x.mean((2, 3)))))
 
 
@@ -43,7 +44,7 @@ def built(training: bool = True) -> Any:
     torch.manual_seed(2)
     model = Convolutional().train(training).requires_grad_(False)
     with torch.no_grad():
-        for norm in (model.norm, model.last):
+        for norm in (model.norm, model.single, model.last):
             for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
                 tensor.copy_(torch.rand_like(tensor) + 0.5)
     return model
@@ -56,7 +57,7 @@ def traced() -> lora_fx.TracedGraphModule:
 
 def test_a_batch_norm_is_a_module_at_its_own_path_that_is_given_its_tensors(traced: Any) -> None:
     nodes = {str(node.target): node for node in traced.graph.find_nodes(op="call_module")}
-    kinds = {"norm": nn.BatchNorm2d, "again": nn.BatchNorm2d, "last": nn.BatchNorm1d}
+    kinds = {"norm": nn.BatchNorm2d, "again": nn.BatchNorm2d, "last": nn.BatchNorm1d, "single": GivenInstanceNorm}
     for path, kind in kinds.items():
         assert isinstance(traced.get_submodule(path), kind)
         read = [None if node is None else node.target for node in nodes[path].args[1:]]
@@ -64,6 +65,8 @@ def test_a_batch_norm_is_a_module_at_its_own_path_that_is_given_its_tensors(trac
         expected = [
             f"{path}.{name}" if getattr(getattr(built(), path), str(name)) is not None else None for name in held
         ]
+        if path == "single":  # which counts nothing
+            expected[-1] = None
         assert read == expected
     assert traced.state_dict().keys() == built().state_dict().keys()
 
@@ -124,7 +127,7 @@ def test_one_image_is_predicted_for_and_not_trained_on(traced: Any) -> None:
 
 def test_batch_norms_in_eval_mode_stay_so_while_the_rest_trains() -> None:
     model = built()
-    for norm in (model.norm, model.again, model.last):
+    for norm in (model.norm, model.again, model.single, model.last):
         norm.eval()
     with unchanged(model):
         graph = lora_fx.trace(model, (X,))

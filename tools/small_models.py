@@ -69,6 +69,33 @@ SIZES = tuple(
 )
 """Name of a field → the size that it has at most. The first pattern that fits decides."""
 
+DEPTHS = SIZES[:4]
+"""Of these the sizes of vocabularies, and the numbers of layers: widths that have to fit each other stay as they are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shrinking:
+    """How small a config becomes.
+
+    Attributes:
+        sizes: that fields have at most.
+        widths: whether lists of widths become smaller too, keeping their proportions.
+        exceptions: whether the table of exceptions holds.
+    """
+
+    sizes: tuple[tuple[re.Pattern[str], int], ...] = SIZES
+    widths: bool = True
+    exceptions: bool = True
+
+
+SHRINKINGS = (
+    Shrinking(),
+    Shrinking(DEPTHS, widths=False),
+    Shrinking(DEPTHS, False, False),
+    Shrinking((), False, False),
+)
+"""From the smallest to the config as it is: fields that fit each other in one may not in the one before."""
+
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
     model_type: fields
@@ -141,6 +168,10 @@ EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
         ("xlnet", {"d_head": 16}),
         # Images and sounds.
         ("swin swinv2 donut-swin maskformer-swin swin2sr", {"embed_dim": 24, "image_size": 64, "window_size": 2}),
+        ("blip-2 instructblip instructblipvideo", {"image_token_index": 1000, "video_token_index": 1000}),
+        ("vjepa2", {"crop_size": 32, "frames_per_clip": 4}),
+        ("timm_wrapper", {"architecture": "resnet18"}),
+        ("timm_backbone", {"backbone": "resnet18"}),
         ("bit", {"num_groups": 4}),
         ("clap_audio_model", {"patch_embeds_hidden_size": 32}),
         ("dac", {"encoder_hidden_size": 4, "decoder_hidden_size": 64}),
@@ -188,13 +219,13 @@ def model_types() -> dict[str, str]:
     return found
 
 
-def small_model(model_type: str, model_class: str, largest: int) -> nn.Module:
+def small_model(model_type: str, model_class: str, largest: int, shrinking: Shrinking = SHRINKINGS[0]) -> nn.Module:
     """Build a model with random weights, biases and norms among them, in evaluation mode.
 
     Raises:
         ValueError: it would have more than ``largest`` parameters.
     """
-    config = small_config(CONFIG_MAPPING[model_type]())
+    config = small_config(CONFIG_MAPPING[model_type](), shrinking)
     cls = getattr(transformers, model_class)
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in cls(copy.deepcopy(config)).parameters())
@@ -210,34 +241,43 @@ def small_model(model_type: str, model_class: str, largest: int) -> nn.Module:
 
 
 def small_config(
-    config: PreTrainedConfig, overrides: Mapping[str, Any] | None = None, tokens: dict[str, int] | None = None
+    config: PreTrainedConfig,
+    shrinking: Shrinking,
+    overrides: Mapping[str, Any] | None = None,
+    tokens: dict[str, int] | None = None,
 ) -> PreTrainedConfig:
     """Return a small config of the class of ``config``.
 
     Args:
         config: with its defaults, or what a config around it has instead of them.
+        shrinking: how small.
         overrides: fields that have other values; a mapping is for the config inside.
         tokens: the ids given to special tokens so far: they are the same in all parts of a config.
     """
     cls = type(config)
     tokens = dict(TOKENS) if tokens is None else tokens
-    overrides = {**EXCEPTIONS.get(cls.model_type, {}), **(overrides or {})}
+    overrides = {**(EXCEPTIONS.get(cls.model_type, {}) if shrinking.exceptions else {}), **(overrides or {})}
     stored = {field.name: cls.attribute_map.get(field.name, field.name) for field in dataclasses.fields(cls)}
     values = {name: config.__dict__.get(attribute) for name, attribute in stored.items()}
     defaults = _defaults(cls)
     made: dict[str, Any] = {}
-    kept = _kept_layers(values)
+    kept = _kept_layers(values) if shrinking.sizes else None
     for name, value in values.items():
         given = overrides.get(name)
         if isinstance(value, PreTrainedConfig) or (isinstance(given, Mapping) and "model_type" in given):
-            made[name] = _small_part(value, given or {}, tokens)
+            made[name] = _small_part(value, shrinking, given or {}, tokens)
         elif name in _BASE:
             continue
         elif kept and _is_by_layer(value, kept.total):
             made[name] = type(value)(value[index] for index in kept.layers)
-        elif name == "num_key_value_heads" and value is not None and value == values.get("num_attention_heads"):
+        elif (
+            shrinking.widths
+            and name == "num_key_value_heads"
+            and value is not None
+            and value == values.get("num_attention_heads")
+        ):
             made[name] = min(value, HEADS)
-        elif (size := _small(name, value, kept, tokens)) is not None:
+        elif (size := _small(name, value, shrinking, kept, tokens)) is not None:
             made[name] = size
         elif value != defaults.get(name):
             made[name] = value
@@ -245,12 +285,16 @@ def small_config(
     return cls(**{**made, **settings})
 
 
-def _small_part(config: PreTrainedConfig | None, given: Mapping[str, Any], tokens: dict[str, int]) -> PreTrainedConfig:
+def _small_part(
+    config: PreTrainedConfig | None, shrinking: Shrinking, given: Mapping[str, Any], tokens: dict[str, int]
+) -> PreTrainedConfig:
     """Return the small config inside another, of the type that is given for it if there is one."""
     if "model_type" in given:
         config = CONFIG_MAPPING[given["model_type"]]()
     assert config is not None
-    return small_config(config, {name: value for name, value in given.items() if name != "model_type"}, tokens)
+    return small_config(
+        config, shrinking, {name: value for name, value in given.items() if name != "model_type"}, tokens
+    )
 
 
 def _defaults(cls: type[PreTrainedConfig]) -> Mapping[str, Any]:
@@ -284,19 +328,19 @@ def _is_by_layer(value: Any, total: int) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == total > 4
 
 
-def _small(name: str, value: Any, kept: _Kept | None, tokens: dict[str, int]) -> Any:
+def _small(name: str, value: Any, shrinking: Shrinking, kept: _Kept | None, tokens: dict[str, int]) -> Any:
     """Return what a field is set to, or None if it stays."""
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not shrinking.sizes:
         return None
     if kept and name in _LAYERS and value == kept.total:
         return len(kept.layers)
     if isinstance(value, (list, tuple)) and value and all(type(item) is int for item in value):
         if name == "depths" or name.endswith("layer_depths"):
             return type(value)(1 for _ in value)
-        if _WIDTHS.fullmatch(name):
+        if shrinking.widths and _WIDTHS.fullmatch(name):
             return type(value)(max(item // _FACTOR, min(item, 4)) for item in value)
     if not isinstance(value, int):
         return None
     if (match := _TOKEN.fullmatch(name)) and value >= 0:
         return tokens.setdefault(match["name"], VOCABULARY - 1 - len(tokens))
-    return next((min(value, size) for pattern, size in SIZES if pattern.fullmatch(name)), None)
+    return next((min(value, size) for pattern, size in shrinking.sizes if pattern.fullmatch(name)), None)

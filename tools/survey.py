@@ -11,15 +11,15 @@ import ast
 import dataclasses
 import datetime
 import json
+import math
 import multiprocessing as mp
 import os
 import queue
 import re
 import resource
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 from graph_diff import first_difference  # noqa: E402
-from small_models import model_types, small_model  # noqa: E402
+from small_models import SHRINKINGS, model_types, small_model  # noqa: E402
 
 import lora_fx  # noqa: E402
 from lora_fx.cli.printing import run_script  # noqa: E402
@@ -156,10 +156,9 @@ def survey(task: Task) -> Iterator[Row]:
 
 
 def _steps(row: Row) -> Iterator[Row]:
-    model = small_model(row.model_type, row.model_class, LARGEST)
+    model, inputs = yield from _built(row)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    yield (row := dataclasses.replace(row, parameters=parameters, built="yes"))
-    inputs = example_inputs(model, None)
+    row = dataclasses.replace(row, parameters=parameters, built="yes")
     yield (row := dataclasses.replace(row, inputs=shapes(inputs.kwargs)))
     _eager(model, inputs)
     graph, dynamic = traced(model)
@@ -171,6 +170,25 @@ def _steps(row: Row) -> Iterator[Row]:
     rules, branched = rewritten(graph, model)
     yield (row := dataclasses.replace(row, rules=rules))
     yield dataclasses.replace(row, folds=folding(graph, branched, inputs))
+
+
+def _built(row: Row) -> Generator[Row, None, tuple[nn.Module, ExampleInputs]]:
+    """Return the smallest model of a type that takes its inputs; of those that take none, the first is what the row is about."""
+    first: Exception | None = None
+    for shrinking in SHRINKINGS:
+        try:
+            model = small_model(row.model_type, row.model_class, LARGEST, shrinking)
+            if not row.built:
+                parameters = sum(parameter.numel() for parameter in model.parameters())
+                yield (row := dataclasses.replace(row, parameters=parameters, built="yes"))
+                first = None
+            return model, example_inputs(model, None)
+        except Exception as error:
+            first = first or error
+            if "cannot be made" in str(error):
+                break
+    assert first is not None
+    raise first
 
 
 def traced(model: nn.Module) -> tuple[TracedGraphModule, dict[str, Any] | None]:
@@ -231,14 +249,17 @@ def rewritten(graph: TracedGraphModule, model: Any) -> tuple[str, TracedGraphMod
     rules = load("auto", model.config.model_type)
     name = rules.name if rules.name != "auto" else "roles"
     try:
-        branched = lora_fx.rewrite(graph, rules=rules, rank=1)
+        groups = (site.matrices for site in sites(graph) if site.op.startswith("conv"))
+        branched = lora_fx.rewrite(graph, rules=rules, rank=math.lcm(*groups))  # each group has a part of the rank
     except lora_fx.RuleError:
         uses = Counter(site.weight for site in sites(graph))
-        linear = [site for site in sites(graph) if site.op == "linear" and uses[site.weight] == 1]
+        single = [site for site in sites(graph) if uses[site.weight] == 1 and site.op != "embedding"]
+        linear = [site for site in single if site.op == "linear"] or single
         if not linear:
-            raise lora_fx.PlanError("the graph has no linear call site.") from None
+            raise lora_fx.PlanError("the graph has no call site for a branch.") from None
         name = "none of its sites"
-        branched = lora_fx.rewrite(graph, rules={"select": [{"target": [linear[-1].module], "rank": 1}]})
+        last = {"target": [linear[-1].module], "rank": linear[-1].matrices}
+        branched = lora_fx.rewrite(graph, rules={"select": [last]})
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter_name, parameter in branched.named_parameters():
@@ -373,20 +394,24 @@ class _Worker:
         self._count = 0
 
     def row(self, task: Task) -> Row:
-        row, start = Row(task.model_type, task.model_class), time.monotonic()
+        row = Row(task.model_type, task.model_class)
         if self._count == RENEWED:
             self.stop()
         if self._process is None:
             self._start()
         self._count += 1
         self._connection.send(task)
+        start = self._seconds()
         while True:
             try:
-                if not self._connection.poll(max(0, start + SECONDS - time.monotonic())):
-                    row = row.failed(f"takes more than {SECONDS} s")
-                    self.stop(kill=True)
-                    break
+                while not self._connection.poll(5):
+                    if self._seconds() > start + SECONDS:
+                        raise TimeoutError
                 received = self._connection.recv()
+            except TimeoutError:
+                row = row.failed(f"takes more than {SECONDS} s")
+                self.stop(kill=True)
+                return dataclasses.replace(row, seconds=SECONDS)
             except (EOFError, ConnectionResetError):
                 self._process.join()
                 row = row.failed(f"the process ended with code {self._process.exitcode}")
@@ -395,7 +420,14 @@ class _Worker:
             if received is None:
                 break
             row = received
-        return dataclasses.replace(row, seconds=round(time.monotonic() - start, 1))
+        return dataclasses.replace(row, seconds=round(max(0.0, self._seconds() - start), 1))
+
+    def _seconds(self) -> float:
+        """Return the time that the process has computed, however busy the machine is."""
+        if self._process is None:
+            return 0.0
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def _start(self) -> None:
         context = mp.get_context("spawn")

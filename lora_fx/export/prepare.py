@@ -170,7 +170,7 @@ def _fix_mode(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
         elif isinstance(module, GivenBatchNorm):
             given, weight, bias, mean, var, _ = node.args
             args = given, weight, bias, mean, var, False, module.momentum or 0.0, module.eps, True
-            node.op, node.target, node.args = "call_function", aten.batch_norm.default, args
+            node.op, node.target, node.args = "call_function", module.operator, args
         elif isinstance(module, nn.modules.dropout._DropoutNd | TrainingOnly) or node.target is aten.detach.default:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)

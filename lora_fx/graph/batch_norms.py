@@ -1,4 +1,4 @@
-"""Batch norms of a graph: modules at the paths that they have in the model, which follow the mode.
+"""Batch norms of a graph: modules at the paths that they have in the model, which follow the mode. So are instance norms with statistics.
 
 The tensors of such a norm are read by nodes, as all others are, and passed to the module, so that passes over graphs see them. In train
 mode it normalises by the statistics of the batch and updates the running ones, which belong to the graph alone.
@@ -22,6 +22,8 @@ TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked
 
 class GivenBatchNorm(nn.modules.batchnorm._BatchNorm):
     """A batch norm that is given its tensors with its input; those that it holds are the same, under its own names."""
+
+    operator: Any = torch.ops.aten.batch_norm.default
 
     def __init__(self, features: int, eps: float, momentum: float | None, *, affine: bool) -> None:
         super().__init__(features, eps, momentum, affine=False, track_running_stats=False)
@@ -69,12 +71,41 @@ class GivenBatchNorm3d(GivenBatchNorm, nn.BatchNorm3d):
     """Of volumes."""
 
 
+class GivenInstanceNorm(GivenBatchNorm):
+    """An instance norm with running statistics, which counts no batches: each example is normalised alone in train mode."""
+
+    operator: Any = torch.ops.aten.instance_norm.default
+
+    def forward(  # type: ignore[override]
+        self,
+        input: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        running_mean: torch.Tensor,
+        running_var: torch.Tensor,
+        num_batches_tracked: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return the normalised input, ``(batch, features, …)``; in train mode, update the running statistics."""
+        del num_batches_tracked
+        momentum = 0.0 if self.momentum is None else self.momentum
+        return functional.instance_norm(
+            input, running_mean, running_var, weight, bias, self.training, momentum, self.eps
+        )
+
+
+OPERATORS = (GivenBatchNorm.operator, GivenInstanceNorm.operator)
+"""Operators of norms with running statistics; their first nine arguments mean the same."""
+
 _BY_RANK: Mapping[int, type[GivenBatchNorm]] = {4: GivenBatchNorm2d, 5: GivenBatchNorm3d}
 
 
-def batch_norm(rank: int, features: int, eps: float, momentum: float | None, *, affine: bool) -> GivenBatchNorm:
-    """Return the batch norm for inputs with so many dimensions."""
-    return _BY_RANK.get(rank, GivenBatchNorm1d)(features, eps, momentum, affine=affine)
+def batch_norm(
+    operator: Any, rank: int, features: int, eps: float, momentum: float | None, *, affine: bool
+) -> GivenBatchNorm:
+    """Return the norm that an operator of :data:`OPERATORS` is, for inputs with so many dimensions."""
+    by_rank = _BY_RANK.get(rank, GivenBatchNorm1d)
+    kind = GivenInstanceNorm if operator is GivenInstanceNorm.operator else by_rank
+    return kind(features, eps, momentum, affine=affine)
 
 
 def whole_norms(
@@ -84,7 +115,7 @@ def whole_norms(
     found: list[str] = []
     for node in graph.nodes:
         is_module = node.op == "call_module" and isinstance(modules.get(str(node.target)), GivenBatchNorm)
-        if is_module or node.target is torch.ops.aten.batch_norm.default:
+        if is_module or node.target in OPERATORS:
             own, measured = (_names(node.args[first:last]) for first, last in ((1, 3), (3, 6 if is_module else 5)))
             if own and set(own) <= set(parameters):
                 count = f"{measured[0].rpartition('.')[0]}.num_batches_tracked".removeprefix(".") if measured else ""

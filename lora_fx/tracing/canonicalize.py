@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
 from lora_fx.graph.aten_kinds import arguments_of
+from lora_fx.graph.batch_norms import OPERATORS
 from lora_fx.graph.provenance import source_line
 
 aten = torch.ops.aten
@@ -152,11 +153,13 @@ def written_names(graph: fx.Graph, *, training: bool) -> list[str]:
 
 
 def batch_norms(graph: fx.Graph) -> list[fx.Node]:
-    """Return the batch norms that update running statistics of the model."""
+    """Return the batch norms, and instance norms, that update running statistics of the model."""
     return [
         node
-        for node in graph.find_nodes(op="call_function", target=aten.batch_norm.default)
-        if node.args[5] is True and all(isinstance(each, fx.Node) and each.op == "get_attr" for each in node.args[3:5])
+        for node in graph.nodes
+        if node.target in OPERATORS
+        and node.args[5] is True
+        and all(isinstance(each, fx.Node) and each.op == "get_attr" for each in node.args[3:5])
     ]
 
 
@@ -165,7 +168,7 @@ def counter_of(norm: fx.Node) -> fx.Node | None:
     path = str(norm.args[3].target).rpartition(".")[0]  # type: ignore[union-attr]
     name = f"{path}.num_batches_tracked".removeprefix(".")
     node = norm.prev
-    while node.target is not aten.batch_norm.default and node.op == "call_function":
+    while node.target not in OPERATORS and node.op == "call_function":
         if node.target is aten.add_.Tensor and counted_by(node).target == name and node.args[1] == 1:
             return node
         node = node.prev

@@ -391,7 +391,7 @@ _KINDS: Sequence[tuple[re.Pattern[str], Kind]] = [
         (r"bbox", _boxes),
         (r"(\w+_)?(embeds|hidden_states)|latents", _embeddings),
         (r"(\w+_)?masks?|past_values_padding", _mask),
-        ("|".join(_GRIDS), _patches),  # made along with the patches
+        (r"(image_)?grid_thw|spatial_shapes|pixel_position_ids", _patches),  # made along with the patches
         (r"inputs", _any),
     )
 ]

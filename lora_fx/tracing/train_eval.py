@@ -10,7 +10,8 @@ may differ only in these ways, each of which a module can express:
     an RNN's ``train``                             a literal → ``ModeSwitch(train=…, eval=…)``
     what the train trace has more between a        ``TrainingOnly`` (stochastic depth, noise)
     value and where the eval trace reads it
-    a batch norm's ``training``, and its counter   a batch norm of the graph, with running statistics of its own
+    a batch norm's ``training``, and its counter   a batch norm of the graph, with running statistics of its own;
+                                                   so for an instance norm that has them
 
 A dropout that drops in both stays an operator. Anything else (a head that exists in training only, a constant
 with another value) is refused, naming the node.
@@ -29,7 +30,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
 from lora_fx.graph.aten_kinds import arguments_of, set_argument
-from lora_fx.graph.batch_norms import batch_norm
+from lora_fx.graph.batch_norms import OPERATORS, batch_norm
 from lora_fx.graph.compare import same_values
 from lora_fx.graph.provenance import module_path, source_line
 from lora_fx.graph.training_only import TrainingOnly
@@ -37,7 +38,7 @@ from lora_fx.tracing.canonicalize import batch_norms, counted_by, counter_of
 
 aten = torch.ops.aten
 
-DROPOUT, CONTIGUOUS, BATCH_NORM = aten.dropout.default, aten.contiguous.default, aten.batch_norm.default
+DROPOUT, CONTIGUOUS = aten.dropout.default, aten.contiguous.default
 
 DROPOUTS: Mapping[Any, Any] = {
     DROPOUT: nn.Dropout,
@@ -60,6 +61,7 @@ _RECURRENT = (aten.gru.input, aten.lstm.input, aten.rnn_tanh.input, aten.rnn_rel
 
 MODE_ARGUMENTS: Mapping[object, str] = {
     aten.scaled_dot_product_attention.default: "dropout_p",
+    aten.instance_norm.default: "use_input_stats",
     **dict.fromkeys((aten.batch_norm.default, aten.rrelu.default, aten.rrelu_.default), "training"),
     **dict.fromkeys(_RECURRENT, "train"),
 }
@@ -278,7 +280,7 @@ def _same(mine: object, theirs: object) -> bool:
 
 def _express(graph: fx.Graph, walk: _ModeComparison, taken: Collection[str]) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {}
-    for norm in [node for node in walk.differing if node.target is BATCH_NORM]:
+    for norm in [node for node in walk.differing if node.target in OPERATORS]:
         modules |= _follow_batch_norm(graph, norm, modules)
     norms = set(modules)  # other modules may be parts of them
     for region in walk.regions:
@@ -338,7 +340,7 @@ def _follow_batch_norm(graph: fx.Graph, node: fx.Node, modules: Mapping[str, nn.
     count = None if counter is None else counted_by(counter)
     rank, features = given.meta["val"].dim(), int(given.meta["val"].shape[1])  # type: ignore[union-attr]
     average = None if momentum == CUMULATIVE else momentum
-    made = batch_norm(rank, features, eps, average, affine=weight is not None)  # type: ignore[arg-type]
+    made = batch_norm(node.target, rank, features, eps, average, affine=weight is not None)  # type: ignore[arg-type]
     path = str(mean.target).rpartition(".")[0] or f"{module_path(node)}.batch_norm".removeprefix(".")  # type: ignore[union-attr]
     if path in modules and repr(modules[path]) != repr(made):
         path = free_path(f"{path}.batch_norm", modules)
