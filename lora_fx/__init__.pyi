@@ -17,6 +17,7 @@ from .errors import (
     TraceError,
     VerifyError,
 )
+from .folding.dequantise import dequantise
 from .folding.fold import fold, recipe
 from .folding.report import FoldReport, fold_report
 from .folding.verify import verify
@@ -45,6 +46,7 @@ __all__ = [
     "VerifyError",
     "activate",
     "combine",
+    "dequantise",
     "draw",
     "export",
     "flatten",

@@ -24,6 +24,7 @@ from lora_fx.graph.compare import described, same_values
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import info_of
 from lora_fx.graph.state import State
+from lora_fx.tracing.quantised_models import quantised_layers
 
 
 @contextmanager
@@ -149,6 +150,12 @@ def _loaded_from(model: Any) -> tuple[Path, ...]:
 
 def _folded_of(model: nn.Module, graph_module: TracedGraphModule) -> State:
     """Return the folded weights; only these are needed, so that the graph may have labels."""
+    quantised = next(iter(quantised_layers(model).weights), None)
+    if quantised is not None:
+        raise LoraFxError(
+            f"{type(model).__name__} has quantised layers, such as {quantised!r}, which take no dense weights. graph.merge_and_unload() "
+            "makes a dense model with the merged weights, whose save_pretrained writes it."
+        )
     merged = folded_state(graph_module)
     tell_dropped(graph_module, logging.WARNING)
     _check_traced_from(model, graph_module, merged)

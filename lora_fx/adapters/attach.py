@@ -4,10 +4,10 @@ A branch beside a site ``y = x W^T (+ bias)`` is these nodes, in this order (the
 
     x → [to float32] → [dropout] → A → B → mul scaling → [pad → index_select] → add y → [to the weight's dtype]
 
-A and B are products of the kind that the site is. This is the order of operations of PEFT's layers, so that equal factors
-give equal bits (experts excepted: PEFT adds the update to all of their weights in every pass). The branch of one part of a fused
-projection has as many outputs as the part has features; a zero is put behind them, and each output feature of the site then
-takes its own one, or the zero.
+Beside a weight in 4 bits the last two are in the other order. A and B are products of the kind that the site is. This is the order
+of operations of PEFT's layers, so that equal factors give equal bits (experts excepted: PEFT adds the update to all of their weights in
+every pass). The branch of one part of a fused projection has as many outputs as the part has features; a zero is put behind them, and
+each output feature of the site then takes its own one, or the zero.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from lora_fx.graph.provenance import module_path, write_stamp
 from lora_fx.graph.records import BranchSpec, Origin
 from lora_fx.graph.state import State
 from lora_fx.numerics.factor_init import adapter_dtype, initial_factors
+from lora_fx.numerics.quantised_weight import QuantisedWeight
+from lora_fx.numerics.schemes import CodebookScheme
 from lora_fx.planning.plan import Chosen, Plan, Skipped, factor_shapes
 from lora_fx.planning.planner import check_attachable
 from lora_fx.rules.vocabulary import Draw
@@ -308,6 +310,14 @@ def new_factors_like(
     return values
 
 
+def _casts_first(weight: torch.Tensor) -> bool:
+    """Tell whether PEFT casts an update before the sum: its layers for 4 bits do, all others add in the wider dtype."""
+    if not isinstance(weight, QuantisedWeight):
+        return False
+    scheme = weight.scheme
+    return isinstance(scheme, CodebookScheme) or scheme.method != "rounding"
+
+
 def _own_weight(chosen: Chosen, state: State) -> str:
     own = f"{chosen.site.module}.weight"
     return own if own in state.tensors else chosen.site.weight
@@ -368,9 +378,12 @@ class _BranchWriter:
             if places is not None:
                 value = self._call(base, "pad", aten.constant_pad_nd.default, value, [0, 1])
                 value = self._call(base, "place", aten.index_select.default, value, -1, places)
+            cast_first = wide != narrow and _casts_first(self.state.tensors[self.chosen.site.weight])
+            if cast_first:
+                value = self._call(base, "cast", aten.to.dtype, value, narrow)
         with self.graph.inserting_before(following if behind is end else end.next):
             value = self._call(base, "add", aten.add.Tensor, end, value)
-            if wide != narrow:
+            if wide != narrow and not cast_first:
                 value = self._call(base, "cast", aten.to.dtype, value, narrow)
         for user in users:
             user.replace_input_with(end, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.branches.lower import lower
 from lora_fx.errors import WITH_LABELS, ExportError
+from lora_fx.folding.dequantise import dequantise
 from lora_fx.graph.batch_norms import GivenBatchNorm
 from lora_fx.graph.example_sizes import Dimension, Examples
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
@@ -24,7 +26,11 @@ from lora_fx.graph.provenance import source_line
 from lora_fx.graph.signature import key_parts, signature_of
 from lora_fx.graph.size_relations import UNBOUNDED
 from lora_fx.graph.training_only import TrainingOnly
+from lora_fx.numerics.quantised_weight import QuantisedWeight
+from lora_fx.numerics.schemes import scheme_text
 from lora_fx.tracing.train_eval import ModeSwitch
+
+_logger = logging.getLogger("lora_fx.export")
 
 aten = torch.ops.aten
 
@@ -110,6 +116,7 @@ def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.
             f"{empty[0]!r} and {len(empty) - 1} other tensors have no values, since the graph was traced on the meta device. "
             "Give it weights first: lora_fx.materialize(graph, state_dict)."
         )
+    graph_module = _dense(graph_module)
     given = _in_evaluation(graph_module)
     lowered = _in_evaluation(lower(graph_module))
     modules = state_of(lowered).modules
@@ -134,6 +141,21 @@ def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.
     nested = {names[name]: place for name, place in signature.nested.items()}
     examples = _examples(graph_module, constraints, example_inputs, names)
     return Exportable(given, plain, constraints, examples, outputs, nested)
+
+
+def _dense(graph_module: TracedGraphModule) -> TracedGraphModule:
+    """Return the graph with dense weights, and tell by the log where it had quantised ones, which no file format has."""
+    quantised = [tensor for tensor in state_of(graph_module).tensors.values() if isinstance(tensor, QuantisedWeight)]
+    if not quantised:
+        return graph_module
+    schemes = sorted({scheme_text(tensor.scheme) for tensor in quantised})
+    _logger.info(
+        "the file has dense weights, %s, in the place of %d quantised ones (%s)",
+        " and ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in quantised})),
+        len(quantised),
+        ", ".join(schemes),
+    )
+    return dequantise(graph_module)
 
 
 def explain(exportable: Exportable, message: str) -> str:

@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import fx, nn
@@ -23,6 +23,7 @@ from lora_fx.branches.remove import plain_graph, without_branches
 from lora_fx.branches.tied_copies import with_apart_parameters
 from lora_fx.branches.weight_uses import Value, values_of
 from lora_fx.errors import WITH_LABELS, FoldError, listed
+from lora_fx.folding.dequantise import dequantise, merged_dense, merged_quantised, warn_of_losses
 from lora_fx.folding.report import check_finite
 from lora_fx.graph.adapter_names import is_factor, original_name
 from lora_fx.graph.adapter_states import waiting
@@ -32,6 +33,7 @@ from lora_fx.graph.info import known_info, with_info
 from lora_fx.graph.joined_graphs import apart, joined
 from lora_fx.graph.state import State
 from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, merge_into, surely_finite
+from lora_fx.numerics.quantised_weight import QuantisedWeight
 
 _logger = logging.getLogger("lora_fx.folding")
 
@@ -44,6 +46,7 @@ def fold(
     branches: Nominate = is_factor,
     unshare: bool = False,
     inplace: bool = False,
+    quantised: Literal["dense", "requantise"] = "dense",
 ) -> CachedGraphs: ...
 
 
@@ -55,6 +58,7 @@ def fold(
     branches: Nominate = is_factor,
     unshare: bool = False,
     inplace: bool = False,
+    quantised: Literal["dense", "requantise"] = "dense",
 ) -> TracedGraphModule: ...
 
 
@@ -65,6 +69,7 @@ def fold(
     branches: Nominate = is_factor,
     unshare: bool = False,
     inplace: bool = False,
+    quantised: Literal["dense", "requantise"] = "dense",
 ) -> TracedGraphModule | CachedGraphs:
     """Return the graph without its branches, with their product merged into the weights of their sites.
 
@@ -88,21 +93,26 @@ def fold(
             module uses it; a value without such a name is called ``<module>@<n>.weight``, for the n-th call.
         inplace: write into the weights themselves, without a second copy of any. ``graph_module`` and the model that it was
             traced from are of no use afterwards, and there is no report. Where uses are untied, a weight is still copied.
+        quantised: what becomes of adapted weights that are quantised. ``"dense"``: their dense values with the update, rounded once.
+            ``"requantise"``: these, quantised in the same way again, with a warning where the rounding error is more than 0.25 of the size of
+            an update. Other quantised weights stay as they are; :func:`~lora_fx.dequantise` makes them dense.
 
     Raises:
-        FoldError: a branch is not linear, a weight would need different values at its uses, or would become non-finite, or
-            a tensor is on the meta device. Nothing was changed.
+        FoldError: a branch is not linear, a weight would need different values at its uses, or would become non-finite, a tensor is on
+            the meta device, or ``inplace`` meets a quantised weight. Nothing was changed.
         PlanError: ``strengths`` names an adapter that the graph has not.
     """
     if isinstance(graph_module, CachedGraphs):
-        whole = fold(joined(graph_module), strengths, branches=branches, unshare=unshare, inplace=inplace)
+        whole = fold(
+            joined(graph_module), strengths, branches=branches, unshare=unshare, inplace=inplace, quantised=quantised
+        )
         for part in graph_module.parts.values() if inplace else ():
             _consume(part)
         return apart(whole, graph_module)
     plain = _plain_acting(graph_module, strengths)
     if known_info(plain).labels:
         raise FoldError(WITH_LABELS)
-    folded = _folded(plain, branches, unshare=unshare, inplace=inplace)
+    folded = _folded(plain, branches, unshare=unshare, inplace=inplace, quantised=quantised)
     if inplace:
         _consume(graph_module)
     tell_dropped(plain, logging.WARNING if strengths is None else logging.INFO)  # the latter was asked for
@@ -119,7 +129,7 @@ def tell_dropped(graph_module: fx.GraphModule, level: int) -> None:
 def folded_state(
     graph_module: fx.GraphModule, strengths: Mapping[str, float] | None = None, *, unshare: bool = False
 ) -> State:
-    """Return the state of the folded graph: the merged weights under the model's names. The graph may have labels.
+    """Return the state of the folded graph: the merged weights under the model's names, all dense. The graph may have labels.
 
     Args:
         graph_module: see :func:`fold`.
@@ -131,7 +141,7 @@ def folded_state(
         PlanError: see :func:`fold`.
     """
     plain = _plain_acting(graph_module, strengths)
-    return state_of(_folded(plain, is_factor, unshare=unshare))
+    return state_of(dequantise(_folded(plain, is_factor, unshare=unshare)))
 
 
 def _plain_acting(graph_module: fx.GraphModule, strengths: Mapping[str, float] | None) -> fx.GraphModule:
@@ -140,15 +150,23 @@ def _plain_acting(graph_module: fx.GraphModule, strengths: Mapping[str, float] |
     return plain_graph(graph_module if strengths is None else activate(graph_module, strengths))
 
 
-def _folded(plain: fx.GraphModule, branches: Nominate, *, unshare: bool, inplace: bool = False) -> TracedGraphModule:
+def _folded(
+    plain: fx.GraphModule,
+    branches: Nominate,
+    *,
+    unshare: bool,
+    inplace: bool = False,
+    quantised: Literal["dense", "requantise"] = "dense",
+) -> TracedGraphModule:
     plain = with_apart_parameters(plain)
     found = find_branches(plain, branches)
     values = values_of(plain, found, unshare=unshare)
     state = state_of(plain)
     merges = [value.merge for value in values if value.updates]
     _check_foldable(merges, state)
+    _check_quantised(merges, state, inplace, quantised)
     copied = _copied_weights(values, state) if inplace else {merge.weight for merge in merges}
-    merged = _merged(merges, state, copied)
+    merged = _merged(merges, state, copied, quantised)
     for value in values:  # those of an untied weight that keep it as it is may have a new name too
         new = [name for name in value.names if name not in state.tensors and name not in merged]
         merged.update(dict.fromkeys(new, state.tensors[value.weight]))
@@ -164,13 +182,19 @@ def _folded(plain: fx.GraphModule, branches: Nominate, *, unshare: bool, inplace
     return folded
 
 
-def _merged(merges: Sequence[Merge], state: State, copied: Collection[str]) -> dict[str, torch.Tensor]:
+def _merged(merges: Sequence[Merge], state: State, copied: Collection[str], quantised: str) -> dict[str, torch.Tensor]:
     """Return new tensors for the weights to be copied; refuse a result that is not finite, of the other weights too."""
     merged: dict[str, torch.Tensor] = {}
     non_finite: dict[str, int] = {}
+    lost: dict[str, float] = {}
     for merge in merges:
         weight = state.tensors[merge.weight]
-        if merge.weight in copied:
+        if isinstance(weight, QuantisedWeight):
+            again = merged_quantised if quantised == "requantise" else merged_dense
+            result = again(weight, merge, state.tensors)
+            non_finite[merge.weight], lost[merge.weight] = result.non_finite, result.lost
+            merged.update(dict.fromkeys(merge.names, result.tensor))
+        elif merge.weight in copied:
             out = torch.empty_like(weight)
             non_finite[merge.weight] = merge_into(weight, merge, state.tensors, out)
             tensor = nn.Parameter(out) if isinstance(weight, nn.Parameter) else out
@@ -178,7 +202,20 @@ def _merged(merges: Sequence[Merge], state: State, copied: Collection[str]) -> d
         elif not surely_finite(weight, merge, state.tensors):  # only few have norms that tell nothing
             non_finite[merge.weight] = merge_into(weight, merge, state.tensors, None)
     check_finite(non_finite)
+    warn_of_losses(lost)
     return merged
+
+
+def _check_quantised(merges: Sequence[Merge], state: State, inplace: bool, quantised: str) -> None:
+    """Refuse a fold in place into quantised weights, and an unknown wish for them."""
+    if quantised not in ("dense", "requantise"):
+        raise FoldError(f"quantised: expected 'dense' or 'requantise', got {quantised!r}.")
+    names = [merge.weight for merge in merges if isinstance(state.tensors[merge.weight], QuantisedWeight)]
+    if names and inplace:
+        raise FoldError(
+            f"{listed(list(map(repr, names)), 3)} cannot be folded in place: a quantised weight takes less memory than the result. Fold "
+            "without inplace=True."
+        )
 
 
 def _write(merges: Sequence[Merge], state: State, copied: Collection[str]) -> None:

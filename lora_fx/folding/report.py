@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -11,9 +11,12 @@ from torch import fx
 from lora_fx.branches.remove import plain_graph
 from lora_fx.errors import FoldError, listed
 from lora_fx.folding.checkpoint_check import MAX_MISROUNDED_ELEMENTS, MISROUNDED
+from lora_fx.folding.dequantise import merged_dense, merged_quantised
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import check_module, info_of, known_info
 from lora_fx.numerics.lowrank_merge import Merge, Merged, measure
+from lora_fx.numerics.quantised_weight import QuantisedWeight
+from lora_fx.numerics.schemes import scheme_text
 from lora_fx.text_table import new_table, text_lines
 
 
@@ -25,18 +28,32 @@ class FoldedWeight:
         merge: the updates.
         merged: the figures.
         dtype: of the weight.
+        quantised: the scheme of a weight that was quantised, and of one that is dense now; empty for all others.
+        lost: of a weight that was quantised again, the rounding error as a part of the size of the update.
     """
 
     merge: Merge
     merged: Merged
     dtype: str
+    quantised: str = ""
+    lost: float = 0.0
 
     @staticmethod
     def of(
         weight: torch.Tensor, merge: Merge, tensors: Mapping[str, torch.Tensor], merged: torch.Tensor
     ) -> FoldedWeight:
         """Measure a merge by its weight before and after; see :func:`~lora_fx.numerics.lowrank_merge.measure`."""
-        return FoldedWeight(merge, measure(weight, merge, tensors, merged), str(weight.dtype).removeprefix("torch."))
+        dtype = str(weight.dtype).removeprefix("torch.")
+        if not isinstance(weight, QuantisedWeight):
+            return FoldedWeight(merge, measure(weight, merge, tensors, merged), dtype)
+        scheme, dense = scheme_text(weight.scheme), weight.dequantize()
+        if not isinstance(merged, QuantisedWeight):
+            return FoldedWeight(merge, measure(dense, merge, tensors, merged), dtype, f"{scheme} → dense")
+        again = merged_quantised(weight, merge, tensors)
+        exact = merged_dense(weight, merge, tensors).tensor
+        others = int((again.tensor.dequantize() != merged.dequantize()).count_nonzero())
+        figures = replace(measure(dense, merge, tensors, exact), others=others)
+        return FoldedWeight(merge, figures, dtype, scheme, again.lost)
 
     @property
     def unchanged(self) -> float:
@@ -81,6 +98,10 @@ class FoldReport:
             table.add_column(heading, no_wrap=True)
         for heading in ("updates", "size of update", "elements", "unchanged"):
             table.add_column(heading, justify="right", no_wrap=True)
+        quantised = any(entry.quantised for entry in self.weights)
+        if quantised:
+            table.add_column("quantised", no_wrap=True)
+            table.add_column("rounding", justify="right", no_wrap=True)
         for entry in self.weights:
             merge, merged = entry.merge, entry.merged
             table.add_row(
@@ -91,6 +112,7 @@ class FoldReport:
                 f"{merged.relative:.2e}",
                 str(merged.elements),
                 f"{entry.unchanged:.2%}",
+                *([entry.quantised, f"{entry.lost:.2f}" if entry.lost else ""] if quantised else []),
             )
         return "\n".join([*text_lines(table), self._totals()])
 
@@ -99,7 +121,13 @@ class FoldReport:
         unchanged = sum(entry.merged.unchanged for entry in self.weights)
         share = unchanged / elements if elements else 0.0
         lost = f"; {share:.2%} of the elements with an update kept their value: it was less than half a step of their dtype"
-        return f"{len(self.weights)} weights, {elements} elements with an update{lost if unchanged else ''}"
+        rounding = [entry.lost for entry in self.weights if entry.lost]
+        again = (
+            f"; {len(rounding)} weights were quantised again, with a rounding error of up to {max(rounding):.2f} of the size of their update"
+            if rounding
+            else ""
+        )
+        return f"{len(self.weights)} weights, {elements} elements with an update{lost if unchanged else ''}{again}"
 
 
 def fold_report(before: fx.GraphModule, merged: TracedGraphModule) -> FoldReport:
@@ -184,6 +212,8 @@ def _check_pair(merge: Merge, old: Mapping[str, torch.Tensor], new: Mapping[str,
             f"expected {merge.weight!r} alike in both graphs, got {tuple(weight.shape)} {weight.dtype} before the fold and "
             f"{tuple(result.shape)} {result.dtype} after it. Pass the graph that fold was given."
         )
+    if isinstance(weight, QuantisedWeight):  # no fold is in place
+        return
     if weight.numel() and weight.data_ptr() == result.data_ptr():
         raise FoldError(_IN_PLACE)
 

@@ -28,7 +28,16 @@ from lora_fx.graph.layers import NO_LAYERS, check_pickles, check_unwrapped, nest
 from lora_fx.graph.overview import overview_html, overview_text
 from lora_fx.graph.pickling import GraphRecord, record, restore
 from lora_fx.graph.signature import InputCodeGen
-from lora_fx.graph.state import State, leaf_modules, non_persistent_names, takes, with_value
+from lora_fx.graph.state import (
+    State,
+    check_form,
+    leaf_modules,
+    non_persistent_names,
+    owned,
+    quantised_apart,
+    takes,
+    with_value,
+)
 
 
 class TracedGraphModule(fx.GraphModule):
@@ -188,7 +197,9 @@ class TracedGraphModule(fx.GraphModule):
                     f"a traced graph keeps its dtype: it has {dtype} weights and constants, and was asked to become {found}. "
                     f"Convert the model and trace it again, or use torch.autocast."
                 )
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+        with quantised_apart(self, fn):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedGraphModule:
         tensors = {name: copy.deepcopy(tensor, memo) for name, tensor in state_of(self).tensors.items()}
@@ -290,7 +301,7 @@ def assemble(
         training: the mode of the result.
         trainable: names of the parameters that get ``requires_grad=True``; all others are frozen.
     """
-    module = _rebuild(graph, _owned(state, trainable, statistics(graph, state.modules)), dict(meta), {})
+    module = _rebuild(graph, owned(state, trainable, statistics(graph, state.modules)), dict(meta), {})
     module.train(training)
     return module
 
@@ -386,6 +397,7 @@ def _take_values(
             groups.setdefault(first, []).append(name)
     for first, (name, *others) in groups.items():
         tensor, value = state.tensors[first], values[prefix + name]
+        check_form(name, tensor, value)
         for other in others:
             if not same_values(value.reshape(tensor.shape), values[prefix + other].reshape(tensor.shape)):
                 raise LoraFxError(
@@ -402,23 +414,6 @@ def _take_values(
         if tensor is not state.tensors[first]:
             install(module, State(dict.fromkeys(every[first], tensor), state.non_persistent))
         values.update({prefix + name: tensor for name in names})
-
-
-def _owned(state: State, trainable: frozenset[str], updated: Iterable[str]) -> State:
-    aliases = state.aliases()
-    trained, updated = {aliases[name] for name in trainable}, {aliases[name] for name in updated}
-    owned: dict[str, torch.Tensor] = {}
-    for name, tensor in state.tensors.items():
-        first = aliases[name]
-        if first in owned:
-            owned[name] = owned[first]
-        elif isinstance(tensor, nn.Parameter):
-            owned[name] = nn.Parameter(tensor.detach(), requires_grad=first in trained)
-        else:
-            owned[name] = tensor.detach().clone() if first in updated else tensor.detach()
-    # A leaf module carries its mode, which each graph sets for itself: copied, around the tensors owned above.
-    memo: dict[int, Any] = {id(tensor): owned[name] for name, tensor in state.tensors.items()}
-    return replace(state, tensors=owned, modules={name: copied_leaf(m, memo) for name, m in state.modules.items()})
 
 
 def install(module: nn.Module, state: State) -> None:

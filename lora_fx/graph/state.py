@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
+
+from lora_fx.errors import LoraFxError
+from lora_fx.graph.batch_norms import copied_leaf
+from lora_fx.graph.compare import described
+from lora_fx.numerics.quantised_weight import QuantisedWeight
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,13 @@ def takes(value: Any, tensor: torch.Tensor, assign: bool) -> bool:
 
 
 def with_value(tensor: torch.Tensor, value: torch.Tensor, assign: bool) -> torch.Tensor:
-    """Return a tensor with a value: the same object with new storage, or, off the meta device or onto it, another one."""
+    """Return a tensor with a value: the same object with new storage, or another one: off the meta device, onto it, and quantised.
+
+    A quantised tensor takes the values of those that are like it alone.
+    """
+    if isinstance(tensor, QuantisedWeight):
+        assert isinstance(value, QuantisedWeight)
+        return tensor.with_values(value)
     value = value.reshape(tensor.shape)
     if tensor.is_meta != value.is_meta:  # torch has no way from the one to the other within an object
         return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
@@ -78,3 +90,58 @@ def leaf_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for node in module.graph.nodes:
             if node.op == "call_module":
                 yield str(node.target), module.get_submodule(str(node.target))
+
+
+def check_form(name: str, tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Raise :class:`LoraFxError` for a value that is not quantised as the tensor of a graph is that it is for."""
+    if isinstance(tensor, QuantisedWeight) and not tensor.is_like(value):
+        raise LoraFxError(
+            f"{name!r} is {tensor!r} in the graph, which keeps the form of its weights, and in the state dict "
+            f"{value if isinstance(value, QuantisedWeight) else described(value)}. Load what state_dict() of such a graph gave."
+        )
+
+
+@contextmanager
+def quantised_apart(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Take quantised parameters out of a module, and put back what a function makes of them after the block.
+
+    Torch would exchange their contents in place, which it cannot where a backward pass still needs them.
+    """
+    held: list[tuple[Any, str, Any]] = [
+        (parameters, name, tensor)
+        for parameters in (each._parameters for each in module.modules())
+        for name, tensor in parameters.items()
+        if isinstance(tensor, QuantisedWeight)
+    ]
+    moved = {id(tensor): nn.Parameter(function(tensor), requires_grad=False) for _, _, tensor in held}
+    for parameters, name, _ in held:
+        parameters[name] = None
+    try:
+        yield
+    finally:
+        for parameters, name, tensor in held:
+            parameters[name] = moved[id(tensor)]
+
+
+def owned(state: State, trainable: frozenset[str], updated: Iterable[str]) -> State:
+    """Return a state with one new ``Parameter`` per distinct parameter, over the same storage.
+
+    Args:
+        state: left as it is.
+        trainable: names of the parameters that get ``requires_grad=True``.
+        updated: names of the buffers that are copied.
+    """
+    aliases = state.aliases()
+    trained, updated = {aliases[name] for name in trainable}, {aliases[name] for name in updated}
+    owned: dict[str, torch.Tensor] = {}
+    for name, tensor in state.tensors.items():
+        first = aliases[name]
+        if first in owned:
+            owned[name] = owned[first]
+        elif isinstance(tensor, nn.Parameter):
+            owned[name] = nn.Parameter(tensor.detach(), requires_grad=first in trained)
+        else:
+            owned[name] = tensor.detach().clone() if first in updated else tensor.detach()
+    # A leaf module carries its mode, which each graph sets for itself: copied, around the tensors owned above.
+    memo: dict[int, Any] = {id(tensor): owned[name] for name, tensor in state.tensors.items()}
+    return replace(state, tensors=owned, modules={name: copied_leaf(m, memo) for name, m in state.modules.items()})

@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, install, state_of
 from lora_fx.graph.state import State, with_value
+from lora_fx.numerics.quantised_weight import QuantisedWeight
 
 
 def take_over(graph_module: TracedGraphModule, other: TracedGraphModule) -> None:
@@ -24,14 +25,15 @@ def take_over(graph_module: TracedGraphModule, other: TracedGraphModule) -> None
     known = {name for name, _ in graph_module.named_modules()}
     for name, tensor in theirs.tensors.items():
         own = mine.tensors.get(name)
-        if isinstance(own, nn.Parameter):
+        if isinstance(own, nn.Parameter) and not isinstance(own, QuantisedWeight):  # which no optimizer has
             if own.data_ptr() != tensor.data_ptr():
                 with_value(own, tensor.detach(), assign=True)
             own.requires_grad_(tensor.requires_grad)
     modules = {
         name: module for name, module in theirs.modules.items() if type(module) is not type(mine.modules.get(name))
     }
-    tensors = {name: tensor for name, tensor in theirs.tensors.items() if name not in mine.tensors}
+    kept = {name for name, own in mine.tensors.items() if not isinstance(own, QuantisedWeight)}
+    tensors = {name: tensor for name, tensor in theirs.tensors.items() if name not in kept}
     _remove(graph_module, mine.tensors.keys() - theirs.tensors.keys())
     graph, _ = copy_graph(other.graph)
     install(graph_module, State(tensors, theirs.non_persistent, modules))

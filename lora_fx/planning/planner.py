@@ -18,6 +18,7 @@ from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import known_info
 from lora_fx.graph.process_state import uncollected
 from lora_fx.graph.records import BranchSpec, TaskHead, Trained
+from lora_fx.numerics.quantised_weight import QuantisedWeight
 from lora_fx.planning.cautions import warn_of_lower_ranks
 from lora_fx.planning.matching import refusal, trains
 from lora_fx.planning.peft_plan import plan_peft_sites
@@ -232,6 +233,11 @@ def check_attachable(plan: Plan, graph_module: fx.GraphModule) -> None:
     adapted = {first[original_name(name) or name] for name in weights}
     for trained in plan.trained:
         names = tied[first[trained.name]]
+        if isinstance(weight := state.tensors[trained.name], QuantisedWeight):
+            problems.append(
+                f"{trained.name!r} is {weight!r}, and codes do not train: leave it out, or load the model without quantising that layer "
+                "(llm_int8_skip_modules in transformers' BitsAndBytesConfig)"
+            )
         if trained.untied and (reason := why_not_untied(graph_module, names, trained.name)):
             problems.append(
                 f"{' and '.join(names)} are one parameter, of which {trained.name} would be a trained copy of its own, as PEFT has it without "

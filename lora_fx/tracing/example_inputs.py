@@ -211,8 +211,11 @@ def graph_inputs(inputs: ExampleInputs) -> dict[str, Any]:
 
 
 def config_of(model: nn.Module) -> Any:
-    """Return a copy of a transformers model's config, or None for another module."""
-    return copy.deepcopy(getattr(model, "config", None))
+    """Return a copy of a transformers model's config, as that of a dense model, or None for another module."""
+    config: Any = copy.deepcopy(getattr(model, "config", None))
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    return config
 
 
 def pad_token_of(config: Any) -> int | None:

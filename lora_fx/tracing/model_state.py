@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from lora_fx.errors import PlanError, TraceError, listed
 from lora_fx.graph.compare import compare_values
 from lora_fx.graph.process_state import forked_random_state
+from lora_fx.numerics.quantised_weight import QuantisedWeight
 from lora_fx.tracing.random_settings import advice_on_random_settings
 
 
@@ -120,7 +121,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     devices = sorted({tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"})
     with torch.inference_mode(False), torch.enable_grad(), forked_random_state(devices), _without_fast_path():
         for parameter in trained:
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and not isinstance(parameter, QuantisedWeight):
                 parameter.requires_grad_(True)
         try:
             yield

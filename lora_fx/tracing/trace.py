@@ -75,7 +75,8 @@ from lora_fx.tracing.model_state import (
 from lora_fx.tracing.module_kinds import linear_modules, parameter_modules, task_head, vocabulary_modules
 from lora_fx.tracing.omitted_inputs import fills_of, flags_of
 from lora_fx.tracing.parity import OnCopies, called, check_evaluation, check_outputs, check_training, map_tensors
-from lora_fx.tracing.repeated_layers.call_values import FirstLayerDiffers, LayersDiffer
+from lora_fx.tracing.quantised_models import QuantisedLayers, checked_beside_library, linear_layers, without_codes
+from lora_fx.tracing.repeated_layers.call_values import FirstLayerDiffers, LayersDiffer, reason_of
 from lora_fx.tracing.repeated_layers.expand import expand
 from lora_fx.tracing.repeated_layers.layer_classes import (
     MIN_LAYERS,
@@ -176,10 +177,10 @@ def trace(
         raise TraceError(
             "cache=True makes its own example_inputs, and has no labels: leave out example_inputs, dynamic and labels."
         )
-    with uncollected(), preserved(model):
+    with uncollected(), preserved(model), linear_layers(model) as quantised:
         checkpointing = None if inference or cache else taken_checkpointing(model)
         if cache and is_encoder_decoder(model):
-            return _encoder_decoder(model)
+            return _encoder_decoder(model, quantised)
         with replaced_forward(model, CausalCall(model)) if cache else nullcontext() as cached:
             inputs = _inputs_of(model, cached.inputs if cached else example_inputs)
             if labels:
@@ -192,10 +193,11 @@ def trace(
             if is_exported(model):
                 tie(model)
             traced = _trace_equal_layers_once(_Task(model, inputs, dynamic, labels, inference, mode, cached))
-            return checked_base(nest_as(model, traced.train(mode.training), checkpointing))
+            traced = checked_beside_library(model, traced, inputs, quantised).train(mode.training)
+            return checked_base(nest_as(model, traced, checkpointing))
 
 
-def _encoder_decoder(model: nn.Module) -> CachedGraphs:
+def _encoder_decoder(model: nn.Module, quantised: QuantisedLayers) -> CachedGraphs:
     """Trace the encoder of a model, and the first and the later steps of its decoder."""
     mode = mode_of(model, inference=True)
     mode.set(model, False)
@@ -204,7 +206,8 @@ def _encoder_decoder(model: nn.Module) -> CachedGraphs:
         with replaced_forward(model, call(model, sizes)) as cached:
             inputs = in_order(model, _inputs_of(model, cached.inputs))
             task = _Task(model, inputs, None, labels=False, inference=True, mode=mode, cached=cached, part=part)
-            parts[part] = checked_base(_trace_equal_layers_once(task).train(mode.training))
+            traced = checked_beside_library(model, _trace_equal_layers_once(task), inputs, quantised)
+            parts[part] = checked_base(traced.train(mode.training))
     return CachedGraphs(**parts).sharing()
 
 
@@ -294,7 +297,7 @@ def _trace_equal_layers_once(task: _Task) -> TracedGraphModule:
             raise LayersDiffer(f"it has no {MIN_LAYERS} equal layers")
         return _stamped(replace(task, classes=classes))
     except Exception as error:
-        _logger.info("%s is traced in full: %s", name, first_line(str(_reason(error)), type(error).__name__))
+        _logger.info("%s is traced in full: %s", name, first_line(str(reason_of(error)), type(error).__name__))
     return _trace_all(task)
 
 
@@ -304,7 +307,7 @@ def _stamped(task: _Task) -> TracedGraphModule:
         with preserved(task.model):
             traced = _trace_all(task)
     except Exception as error:
-        reason = _reason(error)
+        reason = reason_of(error)
         classes = without_first(task.classes, reason.path) if isinstance(reason, FirstLayerDiffers) else []
         if not classes:
             raise
@@ -313,14 +316,6 @@ def _stamped(task: _Task) -> TracedGraphModule:
         _logger.info("%s is traced with %d layers stamped", type(task.model).__name__, count)
         return traced
     return _stamped(replace(task, classes=classes))
-
-
-def _reason(error: Exception) -> BaseException:
-    """Return why layers could not be stamped, which may be the cause of torch.export's own error."""
-    causes: list[BaseException] = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    return next((cause for cause in causes if isinstance(cause, LayersDiffer)), error)
 
 
 def _trace_all(task: _Task) -> TracedGraphModule:
@@ -366,7 +361,12 @@ def _trace(task: _Task, results: FakeResults, *, training: bool) -> _Trace:
     model = task.model
     task.mode.set(model, training)
     asks_nothing = nullcontext() if task.inference else traceable_batch_norms(model, CUMULATIVE)
-    with stubbed(model, task.classes, task.cached), asks_nothing, stateless(model, partial(called, model, task.inputs)):
+    with (
+        stubbed(model, task.classes, task.cached),
+        asks_nothing,
+        stateless(model, partial(called, model, task.inputs)),
+        without_codes(model),
+    ):
         program = export(model, task.inputs, task.dynamic, training=training, results=results)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)

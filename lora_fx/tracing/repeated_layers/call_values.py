@@ -134,6 +134,14 @@ class FirstLayerDiffers(LayersDiffer):
         self.path = path
 
 
+def reason_of(error: Exception) -> BaseException:
+    """Return why layers could not be stamped, which may be the cause of torch.export's own error."""
+    causes: list[BaseException] = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    return next((cause for cause in causes if isinstance(cause, LayersDiffer)), error)
+
+
 @dataclass(frozen=True)
 class Values:
     """Flattened arguments or results of a call.

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx.tracing.quantised_models import without_codes
 from lora_fx.tracing.repeated_layers.call_values import Frozen
 
 Key = tuple[str, ...]
@@ -49,7 +50,7 @@ class LayerClass:
 
 
 def foreign_part(model: nn.Module, replaced: Callable[..., Any] | None = None) -> str | None:
-    """Return the path and class of a part whose code is neither torch's nor transformers', or None.
+    """Return the path and class of a part whose code is neither torch's, transformers' nor lora_fx's, or None.
 
     Code can tell layers apart in ways that leave no trace in them: the model around them may change itself, a class, or an object
     that they share. Models of transformers are known not to do so; others are traced in full.
@@ -65,13 +66,18 @@ def foreign_part(model: nn.Module, replaced: Callable[..., Any] | None = None) -
     return None
 
 
-_KNOWN = ("torch", "transformers")
+_KNOWN = ("torch", "transformers", "lora_fx")
 
 
 def layer_classes(model: nn.Module) -> list[LayerClass]:
     """Return the classes of at least :data:`MIN_LAYERS` equal layers of a model, none of them inside another."""
     if any(isinstance(module, fx.GraphModule | torch.jit.ScriptModule) for module in model.modules()) or _any_hooks():
         return []
+    with without_codes(model):
+        return _layer_classes(model)
+
+
+def _layer_classes(model: nn.Module) -> list[LayerClass]:
     shared = _Sharing(model)
     found: list[LayerClass] = []
     frozen = Frozen()

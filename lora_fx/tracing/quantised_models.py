@@ -1,0 +1,378 @@
+"""Quantised layers of other libraries: read as weights over their own codes, and replaced by linear layers for a trace.
+
+A library is known by the names of its classes, and never imported. Layers that quantise their input too compute no product with a
+weight, and are refused, as are those of classes that are not known here.
+
+During a trace the model has linear layers in the place of its quantised ones, so that neither torch.export nor any comparison runs the
+code of the library: a call in eval mode makes bitsandbytes repack weights on some CPUs, after which gradients are None. Only the last
+comparison calls the model as it is, in train mode.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_fx.errors import TraceError, listed
+from lora_fx.graph.compare import compare_values, rounding_tolerance
+from lora_fx.graph.graph_module import TracedGraphModule
+from lora_fx.numerics.quantised_weight import QuantisedWeight
+from lora_fx.numerics.schemes import CodebookScheme, UniformScheme
+from lora_fx.tracing.example_inputs import ExampleInputs
+from lora_fx.tracing.parity import OnCopies, OwnStreams
+
+_logger = logging.getLogger("lora_fx.tracing")
+
+
+class CastingLinear(nn.Linear):
+    """A linear layer that computes in the dtype of its weight, whatever that of its input, and returns the latter."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return ``x W^T + bias``."""
+        if input.dtype == self.weight.dtype:
+            return super().forward(input)
+        return super().forward(input.to(self.weight.dtype)).to(input.dtype)
+
+
+@dataclass(frozen=True)
+class QuantisedLayers:
+    """The quantised layers of a model.
+
+    Attributes:
+        weights: by the paths of the layers.
+        repacked: paths of those whose library has rounded scales since it was loaded.
+        given: the layers themselves, by their paths, where linear ones stand in their place.
+    """
+
+    weights: Mapping[str, QuantisedWeight]
+    repacked: tuple[str, ...] = ()
+    given: Mapping[str, nn.Module] = field(default_factory=dict)
+
+
+def quantised_layers(model: nn.Module) -> QuantisedLayers:
+    """Return the quantised layers of a model, with weights over the codes that they have.
+
+    Raises:
+        TraceError: a layer quantises its input, or is of a class that is not known here.
+    """
+    weights: dict[str, QuantisedWeight] = {}
+    repacked, problems = [], []
+    for path, module in model.named_modules():
+        try:
+            weight = _read(module)
+        except _Unreadable as error:
+            problems.append(f"{path!r} is a {type(module).__name__}{error}")
+            continue
+        if weight is not None:
+            weights[path] = weight
+            if "forward" in vars(module):
+                problems.append(
+                    f"{path!r} has another forward than its class (accelerate's hooks put one there: remove them)"
+                )
+            if _is_repacked(module):
+                repacked.append(path)
+    if problems:
+        raise TraceError(f"{type(model).__name__} has layers that cannot be traced: {listed(problems, 3, '; ')}.")
+    return QuantisedLayers(weights, tuple(repacked))
+
+
+class _Unreadable(Exception):  # noqa: N818  # becomes a part of a message
+    """A quantised layer that cannot be read, and why."""
+
+
+def _read(module: nn.Module) -> QuantisedWeight | None:
+    """Return the weight of a quantised layer; None for any other module."""
+    reader = _READERS.get(type(module).__name__)
+    if reader is not None:
+        return reader(module)
+    weight = module._parameters.get("weight")
+    if weight is not None and type(weight).__name__ in _TENSOR_READERS and isinstance(module, nn.Linear):
+        return _TENSOR_READERS[type(weight).__name__](module)
+    for name, parameter in module._parameters.items():
+        package = type(parameter).__module__.partition(".")[0]
+        if package in _PACKAGES:
+            raise _Unreadable(f" whose {name} is a {type(parameter).__name__} of {package}, which is not known here")
+    package = type(module).__module__.partition(".")[0]
+    if package in _PACKAGES and (module._parameters or module._buffers):
+        raise _Unreadable(f" of {package}, which is not known here")
+    return None
+
+
+_PACKAGES = frozenset(
+    {
+        "aqlm",
+        "auto_gptq",
+        "awq",
+        "bitsandbytes",
+        "compressed_tensors",
+        "eetq",
+        "gptqmodel",
+        "hqq",
+        "optimum",
+        "quanto",
+        "torchao",
+    }
+)
+"""Packages whose modules and tensors are quantised."""
+
+
+def _of_linear4bit(module: Any) -> QuantisedWeight:
+    """Read a layer of bitsandbytes in 4 bits."""
+    state = getattr(module.weight, "quant_state", None)
+    if state is None:
+        raise _Unreadable(" that is not quantised yet: move the model to its device")
+    codes, absmax, nested = module.weight.data, state.absmax, bool(state.nested)
+    dtype = module.compute_dtype or state.dtype
+    if _is_repacked(module):
+        codes, absmax, nested = _unpacked(codes), absmax.T.reshape(-1).float(), False
+        dtype = module.compute_dtype or state.original_dtype
+    tensors = {"codes": codes.view(torch.uint8).reshape(-1, 1), "absmax": absmax}
+    if nested:
+        if state.state2.blocksize != 256:
+            raise _Unreadable(f" with scales in blocks of {state.state2.blocksize}, expected 256")
+        outer = state.state2
+        tensors |= {"nested_absmax": outer.absmax, "nested_map": outer.code, "offset": state.offset.reshape(())}
+    scheme = CodebookScheme(state.quant_type, state.blocksize, nested)
+    return QuantisedWeight(tensors, scheme, tuple(state.shape), dtype)
+
+
+def _is_repacked(module: nn.Module) -> bool:
+    """Tell whether a call in eval mode has rounded the scales of a layer of bitsandbytes."""
+    return bool(
+        getattr(getattr(module._parameters.get("weight"), "quant_state", None), "packing_format_for_cpu", False)
+    )
+
+
+def _unpacked(codes: torch.Tensor) -> torch.Tensor:
+    """Return codes in the order of the weight.
+
+    bitsandbytes packs for the CPU byte ``(rows / 32, in / 2, 2, 32)``-wise: a byte holds a column of two rows, 32 rows at a time, where
+    the plain order has two columns of a row.
+    """
+    rows, half = codes.shape
+    bytes_ = codes.reshape(rows // 32, half, 32)
+    # Bytes of the upper and lower half of 64 values, which are 32 rows of two neighbouring columns.
+    values = torch.stack((bytes_ & 15, bytes_ >> 4), dim=2).reshape(rows // 32, half, 32, 2)
+    first, second = values.transpose(1, 2).reshape(rows, half, 2).unbind(-1)
+    return first << 4 | second
+
+
+def _of_linear8bit(_module: Any) -> QuantisedWeight:
+    raise _Unreadable(
+        ", which quantises its input to 8 bits too, so that it computes no product with a weight; load the model in 4 bits, or in 8 bits "
+        "of torchao's Int8WeightOnlyConfig"
+    )
+
+
+def _of_hqq(module: Any) -> QuantisedWeight:
+    """Read a layer of HQQ: ``(code − zero) · scale`` in groups."""
+    meta = module.meta
+    if meta.get("quant_scale") or meta.get("quant_zero") or meta["axis"] != 1:
+        raise _Unreadable(f" with axis {meta['axis']} or quantised scales, expected axis 1 and plain scales")
+    rows, columns = meta["shape"]
+    group = meta["group_size"] or columns
+    codes = module.unpack(dtype=torch.uint8).reshape(rows, columns)
+    scale, zero = (meta[name].reshape(rows, -1) for name in ("scale", "zero"))
+    scheme = UniformScheme(
+        meta["nbits"], group if group != columns else None, symmetric=False, scales="weight", method="hqq"
+    )
+    return QuantisedWeight(
+        {"codes": codes, "scale": scale, "zero": zero}, scheme, (rows, columns), module.compute_dtype
+    )
+
+
+def _of_quanto(module: Any) -> QuantisedWeight:
+    """Read a layer of quanto with 8-bit weights, a scale for each row."""
+    weight = module.weight
+    if getattr(module, "activation_qtype", None) is not None:
+        raise _Unreadable(", which quantises its input too, so that it computes no product with a weight")
+    if type(weight).__name__ != "WeightQBytesTensor" or weight._data.dtype != torch.int8 or weight.axis != 0:
+        raise _Unreadable(
+            f" with a weight in {getattr(weight, 'qtype', type(weight).__name__)}, expected qint8 with a scale for each row"
+        )
+    tensors = {"codes": weight._data, "scale": weight._scale.reshape(-1, 1)}
+    return QuantisedWeight(tensors, UniformScheme(8, scales="weight"), weight.shape, weight.dtype)
+
+
+def _of_int8_tensor(module: Any) -> QuantisedWeight:
+    """Read a weight of torchao's Int8WeightOnlyConfig."""
+    weight = module.weight
+    if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:
+        raise _Unreadable(
+            ", whose weight of torchao has its input quantised too, so that it computes no product with a weight"
+        )
+    if tuple(weight.block_size) != (1, weight.shape[1]):
+        raise _Unreadable(f" with a weight in blocks of {tuple(weight.block_size)}, expected a scale for each row")
+    return _uniform(weight, 8, "float32")
+
+
+def _of_intx_tensor(module: Any) -> QuantisedWeight:
+    """Read a weight of torchao's IntxWeightOnlyConfig."""
+    weight = module.weight
+    if weight.activation_quantization is not None:
+        raise _Unreadable(
+            ", whose weight of torchao has its input quantised too, so that it computes no product with a weight"
+        )
+    return _uniform(weight, int(str(weight.target_dtype).rpartition("int")[2]), "weight")
+
+
+def _uniform(weight: Any, bits: int, scales: Any) -> QuantisedWeight:
+    rows, columns = weight.shape
+    group = int(weight.block_size[-1])
+    tensors = {"codes": weight.qdata, "scale": weight.scale.reshape(rows, -1)}
+    zero = weight.zero_point
+    symmetric = zero is None or not bool(zero.any())
+    if not symmetric:
+        tensors["zero"] = zero.reshape(rows, -1)
+    scheme = UniformScheme(bits, None if group == columns else group, symmetric, scales)
+    return QuantisedWeight(tensors, scheme, (rows, columns), weight.dtype)
+
+
+_READERS: Mapping[str, Callable[[Any], QuantisedWeight]] = {
+    "Linear4bit": _of_linear4bit,
+    "LinearNF4": _of_linear4bit,
+    "LinearFP4": _of_linear4bit,
+    "Linear8bitLt": _of_linear8bit,
+    "HQQLinear": _of_hqq,
+    "QLinear": _of_quanto,
+}
+"""Readers of layers, by the names of their classes."""
+
+_TENSOR_READERS: Mapping[str, Callable[[Any], QuantisedWeight]] = {
+    "Int8Tensor": _of_int8_tensor,
+    "IntxUnpackedToInt8Tensor": _of_intx_tensor,
+}
+"""Readers of linear layers, by the names of the classes of their weights."""
+
+
+@contextmanager
+def linear_layers(model: nn.Module) -> Iterator[QuantisedLayers]:
+    """Put linear layers in the place of the quantised layers of a model, inside the block.
+
+    Raises:
+        TraceError: a layer cannot be read.
+    """
+    layers = quantised_layers(model)
+    given = {path: model.get_submodule(path) for path in layers.weights}
+    linear = {id(module): _linear(module, layers.weights[path]) for path, module in given.items()}
+    with _exchanged(model, linear):
+        yield replace(layers, given=given)
+
+
+@contextmanager
+def _given_layers(model: nn.Module, layers: QuantisedLayers) -> Iterator[None]:
+    """Put the quantised layers back, inside a block in which linear ones stand for them; in train mode, whatever that of the model."""
+    for module in layers.given.values():
+        module.train()
+    with _exchanged(model, {id(model.get_submodule(path)): module for path, module in layers.given.items()}):
+        yield
+
+
+@contextmanager
+def _exchanged(model: nn.Module, others: Mapping[int, nn.Module]) -> Iterator[None]:
+    """Put other modules in the place of modules of a model, by their ids, inside the block."""
+    held = [
+        (module._modules, name, child)
+        for module in model.modules()
+        for name, child in module._modules.items()
+        if id(child) in others
+    ]
+    try:
+        for children, name, child in held:
+            children[name] = others[id(child)]
+        yield
+    finally:
+        for children, name, child in held:
+            children[name] = child
+
+
+def checked_beside_library(
+    model: nn.Module, graph_module: TracedGraphModule, inputs: ExampleInputs, layers: QuantisedLayers
+) -> TracedGraphModule:
+    """Return a graph that agrees with a model whose quantised layers the library computes, both in eval mode; refuse any other.
+
+    The layers stay in train mode. Those that were repacked are not compared: their library computes with other kernels.
+
+    Args:
+        model: with linear layers in the place of quantised ones; left in eval mode.
+        graph_module: of the model; left in eval mode.
+        inputs: of both.
+        layers: the quantised layers.
+
+    Raises:
+        TraceError: they differ, or the model fails.
+    """
+    if layers.repacked:
+        _logger.warning(
+            "%s of %s were repacked by a call in eval mode, in which bitsandbytes rounds their scales to bfloat16, and have no gradients "
+            "there any more. The graph trains, beside these scales. For those of the checkpoint, load the model again and rewrite it "
+            "before its first call.",
+            listed(list(map(repr, layers.repacked)), 3),
+            type(model).__name__,
+        )
+    if not layers.weights or layers.repacked or any(tensor.is_meta for tensor in layers.weights.values()):
+        return graph_module
+    model.eval()
+    graph_module.eval()
+    name = type(model).__name__
+    run, run_graph = OnCopies(model), OnCopies(graph_module)
+    with torch.no_grad(), OwnStreams():
+        with _given_layers(model, layers):
+            try:
+                expected = run(*inputs.args, **inputs.kwargs)
+            except Exception as error:
+                raise TraceError(f"{name} itself fails on the example inputs: {error}") from error
+        found = run_graph(*inputs.args, **inputs.kwargs)
+    compared = compare_values(expected, found, rounding_tolerance(expected))
+    if compared.message:
+        raise TraceError(
+            f"the graph of {name} computes something else than the library of its quantised layers: output{compared.part}: "
+            f"{compared.message}."
+        )
+    return graph_module
+
+
+def _linear(module: nn.Module, weight: QuantisedWeight) -> nn.Linear:
+    bias = module._parameters.get("bias")
+    linear = CastingLinear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None and bias.dtype == weight.dtype:
+        linear.bias = bias
+    elif bias is not None:  # which the library casts for good at its first call
+        linear.bias = nn.Parameter(bias.detach().to(weight.dtype))
+    linear.train(module.training)
+    for name, value in vars(module).items():
+        if name.endswith("_hooks"):
+            vars(linear)[name] = value
+    return linear
+
+
+@contextmanager
+def without_codes(model: nn.Module) -> Iterator[None]:
+    """Put dense weights without memory in the place of quantised ones, inside the block: a trace reads no values."""
+    held: list[tuple[Any, str, Any]] = [
+        (module._parameters, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if isinstance(parameter, QuantisedWeight)
+    ]
+    by_id = {id(parameter): _hollow(parameter) for _, _, parameter in held}
+    try:
+        for parameters, name, parameter in held:
+            parameters[name] = by_id[id(parameter)]
+        yield
+    finally:
+        for parameters, name, parameter in held:
+            parameters[name] = parameter
+
+
+def _hollow(weight: torch.Tensor) -> nn.Parameter:
+    dense = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    dense.untyped_storage().resize_(0)
+    return nn.Parameter(dense)

@@ -1,0 +1,393 @@
+"""Quantised models: graphs over the codes of the libraries, with the bits of PEFT's wrapping of the same models."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import io
+import logging
+import pickle
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from architectures import rows
+from conftest import set_factors
+from quantised import ALPHA, MODELS, RANK, batch, gradients, loaded, saved, wrapped
+from torch import nn
+
+import lora_fx
+from lora_fx.numerics.quantised_weight import QuantisedWeight
+from lora_fx.numerics.schemes import CodebookScheme, UniformScheme
+from lora_fx.tracing.quantised_models import quantised_layers
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SCHEMES = ("nf4", "nf4:double", "fp4")
+EACH = [f"{name} {scheme} {dtype}" for name in MODELS for scheme in SCHEMES for dtype in ("float32", "bfloat16")]
+ONE = "llama nf4:double bfloat16"
+REPRESENTATIVES = (ONE, "gpt2 fp4 float32")
+
+
+@functools.cache
+def made(row: str) -> tuple[Any, lora_fx.TracedGraphModule]:
+    """Return PEFT's wrapping of a quantised model, and the rewrite of another one like it, with equal factors."""
+    name, scheme, told = row.split()
+    dtype = getattr(torch, told)
+    with tempfile.TemporaryDirectory() as directory:
+        path = saved(name, dtype, Path(directory) / "base")
+        theirs = wrapped(name, loaded(name, path, scheme, dtype))
+        model = loaded(name, path, scheme, dtype)
+    mine = lora_fx.rewrite(model, MODELS[name][1], rank=RANK, alpha=ALPHA, dropout=0.0)
+    set_factors(theirs)
+    set_factors(mine)
+    return theirs, mine
+
+
+@pytest.fixture(params=rows(EACH, REPRESENTATIVES))
+def row(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def graph() -> lora_fx.TracedGraphModule:
+    """Return one of the graphs, not to be changed."""
+    return made(ONE)[1]
+
+
+@pytest.fixture
+def logits(graph: lora_fx.TracedGraphModule) -> torch.Tensor:
+    with torch.no_grad():
+        return graph(**batch("llama")).logits
+
+
+def quantised_names(graph: lora_fx.TracedGraphModule) -> list[str]:
+    return [name for name, parameter in graph.named_parameters() if isinstance(parameter, QuantisedWeight)]
+
+
+def test_logits_and_gradients_equal_those_of_peft(row: str) -> None:
+    theirs, mine = made(row)
+    inputs = batch(row.split()[0])
+    expected, found = theirs(**inputs).logits, mine(**inputs).logits
+    wanted, given = gradients(theirs, expected), gradients(mine, found)
+    assert torch.equal(expected, found)
+    assert wanted.keys() == given.keys()
+    assert [key for key in wanted if not torch.equal(wanted[key], given[key])] == []
+
+
+def test_thirty_steps_of_training_end_in_the_factors_of_peft(row: str) -> None:
+    inputs, ends = batch(row.split()[0]), []
+    for module in map(copy.deepcopy, made(row)):
+        factors = [parameter for name, parameter in module.named_parameters() if ".lora_" in name]
+        optimizer = torch.optim.AdamW(factors, lr=1e-2)
+        for _ in range(30):
+            optimizer.zero_grad()
+            module(**inputs).logits.float().logsumexp(-1).mean().backward()
+            optimizer.step()
+        ends.append(factors)
+    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+
+
+def test_requantised_codes_equal_those_of_pefts_merge(row: str) -> None:
+    theirs, mine = made(row)
+    merged = quantised_layers(copy.deepcopy(theirs).merge_and_unload()).weights
+    folded = lora_fx.fold(mine, quantised="requantise")
+    assert {f"{path}.weight" for path in merged} == set(quantised_names(folded))
+    unlike = [
+        path
+        for path, weight in merged.items()
+        for found in [folded.get_parameter(f"{path}.weight")]
+        if not torch.equal(weight.stored["codes"], found.stored["codes"])  # type: ignore[attr-defined]
+    ]
+    assert unlike == []
+
+
+def test_a_graph_has_the_codes_of_its_model_and_no_copy_of_them() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        model = loaded("llama", saved("llama", torch.float32, Path(directory) / "base"), "nf4", torch.float32)
+    modes = {name: module.training for name, module in model.named_modules()}
+    graph = lora_fx.trace(model)
+    codes = {
+        name: layer.weight.data.data_ptr() for name, layer in model.named_modules() if "4bit" in type(layer).__name__
+    }
+    held = {name: graph.get_parameter(f"{name}.weight").stored["codes"].data_ptr() for name in codes}  # type: ignore[attr-defined]
+    assert codes == held
+    assert len(codes) == 28
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert not any(
+        hasattr(layer.weight.quant_state, "packing_format_for_cpu")
+        for layer in model.modules()
+        if "4bit" in type(layer).__name__
+    )
+    assert not hasattr(graph.config, "quantization_config")
+
+
+def test_equal_layers_of_a_quantised_model_are_traced_once(caplog: pytest.LogCaptureFixture) -> None:
+    made.cache_clear()
+    with caplog.at_level(logging.INFO, "lora_fx.tracing"):
+        made(ONE)
+    assert "LlamaForCausalLM is traced with 3 layers stamped" in caplog.text
+
+
+def test_copies_and_files_of_a_quantised_graph_compute_the_same(
+    graph: lora_fx.TracedGraphModule, logits: torch.Tensor
+) -> None:
+    file = io.BytesIO()
+    torch.save(graph.state_dict(), file)
+    file.seek(0)
+    other = copy.deepcopy(graph)
+    for parameter in other.parameters():
+        if isinstance(parameter, QuantisedWeight):
+            parameter.stored["codes"].zero_()
+    assert not torch.equal(other(**batch("llama")).logits, logits)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for same in (other, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph)), copy.deepcopy(graph).to("cpu")):
+        assert torch.equal(same(**batch("llama")).logits, logits)
+        assert quantised_names(same) == quantised_names(graph)
+    assert lora_fx.unload(graph).to("meta").device.type == "meta"
+
+
+def test_a_step_of_training_keeps_codes_and_no_dense_weight(graph: lora_fx.TracedGraphModule) -> None:
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        graph(**batch("llama"))
+    dense = {(128, 192), (192, 128), (128, 128), (64, 128), (128, 64)}
+    weights = [tensor for tensor in kept if tuple(tensor.shape) in dense]
+    assert len(weights) == 25  # the first q, k and v read what has no gradient
+    assert all(isinstance(tensor, QuantisedWeight) for tensor in weights)
+
+
+def test_autocast_takes_quantised_weights(graph: lora_fx.TracedGraphModule, logits: torch.Tensor) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = graph(**batch("llama")).logits
+    assert float((cast - logits).detach().abs().max()) < 0.1
+
+
+def test_a_compiled_graph_computes_the_same_and_has_the_same_gradients() -> None:
+    layers = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 40, bias=False))
+    for layer, scheme in ((layers[0], CodebookScheme("nf4")), (layers[2], UniformScheme(8))):
+        layer.weight = nn.Parameter(QuantisedWeight.of(layer.weight, scheme), requires_grad=False)
+    x = torch.randn(3, 64)
+    graph = lora_fx.rewrite(layers, ["0", "2"], rank=4, example_inputs=(x,))
+    set_factors(graph)
+    compiled = torch.compile(graph, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), graph(x))
+    factors = [parameter for parameter in graph.parameters() if parameter.requires_grad]
+    for left, right in zip(*(torch.autograd.grad(each(x).sum(), factors) for each in (graph, compiled)), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_a_cast_weight_is_rounded_as_its_dense_values_are() -> None:
+    weight = QuantisedWeight.of(torch.randn(48, 80), CodebookScheme("fp4"))
+    dense = weight.dequantize()
+    half = weight.to(torch.bfloat16)
+    assert isinstance(half, QuantisedWeight)
+    assert torch.equal(half.to(torch.float32), dense.bfloat16().float())
+    assert torch.equal(half.t() @ torch.eye(48, dtype=torch.bfloat16), dense.bfloat16().t())
+
+
+def test_a_fold_makes_adapted_weights_dense_and_rounds_once(
+    graph: lora_fx.TracedGraphModule, logits: torch.Tensor
+) -> None:
+    folded, expected = lora_fx.fold(graph), lora_fx.fold(lora_fx.dequantise(graph))
+    assert set(quantised_names(graph)) - set(quantised_names(folded)) == set(folded_names(folded))
+    for name in folded_names(folded):
+        assert torch.equal(folded.get_parameter(name), expected.get_parameter(name))
+    assert torch.equal(lora_fx.dequantise(graph)(**batch("llama")).logits, logits)
+    assert quantised_names(lora_fx.dequantise(folded)) == []
+    lora_fx.verify(graph, folded, batch("llama"))
+    told = str(lora_fx.fold_report(graph, folded))
+    assert "nf4:double → dense" in told
+    assert "quantised again" not in told
+
+
+def folded_names(graph: lora_fx.TracedGraphModule) -> list[str]:
+    return [name for name in graph.state_dict() if any(f".{part}.weight" in name for part in MODELS["llama"][1])]
+
+
+def test_requantising_says_what_the_rounding_takes(
+    graph: lora_fx.TracedGraphModule, caplog: pytest.LogCaptureFixture
+) -> None:
+    lora_fx.fold(graph, quantised="requantise")
+    assert caplog.text == ""
+    small = copy.deepcopy(graph)
+    set_factors(small, scale=0.01)
+    folded = lora_fx.fold(small, quantised="requantise")
+    assert (
+        "quantised again, 16 of 16 weights have a rounding error of more than 0.25 of the size of their update"
+        in caplog.text
+    )
+    report = lora_fx.fold_report(small, folded)
+    for entry in report:
+        weight = small.get_parameter(entry.merge.weight)
+        a, b = (small.get_parameter(factor.name).double() for factor in entry.merge.updates[0].factors)
+        update = entry.merge.updates[0].scaling * b @ a
+        lost = folded.get_parameter(entry.merge.weight).double() - (weight.double() + update)
+        assert entry.lost == pytest.approx(float(lost.norm() / update.norm()), rel=1e-4)
+    assert "16 weights were quantised again, with a rounding error of up to" in str(report)
+
+
+def test_quantised_graphs_refuse_in_a_sentence(graph: lora_fx.TracedGraphModule) -> None:
+    with pytest.raises(
+        lora_fx.FoldError, match=r"q_proj.weight'.* cannot be folded in place: a quantised weight takes less"
+    ):
+        lora_fx.fold(graph, inplace=True)
+    with pytest.raises(lora_fx.FoldError, match="quantised: expected 'dense' or 'requantise', got 'again'"):
+        lora_fx.fold(graph, quantised="again")  # type: ignore[call-overload]
+    with pytest.raises(lora_fx.PlanError, match=r"q_proj.weight' is a weight in nf4:double .*, and codes do not train"):
+        lora_fx.rewrite(lora_fx.unload(graph), {"select": [{"target": ["q_proj"], "trainable": "all"}]})
+    with pytest.raises(lora_fx.LoraFxError, match="a quantised weight does not train"):
+        graph.get_parameter(quantised_names(graph)[0]).requires_grad_(True)
+    with pytest.raises(lora_fx.LoraFxError, match=r"is a weight in nf4:double .* in the graph, which keeps the form"):
+        graph.load_state_dict(lora_fx.dequantise(graph).state_dict())
+    with pytest.raises(lora_fx.LoraFxError, match=r"add_.* would write to a weight in nf4:double"), torch.no_grad():
+        graph.get_parameter(quantised_names(graph)[0]).add_(1.0)
+    with pytest.raises(lora_fx.LoraFxError, match="a traced graph keeps its dtype"):
+        graph.to(torch.float32)
+
+
+def test_an_export_has_dense_weights_and_says_so(
+    graph: lora_fx.TracedGraphModule, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "lora_fx.export"):
+        lora_fx.export.torchscript(graph, tmp_path / "graph.pt")
+    assert "the file has dense weights, bfloat16, in the place of 28 quantised ones (nf4:double)" in caplog.text
+
+
+def test_an_adapter_of_a_quantised_graph_is_read_onto_another(
+    graph: lora_fx.TracedGraphModule, logits: torch.Tensor, tmp_path: Path
+) -> None:
+    lora_fx.save_adapter(graph, tmp_path / "adapter")
+    again = lora_fx.from_adapter(lora_fx.unload(graph), tmp_path / "adapter")
+    assert torch.equal(again(**batch("llama")).logits, logits)
+    assert torch.equal(lora_fx.transfer(graph, onto=lora_fx.unload(graph))(**batch("llama")).logits, logits)
+
+
+def test_merged_weights_are_not_written_into_a_quantised_model() -> None:
+    theirs, graph = made(ONE)
+    with pytest.raises(
+        lora_fx.LoraFxError, match=r"has quantised layers, such as .*, which take no dense weights.*merge_and_unload"
+    ):
+        lora_fx.huggingface.write_back(copy.deepcopy(theirs).unload(), graph)
+
+
+def test_a_merged_model_of_transformers_is_dense_and_says_nothing_of_quantisation(
+    graph: lora_fx.TracedGraphModule, tmp_path: Path
+) -> None:
+    graph = copy.deepcopy(graph)
+    merged = graph.merge_and_unload()
+    assert not any(isinstance(parameter, QuantisedWeight) for parameter in merged.parameters())
+    merged.save_pretrained(tmp_path / "merged")
+    assert "quantization_config" not in (tmp_path / "merged" / "config.json").read_text()
+
+
+class Int8Tensor(torch.Tensor):
+    """As torchao's: looks dense, and holds codes."""
+
+    act_pre_scale = None
+    zero_point = torch.zeros(1, dtype=torch.int8)
+
+    @staticmethod
+    def __new__(cls, qdata: torch.Tensor, *_: Any) -> Int8Tensor:
+        return torch.Tensor._make_wrapper_subclass(cls, qdata.shape, dtype=torch.float32)
+
+    def __init__(self, qdata: torch.Tensor, scale: torch.Tensor, act_quant_kwargs: object = None) -> None:
+        self.qdata, self.scale, self.act_quant_kwargs = qdata, scale, act_quant_kwargs
+        self.block_size = (1, qdata.shape[1])
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:  # the product with the codes, scaled
+            x, weight, bias = args
+            return x @ weight.qdata.float().t() * weight.scale.reshape(-1) + bias
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is torch.ops.aten.detach.default
+        return cls(args[0].qdata, args[0].scale, args[0].act_quant_kwargs)
+
+
+class HQQLinear(nn.Module):
+    """As HQQ's: codes, scales and zero points in a mapping."""
+
+    compute_dtype = torch.float32
+
+    def __init__(self, codes: torch.Tensor, meta: dict[str, Any], bias: torch.Tensor) -> None:
+        super().__init__()
+        self.W_q, self.bias, self.meta = nn.Parameter(codes, requires_grad=False), nn.Parameter(bias), meta
+
+    def unpack(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.W_q.to(dtype).reshape(-1, self.meta["group_size"])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dense = (self.unpack(torch.float32) - self.meta["zero"]) * self.meta["scale"]
+        return nn.functional.linear(x, dense.reshape(self.meta["shape"]), self.bias)
+
+
+def test_layers_of_other_libraries_are_read_by_their_classes() -> None:
+    scheme = UniformScheme(8)
+    first = nn.Linear(24, 16)
+    codes = scheme.quantise(first.weight)
+    first.weight = nn.Parameter(Int8Tensor(codes["codes"], codes["scale"]), requires_grad=False)
+    meta = {"nbits": 4, "group_size": 8, "axis": 1, "shape": (12, 16)}
+    meta |= {"scale": torch.rand(24, 1) + 0.1, "zero": torch.rand(24, 1) * 15}
+    second = HQQLinear(torch.randint(0, 16, (24, 8), dtype=torch.uint8), meta, torch.randn(12))
+    model = nn.Sequential(first, nn.Tanh(), second)
+    x = torch.randn(5, 24)
+    graph = lora_fx.rewrite(model, ["0", "2"], rank=3, example_inputs=(x,))
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-5)
+    schemes = {name: str(graph.get_parameter(name)) for name in quantised_names(graph)}
+    assert "in int8 " in schemes["0.weight"]
+    assert "in hqq-int4:8:asymmetric " in schemes["2.weight"]
+    with pytest.raises(
+        lora_fx.FoldError, match=r"'2.weight' cannot be quantised again: hqq-int4:8:asymmetric: hqq chooses"
+    ):
+        lora_fx.fold(graph, quantised="requantise")
+
+
+def test_layers_that_quantise_their_input_or_are_not_known_are_refused_by_name() -> None:
+    class Linear8bitLt(nn.Linear):
+        pass
+
+    class QuantLinear(nn.Linear):
+        __module__ = "gptqmodel.nn_modules"
+
+    dynamic = nn.Linear(4, 4)
+    dynamic.weight = nn.Parameter(
+        Int8Tensor(torch.zeros(4, 4), torch.ones(4, 1), {"granularity": "row"}), requires_grad=False
+    )
+    model = nn.Sequential(Linear8bitLt(4, 4), QuantLinear(4, 4), dynamic)
+    with pytest.raises(lora_fx.TraceError) as refused:
+        lora_fx.trace(model, (torch.randn(3, 4),))
+    assert "'0' is a Linear8bitLt, which quantises its input to 8 bits too" in str(refused.value)
+    assert "'1' is a QuantLinear of gptqmodel, which is not known here" in str(refused.value)
+    assert "'2' is a Linear, whose weight of torchao has its input quantised too" in str(refused.value)
+
+
+def test_a_model_that_was_called_in_eval_mode_is_read_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    layer = bitsandbytes.nn.Linear4bit(128, 64, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
+    before = quantised_layers(nn.Sequential(layer)).weights["0"]
+    packed, state = bitsandbytes.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    layer.weight.data, layer.weight.quant_state = packed, state
+    graph = lora_fx.trace(nn.Sequential(layer), (torch.randn(3, 128),))
+    weight = graph.get_parameter("0.weight")
+    assert isinstance(weight, QuantisedWeight)
+    assert torch.equal(weight.stored["codes"], before.stored["codes"])
+    assert torch.allclose(weight.dequantize(), before.dequantize(), rtol=2**-8)
+    assert "'0' of Sequential were repacked by a call in eval mode" in caplog.text
+
+
+def test_no_module_imports_a_library_of_quantisation() -> None:
+    libraries = {"bitsandbytes", "torchao", "hqq", "quanto", "optimum"}
+    package = Path(lora_fx.__file__).parent
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.partition(".")[0] for name in names} & libraries, path
