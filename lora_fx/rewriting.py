@@ -16,7 +16,7 @@ from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.joined_graphs import through
 from lora_fx.planning.cautions import warn_of_fresh_head, warn_of_lower_ranks, warn_of_untying
 from lora_fx.planning.planner import plan_graph
-from lora_fx.rules.lookup import RulesLike, load
+from lora_fx.rules.lookup import RulesLike, load, model_type_of
 from lora_fx.tracing.model_state import unwrapped
 from lora_fx.tracing.torch_export import Dynamic
 from lora_fx.tracing.trace import trace
@@ -119,10 +119,10 @@ def rewrite(
     Args:
         model: a module, or a graph that lora_fx returned, which then gets one more adapter. That one does not act before
             :func:`~lora_fx.activate` says so, as in PEFT; it acts at once if the graph had none.
-        rules: the name of a built-in file or one of its model types (``"t5"``); ``"auto"``, by ``model.config.model_type``, or by role
-            where there is no file for it; ``"all-linear"``; ``"all-conv"``; a path to a ``.toml`` file; names of modules (``["q", "v"]``); a mapping
-            with the keys of a rule file; or a configuration of PEFT: a ``peft.LoraConfig``, its mapping, or the path of its ``.json``
-            file.
+        rules: the name of a built-in file or one of its model types (``"t5"``); ``"auto"``, by ``model.config.model_type``, of
+            diffusers' models by their class, or by role where there is no file for it; ``"all-linear"``; ``"all-conv"``; a path to a
+            ``.toml`` file; names of modules (``["q", "v"]``); a mapping with the keys of a rule file; or a configuration of PEFT: a
+            ``peft.LoraConfig``, its mapping, or the path of its ``.json`` file.
         rank: replaces the rank in the rules' ``[defaults]``, at least 1. It is taken as it is; a rank of the rules is lowered, with a
             warning, at each site whose update cannot have it, and the scaling stays that of the rule's rank.
         alpha: replaces the alpha in ``[defaults]``, greater than 0.
@@ -148,9 +148,8 @@ def rewrite(
         PlanError: a selected site cannot get such a branch, the adapter name is taken, or PEFT wraps the model.
     """
     model = unwrapped(model)
-    ruleset = load(rules, getattr(getattr(model, "config", None), "model_type", None)).with_overrides(
-        rank, alpha, dropout, task_type
-    )
+    model_type = model_type_of(getattr(model, "config", None))
+    ruleset = load(rules, model_type).with_overrides(rank, alpha, dropout, task_type)
 
     def attached(graph_module: TracedGraphModule) -> TracedGraphModule:
         plan = plan_graph(graph_module, ruleset)

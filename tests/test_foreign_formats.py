@@ -22,6 +22,7 @@ import lora_fx
 from lora_fx.adapters.peft_format.foreign_formats.diffusers import component_of
 from lora_fx.cli import app
 from lora_fx.folding.checkpoint_plan import fold_checkpoint
+from lora_fx.planning.plan import Chosen
 
 FILE = "pytorch_lora_weights.safetensors"
 X = torch.randn(3, 6, 5, 4, generator=torch.Generator().manual_seed(3))
@@ -472,3 +473,18 @@ def test_the_command_line_takes_such_a_file_where_it_takes_an_adapter_directory(
     weight = "encoder.layers.0.self_attn.q_proj.weight"
     merged = transformers.CLIPTextModel.from_pretrained(tmp_path / "merged").state_dict()[weight]
     torch.testing.assert_close(merged, text.state_dict()[weight] + 0.5 * b @ a, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rules", "class_name"),
+    [("unet", "UNet2DConditionModel"), ("sd3", "SD3Transformer2DModel"), ("flux", "FluxTransformer2DModel")],
+)
+def test_rules_of_diffusers_models_are_found_by_their_class(rules: str, class_name: str, traced: Any) -> None:
+    net = Net().eval()
+    net.config = {"_class_name": class_name}  # as diffusers has it
+    plan = lora_fx.plan(net, example_inputs=(X,))
+    assert plan.rules.name == rules
+    chosen = [each.site.module for each in plan if isinstance(each, Chosen)]
+    layer = "down_blocks.0.attentions.{}.attn1.{}"
+    assert chosen == [layer.format(i, leaf) for i in range(2) for leaf in ("to_q", "to_k", "to_v", "to_out.0")]
+    assert [each.site for each in lora_fx.plan(traced, rules)] == [each.site for each in plan]

@@ -360,3 +360,31 @@ def test_one_tensor_for_two_inputs_is_two_inputs() -> None:
     graph_module = lora_fx.trace(model, {"x": X, "a": X, "b": X})
     other = (torch.randn(5, 4), torch.randn(5, 4), torch.randn(5, 4))
     assert torch.equal(graph_module(*other), model(*other))
+
+
+def test_a_condition_on_sizes_that_torch_cannot_solve_is_told_with_the_argument_that_fixes_them() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:  # as AlexNet
+        x = functional.conv2d(x, self.kernel, stride=4, padding=2)
+        for _ in range(3):
+            x = functional.max_pool2d(x, 3, 2)
+        return self.lin(functional.adaptive_avg_pool2d(x, (2, 2)).flatten(1))
+
+    torch.manual_seed(3)
+    model, x = module(forward, kernel=nn.Parameter(torch.randn(1, 2, 11, 11))), torch.randn(3, 2, 64, 64)
+    told = r"code sets a condition on them that torch\.export cannot solve\..*any batch with dynamic=\{'x': \(0,\)\}"
+    refused(model.eval(), told, (x,))
+    graph = lora_fx.trace(model, (x,), dynamic={"x": (0,)}, inference=True)
+    assert torch.equal(graph(x[:2]), model(x[:2]))
+
+
+def test_a_model_that_adds_to_the_mapping_that_it_is_given_is_traced() -> None:
+    def forward(self: Any, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # as sentence-transformers
+        features.update(embedding=self.lin(features["x"]))
+        return features
+
+    model = module(forward).eval()
+    given = {"x": X}
+    graph = lora_fx.trace(model, (given,))
+    assert set(given) == {"x"}
+    for found in (graph({"x": X}), graph.train()({"x": X[:2]})):
+        assert torch.equal(found["embedding"], model({"x": found["x"]})["embedding"])

@@ -66,6 +66,20 @@ def test_stochastic_depth_follows_the_mode_at_its_own_path(tmp_path: Path) -> No
     lora_fx.export.torchscript(merged, tmp_path / "m.pt")
 
 
+def _deep_behind_a_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.noise(self.path(self.norm(self.lin(x)))).relu()
+
+
+class Noise(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand_like(x) if self.training else x
+
+
+def test_what_follows_a_batch_norm_or_another_such_module_at_once_follows_the_mode() -> None:
+    graph = agrees(module(_deep_behind_a_norm, norm=nn.BatchNorm1d(4), path=DropPath(), noise=Noise()))
+    assert any(isinstance(each, TrainingOnly) for each in graph.modules())
+
+
 def test_noise_that_is_written_to_its_input_follows_the_mode() -> None:
     agrees(module(_noisy))
 

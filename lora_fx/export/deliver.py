@@ -31,6 +31,9 @@ class Format(Protocol):
     name: str
     dotted_names: bool
 
+    def prepared(self, exportable: Exportable) -> Exportable:
+        """Return the graph as the format has it, with other names for some outputs."""
+
     def write(self, exportable: Exportable, path: Path, step: Step) -> None:
         """Write a graph to ``path``; further files go beside it, in the same directory."""
 
@@ -123,7 +126,7 @@ def deliver(format: Format, graph_module: TracedGraphModule, path: str | Path, o
         )
     with exclusive(), _own_precision(), _progress(format.name) as step:
         step("preparing")
-        exportable = prepare(graph_module, options.example_inputs)
+        exportable = format.prepared(prepare(graph_module, options.example_inputs))
         with replacing(target) as beside, torch.no_grad():
             format.write(exportable, beside, step)
             sizes = {path.parent / file.name: file.stat().st_size for file in sorted(beside.parent.iterdir())}

@@ -7,7 +7,7 @@ import re
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,11 @@ class _Onnx:
     name = "ONNX"
     dotted_names = True
 
+    def prepared(self, exportable: Exportable) -> Exportable:
+        """Return the graph with names that ONNX takes."""
+        return _renamed_outputs(exportable)
+
     def write(self, exportable: Exportable, path: Path, step: Step) -> None:
-        _check_names(exportable)
         written = exportable if self.slots is None else self.slots.as_inputs(exportable)
         step("exporting")
         program = export_plain(written)
@@ -138,20 +141,22 @@ class _Onnx:
 
         if self.slots is None:
             return run
-        compare(prepare(self.slots.base, self.options.example_inputs), run, self.options.tolerance)
+        compare(self.prepared(prepare(self.slots.base, self.options.example_inputs)), run, self.options.tolerance)
         values = self.slots.values
         return lambda inputs: run({**inputs, **values})
 
 
-def _check_names(exportable: Exportable) -> None:
+def _renamed_outputs(exportable: Exportable) -> Exportable:
+    """Return the graph with ``out_`` before the name of an output that an input or a weight has too, as of diffusers' ``sample``."""
     inputs = {exportable.nested.get(name, name) for name in exportable.inputs}
     taken = {*inputs, *(str(node.target) for node in exportable.plain.graph.find_nodes(op="get_attr"))}
-    for name in exportable.outputs:
-        if name in taken:
-            raise ExportError(
-                f"an output and an input or a weight are both called {name!r}, and ONNX wants a different name for each value. "
-                "Trace a module that gives its output another name."
-            )
+    names: dict[str, str] = {}
+    for output in exportable.outputs:
+        name = output
+        while name in taken or (name != output and name in exportable.outputs):
+            name = f"out_{name}"
+        names[output] = name
+    return replace(exportable, outputs=tuple(names.values()))
 
 
 def _translate(exportable: Exportable, program: torch.export.ExportedProgram) -> Any:

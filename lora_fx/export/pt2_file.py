@@ -61,6 +61,10 @@ class _Pt2:
     name = "pt2"
     dotted_names = False
 
+    def prepared(self, exportable: Exportable) -> Exportable:
+        """Return the graph as it is."""
+        return exportable
+
     def write(self, exportable: Exportable, path: Path, step: Step) -> None:
         _check_names(exportable)
         step("exporting")

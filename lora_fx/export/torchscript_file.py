@@ -80,6 +80,10 @@ class _TorchScript:
     name = "TorchScript"
     dotted_names = False
 
+    def prepared(self, exportable: Exportable) -> Exportable:
+        """Return the graph as it is."""
+        return exportable
+
     def write(self, exportable: Exportable, path: Path, step: Step) -> None:
         _check_names(exportable)
         step("compiling")

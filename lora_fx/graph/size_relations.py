@@ -70,7 +70,7 @@ class Relation:
         unknown = [part for part in ast.walk(self._tree) if not _is_known(part)]
         if unknown:
             raise TraceError(
-                f"torch.export bound this trace by {self.text!r}, of which {ast.unparse(unknown[0])!r} cannot be checked in a graph. "
+                f"torch.export bound this trace by {_cut(self.text)!r}, of which {_cut(ast.unparse(unknown[0]))!r} cannot be checked in a graph. "
                 "Trace with dynamic= naming fewer dynamic dimensions."
             )
 
@@ -193,7 +193,7 @@ class Relation:
                 case ast.Call(func=ast.Name(id=function), args=[left, right], keywords=[]) if function in FUNCTIONS:
                     return apply(FUNCTIONS[function], [value(left), value(right)])
             raise TraceError(
-                f"torch.export bound this trace by a condition that cannot be checked: {ast.unparse(tree)}. "
+                f"torch.export bound this trace by a condition that cannot be checked: {_cut(ast.unparse(tree))}. "
                 "Trace with dynamic= naming fewer dynamic dimensions."
             )
 
@@ -232,6 +232,13 @@ class Relation:
 
 
 _SIZE = re.compile(r"\b(\w+)\.size\((\d+)\)")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…"
+
+
+_MAX_TEXT = 160  # of a condition in a message; windows and pools give thousands of characters
 
 
 def _is_known(tree: ast.AST) -> bool:

@@ -23,7 +23,7 @@ from lora_fx.planning.cautions import warn_of_lower_ranks
 from lora_fx.planning.matching import refusal, trains
 from lora_fx.planning.peft_plan import plan_peft_sites
 from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, outputs_of, owners_of
-from lora_fx.rules.lookup import Rules, RulesLike, load
+from lora_fx.rules.lookup import Rules, RulesLike, load, model_type_of
 from lora_fx.rules.peft_config.name_matching import modules_of
 from lora_fx.rules.peft_config.rules import PeftRules
 from lora_fx.rules.rule_file import RuleSet, Selection
@@ -64,7 +64,7 @@ def plan(
         TraceError: the model cannot be traced.
     """
     model = unwrapped(model)
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    model_type = model_type_of(getattr(model, "config", None))
     ruleset = load(rules, model_type).with_overrides(rank, alpha, dropout, task_type)
     graph_module = model if isinstance(model, TracedGraphModule) else trace(model, example_inputs, inference=True)
     made = plan_graph(graph_module, ruleset)

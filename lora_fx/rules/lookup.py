@@ -81,6 +81,13 @@ def load(rules: RulesLike, model_type: str | None = None, directories: Sequence[
     return found or _unknown(rules, folders)
 
 
+def model_type_of(config: object) -> str | None:
+    """Return the type of a model by which rules are found: of its config's ``model_type``, or its class where diffusers wrote the config."""
+    named = config.get("_class_name") if isinstance(config, Mapping) else None
+    found = getattr(config, "model_type", None) or named
+    return found if isinstance(found, str) else None
+
+
 def _check_not_of_peft(rules: Mapping[str, Any]) -> None:
     """Raise :class:`RuleError` for a mapping with the keys of a PEFT configuration that does not say that it is one."""
     theirs = [key for key in ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save") if key in rules]

@@ -157,7 +157,7 @@ def called(model: nn.Module, inputs: ExampleInputs) -> Any:
 
 
 class OnCopies:
-    """A call of a model with copies of its buffers: it may write to them where a trace does not see it.
+    """A call of a model with copies of its buffers, lists and mappings: it may write to them where a trace does not see it.
 
     Attributes:
         buffers: of the last call, by their names.
@@ -177,6 +177,9 @@ class OnCopies:
             for name, buffer in module._buffers.items()
             if buffer is not None
         }
+        args, kwargs = pytree.tree_map(
+            lambda leaf: leaf, (args, kwargs)
+        )  # sentence-transformers adds to what it is given
         return torch.func.functional_call(self._model, self.buffers, args, kwargs, tie_weights=False)
 
 

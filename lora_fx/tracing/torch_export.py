@@ -254,6 +254,12 @@ def _refusal(model: nn.Module, inputs: ExampleInputs, error: Exception, training
             f"{name} fixes {axes}{mode}: its own code computes something else, or unrolls, for each size. "
             f"Trace for the sizes of example_inputs alone with dynamic={rest}. torch.export says: {said}"
         )
+    if "solve_univariate_inequality" in message:  # of sympy, where a pooled size is divided again
+        batch = {key: (0,) for key, value in _by_name(model, inputs).items() if getattr(value, "ndim", 0)}
+        return TraceError(
+            f"{name} cannot be traced for any sizes{mode}: its code sets a condition on them that torch.export cannot solve. Trace for the "
+            f"sizes of example_inputs and any batch with dynamic={batch}. torch.export says: {said}"
+        )
     hint = " If the model does so in training only, inference=True traces the eval mode alone." if training else ""
     advice = advice_on_random_settings(model) if training else ""
     if advice:

@@ -280,11 +280,12 @@ def _same(mine: object, theirs: object) -> bool:
 
 def _express(graph: fx.Graph, walk: _ModeComparison, taken: Collection[str]) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {}
+    calls: dict[fx.Node, fx.Node] = {}  # in place of nodes that are gone, which regions may name
     for norm in [node for node in walk.differing if node.target in OPERATORS]:
-        modules |= _follow_batch_norm(graph, norm, modules)
+        modules |= _follow_batch_norm(graph, norm, modules, calls)
     norms = set(modules)  # other modules may be parts of them
     for region in walk.regions:
-        modules |= _follow_region(graph, region, (*taken, *(name for name in modules if name not in norms)))
+        modules |= _follow_region(graph, region, (*taken, *(name for name in modules if name not in norms)), calls)
     for node in list(graph.nodes):
         free = (*taken, *(name for name in modules if name not in norms))
         if node in walk.dropouts:
@@ -312,11 +313,13 @@ def _express(graph: fx.Graph, walk: _ModeComparison, taken: Collection[str]) -> 
     return modules
 
 
-def _follow_region(graph: fx.Graph, region: Region, taken: Collection[str]) -> dict[str, nn.Module]:
-    """Replace a region by a call of a module (in place), and return that, by the path of the model's module."""
-    nodes = set(region.nodes)
+def _follow_region(
+    graph: fx.Graph, region: Region, taken: Collection[str], calls: dict[fx.Node, fx.Node]
+) -> dict[str, nn.Module]:
+    """Replace a region by a call of a module (in place), noted in ``calls``; return that module, by the path of the model's module."""
+    nodes, value = set(region.nodes), calls.get(region.value, region.value)
     read = dict.fromkeys(source for node in region.nodes for source in node.all_input_nodes if source not in nodes)
-    inputs = [region.value, *(source for source in read if source is not region.value)]
+    inputs = [value, *(source for source in read if source is not value)]
     body = fx.Graph()
     image = {source: body.placeholder(f"input_{index}") for index, source in enumerate(inputs)}
     for node in region.nodes:
@@ -327,14 +330,17 @@ def _follow_region(graph: fx.Graph, region: Region, taken: Collection[str]) -> d
     with graph.inserting_after(region.nodes[-1]):
         call = graph.call_module(path, tuple(inputs))
     call.meta = dict(region.result.meta)
+    calls[region.result] = call
     region.result.replace_all_uses_with(call)
     for node in reversed(region.nodes):
         graph.erase_node(node)
     return {path: TrainingOnly(body)}
 
 
-def _follow_batch_norm(graph: fx.Graph, node: fx.Node, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Replace a batch norm and its counter by a call of a module (in place), and return that, by the path of its statistics."""
+def _follow_batch_norm(
+    graph: fx.Graph, node: fx.Node, modules: Mapping[str, nn.Module], calls: dict[fx.Node, fx.Node]
+) -> dict[str, nn.Module]:
+    """Replace a batch norm and its counter by a call of a module (in place), noted in ``calls``; return that, by the path of its statistics."""
     given, weight, bias, mean, var, _, momentum, eps, _ = node.args
     counter = counter_of(node)
     count = None if counter is None else counted_by(counter)
@@ -347,6 +353,7 @@ def _follow_batch_norm(graph: fx.Graph, node: fx.Node, modules: Mapping[str, nn.
     with graph.inserting_before(node):
         call = graph.call_module(path, (given, weight, bias, mean, var, count))
     call.meta = dict(node.meta)
+    calls[node] = call
     node.replace_all_uses_with(call)
     graph.erase_node(node)
     if counter is not None and count is not None:
