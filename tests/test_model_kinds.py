@@ -6,6 +6,7 @@ Of each kind a model of its own is in test_batch_norms, test_training_only, test
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,45 @@ def test_a_model_trains_as_with_peft_folds_to_its_trace_and_loads_back(name: str
     loaded = lora_fx.from_adapter(traced(name), tmp_path / "theirs")
     again = peft.PeftModel.from_pretrained(built(name), tmp_path / "theirs").eval()
     torch.testing.assert_close(loaded(**batch).logits, again(**batch).logits, rtol=1e-5, atol=1e-6)
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+
+
+def _text(*shape: int) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(3, 50, shape), "attention_mask": torch.ones(shape, dtype=torch.int64)}
+
+
+def test_big_bird_has_the_attention_of_the_traced_lengths_and_refuses_those_that_take_another() -> None:
+    config = T.BigBirdConfig(**SMALL, block_size=2, num_random_blocks=1)  # blocks from 15 tokens on
+    torch.manual_seed(0)
+    model = T.BigBirdModel(config, add_pooling_layer=False).eval().requires_grad_(False)
+    graph = lora_fx.trace(model, inference=True)
+    batch = _text(3, 14)
+    assert torch.equal(graph(**batch)[0], model(**batch)[0])
+    with pytest.raises(lora_fx.InputError, match="'input_ids' has size 15 in dimension 1, expected 1 to 14"):
+        graph(**_text(3, 15))
+
+
+def test_rotary_embeddings_in_complex_numbers_are_traced() -> None:
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_shared_experts": 1}
+    config = T.DeepseekV2Config(**SMALL, **ranks, **experts, first_k_dense_replace=0, topk_method="greedy")
+    torch.manual_seed(0)
+    model = T.DeepseekV2ForCausalLM(config).eval().requires_grad_(False)
+    graph = lora_fx.trace(model, inference=True)
+    batch = _text(3, 9)
+    assert torch.equal(graph(**batch)[0], model(**batch, use_cache=False)[0])
+
+
+def test_a_choice_by_the_values_of_a_mask_is_refused_in_one_sentence() -> None:
+    sizes = {f"{part}_{name}": 1 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    config = T.FSMTConfig(langs=["a", "b"], src_vocab_size=50, tgt_vocab_size=50, d_model=8, **sizes)
+    with pytest.raises(lora_fx.TraceError) as caught:
+        lora_fx.trace(T.FSMTForConditionalGeneration(config).eval())
+    assert re.fullmatch(
+        r"FSMTForConditionalGeneration cannot be traced at \S+modeling_fsmt\.py:\d+: its Python asks for the values of a tensor there, or "
+        r"branches by them \(.*\), and a graph has one course\. Write it with operators, as torch\.where\..*",
+        str(caught.value),
+    )
+    assert not re.search("graph\\(|file an issue|call_function", str(caught.value))

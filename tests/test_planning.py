@@ -136,6 +136,16 @@ def test_what_is_skipped_by_its_layer_or_by_exclude_says_so() -> None:
     assert reasons["layer.1.up"] == "no selection names it"
 
 
+def test_a_model_without_attention_is_told_so_in_one_sentence_by_rules_that_select_by_its_roles() -> None:
+    purposes = {"embed": Purpose(("embedding",)), "layer.1.up": Purpose(("mlp.up",))}
+    with pytest.raises(lora_fx.RuleError) as caught:
+        plan_sites((MODEL[0], MODEL[3]), load("auto", "fnet"), purposes)
+    assert str(caught.value) == (
+        "rules='auto': the model has no attention projections, which select[0] asks for by role: name modules, as in rules=['embed', 'up'], "
+        "or say rules='all-linear'; its sites end in embed, up"
+    )
+
+
 def test_a_selection_without_a_match_is_an_error_unless_it_is_optional() -> None:
     with pytest.raises(
         lora_fx.RuleError, match=r"select\[1\] matches no call site: of 'layer\.1\.up', its role is mlp\.up, not router"

@@ -60,7 +60,8 @@ class InputCheck(nn.Module):
                 covered = f"{low} or more" if high == -1 else f"{low} to {high}" if low != high else f"{low} alone"
                 raise InputError(
                     f"input '{self.name}' has size {size} in dimension {dim}, expected {covered}, which the trace covers. "
-                    "For other sizes the model computes something else, or fails. Trace again with example_inputs of this size."
+                    "For other sizes the model computes something else, or fails; a recurrent layer is traced for one length. "
+                    "Trace again with example_inputs of this size."
                 )
 
     def extra_repr(self) -> str:

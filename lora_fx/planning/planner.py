@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from lora_fx.branches.remove import unload
 from lora_fx.branches.tied_copies import why_not_untied
-from lora_fx.errors import PlanError, RuleError, did_you_mean
+from lora_fx.errors import PlanError, RuleError, did_you_mean, listed
 from lora_fx.graph.adapter_names import adapters, is_factor, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import known_info
@@ -333,17 +333,27 @@ def _names_nothing(known: Mapping[Site, Purpose], rules: RuleSet, index: int, ta
     )
 
 
+def _attends(purpose: Purpose) -> bool:
+    return any("attention" in role for role in purpose.roles)
+
+
 def _matches_nothing(known: Mapping[Site, Purpose], rules: RuleSet, index: int) -> str:
     selection = rules.select[index]
     if selection.trainable is not None:
         return f"{rules.where(index)} matches no parameter that the model uses; name a module, or a part of its dotted name's end"
     where = f"{rules.where(index)} matches no call site"
+    ends = sorted({site.module.rpartition(".")[2] for site in known})
+    roles = selection.role or ()
+    if roles and all("attention" in role for role in roles) and not any(map(_attends, known.values())):
+        return (
+            f"the model has no attention projections, which {rules.where(index)} asks for by role: name modules, as in rules={ends[:2]!r}, or "
+            f"say rules='all-linear'; its sites end in {listed(ends, 12) or 'nothing'}"
+        )
     named = {site: refusal(selection, site, purpose) for site, purpose in known.items()}
     near = [(site, reason) for site, reason in named.items() if reason is not None and not reason.by_name]
     if near:
         site, nearest = max(near, key=lambda pair: pair[1].agreed)
         return f"{where}: of {site.name!r}, {nearest.reason}. Say optional = true if that is meant"
-    ends = sorted({site.module.rpartition(".")[2] for site in known})
     asked = [
         f"{key} = {list(value) if isinstance(value, tuple) else value!r}"
         for key in ("target", "regex", "layers", "exclude")
