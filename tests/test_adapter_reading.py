@@ -179,7 +179,6 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "DoRA": ({"use_dora": True}, ("use_dora: DoRA is not supported: found True",)),
     "aLoRA": ({"alora_invocation_tokens": [1, 2]}, ("activated LoRA (aLoRA) is not supported",)),
     "lora_bias": ({"lora_bias": True}, ("lora_bias: a bias in B is not supported",)),
-    "tokens": ({"trainable_token_indices": [4]}, ("trainable tokens is not supported",)),
     "replication": ({"layer_replication": [[0, 1]]}, ("replicated layers is not supported",)),
     "QA-LoRA": ({"use_qalora": True}, ("QA-LoRA is not supported",)),
     "of the future": (

@@ -321,7 +321,7 @@ model_types = ['a', 'a'] ¦ {Q}
 {Q} ¦ calls = [1, 1]
     line 3: select[0].calls: {CALLS}, found [1, 1]
 {Q} ¦ trainable = 'biases'
-    line 3: select[0].trainable: expected 'bias' or 'all', found 'biases' (did you mean 'bias'?)
+    line 3: select[0].trainable: expected 'bias', 'all' or a list of different integers ≥ 0 (rows), found 'biases' (did you mean 'bias'?)
 {Q} ¦ rank = 4 ¦ trainable = 'all'
     line 3: select[0].rank: expected none beside trainable, which adds no branch, found 4
 {Q} ¦ trainable = 'bias' ¦ calls = 'each'

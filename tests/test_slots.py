@@ -656,6 +656,7 @@ def resized(values: dict[str, torch.Tensor]) -> None:
         ({"use_dora": True}, "use_dora: DoRA is not supported"),
         ({"bias": "all"}, "bias: a bias that trains has no slot. Fold the adapter (lora-fx fold), or train without"),
         ({"modules_to_save": ["last"]}, "modules_to_save: a module that trains as a whole has no slot"),
+        ({"trainable_token_indices": [0]}, "trainable_token_indices: rows of an embedding that train have no slot"),
         ({"lora_bias": True}, "lora_bias: a bias in B is not supported"),
     ],
     ids=lambda value: "",

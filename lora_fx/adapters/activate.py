@@ -130,5 +130,7 @@ def ordered(graph_module: fx.GraphModule, strengths: Mapping[str, float]) -> dic
         if strength is None:
             raise PlanError(f"adapter {adapter!r} cannot have the strength {given!r}: give a finite number.")
         found[adapter] = strength
-        tell_whole_copies(adapter, strength, [trained.name for trained in trained_of(graph_module, adapter)])
+        whole = [each.name for each in trained_of(graph_module, adapter)]
+        whole += [f"rows of {each.weight}" for each in record_of(graph_module, adapter).tokens]
+        tell_whole_copies(adapter, strength, whole)
     return {adapter: found[adapter] for adapter in adapters_as_added(graph_module) if adapter in found}

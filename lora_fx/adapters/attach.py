@@ -21,12 +21,13 @@ import torch
 from torch import fx, nn
 
 from lora_fx.adapters.fake_values import FakeValues
+from lora_fx.adapters.tokens import check_written_once, row_numbers, token_values, write_rows
 from lora_fx.branches.find import find_branches
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import lower
 from lora_fx.branches.tied_copies import covered_names, untie
 from lora_fx.errors import PlanError, listed
-from lora_fx.graph.adapter_names import adapter_of, adapters, check_adapter_name, copy_name, original_name
+from lora_fx.graph.adapter_names import adapter_of, adapters, check_adapter_name, copy_name, original_name, token_names
 from lora_fx.graph.batch_norms import whole_norms
 from lora_fx.graph.cached_graphs import check_whole
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of, trainable_names
@@ -86,11 +87,12 @@ def attach(
     ordered = _in_module_order(plan, state)
     factors = _new_factors(ordered, state, adapter, seed) if values is None else _given(ordered, adapter, values)
     copies = _copies(plan, state, adapter, values)
-    new = {**factors, **copies, **_statistics(graph_module.graph, plan, state, adapter, values)}
+    rows = _rows(plan, state, adapter, values)
+    new = {**factors, **copies, **rows, **_statistics(graph_module.graph, plan, state, adapter, values)}
     state = state.with_tensors(new)
     trains = frozenset(name for name, parameter in new.items() if parameter.requires_grad)
     origin, untied = plan.origin or Origin.of(plan.rules), frozenset(each.name for each in plan.trained if each.untied)
-    record = AdapterRecord(_branches(plan), origin, _reasons(plan), False, trains, untied)
+    record = AdapterRecord(_branches(plan), origin, _reasons(plan), False, trains, untied, plan.tokens)
     if not info_of(graph_module).adapters if acts is None else acts:
         return _with_nodes(graph_module, state, plan, adapter, record)
     return checked(rebuilt(graph_module, state=state, info=_with_record(graph_module, adapter, record)), "branched")
@@ -119,8 +121,9 @@ def _with_nodes(
     """Return a graph with the nodes of an adapter, whose parameters are in ``state``."""
     copies = {name for name in state.tensors if original_name(name) is not None and adapter_of(name) == adapter}
     _check_copied_once(graph_module, adapter, copies, record.untied)
+    check_written_once(graph_module.graph, adapter, record.tokens, copies, state)
     ordered = _in_module_order(plan, state)
-    places = _places(ordered, state, adapter)
+    places = {**_places(ordered, state, adapter), **row_numbers(record.tokens, state, adapter)}
     dropouts = {
         branch.names(adapter).dropout: nn.Dropout(branch.setting.dropout)
         for _, branch in ordered.values()
@@ -134,6 +137,7 @@ def _with_nodes(
             node.target = copy_name(str(node.target), adapter)
     for names in state.names().values():
         untie(graph, names, {name: copy_name(name, adapter) for name in names if name in record.untied})
+    write_rows(graph, state, FakeValues(state), adapter, record.tokens)
     graph.lint()
     info = _with_record(graph_module, adapter, replace(record, branches=_branches(plan), acts=True))
     trainable = trainable_names(graph_module) | (frozenset() if info.inference else record.trains)
@@ -253,6 +257,14 @@ def _copies(
     if values is not None:
         return {name: _parameter(values[name]) for name in own}
     return {name: nn.Parameter(parameter.detach().clone()) for name, parameter in own.items()}
+
+
+def _rows(plan: Plan, state: State, adapter: str, values: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """Return the values for rows of embeddings: given ones, or those of the rows."""
+    if values is None:
+        return token_values(plan.tokens, state.tensors, adapter)
+    names = (token_names(each.module, adapter)[0] for each in plan.tokens)
+    return {name: _parameter(values[name]) for name in names}
 
 
 def _statistics(

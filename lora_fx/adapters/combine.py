@@ -20,14 +20,21 @@ from torch import fx, nn
 
 from lora_fx.adapters.activate import activate, ordered
 from lora_fx.adapters.attach import attach
-from lora_fx.adapters.recorded import branches_of, parameters_of, plan_branches, statistics_of, trained_of
+from lora_fx.adapters.recorded import (
+    branches_of,
+    parameters_of,
+    plan_branches,
+    record_of,
+    statistics_of,
+    trained_of,
+)
 from lora_fx.errors import PlanError, did_you_mean
-from lora_fx.graph.adapter_names import copy_name, original_name
+from lora_fx.graph.adapter_names import copy_name, original_name, token_names
 from lora_fx.graph.adapter_states import acting, trained_names
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import check_module
 from lora_fx.graph.process_state import forked_random_state
-from lora_fx.graph.records import BranchSpec, Origin, Trained
+from lora_fx.graph.records import BranchSpec, Origin, TokenRows, Trained
 from lora_fx.numerics.lowrank_merge import concatenated
 from lora_fx.numerics.task_vectors import MajoritySign, Pruning, TaskArithmetic, nearest_factors
 from lora_fx.planning.plan import owners_of
@@ -122,8 +129,12 @@ def combine(
                 raise PlanError(
                     f"adapters have different running statistics of {original_name(held)}, and a copy is taken whole."
                 )
+    tokens, rows = _rows_of_one(graph_module, chosen)
+    own_rows = zip(tokens, rows, strict=True)
+    values |= {token_names(each.module, adapter)[0]: nn.Parameter(row.clone(), trains) for each, row in own_rows}
     told = ", ".join(f"{name} × {strength:g}" for name, strength in chosen.items())
-    plan = plan_branches(rest, adapter, branches, trained, origin=Origin(rules=f"{method} of {told}"))
+    origin = Origin(rules=f"{method} of {told}")
+    plan = plan_branches(rest, adapter, branches, trained, origin=origin, tokens=tokens)
     return attach(rest, plan, adapter=adapter, values=values, acts=True)
 
 
@@ -161,6 +172,24 @@ def _one_copy_each(
             f"{told}, and a copy is taken whole. Combine adapters of which one alone has a copy, or give them one value."
         )
     return tuple(trained.values()), copies
+
+
+def _rows_of_one(
+    graph_module: fx.GraphModule, chosen: Iterable[str]
+) -> tuple[tuple[TokenRows, ...], list[torch.Tensor]]:
+    """Return the rows of embeddings that an adapter has, and their values.
+
+    Raises:
+        PlanError: several of the adapters have rows, which are taken whole.
+    """
+    owners = [name for name in chosen if record_of(graph_module, name).tokens]
+    if len(owners) > 1:
+        raise PlanError(
+            f"{' and '.join(map(repr, owners))} have rows of embeddings, which are taken whole. Combine adapters of which one alone has rows."
+        )
+    tensors = state_of(graph_module).tensors
+    tokens = record_of(graph_module, owners[0]).tokens if owners else ()
+    return tokens, [tensors[token_names(each.module, owners[0])[0]].detach() for each in tokens]
 
 
 @dataclass(frozen=True)

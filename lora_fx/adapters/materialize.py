@@ -11,10 +11,11 @@ from torch import nn
 from torch.func import functional_call
 
 from lora_fx.adapters.attach import new_factors_like
+from lora_fx.adapters.tokens import token_values
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.remove import unload
 from lora_fx.errors import LoraFxError, TraceError
-from lora_fx.graph.adapter_names import is_of_adapter, is_places, original_name
+from lora_fx.graph.adapter_names import is_of_adapter, is_placement, original_name
 from lora_fx.graph.compare import described
 from lora_fx.graph.example_sizes import cut_or_repeated
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
@@ -68,9 +69,12 @@ def materialize(
             value = given[original].detach().clone()
             values[name] = nn.Parameter(value) if isinstance(state.tensors[name], nn.Parameter) else value
     adapters = info_of(graph_module).adapters
+    for adapter, record in adapters.items():
+        rows = token_values(record.tokens, {**state.tensors, **values}, adapter)
+        values |= {name: value for name, value in rows.items() if name not in given}
     branches = [(adapter, branch) for adapter, record in adapters.items() for _, branch in record.branches.values()]
     values |= new_factors_like({n: t for n, t in wanted.items() if n not in given}, branches, device, seed)
-    values |= {name: tensor.to(device) for name, tensor in state.tensors.items() if is_places(name)}
+    values |= {name: tensor.to(device) for name, tensor in state.tensors.items() if is_placement(name)}
     like = like if like is not None else traced_class(graph_module)
     buffers = {} if like is None else {name: b for name, b in like.named_buffers() if not b.is_meta}
     values |= {name: value.to(device) for name, value in buffers.items() if name in state.non_persistent}

@@ -14,7 +14,7 @@ from lora_fx.graph.adapter_states import trained_names
 from lora_fx.graph.batch_norms import statistics
 from lora_fx.graph.graph_module import TracedGraphModule, rebuilt, state_of, trainable_names
 from lora_fx.graph.info import AdapterRecord, info_of, known_info
-from lora_fx.graph.records import BranchSpec, Origin, Trained
+from lora_fx.graph.records import BranchSpec, Origin, TokenRows, Trained
 from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, owners_of
 from lora_fx.rules.rule_file import RuleSet, Selection
 from lora_fx.sites.call_sites import sites
@@ -37,7 +37,8 @@ def recorded_plan(
     record = record_of(graph_module, adapter)
     if strength is not None:
         record = record.at_strength(strength)
-    return plan_branches(onto, adapter, record.branches, trained_of(graph_module, adapter), origin=record.origin)
+    trained = trained_of(graph_module, adapter)
+    return plan_branches(onto, adapter, record.branches, trained, origin=record.origin, tokens=record.tokens)
 
 
 def plan_branches(
@@ -47,6 +48,7 @@ def plan_branches(
     trained: Sequence[Trained],
     *,
     origin: Origin,
+    tokens: tuple[TokenRows, ...] = (),
 ) -> Plan:
     """Return a plan for branches that are already known.
 
@@ -56,6 +58,7 @@ def plan_branches(
         branches: by their keys: the rule that chose the branch, and the branch.
         trained: parameters of the model that train.
         origin: of the adapter.
+        tokens: rows of embeddings that train.
 
     Raises:
         PlanError: the graph has not all of the sites.
@@ -77,7 +80,8 @@ def plan_branches(
             decisions.append(Chosen(site, branches[keys[0]][0], tuple(branches[key][1] for key in keys)))
         else:
             decisions.append(Skipped(site, f"adapter {adapter!r} has no branch here"))
-    return Plan(RuleSet(name=adapter, select=(Selection(regex=".*"),)), tuple(decisions), tuple(trained), origin)
+    rules = RuleSet(name=adapter, select=(Selection(regex=".*"),))
+    return Plan(rules, tuple(decisions), tuple(trained), origin, tokens)
 
 
 def record_of(graph_module: fx.GraphModule, adapter: str) -> AdapterRecord:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -27,7 +28,7 @@ from lora_fx.graph.compare import described
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, state_of
 from lora_fx.graph.info import RuledBranches, info_of
 from lora_fx.graph.joined_graphs import Graphs, through
-from lora_fx.graph.records import BranchSpec, Trained
+from lora_fx.graph.records import BranchSpec, TokenRows, Trained
 
 _logger = logging.getLogger("lora_fx.adapters")
 
@@ -82,6 +83,7 @@ def _transferred(graph_module: TracedGraphModule, onto: TracedGraphModule) -> Tr
         else:
             mine, theirs = (record_of(each, adapter).at_strength(1.0).branches for each in (given, result))
             unlike += differences(mine, theirs) or _copy_differences(given, result, adapter)
+            unlike += row_differences(record_of(given, adapter).tokens, record_of(result, adapter).tokens)
             tensors |= {**parameters_of(given, adapter), **statistics_of(given, adapter)}
     state = state_of(result)
     unlike += [
@@ -101,8 +103,8 @@ def _transferred(graph_module: TracedGraphModule, onto: TracedGraphModule) -> Tr
 
 def _folded_into(graph_module: TracedGraphModule) -> set[str]:
     """Return the adapters of which the fold that made a graph merged branches."""
-    updates = [update for merge in info_of(graph_module).folded for update in merge.updates]
-    return {adapter for update in updates for name in update.names if (adapter := adapter_of(name)) is not None}
+    read = (name for merge in info_of(graph_module).folded for name in merge.read)
+    return {adapter for name in read if (adapter := adapter_of(name)) is not None}
 
 
 def _shape_text(tensor: torch.Tensor | None) -> str:
@@ -131,6 +133,13 @@ def _copy_differences(given: TracedGraphModule, onto: TracedGraphModule, adapter
 
 def _reach(copy: Trained) -> str:
     return "for that module alone" if copy.untied else "for all modules that share it"
+
+
+def row_differences(mine: Sequence[TokenRows], theirs: Sequence[TokenRows]) -> list[str]:
+    """Return the differences between the rows of embeddings that an adapter has in two graphs."""
+    one, other = ({each.weight: each.rows for each in tokens} for tokens in (mine, theirs))
+    weights = sorted(weight for weight in one.keys() | other.keys() if one.get(weight) != other.get(weight))
+    return [f"{weight}: rows {list(one.get(weight, ()))} against {list(other.get(weight, ()))}" for weight in weights]
 
 
 def _function_text(entry: tuple[str, BranchSpec] | None) -> str:

@@ -11,14 +11,14 @@ from lora_fx.branches.find import FoundBranch, Nominate, find_branches
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import lower
 from lora_fx.branches.tied_copies import rejoin, untied_copies
-from lora_fx.branches.weight_uses import Value, separate
+from lora_fx.branches.weight_uses import Value, separate, written_nodes
 from lora_fx.errors import FoldError
 from lora_fx.graph.adapter_names import is_factor, is_of_adapter, original_name
 from lora_fx.graph.erasing import erase_unread
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
 from lora_fx.graph.info import held_graphs, known_info
 from lora_fx.graph.state import State
-from lora_fx.sites.stored_weight import is_transparent
+from lora_fx.sites.stored_weight import is_transparent, written_rows
 
 
 def unload(graph_module: fx.GraphModule, *, branches: Nominate = is_factor) -> TracedGraphModule:
@@ -86,12 +86,17 @@ def without_branches(
     for node in graph.find_nodes(op="get_attr"):
         if nominate(str(node.target)):
             _erase_dead(graph, node)
+    for node in written_nodes(graph):
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        erase_unread(graph, node)
     graph.lint()
     aliases, read = (
         state.aliases(),
         {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")},
     )
     of_branches = {aliases[name] for branch in found for update in branch.updates for name in update.names}
+    writes = (write for node in written_nodes(graph_module.graph) if (write := written_rows(node)) is not None)
+    of_branches |= {aliases[name] for write in writes for name in (write.rows, write.values)}
     dropped = {
         name
         for name, first in aliases.items()

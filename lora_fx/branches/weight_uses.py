@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from lora_fx.branches.find import FoundBranch
@@ -26,10 +27,10 @@ from lora_fx.graph.erasing import erase_unread
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.provenance import module_path
 from lora_fx.graph.state import State
-from lora_fx.numerics.lowrank_merge import Merge, Update
+from lora_fx.numerics.lowrank_merge import Merge, RowWrite, Update
 from lora_fx.numerics.weight_view import AS_STORED, SWAP, View
 from lora_fx.sites.call_sites import sites
-from lora_fx.sites.stored_weight import stored
+from lora_fx.sites.stored_weight import stored, written_rows
 from lora_fx.sites.weight_ops import readers
 
 
@@ -52,6 +53,16 @@ class Use:
     site: str
     updates: tuple[Update, ...] = ()
     view: View = AS_STORED
+
+    @property
+    def writes(self) -> tuple[RowWrite, ...]:
+        """The rows of the weight that are written over between the two."""
+        return tuple(write for node in self.between if (write := written_rows(node)) is not None)
+
+    @property
+    def changes(self) -> bool:
+        """Whether the reader computes with another value than the weight's."""
+        return bool(self.updates or self.writes)
 
 
 @dataclass(frozen=True)
@@ -76,11 +87,16 @@ class Value:
     @property
     def merge(self) -> Merge:
         """The value as data, without graph nodes."""
-        return Merge(self.weight, self.names, self.updates, self.uses[0].view)
+        return Merge(self.weight, self.names, self.updates, self.uses[0].view, self.uses[0].writes)
+
+    @property
+    def changes(self) -> bool:
+        """Whether it is another value than the weight has."""
+        return self.uses[0].changes
 
 
 def values_of(graph_module: fx.GraphModule, found: Sequence[FoundBranch], *, unshare: bool) -> tuple[Value, ...]:
-    """Return the values of every weight that has a branch at one of its uses.
+    """Return the values of every weight that has a branch at one of its uses, or rows that an adapter writes over.
 
     Raises:
         FoldError: uses of a weight need different values, and ``unshare`` is not set, or it is not known which
@@ -93,7 +109,7 @@ def values_of(graph_module: fx.GraphModule, found: Sequence[FoundBranch], *, uns
     for weight, uses in _uses(graph_module, found, state).items():
         groups: dict[object, list[Use]] = {}
         for use in uses:
-            groups.setdefault(_in_one_layout(use), []).append(use)
+            groups.setdefault((_in_one_layout(use), _written_text(use, state)), []).append(use)
         distinct = [Value(weight, tuple(group)) for group in groups.values()]
         twice = next((use for use in uses if use.updates and _read_count(use.reader, weight, aliases) > 1), None)
         if twice is not None:
@@ -121,6 +137,12 @@ def _in_one_layout(use: Use) -> object:
     if view.steps[-1:] == (SWAP,) and all(update.places is None for update in updates):
         updates, view = tuple(update.transposed for update in updates), view.then(SWAP)
     return frozenset(Counter(updates).items()), view
+
+
+def _written_text(use: Use, state: State) -> tuple[tuple[str, str], ...]:
+    """Return the rows that are written over at a use, by their numbers: each call of a module may have these in a tensor of its own."""
+    rows = ((state.tensors[write.rows], write) for write in use.writes)
+    return tuple((write.rows if each.is_meta else str(each.tolist()), write.values) for each, write in rows)
 
 
 def original_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -173,6 +195,10 @@ def _uses(graph_module: fx.GraphModule, found: Sequence[FoundBranch], state: Sta
     aliases, at = state.aliases(), {branch.site: branch for branch in found}
     name_of = {site.node: site.name for site in sites(graph_module)}
     uses: dict[str, list[Use]] = {aliases[str(branch.weight.target)]: [] for branch in found}
+    for node in written_nodes(graph_module.graph):
+        own = stored(node)
+        assert own is not None
+        uses.setdefault(aliases[str(own.node.target)], [])
     held = _tensors_of_modules(state, aliases)
     for node in graph_module.graph.nodes:
         if node.op == "get_attr" and aliases.get(str(node.target)) in uses:
@@ -188,6 +214,12 @@ def _uses(graph_module: fx.GraphModule, found: Sequence[FoundBranch], state: Sta
                 uses[weight].append(Use(node, None, (), str(node.target)))
     order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     return {weight: sorted(each, key=lambda use: order[use.reader]) for weight, each in uses.items()}
+
+
+def written_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """Return the nodes of a graph that write rows of an adapter over those of a weight."""
+    nodes = graph.find_nodes(op="call_function", target=torch.ops.aten.index_copy.default)
+    return [node for node in nodes if written_rows(node) is not None]
 
 
 def _tensors_of_modules(state: State, aliases: Mapping[str, str]) -> Mapping[str, set[str]]:
@@ -217,7 +249,7 @@ def _with_names(
             f"{' and '.join(names)} are one tensor, and the graph no longer says which module uses it where, so that untying cannot "
             "tell whose value is whose. Fold the graph that lora_fx made, not a copy without metadata."
         )
-    plain = next((index for index, value in enumerate(values) if not value.updates), 0)
+    plain = next((index for index, value in enumerate(values) if not value.changes), 0)
     first = plain if plain not in owner.values() else 0
     for name in names:
         owner.setdefault(name, first)
@@ -244,4 +276,9 @@ def _read_count(reader: fx.Node, weight: str, aliases: Mapping[str, str]) -> int
 
 
 def _uses_text(uses: Sequence[Use]) -> str:
-    return "; ".join(f"{use.reader.name} ({use.site}, {'with' if use.updates else 'without'} a branch)" for use in uses)
+    return "; ".join(f"{use.reader.name} ({use.site}, {_use_text(use)})" for use in uses)
+
+
+def _use_text(use: Use) -> str:
+    rows = f"with rows of {' and '.join(write.values for write in use.writes)}"
+    return rows if use.writes else f"{'with' if use.updates else 'without'} a branch"

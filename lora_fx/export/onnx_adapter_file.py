@@ -270,6 +270,8 @@ def _unslotted(config: AdapterConfig) -> Iterator[str]:
     advice = "has no slot. Fold the adapter (lora-fx fold), or train without"
     if config.modules_to_save:
         yield f"{CONFIG_NAME}: modules_to_save: a module that trains as a whole {advice}: got {', '.join(config.modules_to_save)}"
+    if config.trainable_token_indices:
+        yield f"{CONFIG_NAME}: trainable_token_indices: rows of an embedding that train {advice.replace('has no', 'have no')}"
     if config.bias != "none":
         yield f"{CONFIG_NAME}: bias: a bias that trains {advice}: got {config.bias!r}"
 

@@ -231,7 +231,7 @@ class Changes:
 
     def factors_of(self, merge: Merge) -> dict[str, torch.Tensor]:
         """Return the tensors that the updates of a merge name, on the CPU."""
-        return {name: self.tensors[name].cpu() for update in merge.updates for name in update.names}
+        return {name: self.tensors[name].cpu() for name in merge.read}
 
     def new_value(self, entry: TensorEntry) -> torch.Tensor:
         """Return the new value of a tensor that is replaced, on the CPU and in its dtype."""

@@ -39,8 +39,14 @@ def _merge_problems(key: str, merge: Merge, entry: TensorEntry, tensors: Mapping
     if entry.dtype not in FOLDABLE:
         yield f"{key!r} is {entry.dtype}, to which nothing can be added: dequantise the checkpoint first"
         return
-    if not merge.updates:
+    if not merge.updates and not merge.writes:
         yield f"nothing is to be added to {key!r}"
+    for write in merge.writes:
+        values, wanted = tensors[write.values], (tensors[write.rows].numel(), entry.shape[-1])
+        if values.is_meta:
+            yield f"{write.values!r} is on the meta device: load it first"
+        if tuple(values.shape) != wanted:
+            yield f"the rows of {key!r} do not fit: they are {list(values.shape)}, and would be {list(wanted)}"
     for update in merge.updates:
         lacking = [name for name in update.names if name not in tensors]
         yield from (f"{name!r}, which is to be added to {key!r}, is missing" for name in lacking)

@@ -32,6 +32,7 @@ from lora_fx.adapters.peft_format.reading import AdapterContents, read_contents
 from lora_fx.adapters.peft_format.renaming import fitted
 from lora_fx.adapters.peft_format.stacks import StackLayout
 from lora_fx.adapters.recorded import plan_branches
+from lora_fx.adapters.tokens import row_numbers
 from lora_fx.errors import AdapterError, FoldError, LoraFxError, listed
 from lora_fx.folding.checkpoint import Changes, Checkpoint
 from lora_fx.folding.checkpoint_check import changed_in_files, check_fits
@@ -101,7 +102,7 @@ class CheckpointFold:
             merge = self.changes.merges.get(key)
             if merge is None and key not in self.changes.replacements:
                 continue
-            done = "replaced" if merge is None else " + ".join(map(self._product_text, merge.updates))
+            done = "replaced" if merge is None else self._merge_text(merge)
             shape = " × ".join(map(str, entry.shape))
             table.add_row(key, str(entry.dtype).removeprefix("torch."), shape, merge.layout if merge else "", done)
         for key, value in self.changes.additions.items():
@@ -120,6 +121,10 @@ class CheckpointFold:
                 *skipped_lines(self.companions.skipped),
             ]
         )
+
+    def _merge_text(self, merge: Merge) -> str:
+        rows = [f"{self.changes.tensors[write.rows].numel()} rows replaced" for write in merge.writes]
+        return " + ".join([*rows, *map(self._product_text, merge.updates)])
 
     def _product_text(self, update: Update) -> str:
         first = update.factors[0]
@@ -217,11 +222,11 @@ def plan_checkpoint_fold(
     for index, (files, (_, strength)) in enumerate(zip(opened, adapters, strict=True)):
         check_base(files, base_fingerprint, strict=strict)
         contents = _contents(files, places, graph_module)
-        _check_copies(files, own := {**contents.copies, **contents.statistics}, strength, copies)
+        own = _copies_of(files, contents, strength, copies)
         name = f"adapter_{index}"
         values = contents.values_of(name, trainable=False)
         graph_module = _attached(graph_module, contents, name, strength, values)
-        factors |= {key: value.detach() for key, value in values.items() if original_name(key) is None}
+        factors |= _factors(values, row_numbers(contents.tokens, state_of(graph_module), name))
         copies |= own
         added |= {name: value for name, value in own.items() if choice and places.lacks(names[name])}
         stored = {copied: places.of_names(names[copied]) for copied in own if copied not in added}
@@ -290,14 +295,16 @@ def fold_checkpoint(
     return planned.write(out, overwrite=overwrite, verify=verify, report=report)
 
 
-def _check_copies(
-    files: AdapterFiles, copies: Mapping[str, torch.Tensor], strength: float, others: Mapping[str, torch.Tensor]
-) -> None:
-    """Refuse trained values of parameters of which an earlier adapter has others; log that a strength does not scale them."""
+def _copies_of(
+    files: AdapterFiles, contents: AdapterContents, strength: float, others: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return trained values of parameters; refuse those of which an earlier adapter has others, log that a strength scales none of them."""
+    copies, rows = {**contents.copies, **contents.statistics}, [f"rows of {each.weight}" for each in contents.tokens]
     problems = [f"{name}: another adapter has trained values too" for name in sorted(copies.keys() & others.keys())]
     if problems:
         raise AdapterError(str(files.directory), problems)
-    tell_whole_copies(str(files.directory), strength, list(copies))
+    tell_whole_copies(str(files.directory), strength, [*copies, *rows])
+    return copies
 
 
 def _check_apart(
@@ -309,7 +316,7 @@ def _check_apart(
     """Refuse to add to a tensor of which another adapter has a trained value: both are changes to the same old one."""
     problems = []
     for key in [key for key in merges if key in replaced]:
-        factors = (adapter_of(name) for update in merges[key].updates for name in update.names)
+        factors = (adapter_of(name) for name in merges[key].read)
         adding = sorted({int(name.removeprefix("adapter_")) for name in factors if name is not None})
         problems.append(
             f"{key!r} is to be both added to, by {' and '.join(str(directories[index]) for index in adding)}, and replaced, by "
@@ -397,9 +404,14 @@ def _attached(
         key: (rule, replace(branch, setting=replace(branch.setting, strength=strength)))
         for key, (rule, branch) in contents.branches.items()
     }
-    plan = plan_branches(graph_module, adapter, branches, (), origin=contents.origin)
+    plan = plan_branches(graph_module, adapter, branches, (), origin=contents.origin, tokens=contents.tokens)
     empty = {name: nn.Parameter(value.to("meta"), requires_grad=False) for name, value in values.items()}
     return attach(graph_module, plan, adapter=adapter, values=empty, acts=True)
+
+
+def _factors(values: Mapping[str, torch.Tensor], rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors that merges name: an adapter's values, without trained copies, and the numbers of its rows."""
+    return {**rows, **{key: value.detach() for key, value in values.items() if original_name(key) is None}}
 
 
 def _recipe(graph_module: TracedGraphModule) -> tuple[Merge, ...]:

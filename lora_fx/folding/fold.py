@@ -162,7 +162,7 @@ def _folded(
     found = find_branches(plain, branches)
     values = values_of(plain, found, unshare=unshare)
     state = state_of(plain)
-    merges = [value.merge for value in values if value.updates]
+    merges = [value.merge for value in values if value.changes]
     _check_foldable(merges, state)
     _check_quantised(merges, state, inplace, quantised)
     copied = _copied_weights(values, state) if inplace else {merge.weight for merge in merges}
@@ -250,14 +250,14 @@ def recipe(
     """
     plain = with_apart_parameters(_plain_acting(graph_module, strengths))
     values = values_of(plain, find_branches(plain, branches), unshare=unshare)
-    return tuple(value.merge for value in values if value.updates)
+    return tuple(value.merge for value in values if value.changes)
 
 
 def _check_foldable(merges: Sequence[Merge], state: State) -> None:
     problems = []
     for merge in merges:
         weight = state.tensors[merge.weight]
-        tensors = {name: state.tensors[name] for update in merge.updates for name in (merge.weight, *update.names)}
+        tensors = {name: state.tensors[name] for name in (merge.weight, *merge.read)}
         problems += [f"{name!r} is on the meta device" for name, tensor in tensors.items() if tensor.is_meta]
         if weight.dtype not in FOLDABLE:
             problems.append(f"{merge.weight!r} is {weight.dtype}, to which nothing can be added")

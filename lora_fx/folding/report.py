@@ -163,8 +163,7 @@ def fold_report(before: fx.GraphModule, merged: TracedGraphModule) -> FoldReport
 def _check_order(before: fx.GraphModule, merged: TracedGraphModule) -> None:
     """Raise :class:`FoldError` if the second graph has branches that are folded in the first one."""
     kept = state_of(merged).tensors
-    updates = [update for merge in known_info(before).folded for update in merge.updates]
-    branch = next((name for update in updates for name in update.names if name in kept), None)
+    branch = next((name for merge in known_info(before).folded for name in merge.read if name in kept), None)
     if branch is not None:
         raise FoldError(
             "expected the graph that was folded and the result of its fold, got them the other way round: the second graph has "
@@ -188,7 +187,7 @@ def _check_values(weights: Sequence[FoldedWeight], new: Mapping[str, torch.Tenso
 
 
 def _check_pair(merge: Merge, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> None:
-    read = (merge.weight, *(name for update in merge.updates for name in update.names))
+    read = (merge.weight, *merge.read)
     lacking = [name for name in read if name not in old]
     if lacking:
         raise FoldError(

@@ -1,7 +1,7 @@
 """The names of what an adapter brings along.
 
 Of a branch these are the factors A and B, by which branches are nominated, and the places where B's rows go. An adapter may also
-have trained copies of the model's own parameters.
+have trained copies of the model's own parameters, and values of its own for single rows of an embedding.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _EMBEDDING_FACTOR = re.compile(
 )  # as PEFT names those of its own layers
 _COPY = re.compile(r"(?P<module>(.+\.)?)trained_copy\.(?P<adapter>[^.]+)\.(?P<leaf>[^.]+)")
 _PLACES = re.compile(r".+\.lora_places\.(?P<adapter>[^.]+)\.[^.]+")
+_TOKENS = re.compile(r"(.+\.)?token_adapter\.(?P<kind>trainable_tokens_delta|token_indices)\.(?P<adapter>[^.]+)")
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,26 @@ def original_name(name: str) -> str | None:
     return f"{match['module']}{match['leaf']}" if match else None
 
 
+def token_names(module: str, adapter: str) -> tuple[str, str]:
+    """Return the names of an adapter's values for rows of an embedding, as PEFT names them, and of the buffer with their numbers."""
+    path = f"{module}.token_adapter".removeprefix(".")
+    return f"{path}.trainable_tokens_delta.{adapter}", f"{path}.token_indices.{adapter}"
+
+
+def is_token_values(name: str) -> bool:
+    """Tell whether a parameter name is that of an adapter's values for rows of an embedding."""
+    match = _TOKENS.fullmatch(name)
+    return match is not None and match["kind"] == "trainable_tokens_delta"
+
+
+def is_placement(name: str) -> bool:
+    """Tell whether a buffer says where values of an adapter go: the places of a part's features, or the rows of an embedding."""
+    return is_places(name) or (_TOKENS.fullmatch(name) is not None and not is_token_values(name))
+
+
 def is_of_adapter(name: str) -> bool:
     """Tell whether a tensor of this name belongs to an adapter."""
-    return is_factor(name) or is_places(name) or original_name(name) is not None
+    return is_factor(name) or is_placement(name) or is_token_values(name) or original_name(name) is not None
 
 
 def adapter_of(name: str) -> str | None:
@@ -130,6 +148,7 @@ def adapter_of(name: str) -> str | None:
         _FACTOR,
         _EMBEDDING_FACTOR,
         _PLACES,
+        _TOKENS,
     )  # a copy of the weight of a module called lora_A is no factor
     match = next((match for pattern in patterns if (match := pattern.fullmatch(name))), None)
     return match["adapter"] if match else None

@@ -15,7 +15,7 @@ from torch import fx, nn
 from lora_fx.errors import PlanError
 from lora_fx.graph.example_sizes import Examples
 from lora_fx.graph.layers import Checkpointing
-from lora_fx.graph.records import BranchSpec, Origin, ParameterModule, TaskHead
+from lora_fx.graph.records import BranchSpec, Origin, ParameterModule, TaskHead, TokenRows
 from lora_fx.numerics.lowrank_merge import Merge
 
 RuledBranches = Mapping[str, tuple[str, BranchSpec]]
@@ -65,6 +65,7 @@ class AdapterRecord:
         trains: names of its parameters that train while it acts. Of an adapter that acts in a graph that trains, the parameters
             themselves tell, by ``requires_grad``.
         untied: names of tied parameters of which it has a trained copy for the module of that name alone.
+        tokens: rows of embeddings for which it has values of its own.
     """
 
     branches: RuledBranches
@@ -73,6 +74,7 @@ class AdapterRecord:
     acts: bool = True
     trains: frozenset[str] = frozenset()
     untied: frozenset[str] = frozenset()
+    tokens: tuple[TokenRows, ...] = ()
 
     @property
     def strength(self) -> float:

@@ -104,6 +104,35 @@ class Trained:
 
 
 @dataclass(frozen=True)
+class TokenRows:
+    """Rows of an embedding that train beside the branches: the adapter has values of its own for them.
+
+    Attributes:
+        module: the path after which the values are named, of the embedding.
+        rows: their numbers, in the order of the values.
+        rule: the selection that says so.
+        width: elements of a row.
+        alone: whether the weight is tied, and other modules that share it do not compute with these values.
+    """
+
+    module: str
+    rows: tuple[int, ...]
+    rule: str
+    width: int
+    alone: bool = False
+
+    @property
+    def weight(self) -> str:
+        """Name of the embedding's weight."""
+        return f"{self.module}.weight".removeprefix(".")
+
+    @property
+    def elements(self) -> int:
+        """How many elements train."""
+        return len(self.rows) * self.width
+
+
+@dataclass(frozen=True)
 class Origin:
     """Where an adapter comes from: the rules that made it, and what its config said of the base.
 

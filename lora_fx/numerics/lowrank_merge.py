@@ -70,6 +70,19 @@ class Update:
         return f"{self.scaling:g} * {scales}{product}{'' if self.places is None else f' at {self.places}'}"
 
 
+@dataclass(frozen=True)
+class RowWrite:
+    """Values that take the place of rows of a weight, as data.
+
+    Attributes:
+        rows: name of the tensor with the numbers of the rows.
+        values: name of the tensor with a row for each of them.
+    """
+
+    rows: str
+    values: str
+
+
 @dataclass(frozen=True, repr=False)
 class Merge:
     """What a fold does to one weight, as data.
@@ -79,15 +92,33 @@ class Merge:
         names: of the result: all of the weight's, unless uses of it were untied.
         updates: the products to add to it.
         view: from the weight as it is stored to a matrix ``(out, in)``, or a stack of them.
+        writes: values that take the place of rows of the weight as it is stored, before the products are added.
     """
 
     weight: str
     names: tuple[str, ...]
     updates: tuple[Update, ...]
     view: View = AS_STORED
+    writes: tuple[RowWrite, ...] = ()
 
     def __repr__(self) -> str:
-        return f"<Merge {' = '.join(self.names)} ({self.layout}) += {' + '.join(map(repr, self.updates))}>"
+        done = [f"[{write.rows}] = {write.values}" for write in self.writes]
+        done += [f"+= {' + '.join(map(repr, self.updates))}"] * bool(self.updates)
+        return f"<Merge {' = '.join(self.names)} ({self.layout}) {', '.join(done)}>"
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """Names of all tensors that it is made of, beside the weight."""
+        written = (name for write in self.writes for name in (write.rows, write.values))
+        return (*written, *(name for update in self.updates for name in update.names))
+
+    def written(self, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return a weight with the values of its rows, rounded to its dtype; itself where no row has any."""
+        weight = weight.detach()
+        for write in self.writes:
+            values = rounded(tensors[write.values].detach(), weight.dtype).to(weight.device)
+            weight = weight.index_copy(0, tensors[write.rows].to(weight.device), values)
+        return weight
 
     @property
     def layout(self) -> Layout:
@@ -138,7 +169,7 @@ def merge_into(
         tensors: the factors and all else that the updates name.
         out: where the result goes: a tensor like ``weight``, or that itself. None: nowhere, for the count alone.
     """
-    source = merge.stack(weight)
+    source = merge.stack(merge.written(weight, tensors))
     result = None if out is None else merge.stack(out)
     dtype, bits = weight.dtype, BITS[weight.dtype]
     largest, negative_zero = torch.finfo(dtype).max / 2, torch.iinfo(bits).min
@@ -174,7 +205,7 @@ def surely_finite(weight: torch.Tensor, merge: Merge, tensors: Mapping[str, torc
         merge: see :func:`merge_into`.
         tensors: see :func:`merge_into`.
     """
-    bound = _norm(weight)
+    bound = _norm(weight) + sum(_norm(tensors[write.values]) for write in merge.writes)
     for update in merge.updates:
         sizes = [_norm(tensors[factor.name]) for factor in update.factors]
         sizes += [abs(float(tensors[name])) for name in update.scales]
@@ -199,17 +230,20 @@ def measure(weight: torch.Tensor, merge: Merge, tensors: Mapping[str, torch.Tens
         tensors: see :func:`merge_into`.
         merged: the weight after it.
     """
-    source, result, bits = merge.stack(weight), merge.stack(merged), BITS[weight.dtype]
+    source, result, bits = merge.stack(merge.written(weight, tensors)), merge.stack(merged), BITS[weight.dtype]
     elements = unchanged = others = 0
     update_norms, weight_norms = [], []
+    before = merge.stack(weight)
     for index, rows, wide, delta in _block_sums(source, merge, tensors):
-        reached = delta != 0
-        elements += int(reached.count_nonzero())
         old, new = source[index, rows], result[index, rows]
-        unchanged += int(((old.view(bits) == new.view(bits)) & reached).count_nonzero())
         weight_norms.append(float(torch.linalg.vector_norm(wide)))
         wide += delta
         others += int((~_is_sum(new, old, wide, delta)).count_nonzero())
+        if merge.writes:
+            delta += old.to(delta.dtype) - before[index, rows]
+        reached = delta != 0
+        elements += int(reached.count_nonzero())
+        unchanged += int(((before[index, rows].view(bits) == new.view(bits)) & reached).count_nonzero())
         update_norms.append(math.sqrt(delta.square_().sum()))
     return Merged(elements, unchanged, math.hypot(*update_norms), math.hypot(*weight_norms), others)
 
@@ -241,6 +275,8 @@ def _block_sums(
             wide, delta = (torch.empty(shape, dtype=precision, device=old.device) for _ in range(2))
             spaces[shape[0]] = wide, delta
         wide, delta = spaces[shape[0]]
+        if not products:
+            delta.zero_()
         for number, product in enumerate(products):
             product.block(index, rows, merge.layout, wide if number else delta)
             if number:
@@ -260,7 +296,7 @@ def exact_blocks(
         tensors: see :func:`merge_into`.
     """
     products = [_Product.of(update, tensors, torch.float64) for update in merge.updates]
-    source = merge.stack(weight)
+    source = merge.stack(merge.written(weight, tensors))
     for index, rows in _blocks(source):
         exact = source[index, rows].double()
         part, delta = torch.empty_like(exact), torch.zeros_like(exact)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from lora_fx.errors import RuleError, did_you_mean, listed, shortened
 from lora_fx.graph.records import BranchSpec, ParameterModule, Trained
+from lora_fx.planning.peft_tokens import Vocabulary, token_rows
 from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, owners_of
 from lora_fx.rules.peft_config.config import ALL_LINEAR, AdapterConfig, trains_bias
 from lora_fx.rules.peft_config.name_matching import is_named, modules_of
@@ -28,6 +29,7 @@ def plan_peft_sites(
     parameters: Parameters,
     linears: Sequence[str],
     modules: Mapping[str, ParameterModule],
+    vocabulary: Vocabulary,
 ) -> Plan:
     """Decide for each of these sites as PEFT does.
 
@@ -38,6 +40,7 @@ def plan_peft_sites(
         parameters: those that the graph reads.
         linears: the modules that ``all-linear`` means, by their paths.
         modules: those whose weights PEFT adapts as parameters alone.
+        vocabulary: of the model.
 
     Raises:
         RuleError: nothing is selected, or what PEFT cannot adapt. All problems are named.
@@ -52,13 +55,14 @@ def plan_peft_sites(
         chosen = [each.site for each in decisions if isinstance(each, Chosen)]
         trained = _trained(rules, config, parameters, {site.module for site in chosen if not is_bare(site)})
         problems = [*_unadaptable(config, found, parameters, modules), *_unlike(config, tied)]
+        tokens = token_rows(config, found, parameters, vocabulary, rules.name, problems)
     except TimeoutError as error:
         raise RuleError(rules.source, [str(error)]) from error
-    if not chosen and not trained:
+    if not chosen and not trained and not tokens:
         problems.append(_nothing(rules.config, found))
     if problems:
         raise RuleError(rules.source, shortened(problems, _MAX_NAMED, "problems"))
-    return Plan(rules, tuple(decisions), trained)
+    return Plan(rules, tuple(decisions), trained, tokens=tokens)
 
 
 _MAX_NAMED = 20

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from lora_fx.graph.records import BranchSpec, Origin, Trained
+from lora_fx.graph.records import BranchSpec, Origin, TokenRows, Trained
 from lora_fx.rules.lookup import Rules
 from lora_fx.sites.call_sites import Site
 from lora_fx.sites.roles import Purpose
@@ -86,12 +86,14 @@ class Plan:
         decisions: one for each call site.
         trained: parameters of the model that train too.
         origin: where the adapter comes from, if that is not these rules.
+        tokens: rows of embeddings that train.
     """
 
     rules: Rules
     decisions: tuple[Decision, ...]
     trained: tuple[Trained, ...] = ()
     origin: Origin | None = None
+    tokens: tuple[TokenRows, ...] = ()
 
     def __iter__(self) -> Iterator[Decision]:
         return iter(self.decisions)
@@ -156,6 +158,8 @@ def totals(plan: Plan) -> str:
     if plan.trained:
         line += f"; {sum(trained.elements for trained in plan.trained)} of the model's own train too: "
         line += ", ".join(trained.name for trained in plan.trained)
+    for each in plan.tokens:
+        line += f"; {len(each.rows)} rows of {each.weight} train, {each.elements} parameters"
     return line
 
 
@@ -167,6 +171,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "parameters": plan.parameters,
         "sites": [_site(decision) for decision in plan],
         "trained": [{"name": each.name, "rule": each.rule, "elements": each.elements} for each in plan.trained],
+        "tokens": [{"weight": each.weight, "rule": each.rule, "rows": list(each.rows)} for each in plan.tokens],
     }
 
 

@@ -13,15 +13,16 @@ from torch import fx, nn
 from lora_fx.branches.remove import unload
 from lora_fx.branches.tied_copies import why_not_untied
 from lora_fx.errors import PlanError, RuleError, did_you_mean, listed
-from lora_fx.graph.adapter_names import adapters, is_factor, original_name
+from lora_fx.graph.adapter_names import adapters, is_factor, is_token_values, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import known_info
 from lora_fx.graph.process_state import uncollected
-from lora_fx.graph.records import BranchSpec, TaskHead, Trained
+from lora_fx.graph.records import BranchSpec, TaskHead, TokenRows, Trained
 from lora_fx.numerics.quantised_weight import QuantisedWeight
 from lora_fx.planning.cautions import warn_of_lower_ranks
 from lora_fx.planning.matching import refusal, trains
 from lora_fx.planning.peft_plan import plan_peft_sites
+from lora_fx.planning.peft_tokens import Vocabulary
 from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, outputs_of, owners_of
 from lora_fx.rules.lookup import Rules, RulesLike, load, model_type_of
 from lora_fx.rules.peft_config.name_matching import modules_of
@@ -82,7 +83,9 @@ def plan_graph(graph_module: fx.GraphModule, rules: Rules) -> Plan:
     own = {
         names: state.tensors[first].numel()
         for first, names in state.names().items()
-        if first in read and isinstance(state.tensors[first], nn.Parameter) and not is_factor(first)
+        if first in read
+        and isinstance(state.tensors[first], nn.Parameter)
+        and not (is_factor(first) or is_token_values(first))
     }
     plain = (
         unload(graph_module) if adapters(graph_module) else graph_module
@@ -95,7 +98,8 @@ def plan_graph(graph_module: fx.GraphModule, rules: Rules) -> Plan:
     }
     if isinstance(rules, PeftRules):
         known = known_info(graph_module)
-        return plan_peft_sites(found, rules, purpose_of, own, known.linears, known.parameter_modules)
+        vocabulary = Vocabulary.of(known)
+        return plan_peft_sites(found, rules, purpose_of, own, known.linears, known.parameter_modules, vocabulary)
     return plan_sites(found, rules, purpose_of, own, head)
 
 
@@ -138,6 +142,7 @@ def plan_sites(
             nearest = max(reasons, key=lambda reason: reason.agreed, default=None)
             decisions.append(Skipped(site, nearest.reason if nearest else "no selection adds branches", purpose))
     trained = _trained(rules, known, parameters or {}, matched)
+    tokens = _tokens(rules, known, parameters or {}, matched, problems)
     of_head = {each.name: each for each in _trained_by_task(rules, by_task, parameters or {}, problems)}
     trained = tuple({**of_head, **{each.name: each for each in trained}}.values())
     problems += [
@@ -154,7 +159,42 @@ def plan_sites(
     ]
     if problems:
         raise RuleError(rules.source or f"rules {rules.name!r}", problems)
-    return Plan(rules, tuple(decisions), trained)
+    return Plan(rules, tuple(decisions), trained, tokens=tokens)
+
+
+def _tokens(
+    rules: RuleSet,
+    known: Mapping[Site, Purpose],
+    parameters: Mapping[tuple[str, ...], int],
+    matched: set[int],
+    problems: list[str],
+) -> tuple[TokenRows, ...]:
+    """Return the rows of embeddings that selections mean, and note which selections those are; conflicts are added to the problems."""
+    found: dict[str, TokenRows] = {}
+    tables = {site.weight: site for site in known if site.op == "embedding"}
+    for index, selection in enumerate(rules.select):
+        if not isinstance(selection.trainable, tuple):
+            continue
+        means = trains(selection, known)
+        for names in parameters:
+            site = next((tables[name] for name in names if name in tables), None)
+            meant = next((name for name in names if means(name)), None)
+            if site is None or meant is None:
+                continue
+            matched.add(index)
+            beyond = [row for row in selection.trainable if row >= site.in_features]
+            if beyond:
+                problems.append(
+                    f"{rules.at('select', index, 'trainable')}: {meant!r} has {site.in_features} rows, and {beyond[0]} is none of them"
+                )
+            if names[0] in found:
+                problems.append(
+                    f"{rules.where(index)} names rows of {meant!r}, as an earlier selection does; put them into one"
+                )
+            module = meant.removesuffix(".weight")
+            rule = f"{rules.name}:select[{index}]"
+            found[names[0]] = TokenRows(module, selection.trainable, rule, site.out_features)
+    return tuple(found.values())
 
 
 def _trained(
@@ -163,7 +203,7 @@ def _trained(
     """Return the parameters that selections with ``trainable`` mean, and note which selections those are."""
     found: dict[str, Trained] = {}
     for index, selection in enumerate(rules.select):
-        if selection.trainable is None:
+        if selection.trainable is None or isinstance(selection.trainable, tuple):
             continue
         means = trains(selection, known)
         for names, elements in parameters.items():
@@ -249,6 +289,16 @@ def check_attachable(plan: Plan, graph_module: fx.GraphModule) -> None:
             )
         elif first[trained.name] in adapted:
             problems.append(f"{trained.name!r} would both train and get a branch; leave one of the two out")
+    for each in plan.tokens:
+        names = tied[first[each.weight]]
+        if first[each.weight] in {first[trained.name] for trained in plan.trained}:
+            problems.append(
+                f"{each.weight!r} would train as a whole, and rows of it by themselves; leave one of the two out"
+            )
+        elif each.alone and (reason := why_not_untied(graph_module, names, each.weight)):
+            problems.append(
+                f"{' and '.join(names)} are one parameter, and rows of {each.weight} would be those of {each.module} alone: {reason}"
+            )
     if problems:
         raise PlanError("; ".join(problems) + ".")
 
@@ -339,6 +389,9 @@ def _attends(purpose: Purpose) -> bool:
 
 def _matches_nothing(known: Mapping[Site, Purpose], rules: RuleSet, index: int) -> str:
     selection = rules.select[index]
+    if isinstance(selection.trainable, tuple):
+        ends = sorted({site.module.rpartition(".")[2] for site in known if site.op == "embedding"})
+        return f"{rules.where(index)} matches no embedding; the model has {', '.join(ends) or 'none'}"
     if selection.trainable is not None:
         return f"{rules.where(index)} matches no parameter that the model uses; name a module, or a part of its dotted name's end"
     where = f"{rules.where(index)} matches no call site"

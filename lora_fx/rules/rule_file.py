@@ -102,6 +102,10 @@ Calls = Annotated[
     Literal["all", "each"] | Annotated[tuple[Positive, ...], Items("[1]")],
     expecting('"all", "each" or a list of different integers ≥ 1'),
 ]
+Trainable = Annotated[
+    Literal["bias", "all"] | Annotated[tuple[Natural, ...], Items("[0]")],
+    expecting("'bias', 'all' or a list of different integers ≥ 0 (rows)", ("bias", "all")),
+]
 Role = Annotated[RoleName, one_of(RoleName)]
 
 
@@ -193,8 +197,8 @@ class Selection(_Table):
     init: Annotated[Init, one_of(Init)] | None = None
     """In place of the default."""
 
-    trainable: Annotated[Literal["bias", "all"], one_of(Literal["bias", "all"])] | None = None
-    """No branch: the biases or all parameters of the modules train themselves."""
+    trainable: Trainable | None = None
+    """No branch: the biases or all parameters of the modules train themselves, or these rows of embeddings, as of new tokens."""
 
     override: Flag = False
     """Whether this selection takes sites over from those before it."""

@@ -1,5 +1,6 @@
 """Stored weights behind graph nodes: the named tensor that an operator reads, through transposes, reshapes and casts.
 
+Rows that an adapter writes over (``index_copy`` of its token values) count as the weight's own: :func:`written_rows` tells of them.
 A cast to another floating-point type counts as the identity: the arithmetic that a fold replaces is that of real numbers,
 which is rounded once, at its end.
 """
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from lora_fx.graph.adapter_names import is_token_values
 from lora_fx.graph.aten_kinds import arguments_of
+from lora_fx.numerics.lowrank_merge import RowWrite
 from lora_fx.numerics.weight_view import AS_STORED, SWAP, Step, View
 
 aten = torch.ops.aten
@@ -69,8 +72,30 @@ def stored(value: Any) -> Stored | None:
 
 
 def is_transparent(node: fx.Node) -> bool:
-    """Tell whether a node only passes on the tensor that it reads: by a transpose, a reshape, a cast, or a choice of matrices."""
-    return is_view(node) or _choosing_index(node) is not None
+    """Tell whether a node only passes on the tensor that it reads.
+
+    By a transpose, a reshape, a cast, a choice of matrices, or with rows that an adapter writes over.
+    """
+    return is_view(node) or _choosing_index(node) is not None or written_rows(node) is not None
+
+
+def written_rows(node: fx.Node) -> RowWrite | None:
+    """Return the rows of a weight that a node writes over with the token values of an adapter; None if it is no such node."""
+    if node.target is not aten.index_copy.default:
+        return None
+    weight, dim, index, values = node.args
+    numbers, found, own = _constant(index), stored(values), stored(weight)
+    if numbers is None or found is None or own is None or dim != 0 or own.view.steps or found.view.steps:
+        return None
+    name = str(found.node.target)
+    return RowWrite(str(numbers.target), name) if is_token_values(name) else None
+
+
+def _constant(value: Any) -> fx.Node | None:
+    """Return the ``get_attr`` of a tensor of integers that is passed on unchanged, as torch.export writes a tensor made in ``forward``."""
+    while isinstance(value, fx.Node) and value.target in _PASSED_ON:
+        value = value.args[0]
+    return value if isinstance(value, fx.Node) and value.op == "get_attr" else None
 
 
 def _choosing_index(node: fx.Node) -> fx.Node | None:
@@ -152,4 +177,13 @@ def _reshape_to(sizes: Any) -> Step | None:
 _CASTS = (aten.to.dtype, aten.to.device, aten._to_copy.default)
 _RESHAPES_TO_SIZES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _RESHAPES_OF_RANK = (aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.flatten.using_ints)
+_PASSED_ON = (
+    aten.lift_fresh_copy.default,
+    aten.detach_.default,
+    aten.detach.default,
+    aten.to.dtype_layout,
+    aten.to.dtype,
+    aten.to.device,
+    aten._to_copy.default,
+)
 _PERMUTATIONS = (aten.transpose.int, aten.permute.default, aten.numpy_T.default)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import transformers
 from torch import fx, nn
 from transformers.pytorch_utils import Conv1D
@@ -70,11 +72,10 @@ def _is_own(module: nn.Module) -> bool:
 
 
 def vocabulary_modules(model: nn.Module) -> tuple[str, ...]:
-    """Return the paths of the input and the output embedding of a transformers model, which PEFT saves where the vocabulary was resized."""
-    if not isinstance(model, transformers.PreTrainedModel):
-        return ()
-    try:
-        embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-    except NotImplementedError:  # of a model without
-        return ()
-    return tuple(name for name, module in model.named_modules() if any(module is each for each in embeddings))
+    """Return the paths of the input and then the output embedding of a model that tells them; PEFT saves both where a vocabulary was resized."""
+    embeddings: list[object] = []
+    for method in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(NotImplementedError):  # of a model without
+            embeddings.append(getattr(model, method, lambda: None)())
+    names = {id(module): name for name, module in reversed(list(model.named_modules()))}
+    return tuple(dict.fromkeys(names[id(each)] for each in embeddings if id(each) in names))

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_fx.adapters.peft_format.keys import PREFIX, base_name
+from lora_fx.adapters.peft_format.keys import base_name, module_of_key
 from lora_fx.adapters.peft_format.opening import AdapterFiles
 from lora_fx.errors import AdapterError
 from lora_fx.tracing.transformers_models import (
@@ -74,11 +74,7 @@ def _fits(files: AdapterFiles, model: nn.Module) -> bool:
     """Tell whether a model has all modules and parameters that the tensors of an adapter name."""
     names = dict(model.named_parameters(remove_duplicate=False))
     modules = {name for name, _ in model.named_modules()}
-    return all(
-        base_name(key, names) is not None
-        or key.removeprefix(PREFIX).partition(".lora_")[0].replace(".base_layer", "") in modules
-        for key in files.file.entries
-    )
+    return all(base_name(key, names) is not None or module_of_key(key) in modules for key in files.file.entries)
 
 
 def _labels(

@@ -2,6 +2,7 @@
 
     linear, convolution   base_model.model.<module>.lora_A.weight            as here
     embedding             base_model.model.<module>.lora_embedding_A         as here
+    rows of an embedding  base_model.model.<module>.token_adapter.trainable_tokens_delta
     parameter             base_model.model.<parent>.lora_A.weight            of the last parameter of <parent> that is adapted
                           base_model.model.<parent>.base_layer.lora_A.weight of the one before, and so on
 
@@ -119,6 +120,26 @@ def base_key(parameter: str, adapted: Collection[str]) -> str:
     return PREFIX + ".".join([module] * bool(module) + ["base_layer"] * (module in adapted) + [leaf])
 
 
+def token_key(module: str) -> str:
+    """Return the key of the values for rows of an embedding."""
+    return f"{PREFIX}{module}.{_TOKENS}"
+
+
+def module_of_key(key: str) -> str:
+    """Return the module that the key of a factor, or of the values for rows of an embedding, names."""
+    path = key.removeprefix(PREFIX).removesuffix(f".{_TOKENS}").partition(".lora_")[0]
+    return ".".join(part for part in path.split(".") if part != "base_layer")
+
+
+def is_of_method(key: str) -> bool:
+    """Tell whether a key is that of a factor, or of the values for rows of an embedding, and of no tensor of the model."""
+    return ".lora_" in key or key.endswith(f".{_TOKENS}")
+
+
+_TOKENS = "token_adapter.trainable_tokens_delta"
+_LAYERS = ("base_layer", "original_module", "token_adapter")  # of PEFT, around a layer of the model
+
+
 def base_name(key: str, names: Collection[str]) -> str | None:
     """Return which of these parameters of the model a key stands for, if it does for one.
 
@@ -130,7 +151,7 @@ def base_name(key: str, names: Collection[str]) -> str | None:
         place = parts.index("modules_to_save")
         candidates = [parts[:place] + parts[place + 1 :], parts[:place] + parts[place + 2 :]]
     else:
-        candidates = [[part for part in parts if part not in ("base_layer", "original_module")]]
+        candidates = [[part for part in parts if part not in _LAYERS]]
     found = (".".join(candidate) for candidate in (parts, *candidates))
     return next((name for name in found if name in names), None) if key.startswith(PREFIX) else None
 

@@ -19,7 +19,9 @@ from lora_fx.adapters.peft_format.keys import (
     apart_from_calls,
     base_key,
     base_name,
+    module_of_key,
     slots,
+    token_key,
 )
 from lora_fx.adapters.peft_format.ledger import KeyLedger
 from lora_fx.adapters.peft_format.opening import AdapterFiles
@@ -34,15 +36,16 @@ from lora_fx.adapters.peft_format.own_tensors import (
 from lora_fx.adapters.peft_format.renaming import fitted
 from lora_fx.adapters.peft_format.stacks import LAYOUTS, Stack, Writer, is_transposed, stack_layouts
 from lora_fx.errors import did_you_mean, warn
-from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
+from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name, token_names
 from lora_fx.graph.batch_norms import whole_norms
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.info import known_info
 from lora_fx.graph.provenance import called_modules
-from lora_fx.graph.records import BranchSpec, Origin, Trained
+from lora_fx.graph.records import BranchSpec, Origin, TokenRows, Trained
 from lora_fx.numerics.factor_init import adapter_dtype
 from lora_fx.numerics.lowrank_merge import rounded
 from lora_fx.planning.cautions import warn_of_untying
+from lora_fx.planning.peft_tokens import Vocabulary, token_rows
 from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import CONFIG_NAME, trains_bias
 from lora_fx.sites.call_sites import Site, is_bare, sites
@@ -59,6 +62,8 @@ class AdapterContents:
         copies: the trained values, by the parameter's name.
         origin: where it comes from.
         statistics: running statistics of batch norms that train as a whole, by their names.
+        tokens: rows of embeddings that have trained values.
+        rows: these values, by the paths of the embeddings.
         echoes: what the file has of the model's own tensors, which a graph on the meta device could not be compared with: the
             key of each, by its name in the graph.
     """
@@ -70,6 +75,8 @@ class AdapterContents:
     origin: Origin
     statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
     echoes: Mapping[str, str] = field(default_factory=dict)
+    tokens: tuple[TokenRows, ...] = ()
+    rows: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def values_of(self, adapter: str, *, trainable: bool) -> dict[str, torch.Tensor]:
         """Return the tensors by the names that they have in a graph; parameters that are to train require a gradient."""
@@ -81,7 +88,8 @@ class AdapterContents:
             names, trains_b = branch.names(adapter), branch.setting.trains_b
             values |= {names.a: nn.Parameter(a, trainable), names.b: nn.Parameter(b, trains_b and trainable)}
         copies = {copy_name(name, adapter): nn.Parameter(value, trainable) for name, value in self.copies.items()}
-        return values | copies
+        rows = {token_names(m, adapter)[0]: nn.Parameter(value, trainable) for m, value in self.rows.items()}
+        return values | copies | rows
 
 
 def read_contents(files: AdapterFiles, graph_module: fx.GraphModule) -> AdapterContents:
@@ -120,6 +128,7 @@ class _Reader:
         branches = self._with_layouts(branches)
         factors = {slot: self._factors(slot, branch) for slot, branch in branches.items()}
         copies = self._copies(own, [slot.site.module for slot in branches if not is_bare(slot.site)])
+        tokens = self._tokens(own)
         resized = self._resized_embeddings(own, copies, {self._first[slot.site.weight] for slot in branches})
         copies |= resized
         norms = whole_norms(self._graph_module.graph, self._state.modules, copies, own)
@@ -132,6 +141,7 @@ class _Reader:
         measured = {name: self._read_copy(key, own[name]) for name, key in statistics.items()}
         measured = {n: v if own[n].is_meta else v.to(own[n]) for n, v in measured.items()}
         echoes = self._check_rest(own, copies)
+        rows = {each.module: self._read_rows(each) for each in tokens}
         self._ledger.stop_if_wrong()
         trained = tuple(Trained(n, CONFIG_NAME, v.numel(), untied=n in self._untied) for n, v in saved.items())
         warn_of_untying(trained, self._state.names(), str(self._files.directory))
@@ -152,6 +162,8 @@ class _Reader:
             replace(origin, task_type=config.task_type, base=config.base_model_name_or_path, revision=config.revision),
             measured,
             echoes,
+            tokens,
+            rows,
         )
 
     def _tied_to(self, chosen: Collection[Site]) -> list[Site]:
@@ -240,6 +252,21 @@ class _Reader:
             taken[name if name in self._untied else first] = key
         return taken
 
+    def _tokens(self, own: Mapping[str, torch.Tensor]) -> tuple[TokenRows, ...]:
+        """Return the rows of embeddings that have values, and take their keys from those of the file."""
+        names = [names for names in self._state.names().values() if names[0] in own]
+        vocabulary = Vocabulary.of(known_info(self._graph_module))
+        found = list(self._sites.values())
+        tokens = token_rows(self._config, found, names, vocabulary, CONFIG_NAME, self._ledger.problems)
+        for each in tokens:
+            why = f"{CONFIG_NAME} says trainable_token_indices"
+            self._ledger.take(token_key(each.module), (len(each.rows), each.width), why, f"rows of {each.weight}")
+        return tokens
+
+    def _read_rows(self, tokens: TokenRows) -> torch.Tensor:
+        weight = self._state.tensors[tokens.weight]
+        return self._read(token_key(tokens.module), weight.new_empty(0, dtype=adapter_dtype(weight.dtype)))
+
     def _apart_in_file(self) -> set[str]:
         """Return the names of parameters that were to stay tied, and of which the file has different values: PEFT unties a second adapter."""
         found: set[str] = set()
@@ -296,7 +323,7 @@ class _Reader:
         for key in list(self._ledger.unread):
             if base_name(key, own) is not None:
                 continue
-            module = key.removeprefix(PREFIX).partition(".lora_")[0]
+            module = module_of_key(key)
             if self._is_dead(module, own):
                 dead.add(module)
                 del self._ledger.unread[key]

@@ -15,7 +15,7 @@ from functools import cached_property
 from torch import fx
 
 from lora_fx.adapters.peft_format.experts import ExpertKey, stacked
-from lora_fx.adapters.peft_format.keys import PREFIX, base_name
+from lora_fx.adapters.peft_format.keys import PREFIX, base_name, is_of_method, module_of_key, token_key
 from lora_fx.adapters.peft_format.opening import AdapterFiles
 from lora_fx.errors import AdapterError, LoraFxError, shortened
 from lora_fx.graph.adapter_names import is_of_adapter
@@ -58,13 +58,15 @@ def _fitted(files: AdapterFiles, graph_module: fx.GraphModule) -> AdapterFiles:
     rest = set(strange) - moved.keys() - {expert.key for expert in experts}
     _check_any_fits(files, rest, names)
     twice = [
-        f"{old} and {new} are both for {_module_of(new)!r}" for old, new in moved.items() if new in files.file.entries
+        f"{old} and {new} are both for {module_of_key(new)!r}"
+        for old, new in moved.items()
+        if new in files.file.entries
     ]
     if twice:
         raise AdapterError(str(files.directory), shortened(twice, _MAX_NAMED, "keys"))
     entries = {moved.get(key, key): entry for key, entry in files.file.entries.items()}
     config = _renamed_config(
-        files.config, {_module_of(new): _module_of(old) for old, new in moved.items() if ".lora_" in old}
+        files.config, {module_of_key(new): module_of_key(old) for old, new in moved.items() if ".lora_" in old}
     )
     owners = [each for each in known_info(graph_module).parameter_modules if f"{each}.weight" in names.own]
     config = _with_parameters(config, entries, owners)
@@ -93,20 +95,14 @@ class _Names:
 
     def have(self, key: str) -> bool:
         """Tell whether a key is that of a tensor, or of a factor at a module."""
-        if ".lora_" not in key:
+        if not is_of_method(key):
             return base_name(key, self.own) is not None
-        return key.startswith(PREFIX) and _module_of(key) in self.modules
+        return key.startswith(PREFIX) and module_of_key(key) in self.modules
 
     @cached_property
     def weights(self) -> dict[str, bool]:
         """What transformers asks when it adds or drops a prefix: the tensors, and a weight of each module."""
         return {**dict.fromkeys(self.own, True), **{f"{module}.weight": True for module in self.modules}}
-
-
-def _module_of(key: str) -> str:
-    """Return the module that the key of a factor names."""
-    path = key.removeprefix(PREFIX).partition(".lora_")[0]
-    return ".".join(part for part in path.split(".") if part != "base_layer")
 
 
 @dataclass(frozen=True)
@@ -128,17 +124,19 @@ class _Conversions:
 
     def renamed(self, key: str) -> str | None:
         """Return the key under which a tensor is read; None where the graph has none for it."""
-        if ".lora_" not in key:
+        if not is_of_method(key):
             new = self._new_name(".".join(part for part in key.removeprefix(PREFIX).split(".") if part != "base_layer"))
             return f"{PREFIX}{new}" if new in self.names.own else None
         path, _, factor = key.removeprefix(PREFIX).partition(".lora_")
-        module = self._new_name(f"{_module_of(key)}.weight").removesuffix(".weight")
+        module = self._new_name(f"{module_of_key(key)}.weight").removesuffix(".weight")
+        if not factor:
+            return token_key(module) if module in self.names.modules else None
         inner = ".base_layer" * path.split(".").count("base_layer")
         return f"{PREFIX}{module}{inner}.lora_{factor}" if module in self.names.modules else None
 
     def expert(self, key: str) -> ExpertKey | None:
         """Return the place in a stack of the factor of an expert that was a module of its own; None for any other key."""
-        module = _module_of(key)
+        module = module_of_key(key)
         name, pattern = self.of_keys.applied(f"{module}.weight", self.names.weights)
         converter = next((each for each in self.of_keys.converters if pattern in each.source_patterns), None)
         return None if converter is None else ExpertKey.of(key, module, name, str(pattern), converter)
@@ -153,7 +151,7 @@ def _check_any_fits(files: AdapterFiles, rest: Set[str], names: _Names) -> None:
     special = any(".base_layer." in key.partition(".lora_")[0] for key in factors)  # of nn.MultiheadAttention
     if len(factors) < _MIN_FACTORS or special or not set(factors) <= rest:
         return
-    module = _module_of(factors[0])
+    module = module_of_key(factors[0])
     found, expected = next(_prefixes(module, names), (module, ""))
     told = (
         f"the modules are under {found or 'no prefix'!r}, those of the graph under {expected or 'no prefix'!r}"

@@ -22,8 +22,16 @@ from lora_fx.adapters.peft_format.reading import AdapterContents, read_contents
 from lora_fx.adapters.peft_format.stacks import StackLayout
 from lora_fx.adapters.peft_format.tensors import FILE_NAME, PICKLE_NAME
 from lora_fx.adapters.peft_format.writing import PeftAdapter, module_paths, to_peft
-from lora_fx.adapters.recorded import branches_of, moved_statistics, origin_of, plan_branches, trained_of, with_training
-from lora_fx.adapters.transfer import differences
+from lora_fx.adapters.recorded import (
+    branches_of,
+    moved_statistics,
+    origin_of,
+    plan_branches,
+    record_of,
+    trained_of,
+    with_training,
+)
+from lora_fx.adapters.transfer import differences, row_differences
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import lower
 from lora_fx.errors import AdapterError, PlanError, listed, warn
@@ -184,7 +192,9 @@ def with_adapter(
     contents = read_contents(files, graph_module)
     if adapter not in adapters(graph_module):
         values = contents.values_of(adapter, trainable=bool(trainable))
-        plan = plan_branches(graph_module, adapter, contents.branches, contents.trained, origin=contents.origin)
+        plan = plan_branches(
+            graph_module, adapter, contents.branches, contents.trained, origin=contents.origin, tokens=contents.tokens
+        )
         return attach(graph_module, plan, adapter=adapter, values=values)
     return _with_values(graph_module, adapter, contents, trainable)
 
@@ -329,6 +339,7 @@ def _with_values(
         {(each.name, each.untied) for each in trained}
         for trained in (trained_of(graph_module, adapter), contents.trained)
     )
+    unlike += row_differences(record_of(graph_module, adapter).tokens, contents.tokens)
     unlike += [f"{name}: trains in one of them only" for name in sorted({name for name, _ in own ^ given})]
     if unlike:
         problem = f"the graph's adapter {adapter!r} is another than the directory's; load it under another name, or with from_adapter"

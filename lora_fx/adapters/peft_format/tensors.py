@@ -178,7 +178,7 @@ def _without_name(key: str, names: Collection[str], present: Collection[str]) ->
 
 
 _NAMED_FACTOR = re.compile(
-    r"(?P<before>.*\.lora_(?:[AB](?=\.[^.]+\.(?:weight|bias))|embedding_[AB]|magnitude_vector(?!\.weight)))"
+    r"(?P<before>.*\.(?:lora_(?:[AB](?=\.[^.]+\.(?:weight|bias))|embedding_[AB]|magnitude_vector(?!\.weight))|trainable_tokens_delta))"
     r"\.(?P<name>[^.]+)(?P<after>\.(?:weight|bias))?"
 )
 _WRAPPERS = re.compile(

@@ -9,16 +9,24 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from lora_fx.adapters.peft_format.keys import Slot, apart_from_calls, base_key, slots
+from lora_fx.adapters.peft_format.keys import Slot, apart_from_calls, base_key, slots, token_key
 from lora_fx.adapters.peft_format.stacks import StackLayout, is_transposed, written_layout
-from lora_fx.adapters.recorded import branches_of, origin_of, parameters_of, statistics_of, trained_of
+from lora_fx.adapters.recorded import (
+    branches_of,
+    origin_of,
+    parameters_of,
+    record_of,
+    statistics_of,
+    trained_of,
+)
 from lora_fx.errors import AdapterError, warn
-from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name
+from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name, token_names
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import info_of
 from lora_fx.graph.provenance import called_modules
 from lora_fx.graph.records import BranchSpec
 from lora_fx.numerics.lowrank_merge import concatenated, with_all_rows
+from lora_fx.planning.peft_tokens import Vocabulary
 from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import AdapterConfig, trains_bias
 from lora_fx.rules.peft_config.name_matching import modules_of
@@ -86,6 +94,7 @@ class _PeftWriter:
             tensors |= dict(zip(slot.keys, slot.converted(*self._dense(branches, slot.site)), strict=True))
             settings[slot.name] = (sum(branch.setting.rank for branch in branches), self._scale(owner))
         self._problems += apart.values()
+        indices, rows = self._tokens(chosen)
         adapted = [slot.site.module for slot in placed.values() if not is_bare(slot.site)]
         parts = self._trained(adapted)
         if self._problems:
@@ -97,8 +106,8 @@ class _PeftWriter:
         tied = [names_of[each.name] for each in trained if not each.untied and len(names_of[each.name]) > 1]
         as_one = any(config.saves_any(name) for names in tied for name in names)
         as_one = as_one or any(branch.mirrors is not None for branch in branches)
-        config = config.model_copy(update={"ensure_weight_tying": as_one})
-        return PeftAdapter(config, {**tensors, **self._copies(config, adapted)})
+        config = config.model_copy(update={"ensure_weight_tying": as_one, "trainable_token_indices": indices})
+        return PeftAdapter(config, {**tensors, **self._copies(config, adapted), **rows})
 
     def _named_weights(self, chosen: Collection[Site]) -> tuple[set[str], dict[str, str]]:
         """Return the modules to adapt by their weights, and where PEFT cannot adapt.
@@ -172,6 +181,30 @@ class _PeftWriter:
                 f"{error}: trains, and PEFT trains all biases, those of adapted modules, or whole modules"
             )
             return TrainedParts("none", ())
+
+    def _tokens(self, chosen: Collection[Site]) -> tuple[object, dict[str, torch.Tensor]]:
+        """Return the rows of embeddings that have values, as PEFT's config has them, and the values by their keys."""
+        vocabulary = Vocabulary.of(info_of(self._graph_module))
+        adapted = {self._first[site.weight] for site in chosen}
+        indices: dict[str, tuple[int, ...]] = {}
+        values: dict[str, torch.Tensor] = {}
+        for each in record_of(self._graph_module, self._adapter).tokens:
+            first, module = self._first[each.weight], each.module
+            names = self._state.names()[first]
+            if not each.alone and vocabulary.tied and f"{vocabulary.embedding}.weight" in names:
+                module = str(vocabulary.embedding)
+            elif not each.alone and len(names) > 1:
+                self._problems.append(
+                    f"{module}: rows of a weight that its config does not tie, and PEFT would give them to {module} alone"
+                )
+            if first in adapted:
+                self._problems.append(
+                    f"{module}: rows of its weight beside a branch, and PEFT has one of the two at an embedding"
+                )
+            indices[module] = each.rows
+            values[token_key(module)] = self._state.tensors[token_names(each.module, self._adapter)[0]]
+        alone = list(indices) == [vocabulary.embedding]
+        return indices[str(vocabulary.embedding)] if alone else indices or None, values
 
     def _copies(self, config: AdapterConfig, adapted: Collection[str]) -> dict[str, torch.Tensor]:
         """Return what PEFT keeps of the model's own tensors: trained parameters, and all else in the modules that train."""

@@ -47,7 +47,7 @@ def coverage(graph: Reader, merges: Iterable[Merge]) -> tuple[Covered, ...]:
         merges: the merges that a fold made in its weights, or would make.
     """
     module = graph.graph_module
-    merged = {name for merge in merges if merge.updates for name in merge.names}
+    merged = {name for merge in merges for name in merge.names}
     reasons: dict[str, str] = {}
     for record in known_info(module).adapters.values():
         reasons.update(record.skipped if record.acts else {})

@@ -55,6 +55,13 @@ def _check_init(init: bool | str) -> bool | str:
     return init
 
 
+def _check_rows(rows: Any) -> Any:
+    for each in rows.values() if isinstance(rows, dict) else (rows or (),):
+        if len(set(each)) < len(each):
+            raise wrong(f"expected each row once, found {shown(list(each))}")
+    return rows
+
+
 _CHANGED_BASE = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 _SAME_BASE = ("gaussian", "eva", "orthogonal", "mica")
 _STARTS: Mapping[bool | str, Start] = {"gaussian": "gaussian", "mica": "mica", False: "random"}
@@ -110,6 +117,13 @@ class AdapterConfig(Table):
 
     modules_to_save: Names | None = None
     """Modules that train as a whole, by the ends of their names."""
+
+    trainable_token_indices: Annotated[
+        tuple[Natural, ...] | dict[str, tuple[Natural, ...]] | None,
+        expecting("a list of integers ≥ 0, or an object with such lists by names of modules"),
+        AfterValidator(_check_rows),
+    ] = None
+    """Rows of embeddings that train: of the input embedding, or of modules by the ends of their names."""
 
     ensure_weight_tying: Flag = False
     """Whether modules that share a weight with one that is adapted or trains are adapted or train with it."""

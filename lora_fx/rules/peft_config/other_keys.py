@@ -22,7 +22,6 @@ UNUSED: Mapping[str, Any] = {
             "lora_ga_config",
             "megatron_config",
             "monteclora_config",
-            "trainable_token_indices",
             "use_bdlora",
             "velora_config",
         )
@@ -42,7 +41,6 @@ VARIANTS: Mapping[str, str] = {
     "use_bdlora": "block-diagonal LoRA",
     "lora_bias": "a bias in B",
     "alora_invocation_tokens": "activated LoRA (aLoRA)",
-    "trainable_token_indices": "trainable tokens",
     "layer_replication": "replicated layers",
     "megatron_config": "Megatron's parallel layers",
     "arrow_config": "Arrow routing",

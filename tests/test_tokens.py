@@ -1,0 +1,282 @@
+"""Trainable tokens: rows of an embedding that train, with PEFT beside them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+
+import lora_fx
+from lora_fx.errors import AdapterError, FoldError, PlanError, RuleError
+from lora_fx.folding.checkpoint_plan import fold_checkpoint
+
+ROWS = [7, 3, 5]
+IDS = torch.tensor([[11, 3, 9, 5, 7, 2, 7], [5, 1, 3, 3, 8, 30, 4]])
+INPUTS = {"input_ids": IDS, "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])}
+
+
+def llama(tied: bool, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=31, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).to(dtype).eval()
+
+
+def named(name: str) -> str:
+    """Return the name of a parameter of PEFT's in a graph."""
+    return name.removeprefix("base_model.model.").replace(".token_adapter.base_layer", "").replace(".base_layer", "")
+
+
+def moved(theirs: nn.Module, mine: nn.Module) -> None:
+    """Give the trainable parameters of both the same other values."""
+    torch.manual_seed(5)
+    own = dict(mine.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+            own[named(name)].data.copy_(parameter)
+
+
+@dataclass(frozen=True)
+class Pair:
+    tied: bool
+    dtype: torch.dtype
+    theirs: Any
+    mine: lora_fx.TracedGraphModule
+    base: lora_fx.TracedGraphModule
+    directory: Path
+
+    def model(self) -> Any:
+        return llama(self.tied, self.dtype)
+
+
+@pytest.fixture(scope="module", params=["tied, bfloat16", "untied, float32"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    tied, dtype = request.param.startswith("tied"), getattr(torch, request.param.split(", ")[1])
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=ROWS)
+    model = llama(tied, dtype)
+    torch.manual_seed(1)
+    theirs = peft.get_peft_model(model, config)
+    base = lora_fx.trace(llama(tied, dtype))
+    mine = lora_fx.rewrite(base, config, seed=1)
+    start = dict(mine.named_parameters())
+    assert all(torch.equal(p, start[named(n)]) for n, p in theirs.named_parameters())
+    moved(theirs, mine)
+    directory = tmp_path_factory.mktemp("tokens") / "adapter"
+    theirs.save_pretrained(directory)
+    return Pair(tied, dtype, theirs.eval(), mine.eval(), base, directory)
+
+
+def theirs_of(model: nn.Module) -> torch.Tensor:
+    return model(**INPUTS, use_cache=False).logits.detach()
+
+
+def logits(graph: nn.Module) -> torch.Tensor:
+    return graph(**INPUTS).logits.detach()
+
+
+def test_logits_and_gradients_are_pefts_bit_for_bit(pair: Pair) -> None:
+    own = dict(pair.mine.named_parameters())
+    for training in (True, False):
+        one, other = (
+            pair.theirs.train(training)(**INPUTS, use_cache=False).logits,
+            pair.mine.train(training)(**INPUTS).logits,
+        )
+        assert torch.equal(one, other)
+    for loss in (one, other):
+        loss.float().square().sum().backward()
+    trained = {name: p.grad for name, p in pair.theirs.named_parameters() if p.requires_grad}
+    assert any("trainable_tokens_delta" in name for name in trained)
+    assert all(torch.equal(grad, own[named(name)].grad) for name, grad in trained.items())
+
+
+def test_a_fold_writes_the_rows_and_leaves_the_graph_of_the_trace(pair: Pair) -> None:
+    folded = lora_fx.fold(pair.mine)
+    assert [n.format_node() for n in folded.graph.nodes] == [n.format_node() for n in pair.base.graph.nodes]
+    assert folded.state_dict().keys() == pair.base.state_dict().keys()
+    before, after = (g.state_dict()["model.embed_tokens.weight"] for g in (pair.base, folded))
+    values = pair.mine.get_parameter("model.embed_tokens.token_adapter.trainable_tokens_delta.default")
+    assert torch.equal(after[ROWS], values.to(pair.dtype))
+    rest = [row for row in range(31) if row not in ROWS]
+    assert torch.equal(after[rest], before[rest])
+    tolerance = 1e-6 if pair.dtype == torch.float32 else 1e-2
+    assert (logits(folded) - logits(pair.mine)).abs().max() < tolerance * logits(folded).abs().max()
+    lora_fx.verify(pair.mine, folded, INPUTS)
+    report = lora_fx.fold_report(pair.mine, folded)
+    assert [w.merged.elements for w in report if "embed_tokens" in w.merge.weight] == [len(ROWS) * 64]
+    inplace = lora_fx.fold(copy.deepcopy(pair.mine), inplace=True)
+    assert all(torch.equal(value, inplace.state_dict()[name]) for name, value in folded.state_dict().items())
+
+
+def test_a_trace_of_pefts_model_folds_too_and_keeps_no_row(pair: Pair) -> None:
+    folded = lora_fx.fold(lora_fx.trace(pair.theirs, inference=True))
+    own = {named(name): value for name, value in folded.state_dict().items()}
+    assert own.keys() == pair.base.state_dict().keys()
+    mine = lora_fx.fold(pair.mine).state_dict()
+    assert all(torch.equal(value, mine[name]) for name, value in own.items())
+    assert not folded.graph.find_nodes(op="call_function", target=torch.ops.aten.index_copy.default)
+
+
+def test_files_go_both_ways(pair: Pair, tmp_path: Path) -> None:
+    lora_fx.save_adapter(pair.mine, tmp_path / "mine")
+    one, other = (load_file(d / "adapter_model.safetensors") for d in (pair.directory, tmp_path / "mine"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    theirs = peft.PeftModel.from_pretrained(pair.model(), tmp_path / "mine").eval()
+    assert torch.equal(theirs_of(theirs), logits(pair.mine))
+    loaded = lora_fx.load_adapter(pair.base, pair.directory)
+    assert torch.equal(logits(loaded), logits(pair.mine))
+    assert torch.equal(logits(lora_fx.load_adapter(lora_fx.activate(pair.mine, {}), pair.directory)), logits(pair.base))
+
+
+def test_rows_rest_act_again_and_are_transferred(pair: Pair) -> None:
+    resting = lora_fx.activate(pair.mine, {})
+    assert torch.equal(logits(resting), logits(pair.base))
+    assert torch.equal(logits(lora_fx.activate(resting, {"default": 1.0})), logits(pair.mine))
+    assert torch.equal(logits(lora_fx.unload(pair.mine)), logits(pair.base))
+    assert torch.equal(logits(lora_fx.transfer(pair.mine, onto=pair.base)), logits(pair.mine))
+    assert "3 rows of model.embed_tokens.weight" in repr(pair.mine)
+
+
+def test_a_checkpoint_gets_the_rows_on_disk(pair: Pair, tmp_path: Path) -> None:
+    pair.model().save_pretrained(tmp_path / "base")
+    fold_checkpoint(tmp_path / "base", [(pair.directory, 1.0)], tmp_path / "out", verify=True, report=True)
+    found, expected = load_file(tmp_path / "out" / "model.safetensors"), lora_fx.fold(pair.mine).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+class Tagger(nn.Module):
+    """An embedding, a projection, and a head that is the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix = nn.Embedding(9, 5), nn.Linear(5, 5)
+        self.head = nn.Linear(5, 9)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.mix(self.table(ids)).tanh())
+
+
+TAGS = torch.tensor([[1, 4, 8, 4], [0, 2, 2, 7], [3, 5, 6, 4]])
+BOTH = {"select": [{"target": ["table"], "trainable": [4, 0]}, {"target": ["mix", "table"], "rank": 3, "alpha": 6}]}
+
+
+@pytest.fixture(scope="module")
+def tagger() -> lora_fx.TracedGraphModule:
+    torch.manual_seed(2)
+    return lora_fx.trace(Tagger().eval(), (TAGS,))
+
+
+def test_rows_of_a_rule_file_train_beside_a_branch_at_the_same_embedding(
+    tagger: lora_fx.TracedGraphModule, tmp_path: Path
+) -> None:
+    gm = lora_fx.rewrite(tagger, BOTH, seed=0)
+    assert torch.equal(gm(TAGS), tagger(TAGS))
+    values = gm.get_parameter("table.token_adapter.trainable_tokens_delta.default")
+    assert torch.equal(values, tagger.get_parameter("table.weight")[[4, 0]])
+    gm.train()
+    optimizer = torch.optim.Adam([p for p in gm.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(4):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(gm(TAGS).flatten(0, 1), TAGS.flip(1).flatten()).backward()
+        optimizer.step()
+    gm.eval()
+    assert torch.equal(gm.get_parameter("table.weight"), tagger.get_parameter("table.weight"))
+    expected = tagger.get_parameter("table.weight").detach().clone()
+    expected[[4, 0]] = values.detach()
+    assert not torch.equal(expected, tagger.get_parameter("table.weight"))
+    folded = lora_fx.fold(gm, unshare=True)  # the branch is beside the embedding alone
+    assert (folded(TAGS) - gm(TAGS)).abs().max() < 1e-6
+    assert torch.equal(folded.get_parameter("head.weight"), expected)
+    with pytest.raises(AdapterError, match="rows of its weight beside a branch, and PEFT has one of the two"):
+        lora_fx.save_adapter(gm, tmp_path / "adapter")
+
+
+def test_rows_are_carried_into_a_combination_and_onto_a_graph_from_meta(tagger: lora_fx.TracedGraphModule) -> None:
+    gm = lora_fx.rewrite(
+        tagger, {"select": [{"target": ["table"], "trainable": [2]}, {"target": ["mix"], "rank": 2}]}, seed=0
+    )
+    gm.get_parameter("table.token_adapter.trainable_tokens_delta.default").data.add_(1)
+    two = lora_fx.rewrite(gm, {"select": [{"target": ["mix"], "rank": 3}]}, adapter="plain", seed=1)
+    combined = lora_fx.combine(two, {"default": 1.0, "plain": 1.0})
+    assert torch.equal(combined(TAGS), lora_fx.activate(two, {"default": 1.0, "plain": 1.0})(TAGS))
+    with torch.device("meta"):
+        empty = Tagger().eval()
+    rules = {"select": [{"target": ["table"], "trainable": [2]}]}
+    made = lora_fx.rewrite(empty, rules, example_inputs=(TAGS.to("meta"),))
+    state = tagger.state_dict()
+    ready = lora_fx.materialize(made, state)
+    assert torch.equal(ready(TAGS), tagger(TAGS))
+    value = ready.get_parameter("table.token_adapter.trainable_tokens_delta.default")
+    assert value.requires_grad
+    assert torch.equal(value, state["table.weight"][[2]])
+
+
+def test_two_adapters_with_rows_of_one_embedding_act_one_at_a_time(tagger: lora_fx.TracedGraphModule) -> None:
+    rules = {"select": [{"target": ["table"], "trainable": [2]}]}
+    two = lora_fx.rewrite(lora_fx.rewrite(tagger, rules), rules, adapter="other")
+    assert torch.equal(lora_fx.activate(two, {"other": 1.0})(TAGS), tagger(TAGS))
+    with pytest.raises(PlanError, match=r"adapter 'other' and another one that acts have rows of table\.weight"):
+        lora_fx.activate(two, {"default": 1.0, "other": 1.0})
+    with pytest.raises(PlanError, match="'default' and 'other' have rows of embeddings, which are taken whole"):
+        lora_fx.combine(two, {"default": 1.0, "other": 1.0})
+    copied = lora_fx.rewrite(two, {"select": [{"target": ["table", "head"], "trainable": "all"}]}, adapter="whole")
+    with pytest.raises(PlanError, match="or one rows and one a trained copy"):
+        lora_fx.activate(copied, {"whole": 1.0, "other": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"select": [{"target": ["table"], "trainable": [9]}]}, "'table.weight' has 9 rows, and 9 is none of them"),
+        ({"select": [{"target": ["mix"], "trainable": [0]}]}, "matches no embedding; the model has table"),
+        ({"select": [{"target": ["table"], "trainable": [1, 1]}]}, "expected 'bias', 'all' or a list of different integers"),
+        ({"select": [{"target": ["table"], "trainable": [0], "rank": 2}]}, "expected none beside trainable"),
+        (
+            {"select": [{"target": ["table"], "trainable": [0]}, {"target": ["table"], "trainable": [1]}]},
+            "names rows of 'table.weight', as an earlier selection does",
+        ),
+        ({"peft_type": "LORA", "target_modules": ["mix"], "trainable_token_indices": {"tabel": [0]}}, "no embedding is 'tabel'"),
+        ({"peft_type": "LORA", "target_modules": ["mix"], "trainable_token_indices": {"table": [12]}}, "12 is none of them"),
+        (
+            {"peft_type": "LORA", "target_modules": ["table"], "trainable_token_indices": {"table": [0]}},
+            "'table' would have a branch too, which PEFT refuses",
+        ),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_train_are_refused_by_name(
+    tagger: lora_fx.TracedGraphModule, rules: Any, message: str
+) -> None:
+    with pytest.raises(RuleError, match=message.replace("(", r"\(")):
+        lora_fx.rewrite(tagger, rules)
+
+
+def test_of_a_tie_that_its_config_does_not_name_one_module_alone_has_the_rows_as_in_peft(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    model = Tagger().eval()
+    config = peft.LoraConfig(r=2, target_modules=["mix"], trainable_token_indices={"table": [4, 1]})
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    theirs.save_pretrained(tmp_path / "peft")
+    gm = lora_fx.rewrite(model, config, example_inputs=(TAGS,), seed=0)
+    moved(theirs, gm)
+    assert torch.equal(theirs.eval()(TAGS), gm(TAGS))
+    with pytest.raises(FoldError, match=r"with rows of table\.token_adapter\.trainable_tokens_delta\.default"):
+        lora_fx.fold(gm)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (lora_fx.fold(gm, unshare=True)(TAGS) - gm(TAGS)).abs().max() < 1e-6
+        lora_fx.save_adapter(gm, tmp_path / "mine")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "mine").eval()
+    assert torch.equal(again(TAGS), gm(TAGS))
