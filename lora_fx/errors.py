@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -75,6 +77,38 @@ class StateError(LoraFxError):
 
 class ExportError(LoraFxError):
     """A graph cannot be written in the requested format."""
+
+
+class WriteError(LoraFxError):
+    """A file or directory cannot be made: it exists, it is read to make the result, or the disk does not take it."""
+
+
+_in_command: ContextVar[bool] = ContextVar("lora_fx.errors.in_command", default=False)
+
+
+@contextmanager
+def of_a_command() -> Iterator[None]:
+    """Let messages name options as the command line spells them, for the length of a block."""
+    token = _in_command.set(True)
+    try:
+        yield
+    finally:
+        _in_command.reset(token)
+
+
+def in_command() -> bool:
+    """Tell whether a command runs."""
+    return _in_command.get()
+
+
+def option(argument: str, flag: str) -> str:
+    """Return how a message names an option: as the argument of a function, or in a command as its flag.
+
+    Args:
+        argument: ``"overwrite=True"``.
+        flag: ``"--overwrite"``.
+    """
+    return flag if in_command() else argument
 
 
 WITH_LABELS = (

@@ -20,15 +20,17 @@ from lora_fx.folding.fold import folded_state, tell_dropped
 from lora_fx.folding.transformers_directory import DTYPES, check_loads, contents_of, write
 from lora_fx.graph.adapter_names import original_name
 from lora_fx.graph.batch_norms import statistics
+from lora_fx.graph.cached_graphs import CachedGraphs
 from lora_fx.graph.compare import described, same_values
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import info_of
+from lora_fx.graph.joined_graphs import whole
 from lora_fx.graph.state import State
 from lora_fx.tracing.quantised_models import quantised_layers
 
 
 @contextmanager
-def folded(model: nn.Module, graph_module: TracedGraphModule) -> Iterator[nn.Module]:
+def folded(model: nn.Module, graph_module: TracedGraphModule | CachedGraphs) -> Iterator[nn.Module]:
     """Let ``model`` compute with the folded weights of ``graph_module`` for the length of a ``with`` block.
 
     For everything that needs the model's own Python: ``generate`` with a key-value cache, pipelines, evaluation harnesses.
@@ -37,13 +39,14 @@ def folded(model: nn.Module, graph_module: TracedGraphModule) -> Iterator[nn.Mod
 
     Args:
         model: the model that ``graph_module`` was traced from.
-        graph_module: a branched or a folded graph; it may have labels.
+        graph_module: a branched or a folded graph, which may have labels; or the graphs of an encoder-decoder model with a cache.
 
     Raises:
         LoraFxError: the graph was traced from another model, or from other weights.
         FoldError: the branches cannot be folded.
     """
-    new = _changed(model, graph_module, _folded_of(model, graph_module))
+    graph = whole(graph_module)
+    new = _changed(model, graph, _folded_of(model, graph))
     originals = state_of(model).tensors
     try:
         _put(model, new)
@@ -52,22 +55,23 @@ def folded(model: nn.Module, graph_module: TracedGraphModule) -> Iterator[nn.Mod
         _put(model, {name: originals[name] for name in new})
 
 
-def write_back(model: nn.Module, graph_module: TracedGraphModule) -> None:
+def write_back(model: nn.Module, graph_module: TracedGraphModule | CachedGraphs) -> None:
     """Give ``model`` the folded weights of ``graph_module`` for good, as new parameters.
 
     Its old parameters are not overwritten: graphs that were traced from it go on with the weights that they had.
 
     Args:
         model: the model that ``graph_module`` was traced from; it is changed.
-        graph_module: a branched or a folded graph; it may have labels.
+        graph_module: a branched or a folded graph, which may have labels; or the graphs of an encoder-decoder model with a cache.
 
     Raises:
         LoraFxError: the graph was traced from another model, or fold untied weights in it that are one in the model, which
             would tie them again whenever it is resized, saved or loaded.
         FoldError: the branches cannot be folded.
     """
-    merged = _folded_of(model, graph_module)
-    untied = _untied(model, graph_module)
+    graph = whole(graph_module)
+    merged = _folded_of(model, graph)
+    untied = _untied(model, graph)
     if untied:
         first, name = untied[0]
         raise LoraFxError(
@@ -75,12 +79,12 @@ def write_back(model: nn.Module, graph_module: TracedGraphModule) -> None:
             "config.tie_word_embeddings = False and a parameter of its own for each, then trace that model, and fold. "
             "huggingface.folded and huggingface.save_pretrained take this graph as it is."
         )
-    _put(model, _changed(model, graph_module, merged))
+    _put(model, _changed(model, graph, merged))
 
 
 def save_pretrained(
     model: Any,
-    graph_module: TracedGraphModule,
+    graph_module: TracedGraphModule | CachedGraphs,
     directory: str | Path,
     *,
     overwrite: bool = False,
@@ -97,7 +101,7 @@ def save_pretrained(
 
     Args:
         model: the transformers model that ``graph_module`` was traced from; nothing in it is changed, at no time.
-        graph_module: a branched or a folded graph; it may have labels.
+        graph_module: a branched or a folded graph, which may have labels; or the graphs of an encoder-decoder model with a cache.
         directory: to be made. It is there once it is whole.
         overwrite: replace a directory that holds nothing but configs and weights, and is not the one that ``model`` was loaded from.
         dtype: of the weights that are written, float16, bfloat16, float32 or float64; those of the model by default. The
@@ -124,8 +128,9 @@ def save_pretrained(
     directory = Path(directory)
     target = Target(directory, overwrite, _loaded_from(model), _KIND)
     target.check()
-    values = _folded_of(model, graph_module).tensors
-    contents = contents_of(model, values, _untied(model, graph_module), dtype)
+    graph = whole(graph_module)
+    values = _folded_of(model, graph).tensors
+    contents = contents_of(model, values, _untied(model, graph), dtype)
     with replacing(target) as beside:
         write(model, contents, beside, options)
         if verify:

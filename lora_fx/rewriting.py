@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, ParamSpec, TypeVar, overload
+from collections.abc import Mapping
+from typing import Any, Literal, overload
 
 from torch import nn
 
 from lora_fx.adapters.activate import tell_waiting
 from lora_fx.adapters.attach import attach
-from lora_fx.errors import PlanError
 from lora_fx.graph.cached_graphs import CachedGraphs
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.joined_graphs import through
 from lora_fx.planning.cautions import warn_of_fresh_head, warn_of_lower_ranks, warn_of_untying
 from lora_fx.planning.planner import plan_graph
+from lora_fx.progress import shown, step
 from lora_fx.rules.lookup import RulesLike, load, model_type_of
+from lora_fx.rules.peft_config.argument_names import refusing_peft_names
 from lora_fx.tracing.model_state import unwrapped
 from lora_fx.tracing.torch_export import Dynamic
 from lora_fx.tracing.trace import trace
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-_PEFT_ARGUMENTS = {
-    "r": "rank=",
-    "lora_alpha": "alpha=",
-    "lora_dropout": "dropout=",
-    "adapter_name": "adapter=",
-    "target_modules": 'rules=["q_proj", "v_proj"]',
-    "peft_config": "rules=",
-    "lora_config": "rules=",
-    "modules_to_save": 'a [[select]] with trainable = "all" in the rules',
-    "inference_mode": "inference=True",
-}
-"""PEFT's names → what they are called here."""
-
-
-def _refusing_peft_names(function: Callable[P, T]) -> Callable[P, T]:
-    """Return the function, which refuses arguments with the names that PEFT gives them by the names that they have here."""
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        theirs = [f"{name}= ({_PEFT_ARGUMENTS[name]} here)" for name in kwargs if name in _PEFT_ARGUMENTS]
-        if theirs:
-            raise PlanError(
-                f"{function.__name__} takes no {', '.join(theirs)}; or pass the whole configuration: rules=LoraConfig(…)."
-            )
-        return function(*args, **kwargs)
-
-    return call
 
 
 @overload
@@ -92,9 +60,23 @@ def rewrite(
 ) -> TracedGraphModule | CachedGraphs: ...
 
 
-@_refusing_peft_names
+@overload
 def rewrite(
-    model: nn.Module,
+    model: CachedGraphs,
+    rules: RulesLike = "auto",
+    *,
+    rank: int | None = None,
+    alpha: float | None = None,
+    dropout: float | None = None,
+    adapter: str = "default",
+    task_type: str | None = None,
+    seed: int | None = None,
+) -> CachedGraphs: ...
+
+
+@refusing_peft_names
+def rewrite(
+    model: nn.Module | CachedGraphs,
     rules: RulesLike = "auto",
     *,
     rank: int | None = None,
@@ -117,7 +99,8 @@ def rewrite(
     the factors require a gradient. The model is not changed.
 
     Args:
-        model: a module, or a graph that lora_fx returned, which then gets one more adapter. That one does not act before
+        model: a module, or a graph that lora_fx returned (or the graphs of an encoder-decoder model with a cache), which then gets one more
+            adapter. That one does not act before
             :func:`~lora_fx.activate` says so, as in PEFT; it acts at once if the graph had none.
         rules: the name of a built-in file or one of its model types (``"t5"``); ``"auto"``, by ``model.config.model_type``, of
             diffusers' models by their class, or by role where there is no file for it; ``"all-linear"``; ``"all-conv"``; a path to a
@@ -147,11 +130,12 @@ def rewrite(
         TraceError: the model cannot be traced.
         PlanError: a selected site cannot get such a branch, the adapter name is taken, or PEFT wraps the model.
     """
-    model = unwrapped(model)
-    model_type = model_type_of(getattr(model, "config", None))
-    ruleset = load(rules, model_type).with_overrides(rank, alpha, dropout, task_type)
+    given = model if isinstance(model, CachedGraphs) else unwrapped(model)
+    config = getattr(given.first if isinstance(given, CachedGraphs) else given, "config", None)
+    ruleset = load(rules, model_type_of(config)).with_overrides(rank, alpha, dropout, task_type)
 
     def attached(graph_module: TracedGraphModule) -> TracedGraphModule:
+        step("adding branches")
         plan = plan_graph(graph_module, ruleset)
         warn_of_lower_ranks(plan)
         warn_of_untying(plan.trained, state_of(graph_module).names(), f"rules {plan.rules.name!r}")
@@ -160,5 +144,9 @@ def rewrite(
         tell_waiting(result, adapter)
         return result
 
-    traced = trace(model, example_inputs, dynamic=dynamic, labels=labels, inference=inference, cache=cache)
-    return through(traced, attached)
+    if isinstance(given, CachedGraphs):
+        return through(given, attached)
+    with shown(f"rewriting {type(given).__name__}"):
+        return through(
+            trace(given, example_inputs, dynamic=dynamic, labels=labels, inference=inference, cache=cache), attached
+        )

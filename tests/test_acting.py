@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import pickle
@@ -9,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from conftest import set_factors, unchanged
 from graph_diff import first_difference
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 import lora_fx
@@ -316,6 +319,69 @@ def test_checkpoints_of_a_trainer_hold_those_that_do_not_act(base: Any, tmp_path
     read_adapters(other, tmp_path)
     assert states(other) == states(graph)
     assert all(torch.equal(value, graph.state_dict()[key]) for key, value in other.state_dict().items())
+
+
+def rows_of_the_guide() -> list[tuple[str, str, str]]:
+    """Return step, result here and result in PEFT of the table in the guide."""
+    guide = (Path(lora_fx.__file__).parent / "adapters" / "README.md").read_text()
+    table = guide.partition("| step | here | PEFT |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    steps = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table.splitlines()]
+    return [(step[0], step[1], step[2]) for step in steps]
+
+
+def in_peft(model: Any) -> str:
+    """Return which adapters of a PEFT model act, and which have parameters that require a gradient."""
+    active, layers = model.active_adapters, [each for each in model.modules() if isinstance(each, BaseTunerLayer)]
+    told = []
+    for name in model.peft_config:
+        trains = any(p.requires_grad for key, p in model.named_parameters() if f".{name}." in key)
+        acts = name in active and not layers[0].disable_adapters
+        told.append(f"{name} ({'acts' if acts else 'does not act'}, {'trains' if trains else 'frozen'})")
+    return ", ".join(told)
+
+
+def test_the_table_of_the_guide_is_what_happens_here_and_in_peft(base: Any, tmp_path: Path) -> None:
+    graph = with_b(base)
+    for name in "ab":
+        lora_fx.save_adapter(graph, tmp_path / name, name)
+    loaded = lora_fx.from_adapter(base, tmp_path / "a", "a")
+    trains = lora_fx.from_adapter(base, tmp_path / "a", "a", trainable=True)
+    here = [
+        lora_fx.rewrite(base, BODY, adapter="a"),
+        graph,
+        lora_fx.activate(graph, {"b": 1.0}),
+        lora_fx.activate(graph, {}),
+        lora_fx.combine(graph, {"a": 1.0, "b": 0.5}, adapter="ab"),
+        loaded,
+        trains,
+        lora_fx.load_adapter(trains, tmp_path / "b", "b"),
+        lora_fx.load_adapter(trains, tmp_path / "b", "b", trainable=True),
+        lora_fx.activate(lora_fx.load_adapter(loaded, tmp_path / "b", "b"), {"b": 1.0}),
+    ]
+
+    def made(step: int) -> str:
+        of_a = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["body"])
+        if step < 5:
+            model = peft.get_peft_model(net(), of_a, adapter_name="a")
+            if step:
+                model.add_adapter("b", peft.LoraConfig(r=3, lora_alpha=4, target_modules=["body", "mid"]))
+            if step == 2:
+                model.set_adapter("b")
+            if step == 4:
+                model.add_weighted_adapter(["a", "b"], [1.0, 0.5], "ab", combination_type="cat")
+            with model.disable_adapter() if step == 3 else contextlib.nullcontext():
+                return in_peft(model)
+        model = peft.PeftModel.from_pretrained(net(), tmp_path / "a", "a", is_trainable=step in (6, 7, 8))
+        if step > 6:
+            model.load_adapter(tmp_path / "b", "b", is_trainable=step == 8)
+        if step == 9:
+            model.set_adapter("b")
+        return in_peft(model)
+
+    rows = rows_of_the_guide()
+    assert len(rows) == len(here) + 1
+    for number, (row, found) in enumerate(zip(rows, here, strict=False)):
+        assert row[1:] == (", ".join(states(found)), made(number)), row[0]
 
 
 def test_exports_leave_out_what_does_not_act(base: Any, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_a_key_of_a_peft_that_does_not_exist_yet_is_refused_by_name_unless_it_is
         lora_fx.load_adapter(base, directory, ignore_config_keys=["other_mode"])
     assert caught.value.problems == (
         "some_future_mode: unknown key, on which the result may depend: found 'per_head'. If it does not, pass "
-        "ignore_config_keys=['some_future_mode'] (--ignore-config-key some_future_mode). Merge the adapter with PEFT, and use the "
+        "ignore_config_keys=['some_future_mode']. Merge the adapter with PEFT, and use the "
         "result otherwise",
     )
     both = ["some_future_mode", "other_mode", "off_mode", "not_there"]

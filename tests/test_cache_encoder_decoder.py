@@ -327,38 +327,87 @@ def test_equal_layers_are_stamped_to_the_graphs_of_full_traces(
 
 # What is refused.
 
-WHOLE = {"activate", "fold", "load_adapter", "save_adapter", "transfer"}
+WHOLE = {
+    "activate",
+    "combine",
+    "fold",
+    "from_adapter",
+    "load_adapter",
+    "plan",
+    "recipe",
+    "rewrite",
+    "save_adapter",
+    "transfer",
+    "unload",
+}
+OF_MODELS = {"huggingface.save_pretrained", "huggingface.write_back", "huggingface.folded"}
 TAKES_GRAPHS: dict[str, Callable[[Any, Path], object]] = {
-    "combine": lambda g, _: lora_fx.combine(g, {"default": 1.0}),
     "draw": lambda g, path: lora_fx.draw(g, g, path / "x.svg"),
     "fold_report": lambda g, _: lora_fx.fold_report(g, g),
-    "fuse": lambda g, _: lora_fx.fuse(g),
     "lora_plus_groups": lambda g, _: lora_fx.lora_plus_groups(g, 1e-3, ratio=2.0),
     "materialize": lambda g, _: lora_fx.materialize(g, {}),
     "parameter_summary": lambda g, _: lora_fx.parameter_summary(g),
-    "plan": lambda g, _: lora_fx.plan(g),
-    "recipe": lambda g, _: lora_fx.recipe(g),
-    "rewrite": lambda g, _: lora_fx.rewrite(g),
     "trace": lambda g, _: lora_fx.trace(g),
-    "unload": lambda g, _: lora_fx.unload(g),
     "verify": lambda g, _: lora_fx.verify(g, g, {}),
-    "from_adapter": lambda g, path: lora_fx.from_adapter(g, path),
     "export.onnx": lambda g, path: lora_fx.export.onnx(g, path / "x.onnx"),
     "export.onnx_adapter": lambda g, path: lora_fx.export.onnx_adapter(g, path / "x.onnx_adapter"),
     "export.pt2": lambda g, path: lora_fx.export.pt2(g, path / "x.pt2"),
     "export.torchscript": lambda g, path: lora_fx.export.torchscript(g, path / "x.pt"),
-    "huggingface.save_pretrained": lambda g, path: huggingface.save_pretrained(model("t5"), g, path / "x"),
-    "huggingface.write_back": lambda g, _: huggingface.write_back(copy.deepcopy(model("t5")), g),
-    "huggingface.folded": lambda g, _: huggingface.folded(model("t5"), g).__enter__(),
 }
 
 
 @T5
 @pytest.mark.parametrize("name", TAKES_GRAPHS)
-def test_other_functions_name_the_graphs_that_they_take(name: str, directory: Path, tmp_path: Path) -> None:
-    place = directory if name == "from_adapter" else tmp_path
+def test_other_functions_name_the_graphs_that_they_take(name: str, tmp_path: Path) -> None:
     with pytest.raises(lora_fx.LoraFxError, match=r"CachedGraphs.*: pass one of its graphs: encoder, first, later"):
-        TAKES_GRAPHS[name](branched("t5"), place)
+        TAKES_GRAPHS[name](branched("t5"), tmp_path)
+
+
+@T5
+def test_graphs_that_generate_are_not_fused_since_they_do_not_train() -> None:
+    with pytest.raises(
+        lora_fx.PlanError,
+        match=r"fuse is for graphs that train, and the graphs .* generate: fold\(graphs\) has no branches left",
+    ):
+        lora_fx.fuse(branched("t5"))  # type: ignore[arg-type]
+
+
+@T5
+def test_adapters_of_all_graphs_are_those_of_an_ordinary_graph(
+    trained: lora_fx.TracedGraphModule, directory: Path
+) -> None:
+    """Branches come, are combined and go in all graphs at once, with the bits that an ordinary graph has."""
+    graphs = branched("t5")
+    there = lora_fx.transfer(graphs, onto=lora_fx.unload(trained))
+    both = lora_fx.rewrite(there, ["q"], rank=3, alpha=9, adapter="b", seed=7)
+    ours = lora_fx.rewrite(graphs, ["q"], rank=3, alpha=9, adapter="b", seed=7)
+    assert isinstance(ours, CachedGraphs)
+    assert shared(ours)
+    weights = {"default": 0.5, "b": 2.0}
+    expected, found = (lora_fx.combine(each, weights, adapter="ab") for each in (both, ours))
+    mine, theirs = (dict(each.named_parameters()) for each in (found.first, expected))
+    assert [name for name in theirs if ".ab." in name]
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert lora_fx.recipe(found) == lora_fx.recipe(expected)
+    bare_again = lora_fx.unload(found)
+    for part, graph in bare_again.parts.items():
+        assert [node.name for node in graph.graph.nodes] == [node.name for node in bare("t5").parts[part].graph.nodes]
+    loaded = lora_fx.from_adapter(bare("t5"), directory)  # type: ignore[arg-type]
+    assert isinstance(loaded, CachedGraphs)
+    planned = lora_fx.plan(bare("t5"), "t5")
+    assert {each.site.module for each in planned.chosen} == {
+        each.site.module for each in lora_fx.plan(model("t5"), "t5").chosen
+    }
+
+
+@T5
+def test_the_weights_of_all_graphs_are_lent_to_the_model() -> None:
+    mine = copy.deepcopy(model("t5"))
+    given = inputs("t5")["padded"]
+    with huggingface.folded(mine, branched("t5")), torch.no_grad():
+        found = mine(**given, decoder_input_ids=torch.ones(3, 4, dtype=torch.int64)).logits
+    expected = merged("t5")(**given, decoder_input_ids=torch.ones(3, 4, dtype=torch.int64)).logits
+    assert torch.equal(found, expected)
 
 
 def test_every_public_function_is_asked() -> None:
@@ -369,7 +418,10 @@ def test_every_public_function_is_asked() -> None:
         for name in (module.__all__ if prefix != "huggingface." else ("save_pretrained", "write_back", "folded"))
         if inspect.isfunction(getattr(module, name))
     }
-    assert public - WHOLE - {"export.generation", "export.onnx_adapter_from_peft"} == TAKES_GRAPHS.keys()
+    assert (
+        public - WHOLE - OF_MODELS - {"fuse", "export.generation", "export.onnx_adapter_from_peft"}
+        == TAKES_GRAPHS.keys()
+    )
 
 
 @T5

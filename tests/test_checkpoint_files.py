@@ -261,7 +261,7 @@ def test_a_trial_shows_what_is_copied_and_what_is_skipped(sentences: tuple[Path,
     (base / "tokenizer.json").unlink()
     (base / "tokenizer.json").symlink_to("gone")
     refused = CliRunner().invoke(app, [*call[:-1], str(tmp_path / "other")])
-    assert refused.exit_code == 1
+    assert refused.exit_code == 3
     assert "tokenizer.json is a broken link to gone: download the file again, or remove the link" in refused.output
     assert not (tmp_path / "other").exists()
 

@@ -452,7 +452,7 @@ def test_the_command_line(base: tuple[nn.Module, Path], tmp_path: Path) -> None:
     assert "6 weights" in done.stdout
     first = tensors_of(out)
     again = call(directory, tmp_path / "a", out)
-    assert again.exit_code == 1
+    assert again.exit_code == 5
     assert "exists already" in again.output
     quiet = call(directory, tmp_path / "a", out, "--overwrite")
     assert quiet.exit_code == 0
@@ -467,7 +467,7 @@ def test_the_command_line(base: tuple[nn.Module, Path], tmp_path: Path) -> None:
         "1 adapters, and 2 strengths" in call(directory, tmp_path / "a", out, "--strength", 1, "--strength", 2).output
     )
     missing = call(directory, tmp_path / "nowhere", tmp_path / "other")
-    assert missing.exit_code == 1
+    assert missing.exit_code == 3
     assert "expected a PEFT adapter" in missing.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "out"]
 

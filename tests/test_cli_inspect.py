@@ -93,7 +93,7 @@ def test_an_adapter_of_lora_fx_names_its_rules_and_its_base(tmp_path: Path) -> N
 )
 def test_another_method_or_a_broken_config_is_one_message(tmp_path: Path, document: Any, message: str) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(document))
-    assert message in run("inspect", tmp_path, code=1)
+    assert message in run("inspect", tmp_path, code=3)
 
 
 def test_texts_of_strangers_stay_on_their_line(adapter: Path, tmp_path: Path) -> None:
@@ -116,11 +116,11 @@ def test_rules_are_listed_and_each_is_shown_as_its_file(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_nearly_one_of_rules_is_told() -> None:
-    told = run("rules", "lama", code=1)
-    assert "there are no built-in rules of this name (did you mean 'llama'" in told
-    assert "or auto, all-linear, all-conv, or a path (.toml)" in told
+    told = run("rules", "lama", code=3)
+    assert "there are no rules of this name (did you mean 'llama'" in told
+    assert "For any model: auto, all-linear, all-conv, or a path (.toml" in told
     for name in ("auto", "all-linear", "all-conv"):
-        assert "these follow from the model, and have no file" in run("rules", name, code=1)
+        assert "these follow from the model, and have no file" in run("rules", name, code=3)
 
 
 def test_the_version_is_that_of_the_package() -> None:

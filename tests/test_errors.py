@@ -48,7 +48,7 @@ def test_an_id_on_the_hub_where_a_directory_is_expected_is_told_with_what_to_run
         ["draw", "org/base-7b"],
     ):
         done = CliRunner().invoke(app, arguments)
-        assert done.exit_code == 1
+        assert done.exit_code == 3
         assert " ".join(done.stderr.split()).endswith(told), arguments
     for path in ("models/base", "/org/base", "./base/x/y", "a/b/c", "model.json", "base.pt2", "-x", "..", "org/mod:1"):
         assert hub_hint(path) == "", path

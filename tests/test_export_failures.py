@@ -141,9 +141,7 @@ def test_a_file_that_exists_is_refused_at_once_and_left_as_it_was(tmp_path: Path
             export(format, heads(), path)
         with pytest.raises(Reached):
             export(format, heads(), tmp_path / f"other-{path.name}")
-    assert (
-        str(caught.value) == f"{path} exists already. Choose another name, or replace it: overwrite=True (--overwrite)."
-    )
+    assert str(caught.value) == f"{path} exists already. Choose another name, or replace it: overwrite=True."
     assert content(tmp_path) == {path.name: b"old"}
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 

@@ -103,10 +103,7 @@ def test_what_exists_is_not_replaced_unless_asked(tmp_path: Path, kind: str) -> 
     place = _directory if "directory" in kind else _file
     with pytest.raises(LoraFxError) as caught, replacing(place(target)):
         pytest.fail("it began")
-    assert (
-        str(caught.value)
-        == f"{target} exists already. Choose another name, or replace it: overwrite=True (--overwrite)."
-    )
+    assert str(caught.value) == f"{target} exists already. Choose another name, or replace it: overwrite=True."
     assert _content(tmp_path) == before
 
 

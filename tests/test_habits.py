@@ -61,11 +61,17 @@ def test_no_rules_are_auto(base: Any) -> None:
         ({"r": 8, "lora_alpha": 16}, "rewrite takes no r= (rank= here), lora_alpha= (alpha= here); or pass the whole configuration"),
         ({"target_modules": ["q"]}, 'rewrite takes no target_modules= (rules=["q_proj", "v_proj"] here)'),
         ({"adapter_name": "a"}, "rewrite takes no adapter_name= (adapter= here)"),
+        ({"use_rslora": True}, 'rewrite takes no use_rslora= (scaling = "rslora" in the rules here); or pass the whole configuration: '
+            "rules=LoraConfig(use_rslora=…, …)."),
+        ({"init_lora_weights": "pissa"}, 'rewrite takes no init_lora_weights= (init = "gaussian" or "kaiming" in the rules here); or pass'),
+        ({"use_dora": True}, "rewrite takes no use_dora=; or pass the whole configuration: rules=LoraConfig(use_dora=…, …)."),
     ],
 )  # fmt: skip
 def test_arguments_of_peft_are_answered_by_those_of_here(base: Any, arguments: Any, message: str) -> None:
     with pytest.raises(lora_fx.PlanError, match=re.escape(message)):
         lora_fx.rewrite(base, **arguments)
+    with pytest.raises(lora_fx.PlanError, match=re.escape(message.replace("rewrite takes", "plan takes"))):
+        lora_fx.plan(base, **arguments)
 
 
 def test_a_configuration_of_peft_that_does_not_say_so_is_told(base: Any) -> None:

@@ -115,11 +115,11 @@ def test_what_is_skipped_says_which_predicate_came_nearest() -> None:
     )
     reasons = {decision.site.name: decision.reason for decision in plan if isinstance(decision, Skipped)}
     assert reasons == {
-        "embed": "its role is not known, not mlp.up",
-        "layer.0.qkv": "it has no part 'gate': its parts are query or key or value",
-        "layer.1.up": "its in_features 16 are outside ≤ 8",
-        "shared@1": "it is call 1, not 2",
-        "lm_head": "its role is head or lm_head, not mlp.up",
+        "embed": "select[1]: its role is not known, not mlp.up",
+        "layer.0.qkv": "select[3] names it; it has no part 'gate': its parts are query or key or value",
+        "layer.1.up": "select[1]: its in_features 16 are outside ≤ 8",
+        "shared@1": "select[2] names it; it is call 1, not 2",
+        "lm_head": "select[1]: its role is head or lm_head, not mlp.up",
     }
 
 
@@ -128,11 +128,11 @@ def test_what_is_skipped_by_its_layer_or_by_exclude_says_so() -> None:
         {"target": ["q"], "layers": ["2-"], "optional": True}, {"role": ["attention.query"], "exclude": ["qkv"]}
     )
     reasons = {decision.site.name: decision.reason for decision in plan if isinstance(decision, Skipped)}
-    assert reasons["layer.0.qkv"] == "its name is in exclude"
+    assert reasons["layer.0.qkv"] == "select[1]: exclude has 'qkv'"
     plan = planned({"target": ["q", "embed"], "layers": [0, "2-4"], "optional": True})
     reasons = {decision.site.name: decision.reason for decision in plan if isinstance(decision, Skipped)}
-    assert reasons["layer.1.q"] == "it is in layer 1, not in 0 or 2-4"
-    assert reasons["embed"] == "it is in no numbered layer, not in 0 or 2-4"
+    assert reasons["layer.1.q"] == 'select[0] names it; its layer 1 is not in [0, "2-4"]'
+    assert reasons["embed"] == 'select[0] names it; it is in no numbered layer, and layers is [0, "2-4"]'
     assert reasons["layer.1.up"] == "no selection names it"
 
 

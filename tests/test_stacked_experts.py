@@ -118,7 +118,7 @@ def traced(kind: str) -> lora_fx.TracedGraphModule:
 X = torch.linspace(-1, 1, EXPERTS * 5 * 24).reshape(EXPERTS, 5, 24)
 BOTH = ("gate_up_proj", "down_proj")
 QUESTION = (
-    'Say which: stacks="as_stored" (on the command line --stacks as_stored) if it was trained with PEFT up to 0.19.0; '
+    'Say which: stacks="as_stored" if it was trained with PEFT up to 0.19.0; '
     'stacks="exchanged" if with PEFT from 0.19.1 on'
 )
 
@@ -216,7 +216,7 @@ def test_gpt_oss_of_transformers_4_and_5_is_told_by_its_wide_stack_else_by_versi
         assert problems(traced("gpt_oss"), tmp_path / "down") == (
             "adapter_config.json: A and B at model.layers.0.mlp.experts.down_proj fit both layouts of stacks, and that of "
             f"peft_version '{version}' depends on the version of transformers beside it. Say which: "
-            'stacks="as_stored" (on the command line --stacks as_stored) if it was trained with PEFT up to 0.18.1, 0.19.0 with '
+            'stacks="as_stored" if it was trained with PEFT up to 0.18.1, 0.19.0 with '
             'transformers 4, and from 0.19.1 on with transformers 5; stacks="exchanged" if with PEFT 0.19.0 with transformers 5, '
             "and from 0.19.1 on with transformers 4",
         )
@@ -265,8 +265,7 @@ def test_a_given_layout_counts_more_than_the_version_as_of_an_adapter_that_peft_
 def test_a_given_layout_that_the_shapes_contradict_is_an_error(tmp_path: Path) -> None:
     written(tmp_path / "a", model_of("olmoe"), None, "as_stored")
     assert problems(traced("olmoe"), tmp_path / "a", "exchanged") == (
-        "stacks='exchanged', but by the shapes of A and B model.layers.0.mlp.experts.down_proj is as_stored. Leave stacks out, on "
-        "the command line --stacks",
+        "stacks='exchanged', but by the shapes of A and B model.layers.0.mlp.experts.down_proj is as_stored. Leave stacks out",
     )
     assert problems(traced("olmoe"), tmp_path / "a", "swapped") == (
         "stacks: expected 'exchanged' or 'as_stored', got 'swapped'",
@@ -384,7 +383,7 @@ def test_of_a_graph_that_does_not_know_its_classes_the_layout_is_asked_for(tmp_p
     assert problems(graph, tmp_path / "a") == (
         "adapter_config.json: A and B at experts.gate_up_proj, experts.down_proj fit both layouts of stacks, and that of "
         "peft_version '0.21.2' depends on the module's class, which the graph does not know. Say which: "
-        'stacks="as_stored" (on the command line --stacks as_stored) if it was trained with PEFT up to 0.18.1, 0.19.0 if the module '
+        'stacks="as_stored" if it was trained with PEFT up to 0.18.1, 0.19.0 if the module '
         'has no is_transposed, and from 0.19.1 on if it has; stacks="exchanged" if with PEFT 0.19.0 if the module has '
         "is_transposed, and from 0.19.1 on if it has not",
     )
@@ -451,8 +450,8 @@ def test_a_fold_on_disk_asks_and_takes_an_answer_for_each_adapter(checkpoint: Pa
         return result.exit_code, " ".join(result.output.replace("│", " ").split())
 
     code, said = fold(base, new, out)
-    assert code == 1
-    assert "depends on the version of transformers beside it. Say which: stacks=" in said
+    assert code == 3
+    assert "depends on the version of transformers beside it. Say which: --stacks " in said
     code, said = fold(base, old, new, out, "--stacks", "exchanged")
     assert code == 2
     assert "2 adapters, and 1 times --stacks: give it once for each (auto where the file tells), or not at all" in said

@@ -119,15 +119,15 @@ def test_all_linear_leaves_out_every_module_of_a_task_head_and_lowers_no_other_r
         warnings.simplefilter("error")
         plan = lora_fx.plan(base, "all-linear")
     assert {chosen.branches[0].setting.rank for chosen in plan.chosen} == {8}
-    assert left_out(base) == {"classifier": "its role head is excluded"}
+    assert left_out(base) == {"classifier": "select[0]: its role head is excluded"}
     small = transformers.RobertaConfig(**SIZES, max_position_embeddings=32, num_labels=1)
     roberta = transformers.RobertaForSequenceClassification(small).eval()
     assert left_out(roberta) == {
-        "classifier.dense": "its role head is excluded",
-        "classifier.out_proj": "its out_features 1 are outside ≥ 2",
+        "classifier.dense": "select[0]: its role head is excluded",
+        "classifier.out_proj": "select[0]: its out_features 1 are outside ≥ 2",
     }
     answers = transformers.BertForQuestionAnswering(transformers.BertConfig(**SIZES)).eval()
-    assert left_out(answers) == {"qa_outputs": "its role head is excluded"}
+    assert left_out(answers) == {"qa_outputs": "select[0]: its role head is excluded"}
 
 
 def test_all_linear_leaves_out_gates_with_one_output_and_routers() -> None:
@@ -137,9 +137,9 @@ def test_all_linear_leaves_out_gates_with_one_output_and_routers() -> None:
     model = transformers.Qwen2MoeForCausalLM(config).eval()
     graph = lora_fx.trace(model, inference=True)
     assert left_out(graph) == {
-        "model.layers.0.mlp.gate": "its role router is excluded",
-        "model.layers.0.mlp.shared_expert_gate": "its out_features 1 are outside ≥ 2",
-        "lm_head": "its role head is excluded",
+        "model.layers.0.mlp.gate": "select[0]: its role router is excluded",
+        "model.layers.0.mlp.shared_expert_gate": "select[0]: its out_features 1 are outside ≥ 2",
+        "lm_head": "select[0]: its role head is excluded",
     }
     theirs = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=30)
     mine = lora_fx.plan(graph, theirs)  # PEFT's set, with its ranks

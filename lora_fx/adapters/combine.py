@@ -33,6 +33,7 @@ from lora_fx.graph.adapter_names import copy_name, original_name, token_names
 from lora_fx.graph.adapter_states import acting, trained_names
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import check_module
+from lora_fx.graph.joined_graphs import Graphs, through
 from lora_fx.graph.process_state import forked_random_state
 from lora_fx.graph.records import BranchSpec, Origin, TokenRows, Trained
 from lora_fx.numerics.lowrank_merge import concatenated
@@ -49,7 +50,7 @@ Method = Literal[
 
 
 def combine(
-    graph_module: fx.GraphModule,
+    graph_module: Graphs,
     strengths: Mapping[str, float],
     *,
     adapter: str = "combined",
@@ -59,7 +60,7 @@ def combine(
     majority_sign: MajoritySign | None = None,
     clamp: float | None = None,
     seed: int | None = None,
-) -> TracedGraphModule:
+) -> Graphs:
     """Return a new graph in which one adapter acts in place of several, which stay in it and do not act.
 
     ``"cat"`` is exact: it computes what they compute together at these strengths. With ``w = strength · scaling``, the factors
@@ -78,7 +79,8 @@ def combine(
     them does.
 
     Args:
-        graph_module: made by lora_fx, with adapters; not changed. Adapters that are not in ``strengths`` stay as they are.
+        graph_module: made by lora_fx, with adapters; not changed. Adapters that are not in ``strengths`` stay as they are. Or the graphs of
+            an encoder-decoder model with a cache.
         strengths: adapter → factor of its scaling.
         adapter: name of the new one.
         method: how they are combined.
@@ -96,8 +98,19 @@ def combine(
         PlanError: there is no such adapter or method, the method does not take an option or lacks one, the name is taken, ranks
             differ where factors are summed, or two adapters have different trained copies of one parameter.
     """
-    check_module(graph_module)
     way = _way(method, rank=rank, density=density, majority_sign=majority_sign, clamp=clamp, seed=seed)
+    return through(graph_module, lambda graph: _combination(graph, strengths, adapter, way, method, seed))
+
+
+def _combination(
+    graph_module: TracedGraphModule,
+    strengths: Mapping[str, float],
+    adapter: str,
+    way: _Way,
+    method: Method,
+    seed: int | None,
+) -> TracedGraphModule:
+    check_module(graph_module)
     if not strengths:
         raise PlanError("expected at least one adapter with its strength, got none.")
     found = ordered(graph_module, strengths)

@@ -23,17 +23,17 @@ from lora_fx.adapters.recorded import (
 from lora_fx.errors import PlanError, listed
 from lora_fx.graph.adapter_names import adapter_of, adapters
 from lora_fx.graph.adapter_states import acting, adapters_as_added
-from lora_fx.graph.cached_graphs import check_whole
+from lora_fx.graph.cached_graphs import CachedGraphs, check_whole
 from lora_fx.graph.compare import described
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, state_of
 from lora_fx.graph.info import RuledBranches, info_of
-from lora_fx.graph.joined_graphs import Graphs, through
+from lora_fx.graph.joined_graphs import Graphs, through, whole
 from lora_fx.graph.records import BranchSpec, TokenRows, Trained
 
 _logger = logging.getLogger("lora_fx.adapters")
 
 
-def transfer(graph_module: TracedGraphModule, *, onto: Graphs) -> Graphs:
+def transfer(graph_module: TracedGraphModule | CachedGraphs, *, onto: Graphs) -> Graphs:
     """Return a new graph: ``onto`` with the adapters of ``graph_module``, of which the same act at the same strengths.
 
     Sites correspond by module. An adapter that ``onto`` already has gets the trained factors, and trains if it does in
@@ -42,7 +42,7 @@ def transfer(graph_module: TracedGraphModule, *, onto: Graphs) -> Graphs:
     out, if it does not act.
 
     Args:
-        graph_module: a branched graph, not changed.
+        graph_module: a branched graph, or the graphs of an encoder-decoder model with a cache; not changed.
         onto: another trace of the same model (another mode, dtype of activations, or other inputs), not changed; or its graphs
             with a cache, if it has an encoder and a decoder.
 
@@ -51,7 +51,8 @@ def transfer(graph_module: TracedGraphModule, *, onto: Graphs) -> Graphs:
             another rank there; an adapter that acts is folded into the weights of ``onto``; or two that would act have trained
             copies of one parameter.
     """
-    return through(onto, lambda graph: _transferred(graph_module, as_traced(graph)))
+    given = whole(graph_module)
+    return through(onto, lambda graph: _transferred(given, as_traced(graph)))
 
 
 def _transferred(graph_module: TracedGraphModule, onto: TracedGraphModule) -> TracedGraphModule:

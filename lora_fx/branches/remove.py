@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import overload
 
 from torch import fx
 
@@ -14,14 +15,26 @@ from lora_fx.branches.tied_copies import rejoin, untied_copies
 from lora_fx.branches.weight_uses import Value, separate, written_nodes
 from lora_fx.errors import FoldError
 from lora_fx.graph.adapter_names import is_factor, is_of_adapter, original_name
+from lora_fx.graph.cached_graphs import CachedGraphs
 from lora_fx.graph.erasing import erase_unread
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
 from lora_fx.graph.info import held_graphs, known_info
+from lora_fx.graph.joined_graphs import apart, joined
 from lora_fx.graph.state import State
 from lora_fx.sites.stored_weight import is_transparent, written_rows
 
 
-def unload(graph_module: fx.GraphModule, *, branches: Nominate = is_factor) -> TracedGraphModule:
+@overload
+def unload(graph_module: fx.GraphModule, *, branches: Nominate = is_factor) -> TracedGraphModule: ...
+
+
+@overload
+def unload(graph_module: CachedGraphs, *, branches: Nominate = is_factor) -> CachedGraphs: ...
+
+
+def unload(
+    graph_module: fx.GraphModule | CachedGraphs, *, branches: Nominate = is_factor
+) -> TracedGraphModule | CachedGraphs:
     """Return the graph as it was before the rewrite: its branches dropped, its weights unchanged.
 
     Args:
@@ -31,6 +44,8 @@ def unload(graph_module: fx.GraphModule, *, branches: Nominate = is_factor) -> T
     Raises:
         FoldError: a branch cannot be taken out without changing something else.
     """
+    if isinstance(graph_module, CachedGraphs):
+        return apart(unload(joined(graph_module), branches=branches), graph_module)
     plain = plain_graph(graph_module)
     return without_branches(plain, find_branches(plain, branches), (), state_of(plain), branches)
 

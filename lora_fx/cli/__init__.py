@@ -14,23 +14,25 @@ from lora_fx.cli import (
     plan_command,
     rules_command,
 )
+from lora_fx.cli.console import CODES_HELP
 from lora_fx.cli.printing import PrintableGroup
 
 app = typer.Typer(
     cls=PrintableGroup,
     help="LoRA as graph surgery: rewrite a PyTorch model with low-rank branches, train it, fold them back into its weights.",
+    epilog=CODES_HELP,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command(epilog=demo_command.EXAMPLES)(demo_command.demo)
-app.command(epilog=plan_command.EXAMPLES)(plan_command.plan)
-app.command(epilog=rules_command.EXAMPLES)(rules_command.rules)
-app.command(epilog=inspect_command.EXAMPLES)(inspect_command.inspect)
-app.command(epilog=draw_command.EXAMPLES)(draw_command.draw)
-app.command(epilog=fold_command.EXAMPLES)(fold_command.fold)
-app.command(epilog=export_commands.EXAMPLES)(export_commands.export)
-app.command("export-adapter", epilog=export_commands.ADAPTER_EXAMPLES)(export_commands.export_adapter)
+app.command(epilog=demo_command.HELP_END)(demo_command.demo)
+app.command(epilog=plan_command.HELP_END)(plan_command.plan)
+app.command(epilog=rules_command.HELP_END)(rules_command.rules)
+app.command(epilog=inspect_command.HELP_END)(inspect_command.inspect)
+app.command(epilog=draw_command.HELP_END)(draw_command.draw)
+app.command(epilog=fold_command.HELP_END)(fold_command.fold)
+app.command(epilog=export_commands.HELP_END)(export_commands.export)
+app.command("export-adapter", epilog=export_commands.ADAPTER_HELP_END)(export_commands.export_adapter)
 
 
 def _print_version(asked: bool) -> None:

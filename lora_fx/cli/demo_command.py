@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from lora_fx.cli.console import console, reported
+from lora_fx.cli.console import console, help_end, reported
 
-EXAMPLES = "Examples:  lora-fx demo --out demo-output   ·   lora-fx demo --generate"
+HELP_END = help_end("lora-fx demo --out demo-output", "lora-fx demo --generate")
 
 
 def demo(

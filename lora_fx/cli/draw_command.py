@@ -11,14 +11,15 @@ from typing import Annotated
 
 import typer
 
-from lora_fx.cli.console import errors, reported
+from lora_fx.cli.console import errors, help_end, reported
 from lora_fx.cli.options import ExampleInputsFile, Overwrite, Rank, Rules, RulesDirectories, inputs
 from lora_fx.cli.printing import remark, shown
 from lora_fx.errors import LoraFxError
 
-EXAMPLES = (
-    "Examples:  lora-fx draw path/to/model --rules t5 --out graph.html   ·   lora-fx draw config.json   ·   "
-    "lora-fx draw config.json --rules all-linear --show fold --out graph.svg"
+HELP_END = help_end(
+    "lora-fx draw config.json",
+    "lora-fx draw path/to/model --rules t5 --out graph.html",
+    "lora-fx draw config.json --module model.layers.0 --out layer.svg",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from functools import partial
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_fx.cli.console import errors, reported
+from lora_fx.cli.console import errors, help_end, reported
 from lora_fx.cli.options import (
     ExampleInputsFile,
     IgnoredConfigKeys,
@@ -25,20 +26,24 @@ from lora_fx.cli.options import (
     strengths_of,
 )
 from lora_fx.cli.printing import remark
+from lora_fx.errors import LoraFxError
 
 if TYPE_CHECKING:  # torch and transformers are slow to import, and `--help` needs neither
     from lora_fx.adapters.peft_format.opening import AdapterFiles
     from lora_fx.graph.graph_module import TracedGraphModule
     from lora_fx.tracing.transformers_models import ModelChoice
 
-EXAMPLES = (
-    "Examples:  lora-fx export model --format onnx model.onnx   ·   lora-fx export base --adapter style --adapter facts "
-    "--strength 1 --strength 0.5 --format torchscript model.pt   ·   lora-fx export base --adapter style --branched --format pt2 model.pt2   ·   "
-    "lora-fx export base --slots --rules t5 slots.onnx   ·   lora-fx export base --adapter style --format onnx --with-cache directory"
+HELP_END = help_end(
+    "lora-fx export path/to/model model.onnx",
+    "lora-fx export base merged.pt --adapter style --adapter facts",
+    "lora-fx export base half.onnx --adapter style --strength 0.5",
+    "lora-fx export base branched.pt2 --adapter style --branched",
+    "lora-fx export base slots.onnx --slots --rules t5",
+    "lora-fx export base directory --adapter style --format onnx --with-cache",
 )
-ADAPTER_EXAMPLES = (
-    "Examples:  lora-fx export-adapter adapter slots.onnx adapter.onnx_adapter   ·   lora-fx export-adapter style facts slots.onnx "
-    "both.onnx_adapter --strength 1 --strength 0.5"
+ADAPTER_HELP_END = help_end(
+    "lora-fx export-adapter adapter slots.onnx adapter.onnx_adapter",
+    "lora-fx export-adapter style facts slots.onnx both.onnx_adapter",
 )
 
 
@@ -106,7 +111,9 @@ VerifyFile = Annotated[
 ]
 Tolerance = Annotated[
     float | None,
-    typer.Option(help="Largest difference allowed, as a part of an output's largest value. By default by precision."),
+    typer.Option(
+        min=0, help="Largest difference allowed, as a part of an output's largest value. By default by precision."
+    ),
 ]
 
 
@@ -139,7 +146,7 @@ def export(
     """
     adapters = adapter or []
     strengths, layouts = strengths_of(adapters, strength), stacks_of(adapters, stacks)
-    _check_options(adapters, strength, rules, example_inputs, branched, slots, with_cache)
+    _check_options(model, adapters, strength, rules, example_inputs, branched, slots, with_cache)
     chosen_format = _export_format(format, out, slots=slots)
     is_directory = with_cache and chosen_format is ExportFormat.onnx
 
@@ -169,7 +176,8 @@ def export(
         write = getattr(lora_fx.export, "generation" if is_directory else chosen_format.value)
         more: dict[str, Any] = {"slots": True} if slots else {}  # options of some formats only
         more |= {"tokenizer": model} if is_directory else {}
-        exported = write(graph, out, overwrite=overwrite, verify=verify, tolerance=tolerance, **more)
+        with errors.status(f"writing {out}"):
+            exported = write(graph, out, overwrite=overwrite, verify=verify, tolerance=tolerance, **more)
     remark(str(exported))
 
 
@@ -229,6 +237,8 @@ def export_adapter(
     import lora_fx
 
     with reported():
+        if not model.is_file():
+            raise LoraFxError(f"{model}: expected an ONNX model with slots, which lora-fx export --slots writes.")
         exported = lora_fx.export.onnx_adapter_from_peft(
             pairs, model, out, strict=strict, ignore_config_keys=ignore_config_key or (), overwrite=overwrite
         )
@@ -236,6 +246,7 @@ def export_adapter(
 
 
 def _check_options(
+    model: Path,
     adapters: Sequence[Path],
     strengths: Sequence[float] | None,
     rules: str | None,
@@ -251,8 +262,22 @@ def _check_options(
         raise typer.BadParameter(_NO_SLOTS)
     if rules is not None and not slots:
         raise typer.BadParameter("--rules choose the sites of --slots, which was not given")
+    if with_cache and slots and _is_encoder_decoder(model):
+        raise typer.BadParameter(
+            "--slots and --with-cache: clients of encoder-decoder models load no adapters. Leave out --slots and fold adapters in by --adapter, "
+            "or leave out --with-cache"
+        )
     if with_cache and example_inputs is not None:
         raise typer.BadParameter("--with-cache makes its own inputs: leave out --example-inputs")
+
+
+def _is_encoder_decoder(model: Path) -> bool:
+    """Tell whether the config in a directory says so; False where there is none, or none that can be read."""
+    try:
+        config = json.loads((model / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("is_encoder_decoder") is True
 
 
 _NO_SLOTS = "--slots writes ONNX, without any adapter: leave out --format, --branched and --strength"

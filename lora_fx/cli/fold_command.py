@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_fx.cli.console import errors, reported
+from lora_fx.cli.console import errors, help_end, reported
 from lora_fx.cli.options import (
     ExampleInputsFile,
     IgnoredConfigKeys,
@@ -21,16 +21,15 @@ from lora_fx.cli.options import (
     strengths_of,
 )
 from lora_fx.cli.printing import remark
-from lora_fx.errors import LoraFxError
 
 if TYPE_CHECKING:  # torch and transformers are slow to import, and `--help` needs neither
     from lora_fx.folding.checkpoint_write import CheckpointReport
 
-EXAMPLES = (
-    "Examples:  lora-fx fold base-model adapter merged   ·   lora-fx fold base-model style facts merged --strength 1 "
-    "--strength 0.5 --verify --report   ·   lora-fx fold base-model adapter merged --dry-run"
+HELP_END = help_end(
+    "lora-fx fold base adapter merged",
+    "lora-fx fold base adapter merged --dry-run",
+    "lora-fx fold base style facts merged --strength 1 --strength 0.5 --verify",
 )
-
 
 OverwriteDirectory = Annotated[
     bool,
@@ -113,7 +112,7 @@ def fold(
 def _check_out_is_given(out: Path) -> None:
     """Refuse an adapter in the place of the result."""
     if (out / "adapter_config.json").is_file():
-        raise LoraFxError(
+        raise typer.BadParameter(
             f"{out} is an adapter directory, and the last directory is the one to be made. Was OUT_DIR forgotten? "
             "lora-fx fold BASE_DIR ADAPTER_DIR... OUT_DIR"
         )

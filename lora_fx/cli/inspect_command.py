@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from lora_fx.cli.console import reported
+from lora_fx.cli.console import help_end, reported
 from lora_fx.cli.options import IgnoredConfigKeys
 
-EXAMPLES = "Examples:  lora-fx inspect path/to/adapter   ·   lora-fx inspect path/to/adapter --json"
+HELP_END = help_end("lora-fx inspect path/to/adapter", "lora-fx inspect path/to/adapter --json")
 
 
 def inspect(

@@ -21,7 +21,7 @@ RulesDirectories = Annotated[
     list[Path] | None,
     typer.Option(help="Directory of further rule files, searched first. May be repeated; see also LORA_FX_RULES."),
 ]
-Rank = Annotated[int | None, typer.Option(help="Replaces the default rank of the rules.")]
+Rank = Annotated[int | None, typer.Option(min=1, help="Replaces the default rank of the rules.")]
 Strengths = Annotated[
     list[float] | None,
     typer.Option(help="Factor of an adapter's scaling, once for each, in their order. By default all are 1."),

@@ -16,6 +16,8 @@ from typing import Any, TextIO, cast
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from lora_fx.cli.console import OUTPUT
+
 
 def _stand_ins() -> dict[str, str]:
     box, blocks, braille = (map(chr, range(*ends)) for ends in ((0x2500, 0x2580), (0x2580, 0x25A0), (0x2800, 0x2900)))
@@ -104,7 +106,7 @@ class Output:
 def printable() -> Iterator[None]:
     """Let standard output and error take any text for the length of a block, also where there is none (``pythonw``).
 
-    Exit with 1 where the standard output cannot be written to. What is lost on standard error is progress, and changes nothing.
+    Exit with 5 where the standard output cannot be written to. What is lost on standard error is progress, and changes nothing.
     """
     before = sys.stdout, sys.stderr
     with open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123
@@ -118,7 +120,7 @@ def printable() -> Iterator[None]:
         except PrintError as error:
             if error.errno != errno.EPIPE:  # `lora-fx plan … | head` has what it wants
                 sys.stderr.write(f"error: cannot print the result: {error.strerror}.\n")
-            sys.exit(1)
+            sys.exit(OUTPUT)
         finally:
             sys.stderr.flush()
             sys.stdout, sys.stderr = before

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_fx.cli.console import reported
+from lora_fx.cli.console import help_end, reported
 from lora_fx.cli.options import RulesDirectories
 
 if TYPE_CHECKING:
     from lora_fx.rules.rule_file import Selection
 
-EXAMPLES = "Examples:  lora-fx rules   ·   lora-fx rules llama   ·   lora-fx rules llama > mine.toml"
+HELP_END = help_end("lora-fx rules", "lora-fx rules llama", "lora-fx rules llama > mine.toml")
 
 
 def rules(

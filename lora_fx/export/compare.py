@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_fx.errors import ExportError, VerifyError, first_line
+from lora_fx.errors import ExportError, VerifyError, first_line, option
 from lora_fx.export.prepare import Exportable
 from lora_fx.export.trial_inputs import Sizes, Trial, trials
 from lora_fx.graph.compare import TOLERANCES, compare_values, described, rounding_tolerance
@@ -56,7 +56,7 @@ def check_tolerance(tolerance: float | None) -> None:
     """Raise :class:`ExportError` unless a tolerance is a number of 0 or more."""
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise ExportError(
-            f"tolerance: expected a number of 0 or more, as a part of an output's largest value, got {tolerance}."
+            f"{option('tolerance', '--tolerance')}: expected a number of 0 or more, as a part of an output's largest value, got {tolerance}."
         )
 
 
@@ -68,7 +68,7 @@ def _check_repeatable(exportable: Exportable) -> None:
         ):  # MODE_ARGUMENTS has dropout, which drops nothing in evaluation
             raise VerifyError(
                 f"the graph draws random numbers by {node.target}{source_line(node)}, so that no file can be compared with it. "
-                "To write it unchecked: verify=False (--no-verify).",
+                f"To write it unchecked: {option('verify=False', '--no-verify')}.",
                 node.name,
             )
 
@@ -99,7 +99,7 @@ def _difference(trial: Trial, loaded: Loaded, allowed: float) -> float:
         if difference.message:
             raise VerifyError(
                 f"the written file differs from the graph at {at}: {name!r} differs by {difference.relative:.1e} of its largest "
-                f"value, and {allowed:.0e} is allowed (tolerance=).",
+                f"value, and {allowed:.0e} is allowed; {option('tolerance=', '--tolerance')} sets another bound.",
                 name,
             )
         largest = max(largest, difference.relative)

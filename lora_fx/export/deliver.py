@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from tqdm.auto import tqdm
 
 from lora_fx.errors import ExportError, listed
 from lora_fx.export.compare import Comparison, Loaded, check_tolerance, compare
@@ -18,6 +17,7 @@ from lora_fx.files.atomic import replacing
 from lora_fx.files.target import Target
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.graph.process_state import exclusive
+from lora_fx.progress import shown, step
 
 
 class Format(Protocol):
@@ -43,9 +43,6 @@ class Format(Protocol):
 
 Step = Callable[[str], None]
 """Announces the next step of an export, for the progress bar."""
-
-MAX_STEPS = 7
-"""Largest number of steps of an export, the length of its progress bar."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ def deliver(format: Format, graph_module: TracedGraphModule, path: str | Path, o
         raise ExportError(
             "nothing can be computed inside of torch.device('meta'), which an export has to do. Leave that block."
         )
-    with exclusive(), _own_precision(), _progress(format.name) as step:
+    with exclusive(), _own_precision(), shown(f"exporting to {format.name}"):
         step("preparing")
         exportable = format.prepared(prepare(graph_module, options.example_inputs))
         with replacing(target) as beside, torch.no_grad():
@@ -155,18 +152,3 @@ def _axes(exportable: Exportable, nested: Mapping[str, str]) -> dict[str, tuple[
         nested.get(name, name): tuple(names[name].get(dim, size) for dim, size in enumerate(tensor.shape))
         for name, tensor in exportable.examples.tensors.items()
     }
-
-
-@contextmanager
-def _progress(format_name: str) -> Iterator[Step]:
-    """Show the steps of an export on a terminal."""
-    with tqdm(total=MAX_STEPS, desc=f"exporting to {format_name}", disable=None, leave=False, bar_format=_BAR) as bar:
-
-        def step(name: str) -> None:
-            bar.set_postfix_str(name)
-            bar.update()
-
-        yield step
-
-
-_BAR = "{desc}: {bar:20} {elapsed} {postfix}"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, option
 from lora_fx.export.compare import Loaded, compare
 from lora_fx.export.deliver import Exported, Options, Step, deliver
 from lora_fx.export.onnx_input_checks import add_checks
@@ -130,7 +130,7 @@ class _Onnx:
         except Exception as error:
             raise ExportError(
                 f"onnxruntime {runtime.__version__} does not load the written file: {error} "
-                "Its CPU kernels want float32 (--dtype float32); for another runtime: verify=False (--no-verify)."
+                f"Its CPU kernels want float32{option('', ' (--dtype float32)')}; for another runtime: {option('verify=False', '--no-verify')}."
             ) from error
         names = [output.name for output in session.get_outputs()]
 

@@ -21,7 +21,7 @@ from lora_fx.adapters.peft_format.fingerprint import fingerprint
 from lora_fx.adapters.peft_format.keys import apart_from_calls
 from lora_fx.adapters.recorded import branches_of, plan_branches, trained_of
 from lora_fx.branches.remove import unload
-from lora_fx.errors import ExportError
+from lora_fx.errors import ExportError, option
 from lora_fx.export.onnx_ops import onnx_package
 from lora_fx.export.prepare import Exportable
 from lora_fx.export.slot_table import KEY, OnnxSlot, SlotTable
@@ -69,8 +69,8 @@ class Slots:
         graph_module = as_traced(graph_module)
         if not adapters(graph_module):
             raise ExportError(
-                "slots=True gives every site with a branch a slot, but the graph has no branches. Choose sites by rules: "
-                "lora_fx.rewrite(model, rules=…); the values of the branches do not matter."
+                f"{option('slots=True', '--slots')} gives every site with a branch a slot, but the graph has no branches. Choose sites by rules: "
+                f"{option('lora_fx.rewrite(model, rules=…); the values of the branches do not matter', '--rules')}."
             )
         owners = dict.fromkeys(
             branch.owner for name in adapters(graph_module) for _, branch in branches_of(graph_module, name).values()

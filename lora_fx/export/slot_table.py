@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from lora_fx.errors import ExportError, did_you_mean, first_line, shortened
+from lora_fx.errors import ExportError, did_you_mean, first_line, option, shortened
 
 KEY = "lora_fx.slots"
 """Key in the model's metadata of its slots, as JSON."""
@@ -148,8 +148,8 @@ class SlotTable:
         """
         if KEY not in metadata:
             raise ExportError(
-                f"{source} has no slots for adapters. Export it with slots: lora_fx.export.onnx(branched, path, slots=True), or "
-                "lora-fx export MODEL_DIR OUT.onnx --slots."
+                f"{source} has no slots for adapters. Export it with slots: "
+                f"{option('lora_fx.export.onnx(branched, path, slots=True)', 'lora-fx export MODEL_DIR OUT.onnx --slots')}."
             )
         try:
             data = json.loads(metadata[KEY])

@@ -9,7 +9,7 @@ from itertools import islice, product
 
 import torch
 
-from lora_fx.errors import ExportError, InputError
+from lora_fx.errors import ExportError, InputError, option
 from lora_fx.export.prepare import Exportable
 from lora_fx.graph.example_sizes import Dimension, cut_or_repeated, other_values
 
@@ -64,7 +64,8 @@ def larger_examples(exportable: Exportable) -> Mapping[str, torch.Tensor]:
     others = axes.others(least=2)
     if others is None:
         raise ExportError(
-            f"the examples have size 1 along an axis that varies ({', '.join(axes.traced)}). Pass example_inputs of size 2 or more."
+            f"the examples have size 1 along an axis that varies ({', '.join(axes.traced)}). "
+            f"Pass {option('example_inputs', '--example-inputs')} of size 2 or more."
         )
     return axes.resized(others, cut_or_repeated)
 

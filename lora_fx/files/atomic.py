@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import WriteError
 from lora_fx.files.target import Target
 
 try:
@@ -41,7 +41,7 @@ def replacing(target: Target) -> Iterator[Path]:
             its directory is made where it is missing.
 
     Raises:
-        LoraFxError: see :meth:`~lora_fx.files.target.Target.check`; or something cannot be written, there or within the block.
+        WriteError: see :meth:`~lora_fx.files.target.Target.check`; or something cannot be written, there or within the block.
     """
     path = target.path
     try:
@@ -60,7 +60,7 @@ def replacing(target: Target) -> Iterator[Path]:
                     restore()
                     raise
     except OSError as error:
-        raise LoraFxError(_unwritable(path, error)) from error
+        raise WriteError(_unwritable(path, error)) from error
 
 
 def write_back_early(file: int, start: int, size: int) -> None:

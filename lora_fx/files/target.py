@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_fx.errors import LoraFxError, listed
+from lora_fx.errors import WriteError, listed, option
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,18 @@ class Target:
         """Raise unless the result may be written here. Nothing is changed.
 
         Raises:
-            LoraFxError: the target is read, holds or lies in what is read, exists and is not to be replaced, is a directory in
+            WriteError: the target is read, holds or lies in what is read, exists and is not to be replaced, is a directory in
                 place of a file or the reverse, is the working directory, or holds more than such a result.
         """
         for read in self.reads:
             self._check_apart(read)
         if self.kind is None and self.path.is_dir():
-            raise LoraFxError(f"{self.path} is a directory, and a file is not written in place of one. {_ELSEWHERE}")
+            raise WriteError(f"{self.path} is a directory, and a file is not written in place of one. {_ELSEWHERE}")
         if not os.path.lexists(self.path):
             return
         if not self.overwrite:
-            raise LoraFxError(
-                f"{self.path} exists already. Choose another name, or replace it: overwrite=True (--overwrite)."
+            raise WriteError(
+                f"{self.path} exists already. Choose another name, or replace it: {option('overwrite=True', '--overwrite')}."
             )
         if self.kind is not None and self.path.exists():
             self._check_replaceable(self.kind)
@@ -73,26 +73,26 @@ class Target:
         for source, place in itertools.product(sources, places):
             if place == source or _is_same(place, source):
                 told = "is" if str(self.path) == str(read) else f"is the same place as {read}, which is"
-                raise LoraFxError(f"{self.path} {told} read to make the result, and is not written over. {_ELSEWHERE}")
+                raise WriteError(f"{self.path} {told} read to make the result, and is not written over. {_ELSEWHERE}")
             if place in source.parents:
-                raise LoraFxError(f"{self.path} holds {read}, which is read to make the result. {_ELSEWHERE}")
+                raise WriteError(f"{self.path} holds {read}, which is read to make the result. {_ELSEWHERE}")
             writes_over_nothing = self.kind is None and not os.path.lexists(self.path)
             if source in place.parents and not writes_over_nothing:
-                raise LoraFxError(f"{self.path} lies in {read}, which is read to make the result. {_ELSEWHERE}")
+                raise WriteError(f"{self.path} lies in {read}, which is read to make the result. {_ELSEWHERE}")
 
     def _check_replaceable(self, kind: DirectoryKind) -> None:
         if not self.path.is_dir():
-            raise LoraFxError(f"{self.path} is a file, and {kind.noun} is a directory. {_ELSEWHERE}")
+            raise WriteError(f"{self.path} is a file, and {kind.noun} is a directory. {_ELSEWHERE}")
         if self.path.is_symlink():
             return  # the link alone is replaced
         here = _working_directory()
         place = Path(os.path.realpath(self.path))
         if here is not None and place in (here, *here.parents):
             told = "is" if place == here else "holds"
-            raise LoraFxError(f"{self.path} {told} the working directory, which is not replaced. {_ELSEWHERE}")
+            raise WriteError(f"{self.path} {told} the working directory, which is not replaced. {_ELSEWHERE}")
         other = sorted(path for path in _entries(self.path) if not kind.includes(path))
         if other:
-            raise LoraFxError(
+            raise WriteError(
                 f"{self.path} holds more than {kind.noun}: {listed(other, _MAX_NAMED)}. Nothing was touched: move that "
                 "away, or choose another name."
             )

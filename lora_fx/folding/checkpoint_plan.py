@@ -358,7 +358,7 @@ def _additions(
     """Return the tensors that a checkpoint gets for another class, in the dtype of its others, and what its config says of that class.
 
     Raises:
-        FoldError: the class has further tensors that neither the checkpoint nor an adapter has.
+        LoraFxError: the class has further tensors that neither the checkpoint nor an adapter has.
     """
     if choice is None or not added:
         return {}, {}
@@ -369,7 +369,7 @@ def _additions(
     ]
     kind = choice.model_class.__name__
     if lacking:
-        raise FoldError(
+        raise LoraFxError(
             f"{places.checkpoint.directory}: neither it nor an adapter has values for {listed(lacking, _MAX_NAMED)} of {kind}, which were "
             "random where the adapter was trained. Fold into the checkpoint that it was trained on."
         )

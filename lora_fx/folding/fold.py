@@ -30,10 +30,11 @@ from lora_fx.graph.adapter_states import waiting
 from lora_fx.graph.cached_graphs import CachedGraphs, check_whole
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import known_info, with_info
-from lora_fx.graph.joined_graphs import apart, joined
+from lora_fx.graph.joined_graphs import apart, joined, whole
 from lora_fx.graph.state import State
 from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, merge_into, surely_finite
 from lora_fx.numerics.quantised_weight import QuantisedWeight
+from lora_fx.progress import shown, step
 
 _logger = logging.getLogger("lora_fx.folding")
 
@@ -103,16 +104,17 @@ def fold(
         PlanError: ``strengths`` names an adapter that the graph has not.
     """
     if isinstance(graph_module, CachedGraphs):
-        whole = fold(
+        merged = fold(
             joined(graph_module), strengths, branches=branches, unshare=unshare, inplace=inplace, quantised=quantised
         )
         for part in graph_module.parts.values() if inplace else ():
             _consume(part)
-        return apart(whole, graph_module)
+        return apart(merged, graph_module)
     plain = _plain_acting(graph_module, strengths)
     if known_info(plain).labels:
         raise FoldError(WITH_LABELS)
-    folded = _folded(plain, branches, unshare=unshare, inplace=inplace, quantised=quantised)
+    with shown("folding"):
+        folded = _folded(plain, branches, unshare=unshare, inplace=inplace, quantised=quantised)
     if inplace:
         _consume(graph_module)
     tell_dropped(plain, logging.WARNING if strengths is None else logging.INFO)  # the latter was asked for
@@ -187,7 +189,8 @@ def _merged(merges: Sequence[Merge], state: State, copied: Collection[str], quan
     merged: dict[str, torch.Tensor] = {}
     non_finite: dict[str, int] = {}
     lost: dict[str, float] = {}
-    for merge in merges:
+    for number, merge in enumerate(merges, 1):
+        step(f"weight {number} of {len(merges)}")
         weight = state.tensors[merge.weight]
         if isinstance(weight, QuantisedWeight):
             again = merged_quantised if quantised == "requantise" else merged_dense
@@ -228,7 +231,7 @@ def _write(merges: Sequence[Merge], state: State, copied: Collection[str]) -> No
 
 
 def recipe(
-    graph_module: fx.GraphModule,
+    graph_module: fx.GraphModule | CachedGraphs,
     strengths: Mapping[str, float] | None = None,
     *,
     branches: Nominate = is_factor,
@@ -248,7 +251,7 @@ def recipe(
         FoldError: see :func:`fold`.
         PlanError: see :func:`fold`.
     """
-    plain = with_apart_parameters(_plain_acting(graph_module, strengths))
+    plain = with_apart_parameters(_plain_acting(whole(graph_module), strengths))
     values = values_of(plain, find_branches(plain, branches), unshare=unshare)
     return tuple(value.merge for value in values if value.changes)
 

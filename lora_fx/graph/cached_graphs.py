@@ -47,8 +47,9 @@ class CacheLayer:
 class CachedGraphs:
     """The graphs of an encoder-decoder model with a key-value cache: ``trace`` and ``rewrite`` return them with ``cache=True``.
 
-    They have the same ``Parameter`` objects, of the whole model. ``fold``, ``transfer``, ``activate``, ``load_adapter``,
-    ``save_adapter``, ``generation.generator`` and ``export.generation`` take them together; all else takes one of them.
+    They have the same ``Parameter`` objects, of the whole model. ``plan``, ``rewrite``, ``transfer``, ``activate``, ``combine``,
+    ``load_adapter``, ``save_adapter``, ``fold``, ``recipe``, ``unload``, ``huggingface.*``, ``generation.generator`` and ``export.generation``
+    take them together; ``draw``, ``parameter_summary`` and ``export.onnx`` take one of them, and ``fuse`` none.
 
     Attributes:
         encoder: ``input_ids`` and ``attention_mask``, or ``input_features`` → ``{"last_hidden_state"}``.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import PlanError, listed
@@ -24,6 +24,7 @@ from lora_fx.graph.signature import Argument, InputCodeGen, Leaf, Signature, sig
 from lora_fx.graph.state import State
 
 Graphs = TypeVar("Graphs", bound=TracedGraphModule | CachedGraphs)
+Graph = TypeVar("Graph", bound=nn.Module)
 
 
 def through(graphs: Graphs, function: Callable[[TracedGraphModule], TracedGraphModule]) -> Graphs:
@@ -31,6 +32,11 @@ def through(graphs: Graphs, function: Callable[[TracedGraphModule], TracedGraphM
     if isinstance(graphs, CachedGraphs):
         return apart(function(joined(graphs)), graphs)  # type: ignore[return-value]  # of one kind, as mypy cannot tell
     return function(graphs)  # type: ignore[return-value]
+
+
+def whole(graphs: Graph | CachedGraphs) -> Graph | TracedGraphModule:
+    """Return a graph as it is, and one of all graphs of an encoder-decoder model."""
+    return joined(graphs) if isinstance(graphs, CachedGraphs) else graphs
 
 
 def joined(graphs: CachedGraphs) -> TracedGraphModule:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx
 
-from lora_fx.errors import listed, warn
+from lora_fx.errors import listed, option, warn
 from lora_fx.graph.adapter_names import original_name
 from lora_fx.graph.info import known_info
 from lora_fx.graph.records import Trained
@@ -24,7 +24,7 @@ def warn_of_lower_ranks(plan: Plan) -> None:
     if lower:
         warn(
             f"rules {plan.rules.name!r} give these sites a higher rank than their update can have, and they get: {listed(lower, 20)}. The "
-            "scaling stays that of the rule's rank. To have the rank everywhere, give it as an argument, rank=.",
+            f"scaling stays that of the rule's rank. To have the rank everywhere, give it as an argument, {option('rank=', '--rank')}.",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,10 +20,12 @@ class Refusal:
     Attributes:
         agreed: number of predicates that matched before this one. The greater, the nearer the selection came.
         reason: in words.
+        kind: the reason without the layer, the role or the width of this site: equal for sites that differ in nothing else.
     """
 
     agreed: int
     reason: str
+    kind: str
 
     @property
     def by_name(self) -> bool:
@@ -33,9 +36,9 @@ class Refusal:
 def refusal(selection: Selection, site: Site, purpose: Purpose) -> Refusal | None:
     """Return the reason for which ``selection`` does not claim a site, or None if all its predicates match."""
     reasons = (
-        None if selection.names(site.module) else "no selection names it",
+        None if selection.names(site.module) else ("no selection names it",),
         _layer(selection, site.module),
-        "its name is in exclude" if selection.excludes(site.module) else None,
+        (f"exclude has {selection.excluding(site.module)!r}",) if selection.excludes(site.module) else None,
         _op(selection, site),
         _role(selection, purpose),
         _bounds(selection.in_features, site.in_features, "in_features"),
@@ -45,7 +48,12 @@ def refusal(selection: Selection, site: Site, purpose: Purpose) -> Refusal | Non
         _call(selection, site),
         _features(selection, purpose),
     )
-    return next((Refusal(asked, reason) for asked, reason in enumerate(reasons) if reason is not None), None)
+    refused = ((asked, reason) for asked, reason in enumerate(reasons) if reason is not None)
+    return next((Refusal(asked, reason[0], reason[-1]) for asked, reason in refused), None)
+
+
+_Reason = tuple[str, ...]
+"""A reason, and the same without what is particular to the site, where that is another text."""
 
 
 def trains(selection: Selection, purpose_of: Mapping[Site, Purpose]) -> Callable[[str], bool]:
@@ -82,53 +90,56 @@ def trains(selection: Selection, purpose_of: Mapping[Site, Purpose]) -> Callable
     return means
 
 
-def _layer(selection: Selection, name: str) -> str | None:
+def _layer(selection: Selection, name: str) -> _Reason | None:
     if selection.admits_layer(name):
         return None
-    index = layer_of(name)
-    where = "it is in no numbered layer" if index is None else f"it is in layer {index}"
-    return f"{where}, not in {_one_of(selection.layers or ())}"
+    index, admitted = layer_of(name), json.dumps(selection.layers)
+    if index is None:
+        return (f"it is in no numbered layer, and layers is {admitted}",)
+    return f"its layer {index} is not in {admitted}", f"its layer is not in {admitted}"
 
 
-def _op(selection: Selection, site: Site) -> str | None:
+def _op(selection: Selection, site: Site) -> _Reason | None:
     if selection.op is None or site.op in selection.op:
         return None
-    return f"it is {_one_of([site.op])}, not {_one_of(selection.op)}"
+    return f"it is {_one_of([site.op])}, not {_one_of(selection.op)}", f"it is not {_one_of(selection.op)}"
 
 
-def _role(selection: Selection, purpose: Purpose) -> str | None:
+def _role(selection: Selection, purpose: Purpose) -> _Reason | None:
     if selection.role is None or _has_role(purpose, selection.role):
         return None
-    return f"its role is {_one_of(purpose.roles) or 'not known'}, not {_one_of(selection.role)}"
+    wanted = _one_of(selection.role)
+    return f"its role is {_one_of(purpose.roles) or 'not known'}, not {wanted}", f"its role is not {wanted}"
 
 
-def _excluded(selection: Selection, purpose: Purpose) -> str | None:
+def _excluded(selection: Selection, purpose: Purpose) -> _Reason | None:
     excluded = [name for name in selection.exclude_role or () if _has_role(purpose, [name])]
-    return f"its role {excluded[0]} is excluded" if excluded else None
+    return (f"its role {excluded[0]} is excluded",) if excluded else None
 
 
 def _has_role(purpose: Purpose, names: Sequence[RoleName]) -> bool:
     return any(role_is(role, name) for role in purpose.roles for name in names)
 
 
-def _bounds(bounds: Bounds | None, size: int, key: str) -> str | None:
+def _bounds(bounds: Bounds | None, size: int, key: str) -> _Reason | None:
     if bounds is None or bounds.admits(size):
         return None
-    return f"its {key} {size} are outside {bounds}"
+    return f"its {key} {size} are outside {bounds}", f"its {key} are outside {bounds}"
 
 
-def _call(selection: Selection, site: Site) -> str | None:
+def _call(selection: Selection, site: Site) -> _Reason | None:
     if isinstance(selection.calls, str) or max(site.call, 1) in selection.calls:
         return None
-    return f"it is call {max(site.call, 1)}, not {_one_of(selection.calls)}"
+    wanted = _one_of(selection.calls)
+    return f"it is call {max(site.call, 1)}, not {wanted}", f"it is not call {wanted}"
 
 
-def _features(selection: Selection, purpose: Purpose) -> str | None:
+def _features(selection: Selection, purpose: Purpose) -> _Reason | None:
     missing = [part for part in selection.features or () if part not in purpose.parts]
     if not missing:
         return None
     known = f"its parts are {_one_of(tuple(purpose.parts))}" if purpose.parts else "it is not a fused projection"
-    return f"it has no part {missing[0]!r}: {known}"
+    return (f"it has no part {missing[0]!r}: {known}",)
 
 
 def _one_of(items: Sequence[object]) -> str:

@@ -6,6 +6,7 @@ a name means a module that it cannot adapt, so does this.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 
 from lora_fx.errors import RuleError, did_you_mean, listed, shortened
@@ -13,7 +14,7 @@ from lora_fx.graph.records import BranchSpec, ParameterModule, Trained
 from lora_fx.planning.peft_tokens import Vocabulary, token_rows
 from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, owners_of
 from lora_fx.rules.peft_config.config import ALL_LINEAR, AdapterConfig, trains_bias
-from lora_fx.rules.peft_config.name_matching import is_named, modules_of
+from lora_fx.rules.peft_config.name_matching import is_named, layer_of, modules_of
 from lora_fx.rules.peft_config.rules import PeftRules
 from lora_fx.sites.call_sites import Site, is_bare, parameter_of
 from lora_fx.sites.roles import Purpose
@@ -78,21 +79,28 @@ def _decision(
     elif not is_bare(site) and (site.module in tied or config.selects(site.module)):
         key, name = "target_modules", site.module
     else:
-        return Skipped(site, _why_not(site, config), purpose)
+        reason, *kind = _why_not(site, config)
+        return Skipped(site, reason, purpose, *kind)
     branch = BranchSpec(owners_of(site)[0], config.setting_of(name), op=site.op, mirrors=tied.get(site.module))
     return Chosen(site, f"{rules.name}:{key}", (branch,), purpose)
 
 
-def _why_not(site: Site, config: AdapterConfig) -> str:
+def _why_not(site: Site, config: AdapterConfig) -> tuple[str, ...]:
+    """Return why a site has no branch, and the same without its layer where that is the reason."""
     if is_bare(site):
-        return "target_parameters does not name it"
-    if config.exclude_modules is not None and is_named(site.module, config.exclude_modules):
-        return "exclude_modules names it"
-    if any(f".{saved}." in f".{site.module}." for saved in config.modules_to_save or ()):
-        return "it trains as a whole, by modules_to_save or task_type"
+        return ("target_parameters does not name it",)
     if config.target_modules is None or not is_named(site.module, config.target_modules):
-        return "target_modules does not name it"
-    return "it is in another layer than layers_to_transform says"
+        return ("target_modules does not name it",)
+    named = "target_modules names it; "
+    if config.exclude_modules is not None and is_named(site.module, config.exclude_modules):
+        return (f"{named}exclude_modules does too",)
+    if any(f".{saved}." in f".{site.module}." for saved in config.modules_to_save or ()):
+        return (f"{named}it trains as a whole, by modules_to_save or task_type",)
+    index, layers = layer_of(site.module, config.layers_pattern), json.dumps(config.layers_to_transform)
+    if index is None:
+        return (f"{named}it is in no numbered layer, and layers_to_transform is {layers}",)
+    end = f"is not in layers_to_transform, {layers}"
+    return f"{named}its layer {index} {end}", f"{named}its layer {end}"
 
 
 def _trained(rules: PeftRules, config: AdapterConfig, parameters: Parameters, adapted: set[str]) -> tuple[Trained, ...]:

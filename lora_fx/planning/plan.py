@@ -67,11 +67,19 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A site that stays as it is."""
+    """A site that stays as it is.
+
+    Attributes:
+        site: the site.
+        reason: in words.
+        purpose: of the site.
+        kind: the reason without what is particular to the site, such as its layer; empty where that is the reason.
+    """
 
     site: Site
     reason: str
     purpose: Purpose = field(default_factory=Purpose)
+    kind: str = field(default="", compare=False)
 
 
 Decision = Chosen | Skipped
@@ -142,7 +150,7 @@ def as_table(plan: Plan) -> Table:
     for decision in plan:
         site = decision.site
         operator = site.operator if site.operator.startswith(site.op) else f"{site.op} ({site.operator})"
-        rank, added, why = _cells(decision)
+        rank, added, why = cells(decision)
         roles = ", ".join(decision.purpose.roles)
         table.add_row(
             site.name, operator, f"{site.in_features}", f"{site.out_features}", roles, rank, added, why,
@@ -209,7 +217,8 @@ def _site(decision: Decision) -> dict[str, Any]:
     return data
 
 
-def _cells(decision: Decision) -> tuple[str, str, str]:
+def cells(decision: Decision) -> tuple[str, str, str]:
+    """Return the rank, the number of parameters added and the decision on a site, in words."""
     match decision:
         case Chosen(rule=rule, branches=branches):
             ranks = " + ".join(str(branch.setting.rank) for branch in branches)

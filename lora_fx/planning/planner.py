@@ -14,17 +14,20 @@ from lora_fx.branches.remove import unload
 from lora_fx.branches.tied_copies import why_not_untied
 from lora_fx.errors import PlanError, RuleError, did_you_mean, listed
 from lora_fx.graph.adapter_names import adapters, is_factor, is_token_values, original_name
+from lora_fx.graph.cached_graphs import CachedGraphs
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import known_info
+from lora_fx.graph.joined_graphs import whole
 from lora_fx.graph.process_state import uncollected
 from lora_fx.graph.records import BranchSpec, TaskHead, TokenRows, Trained
 from lora_fx.numerics.quantised_weight import QuantisedWeight
 from lora_fx.planning.cautions import warn_of_lower_ranks
-from lora_fx.planning.matching import refusal, trains
+from lora_fx.planning.matching import Refusal, refusal, trains
 from lora_fx.planning.peft_plan import plan_peft_sites
 from lora_fx.planning.peft_tokens import Vocabulary
 from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, outputs_of, owners_of
 from lora_fx.rules.lookup import Rules, RulesLike, load, model_type_of
+from lora_fx.rules.peft_config.argument_names import refusing_peft_names
 from lora_fx.rules.peft_config.name_matching import modules_of
 from lora_fx.rules.peft_config.rules import PeftRules
 from lora_fx.rules.rule_file import RuleSet, Selection
@@ -35,8 +38,9 @@ from lora_fx.tracing.model_state import unwrapped
 from lora_fx.tracing.trace import trace
 
 
+@refusing_peft_names
 def plan(
-    model: nn.Module,
+    model: nn.Module | CachedGraphs,
     rules: RulesLike = "auto",
     *,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
@@ -48,7 +52,8 @@ def plan(
     """Decide for every call site of a model or a graph whether rules give it a branch, without changing anything.
 
     Args:
-        model: a graph of lora_fx, or a model, which is then traced; on the meta device too.
+        model: a graph of lora_fx, or a model, which is then traced; on the meta device too; or the graphs of an encoder-decoder model with a
+            cache, whose sites are then calls.
         rules: see :func:`lora_fx.rewrite`.
         example_inputs: see :func:`lora_fx.trace`.
         rank: replaces the ``[defaults]`` of the rules, as do ``alpha``, ``dropout`` and ``task_type``.
@@ -64,10 +69,10 @@ def plan(
         PlanError: a chosen site cannot get such a branch, or PEFT wraps the model.
         TraceError: the model cannot be traced.
     """
-    model = unwrapped(model)
-    model_type = model_type_of(getattr(model, "config", None))
+    given = unwrapped(whole(model))
+    model_type = model_type_of(getattr(given, "config", None))
     ruleset = load(rules, model_type).with_overrides(rank, alpha, dropout, task_type)
-    graph_module = model if isinstance(model, TracedGraphModule) else trace(model, example_inputs, inference=True)
+    graph_module = given if isinstance(given, TracedGraphModule) else trace(given, example_inputs, inference=True)
     made = plan_graph(graph_module, ruleset)
     warn_of_lower_ranks(made)
     return made
@@ -138,9 +143,7 @@ def plan_sites(
         elif claims:
             decisions.append(_chosen(site, purpose, rules, claims, problems))
         else:
-            reasons = [reason for reason in refused.values() if reason is not None]
-            nearest = max(reasons, key=lambda reason: reason.agreed, default=None)
-            decisions.append(Skipped(site, nearest.reason if nearest else "no selection adds branches", purpose))
+            decisions.append(_skipped(site, purpose, rules, {i: why for i, why in refused.items() if why is not None}))
     trained = _trained(rules, known, parameters or {}, matched)
     tokens = _tokens(rules, known, parameters or {}, matched, problems)
     of_head = {each.name: each for each in _trained_by_task(rules, by_task, parameters or {}, problems)}
@@ -339,6 +342,19 @@ def _chosen(site: Site, purpose: Purpose, rules: RuleSet, claims: Sequence[int],
     named = ", ".join(dict.fromkeys(f"select[{index}]" for index, _ in branches.values()))
     fitted = tuple(_fitted(branch, site, rules, rules.select[index]) for index, branch in branches.values())
     return Chosen(site, f"{rules.name}:{named}", fitted, purpose)
+
+
+def _skipped(site: Site, purpose: Purpose, rules: RuleSet, refused: Mapping[int, Refusal]) -> Skipped:
+    """Return the decision on a site that no selection claims, with the reason of the one that comes nearest."""
+    if not refused:
+        return Skipped(site, "no selection adds branches", purpose)
+    index = max(refused, key=lambda each: refused[each].agreed)
+    nearest, selection = refused[index], rules.select[index]
+    if not nearest.agreed:
+        return Skipped(site, nearest.reason, purpose)
+    by_name = selection.target is not None or selection.regex is not None
+    where = f"select[{index}] names it; " if by_name else f"select[{index}]: "
+    return Skipped(site, where + nearest.reason, purpose, where + nearest.kind)
 
 
 def _fitted(branch: BranchSpec, site: Site, rules: RuleSet, selection: Selection) -> BranchSpec:

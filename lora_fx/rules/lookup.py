@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lora_fx.errors import RuleError, did_you_mean
+from lora_fx.errors import RuleError, did_you_mean, option
 from lora_fx.rules.peft_config.rules import ConfigObject, PeftRules, peft_rules, read_peft_rules
 from lora_fx.rules.rule_file import FileDefaults, RuleFile, RuleSet, Selection
 from lora_fx.rules.toml_lines import KeyPath, read_toml
@@ -128,7 +128,7 @@ def file_of(name: str, directories: Sequence[str | Path] = ()) -> Path:
         RuleError: there is none.
     """
     if name in ("auto", "all-linear", "all-conv"):
-        raise RuleError(f"rules={name!r}", ["these follow from the model, and have no file"])
+        raise RuleError(_named(name), ["these follow from the model, and have no file"])
     found = _find(name, folders := _folders(directories))
     return Path(found.source) if found is not None else _unknown(name, folders)
 
@@ -144,7 +144,9 @@ def _folders(directories: Sequence[str | Path]) -> list[Path]:
     listed = [Path(entry) for entry in os.environ.get(RULES_PATH, "").split(os.pathsep) if entry]
     for folder in (given := [*map(Path, directories), *listed]):
         if not folder.is_dir():
-            origin = f"the environment variable {RULES_PATH}" if folder in listed else "directories"
+            origin = (
+                f"the environment variable {RULES_PATH}" if folder in listed else option("directories", "--rules-dir")
+            )
             raise RuleError(str(folder), [f"is no directory; it is listed in {origin}"])
     return [*given, directory()]
 
@@ -174,13 +176,21 @@ def _unknown(name: str, folders: Sequence[Path]) -> NoReturn:
     near = did_you_mean(name, {"auto", "all-linear", "all-conv", *(n for known in names.values() for n in known)})
     built_in = ", ".join(names.pop(directory()))
     further = "".join(f"; in {folder}: {', '.join(known)}" for folder, known in names.items())
-    problem = f"there are no built-in rules of this name{near}; built in: {built_in}{further}; or auto, all-linear, all-conv, or a path (.toml)"
-    raise RuleError(f"rules={name!r}", [problem])
+    problem = (
+        f"there are no rules of this name{near}. For any model: auto, all-linear, all-conv, or a path (.toml, or .json of PEFT); "
+        f"built in: {built_in}{further}"
+    )
+    raise RuleError(_named(name), [problem])
+
+
+def _named(name: str) -> str:
+    """Return how messages name rules."""
+    return option(f"rules={name!r}", f"--rules {name}")
 
 
 def _made(name: str, selection: Selection) -> RuleSet:
     return RuleSet(
-        name=name, source=f"rules={name!r}", defaults=FileDefaults(rank=8, alpha=32, dropout=0.1), select=(selection,)
+        name=name, source=_named(name), defaults=FileDefaults(rank=8, alpha=32, dropout=0.1), select=(selection,)
     )
 
 

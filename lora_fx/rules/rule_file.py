@@ -244,6 +244,10 @@ class Selection(_Table):
         """Tell whether exclude has a dotted name."""
         return _ends_in(name, self.exclude or ())
 
+    def excluding(self, name: str) -> str:
+        """Return the first pattern of exclude that a dotted name has."""
+        return next(pattern for pattern in self.exclude or () if _ends_in(name, [pattern]))
+
 
 def _ends_in(name: str, patterns: Sequence[str]) -> bool:
     parts = name.split(".")

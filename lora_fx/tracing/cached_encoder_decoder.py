@@ -24,15 +24,16 @@ from lora_fx.errors import TraceError
 from lora_fx.graph.cached_graphs import PAST, PRESENT, CacheLayer
 from lora_fx.tracing.cached_forward import (
     BATCH_AXIS,
-    INSTEAD,
     PAST_AXIS,
     SEQUENCE_AXIS,
     CachedCall,
     TensorCache,
     check_logits,
     check_positions,
+    instead,
     layers_of,
     number,
+    with_cache,
 )
 from lora_fx.tracing.example_inputs import ExampleInputs, example_inputs
 from lora_fx.tracing.input_kinds import BATCH, random_tokens
@@ -102,7 +103,7 @@ def sizes_of(model: nn.Module) -> Sizes:
         beside = None
     if beside is None or not {"decoder_input_ids", "encoder_outputs"} <= set(parameters):
         raise TraceError(
-            f"cache=True: {name} has no encoder of tokens, or of sounds as Whisper's, beside a decoder of tokens. {INSTEAD}"
+            f"{with_cache()}: {name} has no encoder of tokens, or of sounds as Whisper's, beside a decoder of tokens. {instead()}"
         )
     kept = {key: value for key, value in made.kwargs.items() if key in (main, *beside)}
     axes = {key: _encoder_axes(made.axes.get(key, ()), kept[key]) for key in kept}
@@ -114,19 +115,19 @@ def sizes_of(model: nn.Module) -> Sizes:
         check_logits(model, found)
         hidden, cache = found.encoder_last_hidden_state, found.past_key_values
     except (TypeError, AttributeError, ValueError) as error:
-        raise TraceError(f"cache=True: {name} returns no cache ({error}). {INSTEAD}") from error
+        raise TraceError(f"{with_cache()}: {name} returns no cache ({error}). {instead()}") from error
     if type(cache) is not EncoderDecoderCache:
         raise TraceError(
-            f"cache=True: {name} keeps a cache of another kind ({type(cache).__name__}), and graphs have keys and values over the decoder "
-            f"and the encoder. {INSTEAD}"
+            f"{with_cache()}: {name} keeps a cache of another kind ({type(cache).__name__}), and graphs have keys and values over the decoder "
+            f"and the encoder. {instead()}"
         )
     own, cross = layers_of(model, cache.self_attention_cache), layers_of(model, cache.cross_attention_cache)
     over: list[Any] = list(cache.cross_attention_cache.layers)
     lengths = {layer.keys.size(2) for layer in over}
     if len(own) != len(cross) or lengths != {hidden.size(1)}:
         raise TraceError(
-            f"cache=True: the decoder of {name} keeps keys and values over other positions than those that its encoder returns. "
-            f"{INSTEAD}"
+            f"{with_cache()}: the decoder of {name} keeps keys and values over other positions than those that its encoder returns. "
+            f"{instead()}"
         )
     return Sizes(ExampleInputs(kwargs=kept, axes=axes), hidden, "attention_mask" in kept, own, cross)
 

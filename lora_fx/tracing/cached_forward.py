@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from lora_fx.errors import TraceError, listed
+from lora_fx.errors import TraceError, listed, option
 from lora_fx.graph.cached_graphs import PAST, PRESENT, CacheLayer
 from lora_fx.graph.example_sizes import SUM
 from lora_fx.tracing.example_inputs import ExampleInputs
@@ -28,8 +28,17 @@ from lora_fx.tracing.repeated_layers.stubs import Carried
 
 BATCH_AXIS, SEQUENCE_AXIS, PAST_AXIS = "batch", "sequence", "past_sequence"
 
-INSTEAD = "Trace it without a cache, and generate with the model and folded weights: lora_fx.huggingface.folded(model, graph)."
-"""The way that works where a graph has no cache."""
+
+def with_cache() -> str:
+    """Return how messages name what was asked for."""
+    return option("cache=True", "--with-cache")
+
+
+def instead() -> str:
+    """Return the way that works where a graph has no cache."""
+    folded = "Trace it without a cache, and generate with the model and folded weights: lora_fx.huggingface.folded(model, graph)."
+    return option(folded, "Export it without a cache, or generate from a folded checkpoint: lora-fx fold.")
+
 
 _PAST_LENGTH, _LENGTH = 5, 3  # of the example: distinct from each other, the batch and their sum
 
@@ -252,19 +261,17 @@ def cache_layers(model: nn.Module) -> list[CacheLayer]:
     name = type(model).__name__
     check_positions(model)
     if "input_ids" not in _parameters(model):
-        raise TraceError(
-            f"cache=True: {name} is not a causal language model of transformers. Trace it without a cache."
-        )
+        raise TraceError(f"{with_cache()}: {name} is not a causal language model of transformers. {instead()}")
     ids = torch.ones(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
     try:
         with torch.no_grad():
             found: Any = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
         cache = found.past_key_values
     except (TypeError, AttributeError, ValueError) as error:
-        raise TraceError(f"cache=True: {name} returns no cache ({error}). {INSTEAD}") from error
+        raise TraceError(f"{with_cache()}: {name} returns no cache ({error}). {instead()}") from error
     check_logits(model, found)
     if cache is None:
-        raise TraceError(f"cache=True: {name} returns no cache. {INSTEAD}")
+        raise TraceError(f"{with_cache()}: {name} returns no cache. {instead()}")
     return layers_of(model, cache)
 
 
@@ -272,7 +279,7 @@ def check_logits(model: nn.Module, outputs: Any) -> None:
     """Raise :class:`TraceError` for a model without a head."""
     if getattr(outputs, "logits", None) is None:
         raise TraceError(
-            f"cache=True: {type(model).__name__} returns no logits to generate from. Trace the model with its head, or this one without a "
+            f"{with_cache()}: {type(model).__name__} returns no logits to generate from. Trace the model with its head, or this one without a "
             "cache."
         )
 
@@ -289,11 +296,13 @@ def layers_of(model: nn.Module, cache: Any) -> list[CacheLayer]:
     if type(cache) is not DynamicCache or not kinds or other:
         found = listed(other, 3) or type(cache).__name__
         raise TraceError(
-            f"cache=True: {type(model).__name__} keeps a cache of another kind ({found}), and a graph has keys and values of all "
-            f"positions. {INSTEAD}"
+            f"{with_cache()}: {type(model).__name__} keeps a cache of another kind ({found}), and a graph has keys and values of all "
+            f"positions. {instead()}"
         )
     if not all(layer.is_initialized for layer in layers):
-        raise TraceError(f"cache=True: {type(model).__name__} leaves layers of its cache empty in a call. {INSTEAD}")
+        raise TraceError(
+            f"{with_cache()}: {type(model).__name__} leaves layers of its cache empty in a call. {instead()}"
+        )
     return [
         CacheLayer(layer.keys.size(1), layer.keys.size(3), layer.values.size(3), layer.keys.dtype) for layer in layers
     ]
@@ -307,8 +316,8 @@ def check_positions(model: nn.Module) -> None:
     chosen = [kind for kind in ("dynamic", "longrope") if kind in kinds]
     if chosen:
         raise TraceError(
-            f"cache=True: {type(model).__name__} has rope_type={chosen[0]!r}, whose frequencies the model chooses by the length of the "
-            f"text: the keys of a cache would have been made by others. {INSTEAD}"
+            f"{with_cache()}: {type(model).__name__} has rope_type={chosen[0]!r}, whose frequencies the model chooses by the length of the "
+            f"text: the keys of a cache would have been made by others. {instead()}"
         )
 
 

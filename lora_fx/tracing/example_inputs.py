@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from transformers.models.auto import modeling_auto
 
-from lora_fx.errors import TraceError, did_you_mean
+from lora_fx.errors import LoraFxError, TraceError, did_you_mean
 from lora_fx.files.safetensors import TensorFile
 from lora_fx.graph.example_sizes import cut_or_repeated
 from lora_fx.tracing.input_kinds import arguments
@@ -75,7 +75,7 @@ def read_example_inputs(path: str | Path, model: nn.Module) -> dict[str, torch.T
 
     Raises:
         LoraFxError: there is no such file, or it is none of this format.
-        TraceError: the model does not take an input of the file, or the file lacks one that the model needs.
+        LoraFxError: the model does not take an input of the file, or the file lacks one that the model needs.
     """
     file = TensorFile.open(Path(path))
     # **kwargs are not counted: transformers passes unknown ones on until nobody looks at them.
@@ -91,7 +91,7 @@ def read_example_inputs(path: str | Path, model: nn.Module) -> dict[str, torch.T
         needed.append(main)  # which has a default of None in transformers
     problems += [f"it lacks {name!r}" for name in dict.fromkeys(needed) if name not in file.entries]
     if problems:
-        raise TraceError(
+        raise LoraFxError(
             f"{path}: expected example inputs of {type(model).__name__}, which takes {', '.join(named)}; {'; '.join(problems)}."
         )
     device = next(model.parameters()).device

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lora_fx.errors import TraceError, first_line, listed
+from lora_fx.errors import TraceError, first_line, listed, option
 from lora_fx.graph.process_state import quiet
 from lora_fx.tracing.input_candidates import candidates, needed_arguments, unknown_arguments
 from lora_fx.tracing.input_kinds import arguments
@@ -23,8 +23,10 @@ MAX_SECONDS = 20.0
 MAX_ELEMENTS = 2**25
 """Models with more elements run on the meta device, where nothing is computed."""
 
-GIVE = "pass example_inputs= (on the command line, --example-inputs FILE.safetensors)"
-"""What to do where inputs cannot be made."""
+
+def give() -> str:
+    """Return what to do where no inputs can be made."""
+    return f"pass {option('example_inputs=', '--example-inputs FILE.safetensors')}"
 
 
 def taken(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -40,7 +42,7 @@ def taken(model: nn.Module) -> dict[str, torch.Tensor]:
     unknown = unknown_arguments(model)
     if unknown:
         raise TraceError(
-            f"{name} takes {takes}; {listed([repr(each) for each in unknown], 4)} cannot be made from its signature and config: {GIVE}."
+            f"{name} takes {takes}; {listed([repr(each) for each in unknown], 4)} cannot be made from its signature and config: {give()}."
         )
     without_values = _is_large(model)
     first: dict[str, torch.Tensor] | None = None
@@ -59,7 +61,7 @@ def taken(model: nn.Module) -> dict[str, torch.Tensor]:
     needed = listed([repr(each) for each in needed_arguments(model)], 6)
     raise TraceError(
         f"{name} takes {takes}, and what {needed} {'are' if ',' in needed else 'is'} like does not follow from its config"
-        f"{'; ' + refused if refused else ''}. For other inputs, {GIVE}."
+        f"{'; ' + refused if refused else ''}. For other inputs, {give()}."
     )
 
 

@@ -21,6 +21,7 @@ from lora_fx.errors import TraceError
 from lora_fx.graph.batch_norms import statistics
 from lora_fx.graph.compare import compare_values
 from lora_fx.graph.graph_module import state_of
+from lora_fx.progress import step
 from lora_fx.tracing.example_inputs import ExampleInputs
 
 TOLERANCE = 1e-4
@@ -78,6 +79,7 @@ def difference(model: Callable[..., Any], graph: Callable[..., Any], inputs: Exa
 
 def check_evaluation(model: nn.Module, graph_module: fx.GraphModule, inputs: ExampleInputs) -> None:
     """Raise :class:`TraceError` unless graph and model, both in eval mode, agree on the example inputs."""
+    step("comparing with the model")
     name = type(model).__name__
     with torch.no_grad():
         check_outputs(model, graph_module, inputs, "evaluation")
@@ -108,6 +110,7 @@ def check_training(model: nn.Module, graph_module: fx.GraphModule, inputs: Examp
         graph_module: its parameters require the same gradients afterwards.
         inputs: of both.
     """
+    step("comparing with the model in training")
     for name, parameter in model.named_parameters():
         graph_module.get_parameter(name).requires_grad_(parameter.requires_grad)
     with _explained(type(model).__name__, "training"):

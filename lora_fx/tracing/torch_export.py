@@ -17,9 +17,10 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from lora_fx.errors import TraceError, first_line
+from lora_fx.errors import TraceError, first_line, option
 from lora_fx.graph.process_state import quiet
 from lora_fx.graph.signature import key_parts
+from lora_fx.progress import step
 from lora_fx.tracing.example_inputs import ExampleInputs
 from lora_fx.tracing.fake_results import FakeResults
 from lora_fx.tracing.random_settings import advice_on_random_settings
@@ -47,6 +48,7 @@ def export(
     Raises:
         TraceError: torch.export refuses; the message names the model's own line, or the dimension that it fixes.
     """
+    step(f"exporting in {'training' if training else 'evaluation'} mode")
     results = FakeResults() if results is None else results
     with (
         quiet(),
@@ -94,7 +96,7 @@ def check_inputs(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | Non
         known = _by_name(model, inputs)
     except TypeError as error:
         raise TraceError(
-            f"{type(model).__name__}.forward cannot be called with these example_inputs: {error}. "
+            f"{type(model).__name__}.forward cannot be called with these {option('example_inputs', '--example-inputs')}: {error}. "
             f"It takes {inspect.signature(model.forward)}."
         ) from error
     for key, dims in (dynamic or {}).items():

@@ -24,6 +24,7 @@ from lora_fx.graph.process_state import uncollected
 from lora_fx.graph.signature import fill_in, signature_of
 from lora_fx.graph.state import State
 from lora_fx.graph.take_inputs import take_inputs
+from lora_fx.progress import shown
 from lora_fx.tracing.cached_encoder_decoder import CALLS, is_encoder_decoder, sizes_of
 from lora_fx.tracing.cached_forward import CachedCall, CausalCall, replaced_forward
 from lora_fx.tracing.canonicalize import (
@@ -177,7 +178,7 @@ def trace(
         raise TraceError(
             "cache=True makes its own example_inputs, and has no labels: leave out example_inputs, dynamic and labels."
         )
-    with uncollected(), preserved(model), linear_layers(model) as quantised:
+    with shown(f"tracing {type(model).__name__}"), uncollected(), preserved(model), linear_layers(model) as quantised:
         checkpointing = None if inference or cache else taken_checkpointing(model)
         if cache and is_encoder_decoder(model):
             return _encoder_decoder(model, quantised)
@@ -250,7 +251,7 @@ class _Task:
             pad_token=pad_token_of(config_of(model)),
             main_input=str(getattr(trained_model(model), "main_input_name", GraphInfo.main_input)),
             embeddings=frozenset(
-                f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)
+                f"{at}.weight" for at, each in model.named_modules() if isinstance(each, nn.Embedding)
             ),
             parameter_modules=parameter_modules(model),
             vocabulary=vocabulary_modules(model),
@@ -277,8 +278,7 @@ def _inputs_of(model: nn.Module, given: Mapping[str, Any] | tuple[Any, ...] | Ex
     seen: set[torch.Tensor] = set()
 
     def own(tensor: torch.Tensor) -> torch.Tensor:
-        """Return the tensor, or a copy where torch.export would mistake it for another input, or could not use it."""
-        if tensor in seen or tensor.is_inference():
+        if tensor in seen or tensor.is_inference():  # torch.export would take it for another input, or could not use it
             return tensor.clone()
         seen.add(tensor)
         return tensor

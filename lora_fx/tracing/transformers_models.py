@@ -18,7 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from lora_fx.errors import LoraFxError, hub_hint, listed
+from lora_fx.errors import LoraFxError, hub_hint, listed, option
 from lora_fx.graph.compare import described
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import info_of
@@ -151,7 +151,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, choice: Model
     if names and model_class is transformers.AutoModel:
         raise LoraFxError(
             f"{path}: config.json says architectures {names}, of which transformers {transformers.__version__} has no model; code that "
-            "comes with a model is not run. Name the class of transformers that was saved."
+            f"comes with a model is not run. Name the class of transformers that was saved{option('', ': --model-class')}."
         )
     options = {"trust_remote_code": False} if model_class is transformers.AutoModel else {}
     options |= {"config": config} if choice is not None else {}
@@ -227,6 +227,19 @@ def class_of_config(config: Any, names: object = None) -> Any:
     return next((getattr(transformers, name) for name in names if _is_model(name)), None)
 
 
+def why_this_class(config: Any) -> str:
+    """Return the reason for which :func:`empty_model` builds the class that it builds of a config, in words."""
+    names = getattr(config, "architectures", None)
+    if class_of_config(config) is not None:
+        return "named by architectures in the config"
+    kind = f"what transformers.AutoModel builds for model type {config.model_type!r}"
+    return (
+        f"{kind}: of architectures {names} transformers has none"
+        if names
+        else f"{kind}: the config names no architectures"
+    )
+
+
 def class_of_task(config: Any, task: str | None) -> Any:
     """Return the class that transformers has for a config and a task, as PEFT names tasks; None if there is none."""
     mapping = {
@@ -248,11 +261,14 @@ def named_class(name: str, config: Any) -> Any:
         LoraFxError: there is none, or not for this config.
     """
     if not _is_model(name):
-        raise LoraFxError(f"--model-class: transformers {transformers.__version__} has no model class {name!r}.")
+        raise LoraFxError(
+            f"{option('model_class', '--model-class')}: transformers {transformers.__version__} has no model class {name!r}."
+        )
     found = getattr(transformers, name)
     if not isinstance(config, found.config_class or object):
         raise LoraFxError(
-            f"--model-class: {name} is built from {found.config_class.__name__}, and the checkpoint has {type(config).__name__}."
+            f"{option('model_class', '--model-class')}: {name} is built from {found.config_class.__name__}, "
+            f"and the checkpoint has {type(config).__name__}."
         )
     return found
 

@@ -27,9 +27,10 @@ from torch import fx, nn
 
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import describe
+from lora_fx.errors import PlanError
 from lora_fx.graph.adapter_names import is_factor, is_places
 from lora_fx.graph.aten_kinds import writes
-from lora_fx.graph.cached_graphs import check_whole
+from lora_fx.graph.cached_graphs import CachedGraphs, check_whole
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, copy_graph, rebuilt, state_of
 from lora_fx.graph.provenance import stamp_of, write_stamp
 from lora_fx.numerics.bit_dropout import DropoutRate
@@ -60,6 +61,11 @@ def fuse(graph_module: TracedGraphModule) -> TracedGraphModule:
     Raises:
         PlanError: the argument is no graph of lora_fx.
     """
+    if isinstance(graph_module, CachedGraphs):
+        raise PlanError(
+            "fuse is for graphs that train, and the graphs of an encoder-decoder model with a cache generate: fold(graphs) has no branches left "
+            "to fuse. To train, rewrite the model without cache=True, and transfer the adapter onto these graphs."
+        )
     graph_module = as_traced(graph_module)
     check_whole(graph_module)
     graph, _ = copy_graph(graph_module.graph)

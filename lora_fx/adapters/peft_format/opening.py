@@ -12,7 +12,7 @@ from lora_fx.adapters.peft_format.foreign_formats.recognize import read_foreign
 from lora_fx.adapters.peft_format.keys import base_name
 from lora_fx.adapters.peft_format.stacks import LAYOUTS, StackLayout
 from lora_fx.adapters.peft_format.tensors import AdapterTensors, open_tensors
-from lora_fx.errors import AdapterError, shortened, warn
+from lora_fx.errors import AdapterError, option, shortened, warn
 from lora_fx.rules.peft_config.config import CONFIG_NAME, AdapterConfig, read_config
 from lora_fx.rules.validation import shown
 
@@ -92,17 +92,29 @@ def check_base(files: AdapterFiles, found: Mapping[str, str | None], *, strict: 
         strict: whether a difference is an error, or else a warning.
 
     Raises:
-        AdapterError: they differ.
+        AdapterError: they differ; also without ``strict`` where the base is of another class, without most of the tensors.
     """
     trained_on, _ = recorded(files.file.metadata)
     found = {**found, **dict.fromkeys(files.replaced(found))}  # whose values in the base are of no matter
     unlike = list(differences(trained_on, found)) if trained_on and found else []
+    source = str(files.directory)
+    missing = [name for name in trained_on if name not in found] if unlike else []
+    if 2 * len(missing) > len(trained_on):
+        lacking = f"this base lacks {len(missing)} of the {len(trained_on)} tensors of that, such as {missing[0]}"
+        raise AdapterError(source, [f"the adapter was trained on {_model_of(files.config)}, and {lacking}"])
     if unlike:
-        source = str(files.directory)
         if strict:
-            advice = "the adapter was trained on another base; pass that model, or strict=False"
+            advice = (
+                f"the adapter was trained on another base; pass that model, or {option('strict=False', '--no-strict')}"
+            )
             raise AdapterError(source, [advice, *shortened(unlike, _MAX_NAMED, "tensors")])
         warn(f"{source}: the adapter was trained on another base:\n  " + "\n  ".join(unlike))
+
+
+def _model_of(config: AdapterConfig) -> str:
+    """Return the model that an adapter was trained on, as far as its config says."""
+    known = (config.auto_mapping or {}).get("base_model_class") or config.base_model_name_or_path
+    return str(known or f"another model{f', of the task {config.task_type}' if config.task_type else ''}")
 
 
 _MAX_NAMED = 10

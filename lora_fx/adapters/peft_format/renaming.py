@@ -56,7 +56,7 @@ def _fitted(files: AdapterFiles, graph_module: fx.GraphModule) -> AdapterFiles:
         elif (expert := conversions.expert(key)) is not None:
             experts.append(expert)
     rest = set(strange) - moved.keys() - {expert.key for expert in experts}
-    _check_any_fits(files, rest, names)
+    _check_any_fits(files, rest, names, known_info(graph_module).model_class.rpartition(":")[2])
     twice = [
         f"{old} and {new} are both for {module_of_key(new)!r}"
         for old, new in moved.items()
@@ -82,16 +82,17 @@ def _sizes(graph_module: fx.GraphModule, names: _Names) -> dict[str, tuple[int, 
 
 @dataclass(frozen=True)
 class _Names:
-    """The names of a model's tensors, and of its modules."""
+    """The names of a model's tensors, of its modules, and of those among them that are called."""
 
     own: Collection[str]
     modules: Collection[str]
+    called: Sequence[str]
 
     @staticmethod
     def of(graph_module: fx.GraphModule) -> _Names:
         own = [name for name in state_of(graph_module).tensors if not is_of_adapter(name)]
-        called = {site.module for site in sites(graph_module)}
-        return _Names(dict.fromkeys(own), {*called, "", *(path for name in own for path in modules_of(name))})
+        called = [site.module for site in sites(graph_module)]
+        return _Names(dict.fromkeys(own), {*called, "", *(path for name in own for path in modules_of(name))}, called)
 
     def have(self, key: str) -> bool:
         """Tell whether a key is that of a tensor, or of a factor at a module."""
@@ -145,21 +146,27 @@ class _Conversions:
         return self.of_keys.without_converters().applied(name, self.names.weights)[0]
 
 
-def _check_any_fits(files: AdapterFiles, rest: Set[str], names: _Names) -> None:
-    """Refuse an adapter of which no factor is at a module of the graph in one line, with the prefixes of both."""
+def _check_any_fits(files: AdapterFiles, rest: Set[str], names: _Names, model_class: str) -> None:
+    """Refuse an adapter of which no factor is at a module of the graph in one line, with the classes or the prefixes of both."""
     factors = [key for key in files.file.entries if ".lora_" in key]
     special = any(".base_layer." in key.partition(".lora_")[0] for key in factors)  # of nn.MultiheadAttention
     if len(factors) < _MIN_FACTORS or special or not set(factors) <= rest:
         return
     module = module_of_key(factors[0])
-    found, expected = next(_prefixes(module, names), (module, ""))
-    told = (
-        f"the modules are under {found or 'no prefix'!r}, those of the graph under {expected or 'no prefix'!r}"
-        if any(f"{expected}{module.removeprefix(found)}" == each for each in names.modules)
-        else f"the file has {module!r}, for instance, and the graph {min((each for each in names.modules if each), default='')!r}"
-    )
-    problem = f"{files.file.path.name}: none of its {len(factors)} factors is at a module of the graph: {told}. Is it the adapter of another model?"
-    raise AdapterError(str(files.directory), [problem])
+    trained_on = (files.config.auto_mapping or {}).get("base_model_class")
+    if trained_on and model_class and trained_on != model_class:
+        told = f"the adapter was trained on {trained_on}, and this is {model_class}, which has no {module!r}"
+        raise AdapterError(str(files.directory), [told])
+    shared = next(_prefixes(module, names), None)
+    if shared is not None:
+        found, expected = (prefix or "no prefix" for prefix in shared)
+        told = f"the modules are under {found!r}, those of the graph under {expected!r}"
+    else:
+        own = next(iter(names.called), "")
+        told = f"the file has {module!r}, for instance, and {model_class or 'the graph'} {own!r}"
+    task = f" Its config names the task {files.config.task_type}." if files.config.task_type else ""
+    problem = f"{files.file.path.name}: none of its {len(factors)} factors is at a module of the graph: {told}.{task}"
+    raise AdapterError(str(files.directory), [f"{problem} Is it the adapter of another model?"])
 
 
 _MAX_NAMED = 10

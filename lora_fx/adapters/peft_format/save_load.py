@@ -43,7 +43,7 @@ from lora_fx.graph.adapter_states import trained_names
 from lora_fx.graph.cached_graphs import CachedGraphs, check_whole
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, state_of
 from lora_fx.graph.info import info_of
-from lora_fx.graph.joined_graphs import Graphs, joined, through
+from lora_fx.graph.joined_graphs import Graphs, through, whole
 from lora_fx.graph.records import BranchSpec
 from lora_fx.graph.state import State
 from lora_fx.numerics.lowrank_merge import with_all_rows
@@ -89,7 +89,7 @@ def from_adapter(
 
 
 def from_adapter(
-    model: nn.Module,
+    model: nn.Module | CachedGraphs,
     directory: str | Path,
     adapter: str = "default",
     *,
@@ -125,11 +125,13 @@ def from_adapter(
         PlanError: see :func:`load_adapter`; or PEFT wraps the model.
         TraceError: the model cannot be traced.
     """
-    model = unwrapped(model)
+    given = model if isinstance(model, CachedGraphs) else unwrapped(model)
     # A malformed directory is refused before the model is traced.
     files = read_adapter(Path(directory), stacks, ignore_config_keys)
-    traced = trace(model, example_inputs, dynamic=dynamic, inference=inference, cache=cache)
-    return through(traced, _loading(files, adapter, trainable, strict))
+    loading = _loading(files, adapter, trainable, strict)
+    if isinstance(given, CachedGraphs):
+        return through(given, loading)
+    return through(trace(given, example_inputs, dynamic=dynamic, inference=inference, cache=cache), loading)
 
 
 def load_adapter(
@@ -229,7 +231,7 @@ def save_adapter(
         AdapterError: the format has no way to say what the adapter is. All problems are named.
         LoraFxError: the directory exists, or cannot be written.
     """
-    graph_module = _traced(joined(graph_module) if isinstance(graph_module, CachedGraphs) else graph_module)
+    graph_module = _traced(whole(graph_module))
     if format not in get_args(foreign_file.Form) and format != "peft":
         raise AdapterError("format", [f"expected 'peft', 'diffusers' or 'kohya', got {shown(format)}"])
     target = Target(Path(directory), overwrite, kind=_ADAPTER)

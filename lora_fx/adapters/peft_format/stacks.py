@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lora_fx.errors import listed
+from lora_fx.errors import listed, option
 from lora_fx.graph.records import ParameterModule
 from lora_fx.rules.peft_config.config import CONFIG_NAME
 from lora_fx.rules.validation import shown
@@ -140,8 +140,8 @@ def stack_layouts(
         elif given and proofs and given not in proofs:
             [(found, proof)] = proofs.items()
             problems.append(
-                f"stacks={given!r}, but by the shapes of A and B {proof.name} is {found}. Leave stacks out, on the command line "
-                "--stacks"
+                f"{option(f'stacks={given!r}', f'--stacks {given}')}, but by the shapes of A and B {proof.name} is {found}. "
+                f"Leave {option('stacks', '--stacks')} out"
             )
         chosen = next(iter(proofs), None) or given or (None if refuting else layout)
         if chosen is None and all(stack.fits for stack in group):
@@ -187,10 +187,9 @@ def _question(stack: Stack) -> str:
         stored, exchanged = "PEFT up to 0.18.1 and from 0.19.1 on", "PEFT 0.19.0"
     else:
         stored, exchanged = "PEFT up to 0.19.0", "PEFT from 0.19.1 on"
-    return (
-        f'Say which: stacks="as_stored" (on the command line --stacks as_stored) if it was trained with {stored}; '
-        f'stacks="exchanged" if with {exchanged}'
-    )
+    first = option('stacks="as_stored"', "--stacks as_stored")
+    second = option('stacks="exchanged"', "--stacks exchanged")
+    return f"Say which: {first} if it was trained with {stored}; {second} if with {exchanged}"
 
 
 def _release(version: str) -> tuple[int, ...] | None:

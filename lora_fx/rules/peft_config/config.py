@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from lora_fx.errors import AdapterError, RuleError, hub_hint, warn
+from lora_fx.errors import AdapterError, RuleError, hub_hint, option, warn
 from lora_fx.rules.peft_config.name_matching import admits_layer, is_bias, is_named, modules_of, value_of_pattern
 from lora_fx.rules.peft_config.other_keys import UNUSED, is_off, problem_of_key
 from lora_fx.rules.peft_config.other_methods import why_not_applied
@@ -238,7 +238,7 @@ def config_in(document: Mapping[str, Any], source: str, ignored: Collection[str]
         raise AdapterError(source, problems)
     passed = [plain(key) for key, value in others.items() if key in ignored and not is_off(value)]
     if passed:
-        warn(f"{source}: {', '.join(passed)} ignored, as ignore_config_keys says.")
+        warn(f"{source}: {', '.join(passed)} ignored, as {option('ignore_config_keys', '--ignore-config-key')} says.")
     return config
 
 

@@ -42,12 +42,17 @@ def admits_layer(module: str, layers: int | Sequence[int] | None, names: str | S
     """
     if layers is None or layers == ():
         return True
+    index = layer_of(module, names)
+    return index is not None and index in ((layers,) if isinstance(layers, int) else layers)
+
+
+def layer_of(module: str, names: str | Sequence[str] | None) -> int | None:
+    """Return the number of the layer that PEFT takes a module to be in; None if it is in none. For the names, see :func:`admits_layer`."""
     patterns = (names,) if names and isinstance(names, str) else names or ()
     expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\..*" for pattern in patterns] or [
         r".*?\.[^.]*\.(?P<idx>\d+)\..*"
     ]
-    index = next((found for each in expressions if (found := _layer(each, module)) is not None), None)
-    return index is not None and index in ((layers,) if isinstance(layers, int) else layers)
+    return next((found for each in expressions if (found := _layer(each, module)) is not None), None)
 
 
 def is_bias(parameter: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from lora_fx.errors import option
 from lora_fx.rules.validation import plain, shown
 
 UNUSED: Mapping[str, Any] = {
@@ -96,5 +97,5 @@ def problem_of_key(key: str, value: Any, ignored: Collection[str]) -> str | None
     name = plain(key)
     return (
         f"{name}: unknown key, on which the result may depend: found {shown(value)}. If it does not, pass "
-        f"ignore_config_keys=[{name!r}] (--ignore-config-key {name}). {merge} otherwise"
+        f"{option(f'ignore_config_keys=[{name!r}]', f'--ignore-config-key {name}')}. {merge} otherwise"
     )

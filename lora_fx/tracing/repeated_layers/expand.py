@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx.progress import step
 from lora_fx.tracing.repeated_layers.call_values import LayersDiffer
 from lora_fx.tracing.repeated_layers.layer_classes import LayerClass
 from lora_fx.tracing.repeated_layers.stubs import ENTER, LEAVE, STUB
@@ -72,6 +73,7 @@ def expand(
     Raises:
         LayersDiffer: the graph of a full trace is not known.
     """
+    step("writing out equal layers")
     ranks = {name: index for index, name in enumerate(names)}
     bodies = {body.path: body for body in find_bodies(graph, ranks)}
     moves = {path: Moved(each.paths[0], path) for each in classes if each.paths[0] in bodies for path in each.paths[1:]}
