@@ -414,6 +414,28 @@ def test_dropout_inside_of_a_recurrent_layer_follows_the_mode(kind: type[nn.RNNB
     torch.testing.assert_close(lora_fx.fold(tuned).eval()(x), tuned.eval()(x))
 
 
+class Casts(nn.Module):
+    """Casts a part of itself at every call, as the routers of SwitchTransformers do."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.lin, self.dtype = nn.Linear(6, 3), dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.lin = self.lin.to(self.dtype)
+        return self.lin(x.to(self.dtype))
+
+
+def test_a_model_may_cast_a_part_of_itself_to_the_dtype_that_it_has() -> None:
+    model, x = Casts(torch.float32), torch.randn(2, 6)
+    with unchanged(model):
+        graph_module = lora_fx.trace(model, (x,))
+    batch = torch.randn(4, 6)
+    assert torch.equal(graph_module(batch), model(batch))
+    with pytest.raises(lora_fx.TraceError, match=r"Casts cannot be traced.* at .*test_tracing\.py:\d+"):
+        lora_fx.trace(Casts(torch.bfloat16), (x,))
+
+
 class Counts(nn.Module):
     """Writes to its own buffer while it computes."""
 

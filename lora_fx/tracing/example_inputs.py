@@ -17,7 +17,7 @@ from transformers.models.auto import modeling_auto
 from lora_fx.errors import LoraFxError, TraceError, did_you_mean
 from lora_fx.files.safetensors import TensorFile
 from lora_fx.graph.example_sizes import cut_or_repeated
-from lora_fx.tracing.input_kinds import arguments
+from lora_fx.tracing.input_kinds import arguments, text_config
 from lora_fx.tracing.input_trials import shapes, taken
 
 _logger = logging.getLogger("lora_fx.tracing")
@@ -157,7 +157,7 @@ def _labels(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     if _is_for(kind, _TOKEN_CLASSES):
         below = config.num_labels
     elif _is_for(kind, _TOKENS) or (tokens.dim() == 2 and model.get_output_embeddings() is not None):
-        below = config.get_text_config().vocab_size
+        below = text_config(config, decoder=True).vocab_size
     else:
         raise TraceError(f"what the labels of {kind} are like is not known: let example_inputs have them.")
     labels = chosen(*tokens.shape[:2], below=below)
@@ -220,8 +220,8 @@ def config_of(model: nn.Module) -> Any:
 
 def pad_token_of(config: Any) -> int | None:
     """Return the ``pad_token_id`` of a config of transformers, of its text part; None for another, or none."""
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text_config, "pad_token_id", None)
+    text = text_config(config) if hasattr(config, "get_text_config") else config
+    return getattr(text, "pad_token_id", None)
 
 
 def generation_config_of(model: nn.Module) -> Any:
@@ -265,7 +265,7 @@ def _constants(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
     parameters = arguments(model)
     accepts = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     config: Any = getattr(model, "config", None)
-    configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
+    configs = [config, text_config(config)] if hasattr(config, "get_text_config") else [config]
     has_cache = any(getattr(part, "use_cache", None) is not None for part in configs)
     return {"use_cache": False} if has_cache and accepts and "use_cache" not in given else {}
 

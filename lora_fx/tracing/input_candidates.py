@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.tracing.input_kinds import BATCH, Made, Maker, WantedInput, arguments, is_mask, kind_of
+from lora_fx.tracing.input_kinds import BATCH, Made, Maker, WantedInput, arguments, is_mask, kind_of, text_config
 
 MAX_CANDIDATES = 100
 """Readings that are tried for one set of arguments."""
@@ -121,7 +121,7 @@ def _with_image_tokens(maker: Maker, made: Made) -> Iterator[dict[str, torch.Ten
     if found is None:
         return
     count, token = found
-    size = maker.config.get_text_config().vocab_size
+    size = text_config(maker.config).vocab_size
     text = made["input_ids"].masked_fill(made["input_ids"] == token, (token + 1) % size)
     tokens = torch.cat([torch.full((BATCH, count), token), text], dim=1)
     texts = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}

@@ -51,7 +51,7 @@ def arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(next(own, model).forward).parameters
 
 
-def random_tokens(model: Any, length: int, generator: torch.Generator, *, decoder: bool | None = None) -> torch.Tensor:
+def random_tokens(model: Any, length: int, generator: torch.Generator, *, decoder: bool = False) -> torch.Tensor:
     """Return tokens ``(BATCH, length)`` of a transformers model's vocabulary.
 
     Args:
@@ -67,11 +67,16 @@ _CHARACTERS = 256
 """Tokens of a model without vocabulary and embedding, which hashes them."""
 
 
-def _vocabulary(model: Any, decoder: bool | None) -> int:
+def text_config(config: Any, *, decoder: bool = False) -> Any:
+    """Return the part of a config that is of the text; where encoder and decoder have a text each, as in MusicGen, of one of them."""
     try:
-        config = model.config.get_text_config()
-    except ValueError:  # several texts, of which transformers cannot tell the main one
-        config = model.config.get_text_config(decoder=bool(decoder), encoder=not decoder)
+        return config.get_text_config()
+    except ValueError:  # transformers cannot tell the main one
+        return config.get_text_config(decoder=decoder, encoder=not decoder)
+
+
+def _vocabulary(model: Any, decoder: bool) -> int:
+    config = text_config(model.config, decoder=decoder)
     size = getattr(config, "vocab_size", None)
     if isinstance(size, int):
         return size

@@ -54,6 +54,7 @@ def export(
         quiet(),
         _explicit_arguments(model, inputs),
         _broadcast_masks(),
+        _without_idle_moves(),
         _without_cache(),
         _without_code(),
         _unprinted(),
@@ -179,6 +180,25 @@ def _without_vmap(make: Callable[..., Any]) -> Callable[..., Any]:
         return make(*args, **({**kwargs, "use_vmap": False} if "use_vmap" in kwargs else kwargs))
 
     return broadcasting
+
+
+@contextmanager
+def _without_idle_moves() -> Iterator[None]:
+    """Let ``module.to(…)`` return a module that is there already, in that dtype, as it is: torch cannot move one while it traces."""
+    original = nn.Module.to
+
+    def moved(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        tensors = [*self.parameters(), *self.buffers()]
+        there = all(device is None or each.device == device for each in tensors)
+        cast = all(dtype is None or each.dtype == dtype for each in tensors if each.is_floating_point())
+        return self if there and cast and memory_format is None else original(self, *args, **kwargs)
+
+    nn.Module.to = moved  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to = original  # type: ignore[method-assign]
 
 
 def _without_cache() -> AbstractContextManager[None]:
