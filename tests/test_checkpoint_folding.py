@@ -398,22 +398,6 @@ def test_another_base_is_refused_or_told(base: tuple[nn.Module, Path], tmp_path:
         fold_checkpoint(tmp_path / "out", [(tmp_path / "a", 1.0)], tmp_path / "twice", strict=False)
 
 
-def test_a_quantised_checkpoint_is_refused(base: tuple[nn.Module, Path], tmp_path: Path) -> None:
-    model, directory = base
-    adapter(model, tmp_path / "a", target_modules=["q_proj"])
-    quantised = tmp_path / "quantised"
-    quantised.mkdir()
-    for path in directory.iterdir():
-        (quantised / path.name).write_bytes(path.read_bytes())
-    config = json.loads((quantised / "config.json").read_text())
-    said = {**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}
-    (quantised / "config.json").write_text(json.dumps(said))
-    with pytest.raises(
-        lora_fx.FoldError, match=r"its weights are quantised \(gptq\), and nothing can be added to them"
-    ):
-        plan_checkpoint_fold(quantised, [(tmp_path / "a", 1.0)])
-
-
 def test_a_config_that_names_other_weights_is_refused(base: tuple[nn.Module, Path], tmp_path: Path) -> None:
     model, directory = base
     adapter(model, tmp_path / "a", target_modules=["q_proj"])

@@ -40,6 +40,25 @@ OverwriteDirectory = Annotated[
 ]
 
 
+Quantised = Annotated[
+    str | None,
+    typer.Option(
+        "--quantised",
+        metavar="SCHEME",
+        help="How BASE_DIR was quantised where the adapters were trained: nf4, nf4:double, fp4, int8, int4:64, … They are added to the "
+        "values that its weights have then. A checkpoint of bitsandbytes, GPTQ or AWQ needs no option.",
+    ),
+]
+NotQuantised = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--not-quantised",
+        metavar="MODULE",
+        help="Module that was not quantised, as llm_int8_skip_modules names it, in place of those that transformers skips. May be repeated.",
+    ),
+]
+
+
 def fold(
     directories: Annotated[
         list[Path],
@@ -60,21 +79,20 @@ def fold(
     stacks: Stacks = None,
     ignore_config_key: IgnoredConfigKeys = None,
     model_class: ModelClass = None,
+    quantised: Quantised = None,
+    not_quantised: NotQuantised = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the changes without writing them.")] = False,
 ) -> None:
     """Merge adapters into a checkpoint on disk, one tensor in memory at a time.
+
+    Adapters that were trained beside quantised weights are added to these as they are when dense, which is what they fit: see --quantised.
 
     All else in BASE_DIR is copied byte by byte; config, tokenizer, code, index, shards and their order stay. Not copied, and
     named, are other forms of the old weights (pytorch_model.bin, GGUF, onnx/, …) and training states.
 
     The result is written beside OUT_DIR and moved into place; after an interrupt, run the command again.
     """
-    if len(directories) < 3:
-        raise typer.BadParameter("name the base, one adapter or more, and the directory to be made")
-    if dry_run and (report or verify):
-        raise typer.BadParameter(
-            "--report and --verify look at what was written, and --dry-run writes nothing: leave out one of them"
-        )
+    _check_options(directories, reads_again=report or verify, dry_run=dry_run, quantised=(quantised, not_quantised))
     base, *adapters, out = directories
     strengths, layouts = strengths_of(adapters, strength), stacks_of(adapters, stacks)
 
@@ -98,6 +116,8 @@ def fold(
                 ignore_config_keys=ignore_config_key or (),
                 model_class=model_class,
                 example_inputs=example_inputs,
+                quantised=quantised,
+                not_quantised=not_quantised,
                 step=status.update,
             )
         if dry_run:
@@ -107,6 +127,19 @@ def fold(
         with tqdm(total=planned.checkpoint.size, desc="folding", unit="B", unit_scale=True) as bar:
             written = planned.write(out, overwrite=overwrite, verify=verify, report=report, progress=bar.update)
     _tell_written(written, out, planned.lines, report=report)
+
+
+def _check_options(
+    directories: Sequence[Path], *, reads_again: bool, dry_run: bool, quantised: tuple[str | None, list[str] | None]
+) -> None:
+    if len(directories) < 3:
+        raise typer.BadParameter("name the base, one adapter or more, and the directory to be made")
+    if dry_run and reads_again:
+        raise typer.BadParameter(
+            "--report and --verify look at what was written, and --dry-run writes nothing: leave out one of them"
+        )
+    if quantised[1] and quantised[0] is None:
+        raise typer.BadParameter("--not-quantised goes with --quantised: name the scheme too")
 
 
 def _check_out_is_given(out: Path) -> None:

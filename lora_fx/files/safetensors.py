@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -111,6 +111,15 @@ class TensorFile:
             raise LoraFxError(f"{path} is not a valid safetensors file: {error}. {_AGAIN}") from error
         return cls(path, metadata, entries, header)
 
+    @property
+    def on_disk(self) -> TensorFile:
+        """The file as it lies on disk: this one, but for a :class:`~lora_fx.files.computed_file.ComputedFile`."""
+        return self
+
+    def is_computed(self, name: str) -> bool:  # noqa: ARG002
+        """Tell whether a tensor is not on disk as it is read, see :class:`~lora_fx.files.computed_file.ComputedFile`."""
+        return False
+
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor in memory of its own.
 
@@ -201,19 +210,35 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     """
     for name, tensor in tensors.items():
         _check_writable(path, name, tensor)
-    names = sorted(tensors, key=lambda name: (-_ORDER[tensors[name].dtype], name))
+    layout, entries = layout_of(
+        path, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, metadata
+    )
+    with path.open("wb") as file:
+        file.write(layout)
+        for name in entries:
+            file.write(bytes_of(tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous()))
+
+
+def layout_of(
+    path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, TensorEntry]]:
+    """Return the header of a new file, and its entries in the order of their bytes: by size of their elements, then by name.
+
+    Args:
+        path: of the file, for messages.
+        tensors: dtype and shape by name, in any order.
+        metadata: texts to put in.
+    """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
-    for name in names:
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for name in sorted(tensors, key=lambda name: (-_ORDER[tensors[name][0]], name)):
+        dtype, shape = tensors[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            file.write(bytes_of(tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous()))
+    layout = struct.pack("<Q", len(text)) + text
+    return layout, _parsed(path, layout, len(layout) + end)[1]
 
 
 def grown_header(file: TensorFile, added: Mapping[str, torch.Tensor], multiple: int) -> bytes:

@@ -15,7 +15,7 @@ import torch
 
 from lora_fx.errors import LoraFxError, did_you_mean, hub_hint
 from lora_fx.files.safetensors import TensorEntry, TensorFile
-from lora_fx.numerics.lowrank_merge import Merge, rounded
+from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, rounded
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -89,6 +89,12 @@ class Checkpoint:
     def size(self) -> int:
         """Number of bytes of all files with tensors."""
         return sum(map(size_of, self.files))
+
+    @property
+    def usual_dtype(self) -> torch.dtype:
+        """Dtype in which it gets further weights."""
+        dtypes = (entry.dtype for _, entry in self.tensors.values() if entry.dtype in FOLDABLE)
+        return next(dtypes, torch.float32)
 
     def find(self, key: str) -> tuple[TensorFile, TensorEntry]:
         """Return the file that a tensor is in, and its place there.
@@ -221,6 +227,7 @@ class Changes:
         tensors: the factors, and all else that updates name.
         additions: values of tensors that the checkpoint lacks, on the CPU, by their keys.
         config: values in config.json, by their keys.
+        dropped_config: keys that config.json no longer has.
     """
 
     merges: Mapping[str, Merge] = field(default_factory=dict)
@@ -228,6 +235,7 @@ class Changes:
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     additions: Mapping[str, torch.Tensor] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    dropped_config: tuple[str, ...] = ()
 
     def factors_of(self, merge: Merge) -> dict[str, torch.Tensor]:
         """Return the tensors that the updates of a merge name, on the CPU."""

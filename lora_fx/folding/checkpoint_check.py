@@ -88,7 +88,7 @@ def _replacement_problems(key: str, value: torch.Tensor, entry: TensorEntry) -> 
 
 
 def changed_in_files(checkpoint: Checkpoint, changes: Changes) -> dict[str, frozenset[str]]:
-    """Return the changed tensors of each file, by its path in the directory.
+    """Return the changed tensors of each file, by its path in the directory; those that are computed are among them.
 
     Of several tensors of one name, the index names the one that counts. Others of its value are changed with it, so that all who
     read the result find one value; a different one is left as it is.
@@ -96,7 +96,9 @@ def changed_in_files(checkpoint: Checkpoint, changes: Changes) -> dict[str, froz
     Raises:
         FoldError: another value is in a file that transformers reads later, and so would load instead. All such are named.
     """
-    changed = {checkpoint.name_of(file): set[str]() for file in checkpoint.files}
+    changed = {
+        checkpoint.name_of(file): {key for key in file.entries if file.is_computed(key)} for file in checkpoint.files
+    }
     problems = []
     for key in (*changes.merges, *changes.replacements):
         named = checkpoint.tensors[key]
@@ -138,6 +140,8 @@ def misrounded_share(
                 expected = changes.new_value(entry)
                 if bytes_of(expected) != bytes_of(written.read(key)):
                     raise FoldError(_wrong(key, "it is not the value that was to be put in"))
+            elif key not in changes.merges and bytes_of(file.read(key)) != bytes_of(written.read(key)):
+                raise FoldError(_wrong(key, "it is not the dense value of its codes"))
             if key in changes.merges:
                 merge = changes.merges[key]
                 share = _share(key, file.read(key), written.read(key), merge, changes.factors_of(merge))

@@ -35,6 +35,7 @@ _BESIDE_WEIGHTS: Mapping[str, Sequence[str]] = {
         "rng_state*.pth", "random_states_*.pkl", "custom_checkpoint_*.pkl", "trainer_state.json", "training_args.bin",
         "pytorch_model_fsdp*", "pytorch_model_fsdp*/", "checkpoint-*/", "tmp-checkpoint-*/", "global_step*/", "runs/",
     ),
+    "the settings of a quantisation, which the result has not": ("quantize_config.json", "quant_config.json"),
     "an adapter, which transformers would add to the result": ("adapter_config.json", "adapter_model.*"),
     _OLD_WEIGHTS: (
         *(

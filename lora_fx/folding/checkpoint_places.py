@@ -106,3 +106,14 @@ def tied_again(contents: AdapterContents, names: Mapping[str, tuple[str, ...]], 
     if problems:
         raise AdapterError(str(files.directory), problems)
     return replace(contents, copies=copies)
+
+
+def check_weights_named(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Refuse a config that names other weights than those that are read where it names none."""
+    named = getattr(model.config, "transformers_weights", None)
+    used = (checkpoint.index or checkpoint.files[0].path).relative_to(checkpoint.model).as_posix()
+    if named is not None and named != used:
+        raise FoldError(
+            f"{checkpoint.model}: expected the weights in {used}, found that config.json names {named!r} (transformers_weights), which "
+            f"transformers loads. Rename that to {used}, and remove the key."
+        )

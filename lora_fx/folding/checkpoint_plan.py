@@ -19,7 +19,7 @@ from torch import nn
 from lora_fx.adapters.activate import tell_whole_copies
 from lora_fx.adapters.attach import attach
 from lora_fx.adapters.peft_format.base_class import base_class
-from lora_fx.adapters.peft_format.opening import AdapterFiles, check_base, read_adapter
+from lora_fx.adapters.peft_format.opening import AdapterFiles, read_adapter
 from lora_fx.adapters.peft_format.own_tensors import (
     another_value,
     equal_as_saved,
@@ -37,13 +37,15 @@ from lora_fx.errors import AdapterError, FoldError, LoraFxError, listed
 from lora_fx.folding.checkpoint import Changes, Checkpoint
 from lora_fx.folding.checkpoint_check import changed_in_files, check_fits
 from lora_fx.folding.checkpoint_files import Companions, companions_of, skipped_lines
-from lora_fx.folding.checkpoint_places import Places, tied_again
+from lora_fx.folding.checkpoint_places import Places, check_weights_named, tied_again
 from lora_fx.folding.checkpoint_write import CheckpointReport, write_merged
+from lora_fx.folding.dense_base import dense_base
 from lora_fx.folding.fold import recipe
+from lora_fx.folding.trained_base import check_bases
 from lora_fx.graph.adapter_names import adapter_of, is_of_adapter, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.state import State
-from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, Update, rounded
+from lora_fx.numerics.lowrank_merge import Merge, Update, rounded
 from lora_fx.rules.plain_numbers import finite_number
 from lora_fx.text_table import new_table, text_lines
 from lora_fx.tracing.example_inputs import read_example_inputs
@@ -62,6 +64,7 @@ class CheckpointFold:
         companions: the other files of the base, those that go along and those that are skipped.
         untied: pairs of parameters that the config ties, and for which the files have two values.
         reads: the files and directories beside the base that the result is made from, which are not written over.
+        quantised: what becomes of quantised weights, in a line; None if there are none.
     """
 
     checkpoint: Checkpoint
@@ -70,27 +73,35 @@ class CheckpointFold:
     companions: Companions
     untied: tuple[tuple[str, str], ...] = ()
     reads: tuple[Path, ...] = ()
+    quantised: str | None = None
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Keys of the tensors that change: by adapters, or since they are, or were, quantised."""
+        tensors = self.checkpoint.tensors
+        computed = {key for key, (file, _) in tensors.items() if file.is_computed(key)}
+        return frozenset({*self.changes.merges, *self.changes.replacements, *computed})
 
     @property
     def changed_bytes(self) -> int:
         """Number of bytes of the tensors that change."""
-        changed = {*self.changes.merges, *self.changes.replacements}
-        return sum(self.checkpoint.find(key)[1].size for key in changed)
+        return sum(self.checkpoint.find(key)[1].size for key in self.changed)
 
     @property
     def lines(self) -> list[str]:
-        """Return a line for each pair that the config ties and the files do not, and one for a class that is not the config's."""
-        untied = [
+        """Return a line for each pair that the config ties and the files do not, one for quantised weights, and one for another class."""
+        told = [] if self.quantised is None else [self.quantised]
+        told += [
             f"{source} and {name} are two tensors with other values, and stay apart, as transformers loads them. The config ties them: set "
             "tie_word_embeddings to false for programs that go by it alone"
             for source, name in self.untied
         ]
         if not self.changes.additions:
-            return untied
+            return told
         added = listed(list(self.changes.additions), _MAX_NAMED)
         kind = self.changes.config["architectures"][0]
         return [
-            *untied,
+            *told,
             f"the result is a {kind}, which the adapter was trained on, in config.json too; added: {added}",
         ]
 
@@ -108,7 +119,7 @@ class CheckpointFold:
         for key, value in self.changes.additions.items():
             shape = " × ".join(map(str, value.shape))
             table.add_row(key, str(value.dtype).removeprefix("torch."), shape, "", "added")
-        changed = len(self.changes.merges) + len(self.changes.replacements)
+        changed = len(self.changed)
         copied = len(self.checkpoint.tensors) - changed
         return "\n".join(
             [
@@ -174,6 +185,8 @@ def plan_checkpoint_fold(
     ignore_config_keys: Collection[str] = (),
     model_class: str | None = None,
     example_inputs: Path | None = None,
+    quantised: str | None = None,
+    not_quantised: Collection[str] | None = None,
     step: Callable[[str], None] = lambda _: None,
 ) -> CheckpointFold:
     """Plan the fold of adapters into a checkpoint, tensor by tensor. Read are only those that the config ties and the files have twice.
@@ -188,11 +201,15 @@ def plan_checkpoint_fold(
             checkpoint names, or, where the adapters have modules that this has not, the one of their task (``task_type``) or that they
             name (``auto_mapping``). Trained modules that the checkpoint lacks, such as the head of a classifier, are added to it.
         example_inputs: a safetensors file of the inputs to trace with, by name; by default they are made from the config.
+        quantised: how the base was quantised where the adapters were trained, ``"nf4"``, ``"nf4:double"``, ``"fp4"``, ``"int8"``, ``"int4:64"``, …:
+            then they are added to what its weights become when they are quantised so, and are dense again. None: as the files are. A
+            checkpoint of bitsandbytes, GPTQ or AWQ is made dense in either case.
+        not_quantised: modules that were not, as ``llm_int8_skip_modules`` names them; None for those that transformers skips by itself.
         step: called with the name of each step, for a display.
 
     Raises:
         AdapterError: an adapter is malformed, or does not fit the model.
-        FoldError: a weight would need different values at its uses, or is not stored as the model has it.
+        FoldError: a weight would need different values at its uses, is not stored as the model has it, or cannot be quantised so.
         TraceError: the model cannot be traced.
         LoraFxError: the directory is no checkpoint of a transformers model.
     """
@@ -200,27 +217,26 @@ def plan_checkpoint_fold(
         raise LoraFxError("there is nothing to fold: name at least one adapter directory.")
     checkpoint = Checkpoint.open(Path(base))
     companions = companions_of(checkpoint)
-    adapters = [(directory, _strength(directory, given)) for directory, given in adapters]
-    opened = _opened([Path(directory) for directory, _ in adapters], stacks, ignore_config_keys)
+    pairs = tuple((Path(directory), _strength(directory, given)) for directory, given in adapters)
+    opened = _opened([directory for directory, _ in pairs], stacks, ignore_config_keys)
     step("reading the config")
     choice = base_class(checkpoint.model, opened, model_class)
     model = empty_model(checkpoint.model, choice)
-    _check_not_quantised(model, checkpoint.model)
-    _check_weights_named(model, checkpoint)
-    places = Places.of(model, checkpoint)
+    dense, places = dense_base(checkpoint, model, quantised, not_quantised)
+    checkpoint = dense.checkpoint
+    check_weights_named(model, checkpoint)
     untied = untie_as_loaded(model, places.plain, partial(places.equal, dtype=getattr(model.config, "dtype", None)))
     step(f"tracing {type(model).__name__}")
     inputs = None if example_inputs is None else read_example_inputs(example_inputs, model)
     graph_module = trace(model, inputs, inference=True)
     step("fitting the adapters")
-    base_fingerprint = places.fingerprint(state_of(graph_module))
+    check_bases(opened, places, state_of(graph_module), strict=strict)
     names = _all_names(state_of(graph_module))
     factors: dict[str, torch.Tensor] = {}
     copies: dict[str, torch.Tensor] = {}
     added: dict[str, torch.Tensor] = {}
     trained_by: dict[str, int] = {}
-    for index, (files, (_, strength)) in enumerate(zip(opened, adapters, strict=True)):
-        check_base(files, base_fingerprint, strict=strict)
+    for index, (files, (_, strength)) in enumerate(zip(opened, pairs, strict=True)):
         contents = _contents(files, places, graph_module)
         own = _copies_of(files, contents, strength, copies)
         name = f"adapter_{index}"
@@ -230,21 +246,19 @@ def plan_checkpoint_fold(
         copies |= own
         added |= {name: value for name, value in own.items() if choice and places.lacks(names[name])}
         stored = {copied: places.of_names(names[copied]) for copied in own if copied not in added}
-        dtypes = {copied: checkpoint.find(keys[0])[1].dtype for copied, keys in stored.items()}
-        dtypes |= dict.fromkeys(added, _usual_dtype(checkpoint))
-        warn_of_rounding(files.directory, own, dtypes)
+        _tell_rounding(files, own, stored, added, checkpoint)
         trained_by |= {key: index for keys in stored.values() for key in keys}
     merges = {key: merge for merge in _recipe(graph_module) for key in places.of_names(merge.names)}
     replaced = {
         key: value for name, value in copies.items() if name not in added for key in places.of_names(names[name])
     }
-    _check_apart(merges, replaced, trained_by, [directory for directory, _ in adapters])
-    changes = Changes(merges, replaced, factors, *_additions(added, choice, model, places, state_of(graph_module)))
+    _check_apart(merges, replaced, trained_by, [directory for directory, _ in pairs])
+    additions = _additions(added, choice, model, places, state_of(graph_module))
+    changes = Changes(merges, replaced, factors, *additions, dense.dropped_config)
     check_fits(checkpoint, changes)
     changed_in_files(checkpoint, changes)
-    pairs = tuple((Path(directory), strength) for directory, strength in adapters)
     reads = (*(directory for directory, _ in pairs), *([] if example_inputs is None else [example_inputs]))
-    return CheckpointFold(checkpoint, changes, pairs, companions, untied, reads)
+    return CheckpointFold(checkpoint, changes, pairs, companions, untied, reads, dense.line)
 
 
 _MAX_NAMED = 10
@@ -268,6 +282,18 @@ def _strength(directory: str | Path, given: float) -> float:
     return strength
 
 
+def _tell_rounding(
+    files: AdapterFiles,
+    own: Mapping[str, torch.Tensor],
+    stored: Mapping[str, Sequence[str]],
+    added: Collection[str],
+    checkpoint: Checkpoint,
+) -> None:
+    """Warn of trained values that have more precision than the checkpoint gives them."""
+    dtypes = {name: checkpoint.find(keys[0])[1].dtype for name, keys in stored.items()}
+    warn_of_rounding(files.directory, own, dtypes | dict.fromkeys(added, checkpoint.usual_dtype))
+
+
 def fold_checkpoint(
     base: str | Path,
     adapters: Sequence[tuple[str | Path, float]],
@@ -278,6 +304,8 @@ def fold_checkpoint(
     ignore_config_keys: Collection[str] = (),
     model_class: str | None = None,
     example_inputs: Path | None = None,
+    quantised: str | None = None,
+    not_quantised: Collection[str] | None = None,
     overwrite: bool = False,
     verify: bool = False,
     report: bool = False,
@@ -291,6 +319,8 @@ def fold_checkpoint(
         ignore_config_keys=ignore_config_keys,
         model_class=model_class,
         example_inputs=example_inputs,
+        quantised=quantised,
+        not_quantised=not_quantised,
     )
     return planned.write(out, overwrite=overwrite, verify=verify, report=report)
 
@@ -373,18 +403,12 @@ def _additions(
             f"{places.checkpoint.directory}: neither it nor an adapter has values for {listed(lacking, _MAX_NAMED)} of {kind}, which were "
             "random where the adapter was trained. Fold into the checkpoint that it was trained on."
         )
-    dtype = _usual_dtype(places.checkpoint)
+    dtype = places.checkpoint.usual_dtype
     config: Any = model.config
     said: dict[str, Any] = {"architectures": [kind]}
     if choice.labels is not None:
         said |= {"id2label": {str(key): name for key, name in config.id2label.items()}, "label2id": config.label2id}
     return {name: rounded(value.detach().cpu(), dtype).contiguous() for name, value in added.items()}, said
-
-
-def _usual_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Return the dtype in which a checkpoint gets further weights."""
-    dtypes = (entry.dtype for _, entry in checkpoint.tensors.values() if entry.dtype in FOLDABLE)
-    return next(dtypes, torch.float32)
 
 
 def _all_names(state: State) -> dict[str, tuple[str, ...]]:
@@ -422,24 +446,3 @@ def _recipe(graph_module: TracedGraphModule) -> tuple[Merge, ...]:
             f"{error} A checkpoint is untied by loading the model, setting config.tie_word_embeddings = False, giving each use a "
             "parameter of its own, and save_pretrained."
         ) from error
-
-
-def _check_not_quantised(model: nn.Module, base: Path) -> None:
-    quantisation = getattr(model.config, "quantization_config", None)
-    if quantisation is not None:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-        raise FoldError(
-            f"{base}: its weights are quantised ({method or 'by an unnamed method'}), and nothing can be added to them. Fold into "
-            "the checkpoint that they were made of, and quantise the result."
-        )
-
-
-def _check_weights_named(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Refuse a config that names other weights than those that are read where it names none."""
-    named = getattr(model.config, "transformers_weights", None)
-    used = (checkpoint.index or checkpoint.files[0].path).relative_to(checkpoint.model).as_posix()
-    if named is not None and named != used:
-        raise FoldError(
-            f"{checkpoint.model}: expected the weights in {used}, found that config.json names {named!r} (transformers_weights), which "
-            f"transformers loads. Rename that to {used}, and remove the key."
-        )

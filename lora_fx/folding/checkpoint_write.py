@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from lora_fx.files.direct_io import (
     reading,
     write_at,
 )
-from lora_fx.files.safetensors import TensorEntry, TensorFile, bytes_of, grown_header
+from lora_fx.files.safetensors import TensorFile, bytes_of, grown_header
 from lora_fx.files.target import DirectoryKind, Target
 from lora_fx.folding.checkpoint import Changes, Checkpoint, is_weights, size_of
 from lora_fx.folding.checkpoint_check import changed_in_files, check_fits, misrounded_share
@@ -146,30 +146,53 @@ def _target(
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some bytes of a file with tensors, and the file of the result: of one changed tensor, or a run of others.
+    """Some bytes of a file of the result: one changed tensor, or a run of others.
 
-    In the result they are ``shift`` bytes, whole pages, further back.
+    Attributes:
+        file: of the checkpoint.
+        target: of the result.
+        source: where they begin in the file on disk; where they would, of a computed tensor.
+        place: where they begin in the file of the result.
+        size: how many there are.
+        key: of the tensor that changes.
     """
 
     file: TensorFile
     target: Path
-    start: int
-    end: int
-    shift: int
+    source: int
+    place: int
+    size: int
     key: str | None = None
 
 
 def _pieces(file: TensorFile, target: Path, shift: int, changed: Collection[str]) -> Iterator[_Piece]:
-    """Yield the pieces behind the header of a file, in order; runs of untouched tensors in steps of limited size."""
-    start = len(file.header)
-    ends = [entry for key, entry in file.entries.items() if key in changed]
-    for entry in [*ends, None]:
-        end = size_of(file) if entry is None else entry.start
-        for first in range(start, end, PIECE):
-            yield _Piece(file, target, first, min(first + PIECE, end), shift)
-        if entry is not None:
-            yield _Piece(file, target, entry.start, entry.end, shift, entry.name)
-            start = entry.end
+    """Yield the pieces behind the header of a file, in order; runs of untouched tensors in steps of limited size.
+
+    Args:
+        file: of the checkpoint.
+        target: of the result, in which all is ``shift`` bytes, whole pages, further back.
+        shift: see there.
+        changed: its tensors that change.
+    """
+    runs: list[tuple[int, int, int]] = []  # begin on disk, begin in the result, size
+    for key, entry in file.entries.items():
+        source = file.on_disk.entries[key].start if not file.is_computed(key) else entry.start
+        if key in changed:
+            yield from _copies(file, target, runs)
+            runs.clear()
+            yield _Piece(file, target, source, entry.start + shift, entry.size, key)
+        elif runs and runs[-1][0] + runs[-1][2] == source:
+            begin, place, size = runs.pop()
+            runs.append((begin, place, size + entry.size))
+        else:
+            runs.append((source, entry.start + shift, entry.size))
+    yield from _copies(file, target, runs)
+
+
+def _copies(file: TensorFile, target: Path, runs: Iterable[tuple[int, int, int]]) -> Iterator[_Piece]:
+    for source, place, size in runs:
+        for start in range(0, size, PIECE):
+            yield _Piece(file, target, source + start, place + start, min(PIECE, size - start))
 
 
 def _write_files(
@@ -194,7 +217,7 @@ def _write_files(
         progress(len(file.header))
         pieces += _pieces(file, directory / name, shift, changed[name])
     buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
-    size = max((piece.end - piece.start for piece in pieces if piece.key not in changes.replacements), default=0)
+    size = max((piece.size for piece in pieces if piece.key not in changes.replacements), default=0)
     largest = max((entry.size for _, entry in checkpoint.tensors.values()), default=0)
     for _ in range(max(2, min(WORKERS, MEMORY * largest // (size + _SPACE)))):
         buffers.put(aligned_memory(size))
@@ -204,25 +227,31 @@ def _write_files(
         for piece, count in zip(pieces, outcomes, strict=True):
             if piece.key is not None:
                 non_finite[piece.key] = count
-            progress(piece.end - piece.start)
+            progress(piece.size)
     return non_finite
 
 
 def _tell_of_additions(checkpoint: Checkpoint, changes: Changes, directory: Path) -> None:
-    """Say in the index which file has the tensors that are added, and in the config what else it is to say."""
-    if checkpoint.index is not None and changes.additions:
+    """Say in the index which file has which tensors where others come or go, and in the config what else it is to say."""
+    if checkpoint.index is not None:
         path = directory / checkpoint.index.relative_to(checkpoint.directory)
         found = json.loads(path.read_text("utf-8"))
-        place = checkpoint.files[-1].path.relative_to(checkpoint.model).as_posix()
-        found["weight_map"] |= dict.fromkeys(changes.additions, place)
-        size = found.get("metadata", {}).get("total_size")
-        if isinstance(size, int):
-            found["metadata"]["total_size"] = size + sum(value.nbytes for value in changes.additions.values())
-        path.write_text(f"{json.dumps(found, indent=2, ensure_ascii=False)}\n", "utf-8")
-    if changes.config:
+        kept = {
+            key: file.path.relative_to(checkpoint.model).as_posix() for key, (file, _) in checkpoint.tensors.items()
+        }
+        added = dict.fromkeys(changes.additions, checkpoint.files[-1].path.relative_to(checkpoint.model).as_posix())
+        if added or kept.keys() != found["weight_map"].keys():
+            places = found["weight_map"] if kept.keys() == found["weight_map"].keys() else kept
+            found["weight_map"] = {**places, **added}
+            if isinstance(found.get("metadata", {}).get("total_size"), int):
+                sizes = [entry.size for _, entry in checkpoint.tensors.values()]
+                found["metadata"]["total_size"] = sum(sizes) + sum(value.nbytes for value in changes.additions.values())
+            path.write_text(f"{json.dumps(found, indent=2, ensure_ascii=False)}\n", "utf-8")
+    if changes.config or changes.dropped_config:
         path = directory / checkpoint.model.relative_to(checkpoint.directory) / "config.json"
         found = json.loads(path.read_text("utf-8"))
-        path.write_text(f"{json.dumps({**found, **changes.config}, indent=2, ensure_ascii=False)}\n", "utf-8")
+        left = {key: value for key, value in found.items() if key not in changes.dropped_config}
+        path.write_text(f"{json.dumps({**left, **changes.config}, indent=2, ensure_ascii=False)}\n", "utf-8")
 
 
 @contextmanager
@@ -243,28 +272,36 @@ def _write_piece(changes: Changes, buffers: SimpleQueue[torch.Tensor], piece: _P
     with piece.target.open("r+b", buffering=0) as new, direct_descriptor(piece.target) as direct:
         if piece.key is not None and piece.key in changes.replacements:
             value = changes.new_value(piece.file.entries[piece.key])
-            write_at(new, bytes_of(value), piece.start + piece.shift)
-            return int((~torch.isfinite(value)).count_nonzero()) if value.dtype in FOLDABLE else 0
-        buffer = buffers.get()
+            write_at(new, bytes_of(value), piece.place)
+            return _non_finite(value)
+        buffer = buffers.get()  # of a computed tensor too, which is as large: so no more are in memory at a time
         try:
-            with reading(piece.file.path, size_of(piece.file)) as file:
+            if piece.key is not None and piece.file.is_computed(piece.key):
+                value = piece.file.read(piece.key)
+                count = _merge(changes, piece.key, value)
+                write_at(new, bytes_of(value), piece.place)
+                return count
+            with reading(piece.file.path, size_of(piece.file.on_disk)) as file:
                 if piece.key is None and direct is None:
-                    copy_bytes(file, new, piece.start, piece.end, piece.shift)
+                    copy_bytes(file, new, piece.source, piece.source + piece.size, piece.place - piece.source)
                     return 0
-                itemsize = 1 if piece.key is None else piece.file.entries[piece.key].dtype.itemsize
-                data = place_in_page(buffer, piece.start, piece.end - piece.start, itemsize)
-                read_at(file, bytes_of(data), piece.start)
-            non_finite = 0 if piece.key is None else _merge(changes, piece.file.entries[piece.key], data)
-            write_at(new, bytes_of(data), piece.start + piece.shift, direct)
+                entry = None if piece.key is None else piece.file.entries[piece.key]
+                data = place_in_page(buffer, piece.place, piece.size, 1 if entry is None else entry.dtype.itemsize)
+                read_at(file, bytes_of(data), piece.source)
+            count = 0 if entry is None else _merge(changes, entry.name, data.view(entry.dtype).view(entry.shape))
+            write_at(new, bytes_of(data), piece.place, direct)
         finally:
             buffers.put(buffer)
-        return non_finite
+        return count
 
 
-def _merge(changes: Changes, entry: TensorEntry, data: torch.Tensor) -> int:
-    merge = changes.merges[entry.name]
-    weight = data.view(entry.dtype).view(entry.shape)
-    return merge_into(weight, merge, changes.factors_of(merge), weight)
+def _merge(changes: Changes, key: str, weight: torch.Tensor) -> int:
+    merge = changes.merges.get(key)
+    return _non_finite(weight) if merge is None else merge_into(weight, merge, changes.factors_of(merge), weight)
+
+
+def _non_finite(value: torch.Tensor) -> int:
+    return int((~torch.isfinite(value)).count_nonzero()) if value.dtype in FOLDABLE else 0
 
 
 def _measured(checkpoint: Checkpoint, changes: Changes, directory: Path) -> Iterator[FoldedWeight]:

@@ -73,7 +73,7 @@ class CodebookScheme:
         flat = dense.detach().reshape(-1)
         codes = torch.empty((-(-flat.numel() // 2), 1), dtype=torch.uint8, device=flat.device)
         absmax = torch.empty(-(-flat.numel() // self.blocksize), dtype=torch.float32, device=flat.device)
-        table = _table(self.codebook).to(flat.device)
+        table = codebook_values(self.codebook).to(flat.device)
         order = table.argsort(stable=True)
         boundaries = _midpoints(table[order])
         order = order.to(torch.uint8)
@@ -95,7 +95,7 @@ class CodebookScheme:
             absmax = tensors["nested_map"][absmax.long()] * coarse + tensors["offset"]
         codes = tensors["codes"].reshape(-1)
         byte = torch.arange(256, device=codes.device)
-        pairs = _table(self.codebook).to(codes.device)[torch.stack((byte >> 4, byte & 15), 1)]
+        pairs = codebook_values(self.codebook).to(codes.device)[torch.stack((byte >> 4, byte & 15), 1)]
         dense = torch.empty(math.prod(shape), dtype=dtype, device=codes.device)
         for part in _parts(dense.numel(), self.blocksize):
             values = pairs[codes[part.start // 2 : -(-part.stop // 2)].int()].view(-1)[: part.stop - part.start]
@@ -253,7 +253,8 @@ def _in_blocks(flat: torch.Tensor, blocksize: int) -> torch.Tensor:
     return functional.pad(flat, (0, -len(flat) % blocksize)).view(-1, blocksize)
 
 
-def _table(codebook: Codebook) -> torch.Tensor:
+def codebook_values(codebook: Codebook) -> torch.Tensor:
+    """Return the 16 values of a codebook, by code, in float32."""
     return torch.tensor(_TABLES[codebook])
 
 

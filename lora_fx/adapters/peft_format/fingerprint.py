@@ -37,13 +37,18 @@ def fingerprint(state: State) -> dict[str, str]:
 
 
 def fingerprint_on_disk(tensors: Mapping[str, tuple[TensorFile, TensorEntry]]) -> dict[str, str]:
-    """Return the same of tensors in files, of which only the sampled parts are read.
+    """Return the same of tensors in files, of which only the sampled parts are read, but for computed ones.
 
     Args:
         tensors: by their names in the graph: the file of each, and its place there.
     """
     opened = {file.path: np.memmap(file.path, dtype=np.uint8, mode="r") for file, _ in tensors.values()}
-    return {name: _of_file(entry, opened[file.path]) for name, (file, entry) in tensors.items()}
+    return {
+        name: _of_tensor(file.read(entry.name))
+        if file.is_computed(entry.name)
+        else _of_file(file.on_disk.entries[entry.name], opened[file.path])
+        for name, (file, entry) in tensors.items()
+    }
 
 
 def _of_file(entry: TensorEntry, content: np.memmap[Any, np.dtype[np.uint8]]) -> str:

@@ -1,0 +1,283 @@
+"""Dense weights of a quantised base, for a fold on disk: those that a quantised checkpoint stands for, and a dense one quantised as in training.
+
+An adapter that was trained beside quantised weights learned beside ``dense(q(W))``, the values that their codes stand for. So what it is
+added to is that, and not W. Either way the base is seen as a checkpoint of dense tensors, each of which is computed as it is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from lora_fx.errors import FoldError, listed
+from lora_fx.files.computed_file import Computed, ComputedFile
+from lora_fx.files.quantised_checkpoints import QuantisedTensor, quantised_tensors
+from lora_fx.files.safetensors import TensorFile
+from lora_fx.folding.checkpoint import Checkpoint
+from lora_fx.folding.checkpoint_places import Places
+from lora_fx.numerics.lowrank_merge import FOLDABLE
+from lora_fx.numerics.packed_integers import in_awq_order, unpacked
+from lora_fx.numerics.schemes import CodebookScheme, Scheme, UniformScheme, codebook_values, parse_scheme, scheme_text
+from lora_fx.tracing.transformers_models import KeyConversions
+
+
+@dataclass(frozen=True)
+class DenseBase:
+    """A base whose quantised weights are read as dense ones.
+
+    Attributes:
+        checkpoint: of dense tensors.
+        schemes: text of the scheme by the keys of the weights that are, or were, quantised.
+        stored: whether the checkpoint itself is quantised, and its config says so.
+    """
+
+    checkpoint: Checkpoint
+    schemes: Mapping[str, str]
+    stored: bool
+
+    @property
+    def dropped_config(self) -> tuple[str, ...]:
+        """Keys of config.json that are not true of the dense checkpoint."""
+        return ("quantization_config",) if self.stored else ()
+
+    @property
+    def line(self) -> str | None:
+        """What becomes of the quantised weights, in a line; None if there are none."""
+        if not self.schemes:
+            return None
+        kinds = listed(list(dict.fromkeys(self.schemes.values())), _MAX_NAMED)
+        if self.stored:
+            dtypes = {str(self.checkpoint.find(key)[1].dtype).removeprefix("torch.") for key in self.schemes}
+            return (
+                f"{len(self.schemes)} quantised weights ({kinds}) become dense ones in {' and '.join(sorted(dtypes))}; config.json has no "
+                "quantization_config then"
+            )
+        return f"{len(self.schemes)} weights are quantised ({kinds}) and made dense again, as they were beside the adapter in training"
+
+
+_MAX_NAMED = 5
+
+
+def dense_base(
+    checkpoint: Checkpoint, model: Any, quantised: str | None, not_quantised: Collection[str] | None
+) -> tuple[DenseBase, Places]:
+    """Return a base of dense weights, and where the tensors of a model are in it.
+
+    Args:
+        checkpoint: to read, of dense or of quantised tensors.
+        model: without weights, of its config; ``quantization_config`` is taken out of that.
+        quantised: text of the scheme by which the checkpoint was quantised in training; None if it was not, or is.
+        not_quantised: see :func:`quantised_as_trained`.
+    """
+    base = stored_dense(checkpoint, model)
+    places = Places.of(model, base.checkpoint)
+    if quantised is not None:
+        base = quantised_as_trained(base, places, model, parse_scheme(quantised), not_quantised)
+    return base, replace(places, checkpoint=base.checkpoint)
+
+
+# A checkpoint that is quantised.
+
+
+def stored_dense(checkpoint: Checkpoint, model: Any) -> DenseBase:
+    """Return a checkpoint as it is, or, if its config says that it is quantised, that of the dense tensors that it stands for.
+
+    Args:
+        checkpoint: to read.
+        model: without weights, of its config; ``quantization_config`` is taken out of that.
+
+    Raises:
+        LoraFxError: the method is not known, or tensors do not fit each other or the model.
+    """
+    settings = _settings(model.config)
+    if settings is None:
+        return DenseBase(checkpoint, {}, False)
+    del model.config.quantization_config
+    entries = {key: entry for key, (_, entry) in checkpoint.tensors.items()}
+    found = quantised_tensors(str(checkpoint.model), settings, entries, checkpoint.read)
+    problems = [
+        f"{part} is in {len(others) + 1} files"
+        for each in found
+        for part in each.parts.values()
+        if (others := checkpoint.others_with(part))
+    ]
+    own = getattr(model.config, "dtype", None)
+    conversions, state = KeyConversions.of(model), model.state_dict()
+    computed: dict[str, Computed] = {}
+    for each in found:
+        name, converter = conversions.applied(each.key, state)
+        is_conv1d = name in state and isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
+        shape = (each.shape[1], each.shape[0]) if is_conv1d else each.shape
+        if each.key in entries and each.key not in each.parts.values():
+            problems.append(f"{each.key} is there both dense and quantised")
+        if name in state and converter is None and tuple(state[name].shape) != shape:
+            problems.append(f"{each.key}: expected {list(state[name].shape)} as in the model, got {list(shape)}")
+        dtype = own if own in FOLDABLE else each.dtype
+        computed[each.key] = Computed(dtype, shape, partial(_stored_value, checkpoint, each, dtype, is_conv1d))
+    if problems:
+        raise FoldError(f"{checkpoint.model}: {listed(problems, _MAX_NAMED, '; ')}. Download it again.")
+    dropped = {part for each in found for part in each.parts.values()}
+    homes = {each.key: checkpoint.tensors[each.parts["codes"]][0] for each in found}
+    files = tuple(
+        ComputedFile.of(file, dropped, {key: computed[key] for key in computed if homes[key] is file})
+        for file in checkpoint.files
+    )
+    shards = {}
+    if checkpoint.index is not None:
+        shards = {key: path for key, path in checkpoint.shards.items() if key not in dropped}
+        shards |= {key: checkpoint.name_of(file) for key, file in homes.items()}
+    dense = Checkpoint(checkpoint.directory, checkpoint.model, files, checkpoint.index, shards)
+    return DenseBase(dense, {each.key: each.scheme for each in found}, True)
+
+
+def _settings(config: Any) -> Mapping[str, Any] | None:
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    if hasattr(found, "to_dict"):
+        found = found.to_dict()
+    return found if isinstance(found, dict) else {}
+
+
+def _stored_value(
+    checkpoint: Checkpoint, tensor: QuantisedTensor, dtype: torch.dtype, transposed: bool
+) -> torch.Tensor:
+    """Return the dense matrix that a quantised tensor stands for, as the model stores it."""
+    scheme = parse_scheme(tensor.scheme)
+    parts = {name: checkpoint.read(key) for name, key in tensor.parts.items()}
+    match tensor.packing:
+        case "blocks":
+            tensors = _blocks(tensor, scheme, parts)
+        case "rows":
+            if "format" in parts and int(parts["format"]) != 0:
+                raise FoldError(f"{tensor.parts['format']}: expected rows (0), got the format {int(parts['format'])}.")
+            tensors = {"codes": parts["codes"], "scale": parts["scale"][:, None] / 127}
+        case _:
+            tensors = _words(tensor, int(tensor.scheme.partition("int")[2][0]), parts)
+    dense = scheme.dequantise(tensors, tensor.shape, dtype)
+    return dense.T.contiguous() if transposed else dense
+
+
+def _blocks(tensor: QuantisedTensor, scheme: Scheme, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    assert isinstance(scheme, CodebookScheme)
+    table = parts["map"]
+    if not torch.equal(table, codebook_values(scheme.codebook)):
+        raise FoldError(
+            f"{tensor.parts['map']}: expected the table of {scheme.codebook}, got {[round(value, 4) for value in table.tolist()]}."
+        )
+    tensors = {name: part for name, part in parts.items() if name not in ("map", "state")}
+    tensors["codes"] = parts["codes"].reshape(-1).view(torch.uint8)
+    return {**tensors, "offset": torch.tensor(tensor.offset)} if scheme.nested else tensors
+
+
+def _words(tensor: QuantisedTensor, bits: int, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a uniform scheme, with the output features first."""
+    outputs, inputs = tensor.shape
+    awq = tensor.packing == "awq"
+    codes = unpacked(parts["codes"], bits, 1 if awq else 0, outputs if awq else inputs)
+    zero = unpacked(parts["zero"], bits, 1, outputs)
+    if awq:
+        codes, zero = in_awq_order(codes), in_awq_order(zero)
+    elif tensor.packing == "gptq":
+        zero = zero.short() + 1  # the first format has one less than the zero point
+    tensors = {"codes": codes.T.contiguous(), "zero": zero.T.contiguous(), "scale": parts["scale"].T.contiguous()}
+    if "columns" in parts:
+        columns, groups = parts["columns"], len(parts["scale"])
+        if not bool(((columns >= 0) & (columns < groups)).all()):
+            raise FoldError(f"{tensor.parts['columns']}: expected groups from 0 to {groups - 1}, got others.")
+        tensors["columns"] = columns
+    return tensors
+
+
+# A checkpoint that is to be quantised as it was in training.
+
+
+def quantised_as_trained(
+    base: DenseBase, places: Places, model: Any, scheme: Scheme, skipped: Collection[str] | None = None
+) -> DenseBase:
+    """Return a dense base in which each linear that transformers quantises on loading has the values that its codes stand for.
+
+    Args:
+        base: the checkpoint.
+        places: of the model's tensors in it.
+        model: without weights.
+        scheme: of the quantisation.
+        skipped: modules that stay as they are, as ``llm_int8_skip_modules`` of ``BitsAndBytesConfig`` names them; None for those that
+            transformers skips by itself: output embeddings, tied ones and the last module.
+
+    Raises:
+        FoldError: the checkpoint is quantised in another way already, no linear is left, or one is not stored as the model has it.
+    """
+    text = scheme_text(scheme)
+    if base.stored:
+        if set(base.schemes.values()) != {text}:
+            raise FoldError(
+                f"{base.checkpoint.model} is quantised already ({listed(list(dict.fromkeys(base.schemes.values())), _MAX_NAMED)}), got {text} to "
+                "quantise it with. Leave that out, or give the checkpoint that it was made of."
+            )
+        return base
+    transposed = {
+        key: is_conv1d
+        for name, is_conv1d in _quantised_linears(model, skipped).items()
+        for key in places.of_names((f"{name}.weight",))
+    }
+    problems = [problem for key in transposed for problem in _problems(base.checkpoint, key, transposed[key], scheme)]
+    if not transposed:
+        problems.append("no linear is left to quantise")
+    if problems:
+        told = listed(problems, _MAX_NAMED, "; ")
+        raise FoldError(f"{base.checkpoint.model} cannot be quantised as {text}: {told}.")
+    files = tuple(_quantised_file(file, transposed, scheme) for file in base.checkpoint.files)
+    return DenseBase(replace(base.checkpoint, files=files), dict.fromkeys(transposed, text), False)
+
+
+def _problems(checkpoint: Checkpoint, key: str, transposed: bool, scheme: Scheme) -> Iterator[str]:
+    """Yield why a weight cannot be quantised."""
+    _, entry = checkpoint.find(key)
+    if entry.dtype not in FOLDABLE or len(entry.shape) != 2:
+        yield f"{key}: expected a matrix of floating-point numbers, got {entry.dtype} {list(entry.shape)}"
+    elif isinstance(scheme, UniformScheme) and scheme.group and entry.shape[not transposed] % scheme.group:
+        yield f"{key}: expected input features in groups of {scheme.group}, got {entry.shape[not transposed]}"
+
+
+def _quantised_file(file: TensorFile, transposed: Mapping[str, bool], scheme: Scheme) -> TensorFile:
+    own = {
+        key: Computed(entry.dtype, entry.shape, partial(_as_trained, file, key, scheme, transposed[key]))
+        for key, entry in file.entries.items()
+        if key in transposed
+    }
+    return ComputedFile.of(file, (), own) if own else file
+
+
+def _as_trained(file: TensorFile, key: str, scheme: Scheme, transposed: bool) -> torch.Tensor:
+    """Return a weight as its codes have it; the input features are along the rows as they are quantised."""
+    dense = file.read(key)
+    matrix = dense.T.contiguous() if transposed else dense
+    again = scheme.dequantise(scheme.quantise(matrix), matrix.shape, dense.dtype)
+    return again.T.contiguous() if transposed else again
+
+
+def _quantised_linears(model: Any, skipped: Collection[str] | None) -> dict[str, bool]:
+    """Return the modules that transformers quantises as it loads a model; of each whether it is one of GPT-2, stored the other way round."""
+    named = None if skipped is None else list(skipped)
+    kept = HfQuantizer.get_modules_to_not_convert(model, named, getattr(model, "_keep_in_fp32_modules", None))
+    linears = {
+        name: isinstance(module, Conv1D)
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear or isinstance(module, Conv1D)
+    }
+    try:
+        return {name: is_conv1d for name, is_conv1d in linears.items() if should_convert_module(name, kept)}
+    except re.error as error:
+        raise FoldError(
+            f"modules that are not quantised: expected names or regular expressions, got {named}: {error}."
+        ) from error
