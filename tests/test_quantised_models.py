@@ -6,6 +6,7 @@ import ast
 import copy
 import functools
 import io
+import json
 import logging
 import pickle
 import tempfile
@@ -15,9 +16,11 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+import transformers
 from architectures import rows
 from conftest import set_factors
 from quantised import ALPHA, MODELS, RANK, batch, gradients, loaded, saved, wrapped
+from safetensors import safe_open
 from torch import nn
 
 import lora_fx
@@ -106,31 +109,23 @@ def test_requantised_codes_equal_those_of_pefts_merge(row: str) -> None:
     assert unlike == []
 
 
-def test_a_graph_has_the_codes_of_its_model_and_no_copy_of_them() -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        model = loaded("llama", saved("llama", torch.float32, Path(directory) / "base"), "nf4", torch.float32)
+def test_a_graph_has_the_codes_of_its_model_and_equal_layers_are_traced_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = loaded("llama", saved("llama", torch.float32, tmp_path / "base"), "nf4", torch.float32)
     modes = {name: module.training for name, module in model.named_modules()}
-    graph = lora_fx.trace(model)
-    codes = {
-        name: layer.weight.data.data_ptr() for name, layer in model.named_modules() if "4bit" in type(layer).__name__
-    }
-    held = {name: graph.get_parameter(f"{name}.weight").stored["codes"].data_ptr() for name in codes}  # type: ignore[attr-defined]
-    assert codes == held
-    assert len(codes) == 28
-    assert {name: module.training for name, module in model.named_modules()} == modes
-    assert not any(
-        hasattr(layer.weight.quant_state, "packing_format_for_cpu")
-        for layer in model.modules()
-        if "4bit" in type(layer).__name__
-    )
-    assert not hasattr(graph.config, "quantization_config")
-
-
-def test_equal_layers_of_a_quantised_model_are_traced_once(caplog: pytest.LogCaptureFixture) -> None:
-    made.cache_clear()
     with caplog.at_level(logging.INFO, "lora_fx.tracing"):
-        made(ONE)
+        graph = lora_fx.trace(model, inference=True)
     assert "LlamaForCausalLM is traced with 3 layers stamped" in caplog.text
+    layers = {name: layer for name, layer in model.named_modules() if type(layer).__name__ == "Linear4bit"}
+    assert len(layers) == 28
+    for name, layer in layers.items():
+        weight = graph.get_parameter(f"{name}.weight")
+        assert isinstance(weight, QuantisedWeight)
+        assert weight.stored["codes"].data_ptr() == layer.weight.data.data_ptr()
+        assert not hasattr(layer.weight.quant_state, "packing_format_for_cpu")  # no call in eval mode repacked it
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert not hasattr(graph.config, "quantization_config")
 
 
 def test_copies_and_files_of_a_quantised_graph_compute_the_same(
@@ -391,3 +386,24 @@ def test_no_module_imports_a_library_of_quantisation() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {name.partition(".")[0] for name in names} & libraries, path
+
+
+def test_an_adapter_says_how_its_base_was_quantised_and_what_to_pass(
+    graph: lora_fx.TracedGraphModule, tmp_path: Path
+) -> None:
+    lora_fx.save_adapter(graph, tmp_path / "adapter")
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
+        said = json.loads(file.metadata()["lora_fx"])["quantised"]
+    assert said == dict.fromkeys(quantised_names(graph), "nf4:double")
+    original = saved("llama", torch.bfloat16, tmp_path / "base")
+    dense = transformers.LlamaForCausalLM.from_pretrained(original, dtype=torch.bfloat16)
+    with pytest.raises(lora_fx.AdapterError) as refused:
+        lora_fx.from_adapter(dense, tmp_path / "adapter")
+    assert (
+        "its weights were quantised (nf4:double): pass the model quantised in that way, or fold into its checkpoint with "
+        "lora-fx fold --quantised nf4:double, or strict=False"
+    ) in str(refused.value)
+    again = lora_fx.from_adapter(
+        lora_fx.dequantise(lora_fx.unload(graph)), tmp_path / "adapter"
+    )  # the values are the same
+    assert again.adapters

@@ -95,13 +95,15 @@ class CodebookScheme:
             absmax = tensors["nested_map"][absmax.long()] * coarse + tensors["offset"]
         codes = tensors["codes"].reshape(-1)
         byte = torch.arange(256, device=codes.device)
-        pairs = codebook_values(self.codebook).to(codes.device)[torch.stack((byte >> 4, byte & 15), 1)]
+        # Both values of a byte as one number of 64 bits: looked up at a tenth of the time of two rows of a table.
+        table = codebook_values(self.codebook).to(codes.device)
+        pairs = table[torch.stack((byte >> 4, byte & 15), 1)].view(torch.int64).view(-1)
         dense = torch.empty(math.prod(shape), dtype=dtype, device=codes.device)
-        for part in _parts(dense.numel(), self.blocksize):
-            values = pairs[codes[part.start // 2 : -(-part.stop // 2)].int()].view(-1)[: part.stop - part.start]
-            blocks = _in_blocks(values, self.blocksize)
-            blocks = blocks * absmax[part.start // self.blocksize :][: len(blocks), None]
-            dense[part] = blocks.view(-1)[: len(values)]
+        for part in _parts(dense.numel(), self.blocksize, _CACHED_PART if codes.device.type == "cpu" else _PART):
+            values = pairs.index_select(0, codes[part.start // 2 : -(-part.stop // 2)].int()).view(torch.float32)
+            blocks = _in_blocks(values[: part.stop - part.start], self.blocksize)
+            blocks *= absmax[part.start // self.blocksize :][: len(blocks), None]
+            dense[part] = blocks.view(-1)[: part.stop - part.start]
         return dense.view(tuple(shape))
 
 
@@ -241,16 +243,20 @@ _UNIFORM = re.compile(r"(gptq-|awq-|hqq-)?int([2-8])(?::(rows|[1-9][0-9]{0,6}))?
 _PART = 2**20  # elements in work at a time: of a whole weight, float32 and indices would take many times its memory
 
 
-def _parts(elements: int, blocksize: int) -> Iterator[slice]:
+_CACHED_PART = 2**17  # few enough for all intermediate results to stay in the cache of a CPU
+
+
+def _parts(elements: int, blocksize: int, most: int = _PART) -> Iterator[slice]:
     """Yield slices of whole blocks."""
-    step = max(1, _PART // blocksize) * blocksize
+    step = max(1, most // blocksize) * blocksize
     for start in range(0, elements, step):
         yield slice(start, min(start + step, elements))
 
 
 def _in_blocks(flat: torch.Tensor, blocksize: int) -> torch.Tensor:
     """Return elements as rows of a block each; the last one ends in zeros."""
-    return functional.pad(flat, (0, -len(flat) % blocksize)).view(-1, blocksize)
+    missing = -len(flat) % blocksize
+    return (functional.pad(flat, (0, missing)) if missing else flat).view(-1, blocksize)
 
 
 def codebook_values(codebook: Codebook) -> torch.Tensor:

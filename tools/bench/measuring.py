@@ -110,14 +110,14 @@ def resident_bytes(step: Step, repetitions: int = 5) -> int | None:
         with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
             ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
-        before = _status("VmRSS")
+        before = status("VmRSS")
         step()
-        found.append(_status("VmHWM") - before)
+        found.append(status("VmHWM") - before)
     return round(statistics.median(found))
 
 
-def _status(key: str) -> int:
-    """Return a size of this process, in bytes."""
+def status(key: str) -> int:
+    """Return a size of this process, in bytes, by its name in ``/proc/self/status``."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 

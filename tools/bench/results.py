@@ -158,13 +158,17 @@ class Result:
             return own.median / self[goal.against].median
         if goal.quantity == "noise":
             return own.median / statistics.quantiles(self[goal.against].seconds, n=4, method="inclusive")[2]
+        value: float | None
+        other: float | None
         pairs: dict[str, tuple[float | None, float | None]] = {
-            "overhead": (self.overhead(goal.contender), self.overhead(goal.against)),
             "saved": (self.saved(goal.contender), self.saved(goal.against)),
             "peak": (own.peak, self[goal.against].peak),
             "resident": (own.resident, self[goal.against].resident),
         }
-        value, other = pairs[goal.quantity]
+        if goal.quantity == "overhead":
+            value, other = self.overhead(goal.contender), self.overhead(goal.against)
+        else:
+            value, other = pairs[goal.quantity]
         if value is None or other is None:
             raise ValueError(f"{self.row}: {goal.quantity} was not measured of {goal.contender} and {goal.against}")
         return value / other if other > 0 else float("inf" if value > 0 else 1)

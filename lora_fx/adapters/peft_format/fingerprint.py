@@ -15,6 +15,8 @@ from lora_fx.files.safetensors import TensorEntry, TensorFile
 from lora_fx.graph.adapter_names import is_of_adapter
 from lora_fx.graph.records import Origin
 from lora_fx.graph.state import State
+from lora_fx.numerics.quantised_weight import QuantisedWeight
+from lora_fx.numerics.schemes import scheme_text
 
 SAMPLES = 4096
 """How many elements of a tensor its fingerprint is made of, at most."""
@@ -74,10 +76,24 @@ def _tensor_digest(dtype: torch.dtype, shape: Sequence[int], content: bytes) -> 
     return f"{str(dtype).removeprefix('torch.')} {sizes} {hashlib.sha256(content).hexdigest()[:16]}"
 
 
-def metadata(origin: Origin, base: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata of an adapter's file: what PEFT writes, and where the adapter comes from."""
+def schemes_of(state: State) -> dict[str, str]:
+    """Return how the weights of a base are quantised, by their names: the text of the scheme of each that is."""
+    tensors = {name: state.tensors[name] for name in state.names()}
+    return {name: scheme_text(tensor.scheme) for name, tensor in tensors.items() if isinstance(tensor, QuantisedWeight)}
+
+
+def metadata(origin: Origin, state: State) -> dict[str, str]:
+    """Return the metadata of an adapter's file: what PEFT writes, and where the adapter comes from.
+
+    Args:
+        origin: of the adapter.
+        state: of its base.
+    """
     versions = {name: version(name) for name in ("lora_fx", "torch", "transformers")}
-    said = {"base": base, "rules": {"name": origin.rules, "sha256": origin.digest}, "versions": versions}
+    rules = {"name": origin.rules, "sha256": origin.digest}
+    said: dict[str, Mapping[str, str]] = {"base": fingerprint(state), "rules": rules, "versions": versions}
+    if schemes := schemes_of(state):
+        said["quantised"] = schemes
     return {"format": "pt", _KEY: json.dumps(said, sort_keys=True)}
 
 
@@ -85,6 +101,11 @@ def recorded(given: Mapping[str, str]) -> tuple[dict[str, str], Origin]:
     """Return the fingerprint of the base and the origin that a file's metadata name; nothing where lora_fx did not write it."""
     rules = _recorded_texts(given, "rules")
     return _recorded_texts(given, "base"), Origin(rules.get("name", ""), rules.get("sha256", ""))
+
+
+def recorded_schemes(given: Mapping[str, str]) -> dict[str, str]:
+    """Return how the weights of the base were quantised, as a file's metadata name it; nothing where they were dense, or it does not."""
+    return _recorded_texts(given, "quantised")
 
 
 def recorded_version(given: Mapping[str, str], package: str) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_fx.adapters.peft_format.fingerprint import differences, recorded
+from lora_fx.adapters.peft_format.fingerprint import differences, recorded, recorded_schemes
 from lora_fx.adapters.peft_format.foreign_formats.foreign_file import ForeignFile, Sizes
 from lora_fx.adapters.peft_format.foreign_formats.recognize import read_foreign
 from lora_fx.adapters.peft_format.keys import base_name
@@ -105,7 +105,7 @@ def check_base(files: AdapterFiles, found: Mapping[str, str | None], *, strict: 
     if unlike:
         if strict:
             advice = (
-                f"the adapter was trained on another base; pass that model, or {option('strict=False', '--no-strict')}"
+                f"the adapter was trained on another base; {_remedy(files)}, or {option('strict=False', '--no-strict')}"
             )
             raise AdapterError(source, [advice, *shortened(unlike, _MAX_NAMED, "tensors")])
         warn(f"{source}: the adapter was trained on another base:\n  " + "\n  ".join(unlike))
@@ -115,6 +115,16 @@ def _model_of(config: AdapterConfig) -> str:
     """Return the model that an adapter was trained on, as far as its config says."""
     known = (config.auto_mapping or {}).get("base_model_class") or config.base_model_name_or_path
     return str(known or f"another model{f', of the task {config.task_type}' if config.task_type else ''}")
+
+
+def _remedy(files: AdapterFiles) -> str:
+    """Return what to pass in place of another base than an adapter's own."""
+    schemes = sorted(set(recorded_schemes(files.file.metadata).values()))
+    if not schemes:
+        return "pass that model"
+    way = f"--quantised {schemes[0]}"
+    pass_model = f"pass the model quantised in that way, or fold into its checkpoint with lora-fx fold {way}"
+    return f"its weights were quantised ({' and '.join(schemes)}): {option(pass_model, f'say {way}')}"
 
 
 _MAX_NAMED = 10

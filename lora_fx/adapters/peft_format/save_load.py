@@ -212,7 +212,7 @@ def save_adapter(
     """Write an adapter as PEFT does: ``PeftModel.from_pretrained(model, directory)`` computes what the graph computes.
 
     The file's metadata also name the rules, the versions, and a fingerprint of the base: the dtype, the shape and a digest of up
-    to 4096 elements of each tensor. Branches of parts of a fused projection become one for
+    to 4096 elements of each tensor, and how it is quantised, if it is. Branches of parts of a fused projection become one for
     all of its features, whose B has zeros in the rows of the others. It is written beside the target and moved into
     place.
 
@@ -245,7 +245,7 @@ def save_adapter(
             _write(graph_module, adapter, content, beside / FILE_NAME)
         else:
             tensors, said = foreign
-            said = {**metadata(origin_of(graph_module, adapter), fingerprint(_base_of(graph_module))), **said}
+            said = {**metadata(origin_of(graph_module, adapter), _base_of(graph_module)), **said}
             write_tensors(beside / foreign_file.FILE_NAME, tensors, said)
 
 
@@ -286,8 +286,7 @@ def check_writable(graph_module: TracedGraphModule, adapter: str) -> None:
 
 def _write(graph_module: TracedGraphModule, adapter: str, content: PeftAdapter, file: Path) -> None:
     """Write the file of an adapter's tensors, and its config beside it."""
-    base = fingerprint(_base_of(graph_module))
-    write_tensors(file, content.tensors, metadata(origin_of(graph_module, adapter), base))
+    write_tensors(file, content.tensors, metadata(origin_of(graph_module, adapter), _base_of(graph_module)))
     file.with_name(CONFIG_NAME).write_text(content.config.to_json())
 
 
