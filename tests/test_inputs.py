@@ -191,6 +191,18 @@ class TakesNone(transformers.ViTModel):  # type: ignore[misc]
         raise ValueError(f"no image of {pixel_values.shape[-1]} pixels, please")
 
 
+class TakesNoFlag(transformers.ViTModel):  # type: ignore[misc]
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+        assert not kwargs
+        return super().forward(pixel_values)
+
+
+def test_a_flag_that_the_model_does_not_take_is_left_out() -> None:
+    model = TakesNoFlag(build("vit").config)
+    model.config.use_cache = True
+    assert example_inputs(model, None).kwargs.keys() == {"pixel_values"}
+
+
 BOTH_WAYS = r"pass example_inputs="
 
 

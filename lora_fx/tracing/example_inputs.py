@@ -242,9 +242,10 @@ def _is_transformers(model: nn.Module) -> bool:
 
 
 def _from_config(model: Any, device: torch.device) -> ExampleInputs:
-    inputs = {name: value.to(device) for name, value in taken(model).items()}
-    _logger.info("inputs of %s are made from its config: %s", type(model).__name__, shapes(inputs))
-    return ExampleInputs(kwargs={**inputs, **_constants(model, inputs)}, axes=_axes(inputs), made=tuple(inputs))
+    inputs = taken(model, _constants(model, {}))
+    tensors = {name: value.to(device) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    _logger.info("inputs of %s are made from its config: %s", type(model).__name__, shapes(tensors))
+    return ExampleInputs(kwargs={**inputs, **tensors}, axes=_axes(tensors), made=tuple(tensors))
 
 
 _AXES: Mapping[str, tuple[str | None, ...]] = {

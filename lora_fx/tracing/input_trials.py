@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError, first_line, listed, option
 from lora_fx.graph.process_state import quiet
@@ -29,11 +30,15 @@ def give() -> str:
     return f"pass {option('example_inputs=', '--example-inputs FILE.safetensors')}"
 
 
-def taken(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the first candidate for the inputs of a transformers model that the model takes in a run, on the CPU.
+def taken(model: nn.Module, constants: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the first candidate for the inputs of a transformers model that the model takes in a run, on the CPU, with its constants.
 
     A model on the meta device, or a large one, runs there without values; if it asks for values, that is as far as it can be seen.
     Where such a model takes none, the likeliest is returned, and the trace says what it makes of it.
+
+    Args:
+        model: of which nothing changes.
+        constants: inputs that are no tensors; left out where the model takes the inputs without them alone.
 
     Raises:
         TraceError: an argument is of no kind that is known, or the model takes none of the candidates.
@@ -45,9 +50,10 @@ def taken(model: nn.Module) -> dict[str, torch.Tensor]:
             f"{name} takes {takes}; {listed([repr(each) for each in unknown], 4)} cannot be made from its signature and config: {give()}."
         )
     without_values = _is_large(model)
-    first: dict[str, torch.Tensor] | None = None
+    first: dict[str, Any] | None = None
     refused, deadline = "", time.thread_time() + MAX_SECONDS
-    for made in candidates(model):
+    given = ({**made, **each} for made in candidates(model) for each in ([constants, {}] if constants else [{}]))
+    for made in given:
         first = first or made
         refusal = _refusal(model, made, deadline, without_values=without_values)
         if refusal is None:
@@ -112,7 +118,7 @@ def _refusal(
     try:
         with preserved(model), quiet(), torch.no_grad(), _TimeLimit(deadline):
             model.eval()
-            inputs = {name: value.to(device) for name, value in made.items()}
+            inputs = pytree.tree_map_only(torch.Tensor, lambda value: value.to(device), dict(made))
             torch.func.functional_call(model, tensors, (), inputs, tie_weights=False)
     except Exception as error:
         if without_values and _VALUES.search(str(error)):
