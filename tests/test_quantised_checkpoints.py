@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
+import lora_fx
 from lora_fx.cli import app
-from lora_fx.errors import FoldError, LoraFxError
+from lora_fx.errors import AdapterError, FoldError, LoraFxError
 from lora_fx.files.quantised_checkpoints import QuantisedTensor, quantised_tensors
 from lora_fx.files.safetensors import TensorEntry
 from lora_fx.folding.checkpoint import Checkpoint
@@ -79,11 +81,13 @@ class Trained:
         root: with ``base``, ``4bit``, ``adapter``, and ``dense``: the base with the values that bitsandbytes makes of its codes.
         logits: of PEFT's model.
         scheme: text of the scheme.
+        folded: the graph of the model with the adapter, folded in memory.
     """
 
     root: Path
     logits: torch.Tensor
     scheme: str
+    folded: Tensors
 
 
 def trained(root: Path, scheme: str, dtype: torch.dtype) -> Trained:
@@ -105,6 +109,7 @@ def trained(root: Path, scheme: str, dtype: torch.dtype) -> Trained:
         if type(module).__name__ == "Linear4bit":
             dense[f"{name}.weight"] = bitsandbytes.dequantize_4bit(module.weight.data, module.weight.quant_state)
     shutil.copytree(root / "base", root / "dense")
+    graph = lora_fx.trace(model)
     save_file(dense, root / "dense" / "model.safetensors", {"format": "pt"})
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", lora_dropout=0.0)
     wrapped = peft.get_peft_model(model, config)
@@ -114,15 +119,13 @@ def trained(root: Path, scheme: str, dtype: torch.dtype) -> Trained:
     wrapped.save_pretrained(root / "adapter")
     with torch.no_grad():
         logits = wrapped(input_ids=IDS, attention_mask=MASK).logits
-    return Trained(root, logits, scheme)
+    graph = lora_fx.load_adapter(graph, root / "adapter")
+    lora_fx.save_adapter(graph, root / "graph adapter")
+    folded = dict(lora_fx.fold(graph).state_dict())
+    return Trained(root, logits, scheme, folded)
 
 
-ROWS = {
-    "nf4 float32": torch.float32,
-    "nf4:double bfloat16": torch.bfloat16,
-    "fp4 bfloat16": torch.bfloat16,
-    "nf4:double float32": torch.float32,
-}
+ROWS = {f"{scheme} {dtype}": dtype for scheme in ("nf4", "nf4:double") for dtype in (torch.float32, torch.bfloat16)}
 
 
 @pytest.fixture(scope="module", params=ROWS)
@@ -147,6 +150,7 @@ def test_an_adapter_is_folded_into_what_it_was_trained_on(world: Trained, tmp_pa
     stored = fold(world.root / "4bit", adapter, tmp_path / "stored")
     assert_equal(original, expected)
     assert_equal(stored, expected)
+    assert_equal(world.folded, expected)
     naive = fold(world.root / "base", adapter, tmp_path / "naive")
     assert not torch.equal(naive["model.layers.0.mlp.up_proj.weight"], expected["model.layers.0.mlp.up_proj.weight"])
     size = world.logits.abs().max()
@@ -175,6 +179,52 @@ def test_an_unknown_method_is_refused_by_its_name(one: Trained, tmp_path: Path) 
             f"{base}: expected weights that are quantised by bitsandbytes, gptq, awq, got quant_method {method!r} in config.json. Fold into "
             "the checkpoint that they were made of."
         )
+
+
+def test_an_adapter_of_a_graph_says_how_its_base_was_quantised(one: Trained, tmp_path: Path) -> None:
+    adapter = one.root / "graph adapter"
+    for settings in ({}, {"quantised": "nf4"}, {"quantised": one.scheme, "not_quantised": ["mlp.up_proj", "lm_head"]}):
+        with pytest.raises(
+            AdapterError, match=f"trained on another base; its weights were quantised .{one.scheme}."
+        ) as caught:
+            fold(one.root / "base", adapter, tmp_path / "no", **settings)
+        assert f"lora-fx fold --quantised {one.scheme}" in str(caught.value)
+    assert_equal(fold(one.root / "base", adapter, tmp_path / "base", quantised=one.scheme), one.folded)
+    assert_equal(fold(one.root / "4bit", adapter, tmp_path / "4bit"), one.folded)
+
+
+@pytest.mark.parametrize("place", ["directory", "cache", "name"])
+def test_an_adapter_of_peft_whose_config_names_a_quantised_base_is_told(
+    one: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    adapter = shutil.copytree(one.root / "adapter", tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    named = {"directory": str(one.root / "4bit"), "cache": "someone/model", "name": "someone/model-bnb-4bit"}[place]
+    asked = []
+
+    def cached(repository: str, name: str) -> str | None:
+        asked.append((repository, name))
+        return str(one.root / "4bit" / name) if place == "cache" and repository == named else None
+
+    monkeypatch.setattr("lora_fx.folding.trained_base.try_to_load_from_cache", cached)
+
+    def plan(named: str, **settings: Any) -> None:
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": named}))
+        plan_checkpoint_fold(one.root / settings.pop("base", "base"), [(adapter, 1.0)], **settings)
+
+    with pytest.warns(UserWarning, match=f"trained on {named}, which is quantised") as caught:
+        plan(named)
+    assert len(caught) == 1
+    way = "quantised='nf4'" if place == "name" else "quantised='nf4:double'"
+    assert way in str(caught[0].message)
+    assert asked == ([] if place == "directory" else [(named, "config.json")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan(named, quantised="nf4:double")
+        plan(named, base="4bit")
+        plan(str(one.root / "dense"))
+        plan("someone/habit4bits")
+        plan("no\0name")
 
 
 # GPTQ and AWQ, made by the documentation of their formats.

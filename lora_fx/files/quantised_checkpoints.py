@@ -95,6 +95,18 @@ def quantised_tensors(
 _MAX_NAMED = 10
 
 
+def scheme_of_settings(settings: Mapping[str, Any]) -> str | None:
+    """Return the text of the scheme by which bitsandbytes quantises a checkpoint to 4 bits; None for all else.
+
+    Args:
+        settings: ``quantization_config`` of a config.
+    """
+    kind = settings.get("bnb_4bit_quant_type", "fp4")
+    if not settings.get("load_in_4bit") or kind not in ("nf4", "fp4"):
+        return None
+    return f"{kind}:double" if settings.get("bnb_4bit_use_double_quant") else str(kind)
+
+
 class _UnfitError(Exception):
     """Tensors do not fit each other."""
 

@@ -230,7 +230,7 @@ def plan_checkpoint_fold(
     inputs = None if example_inputs is None else read_example_inputs(example_inputs, model)
     graph_module = trace(model, inputs, inference=True)
     step("fitting the adapters")
-    check_bases(opened, places, state_of(graph_module), strict=strict)
+    check_bases(opened, dense, places, state_of(graph_module), strict=strict)
     names = _all_names(state_of(graph_module))
     factors: dict[str, torch.Tensor] = {}
     copies: dict[str, torch.Tensor] = {}

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
 
 from lora_fx.adapters.peft_format.fingerprint import recorded
 from lora_fx.adapters.peft_format.opening import AdapterFiles, check_base
+from lora_fx.errors import option, printable, warn
+from lora_fx.files.quantised_checkpoints import scheme_of_settings
 from lora_fx.folding.checkpoint_places import Places
+from lora_fx.folding.dense_base import DenseBase
 from lora_fx.graph.state import State
 
 
-def check_bases(opened: Sequence[AdapterFiles], places: Places, state: State, *, strict: bool) -> None:
+def check_bases(
+    opened: Sequence[AdapterFiles], dense: DenseBase, places: Places, state: State, *, strict: bool
+) -> None:
     """Compare the base with those that the adapters were trained on, if the file of any says of which values it was.
+
+    PEFT's files do not. Of these, a warning says where their config names a base that is quantised, and the fold is into a dense one.
 
     Raises:
         AdapterError: they differ, and ``strict`` asks for equal ones.
@@ -20,3 +34,47 @@ def check_bases(opened: Sequence[AdapterFiles], places: Places, state: State, *,
     found = places.fingerprint(state) if told else {}
     for files in opened:
         check_base(files, found, strict=strict)
+        if not dense.schemes and not recorded(files.file.metadata)[0]:
+            _warn_of_quantised_base(files)
+
+
+def _warn_of_quantised_base(files: AdapterFiles) -> None:
+    name = files.config.base_model_name_or_path
+    if not name:
+        return
+    settings = _quantisation_of(name)
+    if settings is None and not _NAMED.search(name):
+        return
+    scheme = None if settings is None else scheme_of_settings(settings)
+    way = scheme or "nf4"
+    hint = option(f"quantised={way!r}", f"--quantised {way}")
+    told = (
+        "by its name"
+        if settings is None
+        else scheme or str(settings.get("quant_method", "in a way that it does not name"))
+    )
+    warn(
+        f"{files.directory}: its config says that it was trained on {printable(name)}, which is quantised ({printable(told)}), and it is folded "
+        f"into a dense base. If its weights learned beside quantised ones, fold into that checkpoint, or pass "
+        f"{hint if scheme else f'the way in which it was quantised, {hint} for example'}."
+    )
+
+
+_NAMED = re.compile(r"(?i)(?:^|[-_./])(?:bnb|4-?bit|8-?bit|gptq|awq|int4|nf4)(?:$|[-_./])")
+"""Words by which names of checkpoints say that they are quantised, as in ``model-bnb-4bit``."""
+
+
+def _quantisation_of(name: str) -> dict[str, Any] | None:
+    """Return ``quantization_config`` of a base that is a directory, or in the cache of the hub; nothing is downloaded."""
+    path: Any = Path(name) / "config.json"
+    with suppress(OSError, ValueError, RecursionError):
+        if not path.is_file():
+            path = try_to_load_from_cache(name, "config.json")
+        if isinstance(path, str | Path) and Path(path).stat().st_size < _MAX_CONFIG:
+            found = json.loads(Path(path).read_text("utf-8"))
+            settings = found.get("quantization_config") if isinstance(found, dict) else None
+            return settings if isinstance(settings, dict) else None
+    return None
+
+
+_MAX_CONFIG = 2**24
