@@ -85,6 +85,23 @@ def test_more_than_one_part_is_the_same_as_one(monkeypatch):
     assert torch.equal(back, scheme.dequantise(whole, dense.shape, torch.bfloat16))
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_integers_are_the_nearest_of_their_steps(symmetric):
+    row = torch.tensor([[-7.5, 3.0, 0.25, 7.5, 0.0, 0.0, 0.0, 0.0, 30.0, 1.0, -0.6, 0.4]])
+    scheme = UniformScheme(4, 4, symmetric, "weight")
+    tensors = scheme.quantise(row)
+    if symmetric:  # a step is the largest magnitude / 7.5, and ties go to even
+        assert tensors["codes"].tolist() == [[-8, 3, 0, 7, 0, 0, 0, 0, 7, 0, 0, 0]]
+        assert tensors["scale"][0, [0, 2]].tolist() == [1.0, 4.0]
+    else:  # a step is the width of the group / 15, and zero has a code of its own
+        assert tensors["codes"].tolist() == [[-8, 3, 0, 7, -8, -8, -8, -8, 7, -8, -8, -8]]
+        assert tensors["zero"].tolist() == [[0, -8, -8]]
+    back = scheme.dequantise(tensors, row.shape, torch.float32)
+    assert torch.equal(back[0, 4:8], torch.zeros(4))
+    assert ((back - row).abs() <= tensors["scale"].repeat_interleave(4, 1)).all()
+
+
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_integers_have_the_bits_of_torchao_both_ways(dtype):
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis, PerGroup, quantize_
@@ -108,6 +125,7 @@ def test_integers_have_the_bits_of_torchao_both_ways(dtype):
         assert torch.equal(scheme.dequantise(ours, dense.shape, dtype), theirs.dequantize()), text
 
 
+@pytest.mark.matrix
 def test_asymmetric_integers_have_the_bits_of_torchao():
     from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
 

@@ -18,6 +18,7 @@ from lora_fx.export.compare import Loaded, compare
 from lora_fx.export.deliver import Exported, Options, Step, deliver
 from lora_fx.export.onnx_input_checks import add_checks
 from lora_fx.export.onnx_ops import attention, grouped_mm, onnx_package
+from lora_fx.export.onnx_quantised import Product, products_of, store_quantised
 from lora_fx.export.onnx_slots import Slots
 from lora_fx.export.onnx_weights import store_transposed
 from lora_fx.export.portable_ops import grouped_products
@@ -25,7 +26,8 @@ from lora_fx.export.prepare import Exportable, prepare
 from lora_fx.export.torch_program import export_plain
 from lora_fx.files.atomic import writable
 from lora_fx.files.target import Target
-from lora_fx.graph.graph_module import TracedGraphModule
+from lora_fx.folding.dequantise import dequantise
+from lora_fx.graph.graph_module import TracedGraphModule, as_traced
 from lora_fx.graph.process_state import quiet
 from lora_fx.graph.provenance import source_line
 
@@ -43,6 +45,7 @@ def onnx(
     example_inputs: Mapping[str, torch.Tensor] | None = None,
     slots: bool = False,
     transpose_weights: bool = True,
+    quantised: bool = False,
 ) -> Exported:
     """Write a graph as an ONNX model, in evaluation mode. Needs the extra ``lora-fx[onnx]``.
 
@@ -65,13 +68,16 @@ def onnx(
         transpose_weights: store a matrix that a product alone reads, transposed, as the initializer ``<key>.T``, for tools that
             quantise or fuse products: they skip those behind a Transpose. The model's metadata maps the names to the keys
             (``lora_fx.transposed_weights``, a JSON object). False stores each weight under its key, as it is.
+        quantised: keep the codes of quantised weights, as ``<key>.codes``, ``.absmax``, ``.scale`` and ``.zero``, for operators that
+            onnxruntime alone has (``com.microsoft``): MatMulBnb4 for NF4 and FP4, MatMulNBits for integers of 2, 4 and 8 bits. Its CPU
+            has them for float32. False writes dense weights.
 
     Returns:
         The written files and their comparison with the graph.
 
     Raises:
         ExportError: ONNX does not take the graph; the message names the operator and the model's line. Or it has a branch
-            that no slot takes.
+            that no slot takes, or a quantised weight for whose product there is no kernel.
         VerifyError: the written file does not compute the same, or onnxruntime does not run it.
         LoraFxError: the path exists or cannot be written.
     """
@@ -79,10 +85,13 @@ def onnx(
         onnx_package(name)
     Target(Path(path), overwrite).check()
     previous = _data_beside(Path(path))
+    products: Mapping[str, Product] = {}
+    if quantised:
+        products, graph_module = products_of(as_traced(graph_module)), dequantise(graph_module)
     with_slots = Slots.of(graph_module) if slots else None
     options = Options(overwrite, verify, tolerance, example_inputs)
     written = with_slots.probe if with_slots else graph_module
-    exported = deliver(_Onnx(with_slots, options, transpose_weights), written, path, options)
+    exported = deliver(_Onnx(with_slots, options, transpose_weights, products), written, path, options)
     _remove_unnamed(previous, exported.path)
     return exported
 
@@ -92,6 +101,7 @@ class _Onnx:
     slots: Slots | None
     options: Options
     transpose_weights: bool
+    products: Mapping[str, Product]
     name = "ONNX"
     dotted_names = True
 
@@ -107,6 +117,8 @@ class _Onnx:
         model = _translate(written, program)
         step("cleaning up")
         _clean_up(model)
+        if self.products:
+            store_quantised(model, self.products)
         if self.transpose_weights:
             store_transposed(model)
         add_checks(model, exportable.constraints)

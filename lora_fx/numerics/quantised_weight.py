@@ -85,6 +85,16 @@ class QuantisedWeight(torch.Tensor):
         """Codes and scales, by the names that the scheme gives them."""
         return self._tensors
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the tensor is the transpose of the matrix that was quantised."""
+        return bool(self._form[4])
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether the dense weight is cast to other dtypes than that in which it is made."""
+        return bool(self._form[3])
+
     def dequantize(self) -> torch.Tensor:  # as torch spells it
         """Return the dense weight."""
         scheme, shape, dtype, casts, transposed = self._form

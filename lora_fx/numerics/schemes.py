@@ -87,12 +87,17 @@ class CodebookScheme:
             absmax[part.start // self.blocksize :][: len(scale)] = scale
         return {"codes": codes, **(_nested(absmax) if self.nested else {"absmax": absmax})}
 
+    def absmax(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the scale of each block, in float32."""
+        absmax = tensors["absmax"]
+        if not self.nested:
+            return absmax
+        coarse = tensors["nested_absmax"].repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()]
+        return tensors["nested_map"][absmax.long()] * coarse + tensors["offset"]
+
     def dequantise(self, tensors: Mapping[str, torch.Tensor], shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Return the dense weight of a shape that codes and scales stand for: computed in float32, and rounded to a dtype once."""
-        absmax = tensors["absmax"]
-        if self.nested:
-            coarse = tensors["nested_absmax"].repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()]
-            absmax = tensors["nested_map"][absmax.long()] * coarse + tensors["offset"]
+        absmax = self.absmax(tensors)
         codes = tensors["codes"].reshape(-1)
         byte = torch.arange(256, device=codes.device)
         # Both values of a byte as one number of 64 bits: looked up at a tenth of the time of two rows of a table.
