@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := .venv-peers
 
-.PHONY: demo test test-all test-clients browser bench bench-all docs mutate lint format clean
+.PHONY: demo test test-all test-clients test-peers browser bench bench-all docs mutate lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/lora-fx demo
@@ -19,6 +20,11 @@ test-all: $(INSTALLED) browser
 # Clients that load what export.generation writes, in environments of their own (.venv-clients, 1.5 GB). Writes tests/clients.md.
 test-clients: $(INSTALLED)
 	$(BIN)/python tests/clients --write
+
+# Models of timm, torchvision, diffusers, open_clip and sentence-transformers, taken the whole way, in an environment of its own
+# (.venv-peers, 3 GB). Writes tests/peers.md. `make test-all` is without: these libraries are large, and half an hour more.
+test-peers: $(PEERS)/.installed
+	$(PEERS)/bin/python tests/peers --write
 
 # The page that pictures are looked at in is tested in a real browser: installed where that takes no question, and else asked for.
 browser:
@@ -55,11 +61,17 @@ format: $(INSTALLED)
 	$(BIN)/ruff format lora_fx tests tools
 
 clean:
-	rm -rf $(VENV) .venv-clients demo-output mutants docs
+	rm -rf $(VENV) .venv-clients $(PEERS) demo-output mutants docs
 
 # torch first and alone: its pin names a CPU build where one is at hand, and nothing that follows may replace it.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[onnx,draw,demo,dev]'
+	touch $@
+
+$(PEERS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet -c constraints.txt torch
+	$(PEERS)/bin/pip install --quiet -c constraints.txt -e '.[peers]'
 	touch $@

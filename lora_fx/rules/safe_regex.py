@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from functools import lru_cache
+from typing import Any
 
 import regex as regexes
 
@@ -35,7 +37,13 @@ def matched(pattern: str, name: str) -> regexes.Match[str] | None:
         TimeoutError: it takes too long; the message is for people.
     """
     try:
-        return regexes.fullmatch(pattern, name, timeout=REGEX_SECONDS)
+        return _compiled(pattern).fullmatch(name, timeout=REGEX_SECONDS)  # type: ignore[no-any-return]
     except TimeoutError as error:
         message = f"regex {pattern!r} took more than {REGEX_SECONDS} s to match {name!r}; simplify it"
         raise TimeoutError(message) from error
+
+
+@lru_cache(maxsize=2**13)
+def _compiled(pattern: str) -> Any:
+    """Return a compiled pattern; a configuration may have one for each module, and regex itself keeps few."""
+    return regexes.compile(pattern)

@@ -8,7 +8,7 @@ modules a key means, is told by the names of the graph's modules.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ from lora_fx.adapters.peft_format.keys import PREFIX
 from lora_fx.adapters.peft_format.tensors import AdapterTensor, AdapterTensors
 from lora_fx.errors import AdapterError, did_you_mean, listed, printable, shortened, warn
 from lora_fx.rules.peft_config.config import AdapterConfig
-from lora_fx.rules.peft_config.target_names import alpha_of, patterns, targets
+from lora_fx.rules.peft_config.name_matching import is_named
 from lora_fx.rules.rule_file import Setting
 
 Form = Literal["diffusers", "kohya"]
@@ -76,7 +76,7 @@ class ForeignFile:
     def as_written(self) -> tuple[AdapterConfig, AdapterTensors]:
         """Return config and tensors of all components, by what the file calls the modules."""
         named = self._named()
-        return _config(named, ()), self._tensors(named)
+        return _config(named), self._tensors(named)
 
     def placed(self, modules: Sizes) -> tuple[AdapterConfig, AdapterTensors]:
         """Return config and tensors of the component that a graph with these modules is, by the names of its modules.
@@ -88,11 +88,12 @@ class ForeignFile:
         named = self._named()
         chosen = named if all(map(known.get, named)) else self._component(known, modules)
         placed: dict[str, Factors] = {}
-        problems = []
+        problems: list[str] = []
         for name, factors in chosen.items():
             paths = known.get(name, ())
             if not paths:
-                problems.append(f"{printable(name)}: the graph has no such module{did_you_mean(name, known)}")
+                hint = did_you_mean(name, known) if len(problems) < MAX_NAMED else ""  # a search through all names
+                problems.append(f"{printable(name)}: the graph has no such module{hint}")
             elif len(paths) > 1:
                 problems.append(
                     f"{printable(name)}: expected the name of one module, got that of {' and '.join(paths)}"
@@ -103,7 +104,7 @@ class ForeignFile:
                 placed[paths[0]] = factors
         if problems:
             raise AdapterError(str(self.path), shortened(problems, MAX_NAMED, "modules"))
-        return _config(placed, [path for path in modules if path and path not in placed]), self._tensors(placed)
+        return _config(placed), self._tensors(placed)
 
     def _component(self, known: Mapping[str, Sequence[str]], modules: Sizes) -> Mapping[str, Factors]:
         """Return the component that the graph is, of which it has the most modules, and whose sizes fit; warn of all others."""
@@ -147,25 +148,34 @@ class ForeignFile:
         return AdapterTensors(self.path, self.metadata, entries)
 
 
-def _config(factors: Mapping[str, Factors], others: Iterable[str]) -> AdapterConfig:
+class _PlacedConfig(AdapterConfig):
+    """The config of factors whose modules are known by name: of a file with a rank for each, patterns would take the square of their number."""
+
+    settings: dict[str, Setting]
+    """The settings at each module that has factors."""
+
+    def selects(self, module: str) -> bool:
+        """Tell whether a module has factors, and is not excluded."""
+        return module in self.settings and not (self.exclude_modules and is_named(module, self.exclude_modules))
+
+    def setting_of(self, module: str) -> Setting:
+        """Return the settings of the branch at a module."""
+        return self.settings[module] if module in self.settings else super().setting_of(module)
+
+
+def _config(factors: Mapping[str, Factors]) -> AdapterConfig:
     """Return the config of a PEFT adapter with these factors and settings at its modules, and at no other."""
     settings = {module: each.setting for module, each in factors.items()}
-    rslora = all(each.scaling == "rslora" for each in settings.values())
-    ranks = {module: float(each.rank) for module, each in settings.items()}
-    alphas = {
-        module: each.alpha if (each.scaling == "rslora") == rslora else alpha_of(each.rank, each.scale, rslora=rslora)
-        for module, each in settings.items()
-    }
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    return AdapterConfig(
+    rank, alpha = (
+        Counter(getattr(each, name) for each in settings.values()).most_common(1)[0][0] for name in ("rank", "alpha")
+    )
+    return _PlacedConfig(
         peft_type="LORA",
-        r=int(rank),
+        r=rank,
         lora_alpha=alpha,
-        rank_pattern={name: int(value) for name, value in patterns(ranks, rank).items()},
-        alpha_pattern=patterns(alphas, alpha),
-        use_rslora=rslora,
+        use_rslora=all(each.scaling == "rslora" for each in settings.values()),
         lora_dropout=max(each.dropout for each in settings.values()),
-        target_modules=targets(list(settings), list(others)),
+        settings=settings,
     )
 
 
