@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes
+import peft
 import pytest
 import torch
 import transformers
@@ -93,6 +94,33 @@ def test_thirty_steps_of_training_end_in_the_factors_of_peft(row: str) -> None:
             optimizer.step()
         ends.append(factors)
     assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize(
+    "case", rows(("float32 around bfloat16", "bfloat16 around float32"), ("float32 around bfloat16",))
+)
+def test_layers_that_compute_in_another_dtype_equal_those_of_peft(case: str, tmp_path: Path) -> None:
+    dtype = torch.bfloat16
+    computed = torch.bfloat16 if case.startswith("float32") else torch.float32
+    path, models = saved("gpt2", dtype, tmp_path / "base"), []
+    for _ in range(2):
+        model = loaded("gpt2", path, "nf4", dtype, computed)
+        if case.startswith("float32"):  # norms, embeddings and the stream between layers become float32
+            model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False).train()
+        models.append(model)
+    mine = lora_fx.rewrite(models[1], MODELS["gpt2"][1], rank=RANK, alpha=ALPHA, dropout=0.0)
+    theirs = wrapped("gpt2", models[0])
+    set_factors(theirs)
+    set_factors(mine)
+    expected, found = theirs(**batch("gpt2")).logits, mine(**batch("gpt2")).logits
+    wanted, given = gradients(theirs, expected), gradients(mine, found)
+    assert torch.equal(expected, found)
+    for name in wanted:
+        if computed == dtype:
+            assert torch.equal(wanted[name], given[name])
+        else:  # bitsandbytes multiplies by float32 values in the forward pass, and by these rounded to bfloat16 in the backward pass
+            torch.testing.assert_close(wanted[name], given[name], rtol=0, atol=0.05 * float(wanted[name].abs().max()))
+    lora_fx.verify(mine, lora_fx.fold(mine), batch("gpt2"))
 
 
 def test_requantised_codes_equal_those_of_pefts_merge(row: str) -> None:

@@ -43,6 +43,7 @@ from lora_fx.planning.plan import Chosen, Plan, Skipped, factor_shapes
 from lora_fx.planning.planner import check_attachable
 from lora_fx.rules.vocabulary import Draw
 from lora_fx.sites.call_sites import biased
+from lora_fx.sites.stored_weight import cast_of
 from lora_fx.sites.weight_ops import low_rank, weight_op
 
 aten = torch.ops.aten
@@ -171,9 +172,10 @@ def _branched(graph_module: TracedGraphModule, plan: Plan, state: State, adapter
     fakes = FakeValues(state)
     for chosen in plan.chosen:
         site = nodes[chosen.site.node]
-        end = nodes[ends[site.name]] if site.name in ends else _complete(site, state)
+        cast_back = _cast_back(site, state.tensors[chosen.site.weight])
+        end = nodes[ends[site.name]] if site.name in ends else cast_back or _complete(site, state)
         for branch in chosen.branches:
-            behind = site if end in (site, biased(site)) else _added(end)
+            behind = site if end in (site, biased(site), cast_back) else _added(end)
             end = _BranchWriter(graph, state, named, fakes, chosen, branch, adapter).write(site, end, behind)
     return graph
 
@@ -186,6 +188,22 @@ def _complete(site: fx.Node, state: State) -> fx.Node:
     bias = next(node for node in total.all_input_nodes if node is not site)
     dtype = parts.dtype or state.tensors[str(parts.weight.target)].dtype
     return total if state.tensors[str(bias.target)].dtype == dtype else site
+
+
+def _cast_back(site: fx.Node, weight: torch.Tensor) -> fx.Node | None:
+    """Return the cast of a product back to the dtype of the site's input, in a layer for 4 bits that computes in another one.
+
+    PEFT's branch reads the input as it is in front of such a layer, and is added behind it.
+    """
+    parts, users = weight_op(site), list(site.users)
+    if (
+        not _casts_first(weight)
+        or parts is None
+        or len(users) != 1
+        or None in (cast_of(parts.input), cast_of(users[0]))
+    ):
+        return None
+    return users[0] if module_path(parts.input) == module_path(site) == module_path(users[0]) else None
 
 
 def _added(end: fx.Node) -> fx.Node:
@@ -371,14 +389,18 @@ class _BranchWriter:
         setting, names = self.branch.setting, self.branch.names(self.adapter)
         parts = weight_op(base)
         assert parts is not None
-        narrow = parts.dtype or self.state.tensors[self.chosen.site.weight].dtype
+        weight = self.state.tensors[self.chosen.site.weight]
+        cast_back = _cast_back(base, weight)
+        x, narrow = parts.input, parts.dtype or weight.dtype
+        if cast_back is not None:
+            x, narrow = x.all_input_nodes[0], cast_of(cast_back) or narrow
         wide = adapter_dtype(narrow)
         a = self._named(names.a, "factor A", parts.weight)
         b = self._named(names.b, "factor B", a)
         places = None if self.branch.features is None else self._named(names.places, "places", b)
         users, following = list(end.users), behind.next
         with self.graph.inserting_before(following):
-            value = parts.input
+            value = x
             if wide != narrow and parts.op != "embedding":
                 value = self._call(base, "cast", aten.to.dtype, value, wide)
             if names.dropout in self.state.modules:
@@ -390,7 +412,7 @@ class _BranchWriter:
             if places is not None:
                 value = self._call(base, "pad", aten.constant_pad_nd.default, value, [0, 1])
                 value = self._call(base, "place", aten.index_select.default, value, -1, places)
-            cast_first = wide != narrow and _casts_first(self.state.tensors[self.chosen.site.weight])
+            cast_first = wide != narrow and _casts_first(weight)
             if cast_first:
                 value = self._call(base, "cast", aten.to.dtype, value, narrow)
         with self.graph.inserting_before(following if behind is end else end.next):

@@ -196,13 +196,18 @@ class _BranchFinder:
         if total is not None and base is not site:  # a bias of a wider type widens the sum
             bias = next(each for each in total.all_input_nodes if each is not site)
             narrow = torch.promote_types(narrow, self._tensors[str(bias.target)].dtype)
+        narrow = cast_of(base) or narrow
         reshaped = base is not site and base is not biased(site)
         weight = Stored(product.weight, product.view)
         return _Joined(site, base, base, (), narrow, narrow, weight, reshaped).plus(delta)
 
     def _site_of(self, base: fx.Node) -> fx.Node | None:
-        """Return the site with this output, with its bias or without, through reshapes that nothing else reads."""
+        """Return the site with this output, with its bias or without, through a cast and reshapes that nothing else reads."""
         node = base
+        if cast_of(node) is not None:
+            node = node.all_input_nodes[0]
+            if len(node.users) > 1:
+                return None
         while keeps_last_dim(node):
             node = node.args[0]  # type: ignore[assignment]
             if len(node.users) > 1:

@@ -31,13 +31,15 @@ _logger = logging.getLogger("lora_fx.tracing")
 
 
 class CastingLinear(nn.Linear):
-    """A linear layer that computes in the dtype of its weight, whatever that of its input, and returns the latter."""
+    """A linear layer that computes in the dtype of its weight, whatever that of its input and bias, and returns that of its input."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return ``x W^T + bias``."""
-        if input.dtype == self.weight.dtype:
-            return super().forward(input)
-        return super().forward(input.to(self.weight.dtype)).to(input.dtype)
+        dtype = self.weight.dtype
+        bias = self.bias if self.bias is None or self.bias.dtype == dtype else self.bias.to(dtype)
+        if input.dtype == dtype:
+            return nn.functional.linear(input, self.weight, bias)
+        return nn.functional.linear(input.to(dtype), self.weight, bias).to(input.dtype)
 
 
 @dataclass(frozen=True)
@@ -270,8 +272,14 @@ def _given_layers(model: nn.Module, layers: QuantisedLayers) -> Iterator[None]:
     """Put the quantised layers back, inside a block in which linear ones stand for them; in train mode, whatever that of the model."""
     for module in layers.given.values():
         module.train()
-    with _exchanged(model, {id(model.get_submodule(path)): module for path, module in layers.given.items()}):
-        yield
+    biases = [bias for module in layers.given.values() if (bias := module._parameters.get("bias")) is not None]
+    held = [bias.data for bias in biases]
+    try:
+        with _exchanged(model, {id(model.get_submodule(path)): module for path, module in layers.given.items()}):
+            yield
+    finally:
+        for bias, data in zip(biases, held, strict=True):  # which bitsandbytes casts in place at a first call
+            bias.data = data
 
 
 @contextmanager
@@ -342,10 +350,7 @@ def _linear(module: nn.Module, weight: QuantisedWeight) -> nn.Linear:
     bias = module._parameters.get("bias")
     linear = CastingLinear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None and bias.dtype == weight.dtype:
-        linear.bias = bias
-    elif bias is not None:  # which the library casts for good at its first call
-        linear.bias = nn.Parameter(bias.detach().to(weight.dtype))
+    linear.register_parameter("bias", bias)
     linear.train(module.training)
     for name, value in vars(module).items():
         if name.endswith("_hooks"):
