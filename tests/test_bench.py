@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path += [str(ROOT / "tools"), str(ROOT / "tools" / "bench")]
 
 import checkpoint_fold  # noqa: E402
+import checkpointing  # noqa: E402
 import contenders  # noqa: E402
 import folds  # noqa: E402
 import generation  # noqa: E402
@@ -83,6 +84,17 @@ def test_a_training_row_compares_and_measures_every_contender(
         (each.resident is not None) == (row.name == "C1" and each.name in training.RESIDENT)
         for each in result.contenders
     )
+
+
+def test_activation_checkpointing_is_measured_beside_that_of_peft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpointing, "apart", lambda *_: 1000)
+    result = checkpointing.measured(dataclasses.replace(checkpointing.ROW.tiny(), repetitions=1))
+    check(result, tmp_path / "row.json", "K1")
+    assert len(result.asked()) == len(result.goals)
+    assert all(each.difference == 0 for each in result.contenders if "fused" not in each.name)
+    assert result["nested, again"].saved < result["plain"].saved
 
 
 @pytest.mark.parametrize("row", ["H1", "H2", "H3"])

@@ -149,9 +149,6 @@ class Nesting:
         # For accelerate, which makes a unit of FSDP of each module of these classes.
         vars(root)["_no_split_modules"] = sorted({kind.__name__ for kind in self.classes.values()})
         layers = {path: root.get_submodule(path) for path in self.classes}
-        for module in set(root.modules()) - set(layers.values()):
-            if isinstance(module, Layer):
-                module.__class__ = nn.Module  # type: ignore[assignment]
         order = [path for path, _ in root.named_modules() if path in layers]
         for index, path in enumerate(order):
             layer = layers[path]
@@ -180,7 +177,7 @@ def check_pickles(checkpointing: Checkpointing | None) -> None:
 
 def check_unwrapped(names: Iterable[str]) -> None:
     """Raise :class:`LoraFxError` for names in torch's wrapper that computes a module again, which accelerate puts around layers."""
-    wrapped = next((name for name in names if "_checkpoint_wrapped_module" in name.split(".")), None)
+    wrapped = next((name for name in names if "._checkpoint_wrapped_module." in name), None)
     if wrapped is not None:
         raise LoraFxError(
             f"{wrapped.partition('._checkpoint_wrapped_module')[0]!r} is in torch's checkpoint_wrapper, as accelerate does for FSDP: its "

@@ -44,7 +44,11 @@ ROWS: dict[str, tuple[str, ...]] = {
 }
 """What each row of ``make bench`` runs."""
 
-MORE: dict[str, tuple[str, ...]] = {"G1": ("generation.py",), "Q2": ("quantised.py",)}
+MORE: dict[str, tuple[str, ...]] = {
+    "G1": ("generation.py",),
+    "Q2": ("quantised.py",),
+    "K1": ("checkpointing.py",),
+}
 """What the further rows of ``make bench-all`` run; their tables stand for themselves in the guide."""
 
 ORDER = (*ROWS, "H1", "H1-long", "H2", "H3")

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
@@ -158,17 +158,13 @@ class Result:
             return own.median / self[goal.against].median
         if goal.quantity == "noise":
             return own.median / statistics.quantiles(self[goal.against].seconds, n=4, method="inclusive")[2]
-        value: float | None
-        other: float | None
-        pairs: dict[str, tuple[float | None, float | None]] = {
-            "saved": (self.saved(goal.contender), self.saved(goal.against)),
-            "peak": (own.peak, self[goal.against].peak),
-            "resident": (own.resident, self[goal.against].resident),
+        quantities: dict[str, Callable[[str], float | None]] = {
+            "overhead": self.overhead,
+            "saved": self.saved,
+            "peak": lambda name: self[name].peak,
+            "resident": lambda name: self[name].resident,
         }
-        if goal.quantity == "overhead":
-            value, other = self.overhead(goal.contender), self.overhead(goal.against)
-        else:
-            value, other = pairs[goal.quantity]
+        value, other = (quantities[goal.quantity](name) for name in (goal.contender, goal.against))
         if value is None or other is None:
             raise ValueError(f"{self.row}: {goal.quantity} was not measured of {goal.contender} and {goal.against}")
         return value / other if other > 0 else float("inf" if value > 0 else 1)
