@@ -1,4 +1,4 @@
-from . import export, generation, huggingface
+from . import export, generation, huggingface, parallel
 from .adapters.activate import activate
 from .adapters.combine import combine
 from .adapters.materialize import materialize
@@ -60,6 +60,7 @@ __all__ = [
     "lora_plus_groups",
     "materialize",
     "nest",
+    "parallel",
     "parameter_summary",
     "plan",
     "recipe",

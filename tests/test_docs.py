@@ -16,12 +16,14 @@ def test_the_reference_has_every_public_name_and_no_warning_and_no_link_that_lea
         ("lora_fx", "export"),
         ("lora_fx", "generation"),
         ("lora_fx", "huggingface"),
+        ("lora_fx", "parallel"),
     }
     assert {module for module, _ in names} == {
         "lora_fx",
         "lora_fx.export",
         "lora_fx.generation",
         "lora_fx.huggingface",
+        "lora_fx.parallel",
         "lora_fx.runtime",
         "lora_fx.trainer",
     }

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_fx"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 60
-PUBLIC_PACKAGES = {PACKAGE, PACKAGE / "export", PACKAGE / "generation", PACKAGE / "cli"}
+PUBLIC_PACKAGES = {PACKAGE, PACKAGE / "export", PACKAGE / "generation", PACKAGE / "parallel", PACKAGE / "cli"}
 
 
 def nodes(*kinds: type[ast.AST]) -> Iterator[tuple[str, ast.AST]]:

@@ -184,6 +184,19 @@ def test_a_step_of_training_keeps_codes_and_no_dense_weight(graph: lora_fx.Trace
     assert all(isinstance(tensor, QuantisedWeight) for tensor in weights)
 
 
+def test_layers_over_codes_are_nested_and_computed_again_with_the_same_bits(graph: lora_fx.TracedGraphModule) -> None:
+    nested = lora_fx.nest(graph)
+    nested.train().activation_checkpointing_enable()
+    assert quantised_names(nested) == quantised_names(graph)
+    mine, theirs = (each(**batch("llama")).logits for each in (nested, graph))
+    assert torch.equal(mine, theirs)
+    found, expected = gradients(nested, mine), gradients(graph, theirs)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+    copied = pickle.loads(pickle.dumps(nested))
+    assert torch.equal(copied(**batch("llama")).logits, theirs)
+
+
 def test_autocast_takes_quantised_weights(graph: lora_fx.TracedGraphModule, logits: torch.Tensor) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = graph(**batch("llama")).logits

@@ -35,6 +35,7 @@ from lora_fx.graph.state import (
     non_persistent_names,
     owned,
     quantised_apart,
+    sharded_name,
     takes,
     with_value,
 )
@@ -266,11 +267,10 @@ def state_of(module: nn.Module) -> State:
     tensors: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
     tensors.update(module.named_buffers(remove_duplicate=False))
     check_unwrapped(tensors)
-    sharded = next((name for name, tensor in tensors.items() if hasattr(tensor, "device_mesh")), None)
-    if sharded is not None:
+    if (sharded := sharded_name(tensors)) is not None:
         raise LoraFxError(
-            f"{sharded!r} is sharded over several devices (FSDP), and lora_fx reads whole tensors. Train with "
-            "DistributedDataParallel, or gather the state dict and load it into a graph that is not sharded."
+            f"{sharded!r} is sharded over several devices (FSDP), and lora_fx reads whole tensors. Save the adapter, save_adapter(graph, "
+            "directory) in every process, and load it into a graph that is not sharded."
         )
     return State(tensors, frozenset(non_persistent_names(module)), dict(leaf_modules(module)))
 

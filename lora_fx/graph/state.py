@@ -145,3 +145,8 @@ def owned(state: State, trainable: frozenset[str], updated: Iterable[str]) -> St
     # A leaf module carries its mode, which each graph sets for itself: copied, around the tensors owned above.
     memo: dict[int, Any] = {id(tensor): owned[name] for name, tensor in state.tensors.items()}
     return replace(state, tensors=owned, modules={name: copied_leaf(m, memo) for name, m in state.modules.items()})
+
+
+def sharded_name(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Return the name of a tensor that is sharded over several devices, if there is one."""
+    return next((name for name, tensor in tensors.items() if hasattr(tensor, "device_mesh")), None)

@@ -45,6 +45,7 @@ from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, st
 from lora_fx.graph.info import info_of
 from lora_fx.graph.joined_graphs import Graphs, through, whole
 from lora_fx.graph.records import BranchSpec
+from lora_fx.graph.sharded import gathered
 from lora_fx.graph.state import State
 from lora_fx.numerics.lowrank_merge import with_all_rows
 from lora_fx.rules.peft_config.config import CONFIG_NAME
@@ -217,7 +218,8 @@ def save_adapter(
     place.
 
     Args:
-        graph_module: with the adapter; not changed. Or the graphs of an encoder-decoder model with a cache.
+        graph_module: with the adapter; not changed. Or the graphs of an encoder-decoder model with a cache. Every process calls this with
+            a graph that FSDP shards, and the first writes.
         directory: to be made.
         adapter: its name, which does not appear in the files.
         format: ``"diffusers"`` writes ``pytorch_lora_weights.safetensors`` for ``load_lora_weights`` of the pipeline that the model
@@ -231,11 +233,14 @@ def save_adapter(
         AdapterError: the format has no way to say what the adapter is. All problems are named.
         LoraFxError: the directory exists, or cannot be written.
     """
-    graph_module = _traced(whole(graph_module))
     if format not in get_args(foreign_file.Form) and format != "peft":
         raise AdapterError("format", [f"expected 'peft', 'diffusers' or 'kohya', got {shown(format)}"])
     target = Target(Path(directory), overwrite, kind=_ADAPTER)
     target.check()
+    collected = gathered(as_traced(whole(graph_module)))
+    if collected is None:  # another process writes
+        return
+    graph_module = _traced(collected)
     content = to_peft(graph_module, adapter)
     foreign = None if format == "peft" else _in_form(graph_module, content, format)
     _warn_of_statistics(graph_module, content)

@@ -1,0 +1,5 @@
+"""Training where one memory ends: graphs over several processes, by torch's engines."""
+
+from lora_fx.parallel.fsdp import fully_shard
+
+__all__ = ["fully_shard"]

@@ -1,0 +1,56 @@
+"""FSDP2: the parameters of a graph sharded over processes, a layer at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard as torch_fully_shard
+
+from lora_fx.errors import LoraFxError
+from lora_fx.graph.graph_module import TracedGraphModule, as_traced, state_of
+from lora_fx.graph.info import info_of
+from lora_fx.graph.layers import layers, nesting
+from lora_fx.graph.nested import nest_in_place
+from lora_fx.numerics.quantised_weight import QuantisedWeight
+
+
+def fully_shard(graph_module: TracedGraphModule, mesh: DeviceMesh | None = None, **options: Any) -> None:
+    """Shard the parameters of a graph over the processes of a group, as torch's function of this name does with one module (in place).
+
+    Each layer is a unit, whose parameters are whole while it is computed, and the rest of the graph is one more. A flat graph is nested for
+    it. Every process calls this with an equal graph, before it makes an optimizer; factors are equal where ``rewrite`` was given a
+    seed. Activation checkpointing works as before. :func:`lora_fx.save_adapter` takes a sharded graph, called by every process, and the first
+    writes; other functions refuse it.
+
+    Args:
+        graph_module: is changed.
+        mesh: as for torch's function; by default all processes of the default group.
+        options: of torch's function.
+
+    Raises:
+        LoraFxError: the graph cannot be nested or sharded so, or the options cast parameters. It is as it was.
+        PlanError: the argument is no graph of lora_fx.
+    """
+    policy = options.get("mp_policy")
+    if policy is not None and (policy.param_dtype is not None or policy.output_dtype is not None):
+        raise LoraFxError(
+            f"expected a MixedPrecisionPolicy with a reduce_dtype alone, got {policy}: a graph keeps its dtype. Rewrite a model with a bfloat16 "
+            "base, beside which factors stay float32."
+        )
+    tensors = state_of(as_traced(graph_module)).tensors
+    quantised = next((name for name, tensor in tensors.items() if isinstance(tensor, QuantisedWeight)), None)
+    if quantised is not None:
+        raise LoraFxError(f"{quantised!r} is quantised, and FSDP shards tensors of numbers alone: train with DDP.")
+    parts = nesting(graph_module, graph_module.graph)
+    assert parts.outer is not None
+    read = [str(node.target) for node in parts.outer.find_nodes(op="get_attr")]
+    shared = next((name for name in read for path in parts.classes if name.startswith(f"{path}.")), None)
+    if shared is not None:
+        raise LoraFxError(
+            f"{shared!r} is read outside of its layer too, where FSDP does not have it whole: train with DDP."
+        )
+    nest_in_place(graph_module, info_of(graph_module).checkpointing)
+    for layer in layers(graph_module).values():
+        torch_fully_shard(layer, mesh=mesh, **options)
+    torch_fully_shard(graph_module, mesh=mesh, **options)
