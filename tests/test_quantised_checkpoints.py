@@ -26,7 +26,7 @@ from lora_fx.files.quantised_checkpoints import QuantisedTensor, quantised_tenso
 from lora_fx.files.safetensors import TensorEntry
 from lora_fx.folding.checkpoint import Checkpoint
 from lora_fx.folding.checkpoint_plan import fold_checkpoint, plan_checkpoint_fold
-from lora_fx.folding.dense_base import stored_dense
+from lora_fx.folding.dense_base import dense_base, stored_dense
 from lora_fx.tracing.trace import trace
 
 Tensors = dict[str, torch.Tensor]
@@ -323,6 +323,43 @@ def test_an_adapter_is_folded_into_gptq_and_awq(one: Trained, tmp_path: Path, na
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert loaded.dtype == getattr(torch, dtype)
+
+
+def test_the_other_layout_of_gpt2_and_weights_in_8_bits_are_those_of_bitsandbytes(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=50, n_positions=16, n_inner=192)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    original = tensors_of(tmp_path / "base")
+    four = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    for name, settings in (("4bit", four), ("8bit", transformers.BitsAndBytesConfig(load_in_8bit=True))):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=settings, device_map="cpu"
+        )
+        model.save_pretrained(tmp_path / name)
+        expected = dict(original)
+        for path, module in model.named_modules():
+            if type(module).__name__ == "Linear4bit":
+                expected[f"{path}.weight"] = bitsandbytes.dequantize_4bit(
+                    module.weight.data, module.weight.quant_state
+                ).T
+            elif type(module).__name__ == "Linear8bitLt":
+                expected[f"{path}.weight"] = bitsandbytes.int8_vectorwise_dequant(
+                    module.weight.data, module.weight.SCB
+                ).T
+        read = []
+        for base, scheme in ((name, None), ("base", "nf4"))[: 2 if name == "4bit" else 1]:
+            with torch.device("meta"):
+                empty = transformers.GPT2LMHeadModel(transformers.AutoConfig.from_pretrained(tmp_path / base))
+            dense, _ = dense_base(Checkpoint.open(tmp_path / base), empty, scheme, None)
+            assert len(dense.schemes) == 4
+            read.append({key: dense.checkpoint.read(key) for key in dense.checkpoint.tensors})
+        for found in read:
+            assert found.keys() == {key for key in expected if key != "lm_head.weight"}
+            for key, tensor in found.items():
+                assert tensor.shape == expected[key].shape
+                assert (tensor - expected[key]).abs().max() <= (1e-7 if name == "8bit" else 0.0) * expected[
+                    key
+                ].abs().max(), key
 
 
 # Of shards, of several files, and on the command line.

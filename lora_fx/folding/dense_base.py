@@ -261,8 +261,10 @@ def _quantised_file(file: TensorFile, transposed: Mapping[str, bool], scheme: Sc
 def _as_trained(file: TensorFile, key: str, scheme: Scheme, transposed: bool) -> torch.Tensor:
     """Return a weight as its codes have it; the input features are along the rows as they are quantised."""
     dense = file.read(key)
-    matrix = dense.T.contiguous() if transposed else dense
-    again = scheme.dequantise(scheme.quantise(matrix), matrix.shape, dense.dtype)
+    dtype, matrix = dense.dtype, dense.T.contiguous() if transposed else dense
+    shape, tensors = matrix.shape, scheme.quantise(matrix)
+    del dense, matrix  # so that no two of them are in memory
+    again = scheme.dequantise(tensors, shape, dtype)
     return again.T.contiguous() if transposed else again
 
 

@@ -184,10 +184,15 @@ class UniformScheme:
         scale, zero, columns = tensors["scale"], tensors.get("zero"), tensors.get("columns")
         if columns is not None:
             scale, zero = scale[:, columns], None if zero is None else zero[:, columns]
-        codes = tensors["codes"].to(dtype).view(*scale.shape, -1)
-        if zero is not None:
-            codes = codes - zero.to(dtype)[..., None]
-        return (codes * scale[..., None]).to(dtype).view(tuple(shape))
+        dense = torch.empty(tuple(shape), dtype=dtype, device=scale.device)
+        rows = max(1, _PART // max(1, shape[1])) if scale.is_cpu else max(1, shape[0])
+        for start in range(0, shape[0], rows):
+            part = slice(start, start + rows)
+            codes = tensors["codes"][part].to(dtype).view(-1, scale.shape[1], shape[1] // scale.shape[1])
+            if zero is not None:
+                codes = codes - zero[part].to(dtype)[..., None]
+            dense[part] = (codes * scale[part, :, None]).view(-1, shape[1])
+        return dense
 
 
 Scheme = CodebookScheme | UniformScheme

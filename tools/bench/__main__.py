@@ -46,6 +46,7 @@ ROWS: dict[str, tuple[str, ...]] = {
 
 MORE: dict[str, tuple[str, ...]] = {
     "G1": ("generation.py",),
+    "Q1": ("quantised_decoding.py",),
     "Q2": ("quantised.py",),
     "K1": ("checkpointing.py",),
 }
