@@ -196,7 +196,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     **{
         init: ({"init_lora_weights": init}, (f"{name} changed the base weights when the adapter was made",))
         for init, name in {
-            "pissa": "PiSSA", "pissa_niter_4": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA",
+            "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA",
         }.items()
     },
     "another start": ({"init_lora_weights": "wild"}, ("init_lora_weights: expected true, false or one of 'gaussian'",)),

@@ -128,8 +128,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "use_dora: DoRA is not supported: found True. Leave it out, or train with PEFT",
     ),
     "a start": (
-        {**Q, "init_lora_weights": "pissa"},
-        "init_lora_weights: expected true, false or 'gaussian', by which A starts random, and B zero or random, found 'pissa'. Leave it out",
+        {**Q, "init_lora_weights": "corda"},
+        "init_lora_weights: expected true, false, 'gaussian', 'orthogonal', 'pissa', 'olora', 'mica' or 'pissa_niter_16', by which factors start "
+        "without data, found 'corda'. Pass start= to rewrite, leave it out",
     ),
     "a later key": (
         {**Q, "use_wonder": 2},
@@ -161,7 +162,7 @@ def test_what_are_no_rules_is_told(models: dict[str, Case]) -> None:
 
 
 def test_all_problems_of_a_config_are_told_at_once(models: dict[str, Case]) -> None:
-    said = {"peft_type": "LORA", "use_dora": True, "r": 0, "init_lora_weights": "olora", "task_type": "X", "new": 1}
+    said = {"peft_type": "LORA", "use_dora": True, "r": 0, "init_lora_weights": "loftq", "task_type": "X", "new": 1}
     with pytest.raises(lora_fx.RuleError) as caught:
         lora_fx.rewrite(models["llama"][1], said)
     assert [problem.partition(":")[0] for problem in caught.value.problems] == [

@@ -269,7 +269,7 @@ model_types = ['a', 'a'] ¦ {Q}
 {Q} ¦ scaling = 'rs_lora'
     line 3: select[0].scaling: expected 'standard' or 'rslora', found 'rs_lora' (did you mean 'rslora'?)
 {Q} ¦ init = true
-    line 3: select[0].init: expected 'kaiming' or 'gaussian', found True
+    line 3: select[0].init: expected 'kaiming', 'gaussian', 'orthogonal', 'pissa', 'olora', 'mica' or 'pissa_niter_16', found True
 {Q} ¦ override = 1
     line 3: select[0].override: expected true or false, found 1
 {Q} ¦ optional = 'yes'

@@ -21,13 +21,22 @@ import torch
 from torch import fx, nn
 
 from lora_fx.adapters.fake_values import FakeValues
+from lora_fx.adapters.starts import check_alone, check_starts, frozen_names, is_from_weight, model_weight, start_values
 from lora_fx.adapters.tokens import check_written_once, row_numbers, token_values, write_rows
 from lora_fx.branches.find import find_branches
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import lower
 from lora_fx.branches.tied_copies import covered_names, untie
 from lora_fx.errors import PlanError, listed
-from lora_fx.graph.adapter_names import adapter_of, adapters, check_adapter_name, copy_name, original_name, token_names
+from lora_fx.graph.adapter_names import (
+    adapter_of,
+    adapters,
+    check_adapter_name,
+    copy_name,
+    original_name,
+    rest_name,
+    token_names,
+)
 from lora_fx.graph.batch_norms import whole_norms
 from lora_fx.graph.cached_graphs import check_whole
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of, trainable_names
@@ -41,7 +50,6 @@ from lora_fx.numerics.quantised_weight import QuantisedWeight
 from lora_fx.numerics.schemes import CodebookScheme
 from lora_fx.planning.plan import Chosen, Plan, Skipped, factor_shapes
 from lora_fx.planning.planner import check_attachable
-from lora_fx.rules.vocabulary import Draw
 from lora_fx.sites.call_sites import biased
 from lora_fx.sites.stored_weight import cast_of
 from lora_fx.sites.weight_ops import low_rank, weight_op
@@ -85,6 +93,8 @@ def attach(
     graph_module = lower(graph_module)
     check_attachable(plan, graph_module)
     state = state_of(graph_module)
+    if values is None:
+        check_starts(plan, graph_module.graph, state)
     ordered = _in_module_order(plan, state)
     factors = _new_factors(ordered, state, adapter, seed) if values is None else _given(ordered, adapter, values)
     copies = _copies(plan, state, adapter, values)
@@ -120,6 +130,8 @@ def _with_nodes(
     graph_module: TracedGraphModule, state: State, plan: Plan, adapter: str, record: AdapterRecord
 ) -> TracedGraphModule:
     """Return a graph with the nodes of an adapter, whose parameters are in ``state``."""
+    others = {name: each for name, each in info_of(graph_module).adapters.items() if each.acts}
+    check_alone(adapter, replace(record, branches=_branches(plan)), others)
     copies = {name for name in state.tensors if original_name(name) is not None and adapter_of(name) == adapter}
     _check_copied_once(graph_module, adapter, copies, record.untied)
     check_written_once(graph_module.graph, adapter, record.tokens, copies, state)
@@ -134,8 +146,9 @@ def _with_nodes(
     state = State(state.tensors, state.non_persistent | set(places), state.modules)
     graph = _branched(graph_module, plan, state, adapter)
     for node in graph.find_nodes(op="get_attr"):
-        if node.target not in record.untied and copy_name(str(node.target), adapter) in copies:
-            node.target = copy_name(str(node.target), adapter)
+        for own in (copy_name(str(node.target), adapter), rest_name(str(node.target), adapter)):
+            if node.target not in record.untied and own in copies:
+                node.target = own
     for names in state.names().values():
         untie(graph, names, {name: copy_name(name, adapter) for name in names if name in record.untied})
     write_rows(graph, state, FakeValues(state), adapter, record.tokens)
@@ -226,9 +239,12 @@ def _new_factors(
     factors: dict[str, torch.Tensor] = {}
     with forked_random_state(seed=seed):
         for chosen, branch in ordered.values():
-            site, names, init = chosen.site, branch.names(adapter), _init_of(branch)
-            like = state.tensors[site.weight]
+            site, names, init = chosen.site, branch.names(adapter), branch.setting.init
+            like = state.tensors[model_weight(site)]
             if branch.mirrors is not None:
+                continue
+            if is_from_weight(branch):
+                factors |= start_values(site, branch, adapter, like)
                 continue
             if like.is_meta:  # there is nothing to draw, which takes longer than all else
                 dtype = adapter_dtype(site.cast or like.dtype)
@@ -243,28 +259,15 @@ def _new_factors(
                 op=site.op,
                 init=init,
             )
+            factors[names.b].requires_grad_(branch.setting.trains_b)
     return factors
-
-
-def _init_of(branch: BranchSpec) -> Draw:
-    """Return how new factors of a branch start.
-
-    Raises:
-        PlanError: they are no random ones.
-    """
-    if branch.setting.init == "mica":
-        raise PlanError(
-            f"the branch at {branch.key!r} is MiCA's, whose B is made of singular vectors of the weight and never trains, and there are "
-            "no values for it. Make the adapter with PEFT (init_lora_weights='mica') and load its directory."
-        )
-    return branch.setting.init
 
 
 def _given(
     ordered: Mapping[str, tuple[Chosen, BranchSpec]], adapter: str, values: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    names = (branch.names(adapter) for _, branch in ordered.values())
-    return {name: _parameter(values[name]) for each in names for name in (each.a, each.b)}
+    names = [(branch.names(adapter), frozen_names(chosen.site, branch, adapter)) for chosen, branch in ordered.values()]
+    return {name: _parameter(values[name]) for each, frozen in names for name in (each.a, each.b, *frozen)}
 
 
 def _copies(
@@ -332,10 +335,15 @@ def new_factors_like(
         for name, a in wanted.items():
             if name in by_name:
                 branch, other = by_name[name]
+                if is_from_weight(branch):
+                    raise PlanError(
+                        f"the branch at {branch.key!r} starts from the weight (init {branch.setting.init!r}), and there are no values for it. "
+                        "Rewrite the model with its weights, or load an adapter from a directory."
+                    )
                 like = torch.empty(0, dtype=a.dtype, device=device)
                 shapes, setting = (a.shape, wanted[other].shape), branch.setting
                 values[name], values[other] = initial_factors(
-                    shapes, setting.rank, like, op=branch.op, init=_init_of(branch)
+                    shapes, setting.rank, like, op=branch.op, init=branch.setting.init
                 )
     return values
 

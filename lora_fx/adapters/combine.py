@@ -217,7 +217,7 @@ class _Member:
     @staticmethod
     def of(graph_module: fx.GraphModule, adapter: str, branch: BranchSpec, strength: float) -> _Member:
         a, b = branch.factors(adapter, state_of(graph_module).tensors)
-        return _Member(replace(branch, setting=replace(branch.setting, strength=1.0), mirrors=None), a, b, strength)
+        return _Member(replace(branch, setting=replace(branch.added, strength=1.0), mirrors=None), a, b, strength)
 
     @property
     def scale(self) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import PlanError, did_you_mean
-from lora_fx.graph.adapter_names import adapter_of, adapters, copy_name, original_name
+from lora_fx.graph.adapter_names import adapter_of, adapters, copy_name, is_of_start, original_name
 from lora_fx.graph.adapter_states import trained_names
 from lora_fx.graph.batch_norms import statistics
 from lora_fx.graph.graph_module import TracedGraphModule, rebuilt, state_of, trainable_names
@@ -182,10 +182,11 @@ def with_training(graph_module: TracedGraphModule, adapter: str, trains: frozens
 
 
 def free_names(graph_module: fx.GraphModule, adapter: str) -> frozenset[str]:
-    """Return the names of an adapter's parameters, without those that its kind freezes: B of MiCA."""
+    """Return the names of an adapter's parameters, without those that its kind freezes: B of MiCA, and what belongs to a start."""
     frozen = {
         branch.names(adapter).b
         for _, branch in branches_of(graph_module, adapter).values()
         if not branch.setting.trains_b
     }
-    return frozenset(parameters_of(graph_module, adapter).keys() - frozen)
+    own = parameters_of(graph_module, adapter).keys() - frozen
+    return frozenset(name for name in own if not is_of_start(name))

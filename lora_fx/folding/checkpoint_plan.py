@@ -362,8 +362,9 @@ def _contents(files: AdapterFiles, places: Places, graph_module: TracedGraphModu
     Embeddings that differ, as those of a resized vocabulary do, are trained copies.
     """
     files = fitted(files, graph_module)
-    contents = read_contents(files, graph_module)
-    problems, found, names = [], {}, _all_names(state_of(graph_module))
+    names = _all_names(state_of(graph_module))
+    contents = read_contents(files, graph_module, lambda name: places.checkpoint.read(places.of_names(names[name])[0]))
+    problems, found = [], {}
     adapted = {f"{branch.owner}.weight" for _, branch in contents.branches.values()}
     for name, key in contents.echoes.items():
         for place in places.of_names(names[name]):

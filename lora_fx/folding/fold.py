@@ -25,7 +25,7 @@ from lora_fx.branches.weight_uses import Value, values_of
 from lora_fx.errors import WITH_LABELS, FoldError, listed
 from lora_fx.folding.dequantise import dequantise, merged_dense, merged_quantised, warn_of_losses
 from lora_fx.folding.report import check_finite
-from lora_fx.graph.adapter_names import is_factor, original_name
+from lora_fx.graph.adapter_names import is_factor, is_of_start, original_name
 from lora_fx.graph.adapter_states import waiting
 from lora_fx.graph.cached_graphs import CachedGraphs, check_whole
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
@@ -168,6 +168,9 @@ def _folded(
     _check_foldable(merges, state)
     _check_quantised(merges, state, inplace, quantised)
     copied = _copied_weights(values, state) if inplace else {merge.weight for merge in merges}
+    copied |= {
+        merge.weight for merge in merges if is_of_start(merge.weight)
+    }  # what a start left of a weight is not the model's
     merged = _merged(merges, state, copied, quantised)
     for value in values:  # those of an untied weight that keep it as it is may have a new name too
         new = [name for name in value.names if name not in state.tensors and name not in merged]

@@ -18,8 +18,9 @@ _FACTOR = re.compile(r"(.+\.)?lora_(?P<factor>[AB])\.(?P<adapter>[^.]+)(\.[^.]+)
 _EMBEDDING_FACTOR = re.compile(
     r"(.+\.)?lora_embedding_[AB]\.(?P<adapter>[^.]+)"
 )  # as PEFT names those of its own layers
-_COPY = re.compile(r"(?P<module>(.+\.)?)trained_copy\.(?P<adapter>[^.]+)\.(?P<leaf>[^.]+)")
+_COPY = re.compile(r"(?P<module>(.+\.)?)(trained_copy|lora_rest)\.(?P<adapter>[^.]+)\.(?P<leaf>[^.]+)")
 _PLACES = re.compile(r".+\.lora_places\.(?P<adapter>[^.]+)\.[^.]+")
+_START = re.compile(r"(.+\.)?lora_start_[AB]\.(?P<adapter>[^.]+)")
 _TOKENS = re.compile(r"(.+\.)?token_adapter\.(?P<kind>trainable_tokens_delta|token_indices)\.(?P<adapter>[^.]+)")
 
 
@@ -48,6 +49,11 @@ class BranchNames:
     def b(self) -> str:
         """Parameter B, of shape ``(out, rank)``, with as many rows as the part has features; of a mirrored branch the other one's A."""
         return f"{self.owner}.lora_B.{self._suffix}.weight" if self.mirrors is None else self._mirrored.a
+
+    @property
+    def starts(self) -> tuple[str, str]:
+        """Parameters A and B as they started, of a branch whose product was taken out of the weight; they never train."""
+        return f"{self.owner}.lora_start_A.{self.adapter}", f"{self.owner}.lora_start_B.{self.adapter}"
 
     @property
     def places(self) -> str:
@@ -114,7 +120,7 @@ def copy_name(parameter: str, adapter: str) -> str:
 
 
 def original_name(name: str) -> str | None:
-    """Return the name of the parameter that a trained copy stands in for, or None if this is no name of a copy."""
+    """Return the name of the parameter that a trained copy, or what a start left of it, stands in for; None if this is no such name."""
     match = _COPY.fullmatch(name)
     return f"{match['module']}{match['leaf']}" if match else None
 
@@ -136,9 +142,26 @@ def is_placement(name: str) -> bool:
     return is_places(name) or (_TOKENS.fullmatch(name) is not None and not is_token_values(name))
 
 
+def rest_name(parameter: str, adapter: str) -> str:
+    """Return the name of what an adapter's start left of a weight: ``q.weight`` → ``q.lora_rest.default.weight``."""
+    path, dot, leaf = parameter.rpartition(".")
+    return f"{path}{dot}lora_rest.{adapter}.{leaf}"
+
+
+def is_of_start(name: str) -> bool:
+    """Tell whether a parameter is of the start of a branch, and never trains: the first factors, and what they left of the weight."""
+    return _START.fullmatch(name) is not None or (original_name(name) is not None and ".lora_rest." in f".{name}")
+
+
 def is_of_adapter(name: str) -> bool:
     """Tell whether a tensor of this name belongs to an adapter."""
-    return is_factor(name) or is_placement(name) or is_token_values(name) or original_name(name) is not None
+    return (
+        is_factor(name)
+        or is_placement(name)
+        or is_token_values(name)
+        or is_of_start(name)
+        or original_name(name) is not None
+    )
 
 
 def adapter_of(name: str) -> str | None:
@@ -148,6 +171,7 @@ def adapter_of(name: str) -> str | None:
         _FACTOR,
         _EMBEDDING_FACTOR,
         _PLACES,
+        _START,
         _TOKENS,
     )  # a copy of the weight of a module called lora_A is no factor
     match = next((match for pattern in patterns if (match := pattern.fullmatch(name))), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -76,10 +76,26 @@ class BranchSpec:
         """Return the names of the branch's parameters in an adapter."""
         return BranchNames(self.owner, adapter, self.part, self.mirrors)
 
+    @property
+    def splits(self) -> bool:
+        """Whether the branch is beside what its start left of the weight. Beside embeddings PEFT has no such start."""
+        return self.op == "linear" and self.setting.splits
+
+    @property
+    def added(self) -> Setting:
+        """The settings of a branch beside the weight itself that adds the same: of twice the rank where the start split the weight."""
+        setting = self.setting
+        if not self.splits:
+            return setting
+        return replace(setting, rank=2 * setting.rank, rule_rank=setting.rule_rank or setting.rank, init="kaiming")
+
     def factors(self, adapter: str, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return A and B of the branch from the tensors of a graph, without a gradient."""
+        """Return A and B of the update of the weight from the tensors of a graph, without a gradient: of the settings ``added``."""
         names = self.names(adapter)
         a, b = (tensors[name].detach() for name in (names.a, names.b))
+        if self.splits:  # s (B A - B₀ A₀), as PEFT converts it
+            a0, b0 = (tensors[name].detach().to(a.dtype) for name in names.starts)
+            return torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
         return (a, b) if self.mirrors is None else (a.t(), b.t())
 
 

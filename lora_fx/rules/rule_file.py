@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -52,7 +52,7 @@ from lora_fx.rules.validation import (
     validated,
     wrong,
 )
-from lora_fx.rules.vocabulary import Init, Op, Part, RoleName, Scaling, Start, TaskType
+from lora_fx.rules.vocabulary import NITER, Init, Op, Part, RoleName, Scaling, Start, TaskType, splits_weight
 
 # How other tools spell our keys: an unknown key is an error, and these get a better hint than spelling distance can give.
 FOREIGN_KEYS = {
@@ -106,6 +106,10 @@ Trainable = Annotated[
     Literal["bias", "all"] | Annotated[tuple[Natural, ...], Items("[0]")],
     expecting("'bias', 'all' or a list of different integers ≥ 0 (rows)", ("bias", "all")),
 ]
+InitName = Annotated[
+    Init | Annotated[str, Field(strict=True, pattern=f"^{NITER.pattern}$")],
+    expecting(f"{', '.join(map(repr, get_args(Init)))} or 'pissa_niter_16'", get_args(Init)),
+]
 Role = Annotated[RoleName, one_of(RoleName)]
 
 
@@ -128,8 +132,8 @@ class Defaults(_Table):
     scaling: Annotated[Scaling, one_of(Scaling)] = "standard"
     """The scale: alpha / rank, or alpha / √rank."""
 
-    init: Annotated[Init, one_of(Init)] = "kaiming"
-    """How the factor A starts; B starts as zero."""
+    init: InitName = "kaiming"
+    """How the factors start."""
 
 
 class FileDefaults(Defaults):
@@ -194,7 +198,7 @@ class Selection(_Table):
     scaling: Annotated[Scaling, one_of(Scaling)] | None = None
     """In place of the default."""
 
-    init: Annotated[Init, one_of(Init)] | None = None
+    init: InitName | None = None
     """In place of the default."""
 
     trainable: Trainable | None = None
@@ -329,6 +333,11 @@ class Setting:
     def trains_b(self) -> bool:
         """Whether B may train: MiCA keeps B at singular vectors of the weight, and trains A alone (arXiv 2604.01694, section 3)."""
         return self.init != "mica"
+
+    @property
+    def splits(self) -> bool:
+        """Whether the product of the factors as they start is taken out of the weight."""
+        return splits_weight(self.init)
 
     @property
     def scale(self) -> float:

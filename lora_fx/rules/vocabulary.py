@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Literal, get_args
 
@@ -48,14 +49,26 @@ Part = Literal["query", "key", "value", "gate", "up"]
 Scaling = Literal["standard", "rslora"]
 """alpha / rank (LoRA, arXiv 2106.09685), or alpha / √rank (rsLoRA, arXiv 2312.03732)."""
 
-Init = Literal["kaiming", "gaussian"]
-"""How A starts: uniform with a = √5, or normal with standard deviation 1 / rank. B starts as zero."""
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "mica"]
+"""How the factors start; ``"pissa_niter_16"`` and the like too.
 
-Draw = Literal[Init, "random"]
-"""How the factors of a PEFT configuration start: as in rule files, or both random (``init_lora_weights=False``)."""
+kaiming, gaussian: A uniform with a = √5, or normal with standard deviation 1 / rank; B zero.
+orthogonal: both random, in orthogonal spaces, so that their product is zero but for rounding.
+pissa (arXiv 2404.02948), olora (arXiv 2406.01775): parts of the weight, and the branch computes beside what is left of it.
+mica (arXiv 2604.01694): B has singular vectors of the weight and never trains; A is zero.
+"""
 
-Start = Literal[Draw, "mica"]
-"""How the factors of an adapter from a file started; of MiCA (arXiv 2604.01694) A alone trains."""
+Start = str
+"""How the factors of a branch start: an ``Init``, ``"pissa_niter_<n>"``, or ``"random"``: both factors (``init_lora_weights=False``)."""
+
+NITER = re.compile(r"pissa_niter_[1-9][0-9]{0,2}")
+"""PiSSA by a randomised decomposition of so many steps."""
+
+
+def splits_weight(start: Start) -> bool:
+    """Tell whether a start takes the product of its factors out of the weight."""
+    return start in ("pissa", "olora") or NITER.fullmatch(start) is not None
+
 
 TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 """A task, as PEFT names it."""

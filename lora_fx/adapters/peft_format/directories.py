@@ -102,7 +102,7 @@ def ranks_in(graph: TracedGraphModule) -> dict[str, set[int]]:
     ranks: dict[str, Counter[str]] = {adapter: Counter() for adapter in adapters(graph)}
     for adapter, by_owner in ranks.items():
         for _, branch in branches_of(graph, adapter).values():
-            by_owner[branch.owner] += branch.setting.rank
+            by_owner[branch.owner] += branch.added.rank
     return {adapter: set(by_owner.values()) for adapter, by_owner in ranks.items()}
 
 

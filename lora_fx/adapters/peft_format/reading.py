@@ -6,7 +6,7 @@ reported at once.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -34,7 +34,9 @@ from lora_fx.adapters.peft_format.own_tensors import (
     warn_of_rounding,
 )
 from lora_fx.adapters.peft_format.renaming import fitted
+from lora_fx.adapters.peft_format.split_starts import no_weight, splits_of
 from lora_fx.adapters.peft_format.stacks import LAYOUTS, Stack, Writer, is_transposed, stack_layouts
+from lora_fx.adapters.starts import frozen_values
 from lora_fx.errors import did_you_mean, warn
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name, token_names
 from lora_fx.graph.batch_norms import whole_norms
@@ -42,7 +44,7 @@ from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.info import known_info
 from lora_fx.graph.provenance import called_modules
 from lora_fx.graph.records import BranchSpec, Origin, TokenRows, Trained
-from lora_fx.numerics.factor_init import adapter_dtype
+from lora_fx.numerics.factor_init import Split, adapter_dtype
 from lora_fx.numerics.lowrank_merge import rounded
 from lora_fx.planning.cautions import warn_of_untying
 from lora_fx.planning.peft_tokens import Vocabulary, token_rows
@@ -64,6 +66,7 @@ class AdapterContents:
         statistics: running statistics of batch norms that train as a whole, by their names.
         tokens: rows of embeddings that have trained values.
         rows: these values, by the paths of the embeddings.
+        splits: of branches that split their weight, by their keys: the site, and the parts of the weight as they started.
         echoes: what the file has of the model's own tensors, which a graph on the meta device could not be compared with: the
             key of each, by its name in the graph.
     """
@@ -77,6 +80,7 @@ class AdapterContents:
     echoes: Mapping[str, str] = field(default_factory=dict)
     tokens: tuple[TokenRows, ...] = ()
     rows: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    splits: Mapping[str, tuple[Site, Split]] = field(default_factory=dict)
 
     def values_of(self, adapter: str, *, trainable: bool) -> dict[str, torch.Tensor]:
         """Return the tensors by the names that they have in a graph; parameters that are to train require a gradient."""
@@ -87,25 +91,36 @@ class AdapterContents:
                 continue
             names, trains_b = branch.names(adapter), branch.setting.trains_b
             values |= {names.a: nn.Parameter(a, trainable), names.b: nn.Parameter(b, trains_b and trainable)}
+        for key, (site, found) in self.splits.items():
+            values |= frozen_values(site, self.branches[key][1], adapter, found)
         copies = {copy_name(name, adapter): nn.Parameter(value, trainable) for name, value in self.copies.items()}
         rows = {token_names(m, adapter)[0]: nn.Parameter(value, trainable) for m, value in self.rows.items()}
         return values | copies | rows
 
 
-def read_contents(files: AdapterFiles, graph_module: fx.GraphModule) -> AdapterContents:
+def read_contents(
+    files: AdapterFiles, graph_module: fx.GraphModule, weights: Callable[[str], torch.Tensor] | None = None
+) -> AdapterContents:
     """Fit what a directory holds to a graph, which may be on the meta device.
+
+    Args:
+        files: the directory.
+        graph_module: the graph.
+        weights: reads a weight that a graph on the meta device has not, by its name.
 
     Raises:
         AdapterError: config, file and graph do not agree; all problems are named.
     """
-    return _Reader(fitted(files, graph_module), graph_module).contents()
+    return _Reader(fitted(files, graph_module), graph_module, weights or no_weight).contents()
 
 
 class _Reader:
     """Reads an adapter for a graph, and collects all problems."""
 
-    def __init__(self, files: AdapterFiles, graph_module: fx.GraphModule) -> None:
-        self._files = files
+    def __init__(
+        self, files: AdapterFiles, graph_module: fx.GraphModule, weights: Callable[[str], torch.Tensor]
+    ) -> None:
+        self._files, self._weights = files, weights
         self._config = files.config
         self._ledger = KeyLedger(files)
         self._state = state_of(graph_module)
@@ -152,6 +167,8 @@ class _Reader:
             name: rounded(value, kept[name]).to(own[name].device) if name in kept else value
             for name, value in saved.items()
         }
+        splits = splits_of(branches, read, self._state.tensors, self._weights, self._ledger.problems)
+        self._ledger.stop_if_wrong()
         _, origin = recorded(self._files.file.metadata)
         config = self._config
         return AdapterContents(
@@ -164,6 +181,7 @@ class _Reader:
             echoes,
             tokens,
             rows,
+            splits,
         )
 
     def _tied_to(self, chosen: Collection[Site]) -> list[Site]:

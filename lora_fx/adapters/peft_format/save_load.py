@@ -42,7 +42,7 @@ from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.adapter_states import trained_names
 from lora_fx.graph.cached_graphs import CachedGraphs, check_whole
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, state_of
-from lora_fx.graph.info import info_of
+from lora_fx.graph.info import RuledBranches, info_of
 from lora_fx.graph.joined_graphs import Graphs, through, whole
 from lora_fx.graph.records import BranchSpec
 from lora_fx.graph.sharded import gathered
@@ -333,6 +333,7 @@ def _with_values(
     """Return a graph whose adapter, which must be like that of the directory, has other values."""
     mine = branches_of(graph_module, adapter)
     contents = _in_parts(contents, [branch for _, branch in mine.values()])
+    contents = _beside_starts(contents, mine, adapter, state_of(graph_module))
     values = contents.values_of(adapter, trainable=True)
     # Dropout is how the graph trains, and no property of the values.
     dropout = {branch.owner: branch.setting.dropout for _, branch in mine.values()}
@@ -353,6 +354,25 @@ def _with_values(
     free = frozenset(name for name, value in values.items() if value.requires_grad)
     trains = trained_names(graph_module, adapter) if trainable is None else free if trainable else frozenset()
     return checked(with_training(rebuilt(graph_module, tensors=values), adapter, trains), "branched")
+
+
+def _beside_starts(contents: AdapterContents, branches: RuledBranches, adapter: str, state: State) -> AdapterContents:
+    """Return the contents with the factors beside what a start left of the weight, where they are those of an update of the weight.
+
+    The inverse of writing them: the second half of the rank has the first factors of the graph's branch.
+    """
+    found, factors = dict(contents.branches), dict(contents.factors)
+    for key, (rule, branch) in branches.items():
+        _, theirs = found.get(key, ("", None))
+        if not branch.splits or theirs is None or theirs.splits or theirs.setting.rank != branch.added.rank:
+            continue
+        a, b = factors[key]
+        a0, b0 = (state.tensors[name].to(a.dtype) for name in branch.names(adapter).starts)
+        rank, scale = branch.setting.rank, branch.setting.scale
+        if theirs.setting.scale == scale and torch.equal(a[rank:], a0) and torch.equal(b[:, rank:], -b0):
+            found[key] = rule, branch
+            factors[key] = a[:rank].clone(), b[:, :rank].clone()
+    return replace(contents, branches=found, factors=factors)
 
 
 def _in_parts(contents: AdapterContents, branches: Sequence[BranchSpec]) -> AdapterContents:

@@ -31,7 +31,7 @@ from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import AdapterConfig, trains_bias
 from lora_fx.rules.peft_config.name_matching import modules_of
 from lora_fx.rules.peft_config.target_names import TrainedParts, alpha_of, patterns, targets, trained_parts
-from lora_fx.rules.vocabulary import Start
+from lora_fx.rules.vocabulary import Start, splits_weight
 from lora_fx.sites.call_sites import Site, is_bare, parameter_of, sites
 
 
@@ -92,7 +92,7 @@ class _PeftWriter:
                 )
                 continue
             tensors |= dict(zip(slot.keys, slot.converted(*self._dense(branches, slot.site)), strict=True))
-            settings[slot.name] = (sum(branch.setting.rank for branch in branches), self._scale(owner))
+            settings[slot.name] = (sum(branch.added.rank for branch in branches), self._scale(owner))
         self._problems += apart.values()
         indices, rows = self._tokens(chosen)
         adapted = [slot.site.module for slot in placed.values() if not is_bare(slot.site)]
@@ -252,7 +252,7 @@ def _config(
     info = info_of(graph_module)
     library, _, class_name = info.model_class.partition(":")
     linear = [slot for slot in placed.values() if not slot.is_parameter and slot.site.op == "linear"]
-    starts = {branch.setting.init for branch in branches}
+    starts = {branch.added.init for branch in branches}
     mapping = {"base_model_class": class_name, "parent_library": library} if class_name else None
     return AdapterConfig(
         peft_type="LORA",
@@ -278,7 +278,7 @@ def _config(
 def _start_text(starts: Collection[Start]) -> bool | str:
     """Return how the branches started, in PEFT's words; its default where they did not all start alike."""
     (start,) = starts if len(starts) == 1 else ("kaiming",)
-    return start == "kaiming" if start in ("kaiming", "random") else start
+    return True if start == "kaiming" or splits_weight(start) else False if start == "random" else start
 
 
 PEFT_VERSION = "0.21.2"

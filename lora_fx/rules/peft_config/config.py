@@ -31,7 +31,7 @@ from lora_fx.rules.validation import (
     validated,
     wrong,
 )
-from lora_fx.rules.vocabulary import Start
+from lora_fx.rules.vocabulary import Start, splits_weight
 
 CONFIG_NAME = "adapter_config.json"
 MAX_BYTES = 2**24  # of a config: real ones have a few thousand
@@ -44,13 +44,12 @@ ALL_LINEAR = "all-linear"
 
 
 def _check_init(init: bool | str) -> bool | str:
-    if init in _CHANGED_BASE or (isinstance(init, str) and init.startswith("pissa_niter")):
-        name = "pissa" if str(init).startswith("pissa") else str(init)
+    if init in _CHANGED_BASE:
         raise wrong(
-            f"{_CHANGED_BASE[name]} changed the base weights when the adapter was made, so that its factors do not fit the base "
+            f"{_CHANGED_BASE[str(init)]} changed the base weights when the adapter was made, so that its factors do not fit the base "
             "that you have. Convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…), or fold it there"
         )
-    if isinstance(init, str) and init not in _SAME_BASE:
+    if isinstance(init, str) and init not in _SAME_BASE and not splits_weight(init):
         raise wrong(f"expected true, false or one of {', '.join(map(repr, _SAME_BASE))}, found {shown(init)}")
     return init
 
@@ -62,9 +61,9 @@ def _check_rows(rows: Any) -> Any:
     return rows
 
 
-_CHANGED_BASE = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
+_CHANGED_BASE = {"corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 _SAME_BASE = ("gaussian", "eva", "orthogonal", "mica")
-_STARTS: Mapping[bool | str, Start] = {"gaussian": "gaussian", "mica": "mica", False: "random"}
+_STARTS: Mapping[bool | str, Start] = {True: "kaiming", "eva": "kaiming", False: "random"}
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False), expecting("a finite number")]
 Names = Annotated[tuple[Text, ...], expecting("a list of names")]
@@ -190,7 +189,7 @@ class AdapterConfig(Table):
         """
         rank = value_of_pattern(self.rank_pattern, module, self.r)
         alpha = value_of_pattern(self.alpha_pattern, module, self.lora_alpha)
-        start = _STARTS.get(self.init_lora_weights, "kaiming")
+        start = _STARTS.get(self.init_lora_weights) or str(self.init_lora_weights)
         return Setting(rank, alpha, self.lora_dropout, "rslora" if self.use_rslora else "standard", start)
 
     def to_json(self) -> str:

@@ -13,7 +13,7 @@ from lora_fx.errors import RuleError
 from lora_fx.rules.peft_config.config import AdapterConfig, read_document
 from lora_fx.rules.peft_config.other_keys import VARIANTS, is_without_effect
 from lora_fx.rules.validation import plain, shown, validated
-from lora_fx.rules.vocabulary import TASK_HEADS, TaskType
+from lora_fx.rules.vocabulary import TASK_HEADS, Init, TaskType, splits_weight
 
 
 @runtime_checkable
@@ -136,8 +136,11 @@ def _checked(document: Mapping[str, Any], source: str) -> AdapterConfig:
     return config
 
 
+_INITS = tuple(name for name in get_args(Init) if name != "kaiming")  # which PEFT calls true
+
+
 def _starts(init: Any) -> bool:
-    return isinstance(init, bool) or init in ("gaussian", None)
+    return init is None or isinstance(init, bool) or (isinstance(init, str) and (init in _INITS or splits_weight(init)))
 
 
 def _problems(document: Mapping[str, Any], known: Mapping[str, Any], init: Any) -> Iterator[str]:
@@ -150,8 +153,8 @@ def _problems(document: Mapping[str, Any], known: Mapping[str, Any], init: Any) 
             yield f"{plain(key)}: unknown key: found {shown(value)}. Leave it out if the result does not depend on it"
     if not _starts(init):
         yield (
-            f"init_lora_weights: expected true, false or 'gaussian', by which A starts random, and B zero or random, found {shown(init)}. "
-            "Leave it out, or train with PEFT"
+            f"init_lora_weights: expected true, false, {', '.join(map(repr, _INITS))} or 'pissa_niter_16', by which factors start without "
+            f"data, found {shown(init)}. Pass start= to rewrite, leave it out, or train with PEFT"
         )
     task = known.get("task_type")
     if task not in (None, *get_args(TaskType)):
