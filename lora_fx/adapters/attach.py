@@ -35,7 +35,6 @@ from lora_fx.graph.adapter_names import (
     copy_name,
     original_name,
     rest_name,
-    token_names,
 )
 from lora_fx.graph.batch_norms import whole_norms
 from lora_fx.graph.cached_graphs import check_whole
@@ -98,7 +97,7 @@ def attach(
     ordered = _in_module_order(plan, state)
     factors = _new_factors(ordered, state, adapter, seed) if values is None else _given(ordered, adapter, values)
     copies = _copies(plan, state, adapter, values)
-    rows = _rows(plan, state, adapter, values)
+    rows = token_values(plan.tokens, state.tensors, adapter, values)
     new = {**factors, **copies, **rows, **_statistics(graph_module.graph, plan, state, adapter, values)}
     state = state.with_tensors(new)
     trains = frozenset(name for name, parameter in new.items() if parameter.requires_grad)
@@ -278,14 +277,6 @@ def _copies(
     if values is not None:
         return {name: _parameter(values[name]) for name in own}
     return {name: nn.Parameter(parameter.detach().clone()) for name, parameter in own.items()}
-
-
-def _rows(plan: Plan, state: State, adapter: str, values: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
-    """Return the values for rows of embeddings: given ones, or those of the rows."""
-    if values is None:
-        return token_values(plan.tokens, state.tensors, adapter)
-    names = (token_names(each.module, adapter)[0] for each in plan.tokens)
-    return {name: _parameter(values[name]) for name in names}
 
 
 def _statistics(

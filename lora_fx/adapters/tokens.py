@@ -29,17 +29,25 @@ aten = torch.ops.aten
 
 
 def token_values(
-    tokens: Iterable[TokenRows], tensors: Mapping[str, torch.Tensor], adapter: str
+    tokens: Iterable[TokenRows],
+    tensors: Mapping[str, torch.Tensor],
+    adapter: str,
+    given: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Return new values for rows of embeddings, by their names: those that the rows have.
+    """Return new parameters for rows of embeddings, by their names: with given values, or those that the rows have.
 
     Args:
         tokens: the rows.
         tensors: of the graph, by name.
         adapter: that the values belong to.
+        given: values by their names.
     """
     found: dict[str, torch.Tensor] = {}
     for each in tokens:
+        if given is not None:
+            name = token_names(each.module, adapter)[0]
+            found[name] = nn.Parameter(given[name].detach(), given[name].requires_grad)
+            continue
         weight = tensors[each.weight].detach()
         rows = torch.tensor(each.rows, device=weight.device)
         values = weight.index_select(0, rows)  # a copy
