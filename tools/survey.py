@@ -329,10 +329,12 @@ def _difference(expected: Any, found: Any, *, relative: bool = False) -> float:
     for mine, theirs in zip(left, right, strict=True):
         if torch.equal(mine, theirs) or torch.allclose(mine, theirs, rtol=0, atol=0, equal_nan=True):
             continue
-        difference = (
-            (mine.to(torch.complex128) - theirs.to(torch.complex128)).abs().nan_to_num(float("inf")).max().item()
-        )
-        scale = mine.abs().nan_to_num(0).max().item() if relative else 1
+        apart = (mine.to(torch.complex128) - theirs.to(torch.complex128)).abs().nan_to_num(float("inf"))
+        same = (mine == theirs) | (
+            mine.isnan() & theirs.isnan()
+        )  # infinities of one sign among them, which are not apart
+        difference = apart.where(~same, 0.0).max().item()
+        scale = mine.abs().nan_to_num(0, posinf=0).max().item() if relative else 1
         largest = max(largest, difference / scale if scale else float("inf"))
     return largest
 
