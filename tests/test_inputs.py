@@ -159,6 +159,7 @@ def test_inputs_of_each_kind_are_made_and_taken_and_the_model_stays_as_it_is(kin
     build_model, expected = KINDS[kind]
     torch.manual_seed(0)
     model = build_model()  # in train mode, in which batch norms would count
+    model.alias = next(iter(model.children()))  # whose tensors have two names
     with unchanged(model):
         made = example_inputs(model, None)
     shapes = {name: tuple(value.shape) for name, value in graph_inputs(made).items()}
@@ -234,6 +235,17 @@ def test_a_model_without_values_is_tried_on_the_meta_device() -> None:
     made = graph_inputs(example_inputs(model, None))
     assert made["input_features"].shape == (2, 64, 80)
     assert all(value.is_meta for value in made.values())
+
+
+def test_a_large_model_is_tried_on_the_meta_device_and_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(input_trials, "MAX_ELEMENTS", 0)
+    model = _resnet()
+    model.alias = next(iter(model.children()))
+    with unchanged(model):
+        made = example_inputs(model, None).kwargs["pixel_values"]
+    assert made.shape == (2, 3, 224, 224)
+    assert made.device.type == "cpu"
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
 def test_trials_end_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -488,7 +488,7 @@ def table(rows: Mapping[str, Row]) -> str:
         "# Survey of transformers\n\n"
         f"Made with torch {torch.__version__} and transformers {transformers.__version__}, by `python tools/survey.py --write` for all "
         "types, and by `python tools/survey.py --again` since then for the ones that did not trace and fold back: the last column is the "
-        "date of each row. Every model is small, and its weights are random. Its inputs are the ones that `lora_fx` made. With "
+        "date of each row, and rows without inputs are older than that column. Every model is small, and its weights are random. With "
         "`dynamic=`, the type was traced for the sizes of its inputs alone in the dimensions that are not named.\n"
     )
     ordered = [rows[model_type] for model_type in sorted(rows)]

@@ -113,8 +113,13 @@ def _refusal(
             return copies.setdefault(id(tensor), torch.empty_like(tensor, device=device))
         return tensor if isinstance(tensor, nn.Parameter) else copies.setdefault(id(tensor), tensor.clone())
 
-    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    tensors = {name: copied(tensor) for name, tensor in named}
+    # By module, since one with two names is given its tensors once: torch would restore the second time what it had put there the first.
+    tensors = {
+        f"{path}.{name}".removeprefix("."): copied(tensor)
+        for path, module in model.named_modules()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
     try:
         with preserved(model), quiet(), torch.no_grad(), _TimeLimit(deadline):
             model.eval()
