@@ -230,3 +230,18 @@ def test_starts_of_rules_need_the_weights_and_a_word_that_is_known(shared: lora_
         lora_fx.rewrite(
             empty, {"select": [{"target": ["last"], "init": "olora"}]}, example_inputs=(IDS.to("meta"),), dynamic={"ids": [0]}
         )  # fmt: skip
+
+
+def test_a_frozen_factor_never_trains_in_any_form_of_the_adapter(
+    shared: lora_fx.TracedGraphModule, tmp_path: Path
+) -> None:
+    rules = {"defaults": {"freeze": ["A"]}, "select": [{"target": ["last", "table"], "rank": 2}]}
+    gm = lora_fx.rewrite(shared, rules, seed=0)
+    trained = ["table.lora_B.default.weight", "last.lora_B.default.weight"]
+    for form in (gm, lora_fx.activate(lora_fx.activate(gm, {}), {"default": 1.0}), lora_fx.transfer(gm, onto=shared)):
+        assert [name for name, value in form.named_parameters() if value.requires_grad] == trained
+    lora_fx.save_adapter(gm, tmp_path / "adapter")
+    again = lora_fx.load_adapter(gm, tmp_path / "adapter")
+    assert [name for name, value in again.named_parameters() if value.requires_grad] == trained
+    with pytest.raises(RuleError, match="expected one factor at most, since none would train"):
+        lora_fx.rewrite(shared, {"defaults": {"freeze": ["A", "B"]}, "select": [{"target": ["last"]}]})

@@ -248,7 +248,8 @@ def _new_factors(
             if like.is_meta:  # there is nothing to draw, which takes longer than all else
                 dtype = adapter_dtype(site.cast or like.dtype)
                 a, b = (torch.empty(shape, dtype=dtype, device="meta") for shape in factor_shapes(branch, site))
-                factors[names.a], factors[names.b] = nn.Parameter(a), nn.Parameter(b)
+                factors[names.a] = nn.Parameter(a, branch.setting.trains_a)
+                factors[names.b] = nn.Parameter(b, branch.setting.trains_b)
                 continue
             factors[names.a], factors[names.b] = initial_factors(
                 factor_shapes(branch, site),
@@ -258,6 +259,7 @@ def _new_factors(
                 op=site.op,
                 init=init,
             )
+            factors[names.a].requires_grad_(branch.setting.trains_a)
             factors[names.b].requires_grad_(branch.setting.trains_b)
     return factors
 
@@ -336,6 +338,8 @@ def new_factors_like(
                 values[name], values[other] = initial_factors(
                     shapes, setting.rank, like, op=branch.op, init=branch.setting.init
                 )
+                values[name].requires_grad_(setting.trains_a)
+                values[other].requires_grad_(setting.trains_b)
     return values
 
 

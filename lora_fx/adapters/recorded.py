@@ -183,10 +183,8 @@ def with_training(graph_module: TracedGraphModule, adapter: str, trains: frozens
 
 def free_names(graph_module: fx.GraphModule, adapter: str) -> frozenset[str]:
     """Return the names of an adapter's parameters, without those that its kind freezes: B of MiCA, and what belongs to a start."""
-    frozen = {
-        branch.names(adapter).b
-        for _, branch in branches_of(graph_module, adapter).values()
-        if not branch.setting.trains_b
-    }
+    branches = [branch for _, branch in branches_of(graph_module, adapter).values()]
+    frozen = {branch.names(adapter).a for branch in branches if not branch.setting.trains_a}
+    frozen |= {branch.names(adapter).b for branch in branches if not branch.setting.trains_b}
     own = parameters_of(graph_module, adapter).keys() - frozen
     return frozenset(name for name in own if not is_of_start(name))

@@ -56,7 +56,7 @@ def start_values(site: Site, branch: BranchSpec, adapter: str, weight: torch.Ten
         a, b, frozen = found.a, found.b, frozen_values(site, branch, adapter, found)
     dtype = adapter_dtype(site.cast or weight.dtype)
     a, b = (factor.to(weight.dtype).to(dtype).contiguous() for factor in (a, b))
-    return {names.a: nn.Parameter(a), names.b: nn.Parameter(b, setting.trains_b), **frozen}
+    return {names.a: nn.Parameter(a, setting.trains_a), names.b: nn.Parameter(b, setting.trains_b), **frozen}
 
 
 def split_at(site: Site, branch: BranchSpec, weight: torch.Tensor) -> Split:

@@ -84,6 +84,12 @@ def _check_layers(layers: int | str) -> int | str:
     return layers
 
 
+def _check_frozen(frozen: tuple[str, ...]) -> tuple[str, ...]:
+    if len(frozen) > 1:
+        raise wrong("expected one factor at most, since none would train, found A and B")
+    return frozen
+
+
 Alpha = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), Plain, expecting("a finite number > 0")]
 Dropout = Annotated[float, Field(strict=True, ge=0, lt=1), Plain, expecting("a number ≥ 0 and < 1")]
 Pattern = Annotated[
@@ -110,6 +116,12 @@ InitName = Annotated[
     Init | Annotated[str, Field(strict=True, pattern=f"^{NITER.pattern}$")],
     expecting(f"{', '.join(map(repr, get_args(Init)))} or 'pissa_niter_16'", get_args(Init)),
 ]
+Frozen = Annotated[
+    tuple[Literal["A", "B"], ...],
+    Items('["A"]', least=0),
+    expecting("['A'], ['B'] or an empty list"),
+    AfterValidator(_check_frozen),
+]
 Role = Annotated[RoleName, one_of(RoleName)]
 
 
@@ -135,6 +147,9 @@ class Defaults(_Table):
     init: InitName = "kaiming"
     """How the factors start."""
 
+    freeze: Frozen | None = None
+    """The factor that never trains: A of LoRA-FA (arXiv 2308.03303), for one."""
+
 
 class FileDefaults(Defaults):
     """Settings of every branch that its selection does not override, and the task."""
@@ -144,7 +159,7 @@ class FileDefaults(Defaults):
 
 
 PREDICATES = ("target", "regex", "role", "op", "layers", "in_features", "out_features", "groups")
-OF_BRANCHES = ("rank", "alpha", "dropout", "scaling", "init", "features", "calls")
+OF_BRANCHES = ("rank", "alpha", "dropout", "scaling", "init", "freeze", "features", "calls")
 
 
 class Selection(_Table):
@@ -199,6 +214,9 @@ class Selection(_Table):
     """In place of the default."""
 
     init: InitName | None = None
+    """In place of the default."""
+
+    freeze: Frozen | None = None
     """In place of the default."""
 
     trainable: Trainable | None = None
@@ -324,15 +342,21 @@ class Setting:
     init: Start = "kaiming"
     strength: float = 1.0
     rule_rank: int | None = None
+    freeze: tuple[str, ...] = ()
 
     def lowered_to(self, width: int) -> Setting:
         """Return the settings with a rank of at most ``width``, and the same scale."""
         return self if self.rank <= width else replace(self, rank=width, rule_rank=self.rule_rank or self.rank)
 
     @property
+    def trains_a(self) -> bool:
+        """Whether A may train: LoRA-FA keeps it as it started (arXiv 2308.03303)."""
+        return "A" not in self.freeze
+
+    @property
     def trains_b(self) -> bool:
         """Whether B may train: MiCA keeps B at singular vectors of the weight, and trains A alone (arXiv 2604.01694, section 3)."""
-        return self.init != "mica"
+        return self.init != "mica" and "B" not in self.freeze
 
     @property
     def splits(self) -> bool:
@@ -390,7 +414,7 @@ class RuleSet(RuleFile):
         """Return the settings of the branches of a selection: its own, and the defaults for the others."""
         settings = set(Defaults.model_fields)
         own = selection.model_dump(include=settings, exclude_none=True)
-        return Setting(**self.defaults.model_dump(include=settings) | own)
+        return Setting(**self.defaults.model_dump(include=settings, exclude_none=True) | own)
 
     def with_overrides(
         self, rank: int | None, alpha: float | None, dropout: float | None, task_type: str | None = None
