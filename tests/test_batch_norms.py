@@ -226,7 +226,7 @@ def test_statistics_go_back_to_the_model_with_the_merged_weights(resnet_graph: A
 
 # Norms that train as a whole: their running statistics belong to the adapter.
 
-WHOLE = {"select": [{"op": ["linear"], "rank": 2}, {"target": ["norm", "last"], "trainable": "all"}]}
+WHOLE = {"select": [{"op": ["linear"], "rank": 2}, {"target": ["norm", "single", "last"], "trainable": "all"}]}
 ALONE = {"select": [{"op": ["linear"], "rank": 2}]}
 
 
