@@ -28,7 +28,8 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx.drawing.describe.align import aligned
-from lora_fx.drawing.draw import FORMATS, describe, describe_graph
+from lora_fx.drawing.draw import FORMATS, describe, describe_graph, within
+from lora_fx.drawing.render.dot import dot
 from lora_fx.graph.graph_module import TracedGraphModule, assemble, copy_graph, state_of
 
 aten = torch.ops.aten
@@ -354,6 +355,69 @@ def test_layers_with_and_without_branches_or_of_another_rank_are_parted() -> Non
     assert [description["sites"][index]["name"] for index in description["elsewhere"]] == ["embed"]
 
 
+def test_layers_that_alternate_are_one_by_their_period() -> None:
+    slopes = (0.1, 0.1, 0.3) * 3 + (0.1,)
+    base = trace(Stack(*(Layer(slope=slope) for slope in slopes)))
+    description = describe(base, lora_fx.rewrite(base, rules={"select": [{"target": ["up"]}]}, rank=2))
+    (repeat,) = (group for group in description["groups"] if group["kind"] == "repeat")
+    assert (repeat["name"], repeat["copies"], repeat["note"]) == ("layers.0–8 ×9 by 3", 3, "LoRA ×9, rank 2")
+    assert [description["groups"][int(item[1:])]["name"] for item in repeat["items"]] == [
+        "layers.0–2",
+        "layers.3–5",
+        "layers.6–8",
+    ]
+    assert "layers.0–8 ×9 by 3" in FORMATS["text"](description)
+    other = trace(Stack(*(Layer(slope=slope) for slope in (0.1, 0.3, 0.1, 0.3, 0.3, 0.1))))
+    assert named(describe_graph(other), "repeat") == ["layers.0–3 ×4 by 2"]
+
+
+def test_inputs_of_a_module_are_called_as_in_the_code_of_the_model() -> None:
+    base = trace(Stack(Layer(), Layer(2.0, 0.3)))
+    description = describe(base, lora_fx.rewrite(base, rules={"select": [{"target": ["down"]}]}, rank=2))
+    (up,) = (node for node in description["nodes"] if node.get("path") == "layers.1.up")
+    assert list(up.get("called", {}).values()) == []  # self.up(x * self.factor) has no name for it
+    (inner,) = (group for group in description["groups"] if group.get("path") == "layers.1.down")
+    outside = {description["nodes"][int(stub["source"][1:])]["label"]: stub.get("called") for stub in inner["stubs"]}
+    assert outside == {"act · leaky_relu": None}
+    t5 = describe_graph(traced("t5"))
+    attention = next(
+        group for group in t5["groups"] if str(group.get("path")).endswith("block.1.layer.0.SelfAttention")
+    )
+    assert "hidden_states" in {stub.get("called") for stub in attention["stubs"]}
+    drawn = dot(within(t5, attention["path"]))
+    assert 'label="hidden_states"' in drawn
+    assert 'label="current_states"' in drawn
+
+
+def test_a_closed_branch_stands_beside_its_site_and_both_go_into_the_sum() -> None:
+    base = trace(Stack(Layer()))
+    description = describe(base, lora_fx.rewrite(base, rules={"select": [{"target": ["up"]}]}, rank=2))
+    (module,) = (group for group in description["groups"] if group.get("path") == "layers.0.up")
+    kinds = [
+        description["groups"][int(item[1:])]["kind"]
+        if item.startswith("g")
+        else description["nodes"][int(item[1:])]["label"]
+        for item in module["items"]
+    ]
+    assert sorted(kinds) == ["add", "branch", "linear"]
+    edges = {(kinds[source], kinds[to]) for source, to, _ in module["edges"]}
+    assert edges == {("linear", "add"), ("branch", "add")}
+    assert description["changes"][0] == module["items"][kinds.index("branch")]
+    assert len(description["changes"]) == 2  # the branch with its sum, and what reads the sum
+
+
+def test_a_whole_model_beyond_a_page_has_its_layers_closed_and_says_so() -> None:
+    base = trace(Stack(*(Layer(slope=0.1 + index / 100) for index in range(12))))
+    description = describe(base, lora_fx.rewrite(base, rules={"select": [{"target": ["up", "down"]}]}, rank=2))
+    drawn = dot(description)
+    assert "Beyond a page: the layers are closed. Of a module: module=&#x27;layers.0&#x27;, --module layers.0." in drawn
+    assert "LoRA default" not in drawn
+    assert drawn.count("LoRA ×2, rank 2") == 12
+    part = dot(within(description, "layers.3"))
+    assert "Beyond a page" not in part
+    assert part.count("LoRA default") == 2
+
+
 def test_layers_on_the_meta_device_are_told_apart_by_what_their_code_computes() -> None:
     model = build("gpt_neo")  # every second layer has a mask of its own, in a buffer
     with torch.device("meta"):
@@ -374,7 +438,7 @@ def test_a_branch_is_one_unit_with_its_settings() -> None:
     ]
     first = branches[0]
     parts = [description["nodes"][int(item[1:])]["part"] for item in first["items"]]
-    assert parts == ["A", "B", "scale", "pad", "place", "add"]
+    assert parts == ["A", "B", "scale", "pad", "place"]  # the sum stands beside it, as the site does
     assert first["branch"]["site"] == "transformer.h.0.attn.c_attn"
     assert description["groups"][int(first["parent"][1:])]["path"] == "transformer.h.0.attn.c_attn"
     assert [change for change in description["changes"] if change[0] == "g"] == [

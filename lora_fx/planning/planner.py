@@ -348,12 +348,14 @@ def _skipped(site: Site, purpose: Purpose, rules: RuleSet, refused: Mapping[int,
     """Return the decision on a site that no selection claims, with the reason of the one that comes nearest."""
     if not refused:
         return Skipped(site, "no selection adds branches", purpose)
-    index = max(refused, key=lambda each: refused[each].agreed)
-    nearest, selection = refused[index], rules.select[index]
+    named = {
+        index for index in refused if rules.select[index].target is not None or rules.select[index].regex is not None
+    }
+    index = max(refused, key=lambda each: (refused[each].agreed, each in named))
+    nearest = refused[index]
     if not nearest.agreed:
         return Skipped(site, nearest.reason, purpose)
-    by_name = selection.target is not None or selection.regex is not None
-    where = f"select[{index}] names it; " if by_name else f"select[{index}]: "
+    where = f"select[{index}] names it; " if index in named else f"select[{index}]: "
     return Skipped(site, where + nearest.reason, purpose, where + nearest.kind)
 
 

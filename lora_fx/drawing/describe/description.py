@@ -27,6 +27,7 @@ from lora_fx.drawing.describe.coverage import coverage, matrices
 from lora_fx.drawing.describe.difference import Entry, Status, Union, single, unite
 from lora_fx.drawing.describe.module_tree import Group, Item, gather_steps, inline_single, modules_of
 from lora_fx.drawing.describe.node_text import Reader, type_of_root
+from lora_fx.drawing.describe.read_names import name_read
 from lora_fx.drawing.describe.repeats import collapse
 from lora_fx.drawing.describe.wiring import Wiring, wire
 from lora_fx.errors import ExportError, did_you_mean
@@ -198,6 +199,7 @@ class _DescriptionWriter:
     ids: dict[Item, str] = field(default_factory=dict)
     node_ids: dict[str, str] = field(default_factory=dict)
     lines: dict[str, int] = field(default_factory=dict)
+    called: Mapping[Entry, Mapping[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._drawn = [entry for entry in self.union.entries if not entry.hidden]
@@ -207,6 +209,11 @@ class _DescriptionWriter:
         self.ids.update({group: f"g{index}" for index, group in enumerate(self._groups)})
         self.node_ids.update({e.node.name: self.ids[e] for e in self._drawn if e.reader is self.graph})
         self._around = {item: group for group in self._groups for item in group.items}
+        self.called = {entry: self._called(entry) for entry in self._drawn}
+        self._readers: dict[Entry, list[Entry]] = {}
+        for entry in self._drawn:
+            for source in self.union.inputs[entry]:
+                self._readers.setdefault(source, []).append(entry)
 
     def nodes(self) -> list[dict[str, Any]]:
         """Return all operators."""
@@ -243,6 +250,7 @@ class _DescriptionWriter:
                     for weight in reader.weights(node)
                 ],
                 "inputs": [self.ids[source] for source in self.union.inputs[entry]],
+                "called": self.called[entry],
                 "former": [self.ids[source] for source in self.union.former.get(entry, ())],
                 "line": self.lines.setdefault(line, len(self.lines)) if line else None,
                 "path": path,
@@ -253,6 +261,25 @@ class _DescriptionWriter:
                 "site": self.site_of.get(node.name) if is_site else None,
             },
         )
+
+    def _called(self, entry: Entry) -> dict[str, str]:
+        """Return the name that the model's code has for the value that an operator reads, if it reads one and from another module."""
+        sources = [source for source in self.union.inputs[entry] if not source.hidden]
+        if len(sources) != 1 or self._around.get(sources[0]) is self._around[entry]:
+            return {}
+        name = name_read(entry, sources[0])
+        return {self.ids[sources[0]]: name} if name else {}
+
+    def _name_inside(self, source: Entry, group: Group) -> str:
+        """Return the name by which the first operator in a group that reads a value has it; an empty string where that is not plain."""
+        reader = next((each for each in self._readers.get(source, ()) if group in self._ways(each)), None)
+        return "" if reader is None else self.called[reader].get(self.ids[source], "")
+
+    def _ways(self, entry: Entry) -> Iterator[Group]:
+        around: Group | None = self._around[entry]
+        while around is not None:
+            yield around
+            around = self._around.get(around)
 
     def _label(self, entry: Entry, operator: str) -> str:
         if entry.node.op in ("placeholder", "output"):
@@ -304,7 +331,15 @@ class _DescriptionWriter:
                 "items": [self.ids[item] for item in group.items],
                 "edges": [list(edge) for edge in edges],
                 "stubs": [
-                    _filled({"source": f"n{source}", "to": to, "status": status, "shared": shared})
+                    _filled(
+                        {
+                            "source": f"n{source}",
+                            "to": to,
+                            "status": status,
+                            "shared": shared,
+                            "called": self._name_inside(self._drawn[source], group),
+                        }
+                    )
                     for to, status, shared, source in stubs
                 ],
                 "copies": group.copies or None,
@@ -324,9 +359,10 @@ class _DescriptionWriter:
     def changes(self) -> list[str]:
         """Return the changes to visit: whole branches, and operators outside of branches."""
         found: dict[str, None] = {}
+        summed = {entry: group for group in self._groups for entry in group.sums}
         for entry in self._drawn:
             if entry.status != "same":
-                around = self._around[entry]
+                around = summed.get(entry, self._around[entry])
                 found.setdefault(self.ids[around if around.kind == "branch" else entry])
         return list(found)
 

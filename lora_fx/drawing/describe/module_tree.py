@@ -10,6 +10,7 @@ from typing import Literal
 from lora_fx.drawing.describe.branch_stamps import StampedBranch, branches_of
 from lora_fx.drawing.describe.difference import Entry, Union
 from lora_fx.drawing.describe.node_text import Frame
+from lora_fx.graph.provenance import stamp_of
 
 GroupKind = Literal["model", "module", "repeat", "branch", "steps"]
 
@@ -34,6 +35,7 @@ class Group:
         call: of the module, counted from 1.
         copies: of a repeat, how many there are.
         branch: that it is.
+        sums: of a branch, the operators that add it to the output of its site. They are beside it, as the site is.
     """
 
     kind: GroupKind
@@ -44,6 +46,7 @@ class Group:
     call: int = 1
     copies: int = 0
     branch: StampedBranch | None = None
+    sums: list[Entry] = field(default_factory=list)
 
     def entries(self) -> Iterator[Entry]:
         """Yield all operators in it, at any depth."""
@@ -88,7 +91,10 @@ def modules_of(union: Union, title: str) -> Group:
             if branch not in opened:
                 opened[branch] = Group("branch", f"LoRA {branch.adapter}", branch=branch)
                 group.items.append(opened[branch])
-            group = opened[branch]
+            if stamp_of(entry.node).get("part") == "add":
+                opened[branch].sums.append(entry)
+            else:
+                group = opened[branch]
         group.items.append(entry)
     return root
 

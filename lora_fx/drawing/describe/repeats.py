@@ -2,7 +2,8 @@
 
 Consecutive siblings are alike if their operators, arguments, shapes, wiring, difference and branches are equal, but for their
 index: what one reads of the layer before it, the next reads of it. So are tensors that are constants of the code; weights and
-other persistent tensors may have any values. A hash finds candidates; equality decides.
+other persistent tensors may have any values. A hash finds candidates; equality decides. Layers that alternate are one group by
+their period: ``layers.0–23 ×24 by 6``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ def collapse(root: Group, union: Union, settings: Mapping[Entry, Mapping[str, An
             for source in () if entry.hidden else read:
                 readers.setdefault(source, []).append(entry)
 
+    @cache
     def form_of(group: Group) -> _Form:
         return _form(group, union, readers, settings)
 
@@ -76,42 +78,77 @@ def collapse(root: Group, union: Union, settings: Mapping[Entry, Mapping[str, An
 
 def _collapse(group: Group, form_of: Callable[[Group], _Form]) -> None:
     items: list[Item] = []
-    for run in _runs(group.items, form_of):
-        first = run[0]
-        if isinstance(first, Group) and len(run) > 1:
-            members = [item for item in run if isinstance(item, Group)]
-            items.append(Group("repeat", _named(members), type=first.type, items=list(members), copies=len(members)))
+    for run, period in _runs(group.items, form_of):
+        members = [item for item in run if isinstance(item, Group)]
+        if len(run) > period:
+            units = members if period == 1 else [_unit(members[at : at + period]) for at in range(0, len(run), period)]
+            name = _named(members, "" if period == 1 else f" by {period}")
+            items.append(Group("repeat", name, type=members[0].type, items=list(units), copies=len(units)))
         else:
             items += run
-        for item in run:
-            if isinstance(item, Group):
-                _collapse(item, form_of)
+        for item in members:
+            _collapse(item, form_of)
     group.items = items
 
 
-def _runs(items: Sequence[Item], form_of: Callable[[Group], _Form]) -> Iterator[list[Item]]:
-    """Yield the items in order, equal neighbours together."""
-    run: list[Item] = []
-    forms: list[_Form] = []
+def _unit(members: Sequence[Group]) -> Group:
+    """Return the layers of one period, which are repeated together."""
+    return Group("steps", f"{members[0].name.partition('@')[0]}–{_last_part(members[-1])}", items=list(members))
+
+
+def _last_part(group: Group) -> str:
+    end = _index(group)
+    return str(group.call if end is None else end[1])
+
+
+_MAX_PERIOD = 8  # Gemma 3 has one layer of full attention behind five with a window
+
+
+def _runs(items: Sequence[Item], form_of: Callable[[Group], _Form]) -> Iterator[tuple[list[Item], int]]:
+    """Yield the items in order, equal neighbours together, or layers that alternate: with their period, which is else 1."""
+    at = 0
+    while at < len(items):
+        chain = _chain(items[at:])
+        forms = [form_of(group) for group in chain] if len(chain) > 1 else []
+        run = _alike_from(forms, 1)
+        periods = range(2, min(_MAX_PERIOD, len(chain) // 2) + 1) if run < len(chain) else ()
+        longest = max(((_alternating(chain, forms, period), -period) for period in periods), default=(0, 0))
+        if longest[0] > run:
+            yield list(chain[: longest[0]]), -longest[1]
+            at += longest[0]
+        else:
+            for part in _parted(list(items[at : at + run]), forms[:run]):
+                yield part, 1
+            at += run
+
+
+def _chain(items: Sequence[Item]) -> Sequence[Group]:
+    """Return the groups at the beginning of which each follows the one before it."""
+    chain: list[Group] = []
     for item in items:
-        previous = run[-1] if run else None
-        follows = isinstance(previous, Group) and isinstance(item, Group) and _follows(previous, item)
-        if follows:
-            assert isinstance(previous, Group)
-            assert isinstance(item, Group)
-            forms = forms or [form_of(previous)]
-            form = form_of(item)
-            if _is_alike(forms, form):
-                run.append(item)
-                forms.append(form)
-                continue
-        yield from _parted(run, forms)
-        run = [item]
-        forms = [form] if follows else []
-    yield from _parted(run, forms)
+        if not isinstance(item, Group) or (chain and not _follows(chain[-1], item)):
+            break
+        chain.append(item)
+    return chain
 
 
-def _parted(run: list[Item], forms: Sequence[_Form]) -> Iterator[list[Item]]:
+def _alike_from(forms: Sequence[_Form], period: int) -> int:
+    """Return how many items from the first on are alike, each to the one a period before it; at least one."""
+    count = period
+    while count < len(forms) and _is_alike(forms[:count], forms[count], period):
+        count += 1
+    return count
+
+
+def _alternating(chain: Sequence[Group], forms: Sequence[_Form], period: int) -> int:
+    """Return how many items are whole periods that are alike, also in what reads them; 0 for fewer than two periods."""
+    count = _alike_from(forms, period) // period * period
+    if count < 2 * period or next(_parted(list(chain[:count]), forms[:count], period)) != list(chain[:count]):
+        return 0
+    return count
+
+
+def _parted(run: list[Item], forms: Sequence[_Form], period: int = 1) -> Iterator[list[Item]]:
     """Yield a run in parts with equal readers: later items at one distance, or one reader outside.
 
     The last, behind which there are none that read them, may be read by others.
@@ -120,9 +157,9 @@ def _parted(run: list[Item], forms: Sequence[_Form]) -> Iterator[list[Item]]:
         yield from [run] * bool(run)
         return
     read = [set(_readers(forms, index)) for index in range(len(forms))]
-    part = run[:1]
-    for index in range(1, len(run)):
-        before, here = read[index - 1], read[index]
+    part = run[:period]
+    for index in range(period, len(run)):
+        before, here = read[index - period], read[index]
         # A reader at a distance that is behind the end of the run for the next item: another may read that instead.
         beyond = {each for each in before if isinstance(each[1], int) and index + each[1] >= len(run)}
         gained = here - before
@@ -166,27 +203,28 @@ def _index(group: Group) -> tuple[str, int] | None:
     return (match["stem"], int(match["index"])) if match else None
 
 
-def _named(members: Sequence[Group]) -> str:
+def _named(members: Sequence[Group], period: str) -> str:
+    """Return the name of a repeat: ``layers.0–31 ×32``, or of layers that alternate, ``layers.0–31 ×32 by 2``."""
     first, last = members[0], members[-1]
     name = first.name.partition("@")[0]
     if first.path == last.path:
-        return f"{name}@{first.call}–{last.call} ×{len(members)}"
+        return f"{name}@{first.call}–{last.call} ×{len(members)}{period}"
     end = _index(last)
     assert end is not None
-    return f"{name}–{end[1]} ×{len(members)}"
+    return f"{name}–{end[1]} ×{len(members)}{period}"
 
 
-def _is_alike(forms: Sequence[_Form], form: _Form) -> bool:
-    """Tell whether a group continues a run of equal groups."""
-    last = forms[-1]
+def _is_alike(forms: Sequence[_Form], form: _Form, period: int) -> bool:
+    """Tell whether a group continues a run of groups, each equal to the one a period before it."""
+    last = forms[-period]
     if form.digest != last.digest or form.content != last.content:
         return False
     for mine, theirs in zip(last.outside, form.outside, strict=True):
-        here, there = _source(forms[:-1], mine), _source(forms, theirs)
+        here, there = _source(forms[:-period], mine), _source(forms, theirs)
         if here == there:
             continue
         # An early item reads from before the run what later ones read from within it, at one distance.
-        if not isinstance(there, tuple) or isinstance(here, tuple) or len(forms) > there[0]:
+        if not isinstance(there, tuple) or isinstance(here, tuple) or len(forms) - period >= there[0]:
             return False
     return True
 

@@ -44,17 +44,21 @@ def dot(description: Mapping[str, Any]) -> str:
     """Return the picture of a description as DOT.
 
     Open are the groups of its first view and those around a change, as long as they fit; of a repeat the first item stands
-    for all.
+    for all. A whole model beyond a page has its layers closed, and says so.
     """
     view = IndexedDescription(description)
     shown = Shown(view)
+    smaller = IndexedDescription(description, closed=True)
+    closed = "root" not in description and shown.beyond_a_page and smaller.wanted < view.wanted
+    if closed:
+        view, shown = smaller, Shown(smaller)
     routes = Routes(view, shown)
     lines = [
         f'digraph "{re.sub(r"[^A-Za-z0-9_. -]", "_", visible(description["title"]))}" {{',
         f"graph [{_GRAPH}]",
         f"node [{_NODE}]",
         f"edge [{_EDGE}]",
-        f"graph [label={_heading(description, shown, routes)}]",
+        f"graph [label={_heading(description, shown, routes, closed=closed)}]",
         *_content(view.root, view, shown, routes),
         *_edges(view, shown, routes),
         "}",
@@ -175,7 +179,8 @@ def _pills(item: str, view: IndexedDescription, routes: Routes) -> Iterator[str]
     """Yield the names of values from afar: one each above an operator, one for all above a closed group."""
     pills = routes.pills.get(item, {})
     ids = list(dict.fromkeys(_pill(source, item) for source in pills))
-    names = [_source_name(source, view, routes.shown) for source in pills]
+    reader = view.node(item) if item.startswith("n") else {}
+    names = [_source_name(source, view, routes.shown, reader.get("called", {}).get(source, "")) for source in pills]
     if len(ids) < len(names):
         names = [visible(", ".join(names))]
     if item in routes.more:
@@ -192,9 +197,9 @@ def _pill(source: str, item: str) -> str:
     return f"{source}:{item}" if item.startswith("n") else f"pills:{item}"
 
 
-def _source_name(source: str, view: IndexedDescription, shown: Shown) -> str:
-    """Return the name of a value, and the closed group it comes from."""
-    name = visible(view.node(source)["name"], 30)
+def _source_name(source: str, view: IndexedDescription, shown: Shown, called: str) -> str:
+    """Return the name of a value as the model's code has it where it is read, or else its own, and the closed group it comes from."""
+    name = visible(called or view.node(source)["name"], 30)
     standing = shown.standing_for(source, view)
     if standing is None or not standing.startswith("g") or standing in shown.boxes:
         return name
@@ -217,7 +222,7 @@ def _edges(view: IndexedDescription, shown: Shown, routes: Routes) -> Iterator[s
         yield f"{_id(source)} -> {_id(shown.first_in(cluster))} [lhead=cluster_{cluster}{stack} {_FAINT}]"
 
 
-def _heading(description: Mapping[str, Any], shown: Shown, routes: Routes) -> str:
+def _heading(description: Mapping[str, Any], shown: Shown, routes: Routes, *, closed: bool) -> str:
     """Return the title, the legend and the number of hidden items as an HTML-like label of DOT, the only one that sets text in a row."""
     title = _html(heading(description))
     sides = _html(captions(description))
@@ -246,11 +251,29 @@ def _heading(description: Mapping[str, Any], shown: Shown, routes: Routes) -> st
         )
         if part
     )
-    if hidden:
-        rows.append(
-            f'<tr><td><font color="#a05000">Not all is shown: {hidden}. A page (.html) has all.</font></td></tr>'
+    if closed:
+        layer = next(
+            (
+                each
+                for each in description["groups"]
+                if each.get("path") and each["kind"] == "module" and _has_index(each)
+            ),
+            None,
         )
+        part = f" Of a module: module={layer['path']!r}, --module {layer['path']}." if layer else ""
+        rows.append(_remark(f"Beyond a page: the layers are closed.{part} A page (.html) has all."))
+    if hidden:
+        rows.append(_remark(f"Not all is shown: {hidden}. A page (.html) has all."))
     return f'<<table border="0" cellborder="0" cellspacing="0" cellpadding="2">{"".join(rows)}</table>>'
+
+
+def _has_index(group: Mapping[str, Any]) -> bool:
+    """Tell whether a module is one of several layers."""
+    return str(group["path"]).rpartition(".")[2].isdecimal()
+
+
+def _remark(text: str) -> str:
+    return f'<tr><td><font color="#a05000">{_html(text)}</font></td></tr>'
 
 
 def _cell(status: str, text: str) -> str:

@@ -53,7 +53,7 @@ def render(dot_text: str, kind: Literal["svg", "png"], timeout: float = 60) -> b
         raise ExportError(
             f"Graphviz could not lay the picture out: {said} Update it (pip install -U pygraphviz), {_OTHERWISE}."
         )
-    return _without_comments(output) if kind == "svg" else output
+    return _with_labels_on_top(_without_comments(output)) if kind == "svg" else output
 
 
 def _command(kind: str) -> list[str]:
@@ -111,6 +111,21 @@ def _ending(status: int) -> str:
         except ValueError:
             return f"it crashed (signal {-status})."
     return f"it ended with status {status} and said nothing." if status else "it wrote no picture."
+
+
+_CLUSTER = re.compile(rb'<g id="clust\d+" class="cluster">.*?</g>', re.S)
+_TEXT = re.compile(rb"<text [^>]*>[^<]*</text>\n?")
+
+
+def _with_labels_on_top(svg: bytes) -> bytes:
+    """Draw the labels of clusters last, each with a white edge: Graphviz leads edges across them."""
+    labels = [text.strip() for cluster in _CLUSTER.findall(svg) for text in _TEXT.findall(cluster)]
+    if not labels:
+        return svg
+    below = _CLUSTER.sub(lambda cluster: _TEXT.sub(b"", cluster[0]), svg)
+    head, end, tail = below.rpartition(b"</g>\n</svg>")
+    looks = b'<g class="labels" stroke="white" stroke-width="4" stroke-linejoin="round" paint-order="stroke">'
+    return head + b"\n".join([looks, *labels, b"</g>", b""]) + end + tail
 
 
 def _without_comments(svg: bytes) -> bytes:

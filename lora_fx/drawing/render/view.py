@@ -12,6 +12,8 @@ from typing import Any
 
 from lora_fx.drawing.render.text import marked, on_the_way
 
+# More items do not fit a page.
+_PAGE = 100
 # More items are unreadable, and take Graphviz minutes.
 _NODES = 400
 _EDGES = 1200
@@ -25,13 +27,18 @@ _CHAIN = 3
 
 
 class IndexedDescription:
-    """A description with indices for frequent questions."""
+    """A description with indices for frequent questions.
 
-    def __init__(self, description: Mapping[str, Any]) -> None:
+    Args:
+        description: the description.
+        closed: whether only the groups of its first view are to be opened, and not those on the way to a change.
+    """
+
+    def __init__(self, description: Mapping[str, Any], *, closed: bool = False) -> None:
         self.nodes: Sequence[Mapping[str, Any]] = description["nodes"]
         self.groups: Sequence[Mapping[str, Any]] = description["groups"]
         self.root: str = description.get("root", "g0")
-        self.wanted = self._wanted(description)
+        self.wanted = self._wanted({**description, "changes": ()} if closed else description)
         self.around: dict[str, str] = {}
         self.position: dict[str, int] = {}
         self._forms: dict[Any, int] = {}
@@ -164,6 +171,11 @@ class Shown:
         self.closed = 0
         self._room = _NODES
         self._open(view.root, view)
+
+    @property
+    def beyond_a_page(self) -> bool:
+        """Whether a page has no room for so many items."""
+        return _NODES - self._room > _PAGE
 
     def _open(self, identity: str, view: IndexedDescription) -> None:
         """Open a group and those inside of it, in the order of the graph, as long as there is room."""

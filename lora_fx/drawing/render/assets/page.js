@@ -40,9 +40,9 @@
     if (!group.pills) {
       const bySource = new Map();
       group.pills = [];
-      for (const { source, to, status, shared } of group.stubs ?? []) {
+      for (const { source, to, status, shared, called } of group.stubs ?? []) {
         const known = shared ? undefined : bySource.get(source);
-        const stub = known ?? { source, shared, readers: new Map() };
+        const stub = known ?? { source, shared, called, readers: new Map() };
         for (const reader of to) stub.readers.set(reader, stub.readers.has(reader) ? "same" : status);
         if (!known) group.pills.push(stub);
         if (!shared) bySource.set(source, stub);
@@ -50,6 +50,9 @@
     }
     return group.pills;
   }
+
+  /** What the model's code calls the value where it is read, or else the name of its operator. */
+  const stubName = ({ source, called }) => called ?? nodeOf(source).name;
 
   /** The stub of an id such as "g7/2": the third of g7. */
   function stubOf(id) {
@@ -155,7 +158,7 @@
 
   /** The name of anything, in one line. */
   function titleOf(id) {
-    if (isStub(id)) return nodeOf(stubOf(id).source).name;
+    if (isStub(id)) return stubName(stubOf(id));
     return marked(statusOf(id), isGroup(id) ? groupOf(id).name : labelOf(nodeOf(id)));
   }
 
@@ -221,7 +224,7 @@
   }
 
   function stubFace(stub) {
-    const line = lineOf(nodeOf(stub.source).name, PLAIN, "", 130);
+    const line = lineOf(stubName(stub), PLAIN, "", 130);
     return { lines: [line], w: Math.ceil((line.width + 18) / 8) * 8, h: PILL };
   }
 
@@ -976,7 +979,11 @@
     const total = changes.length.toLocaleString("en");
     const narrow = changes.length > 999 || matchMedia("(max-width: 900px)").matches;
     const at = `${narrow ? "" : "change "}${(changeAt + 1).toLocaleString("en")} of ${total}`;
-    byId("change").textContent = changes.length ? (changeAt < 0 ? plural(changes.length, "change") : at) : "no changes";
+    // What is visited is a branch as a whole, or an operator; the counts beside are of operators alone.
+    const branches = changes.filter((id) => id.startsWith("g")).length;
+    const kinds = [branches && plural(branches, "branch").replace("branchs", "branches"), plural(changes.length - branches, "operator")];
+    const counted = narrow || !branches ? plural(changes.length, "change") : `${plural(changes.length, "change")}: ${kinds.join(", ")}`;
+    byId("change").textContent = changes.length ? (changeAt < 0 ? counted : at) : "no changes";
     byId("next").disabled = byId("previous").disabled = !changes.length;
   }
 
