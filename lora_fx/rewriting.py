@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_fx.adapters.activate import tell_waiting
 from lora_fx.adapters.attach import attach
+from lora_fx.adapters.starts import GivenStart
 from lora_fx.graph.cached_graphs import CachedGraphs
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.joined_graphs import through
@@ -33,6 +34,7 @@ def rewrite(
     adapter: str = "default",
     task_type: str | None = None,
     seed: int | None = None,
+    start: GivenStart | None = None,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     dynamic: Dynamic | None = None,
     labels: bool = False,
@@ -52,6 +54,7 @@ def rewrite(
     adapter: str = "default",
     task_type: str | None = None,
     seed: int | None = None,
+    start: GivenStart | None = None,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     dynamic: Dynamic | None = None,
     labels: bool = False,
@@ -71,6 +74,7 @@ def rewrite(
     adapter: str = "default",
     task_type: str | None = None,
     seed: int | None = None,
+    start: GivenStart | None = None,
 ) -> CachedGraphs: ...
 
 
@@ -85,6 +89,7 @@ def rewrite(
     adapter: str = "default",
     task_type: str | None = None,
     seed: int | None = None,
+    start: GivenStart | None = None,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     dynamic: Dynamic | None = None,
     labels: bool = False,
@@ -116,6 +121,9 @@ def rewrite(
             head trains as a whole, in a copy, and gets no branch; it is every module beside the base model, and what PEFT takes for it by
             its name. :func:`save_adapter` writes it. Without it one warning names a head that would stay random.
         seed: of the initial factors. Without one they are drawn from torch's current random state, which is restored.
+        start: gives first factors for a call site, A ``(rank, in)`` and B ``(out, rank)``, such as of a method that starts from data (EVA,
+            CorDA, LoRA-GA), or None for those of the rules. Where B is not zero, the branch computes beside the weight without
+            ``scale · B A``, as with ``init = "pissa"``, so that the graph starts as the model.
         example_inputs: see :func:`lora_fx.trace`.
         dynamic: see :func:`lora_fx.trace`.
         labels: trace with labels, so that the graph returns the model's loss; see :func:`lora_fx.trace`.
@@ -140,7 +148,7 @@ def rewrite(
         warn_of_lower_ranks(plan)
         warn_of_untying(plan.trained, state_of(graph_module).names(), f"rules {plan.rules.name!r}")
         warn_of_fresh_head(plan, graph_module)
-        result = attach(graph_module, plan, adapter=adapter, seed=seed)
+        result = attach(graph_module, plan, adapter=adapter, seed=seed, start=start)
         tell_waiting(result, adapter)
         return result
 

@@ -245,3 +245,27 @@ def test_a_frozen_factor_never_trains_in_any_form_of_the_adapter(
     assert [name for name, value in again.named_parameters() if value.requires_grad] == trained
     with pytest.raises(RuleError, match="expected one factor at most, since none would train"):
         lora_fx.rewrite(shared, {"defaults": {"freeze": ["A", "B"]}, "select": [{"target": ["last"]}]})
+
+
+def test_given_factors_start_a_branch_beside_what_they_leave_of_the_weight(
+    shared: lora_fx.TracedGraphModule, tmp_path: Path
+) -> None:
+    torch.manual_seed(4)
+    a, b = torch.randn(2, 6), torch.randn(3, 2)
+    rules = {"select": [{"target": ["last", "table"], "rank": 2, "alpha": 3}]}
+    gm = lora_fx.rewrite(shared, rules, seed=0, start=lambda site: (a, b) if site.module == "last" else None)
+    assert torch.equal(gm.get_parameter("last.lora_A.default.weight"), a)
+    assert torch.equal(gm.get_parameter("last.lora_B.default.weight"), b)
+    assert (gm(IDS) - shared(IDS)).abs().max() < 1e-6
+    gm.get_parameter("last.lora_B.default.weight").data.add_(1)
+    lora_fx.save_adapter(gm, tmp_path / "adapter")
+    loaded = lora_fx.load_adapter(shared, tmp_path / "adapter")
+    assert (loaded(IDS) - shared(IDS)).abs().max() > 1e-2
+    assert (loaded(IDS) - gm(IDS)).abs().max() < 1e-6
+    plain = lora_fx.rewrite(shared, rules, start=lambda site: (a, 0 * b) if site.module == "last" else None)
+    assert torch.equal(plain(IDS), shared(IDS))
+    assert "last.lora_rest.default.weight" not in plain.state_dict()
+    with pytest.raises(
+        PlanError, match=r"last: start= gave factors \(2, 6\) and \(2, 3\), expected A \(2, 6\) and B \(3, 2\)"
+    ):
+        lora_fx.rewrite(shared, rules, start=lambda site: (a, b.t()) if site.module == "last" else None)

@@ -12,7 +12,7 @@ each output feature of the site then takes its own one, or the zero.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,13 +21,21 @@ import torch
 from torch import fx, nn
 
 from lora_fx.adapters.fake_values import FakeValues
-from lora_fx.adapters.starts import check_alone, check_starts, frozen_names, is_from_weight, model_weight, start_values
+from lora_fx.adapters.starts import (
+    GivenStart,
+    check_alone,
+    frozen_names,
+    is_from_weight,
+    model_weight,
+    start_values,
+    started,
+)
 from lora_fx.adapters.tokens import check_written_once, row_numbers, token_values, write_rows
 from lora_fx.branches.find import find_branches
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import lower
-from lora_fx.branches.tied_copies import covered_names, untie
-from lora_fx.errors import PlanError, listed
+from lora_fx.branches.tied_copies import check_copied_once, untie
+from lora_fx.errors import PlanError
 from lora_fx.graph.adapter_names import (
     adapter_of,
     adapters,
@@ -65,6 +73,7 @@ def attach(
     seed: int | None = None,
     values: Mapping[str, torch.Tensor] | None = None,
     acts: bool | None = None,
+    start: GivenStart | None = None,
 ) -> TracedGraphModule:
     """Return a new graph with another adapter: its parameters, and, if it acts, a branch beside every chosen site.
 
@@ -77,6 +86,7 @@ def attach(
             ``requires_grad`` train while it acts.
         acts: whether the graph computes with it. By default the first adapter of a graph does, and a later one does not. Branches that
             came with the model do not count.
+        start: gives first factors for call sites.
 
     Raises:
         PlanError: the adapter name is taken or not usable, a chosen site cannot get a branch, a branch has no values and does
@@ -92,10 +102,9 @@ def attach(
     graph_module = lower(graph_module)
     check_attachable(plan, graph_module)
     state = state_of(graph_module)
-    if values is None:
-        check_starts(plan, graph_module.graph, state)
+    plan, pairs = (plan, {}) if values is not None else started(plan, graph_module.graph, state, start)
     ordered = _in_module_order(plan, state)
-    factors = _new_factors(ordered, state, adapter, seed) if values is None else _given(ordered, adapter, values)
+    factors = _new_factors(ordered, state, adapter, seed, pairs) if values is None else _given(ordered, adapter, values)
     copies = _copies(plan, state, adapter, values)
     rows = token_values(plan.tokens, state.tensors, adapter, values)
     new = {**factors, **copies, **rows, **_statistics(graph_module.graph, plan, state, adapter, values)}
@@ -132,7 +141,7 @@ def _with_nodes(
     others = {name: each for name, each in info_of(graph_module).adapters.items() if each.acts}
     check_alone(adapter, replace(record, branches=_branches(plan)), others)
     copies = {name for name in state.tensors if original_name(name) is not None and adapter_of(name) == adapter}
-    _check_copied_once(graph_module, adapter, copies, record.untied)
+    check_copied_once(graph_module, adapter, copies, record.untied)
     check_written_once(graph_module.graph, adapter, record.tokens, copies, state)
     ordered = _in_module_order(plan, state)
     places = {**_places(ordered, state, adapter), **row_numbers(record.tokens, state, adapter)}
@@ -155,24 +164,6 @@ def _with_nodes(
     info = _with_record(graph_module, adapter, replace(record, branches=_branches(plan), acts=True))
     trainable = trainable_names(graph_module) | (frozenset() if info.inference else record.trains)
     return checked(rebuilt(graph_module, graph, state=state, info=info, trainable=trainable), "branched")
-
-
-def _check_copied_once(
-    graph_module: TracedGraphModule, adapter: str, copies: Iterable[str], untied: Collection[str]
-) -> None:
-    """Refuse a second adapter that acts with a trained copy of a parameter."""
-    other, state = covered_names(graph_module), state_of(graph_module)
-    names_of, first = state.names(), state.aliases()
-    originals = [original for name in copies if (original := original_name(name)) is not None]
-    covered = (name for each in originals for name in ((each,) if each in untied else names_of[first[each]]))
-    shared = [name for name in covered if name in other]
-    if shared:
-        names = sorted({other[name] for name in shared})
-        raise PlanError(
-            f"adapter {adapter!r} has trained copies of {listed(sorted(shared), 5)}, and so has {' and '.join(map(repr, names))}, which "
-            "acts: a graph computes with one copy of a parameter. Let one of them act at a time: "
-            f'lora_fx.activate(graph, {{"{adapter}": 1.0}}).'
-        )
 
 
 def _branched(graph_module: TracedGraphModule, plan: Plan, state: State, adapter: str) -> fx.Graph:
@@ -233,7 +224,11 @@ def _in_module_order(plan: Plan, state: State) -> dict[str, tuple[Chosen, Branch
 
 
 def _new_factors(
-    ordered: Mapping[str, tuple[Chosen, BranchSpec]], state: State, adapter: str, seed: int | None
+    ordered: Mapping[str, tuple[Chosen, BranchSpec]],
+    state: State,
+    adapter: str,
+    seed: int | None,
+    pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
 ) -> dict[str, torch.Tensor]:
     factors: dict[str, torch.Tensor] = {}
     with forked_random_state(seed=seed):
@@ -242,8 +237,8 @@ def _new_factors(
             like = state.tensors[model_weight(site)]
             if branch.mirrors is not None:
                 continue
-            if is_from_weight(branch):
-                factors |= start_values(site, branch, adapter, like)
+            if (made := start_values(site, branch, adapter, like, pairs.get(branch.key))) is not None:
+                factors |= made
                 continue
             if like.is_meta:  # there is nothing to draw, which takes longer than all else
                 dtype = adapter_dtype(site.cast or like.dtype)

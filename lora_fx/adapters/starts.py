@@ -7,7 +7,8 @@ them the adapter is ``W + s (B A - B₀ A₀)``, an update of ``W`` of twice the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import fx, nn
@@ -18,9 +19,12 @@ from lora_fx.graph.info import AdapterRecord
 from lora_fx.graph.records import BranchSpec
 from lora_fx.graph.state import State
 from lora_fx.numerics.factor_init import Split, adapter_dtype, initial_factors, minor_factors, split
-from lora_fx.planning.plan import Plan, factor_shapes
+from lora_fx.planning.plan import Chosen, Decision, Plan, factor_shapes
 from lora_fx.sites.call_sites import Site
 from lora_fx.sites.weight_ops import readers
+
+GivenStart = Callable[[Site], tuple[torch.Tensor, torch.Tensor] | None]
+"""Gives first factors for a call site: A ``(rank, in)`` and B ``(out, rank)``; or None, for those of the rules."""
 
 SPLITTABLE = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -35,20 +39,32 @@ def model_weight(site: Site) -> str:
     return original_name(site.weight) or site.weight
 
 
-def start_values(site: Site, branch: BranchSpec, adapter: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the parameters of a new branch that starts from the weight of its site, by their names.
+def start_values(
+    site: Site, branch: BranchSpec, adapter: str, weight: torch.Tensor, given: tuple[torch.Tensor, torch.Tensor] | None
+) -> dict[str, torch.Tensor] | None:
+    """Return the parameters of a new branch that starts from the weight of its site, or with given factors, by their names; else None.
 
     Args:
         site: that the branch goes beside.
         branch: see :func:`is_from_weight`.
         adapter: that it belongs to.
         weight: the model's, as it is stored.
+        given: its first factors.
     """
+    if given is None and not is_from_weight(branch):
+        return None
     names, setting = branch.names(adapter), branch.setting
     initial_factors(
         factor_shapes(branch, site), setting.rank, like=weight, init="random"
     )  # PEFT draws these, too, and drops them
-    if setting.init == "mica":
+    if given is not None:
+        a, b = (factor.detach().to(weight.device, torch.float32) for factor in given)
+        frozen = {}
+        if branch.splits:
+            dense = weight.detach().t() if site.layout == "in_out" else weight.detach()
+            rest = (dense.float() - setting.scale * b @ a).to(weight.dtype)
+            frozen = frozen_values(site, branch, adapter, Split(a, b, rest))
+    elif setting.init == "mica":
         dense = weight.detach().t() if site.layout == "in_out" else weight.detach()
         (a, b), frozen = minor_factors(dense, setting.rank), {}
     else:
@@ -81,11 +97,58 @@ def frozen_names(site: Site, branch: BranchSpec, adapter: str) -> tuple[str, ...
     return (*branch.names(adapter).starts, rest_name(model_weight(site), adapter)) if branch.splits else ()
 
 
-def check_starts(plan: Plan, graph: fx.Graph, state: State) -> None:
-    """Raise :class:`PlanError` unless every branch of a plan can start as it says; all that cannot are named."""
-    problems = list(dict.fromkeys(_unfit(plan, graph, state)))
+def started(
+    plan: Plan, graph: fx.Graph, state: State, start: GivenStart | None
+) -> tuple[Plan, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Return a plan whose branches can start as it says, and given factors by the keys of their branches.
+
+    Args:
+        plan: in the result, branches with given factors whose product is not zero split their weight.
+        graph: that gets the branches.
+        state: of it.
+        start: gives factors.
+
+    Raises:
+        PlanError: branches cannot start so; all are named.
+    """
+    pairs, problems = {}, list[str]()
+    for chosen in plan.chosen if start is not None else ():
+        for branch in chosen.branches:
+            if branch.key not in pairs and branch.mirrors is None and (pair := start(chosen.site)) is not None:  # type: ignore[misc]
+                problems += _unfit_pair(pair, branch, chosen.site)
+                pairs[branch.key] = pair
+    if not problems:
+        plan = replace(plan, decisions=tuple(_with_given(each, pairs) for each in plan.decisions))
+        problems = list(dict.fromkeys(_unfit(plan, graph, state)))
     if problems:
         raise PlanError("; ".join(problems) + ".")
+    return plan, pairs
+
+
+def _unfit_pair(pair: object, branch: BranchSpec, site: Site) -> Iterator[str]:
+    """Yield why given factors are none for a branch."""
+    shapes = factor_shapes(branch, site)
+    if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(each, torch.Tensor) for each in pair)):
+        yield f"{branch.key}: start= gave {type(pair).__name__}, and takes None or a tuple of two tensors, A {shapes[0]} and B {shapes[1]}"
+    elif (found := tuple(tuple(each.shape) for each in pair)) != shapes or branch.features is not None:
+        yield f"{branch.key}: start= gave factors {found[0]} and {found[1]}, expected A {shapes[0]} and B {shapes[1]}, for all features"
+    elif not all(each.is_floating_point() and bool(torch.isfinite(each).all()) for each in pair):
+        yield f"{branch.key}: start= gave numbers that are not finite, or integers"
+    elif branch.op != "linear" and bool(pair[1].any()):
+        yield f"{branch.key}: start= gave a B other than zero, which changes the weight, and that is for linear layers; this is {branch.op}"
+
+
+def _with_given(decision: Decision, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Decision:
+    """Return a decision whose branches say that they split their weight, where factors with a product are given."""
+    if not isinstance(decision, Chosen):
+        return decision
+    branches = (
+        replace(each, setting=replace(each.setting, init="given" if pairs[each.key][1].any() else "kaiming"))
+        if each.key in pairs
+        else each
+        for each in decision.branches
+    )
+    return replace(decision, branches=tuple(branches))
 
 
 def _unfit(plan: Plan, graph: fx.Graph, state: State) -> Iterator[str]:

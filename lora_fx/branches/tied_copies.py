@@ -5,11 +5,12 @@ The uses of the parameter inside that module compute with the copy; all others g
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from torch import fx, nn
 
 from lora_fx.branches.weight_uses import copy_path
+from lora_fx.errors import PlanError, listed
 from lora_fx.graph.adapter_names import adapter_of, copy_name, original_name
 from lora_fx.graph.erasing import erase_unread
 from lora_fx.graph.graph_module import copy_graph, rebuilt, state_of
@@ -112,6 +113,24 @@ def covered_names(graph_module: fx.GraphModule) -> dict[str, str]:
             own = (original,) if copied in untied else names.get(first.get(original, original), (original,))
             found |= dict.fromkeys(own, adapter)
     return found
+
+
+def check_copied_once(
+    graph_module: fx.GraphModule, adapter: str, copies: Iterable[str], untied: Collection[str]
+) -> None:
+    """Refuse a second adapter that acts with a trained copy of a parameter."""
+    other, state = covered_names(graph_module), state_of(graph_module)
+    names_of, first = state.names(), state.aliases()
+    originals = [original for name in copies if (original := original_name(name)) is not None]
+    covered = (name for each in originals for name in ((each,) if each in untied else names_of[first[each]]))
+    shared = [name for name in covered if name in other]
+    if shared:
+        names = sorted({other[name] for name in shared})
+        raise PlanError(
+            f"adapter {adapter!r} has trained copies of {listed(sorted(shared), 5)}, and so has {' and '.join(map(repr, names))}, which "
+            "acts: a graph computes with one copy of a parameter. Let one of them act at a time: "
+            f'lora_fx.activate(graph, {{"{adapter}": 1.0}}).'
+        )
 
 
 def _paths_inside(node: fx.Node, name: str) -> Iterator[tuple[fx.Node, list[fx.Node]]]:

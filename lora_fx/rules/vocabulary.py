@@ -59,15 +59,15 @@ mica (arXiv 2604.01694): B has singular vectors of the weight and never trains; 
 """
 
 Start = str
-"""How the factors of a branch start: an ``Init``, ``"pissa_niter_<n>"``, or ``"random"``: both factors (``init_lora_weights=False``)."""
+"""How the factors of a branch start: an ``Init``, ``"pissa_niter_<n>"``, ``"random"``: both factors (``init_lora_weights=False``), or ``"given"``."""
 
 NITER = re.compile(r"pissa_niter_[1-9][0-9]{0,2}")
 """PiSSA by a randomised decomposition of so many steps."""
 
 
 def splits_weight(start: Start) -> bool:
-    """Tell whether a start takes the product of its factors out of the weight."""
-    return start in ("pissa", "olora") or NITER.fullmatch(start) is not None
+    """Tell whether a start takes the product of its factors out of the weight; ``"given"`` ones whose product is not zero do."""
+    return start in ("pissa", "olora", "given") or NITER.fullmatch(start) is not None
 
 
 TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
