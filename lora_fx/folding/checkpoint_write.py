@@ -301,7 +301,10 @@ def _merge(changes: Changes, key: str, weight: torch.Tensor) -> int:
 
 
 def _non_finite(value: torch.Tensor) -> int:
-    return int((~torch.isfinite(value)).count_nonzero()) if value.dtype in FOLDABLE else 0
+    if value.dtype not in FOLDABLE:
+        return 0
+    parts = value.reshape(-1).split(_SPACE // 8)  # torch.isfinite takes several times the memory of its argument
+    return sum(int((~torch.isfinite(part)).count_nonzero()) for part in parts)
 
 
 def _measured(checkpoint: Checkpoint, changes: Changes, directory: Path) -> Iterator[FoldedWeight]:
