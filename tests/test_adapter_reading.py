@@ -107,11 +107,11 @@ TENSORS: dict[str, tuple[Callable[[Tensors], Any], tuple[str, ...]]] = {
     ),
     "a magnitude": (
         lambda t: t.update({f"{KEY}.lora_magnitude_vector": torch.ones(24)}),
-        (f"{KEY}.lora_magnitude_vector: a magnitude of DoRA, which is not supported",),
+        (f"{KEY}.lora_magnitude_vector: magnitudes of DoRA, and adapter_config.json does not say use_dora",),
     ),
     "a bias of B": (
         lambda t: t.update({f"{KEY}.lora_B.bias": torch.ones(24)}),
-        (f"{KEY}.lora_B.bias: a bias of a factor (lora_bias), which is not supported",),
+        (f"{KEY}.lora_B.bias: a bias of a factor, and adapter_config.json does not say lora_bias",),
     ),
     "of another shape": (
         lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(4, 24)}),
@@ -176,9 +176,9 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "excluded": ({"exclude_modules": ".*layer.0.*"}, (f"adapter_config.json does not select '{QUERY}'",)),
     "another rank": ({"rank_pattern": {"layer.1.attention.self.query": 7}}, ("expected shape (7, 24)",)),
     "no module at all": ({"target_modules": ["nothing"]}, (f"does not select '{QUERY}'",)),
-    "DoRA": ({"use_dora": True}, ("use_dora: DoRA is not supported: found True",)),
+    "DoRA": ({"use_dora": True}, (f"{KEY}.lora_magnitude_vector: missing in adapter_model.safetensors",)),
     "aLoRA": ({"alora_invocation_tokens": [1, 2]}, ("activated LoRA (aLoRA) is not supported",)),
-    "lora_bias": ({"lora_bias": True}, ("lora_bias: a bias in B is not supported",)),
+    "lora_bias": ({"lora_bias": True}, (f"{KEY}.lora_B.bias: missing in adapter_model.safetensors",)),
     "replication": ({"layer_replication": [[0, 1]]}, ("replicated layers is not supported",)),
     "QA-LoRA": ({"use_qalora": True}, ("QA-LoRA is not supported",)),
     "of the future": (

@@ -12,9 +12,10 @@ from graph_diff import first_difference
 from torch import fx, nn
 
 import lora_fx
-from lora_fx.branches.find import FoundBranch, find_branches
-from lora_fx.branches.linear_terms import Term
-from lora_fx.numerics.lowrank_merge import Factor, Update
+from lora_fx.branches.delta import Term
+from lora_fx.branches.find import find_branches
+from lora_fx.branches.found import FoundBranch
+from lora_fx.numerics.update import Factor, Update
 from lora_fx.numerics.weight_view import SWAP, View
 
 aten = torch.ops.aten
@@ -601,6 +602,134 @@ def _(h: Hand) -> Written:
     return h(aten.bmm.default, h.input(2, 4, 6), h.add(weight, h.mul(product, 0.5)))
 
 
+# Affine branches: constants are computed, features are scaled by vectors, vectors are added.
+
+
+def _biased(h: Hand) -> fx.Node:
+    return h._once("biased", lambda: h.linear(h.x, h.w, h.get("lin.bias", 5)))
+
+
+def _m(h: Hand, *sizes: int, name: str = "m") -> fx.Node:
+    return h.get(f"lin.lora_A.{name}.weight", *sizes)
+
+
+def _weight(h: Hand, weight: fx.Node) -> fx.Node:
+    return h.linear(h.x, weight)
+
+
+def _dora(h: Hand, site: fx.Node, output: fx.Node) -> fx.Node:
+    """DoRA as PEFT writes it; ``output`` is that of the site without its bias."""
+    total = h.add(h.to(h.w, F64), h.mul(h(aten.detach.default, h(aten.mm.default, h.b, h.a)), 0.5))
+    norm = h(aten.linalg_norm.default, total, None, [1])
+    scale = h.view(h(aten.div.Tensor, h.get("lin.lora_magnitude_vector.default.weight", 5), norm), 1, -1)
+    kept = h.mul(h(aten.sub.Tensor, scale, 1), output)
+    return h.add(site, h.add(kept, h.mul(h.mul(scale, h.delta), 0.5)))
+
+
+def _in_place(h: Hand) -> fx.Node:
+    """A weight that is written to while it is computed."""
+    zeros = h(aten.zeros.default, [5, 6], dtype=F64)
+    return h(aten.add_.Tensor, zeros, _product(h))
+
+
+def _convolved_dora(h: Hand) -> fx.Node:
+    x, bias = h.input(2, 6, 9), h.get("lin.bias", 5)
+    site = h(aten.conv1d.default, x, h.get("lin.weight", 5, 6, 3), bias)
+    scale, shift = h.get(A, 1, 5, 1), h.view(bias, 1, -1, 1)
+    return h.add(site, h.mul(h(aten.sub.Tensor, scale, 1), h(aten.sub.Tensor, site, shift)))
+
+
+def _two_of_dora(h: Hand) -> fx.Node:
+    """The second one goes by the output with the first one in it, as PEFT's does."""
+    first = _dora(h, _biased(h), h(aten.sub.Tensor, _biased(h), h.get("lin.bias", 5)))
+    kept = h.mul(_m(h, 5), h(aten.sub.Tensor, first, h.get("lin.bias", 5)))
+    return h.add(first, h.add(kept, h.second()))
+
+
+_simple(
+    scaled_by_a_vector=lambda h: h.add(h.site, h.mul(h.delta, h.get("s", 5))),
+    scaled_by_a_factor=lambda h: h.add(h.site, h.mul(_m(h, 5), h.delta)),
+    scaled_inside_by_a_vector=lambda h: h.add(h.site, h.linear(h.mul(h.down, _m(h, 2)), h.b)),
+    scaled_twice_by_vectors=lambda h: h.add(
+        h.site, h.mul(_m(h, 1, 5), h.linear(h.mul(_m(h, 2, name="n"), h.down), h.b))
+    ),
+    a_product_of_factors_as_a_weight=lambda h: h.add(h.site, h.linear(h.x, _product(h))),
+    a_sliced_factor=lambda h: h.add(
+        h.site, h.linear(h.linear(h.x, h(aten.slice.Tensor, h.get(A, 2, 9), 1, 0, 6)), h.b)
+    ),
+    a_product_by_elements=lambda h: h.add(h.site, h.linear(h.x, h.mul(_product(h), _m(h, 5, 6)))),
+    a_product_of_kronecker=lambda h: h.add(
+        h.site, h.linear(h.x, h(aten.kron.default, _m(h, 5, 2), h.get("lin.lora_B.n.weight", 1, 3)))
+    ),
+    a_weight_that_is_written_to=lambda h: h.add(h.site, h.linear(h.x, _in_place(h))),
+    a_delta_less_itself=lambda h: h.add(h.site, h.linear(h.x, h(aten.sub.Tensor, _product(h), h.mul(_product(h), 3)))),
+    the_output_times_a_factor=lambda h: h.mul(h.site, _m(h, 5)),
+    the_output_times_a_factor_and_itself=lambda h: h.add(h.site, h.mul(_m(h, 5), h.site)),
+    the_output_times_two_factors=lambda h: h.mul(_m(h, 5, name="n"), h.mul(h.site, _m(h, 5))),
+    the_output_times_a_factor_and_a_delta=lambda h: h.add(h.mul(h.site, _m(h, 5)), h.delta),
+    the_biased_output_times_a_factor=lambda h: h.mul(_biased(h), _m(h, 5)),
+    the_output_of_one_feature_times_a_factor=lambda h: h.mul(h.linear(h.x, h.get("lin.weight", 1, 6)), _m(h, 1)),
+    bias_of_a_factor=lambda h: h.add(_biased(h), h.linear(h.down, h.b, h.get("lin.lora_B.default.bias", 5))),
+    bias_of_the_first_factor=lambda h: h.add(
+        _biased(h), h.linear(h.linear(h.x, h.a, h.get("lin.lora_A.default.bias", 2)), h.b)
+    ),
+    bias_of_a_factor_scaled=lambda h: h.add(
+        _biased(h), h.mul(h.linear(h.down, h.b, h.get("lin.lora_B.default.bias", 5)), -0.5)
+    ),
+    a_factor_added=lambda h: h.add(_biased(h), h.add(h.delta, _m(h, 5))),
+    a_factor_added_to_the_output=lambda h: h.add(_biased(h), h(aten.tanh.default, _m(h, 5))),
+    a_factor_subtracted_from_the_output=lambda h: h(aten.sub.Tensor, _biased(h), _m(h, 5)),
+    the_output_subtracted_from_a_factor=lambda h: h(aten.sub.Tensor, _m(h, 5), _biased(h)),
+    dora=lambda h: _dora(h, h.site, h.site),
+    dora_beside_a_bias=lambda h: _dora(h, _biased(h), h(aten.sub.Tensor, _biased(h), h.get("lin.bias", 5))),
+    dora_of_the_biased_output=lambda h: _dora(h, _biased(h), _biased(h)),
+    two_of_dora=_two_of_dora,
+    rows_put_into_a_weight=lambda h: _weight(
+        h, h(aten.index_copy.default, h.w, 0, h.get("rows", value=torch.tensor([3, 1])), _m(h, 2, 6))
+    ),
+    rows_put_into_a_weight_with_a_branch=lambda h: h.add(
+        _weight(h, h(aten.index_copy.default, h.w, 0, h.get("rows", value=torch.tensor([3, 1])), _m(h, 2, 6))), h.delta
+    ),
+)  # fmt: skip
+
+
+@folds("a convolution scaled as by dora", "conv1d")
+def _(h: Hand) -> Written:
+    return _convolved_dora(h)
+
+
+@folds("an output scaled behind a reshape", "addmm view")
+def _(h: Hand) -> Written:
+    flat = h(aten.addmm.default, h.get("lin.bias", 5), h.flat, h.get("lin.weight", 6, 5))
+    return h.mul(h.view(flat, 7, 1, 5), _m(h, 5))
+
+
+@folds("an output with a bias of its own, scaled", "matmul add")
+def _(h: Hand) -> Written:
+    total = h.add(h(aten.matmul.default, h.x, h.get("lin.weight", 6, 5)), h.get("lin.bias", 5))
+    return h.add(total, h.mul(_m(h, 5), h(aten.sub.Tensor, total, h.get("lin.bias", 5))))
+
+
+@folds("an output scaled, read twice", "linear relu tanh")
+def _(h: Hand) -> Written:
+    scaled = h.mul(_biased(h), _m(h, 5))
+    return h(aten.relu.default, scaled), h(aten.tanh.default, scaled)
+
+
+@folds("one layer scaled behind another with a branch", "linear linear")
+def _(h: Hand) -> Written:
+    scaled = h.mul(h.site, _m(h, 5))
+    second = h.linear(scaled, h.get("o.weight", 3, 5))
+    down = h.linear(scaled, h.get("o.lora_A.default.weight", 2, 5))
+    return h.add(second, h.linear(down, h.get("o.lora_B.default.weight", 3, 2)))
+
+
+@folds("an embedding scaled", "embedding")
+def _(h: Hand) -> Written:
+    found = h(aten.embedding.default, h.get("lin.weight", 7, 5), h.input(value=torch.tensor([[0, 3, 1], [2, 2, 4]])))
+    return h.mul(_m(h, 5), found)
+
+
 def _run(graph_module: nn.Module, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     written = graph_module(*(value.clone() for value in inputs))
     return written if isinstance(written, tuple) else (written,)
@@ -731,7 +860,6 @@ _between(
     square=lambda h: h.mul(h.delta, h.delta),
     data_dependent_scale=lambda h: h.mul(h.delta, h(aten.mean.default, h.x)),
     data_dependent_scale_on_the_left=lambda h: h.mul(h(aten.sigmoid.default, h.x), h.linear(h.down, h.get(B, 6, 2))),
-    scale_of_many_elements=lambda h: h.mul(h.delta, h.get("s", 5)),
     scale_of_one_element_in_two_dimensions=lambda h: h.mul(h.delta, h.get("s", 1, 1)),
     scale_of_integers=lambda h: h.mul(h.delta, h.get("s", value=torch.tensor([2]))),
     a_truth_value_as_scale=lambda h: h.mul(h.delta, True),
@@ -759,8 +887,6 @@ _between(
     reshaped_features=lambda h: h.view(h.delta, 4, 3, 5, 1),
     features_reshaped_inside=lambda h: h.view(h.down, 3, 8),
     concatenated=lambda h: h(aten.cat.default, [h.delta], 0),
-    bias_in_a_factor=lambda h: h.linear(h.down, h.b, h.get("lin.lora_B.default.bias", 5)),
-    bias_in_the_first_factor=lambda h: h.linear(h.x, h.a, h.get("lin.lora_A.default.bias", 2)),
     alpha_that_is_computed=lambda h: h.raw(aten.add.Tensor, h.delta, h.second(), alpha=h(aten.sym_size.int, h.x, 0)),
     another_argument=lambda h: h.raw(aten.mul.Tensor, h.delta, 2.0, out=h.x),
     another_argument_of_a_sum=lambda h: h.raw(aten.add.Tensor, h.delta, h.second(), alpha=1, out=h.x),
@@ -782,21 +908,15 @@ _between(
     padded_ones_added=lambda h: h.add(_padded(h), _padded(h, h.mul(h.down, 2))),
     a_delta_added_to_a_padded_one=lambda h: h.add(_padded(h), h.linear(h.x, h.get("lin.lora_A.m.weight", 3, 6))),
     a_padded_one_added_to_a_delta=lambda h: h.add(h.linear(h.x, h.get("lin.lora_A.m.weight", 3, 6)), _padded(h)),
-    a_padded_product_of_factors=lambda h: _padded(h, _product(h)),
     delta_as_a_weight=lambda h: h.linear(h.x, h.linear(h.flat, h.get(A, 6, 6))),
     embedding_of_a_delta=lambda h: h.raw(aten.embedding.default, h.w, h.delta),
     delta_less_site=lambda h: h(aten.sub.Tensor, h.delta, h.site),
     delta_and_twice_site=lambda h: h.add(h.delta, h.site, alpha=2),
-    a_factor_added=lambda h: h.add(h.delta, h.get("lin.lora_A.m.weight", 5)),
-    a_factor_times_the_output=lambda h: h.mul(h.site, h.get("lin.lora_A.m.weight", 5)),
-    a_factor_times_a_delta=lambda h: h.mul(h.delta, h.get("lin.lora_A.m.weight", 5)),
-    a_factor_activated=lambda h: h(aten.relu.default, h.get("lin.lora_A.m.weight", 5)),
     a_factor_as_a_bias=lambda h: h.linear(h.x, h.w, h.get("lin.lora_A.m.weight", 5)),
     a_factor_in_a_module=lambda h: h.module("act", nn.Tanh(), h.get("lin.lora_A.m.weight", 5)),
     integers_as_a_factor=lambda h: h.linear(
         h.input(3, 4, 6, dtype=torch.int64), h.get(A, value=torch.ones(5, 6, dtype=torch.int64))
     ),
-    a_product_of_factors_as_a_weight=lambda h: h.linear(h.x, _product(h)),
     input_times_a_product_of_factors=lambda h: h.raw(aten.matmul.default, _product(h), h.x),
     a_product_with_a_chosen_factor=lambda h: h(
         aten.bmm.default, h.get(A, 4, 6, 3), h(aten.index.Tensor, h.get(B, 2, 3, 5), [_chosen(h)])
@@ -804,7 +924,6 @@ _between(
     a_product_of_a_chosen_factor=lambda h: h(
         aten.bmm.default, h(aten.index.Tensor, h.get(A, 2, 6, 3), [_chosen(h)]), h.get(B, 4, 3, 5)
     ),
-    a_product_of_three_factors=lambda h: h.linear(_product(h), h.get("lin.lora_A.m.weight", 6, 6)),
     an_embedding_then_an_embedding=lambda h: h.raw(
         aten.embedding.default, h.b, h(aten.embedding.default, h.a, h.input(value=torch.tensor([0, 1])))
     ),
@@ -822,6 +941,13 @@ def _read_in_place(h: Hand, target: Any) -> fx.Node:
 
 
 _last(
+    a_padded_product_of_factors=lambda h: h.raw(aten.add.Tensor, h.site, _padded(h, _product(h))),
+    a_product_of_three_factors=lambda h: h.raw(
+        aten.add.Tensor, h.site, h.linear(_product(h), h.get("lin.lora_A.m.weight", 6, 6))
+    ),
+    a_factor_times_the_input=lambda h: h.mul(h.x, h.get("lin.lora_A.m.weight", 6)),
+    a_factor_times_positions=lambda h: h.mul(h.site, h.get("lin.lora_A.m.weight", 4, 1)),
+    a_site_divided_by_a_factor=lambda h: h(aten.div.Tensor, h.site, h.get("lin.lora_A.m.weight", 5)),
     residual=lambda h: h.add(h.x, h.linear(h.down, h.get(B, 6, 2))),
     activated_site=lambda h: h.add(h(aten.relu.default, h.site), h.delta),
     two_sites=lambda h: h.add(h.add(h.site, h.linear(h.x, h.get("o.weight", 5, 6))), h.delta),
@@ -862,13 +988,6 @@ _last(
         h.add(h.get("lin.weight", 7, 6), h(aten.mm.default, h.get(B, 7, 2), h.a)),
         h.linear(h.flat, h.get("lin.lora_A.m.weight", 6, 6)),
     ),
-    a_product_of_factors_added_to_a_cast_weight=lambda h: h.add(
-        h.to(h.get("lin.weight", 5, 6, dtype=F32), F64), _product(h)
-    ),
-    a_product_of_factors_added_to_a_transposed_weight=lambda h: h.add(
-        h(aten.t.default, h.get("lin.weight", 6, 5)), _product(h)
-    ),
-    a_product_of_factors_added_to_a_factor=lambda h: h.add(h.get("lin.lora_A.m.weight", 5, 6), _product(h)),
     a_convolution_that_goes_on_with_a_kernel=lambda h: h(
         aten.conv1d.default,
         h(aten.conv1d.default, h.input(2, 4, 9), h.get(A, 2, 4, 3)),
@@ -919,6 +1038,64 @@ def test_what_is_not_linear_in_the_input_of_a_site_is_refused_by_node(name: str)
     hand = Hand()
     node, written = NOT_LINEAR[name](hand)
     refused(hand.done(written), node, LINEAR)
+
+
+def test_a_weight_that_is_computed_in_another_dtype_is_refused() -> None:
+    hand = Hand()
+    weight = hand.add(hand.to(hand.get("lin.weight", 5, 6, dtype=F32), F64), _product(hand))
+    end = hand.linear(hand.x, weight)
+    refused(hand.done(end), hand.graph.output_node(), LINEAR)
+
+
+WEIGHTS: dict[str, Callable[[Hand], fx.Node]] = {
+    "cast": lambda h: h.add(h.to(h.get("lin.weight", 5, 6, dtype=F32), F64), _product(h)),
+    "transposed": lambda h: h.add(h(aten.t.default, h.get("lin.weight", 6, 5)), _product(h)),
+    "factor": lambda h: h.add(h.get("lin.lora_A.m.weight", 5, 6), _product(h)),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_computed_weight_that_is_put_out_is_refused(name: str) -> None:
+    hand = Hand()
+    graph_module = hand.done(WEIGHTS[name](hand))
+    refused(graph_module, graph_module.graph.output_node(), LINEAR)
+
+
+NO_BIAS = "it adds a constant to the output of a site that has no bias to hold it"
+
+
+@pytest.mark.parametrize("name", ["bias of a factor", "a factor added"])
+def test_a_constant_at_a_site_without_a_bias_is_refused(name: str) -> None:
+    hand = Hand()
+    vector = hand.get("lin.lora_B.default.bias", 5)
+    delta = hand.linear(hand.down, hand.b, vector) if name == "bias of a factor" else hand.add(hand.delta, vector)
+    end = hand.add(hand.site, delta)
+    graph_module = hand.done(end)
+    for call in (lora_fx.fold, lora_fx.recipe):
+        with pytest.raises(lora_fx.FoldError, match=f"{NO_BIAS}. The node is %{end.name} "):
+            call(graph_module)
+    assert torch.equal(lora_fx.unload(graph_module)(*hand.inputs), hand.site.meta["val"])
+
+
+def test_a_factor_of_a_computed_weight_that_something_else_reads_is_refused() -> None:
+    hand = Hand()
+    scaled = hand.mul(hand.site, _m(hand, 5))
+    read = hand(aten.relu.default, hand.site)
+    refused(
+        hand.done((scaled, read)),
+        read,
+        f"it reads {hand.site}, the output of a site before all branches are added to it",
+    )
+
+
+def test_nothing_that_nominates_is_left_in_silence() -> None:
+    hand = Hand()
+    end = hand.add(hand.site, hand.delta)
+    dead = hand(aten.relu.default, hand.a)
+    graph_module = hand.done(end)
+    assert not dead.users
+    with pytest.raises(lora_fx.FoldError, match="relu"):
+        lora_fx.fold(graph_module)
 
 
 PUT_OUT: dict[str, Callable[[Hand], Written]] = {
@@ -1550,14 +1727,18 @@ def test_a_delta_of_an_embedding_may_be_reshaped() -> None:
 
 
 @pytest.mark.parametrize("by_keyword", [False, True])
-def test_a_factor_alone_under_an_operator_is_refused(by_keyword: bool) -> None:
+def test_a_factor_under_an_operator_is_a_factor(by_keyword: bool) -> None:
     hand = Hand()
     args, kwargs = ((), {"self": hand.a}) if by_keyword else ((hand.a,), {})
     node = hand.graph.call_function(aten.neg.default, args, kwargs)
     node.meta["val"] = -hand.a.meta["val"]
     graph_module = hand.done(hand.add(hand.site, hand.linear(hand.linear(hand.x, node), hand.b)))
-    with pytest.raises(lora_fx.FoldError, match=f"%{node.name} "):
-        lora_fx.fold(graph_module)
+    (found,) = find_branches(graph_module)
+    (update,) = found.updates
+    assert update.names == (A, B)
+    assert len(update.factors) == 2  # of low rank still
+    folded = lora_fx.fold(graph_module)
+    assert torch.allclose(folded(*hand.inputs), graph_module(*hand.inputs), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("alpha", [2, 1, 0.5])

@@ -26,7 +26,8 @@ from lora_fx.files.safetensors import TensorFile, write_tensors
 from lora_fx.folding import checkpoint_write
 from lora_fx.folding.checkpoint import INDEX, SINGLE, Changes, Checkpoint
 from lora_fx.folding.checkpoint_write import write_merged
-from lora_fx.numerics.lowrank_merge import Factor, Merge, Update, measure, merge_into, rounded
+from lora_fx.numerics.lowrank_merge import Merge, measure, merge_into, rounded
+from lora_fx.numerics.update import Factor, Update
 from lora_fx.numerics.weight_view import SWAP, Step, View
 
 Tensors = dict[str, torch.Tensor]

@@ -17,17 +17,8 @@ from torch import nn
 
 from lora_fx.numerics import lowrank_merge as lowrank
 from lora_fx.numerics.factor_init import adapter_dtype, initial_factors
-from lora_fx.numerics.lowrank_merge import (
-    FOLDABLE,
-    Factor,
-    Merge,
-    Merged,
-    Update,
-    measure,
-    merge_into,
-    rounded,
-    surely_finite,
-)
+from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, Merged, measure, merge_into, rounded, surely_finite
+from lora_fx.numerics.update import Factor, Update
 from lora_fx.numerics.weight_view import SWAP, Step, View
 
 Tensors = dict[str, torch.Tensor]

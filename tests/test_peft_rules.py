@@ -124,8 +124,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "another method": ({"peft_type": "IA3"}, "peft_type: expected 'LORA', the only method of lora_fx, found 'IA3'"),
     "a variant": (
-        {**Q, "use_dora": True},
-        "use_dora: DoRA is not supported: found True. Leave it out, or train with PEFT",
+        {**Q, "use_qalora": True},
+        "use_qalora: QA-LoRA is not supported: found True. Leave it out, or train with PEFT",
     ),
     "a start": (
         {**Q, "init_lora_weights": "corda"},
@@ -162,11 +162,11 @@ def test_what_are_no_rules_is_told(models: dict[str, Case]) -> None:
 
 
 def test_all_problems_of_a_config_are_told_at_once(models: dict[str, Case]) -> None:
-    said = {"peft_type": "LORA", "use_dora": True, "r": 0, "init_lora_weights": "loftq", "task_type": "X", "new": 1}
+    said = {"peft_type": "LORA", "use_qalora": True, "r": 0, "init_lora_weights": "loftq", "task_type": "X", "new": 1}
     with pytest.raises(lora_fx.RuleError) as caught:
         lora_fx.rewrite(models["llama"][1], said)
     assert [problem.partition(":")[0] for problem in caught.value.problems] == [
-        "use_dora", "new", "init_lora_weights", "task_type", "r",
+        "use_qalora", "new", "init_lora_weights", "task_type", "r",
     ]  # fmt: skip
 
 

@@ -653,11 +653,11 @@ def resized(values: dict[str, torch.Tensor]) -> None:
         ({"file": resized}, "last.weight: another value than the model's 'last.weight'"),
         ({"r": 3}, "first.lora_A.weight: expected shape (3, 7)"),
         ({"target_modules": ["first"]}, "twice.lora_A.weight: the model has no slot for it"),
-        ({"use_dora": True}, "use_dora: DoRA is not supported"),
+        ({"use_dora": True}, "use_dora: DoRA has no slot. Fold the adapter (lora-fx fold), or train without"),
         ({"bias": "all"}, "bias: a bias that trains has no slot. Fold the adapter (lora-fx fold), or train without"),
         ({"modules_to_save": ["last"]}, "modules_to_save: a module that trains as a whole has no slot"),
         ({"trainable_token_indices": [0]}, "trainable_token_indices: rows of an embedding that train have no slot"),
-        ({"lora_bias": True}, "lora_bias: a bias in B is not supported"),
+        ({"lora_bias": True}, "lora_bias: a bias in B has no slot. Fold the adapter"),
     ],
     ids=lambda value: "",
 )

@@ -115,6 +115,16 @@ def tell_whole_copies(adapter: str, strength: float, names: Sequence[str]) -> No
         )
 
 
+def _check_whole_strength(graph_module: fx.GraphModule, adapter: str, strength: float) -> None:
+    """Raise :class:`PlanError` for DoRA at another strength than 1: its magnitudes are those of the weight with its whole update."""
+    branches = (branch for _, branch in record_of(graph_module, adapter).branches.values())
+    if strength != 1 and any(branch.setting.variant == "dora" for branch in branches):
+        raise PlanError(
+            f"adapter {adapter!r} cannot have the strength {strength:g}: it is DoRA's, whose magnitudes are those of the weight with its whole "
+            "update. Let it act at 1."
+        )
+
+
 def ordered(graph_module: fx.GraphModule, strengths: Mapping[str, float]) -> dict[str, float]:
     """Return the strengths of these adapters in the order in which the graph has them, as floats.
 
@@ -129,6 +139,7 @@ def ordered(graph_module: fx.GraphModule, strengths: Mapping[str, float]) -> dic
         strength = finite_number(given)
         if strength is None:
             raise PlanError(f"adapter {adapter!r} cannot have the strength {given!r}: give a finite number.")
+        _check_whole_strength(graph_module, adapter, strength)
         found[adapter] = strength
         whole = [each.name for each in trained_of(graph_module, adapter)]
         whole += [f"rows of {each.weight}" for each in record_of(graph_module, adapter).tokens]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx.adapters.dora import DoraBranch, dropout_modules, initial_magnitude
 from lora_fx.adapters.fake_values import FakeValues
 from lora_fx.adapters.starts import (
     GivenStart,
@@ -52,9 +53,7 @@ from lora_fx.graph.process_state import forked_random_state, uncollected
 from lora_fx.graph.provenance import module_path, write_stamp
 from lora_fx.graph.records import BranchSpec, Origin
 from lora_fx.graph.state import State
-from lora_fx.numerics.factor_init import adapter_dtype, initial_factors
-from lora_fx.numerics.quantised_weight import QuantisedWeight
-from lora_fx.numerics.schemes import CodebookScheme
+from lora_fx.numerics.factor_init import adapter_dtype, casts_first, initial_factors
 from lora_fx.planning.plan import Chosen, Plan, Skipped, factor_shapes
 from lora_fx.planning.planner import check_attachable
 from lora_fx.sites.call_sites import biased
@@ -145,12 +144,8 @@ def _with_nodes(
     check_written_once(graph_module.graph, adapter, record.tokens, copies, state)
     ordered = _in_module_order(plan, state)
     places = {**_places(ordered, state, adapter), **row_numbers(record.tokens, state, adapter)}
-    dropouts = {
-        branch.names(adapter).dropout: nn.Dropout(branch.setting.dropout)
-        for _, branch in ordered.values()
-        if branch.setting.dropout > 0 and branch.op != "embedding"  # indices cannot be dropped
-    }
-    state = state.with_tensors(places).with_modules(dropouts)
+    check_dora_alone(graph_module, plan, adapter)
+    state = state.with_tensors(places).with_modules(dropout_modules(graph_module.graph, ordered.values(), adapter))
     state = State(state.tensors, state.non_persistent | set(places), state.modules)
     graph = _branched(graph_module, plan, state, adapter)
     for node in graph.find_nodes(op="get_attr"):
@@ -199,12 +194,7 @@ def _cast_back(site: fx.Node, weight: torch.Tensor) -> fx.Node | None:
     PEFT's branch reads the input as it is in front of such a layer, and is added behind it.
     """
     parts, users = weight_op(site), list(site.users)
-    if (
-        not _casts_first(weight)
-        or parts is None
-        or len(users) != 1
-        or None in (cast_of(parts.input), cast_of(users[0]))
-    ):
+    if not casts_first(weight) or parts is None or len(users) != 1 or None in (cast_of(parts.input), cast_of(users[0])):
         return None
     return users[0] if module_path(parts.input) == module_path(site) == module_path(users[0]) else None
 
@@ -234,36 +224,33 @@ def _new_factors(
     with forked_random_state(seed=seed):
         for chosen, branch in ordered.values():
             site, names, init = chosen.site, branch.names(adapter), branch.setting.init
-            like = state.tensors[model_weight(site)]
             if branch.mirrors is not None:
                 continue
+            like = state.tensors[model_weight(site)]
             if (made := start_values(site, branch, adapter, like, pairs.get(branch.key))) is not None:
                 factors |= made
                 continue
+            shapes = (*factor_shapes(branch, site), *[(site.out_features,)] * branch.setting.bias)
+            dtype = adapter_dtype(site.cast or like.dtype)
             if like.is_meta:  # there is nothing to draw, which takes longer than all else
-                dtype = adapter_dtype(site.cast or like.dtype)
-                a, b = (torch.empty(shape, dtype=dtype, device="meta") for shape in factor_shapes(branch, site))
-                factors[names.a] = nn.Parameter(a, branch.setting.trains_a)
-                factors[names.b] = nn.Parameter(b, branch.setting.trains_b)
-                continue
-            factors[names.a], factors[names.b] = initial_factors(
-                factor_shapes(branch, site),
-                branch.setting.rank,
-                like=like,
-                computed=site.cast,
-                op=site.op,
-                init=init,
-            )
-            factors[names.a].requires_grad_(branch.setting.trains_a)
-            factors[names.b].requires_grad_(branch.setting.trains_b)
+                drawn = tuple(nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for shape in shapes)
+            else:
+                drawn = initial_factors(shapes, branch.setting.rank, like, computed=site.cast, op=site.op, init=init)
+            drawn[0].requires_grad_(branch.setting.trains_a)
+            drawn[1].requires_grad_(branch.setting.trains_b)
+            factors |= dict(zip((names.a, names.b, names.bias), drawn, strict=False))
+            if branch.setting.variant == "dora":
+                factors[names.magnitude] = initial_magnitude(site, like, drawn[0], drawn[1], branch.setting.scale)
     return factors
 
 
 def _given(
     ordered: Mapping[str, tuple[Chosen, BranchSpec]], adapter: str, values: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    names = [(branch.names(adapter), frozen_names(chosen.site, branch, adapter)) for chosen, branch in ordered.values()]
-    return {name: _parameter(values[name]) for each, frozen in names for name in (each.a, each.b, *frozen)}
+    names = [
+        (branch.parameters(adapter), frozen_names(chosen.site, branch, adapter)) for chosen, branch in ordered.values()
+    ]
+    return {name: _parameter(values[name]) for own, frozen in names for name in (*own, *frozen)}
 
 
 def _copies(
@@ -317,33 +304,26 @@ def new_factors_like(
         seed: of the draws. Without one they come from torch's current random state, which is restored.
     """
     own = ((adapter, branch) for adapter, branch in branches if branch.mirrors is None)
-    by_name = {branch.names(adapter).a: (branch, branch.names(adapter).b) for adapter, branch in own}
+    by_name = {names.a: (branch, names.b, names.bias) for adapter, branch in own for names in (branch.names(adapter),)}
     values: dict[str, torch.Tensor] = {}
     with forked_random_state(seed=seed):
         for name, a in wanted.items():
             if name in by_name:
-                branch, other = by_name[name]
+                branch, other, bias = by_name[name]
                 if is_from_weight(branch):
                     raise PlanError(
                         f"the branch at {branch.key!r} starts from the weight (init {branch.setting.init!r}), and there are no values for it. "
                         "Rewrite the model with its weights, or load an adapter from a directory."
                     )
                 like = torch.empty(0, dtype=a.dtype, device=device)
-                shapes, setting = (a.shape, wanted[other].shape), branch.setting
-                values[name], values[other] = initial_factors(
-                    shapes, setting.rank, like, op=branch.op, init=branch.setting.init
+                shapes = {each: wanted[each].shape for each in (name, other, bias) if each in wanted}
+                drawn = initial_factors(
+                    [*shapes.values()], branch.setting.rank, like, op=branch.op, init=branch.setting.init
                 )
-                values[name].requires_grad_(setting.trains_a)
-                values[other].requires_grad_(setting.trains_b)
+                values |= dict(zip(shapes, drawn, strict=True))
+                values[name].requires_grad_(branch.setting.trains_a)
+                values[other].requires_grad_(branch.setting.trains_b)
     return values
-
-
-def _casts_first(weight: torch.Tensor) -> bool:
-    """Tell whether PEFT casts an update before the sum: its layers for 4 bits do, all others add in the wider dtype."""
-    if not isinstance(weight, QuantisedWeight):
-        return False
-    scheme = weight.scheme
-    return isinstance(scheme, CodebookScheme) or scheme.method != "rounding"
 
 
 def _own_weight(chosen: Chosen, state: State) -> str:
@@ -405,21 +385,35 @@ class _BranchWriter:
                 value = self._record(base, "dropout", self.graph.call_module(names.dropout, (value,)))
             if self.branch.mirrors is not None:
                 a, b = (self._call(base, part, aten.t.default, factor) for part, factor in (("A", a), ("B", b)))
-            value = low_rank(base, value, a, b, setting.rank, partial(self._call, base))
-            value = self._call(base, "scale", aten.mul.Tensor, value, setting.scale)
+            bias = self._named(names.bias, "bias of B", b) if setting.bias else None
+            x, value = value, low_rank(base, value, a, b, setting.rank, partial(self._call, base), bias)
+            if setting.variant == "lora":
+                value = self._call(base, "scale", aten.mul.Tensor, value, setting.scale)
             if places is not None:
                 value = self._call(base, "pad", aten.constant_pad_nd.default, value, [0, 1])
                 value = self._call(base, "place", aten.index_select.default, value, -1, places)
-            cast_first = wide != narrow and _casts_first(weight)
+            cast_first = wide != narrow and setting.variant == "lora" and casts_first(weight)
             if cast_first:
                 value = self._call(base, "cast", aten.to.dtype, value, narrow)
         with self.graph.inserting_before(following if behind is end else end.next):
-            value = self._call(base, "add", aten.add.Tensor, end, value)
+            added = self._dora(base, end, x, (a, b, value)) if setting.variant == "dora" else None
+            value = added or self._call(base, "add", aten.add.Tensor, end, value)
             if wide != narrow and not cast_first:
                 value = self._call(base, "cast", aten.to.dtype, value, narrow)
         for user in users:
             user.replace_input_with(end, value)
         return value
+
+    def _dora(self, base: fx.Node, end: fx.Node, x: fx.Node, nodes: tuple[fx.Node, fx.Node, fx.Node]) -> fx.Node:
+        """Write what makes a branch DoRA's, given the nodes of A, B and ``B(A(x))``, and return its sum with the output of the site."""
+        names, weight = self.branch.names(self.adapter), self.state.tensors[self.chosen.site.weight]
+        magnitude, module = self._named(names.magnitude, "magnitude", nodes[1]), names.training_product
+        branch = DoraBranch.of(base, end, weight, (x, *nodes), magnitude, self.branch.setting)
+
+        def in_training(*args: fx.Node) -> fx.Node:
+            return self._record(base, "base", self.graph.call_module(module, args))
+
+        return branch.write(partial(self._call, base), in_training if module in self.state.modules else None)
 
     def _named(self, name: str, part: str, after: fx.Node) -> fx.Node:
         """Return the one ``get_attr`` of a factor; several calls of one module share it."""

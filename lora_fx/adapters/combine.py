@@ -114,6 +114,7 @@ def _combination(
     if not strengths:
         raise PlanError("expected at least one adapter with its strength, got none.")
     found = ordered(graph_module, strengths)
+    _check_products(graph_module, found)
     chosen = {name: found[name] for name in strengths}  # PEFT sums and draws in the order in which they are given
     others = {name: strength for name, strength in acting(graph_module).items() if name not in chosen}
     rest = activate(graph_module, others)
@@ -149,6 +150,24 @@ def _combination(
     origin = Origin(rules=f"{method} of {told}")
     plan = plan_branches(rest, adapter, branches, trained, origin=origin, tokens=tokens)
     return attach(rest, plan, adapter=adapter, values=values, acts=True)
+
+
+def _check_products(graph_module: fx.GraphModule, chosen: Iterable[str]) -> None:
+    """Raise :class:`PlanError` for adapters whose branches are more than a product of A and B."""
+    for name in chosen:
+        for _, branch in branches_of(graph_module, name).values():
+            more = (
+                "DoRA's"
+                if branch.setting.variant == "dora"
+                else "one whose B has a bias"
+                if branch.setting.bias
+                else ""
+            )
+            if more:
+                raise PlanError(
+                    f"adapter {name!r} cannot be combined: it is {more}, of which no product of two factors is a sum. Fold it first, or let "
+                    "the adapters act together: lora_fx.activate."
+                )
 
 
 def _one_copy_each(

@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lora_fx.adapters.attach import new_factors_like
+from lora_fx.adapters.dora import missing_magnitudes
 from lora_fx.adapters.tokens import token_values
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.remove import unload
@@ -23,6 +24,7 @@ from lora_fx.graph.info import info_of
 from lora_fx.graph.input_checks import Constraints, InputCheck, RelationCheck, add_checks, remove_checks
 from lora_fx.graph.process_state import forked_random_state
 from lora_fx.graph.size_relations import UNBOUNDED
+from lora_fx.sites.call_sites import sites
 from lora_fx.tracing.example_inputs import ExampleInputs, example_inputs, graph_inputs
 from lora_fx.tracing.parity import GraphFailed, ModelFailed, difference
 from lora_fx.tracing.size_probing import examples_of, without_artefacts
@@ -73,7 +75,9 @@ def materialize(
         rows = token_values(record.tokens, {**state.tensors, **values}, adapter)
         values |= {name: value for name, value in rows.items() if name not in given}
     branches = [(adapter, branch) for adapter, record in adapters.items() for _, branch in record.branches.values()]
-    values |= new_factors_like({n: t for n, t in wanted.items() if n not in given}, branches, device, seed)
+    missing = {name: tensor for name, tensor in wanted.items() if name not in given}
+    values |= new_factors_like(missing, branches, device, seed)
+    values |= missing_magnitudes(missing, branches, sites(graph_module), {**given, **values})
     values |= {name: tensor.to(device) for name, tensor in state.tensors.items() if is_placement(name)}
     like = like if like is not None else traced_class(graph_module)
     buffers = {} if like is None else {name: b for name, b in like.named_buffers() if not b.is_meta}

@@ -33,12 +33,15 @@ class Flow:
     Args:
         graph_module: the graph.
         in_branch: tells whether a node is a product with a factor: a dropout that only such nodes read is a branch's own.
+        graph: whose nodes are visited: that of the graph module, or a copy of it with other nodes.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, in_branch: Callable[[fx.Node], bool]) -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, in_branch: Callable[[fx.Node], bool], graph: fx.Graph | None = None
+    ) -> None:
         self._graph_module = graph_module
         self._in_branch = in_branch
-        self._position = {node: index for index, node in enumerate(graph_module.graph.nodes)}
+        self._position = {node: index for index, node in enumerate((graph or graph_module.graph).nodes)}
         self._memory: dict[fx.Node, fx.Node] = {}
         self._writers: dict[fx.Node, list[fx.Node]] = {}
         self._writer_of: dict[str, fx.Node] = {}

@@ -1,9 +1,11 @@
 """Recognition of branches in a graph: nominated by the names of their factors, validated by their algebra.
 
-A value that depends on a factor must be linear in a site's input, with constant factors (a ``Delta``), until it is added to
-that site's output. One walk in graph order records the sums:
+Two domains in one walk. A value that depends on tensors of the graph alone is constant, and may be a factor as it is computed
+(:mod:`lora_fx.branches.constants`). Any other value that depends on a factor must be affine in a site's input (a ``Delta``), until it
+is added to that site's output, or is that output, scaled. The walk in graph order records these:
 
     Joined    site + Delta                      the sum with the output of a site, and sums with further deltas
+              Delta with the site's output      what takes the place of that output (IA³)
               weight + Delta                    a product of factors alone may be added to a weight itself, as PEFT does for
                                               stacked experts
 
@@ -20,50 +22,27 @@ from typing import Any
 import torch
 from torch import fx
 
+from lora_fx.branches.affine import Deltas, features_are_last
+from lora_fx.branches.constants import NamedConstants, name_constants
 from lora_fx.branches.dataflow import Flow, keeps_last_dim, same_shapes
-from lora_fx.branches.linear_terms import Addition, Delta, Deltas, Term, features_are_last
+from lora_fx.branches.delta import Addition, Delta, SiteOutput, Term, summed
+from lora_fx.branches.found import FoundBias, FoundBranch, unexpected, unread_nodes
 from lora_fx.errors import FoldError
-from lora_fx.graph.adapter_names import is_factor
+from lora_fx.graph.adapter_names import is_of_branch
 from lora_fx.graph.graph_module import state_of
-from lora_fx.graph.provenance import source_line
-from lora_fx.numerics.lowrank_merge import Update
+from lora_fx.graph.training_only import TrainingOnly
+from lora_fx.numerics.update import Factor, Update
 from lora_fx.numerics.weight_view import View
 from lora_fx.rules.vocabulary import Op
-from lora_fx.sites.call_sites import biased, is_site
-from lora_fx.sites.stored_weight import Stored, cast_of
-from lora_fx.sites.weight_ops import CONVOLUTIONS, weight_op
+from lora_fx.sites.call_sites import is_site
+from lora_fx.sites.stored_weight import Stored, cast_of, stored
+from lora_fx.sites.weight_ops import CONVOLUTIONS, readers, weight_op
 
 Nominate = Callable[[str], bool]
 """Tells by the name of a parameter whether it is a factor of a branch."""
 
 
-@dataclass(frozen=True)
-class FoundBranch:
-    """All branches beside one site.
-
-    Attributes:
-        site: the site's node; if terms are added to the weight itself, the node of that sum.
-        base: the value to which the terms are added: the site's node, its sum with a bias, or a reshape of either; or the weight.
-        end: the node that the rest of the graph reads in place of ``base``.
-        terms: the summands of the branches.
-        weight: the ``get_attr`` of the weight.
-        view: the view of the weight in which the updates are.
-    """
-
-    site: fx.Node
-    base: fx.Node
-    end: fx.Node
-    terms: tuple[Term, ...]
-    weight: fx.Node
-    view: View
-
-    @property
-    def updates(self) -> tuple[Update, ...]:
-        """The updates of the site's weight."""
-        return tuple(term.update for term in self.terms)
-
-
-def find_branches(graph_module: fx.GraphModule, nominate: Nominate = is_factor) -> tuple[FoundBranch, ...]:
+def find_branches(graph_module: fx.GraphModule, nominate: Nominate = is_of_branch) -> tuple[FoundBranch, ...]:
     """Return the branches of a graph, one record for each site that has any.
 
     Args:
@@ -76,7 +55,7 @@ def find_branches(graph_module: fx.GraphModule, nominate: Nominate = is_factor) 
     walk = _BranchFinder(graph_module, nominate)
     if not walk.has_factors:
         return ()
-    for node in graph_module.graph.nodes:
+    for node in walk.graph.nodes:
         walk.step(node)
     return walk.found()
 
@@ -85,7 +64,8 @@ def find_branches(graph_module: fx.GraphModule, nominate: Nominate = is_factor) 
 class _Joined:
     """The output of a site, or a weight, plus deltas.
 
-    ``previous`` is its ``base``, or the node of the ``_Joined`` that this one extends; ``narrow`` is the dtype of the base.
+    ``previous`` is its ``base``, or the node of the ``_Joined`` that this one extends; ``narrow`` is the dtype of the base; ``nodes``
+    are those on the way from the site to the base that a factor scales.
     """
 
     site: fx.Node
@@ -96,6 +76,8 @@ class _Joined:
     narrow: torch.dtype
     weight: Stored
     reshaped: bool = False
+    offsets: tuple[Update, ...] = ()
+    nodes: tuple[fx.Node, ...] = ()
 
     @property
     def is_weight(self) -> bool:
@@ -107,7 +89,11 @@ class _Joined:
             terms=self.terms + delta.terms,
             dtype=torch.promote_types(self.dtype, delta.dtype),
             reshaped=self.reshaped or delta.reshaped,
+            offsets=summed((*self.offsets, *delta.offsets)),
         )
+
+    def takes(self, delta: Delta) -> bool:
+        return self.is_weight == delta.is_weight and (delta.output is None or delta.output.site is self.site)
 
 
 class _BranchFinder:
@@ -115,72 +101,179 @@ class _BranchFinder:
 
     Attributes:
         has_factors: whether the graph has any factor of a branch.
+        graph: whose nodes are to be taken in turn.
     """
 
     def __init__(self, graph_module: fx.GraphModule, nominate: Nominate) -> None:
-        self._tensors = state_of(graph_module).tensors
+        tensors = state_of(graph_module).tensors
         self._nominate = nominate
-        factors = [name for name in self._tensors if nominate(name)]
+        factors = [name for name in tensors if nominate(name)]
         read = (str(node.target) for node in graph_module.graph.find_nodes(op="get_attr"))
-        loose = sorted({repr(name) for name in read if nominate(name) and name not in self._tensors})
+        loose = sorted({repr(name) for name in read if nominate(name) and name not in tensors})
         if loose:
             raise FoldError(
                 f"{', '.join(loose)}: read as a factor, and neither a parameter nor a buffer of the graph. Register it: register_buffer."
             )
         self.has_factors = bool(factors)
         self._holders = {prefix for name in factors for prefix in _prefixes(name)}
-        self._deltas = Deltas(self._tensors)
-        self._flow = Flow(graph_module, self._deltas.is_product)
+        named = NamedConstants(graph_module.graph, {}, tensors, {}, {})
+        self._named = name_constants(graph_module.graph, tensors, nominate) if factors else named
+        self._modules, self._tensors, self.graph = graph_module, self._named.tensors, self._named.graph
+        self._deltas = Deltas(self._tensors, self._named.computed, self._named.weights, self._passed)
+        self._flow = Flow(graph_module, self._deltas.is_product, self.graph)
         self._sums: dict[fx.Node, _Joined] = {}
         self._extended: set[fx.Node] = set()
 
     def step(self, node: fx.Node) -> None:
         """Take the next node of the graph."""
         if node.op == "get_attr":
-            if self._nominate(str(node.target)):
+            if node not in self._named.weights and (
+                self._nominate(str(node.target)) or node.target in self._named.computed
+            ):
                 self._deltas.add_factor(node)
             return
         self._flow.note(node)
         if self._deltas.touches(node):
-            value = self._deltas.step(node)
-            joined = self._join(node, value) if isinstance(value, Addition) else None
-            if joined is None and not isinstance(value, Delta):
-                raise _unexpected(
-                    node, "a branch must be linear in its site's input until it is added to its site's output"
-                )
-            if not node.users:
-                raise _unexpected(node, "nothing reads this part of a branch")
+            joined = self._step(node)
         elif node.op == "call_module" and str(node.target) in self._holders:
-            raise _unexpected(node, f"the module {str(node.target)!r} holds a factor, and is not made of operators")
+            raise self._error(node, f"the module {str(node.target)!r} holds a factor, and is not made of operators")
         else:
             joined = self._cast_back(node)
         if joined is not None:
-            self._sums[node] = joined
-            self._extended.add(joined.previous)
+            self._record(node, joined)
 
     def found(self) -> tuple[FoundBranch, ...]:
         """Return the branches found; raise if one cannot be taken out without changing something else."""
-        branches = []
+        branches: dict[fx.Node, FoundBranch] = {}
+        ends = self._sums.keys() - self._extended
+        dead = unread_nodes(self.graph, ends, {value.base for value in self._sums.values()})
         for node, value in self._sums.items():
-            stray = next((user for user in value.previous.users if user is not node), None)
-            if stray is not None and not (
-                value.is_weight and value.previous is value.base
-            ):  # a weight may have other uses
-                raise _unexpected(
-                    stray, f"it reads {value.previous}, the output of a site before all branches are added to it"
-                )
-            if node not in self._extended:
+            self._check_readers(node, value, dead)
+            if node in ends:
                 self._check_branch(node, value)
-                weight = value.weight
-                branches.append(FoundBranch(value.site, value.base, node, value.terms, weight.node, weight.view))
-        return tuple(branches)
+                weight, bias = value.weight, self._bias(node, value)
+                found = FoundBranch(value.site, value.base, node, value.terms, weight.node, weight.view, bias)
+                branches[value.site] = found
+        for named, constant in self._named.weights.items():
+            for site, _ in readers(named):
+                product = weight_op(site)
+                assert product is not None
+                factors = Factor(constant.digest, product.view, constant), Factor(str(named.target), product.view)
+                updates = Update((factors[0],)), Update((factors[1],), -1.0)
+                terms = tuple(Term(product.input, product.op, product.geometry, (), site, update) for update in updates)
+                found = branches.get(site) or FoundBranch(site, site, site, (), named, product.view)
+                branches[site] = replace(found, terms=(*found.terms, *terms), computed=named)
+        return tuple(map(self._original, branches.values()))
+
+    def _original(self, found: FoundBranch) -> FoundBranch:
+        """Return a branch with the nodes of the graph that was given."""
+        of = self._named.originals
+        if not of:
+            return found
+        by_name = {str(node.target): node for node in of.values() if node.op == "get_attr"}
+        terms = tuple(replace(each, source=of[each.source], product=of[each.product]) for each in found.terms)
+        bias = found.bias
+        bias = (
+            None if bias is None else replace(bias, node=of[bias.node] if bias.node else None, reader=of[bias.reader])
+        )
+        weight, computed = by_name[str(found.weight.target)], found.computed
+        return FoundBranch(
+            of[found.site], of[found.base], of[found.end], terms, weight, found.view, bias,
+            None if computed is None else of[computed],
+        )  # fmt: skip
+
+    def _step(self, node: fx.Node) -> _Joined | None:
+        """Return the sum that a node makes of a delta; None where it is a delta itself."""
+        value = self._deltas.step(node)
+        joined = self._join(node, value) if isinstance(value, Addition) else None
+        if joined is None and not isinstance(value, Delta):
+            outputs = self._deltas.unfinished_outputs(node)
+            if not outputs:
+                raise self._error(
+                    node, "a branch must be linear in its site's input until it is added to its site's output"
+                )
+            for source, delta in outputs.items():
+                self._record(source, self._in_place_of_output(delta))
+            return self._step(node) if self._deltas.touches(node) else self._cast_back(node)
+        if not node.users:
+            raise self._error(node, "nothing reads this part of a branch")
+        return joined
+
+    def _record(self, node: fx.Node, joined: _Joined) -> None:
+        self._sums[node] = joined
+        self._extended.add(joined.previous)
+        output = None if joined.is_weight else self._deltas.output_of(joined.base)
+        if output is not None and output.output is not None:
+            whole = Delta(joined.terms, joined.dtype, joined.reshaped, offsets=joined.offsets)
+            nodes = SiteOutput(joined.site, (*output.output.nodes, node), joined.dtype)
+            self._deltas.finish(node, replace(output.plus(whole), output=nodes))
+
+    def _in_place_of_output(self, delta: Delta) -> _Joined:
+        """Return what takes the place of the output of a site as a sum with that: less one product with the site's own weight."""
+        assert delta.output is not None
+        output, product = delta.output, weight_op(delta.output.site)
+        own = self._deltas.output_of(output.base)
+        assert own is not None
+        assert product is not None
+        base = _Joined(
+            output.site, output.base, output.base, (), output.dtype, output.dtype, Stored(product.weight, product.view)
+        )
+        whole = summed(tuple(term.update for term in (*delta.terms, *own.scaled(-1).terms)))
+        terms = {replace(term.update, scaling=1.0): term for term in (*own.terms, *delta.terms)}
+        found = tuple(replace(terms[replace(update, scaling=1.0)], update=update) for update in whole)
+        return replace(
+            base,
+            terms=found,
+            dtype=delta.dtype,
+            offsets=summed((*delta.offsets, *own.scaled(-1).offsets)),
+            nodes=output.nodes,
+        )
+
+    def _error(self, node: fx.Node, problem: str) -> FoldError:
+        return unexpected(self._named.originals.get(node, node), problem)
+
+    def _passed(self, node: fx.Node) -> fx.Node | None:
+        """Return the input that a node returns in evaluation."""
+        if node.op != "call_module" or not isinstance(self._modules.get_submodule(str(node.target)), TrainingOnly):
+            return None
+        return node.args[0] if isinstance(node.args[0], fx.Node) else None
+
+    def _check_readers(self, node: fx.Node, value: _Joined, dead: set[fx.Node]) -> None:
+        """Refuse readers of a site's output that are not part of its branches."""
+        if value.is_weight and value.previous is value.base:  # a weight may have other uses
+            return
+        for read in {value.previous, *value.nodes}:
+            inner = {node, *value.nodes, *(dead - self._sums.keys())}
+            stray = next((user for user in read.users if user not in inner), None)
+            if stray is not None:
+                raise self._error(stray, f"it reads {read}, the output of a site before all branches are added to it")
+
+    def _bias(self, node: fx.Node, value: _Joined) -> FoundBias | None:
+        """Return what is added to the bias of a site."""
+        if not value.offsets:
+            return None
+        product, total = weight_op(value.site), self._deltas.total(value.site)
+        assert product is not None
+        reader, addend = (value.site, product.addend) if product.addend is not None else (total, None)
+        if total is not None and addend is None:
+            addend = next(each for each in total.all_input_nodes if each is not value.site)
+        held = stored(addend)
+        if held is None or reader is None:
+            return FoundBias(None, node, value.offsets)
+        wanted = self._tensors[str(held.node.target)].numel()
+        misfit = next((update for update in value.offsets if self._update_shape(update) != (wanted, 1)), None)
+        if misfit is not None:
+            raise self._error(
+                node, f"it adds a constant of shape {self._update_shape(misfit)} to a bias of {wanted} elements"
+            )
+        return FoundBias(held.node, reader, value.offsets)
 
     def _join(self, node: fx.Node, addition: Addition) -> _Joined | None:
         """Return the sum of a delta with the output of a site, with a weight, or with such a sum; None for other values."""
         base, delta = addition.base, addition.delta
         joined = self._sums.get(base)
         if joined is not None:
-            return replace(joined.plus(delta), previous=base) if joined.is_weight == delta.is_weight else None
+            return replace(joined.plus(delta), previous=base) if joined.takes(delta) else None
         if delta.is_weight:
             if base.op != "get_attr" or self._deltas.is_factor(base):
                 return None
@@ -192,14 +285,15 @@ class _BranchFinder:
         product = weight_op(site)
         assert product is not None
         narrow = product.dtype or self._tensors[str(product.weight.target)].dtype
-        total = biased(site)
+        total = self._deltas.total(site)
         if total is not None and base is not site:  # a bias of a wider type widens the sum
             bias = next(each for each in total.all_input_nodes if each is not site)
             narrow = torch.promote_types(narrow, self._tensors[str(bias.target)].dtype)
         narrow = cast_of(base) or narrow
-        reshaped = base is not site and base is not biased(site)
+        reshaped = base is not site and base is not total
         weight = Stored(product.weight, product.view)
-        return _Joined(site, base, base, (), narrow, narrow, weight, reshaped).plus(delta)
+        joined = _Joined(site, base, base, (), narrow, narrow, weight, reshaped)
+        return joined.plus(delta) if joined.takes(delta) else None
 
     def _site_of(self, base: fx.Node) -> fx.Node | None:
         """Return the site with this output, with its bias or without, through a cast and reshapes that nothing else reads."""
@@ -214,7 +308,9 @@ class _BranchFinder:
                 return None
         if self._is_site(node):
             return node
-        sites = (source for source in node.all_input_nodes if self._is_site(source) and biased(source) is node)
+        sites = (
+            source for source in node.all_input_nodes if self._is_site(source) and self._deltas.total(source) is node
+        )
         return next(sites, None)
 
     def _is_site(self, node: fx.Node) -> bool:
@@ -233,20 +329,21 @@ class _BranchFinder:
 
     def _check_branch(self, node: fx.Node, value: _Joined) -> None:
         if value.dtype != value.narrow:
-            raise _unexpected(
+            raise self._error(
                 node, f"the sum has dtype {value.dtype} and must be cast back to {value.narrow}, that of its site"
             )
-        names = [str(value.weight.node.target), *(name for term in value.terms for name in term.update.names)]
+        updates = (*(term.update for term in value.terms), *value.offsets)
+        names = [str(value.weight.node.target), *(name for update in updates for name in update.names)]
         writer = self._flow.writer_of(names)
         if writer is not None:
-            raise _unexpected(writer, "it writes to a weight or a factor while the graph computes")
+            raise self._error(writer, "it writes to a weight or a factor while the graph computes")
         if not value.is_weight:
             self._check_input(node, value)
         wanted = tuple(self._viewed_shape(str(value.weight.node.target), value.weight.view))
         shapes = [self._update_shape(term.update) for term in value.terms]
         misfit = next((shape for shape in shapes if shape != wanted), None)
         if misfit is not None:
-            raise _unexpected(node, f"it adds an update of shape {misfit} to a weight of {wanted}")
+            raise self._error(node, f"it adds an update of shape {misfit} to a weight of {wanted}")
 
     def _check_input(self, node: fx.Node, value: _Joined) -> None:
         """Refuse terms that do not read the input of their site, or read it in another way."""
@@ -257,20 +354,20 @@ class _BranchFinder:
         for term in value.terms:
             reached = self._flow.reaches(term.source, product.input)
             if reached is None:
-                raise _unexpected(
+                raise self._error(
                     node, f"it adds a branch that reads {term.source} to a site that reads {product.input}"
                 )
             written = self._flow.written_between({value.site: product.input, term.product: term.source})
             if written is not None:
-                raise _unexpected(written, f"it writes to what {value.site} and {term.product} read, between the two")
+                raise self._error(written, f"it writes to what {value.site} and {term.product} read, between the two")
             if (term.op, term.geometry, term.kernel) != (product.op, product.geometry, kernel):
-                raise _unexpected(
+                raise self._error(
                     node,
                     f"it adds {_product_text(term.op, term.geometry, term.kernel)} to {_product_text(product.op, product.geometry, kernel)}",
                 )
             apart = reached and not features_are_last(term.op, term.geometry)
             if apart or ((reached or value.reshaped) and not same_shapes(value.base, node)):
-                raise _unexpected(node, f"it adds values of other positions to {value.base}, or of positions not known")
+                raise self._error(node, f"it adds values of other positions to {value.base}, or of positions not known")
 
     def _update_shape(self, update: Update) -> tuple[int, ...]:
         """Return the shape of an update; an empty one if its factors do not fit together."""
@@ -294,10 +391,3 @@ def _prefixes(name: str) -> Iterator[str]:
 def _product_text(op: Op | None, geometry: tuple[Any, ...], kernel: tuple[int, ...]) -> str:
     more = [f"kernel {kernel}"] * bool(kernel) + [f"{geometry}"] * bool(geometry)
     return f"{op} ({', '.join(more)})" if more else str(op)
-
-
-def _unexpected(node: fx.Node, problem: str) -> FoldError:
-    return FoldError(
-        f"a branch cannot be folded: {problem}. The node is {node.format_node()}{source_line(node)}. "
-        "Take this computation out of the branch, or keep the graph unfolded."
-    )

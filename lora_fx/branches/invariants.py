@@ -15,7 +15,7 @@ from typing import Literal
 
 from lora_fx.branches.find import find_branches
 from lora_fx.branches.lower import lower
-from lora_fx.graph.adapter_names import adapter_of, is_factor, is_of_adapter, is_token_values
+from lora_fx.graph.adapter_names import adapter_of, is_of_adapter, is_of_branch, is_token_values
 from lora_fx.graph.adapter_states import waiting
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.graph.invariants import BASE, PLAIN, Rule, checked_by, nothing_is_fused
@@ -37,10 +37,14 @@ def _factors_are_in_branches(graph_module: TracedGraphModule, state: State) -> I
     """The branches can be found, and no factor of an adapter that acts is outside of them."""
     aliases, resting = state.aliases(), waiting(graph_module)
     used = {
-        aliases[name] for found in find_branches(lower(graph_module)) for each in found.updates for name in each.names
+        aliases[name]
+        for found in find_branches(lower(graph_module))
+        for each in found.all_updates
+        for name in each.names
     }
     for name, first in aliases.items():
-        if is_factor(name) and first not in used and adapter_of(name) not in resting:
+        nominates = is_of_branch(name) and not is_token_values(name)
+        if nominates and first not in used and adapter_of(name) not in resting:
             yield f"{name!r} is in no branch"
     nodes = graph_module.graph.find_nodes(op="get_attr")
     read = {aliases[str(node.target)] for node in nodes if is_token_values(str(node.target))}

@@ -8,32 +8,34 @@ from typing import overload
 
 from torch import fx
 
-from lora_fx.branches.find import FoundBranch, Nominate, find_branches
+from lora_fx.branches.find import Nominate, find_branches
+from lora_fx.branches.found import FoundBranch
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import lower
 from lora_fx.branches.tied_copies import rejoin, untied_copies
 from lora_fx.branches.weight_uses import Value, separate, written_nodes
 from lora_fx.errors import FoldError
-from lora_fx.graph.adapter_names import is_factor, is_of_adapter, original_name
+from lora_fx.graph.adapter_names import is_of_adapter, is_of_branch, original_name
 from lora_fx.graph.cached_graphs import CachedGraphs
 from lora_fx.graph.erasing import erase_unread
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
 from lora_fx.graph.info import held_graphs, known_info
 from lora_fx.graph.joined_graphs import apart, joined
+from lora_fx.graph.provenance import source_line
 from lora_fx.graph.state import State
 from lora_fx.sites.stored_weight import is_transparent, written_rows
 
 
 @overload
-def unload(graph_module: fx.GraphModule, *, branches: Nominate = is_factor) -> TracedGraphModule: ...
+def unload(graph_module: fx.GraphModule, *, branches: Nominate = is_of_branch) -> TracedGraphModule: ...
 
 
 @overload
-def unload(graph_module: CachedGraphs, *, branches: Nominate = is_factor) -> CachedGraphs: ...
+def unload(graph_module: CachedGraphs, *, branches: Nominate = is_of_branch) -> CachedGraphs: ...
 
 
 def unload(
-    graph_module: fx.GraphModule | CachedGraphs, *, branches: Nominate = is_factor
+    graph_module: fx.GraphModule | CachedGraphs, *, branches: Nominate = is_of_branch
 ) -> TracedGraphModule | CachedGraphs:
     """Return the graph as it was before the rewrite: its branches dropped, its weights unchanged.
 
@@ -91,8 +93,14 @@ def without_branches(
             joined[node] = first[untied[str(node.target)]]
         node.target = original_name(str(node.target)) or node.target
     rejoin(graph, joined)
+    for branch in found:
+        if branch.computed is not None and copies[branch.computed].users:
+            copies[branch.computed].replace_all_uses_with(copies[branch.weight])
+            erase_unread(graph, copies[branch.computed])
     separate(graph, values, copies)
     for branch in found:
+        if branch.end is branch.base:
+            continue
         base = copies[branch.base]
         if branch.base is branch.weight:  # untying may have given the sum another get_attr
             base = copies[branch.site].all_input_nodes[branch.site.all_input_nodes.index(branch.base)]
@@ -104,12 +112,13 @@ def without_branches(
     for node in written_nodes(graph):
         node.replace_all_uses_with(node.all_input_nodes[0])
         erase_unread(graph, node)
+    _check_nothing_left(graph, nominate)
     graph.lint()
     aliases, read = (
         state.aliases(),
         {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")},
     )
-    of_branches = {aliases[name] for branch in found for update in branch.updates for name in update.names}
+    of_branches = {aliases[name] for branch in found for update in branch.all_updates for name in update.names}
     writes = (write for node in written_nodes(graph_module.graph) if (write := written_rows(node)) is not None)
     of_branches |= {aliases[name] for write in writes for name in (write.rows, write.values)}
     dropped = {
@@ -121,6 +130,17 @@ def without_branches(
     info = replace(known_info(graph_module).flat, adapters={})
     plain = rebuilt(graph_module, graph, state=state.without(dropped), info=info, trainable=frozenset())
     return checked(plain, "folded")
+
+
+def _check_nothing_left(graph: fx.Graph, nominate: Nominate) -> None:
+    """Raise :class:`FoldError` if a node still reads what nominates a branch."""
+    left = next((node for node in graph.find_nodes(op="get_attr") if nominate(str(node.target))), None)
+    if left is not None:
+        reader = next(iter(left.users))
+        raise FoldError(
+            f"a branch cannot be folded: {left.target!r} is read by {reader.format_node()}{source_line(reader)}, which is part of no branch. "
+            "Take this computation out of the graph, or keep it unfolded."
+        )
 
 
 def _erase_dead(graph: fx.Graph, node: fx.Node) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.branches.find import FoundBranch
+from lora_fx.branches.affine import COLUMN
+from lora_fx.branches.found import FoundBranch, replaced_nodes, unexpected
 from lora_fx.errors import FoldError
 from lora_fx.graph.adapter_names import original_name
 from lora_fx.graph.aten_kinds import flattened
@@ -27,7 +28,8 @@ from lora_fx.graph.erasing import erase_unread
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.provenance import module_path
 from lora_fx.graph.state import State
-from lora_fx.numerics.lowrank_merge import Merge, RowWrite, Update
+from lora_fx.numerics.lowrank_merge import Merge, RowWrite
+from lora_fx.numerics.update import Update
 from lora_fx.numerics.weight_view import AS_STORED, SWAP, View
 from lora_fx.sites.call_sites import sites
 from lora_fx.sites.stored_weight import stored, written_rows
@@ -99,11 +101,14 @@ def values_of(graph_module: fx.GraphModule, found: Sequence[FoundBranch], *, uns
     """Return the values of every weight that has a branch at one of its uses, or rows that an adapter writes over.
 
     Raises:
-        FoldError: uses of a weight need different values, and ``unshare`` is not set, or it is not known which
-            name belongs to which value. The message names all such weights.
+        FoldError: branches add a constant to the output of a site without a bias; or uses of a weight need different values, and
+            ``unshare`` is not set, or it is not known which name belongs to which value. The message names all such weights.
     """
     state = state_of(graph_module)
     names, aliases = state.names(), state.aliases()
+    lacking = next((each.bias for each in found if each.bias is not None and each.bias.node is None), None)
+    if lacking is not None:
+        raise unexpected(lacking.reader, "it adds a constant to the output of a site that has no bias to hold it")
     problems: list[str] = []
     values: list[Value] = []
     for weight, uses in _uses(graph_module, found, state).items():
@@ -134,7 +139,7 @@ def _in_one_layout(use: Use) -> object:
     An embedding reads the table as ``(dim, rows)``, and the head that is tied to it as ``(rows, dim)``: ``(B A)ᵀ = Aᵀ Bᵀ``.
     """
     updates, view = use.updates, use.view
-    if view.steps[-1:] == (SWAP,) and all(update.places is None for update in updates):
+    if view.steps[-1:] == (SWAP,) and all(update.can_be_transposed for update in updates):
         updates, view = tuple(update.transposed for update in updates), view.then(SWAP)
     return frozenset(Counter(updates).items()), view
 
@@ -192,9 +197,15 @@ def copy_path(graph: fx.Graph, named: dict[str, fx.Node], path: Sequence[fx.Node
 
 def _uses(graph_module: fx.GraphModule, found: Sequence[FoundBranch], state: State) -> dict[str, list[Use]]:
     """Return all uses of every weight that has a branch at one of them, in the order of the graph."""
-    aliases, at = state.aliases(), {branch.site: branch for branch in found}
+    aliases, dead = state.aliases(), replaced_nodes(graph_module.graph, found)
     name_of = {site.node: site.name for site in sites(graph_module)}
-    uses: dict[str, list[Use]] = {aliases[str(branch.weight.target)]: [] for branch in found}
+    at: dict[tuple[fx.Node, str], tuple[tuple[Update, ...], View]] = {}
+    for branch in found:
+        at[branch.site, aliases[str(branch.weight.target)]] = branch.updates, branch.view
+        if branch.bias is not None and branch.bias.node is not None:
+            at[branch.bias.reader, aliases[str(branch.bias.node.target)]] = branch.bias.updates, COLUMN
+    uses: dict[str, list[Use]] = {weight: [] for _, weight in at}
+    computed = {branch.weight: branch.computed for branch in found if branch.computed is not None}
     for node in written_nodes(graph_module.graph):
         own = stored(node)
         assert own is not None
@@ -202,13 +213,14 @@ def _uses(graph_module: fx.GraphModule, found: Sequence[FoundBranch], state: Sta
     held = _tensors_of_modules(state, aliases)
     for node in graph_module.graph.nodes:
         if node.op == "get_attr" and aliases.get(str(node.target)) in uses:
-            for reader, between in readers(node):
+            weight = aliases[str(node.target)]
+            through = readers(computed[node]) if node in computed else ()
+            for reader, between in (*readers(node), *through):
+                if reader in dead and (reader, weight) not in at:
+                    continue
                 site = name_of.get(reader.name, module_path(reader))
-                use = Use(reader, node, between, site)
-                branch = at.get(reader)
-                if branch is not None and aliases[str(branch.weight.target)] == aliases[str(node.target)]:
-                    use = replace(use, updates=branch.updates, view=branch.view)
-                uses[aliases[str(node.target)]].append(use)
+                updates, view = at.get((reader, weight), ((), AS_STORED))
+                uses[weight].append(Use(reader, node, between, site, updates, view))
         elif node.op == "call_module":
             for weight in held[str(node.target)] & uses.keys():
                 uses[weight].append(Use(node, None, (), str(node.target)))

@@ -167,6 +167,10 @@ def _problems(graph_module: TracedGraphModule, names: Sequence[str]) -> Iterator
                 f"adapter {name!r} has a trained copy of {trained.name!r}, as of modules_to_save or a bias. Fold it "
                 "(lora_fx.fold), or train without"
             )
+        for _, branch in branches_of(graph_module, name).values():
+            if branch.setting.variant == "dora" or branch.setting.bias:
+                kind = "DoRA" if branch.setting.variant == "dora" else "a bias in B"
+                yield f"adapter {name!r} has {kind} at {branch.owner!r}. Fold it (lora_fx.fold), or train without"
     state = state_of(graph_module)
     owners = {branch.owner for name in names for _, branch in branches_of(graph_module, name).values()}
     for site in sites(graph_module):

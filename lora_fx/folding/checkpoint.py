@@ -237,9 +237,10 @@ class Changes:
     config: Mapping[str, Any] = field(default_factory=dict)
     dropped_config: tuple[str, ...] = ()
 
-    def factors_of(self, merge: Merge) -> dict[str, torch.Tensor]:
-        """Return the tensors that the updates of a merge name, on the CPU."""
-        return {name: self.tensors[name].cpu() for name in merge.read}
+    def factors_of(self, merge: Merge, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the tensors that the updates of a merge name, on the CPU; its own weight may be one of them."""
+        others = (name for name in merge.read if name != merge.weight)
+        return {**{name: self.tensors[name].cpu() for name in others}, merge.weight: weight}
 
     def new_value(self, entry: TensorEntry) -> torch.Tensor:
         """Return the new value of a tensor that is replaced, on the CPU and in its dtype."""

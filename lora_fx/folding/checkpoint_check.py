@@ -11,7 +11,8 @@ import torch
 from lora_fx.errors import FoldError, did_you_mean, listed
 from lora_fx.files.safetensors import TensorEntry, TensorFile, bytes_of, equal_in_files
 from lora_fx.folding.checkpoint import Changes, Checkpoint
-from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, Update, exact_blocks, rounded
+from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, exact_blocks, rounded
+from lora_fx.numerics.update import Update
 
 MISROUNDED = 1e-4
 """Largest share of the elements of a weight in half precision that may be the neighbour of the exact one rounded once."""
@@ -49,9 +50,10 @@ def _merge_problems(key: str, merge: Merge, entry: TensorEntry, tensors: Mapping
         if tuple(values.shape) != wanted:
             yield f"the rows of {key!r} do not fit: they are {list(values.shape)}, and would be {list(wanted)}"
     for update in merge.updates:
-        lacking = [name for name in update.names if name not in tensors]
+        read = [name for name in update.names if name != merge.weight]
+        lacking = [name for name in read if name not in tensors]
         yield from (f"{name!r}, which is to be added to {key!r}, is missing" for name in lacking)
-        empty = [name for name in update.names if name in tensors and tensors[name].is_meta]
+        empty = [name for name in read if name in tensors and tensors[name].is_meta]
         yield from (f"{name!r} is on the meta device: load it first" for name in empty)
         if not lacking and not empty:
             problem = _shape_problem(merge, update, entry, tensors)
@@ -65,7 +67,10 @@ def _shape_problem(merge: Merge, update: Update, entry: TensorEntry, tensors: Ma
         weight = merge.stack(torch.empty(entry.shape, device="meta"))
         product: torch.Tensor | None = None
         for factor in update.factors:
-            tensor = factor.view.apply(torch.empty(tensors[factor.name].shape, device="meta"))
+            if factor.computed is not None:
+                return None  # its shape is that of its value
+            shape = entry.shape if factor.name == merge.weight else tensors[factor.name].shape
+            tensor = factor.view.apply(torch.empty(shape, device="meta"))
             tensor = tensor if tensor.dim() == 3 else tensor[None]
             product = tensor if product is None else tensor @ product
     except (RuntimeError, IndexError, ValueError) as error:
@@ -145,7 +150,8 @@ def misrounded_share(
                 raise FoldError(_wrong(key, "it is not the dense value of its codes"))
             if key in changes.merges:
                 merge = changes.merges[key]
-                share = _share(key, file.read(key), written.read(key), merge, changes.factors_of(merge))
+                old = file.read(key)
+                share = _share(key, old, written.read(key), merge, changes.factors_of(merge, old))
                 largest = max(largest, share)
     return largest
 

@@ -41,11 +41,12 @@ from lora_fx.folding.checkpoint_places import Places, check_weights_named, tied_
 from lora_fx.folding.checkpoint_write import CheckpointReport, write_merged
 from lora_fx.folding.dense_base import dense_base
 from lora_fx.folding.fold import recipe
+from lora_fx.folding.report import product_text
 from lora_fx.folding.trained_base import check_bases
 from lora_fx.graph.adapter_names import adapter_of, is_of_adapter, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.state import State
-from lora_fx.numerics.lowrank_merge import Merge, Update, rounded
+from lora_fx.numerics.lowrank_merge import Merge, rounded
 from lora_fx.rules.plain_numbers import finite_number
 from lora_fx.text_table import new_table, text_lines
 from lora_fx.tracing.example_inputs import read_example_inputs
@@ -135,12 +136,7 @@ class CheckpointFold:
 
     def _merge_text(self, merge: Merge) -> str:
         rows = [f"{self.changes.tensors[write.rows].numel()} rows replaced" for write in merge.writes]
-        return " + ".join([*rows, *map(self._product_text, merge.updates)])
-
-    def _product_text(self, update: Update) -> str:
-        first = update.factors[0]
-        rank = first.view.apply(self.changes.tensors[first.name]).shape[0]
-        return f"{update.scaling:g} · B A of rank {rank}"
+        return " + ".join([*rows, *(product_text(each, self.changes.tensors) for each in merge.updates)])
 
     def write(
         self,

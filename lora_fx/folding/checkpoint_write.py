@@ -297,7 +297,9 @@ def _write_piece(changes: Changes, buffers: SimpleQueue[torch.Tensor], piece: _P
 
 def _merge(changes: Changes, key: str, weight: torch.Tensor) -> int:
     merge = changes.merges.get(key)
-    return _non_finite(weight) if merge is None else merge_into(weight, merge, changes.factors_of(merge), weight)
+    if merge is None:
+        return _non_finite(weight)
+    return merge_into(weight, merge, changes.factors_of(merge, weight), weight)
 
 
 def _non_finite(value: torch.Tensor) -> int:
@@ -314,4 +316,5 @@ def _measured(checkpoint: Checkpoint, changes: Changes, directory: Path) -> Iter
         for key in file.entries:
             if key in changes.merges and checkpoint.tensors[key][0] is file:
                 merge = changes.merges[key]
-                yield FoldedWeight.of(file.read(key), merge, changes.factors_of(merge), written.read(key))
+                old = file.read(key)
+                yield FoldedWeight.of(old, merge, changes.factors_of(merge, old), written.read(key))

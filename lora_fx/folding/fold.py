@@ -25,7 +25,7 @@ from lora_fx.branches.weight_uses import Value, values_of
 from lora_fx.errors import WITH_LABELS, FoldError, listed
 from lora_fx.folding.dequantise import dequantise, merged_dense, merged_quantised, warn_of_losses
 from lora_fx.folding.report import check_finite
-from lora_fx.graph.adapter_names import is_factor, is_of_start, original_name
+from lora_fx.graph.adapter_names import is_of_branch, is_of_start, original_name
 from lora_fx.graph.adapter_states import waiting
 from lora_fx.graph.cached_graphs import CachedGraphs, check_whole
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
@@ -44,7 +44,7 @@ def fold(
     graph_module: CachedGraphs,
     strengths: Mapping[str, float] | None = None,
     *,
-    branches: Nominate = is_factor,
+    branches: Nominate = is_of_branch,
     unshare: bool = False,
     inplace: bool = False,
     quantised: Literal["dense", "requantise"] = "dense",
@@ -56,7 +56,7 @@ def fold(
     graph_module: fx.GraphModule,
     strengths: Mapping[str, float] | None = None,
     *,
-    branches: Nominate = is_factor,
+    branches: Nominate = is_of_branch,
     unshare: bool = False,
     inplace: bool = False,
     quantised: Literal["dense", "requantise"] = "dense",
@@ -67,7 +67,7 @@ def fold(
     graph_module: fx.GraphModule | CachedGraphs,
     strengths: Mapping[str, float] | None = None,
     *,
-    branches: Nominate = is_factor,
+    branches: Nominate = is_of_branch,
     unshare: bool = False,
     inplace: bool = False,
     quantised: Literal["dense", "requantise"] = "dense",
@@ -143,7 +143,7 @@ def folded_state(
         PlanError: see :func:`fold`.
     """
     plain = _plain_acting(graph_module, strengths)
-    return state_of(dequantise(_folded(plain, is_factor, unshare=unshare)))
+    return state_of(dequantise(_folded(plain, is_of_branch, unshare=unshare)))
 
 
 def _plain_acting(graph_module: fx.GraphModule, strengths: Mapping[str, float] | None) -> fx.GraphModule:
@@ -237,7 +237,7 @@ def recipe(
     graph_module: fx.GraphModule | CachedGraphs,
     strengths: Mapping[str, float] | None = None,
     *,
-    branches: Nominate = is_factor,
+    branches: Nominate = is_of_branch,
     unshare: bool = False,
 ) -> tuple[Merge, ...]:
     """Return what :func:`fold` would do to each weight, as data: factors by their names, scalings, layouts.
@@ -278,6 +278,9 @@ def _copied_weights(values: Sequence[Value], state: State) -> set[str]:
     """Return the weights that a fold in place cannot write to, since something needs the old value; refuse shared memory."""
     names = Counter(value.weight for value in values)
     copied = {name for name, count in names.items() if count > 1}
+    aliases = state.aliases()
+    read = ((value.weight, aliases[name]) for value in values for update in value.updates for name in update.names)
+    copied |= names.keys() & {other for weight, other in read if other != weight}  # the update of one contains another
     spans: dict[object, list[str]] = {}
     for first in state.names():
         tensor = state.tensors[first]

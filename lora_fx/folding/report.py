@@ -17,6 +17,7 @@ from lora_fx.graph.info import check_module, info_of, known_info
 from lora_fx.numerics.lowrank_merge import Merge, Merged, measure
 from lora_fx.numerics.quantised_weight import QuantisedWeight
 from lora_fx.numerics.schemes import scheme_text
+from lora_fx.numerics.update import Update
 from lora_fx.text_table import new_table, text_lines
 
 
@@ -59,6 +60,16 @@ class FoldedWeight:
     def unchanged(self) -> float:
         """Share of the elements with an update that kept their value: theirs was less than half a step of the dtype."""
         return self.merged.unchanged / self.merged.elements if self.merged.elements else 0.0
+
+
+def product_text(update: Update, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return an update for people: the rank of a product, a bias, or the weight itself with its rows scaled."""
+    first, *others = update.factors
+    scaled = " in rows times magnitudes" if update.factors[-1].rows else ""
+    if first.name not in tensors:
+        return f"itself{scaled}"
+    what = f"B A of rank {first.view.apply(tensors[first.name]).shape[0]}" if others else "a bias"
+    return f"{update.scaling:g} · {what}{scaled}"
 
 
 def check_finite(non_finite: Mapping[str, int]) -> None:
@@ -127,7 +138,11 @@ class FoldReport:
             if rounding
             else ""
         )
-        return f"{len(self.weights)} weights, {elements} elements with an update{lost if unchanged else ''}{again}"
+        dense = sum(entry.merge.is_dense for entry in self.weights)
+        told = f"; the updates of {dense} weights are as large as these, and of no low rank" if dense else ""
+        return (
+            f"{len(self.weights)} weights, {elements} elements with an update{lost if unchanged else ''}{again}{told}"
+        )
 
 
 def fold_report(before: fx.GraphModule, merged: TracedGraphModule) -> FoldReport:

@@ -19,7 +19,7 @@ from torch import fx, nn
 from lora_fx.branches.find import Nominate, find_branches
 from lora_fx.branches.lower import lower
 from lora_fx.errors import InputError, LoraFxError, VerifyError
-from lora_fx.graph.adapter_names import is_factor
+from lora_fx.graph.adapter_names import is_of_branch
 from lora_fx.graph.compare import ValueDifference, compare_values, rounding_tolerance
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.info import check_module
@@ -56,7 +56,7 @@ def verify(
     merged: fx.GraphModule,
     inputs: Mapping[str, Any] | tuple[Any, ...],
     *,
-    branches: Nominate = is_factor,
+    branches: Nominate = is_of_branch,
     tolerance: float | None = None,
 ) -> Agreement:
     """Run a folded graph beside its original, in evaluation, and compare the value of every node.

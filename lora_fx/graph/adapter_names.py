@@ -19,9 +19,17 @@ _EMBEDDING_FACTOR = re.compile(
     r"(.+\.)?lora_embedding_[AB]\.(?P<adapter>[^.]+)"
 )  # as PEFT names those of its own layers
 _COPY = re.compile(r"(?P<module>(.+\.)?)(trained_copy|lora_rest)\.(?P<adapter>[^.]+)\.(?P<leaf>[^.]+)")
+_FACTOR_BIAS = re.compile(r"(.+\.)?lora_[AB]\.(?P<adapter>[^.]+)\.bias")
+_MAGNITUDE = re.compile(r"(.+\.)?lora_magnitude_vector\.(?P<adapter>[^.]+)\.weight")
+_OF_OTHER_METHODS = re.compile(
+    r"(.+\.)?(lora_(A|B|E|diag)|(?:adamss|beft|boft|bone|c3a|deft|delora|fourierft|frod|glora|gralora|hada|hira|hra|ia3|lily"
+    r"|ln_tuning|lokr|miss|oft|osf|peanut|poly|psoft|pvera|randlora|road|shira|supertuning|tinylora|trainable_tokens|unilora"
+    r"|vblora|vera|waveft)_\w+)\.(?P<adapter>(?!(?:weight|bias)$)[^.]+)(\.[^.]+)?"
+)  # <module>.<parameter>.<adapter>, as PEFT names them
 _PLACES = re.compile(r".+\.lora_places\.(?P<adapter>[^.]+)\.[^.]+")
 _START = re.compile(r"(.+\.)?lora_start_[AB]\.(?P<adapter>[^.]+)")
 _TOKENS = re.compile(r"(.+\.)?token_adapter\.(?P<kind>trainable_tokens_delta|token_indices)\.(?P<adapter>[^.]+)")
+_NOMINATING = (_FACTOR, _EMBEDDING_FACTOR, _FACTOR_BIAS, _MAGNITUDE, _OF_OTHER_METHODS)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,21 @@ class BranchNames:
     def starts(self) -> tuple[str, str]:
         """Parameters A and B as they started, of a branch whose product was taken out of the weight; they never train."""
         return f"{self.owner}.lora_start_A.{self.adapter}", f"{self.owner}.lora_start_B.{self.adapter}"
+
+    @property
+    def bias(self) -> str:
+        """Bias of B, of shape ``(out,)``, where it has one."""
+        return f"{self.owner}.lora_B.{self._suffix}.bias"
+
+    @property
+    def magnitude(self) -> str:
+        """Magnitudes of DoRA, one for each output feature."""
+        return f"{self.owner}.lora_magnitude_vector.{self._suffix}.weight"
+
+    @property
+    def training_product(self) -> str:
+        """Module that multiplies the dropped input by the weight in training, of DoRA with dropout."""
+        return f"{self.owner}.lora_training_product.{self._suffix}"
 
     @property
     def places(self) -> str:
@@ -97,6 +120,11 @@ def is_factor(name: str) -> bool:
     return original_name(name) is None and any(p.fullmatch(name) for p in (_FACTOR, _EMBEDDING_FACTOR))
 
 
+def is_of_branch(name: str) -> bool:
+    """Tell whether a tensor of this name nominates a branch for folding: a factor, what belongs to one, or a tensor of another method of PEFT."""
+    return original_name(name) is None and any(pattern.fullmatch(name) for pattern in _NOMINATING)
+
+
 def is_factor_b(name: str) -> bool:
     """Tell whether a parameter name is that of a factor B, behind the factor A."""
     match = _FACTOR.fullmatch(name)
@@ -106,6 +134,11 @@ def is_factor_b(name: str) -> bool:
 def is_embedding_factor(name: str) -> bool:
     """Tell whether PEFT gives a factor beside an embedding this name; lora_fx names all factors alike."""
     return is_factor(name) and _EMBEDDING_FACTOR.fullmatch(name) is not None
+
+
+def is_magnitude(name: str) -> bool:
+    """Tell whether a parameter name is that of magnitudes of DoRA."""
+    return original_name(name) is None and _MAGNITUDE.fullmatch(name) is not None
 
 
 def is_places(name: str) -> bool:
@@ -155,21 +188,14 @@ def is_of_start(name: str) -> bool:
 
 def is_of_adapter(name: str) -> bool:
     """Tell whether a tensor of this name belongs to an adapter."""
-    return (
-        is_factor(name)
-        or is_placement(name)
-        or is_token_values(name)
-        or is_of_start(name)
-        or original_name(name) is not None
-    )
+    return is_of_branch(name) or is_placement(name) or is_of_start(name) or original_name(name) is not None
 
 
 def adapter_of(name: str) -> str | None:
     """Return the adapter that a tensor of this name belongs to, or None if it belongs to none."""
     patterns = (
         _COPY,
-        _FACTOR,
-        _EMBEDDING_FACTOR,
+        *_NOMINATING,
         _PLACES,
         _START,
         _TOKENS,

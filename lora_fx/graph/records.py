@@ -89,6 +89,12 @@ class BranchSpec:
             return setting
         return replace(setting, rank=2 * setting.rank, rule_rank=setting.rule_rank or setting.rank, init="kaiming")
 
+    def parameters(self, adapter: str) -> tuple[str, ...]:
+        """Return the names of all parameters that it has in an adapter: A, B, the bias of B, the magnitudes."""
+        names, setting = self.names(adapter), self.setting
+        more = [names.bias] * setting.bias + [names.magnitude] * (setting.variant == "dora")
+        return (names.a, names.b, *more)
+
     def factors(self, adapter: str, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A and B of the update of the weight from the tensors of a graph, without a gradient: of the settings ``added``."""
         names = self.names(adapter)

@@ -9,25 +9,29 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lora_fx.numerics.quantised_weight import QuantisedWeight
+from lora_fx.numerics.schemes import CodebookScheme
 from lora_fx.rules.vocabulary import Op, Start
 
 
 def initial_factors(
-    shapes: tuple[Sequence[int], Sequence[int]],
+    shapes: Sequence[Sequence[int]],
     rank: int,
     like: torch.Tensor,
     *,
     computed: torch.dtype | None = None,
     op: Op = "linear",
     init: Start = "kaiming",
-) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return A and B of a new branch, one random and one zero, so that the branch starts as zero; with ``"random"`` both random.
+) -> tuple[nn.Parameter, ...]:
+    """Return A and B of a new branch, and the bias of B if it has one.
+
+    One factor is random and the rest zero, so that the branch starts as zero; with ``"random"`` all are random.
 
     They are drawn on the CPU from torch's global generator, in the order of draws that PEFT has (each factor is first
     initialised as its layer is, then once more), and rounded as PEFT rounds them, so that equal seeds give equal factors.
 
     Args:
-        shapes: of A and of B.
+        shapes: of A and of B, and of the bias of B if it has one.
         rank: of the update.
         like: the weight that the branch goes beside: gives the device and the dtype.
         computed: the dtype in which the site multiplies, if that is not the weight's. Factors are float32 beside half precision.
@@ -35,24 +39,28 @@ def initial_factors(
         init: of A otherwise: Kaiming-uniform with ``a = √5``, or normal with a standard deviation of ``1 / rank``; both factors as
             their layers start (``"random"``); or ``"orthogonal"``, of an even rank.
     """
-    a, b = (torch.empty(*shape) for shape in shapes)
+    a, b, *biases = (torch.empty(*shape) for shape in shapes)
     if op == "embedding":
         for factor in (a, b) if init == "random" else (a, b, b):
             nn.init.normal_(factor)
         if init != "random":
             a.zero_()
     else:
-        for factor in (a, b, a) if init == "kaiming" else (a, b):
+        for factor in (a, b):
             nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        for bias in biases:  # as its layer starts
+            bound = 1 / math.sqrt(b[0].numel())
+            nn.init.uniform_(bias, -bound, bound)
+        if init == "kaiming":
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         if init == "gaussian":
             nn.init.normal_(a, std=1 / rank)
         if init == "orthogonal":
             a, b = _orthogonal(rank, a.shape[1], b.shape[0])
-        elif init != "random":
-            b.zero_()
+        for factor in biases if init == "orthogonal" else (b, *biases) if init != "random" else ():
+            factor.zero_()
     dtype = adapter_dtype(computed or like.dtype)
-    a, b = (factor.to(like.device, like.dtype).to(dtype) for factor in (a, b))
-    return nn.Parameter(a), nn.Parameter(b)
+    return tuple(nn.Parameter(each.to(like.device, like.dtype).to(dtype)) for each in (a, b, *biases))
 
 
 def adapter_dtype(computed: torch.dtype) -> torch.dtype:
@@ -110,3 +118,11 @@ def minor_factors(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.
     """Return A of zeros, and B of the left singular vectors of a weight ``(out, in)`` of its smallest singular values (arXiv 2604.01694)."""
     left, _, _ = torch.linalg.svd(weight.to(torch.float32), full_matrices=False)
     return torch.zeros(rank, weight.shape[1], device=weight.device), left[:, -rank:].contiguous()
+
+
+def casts_first(weight: torch.Tensor) -> bool:
+    """Tell whether PEFT casts an update before the sum: its layers for 4 bits do, all others add in the wider dtype."""
+    if not isinstance(weight, QuantisedWeight):
+        return False
+    scheme = weight.scheme
+    return isinstance(scheme, CodebookScheme) or scheme.method != "rounding"

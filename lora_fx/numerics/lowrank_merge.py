@@ -18,56 +18,9 @@ from functools import reduce
 import torch
 from torch import nn
 
+from lora_fx.numerics.update import Update
 from lora_fx.numerics.weight_view import AS_STORED, SWAP, View
 from lora_fx.rules.vocabulary import Layout
-
-
-@dataclass(frozen=True)
-class Factor:
-    """One matrix of a product.
-
-    Attributes:
-        name: of the tensor.
-        view: from that to a matrix ``(out, in)``, or a stack of them.
-    """
-
-    name: str
-    view: View = AS_STORED
-
-
-@dataclass(frozen=True, repr=False)
-class Update:
-    """One low-rank update ``scaling · … M₂ M₁``, of LoRA ``scaling · B A``, as data.
-
-    Attributes:
-        factors: in the order in which they are applied to ``x``: A, then B.
-        scaling: factor of the product.
-        scales: names of tensors with one element, which are factors of the product too.
-        places: name of the tensor that has, for each output feature, the row of the product that is added to it, or the
-            number of rows where none is; None where the product has a row for every feature.
-    """
-
-    factors: tuple[Factor, ...]
-    scaling: float = 1.0
-    scales: tuple[str, ...] = ()
-    places: str | None = None
-
-    @property
-    def transposed(self) -> Update:
-        """The transpose of an update without places."""
-        factors = tuple(Factor(factor.name, factor.view.then(SWAP)) for factor in reversed(self.factors))
-        return replace(self, factors=factors)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of all tensors of which it is made."""
-        places = () if self.places is None else (self.places,)
-        return (*(factor.name for factor in self.factors), *self.scales, *places)
-
-    def __repr__(self) -> str:
-        product = " @ ".join(factor.name for factor in reversed(self.factors))
-        scales = "".join(f"{scale} * " for scale in self.scales)
-        return f"{self.scaling:g} * {scales}{product}{'' if self.places is None else f' at {self.places}'}"
 
 
 @dataclass(frozen=True)
@@ -125,6 +78,11 @@ class Merge:
         """How each matrix of the weight is stored."""
         return "in_out" if SWAP in self.view.steps else "out_in"
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether an update is a computed matrix as large as the weight, as of LoHa and LoKr."""
+        return any(len(update.factors) == 1 and update.factors[0].computed is not None for update in self.updates)
+
     def stack(self, weight: torch.Tensor) -> torch.Tensor:
         """Return a weight as a stack of matrices in this layout; a view of it where there is one."""
         steps = tuple(step for step in self.view.steps if step != SWAP)
@@ -160,8 +118,9 @@ def merge_into(
 ) -> int:
     """Compute ``W + Σ scaling · B A``, rounded to the weight's dtype once; return how many elements are not finite.
 
-    Products and sums are formed in float32 for float32 and bfloat16 weights, in float64 for all others. An element to which
-    exactly zero is added keeps its bits. Only parts of a limited size are ever held in that precision.
+    Products and sums are formed in float32 for float32 and bfloat16 weights, in float64 for all others, and wherever an update is
+    more than a product of named tensors. An element to which exactly zero is added keeps its bits. Of products, only parts of a
+    limited size are ever held in that precision.
 
     Args:
         weight: as it is stored.
@@ -182,7 +141,7 @@ def merge_into(
         # Adding zero changes the bits of -0.0 and of a NaN alone: as an integer, -0.0 is the least that there is.
         if finite and int(old.view(bits).amin()) != negative_zero:
             if place is not None:
-                place.copy_(rounded(wide, dtype) if dtype == torch.float16 else wide)
+                place.copy_(rounded(wide, dtype) if wide.dtype == torch.float64 else wide)
             continue
         new = torch.where(delta == 0, old, rounded(wide, dtype))
         if not finite:
@@ -207,6 +166,8 @@ def surely_finite(weight: torch.Tensor, merge: Merge, tensors: Mapping[str, torc
     """
     bound = _norm(weight) + sum(_norm(tensors[write.values]) for write in merge.writes)
     for update in merge.updates:
+        if not update.is_plain:
+            return False
         sizes = [_norm(tensors[factor.name]) for factor in update.factors]
         sizes += [abs(float(tensors[name])) for name in update.scales]
         # max(size, 1.0) is NaN for a NaN, max(1.0, size) is not
@@ -265,8 +226,10 @@ def _block_sums(
 
     Both tensors are the caller's until the next block, which has the same memory: new memory costs more than the arithmetic.
     """
-    precision = torch.float32 if source.dtype in (torch.float32, torch.bfloat16) else torch.float64
-    products = [_Product.of(update, tensors, precision) for update in merge.updates]
+    plain = all(update.is_plain for update in merge.updates)
+    precision = torch.float32 if plain and source.dtype in (torch.float32, torch.bfloat16) else torch.float64
+    known: dict[str, torch.Tensor] = {}
+    products = [_Product.of(update, tensors, precision, known) for update in merge.updates]
     spaces: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by height: a matrix has blocks of two heights at most
     for index, rows in _blocks(source):
         old = source[index, rows]
@@ -295,7 +258,8 @@ def exact_blocks(
         merge: see :func:`merge_into`.
         tensors: see :func:`merge_into`.
     """
-    products = [_Product.of(update, tensors, torch.float64) for update in merge.updates]
+    known: dict[str, torch.Tensor] = {}
+    products = [_Product.of(update, tensors, torch.float64, known) for update in merge.updates]
     source = merge.stack(merge.written(weight, tensors))
     for index, rows in _blocks(source):
         exact = source[index, rows].double()
@@ -315,21 +279,33 @@ DEVICE_BLOCK_ELEMENTS = 2**25
 
 @dataclass(frozen=True)
 class _Product:
-    """``scaling · left · right``, a stack of ``(out, rank)`` and one of ``(rank, in)``; either may be missing."""
+    """``scaling · left · right``, a stack of ``(out, rank)`` and one of ``(rank, in)``; the left one may be missing.
+
+    Then ``rows`` has a scale for each row of the right one, ``(matrices, out, 1)``, or is missing too.
+    """
 
     left: torch.Tensor | None
     right: torch.Tensor
     scaling: float
+    rows: torch.Tensor | None = None
 
     @staticmethod
-    def of(update: Update, tensors: Mapping[str, torch.Tensor], precision: torch.dtype) -> _Product:
-        factors = [factor.view.apply(tensors[factor.name].detach()).to(precision) for factor in update.factors]
+    def of(
+        update: Update, tensors: Mapping[str, torch.Tensor], precision: torch.dtype, known: dict[str, torch.Tensor]
+    ) -> _Product:
+        first, *rest = update.factors
+        if not rest and update.places is None and not first.is_plain:  # as large as the weight: scaled block by block
+            right = _stacked(replace(first, rows=()).stored(tensors, known))
+            scales = first.row_scales(tensors, known, precision)
+            rows = None if scales is None else scales.reshape(*right.shape[:-1], 1)
+            return _Product(None, right, _scaling(update, tensors), rows)
+        factors = [factor.value(tensors, known, precision) for factor in update.factors]
         right, *others = map(_stacked, factors)
         left = reduce(lambda product, factor: factor @ product, others) if others else None
         if update.places is not None:
             padded = nn.functional.pad(right if left is None else left, (0, 0, 0, 1))[:, tensors[update.places]]
             left, right = (None, padded) if left is None else (padded, right)
-        scaling = math.prod((float(tensors[name]) for name in update.scales), start=update.scaling)
+        scaling = _scaling(update, tensors)
         if left is not None and abs(math.frexp(scaling)[0]) == 0.5:  # a power of two is exact wherever it is multiplied
             left, scaling = left * scaling, 1.0
         return _Product(left, right, scaling)
@@ -343,8 +319,15 @@ class _Product:
             out.copy_((self.left[index] @ right[:, rows]).T)
         else:
             torch.mm(self.left[index, rows], right, out=out)
+        if self.rows is not None:
+            scales = self.rows[index]
+            out *= scales.T if layout == "in_out" else scales[rows]
         if self.scaling != 1:
             out *= self.scaling
+
+
+def _scaling(update: Update, tensors: Mapping[str, torch.Tensor]) -> float:
+    return math.prod((float(tensors[name]) for name in update.scales), start=update.scaling)
 
 
 def _stacked(matrix: torch.Tensor) -> torch.Tensor:

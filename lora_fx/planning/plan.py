@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lora_fx.graph.records import BranchSpec, Origin, TokenRows, Trained
 from lora_fx.rules.lookup import Rules
-from lora_fx.sites.call_sites import Site
+from lora_fx.sites.call_sites import Site, is_bare
 from lora_fx.sites.roles import Purpose
 from lora_fx.text_table import new_table, text_lines
 
@@ -31,9 +31,34 @@ def factor_shapes(branch: BranchSpec, site: Site) -> tuple[tuple[int, ...], tupl
     return (site.matrices * rank, site.in_features), (outputs, rank * site.matrices)
 
 
+def magnitude_shape(site: Site) -> tuple[int, ...]:
+    """Return the shape of the magnitudes of DoRA beside a site: ``(out,)``, of a convolution ``(1, out, 1, …)``."""
+    return (1, site.out_features, *(1 for _ in site.kernel)) if site.kernel else (site.out_features,)
+
+
+def why_no_variant(branch: BranchSpec, site: Site, which: str) -> str:
+    """Return why a branch beside a site cannot be DoRA's, or have a bias; nothing if it can."""
+    setting = branch.setting
+    reasons = {
+        "it is a part of the output features alone": branch.features is not None,
+        "it multiplies by a stack of matrices": site.op == "expert",
+        "its weight is a parameter of its own": is_bare(site),
+        "its factors are those of a tied embedding": branch.mirrors is not None,
+        "it starts from the weight": which == "DoRA" and (setting.splits or setting.init == "mica"),
+        "its convolution has groups": which == "DoRA" and site.matrices > 1 and site.op != "expert",
+        "PEFT has none beside an embedding": which != "DoRA" and site.op == "embedding",
+        "DoRA has none": which != "DoRA" and setting.variant == "dora",
+        f"it starts as {setting.init!r}, with which PEFT has none": which != "DoRA"
+        and setting.init not in ("kaiming", "random"),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
 def parameters_of_branch(branch: BranchSpec, site: Site) -> int:
-    """Return the number of parameters of A and B beside a site; none where it has those of another branch."""
-    return 0 if branch.mirrors is not None else sum(math.prod(shape) for shape in factor_shapes(branch, site))
+    """Return the number of parameters of a branch beside a site; none where it has those of another branch."""
+    vectors = branch.setting.bias + (branch.setting.variant == "dora")
+    factors = sum(math.prod(shape) for shape in factor_shapes(branch, site))
+    return 0 if branch.mirrors is not None else factors + vectors * outputs_of(branch, site)
 
 
 def outputs_of(branch: BranchSpec, site: Site) -> int:
@@ -209,6 +234,8 @@ def _site(decision: Decision) -> dict[str, Any]:
                     "dropout": branch.setting.dropout,
                     "scaling": branch.setting.scaling,
                     "init": branch.setting.init,
+                    "variant": branch.setting.variant,
+                    "bias": branch.setting.bias,
                 }
                 for branch in branches
             ]

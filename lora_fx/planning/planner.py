@@ -25,7 +25,7 @@ from lora_fx.planning.cautions import warn_of_lower_ranks
 from lora_fx.planning.matching import Refusal, refusal, trains
 from lora_fx.planning.peft_plan import plan_peft_sites
 from lora_fx.planning.peft_tokens import Vocabulary
-from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, outputs_of, owners_of
+from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, outputs_of, owners_of, why_no_variant
 from lora_fx.rules.lookup import Rules, RulesLike, load, model_type_of
 from lora_fx.rules.peft_config.argument_names import refusing_peft_names
 from lora_fx.rules.peft_config.name_matching import modules_of
@@ -318,6 +318,9 @@ def _unfit(chosen: Chosen) -> Iterator[str]:
                 f"site {site.name!r} has {site.matrices} groups, each with a low-rank update of its own, and rank {rank} cannot be "
                 "divided among them"
             )
+        for which, fits in (("DoRA", branch.setting.variant == "dora"), ("a bias in B", branch.setting.bias)):
+            if fits and (reason := why_no_variant(branch, site, which)):
+                yield f"site {site.name!r} can get no branch with {which}: {reason}"
         if site.operator == "_grouped_mm" and rank % 4:
             yield f"site {site.name!r} multiplies by {site.operator}, which takes ranks that are multiples of 4, not {rank}"
 
@@ -382,6 +385,7 @@ def _setting_text(branch: BranchSpec) -> str:
     words = [f"rank {setting.rank}", f"alpha {setting.alpha:g}", f"dropout {setting.dropout:g}"]
     words += [setting.scaling] if setting.scaling != "standard" else []
     words += [f"init {setting.init}"] if setting.init != "kaiming" else []
+    words += ["DoRA"] * (setting.variant == "dora") + ["a bias in B"] * setting.bias
     return ", ".join([*words, f"for {branch.part or 'all'} of {branch.owner!r}"])
 
 

@@ -52,7 +52,7 @@ from lora_fx.rules.validation import (
     validated,
     wrong,
 )
-from lora_fx.rules.vocabulary import NITER, Init, Op, Part, RoleName, Scaling, Start, TaskType, splits_weight
+from lora_fx.rules.vocabulary import NITER, Init, Op, Part, RoleName, Scaling, Start, TaskType, Variant, splits_weight
 
 # How other tools spell our keys: an unknown key is an error, and these get a better hint than spelling distance can give.
 FOREIGN_KEYS = {
@@ -65,7 +65,8 @@ FOREIGN_KEYS = {
     "exclude_modules": "exclude",
     "layers_to_transform": "layers",
     "modules_to_save": "trainable",
-    "bias": "trainable",
+    "use_dora": "variant",
+    "lora_bias": "bias",
 }
 
 
@@ -103,6 +104,9 @@ Layers = Annotated[
     Natural | Annotated[str, Field(strict=True, pattern=r"^[0-9]{1,9}-([0-9]{1,9})?$")],
     expecting('an integer ≥ 0 or a range such as "4-7" or "4-"'),
     AfterValidator(_check_layers),
+]
+BranchBias = Annotated[
+    bool, Field(strict=True), expecting('true or false (of a bias in B; trainable = "bias" trains the model\'s own)')
 ]
 Calls = Annotated[
     Literal["all", "each"] | Annotated[tuple[Positive, ...], Items("[1]")],
@@ -150,6 +154,12 @@ class Defaults(_Table):
     freeze: Frozen | None = None
     """The factor that never trains: A of LoRA-FA (arXiv 2308.03303), for one."""
 
+    variant: Annotated[Variant, one_of(Variant)] | None = None
+    """The kind of branch, "lora" unless said."""
+
+    bias: BranchBias | None = None
+    """Whether the factor B has a bias, which trains with it."""
+
 
 class FileDefaults(Defaults):
     """Settings of every branch that its selection does not override, and the task."""
@@ -159,7 +169,7 @@ class FileDefaults(Defaults):
 
 
 PREDICATES = ("target", "regex", "role", "op", "layers", "in_features", "out_features", "groups")
-OF_BRANCHES = ("rank", "alpha", "dropout", "scaling", "init", "freeze", "features", "calls")
+OF_BRANCHES = ("rank", "alpha", "dropout", "scaling", "init", "freeze", "variant", "bias", "features", "calls")
 
 
 class Selection(_Table):
@@ -217,6 +227,12 @@ class Selection(_Table):
     """In place of the default."""
 
     freeze: Frozen | None = None
+    """In place of the default."""
+
+    variant: Annotated[Variant, one_of(Variant)] | None = None
+    """In place of the default."""
+
+    bias: BranchBias | None = None
     """In place of the default."""
 
     trainable: Trainable | None = None
@@ -331,8 +347,8 @@ class RuleFile(_Table):
 class Setting:
     """The settings of one branch: ``y + scale · B(A(dropout(x)))``.
 
-    All are of the branch as it trains, but for ``strength``, at which an adapter is active among others, and for ``rule_rank``: the
-    rank that the rules gave and the scale goes by, where the site is narrower and has a lower rank.
+    All are of the branch as it trains, ``bias`` whether B has one, but for ``strength``, at which an adapter is active among others, and
+    for ``rule_rank``: the rank that the rules gave and the scale goes by, where the site is narrower and has a lower rank.
     """
 
     rank: int
@@ -343,6 +359,8 @@ class Setting:
     strength: float = 1.0
     rule_rank: int | None = None
     freeze: tuple[str, ...] = ()
+    variant: Variant = "lora"
+    bias: bool = False
 
     def lowered_to(self, width: int) -> Setting:
         """Return the settings with a rank of at most ``width``, and the same scale."""

@@ -70,6 +70,9 @@ def splits_weight(start: Start) -> bool:
     return start in ("pissa", "olora", "given") or NITER.fullmatch(start) is not None
 
 
+Variant = Literal["lora", "dora"]
+"""Kind of a branch: LoRA (arXiv 2106.09685), or DoRA (arXiv 2402.09353), which has a magnitude for each output feature besides."""
+
 TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 """A task, as PEFT names it."""
 

@@ -98,7 +98,9 @@ Emit = Callable[..., fx.Node]
 """Appends a node to a graph, given its part in the branch, the operator, and its arguments."""
 
 
-def low_rank(site: fx.Node, value: fx.Node, a: fx.Node, b: fx.Node, rank: int, emit: Emit) -> fx.Node:
+def low_rank(
+    site: fx.Node, value: fx.Node, a: fx.Node, b: fx.Node, rank: int, emit: Emit, bias: fx.Node | None = None
+) -> fx.Node:
     """Write ``B(A(value))`` beside a site, in the operators of the site, and return its node.
 
     Args:
@@ -108,11 +110,13 @@ def low_rank(site: fx.Node, value: fx.Node, a: fx.Node, b: fx.Node, rank: int, e
         b: ``(out, rank)``; ``(out, rank, 1, …)``; for experts ``(out, rank · experts)``, as PEFT stores them.
         rank: the rank of each matrix.
         emit: appends the nodes.
+        bias: of B, ``(out,)``, at a linear or a convolution.
     """
     product = weight_op(site)
     assert product is not None
     if product.op == "linear":
-        return emit("B", aten.linear.default, emit("A", aten.linear.default, value, a), b)
+        more = () if bias is None else (bias,)
+        return emit("B", aten.linear.default, emit("A", aten.linear.default, value, a), b, *more)
     if product.op == "embedding":
         found = emit("A", aten.embedding.default, emit("A", aten.t.default, a), value, *site.args[2:])
         return emit("B", aten.matmul.default, found, emit("B", aten.t.default, b))
@@ -120,7 +124,7 @@ def low_rank(site: fx.Node, value: fx.Node, a: fx.Node, b: fx.Node, rank: int, e
         *sizes, groups = (list(each) if isinstance(each, tuple) else each for each in product.geometry)
         none, ones = [0] * len(sizes[0]), [1] * len(sizes[0])
         reduced = emit("A", site.target, value, a, None, *sizes, groups)
-        return emit("B", _POINTWISE[product.op], reduced, b, None, ones, none, ones, groups)
+        return emit("B", _POINTWISE[product.op], reduced, b, bias, ones, none, ones, groups)
     experts = product.weight.meta["val"].shape[0]
     down = emit("A", aten.reshape.default, a, [experts, rank, -1])
     up = emit("B", aten.permute.default, emit("B", aten.reshape.default, b, [-1, rank, experts]), [2, 0, 1])

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from lora_fx.errors import LoraFxError
-from lora_fx.graph.adapter_names import is_embedding_factor, is_factor, is_factor_b
+from lora_fx.graph.adapter_names import is_embedding_factor, is_factor, is_factor_b, is_magnitude
 from lora_fx.graph.adapter_states import AdapterState, adapter_states
 from lora_fx.graph.info import check_module, known_info
 from lora_fx.graph.overview import element_counts
@@ -116,6 +116,8 @@ def _parameter_kind(name: str, parameter: nn.Parameter) -> str:
         return "embedding"
     if is_factor(name):
         return "B" if is_factor_b(name) else "A"
+    if is_magnitude(name):  # by its dimensions alone, as PEFT
+        return "B" if parameter.dim() == 1 else "A"
     return "own" if parameter.dim() > 1 else "own vectors"
 
 

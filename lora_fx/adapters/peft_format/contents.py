@@ -14,7 +14,9 @@ from lora_fx.adapters.peft_format.keys import PREFIX
 from lora_fx.adapters.peft_format.opening import AdapterFiles
 from lora_fx.errors import listed, printable
 
-_FACTOR = re.compile(r"(?P<module>.+?)\.lora_(?P<kind>A|B|embedding_A|embedding_B|magnitude_vector)(\.weight)?")
+_FACTOR = re.compile(
+    r"(?P<module>.+?)\.lora_(?P<kind>A|B|embedding_A|embedding_B|magnitude_vector)(\.weight|(?<=B)\.bias)?"
+)
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 MAX_MODULES, MAX_WHOLE = 12, 6
 
@@ -77,7 +79,8 @@ def overview_of(files: AdapterFiles) -> AdapterOverview:
 
 def _kind(files: AdapterFiles, kinds: Sequence[str]) -> str:
     scaling = "rsLoRA" if files.config.use_rslora else "LoRA"
-    return f"{scaling} with magnitudes (DoRA)" if "magnitude_vector" in kinds else scaling
+    more = ["magnitudes (DoRA)"] * ("magnitude_vector" in kinds) + ["biases in B"] * files.config.lora_bias
+    return f"{scaling} with {' and '.join(more)}" if more else scaling
 
 
 def _distinct(values: Sequence[float]) -> list[float]:

@@ -3,6 +3,8 @@
     linear, convolution   base_model.model.<module>.lora_A.weight            as here
     embedding             base_model.model.<module>.lora_embedding_A         as here
     rows of an embedding  base_model.model.<module>.token_adapter.trainable_tokens_delta
+    bias of B             base_model.model.<module>.lora_B.bias              as here
+    magnitudes of DoRA    base_model.model.<module>.lora_magnitude_vector    as here
     parameter             base_model.model.<parent>.lora_A.weight            of the last parameter of <parent> that is adapted
                           base_model.model.<parent>.base_layer.lora_A.weight of the one before, and so on
 
@@ -21,9 +23,11 @@ import torch
 from torch import fx
 
 from lora_fx.adapters.peft_format.stacks import StackLayout
+from lora_fx.errors import did_you_mean
 from lora_fx.graph.provenance import module_path, source_line, stamp_of
 from lora_fx.graph.records import BranchSpec
-from lora_fx.planning.plan import factor_shapes
+from lora_fx.planning.plan import factor_shapes, magnitude_shape
+from lora_fx.rules.peft_config.config import CONFIG_NAME
 from lora_fx.sites.call_sites import Site, biased, is_bare, parameter_of, sites
 from lora_fx.sites.weight_ops import readers, weight_op
 
@@ -68,6 +72,15 @@ class Slot:
         if self.site.op == "embedding" and not self.is_parameter:
             return f"{PREFIX}{self.path}.lora_embedding_A", f"{PREFIX}{self.path}.lora_embedding_B"
         return f"{PREFIX}{self.path}.lora_A.weight", f"{PREFIX}{self.path}.lora_B.weight"
+
+    def vectors(self, branch: BranchSpec) -> dict[str, tuple[int, ...]]:
+        """Return the keys of what a branch has besides A and B, each with its shape: the bias of B, the magnitudes."""
+        found: dict[str, tuple[int, ...]] = {}
+        if branch.setting.bias:
+            found[f"{PREFIX}{self.path}.lora_B.bias"] = (self.site.out_features,)
+        if branch.setting.variant == "dora":
+            found[f"{PREFIX}{self.path}.lora_magnitude_vector"] = magnitude_shape(self.site)
+        return found
 
     def shapes(self, branch: BranchSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of PEFT's A and B for a branch."""
@@ -247,3 +260,23 @@ def _moves_values(node: fx.Node) -> bool:
 RESHAPES = frozenset(
     {"view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "contiguous", "clone"}
 )
+
+
+def why_left(key: str, chosen: Collection[str], found: Collection[str]) -> str:
+    """Return why nothing asks for a key of a file, given the modules with branches and those of all call sites."""
+    if not key.startswith(PREFIX):
+        return f"expected a key that begins with {PREFIX}"
+    if "lora_magnitude_vector" in key:
+        return f"magnitudes of DoRA, and {CONFIG_NAME} does not say use_dora"
+    module, found, _ = key.removeprefix(PREFIX).partition(".lora_")
+    if not found:
+        return "the model has no such parameter"
+    if key.endswith((".lora_B.bias", ".lora_A.bias")):
+        return f"a bias of a factor, and {CONFIG_NAME} does not say lora_bias"
+    if ".base_layer." in f".{module}.":
+        return "inside of a layer of PEFT's own, as it puts into nn.MultiheadAttention; this is not supported"
+    if module in chosen:
+        return "the branch has no such factor"
+    if module in found:
+        return f"{CONFIG_NAME} does not select {module!r}"
+    return f"the graph has no call site {module!r}{did_you_mean(module, found)}"

@@ -14,7 +14,6 @@ from torch import fx, nn
 
 from lora_fx.adapters.peft_format.fingerprint import recorded, recorded_version
 from lora_fx.adapters.peft_format.keys import (
-    PREFIX,
     Slot,
     apart_from_calls,
     base_key,
@@ -37,7 +36,7 @@ from lora_fx.adapters.peft_format.renaming import fitted
 from lora_fx.adapters.peft_format.split_starts import no_weight, splits_of
 from lora_fx.adapters.peft_format.stacks import LAYOUTS, Stack, Writer, is_transposed, stack_layouts
 from lora_fx.adapters.starts import frozen_values
-from lora_fx.errors import did_you_mean, warn
+from lora_fx.errors import warn
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name, token_names
 from lora_fx.graph.batch_norms import whole_norms
 from lora_fx.graph.graph_module import state_of
@@ -61,6 +60,7 @@ class AdapterContents:
         branches: by their keys: what chose them, and the branch.
         trained: parameters of the model that have trained values.
         factors: A and B of each branch, by its key.
+        vectors: what branches have besides, by their keys: the bias of B, the magnitudes.
         copies: the trained values, by the parameter's name.
         origin: where it comes from.
         statistics: running statistics of batch norms that train as a whole, by their names.
@@ -77,6 +77,7 @@ class AdapterContents:
     copies: Mapping[str, torch.Tensor]
     origin: Origin
     statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    vectors: Mapping[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     echoes: Mapping[str, str] = field(default_factory=dict)
     tokens: tuple[TokenRows, ...] = ()
     rows: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -89,8 +90,9 @@ class AdapterContents:
             branch = self.branches[key][1]
             if branch.mirrors is not None:
                 continue
-            names, trains_b = branch.names(adapter), branch.setting.trains_b
-            values |= {names.a: nn.Parameter(a, trainable), names.b: nn.Parameter(b, trains_b and trainable)}
+            named = zip(branch.parameters(adapter), (a, b, *self.vectors.get(key, ())), strict=True)
+            frozen = () if branch.setting.trains_b else (branch.names(adapter).b,)
+            values |= {name: nn.Parameter(value, trainable and name not in frozen) for name, value in named}
         for key, (site, found) in self.splits.items():
             values |= frozen_values(site, self.branches[key][1], adapter, found)
         copies = {copy_name(name, adapter): nn.Parameter(value, trainable) for name, value in self.copies.items()}
@@ -151,6 +153,10 @@ class _Reader:
         self._rest(own, [slot.site.module for slot in branches])
         self._ledger.stop_if_wrong()
         read = {slot: self._read_factors(slot, *names) for slot, names in factors.items()}
+        vectors = {
+            branch.key: tuple(self._read(key, self._like(slot)) for key in slot.vectors(branch))
+            for slot, branch in branches.items()
+        }
         branches = self._mirrored(branches, read)
         saved = {name: self._read_copy(key, own[name]) for name, key in copies.items()}
         measured = {name: self._read_copy(key, own[name]) for name, key in statistics.items()}
@@ -178,6 +184,7 @@ class _Reader:
             values,
             replace(origin, task_type=config.task_type, base=config.base_model_name_or_path, revision=config.revision),
             measured,
+            vectors,
             echoes,
             tokens,
             rows,
@@ -246,6 +253,9 @@ class _Reader:
             )
             told += f", or {otherwise} as_stored" if otherwise != shape else ""
             self._ledger.take(key, shape, f"{CONFIG_NAME} selects {slot.name!r}", told)
+        for key, shape in slot.vectors(branch).items():
+            said = "use_dora" if branch.setting.variant == "dora" else "lora_bias"
+            self._ledger.take(key, shape, f"{CONFIG_NAME} says {said}", f"of {slot.site.out_features} features")
         return slot.keys
 
     def _copies(self, own: Mapping[str, torch.Tensor], adapted: Collection[str]) -> dict[str, str]:
@@ -346,7 +356,7 @@ class _Reader:
                 dead.add(module)
                 del self._ledger.unread[key]
                 continue
-            self._ledger.problems.append(f"{key}: {self._why_not(key, chosen)}")
+            self._ledger.problems.append(f"{key}: {why_left(key, chosen, self._sites)}")
             del self._ledger.unread[key]
         if dead:
             warn(
@@ -365,28 +375,14 @@ class _Reader:
         called = called_modules(self._graph_module)  # T5's `shared` is read under its other names, and is not called
         return bool(called) and module not in called
 
-    def _why_not(self, key: str, chosen: Collection[str]) -> str:
-        if not key.startswith(PREFIX):
-            return f"expected a key that begins with {PREFIX}"
-        if "lora_magnitude_vector" in key:
-            return "a magnitude of DoRA, which is not supported"
-        module, found, _ = key.removeprefix(PREFIX).partition(".lora_")
-        if not found:
-            return "the model has no such parameter"
-        if key.endswith((".lora_B.bias", ".lora_A.bias")):
-            return "a bias of a factor (lora_bias), which is not supported"
-        if ".base_layer." in f".{module}.":
-            return "inside of a layer of PEFT's own, as it puts into nn.MultiheadAttention; this is not supported"
-        if module in chosen:
-            return "the branch has no such factor"
-        if module in self._sites:
-            return f"{CONFIG_NAME} does not select {module!r}"
-        return f"the graph has no call site {module!r}{did_you_mean(module, self._sites)}"
-
     def _read_factors(self, slot: Slot, key_a: str, key_b: str) -> tuple[torch.Tensor, torch.Tensor]:
-        weight = self._state.tensors[slot.site.weight]
-        like = weight.new_empty(0, dtype=adapter_dtype(slot.site.cast or weight.dtype))
+        like = self._like(slot)
         return slot.converted(self._read(key_a, like), self._read(key_b, like))
+
+    def _like(self, slot: Slot) -> torch.Tensor:
+        """Return a tensor of the dtype and on the device of the factors beside a site."""
+        weight = self._state.tensors[slot.site.weight]
+        return weight.new_empty(0, dtype=adapter_dtype(slot.site.cast or weight.dtype))
 
     def _read(self, key: str, like: torch.Tensor) -> torch.Tensor:
         """Return a factor in the dtype that it has in the graph, if that loses nothing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -92,8 +92,11 @@ class _PeftWriter:
                 )
                 continue
             tensors |= dict(zip(slot.keys, slot.converted(*self._dense(branches, slot.site)), strict=True))
+            (first, *_) = branches
+            vectors = [self._state.tensors[name].detach() for name in first.parameters(self._adapter)[2:]]
+            tensors |= dict(zip(slot.vectors(first), vectors, strict=True))
             settings[slot.name] = (sum(branch.added.rank for branch in branches), self._scale(owner))
-        self._problems += apart.values()
+        self._problems += [*apart.values(), *_unlike_variants([b for each in self._branches.values() for b in each])]
         indices, rows = self._tokens(chosen)
         adapted = [slot.site.module for slot in placed.values() if not is_bare(slot.site)]
         parts = self._trained(adapted)
@@ -220,6 +223,16 @@ class _PeftWriter:
         return kept
 
 
+def _unlike_variants(branches: Collection[BranchSpec]) -> Iterator[str]:
+    """Yield why PEFT has no words for the kinds of some branches: it has one for all."""
+    for what, given in (
+        ("DoRA", {branch.setting.variant == "dora" for branch in branches}),
+        ("a bias in B", {branch.setting.bias for branch in branches}),
+    ):
+        if len(given) > 1:
+            yield f"some of its branches have {what} and others not, and PEFT has one kind for all. Make two adapters of it"
+
+
 def _config(
     graph_module: TracedGraphModule,
     adapter: str,
@@ -261,6 +274,8 @@ def _config(
         rank_pattern={name: int(value) for name, value in patterns(ranks, rank).items()},
         alpha_pattern=patterns(alphas, alpha),
         use_rslora=rslora,
+        use_dora=any(branch.setting.variant == "dora" for branch in branches),
+        lora_bias=any(branch.setting.bias for branch in branches),
         lora_dropout=dropout,
         target_modules=targets(modules, others) if modules or not parameters else None,
         target_parameters=parameters or None,

@@ -16,7 +16,8 @@ from lora_fx.errors import FoldError
 from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.info import known_info
-from lora_fx.numerics.lowrank_merge import Merge, Update
+from lora_fx.numerics.lowrank_merge import Merge
+from lora_fx.numerics.update import Update
 from lora_fx.sites.call_sites import Site, sites
 
 

@@ -1,7 +1,7 @@
 """``adapter_config.json`` of a PEFT adapter directory, as data: which modules it adapts, and how. Imports no torch.
 
-Read as PEFT 0.21 reads it. Unsupported options that would change the result are refused by name: DoRA, initialisations that
-changed the base weights, and every unknown option that is switched on and that nobody says to have no effect.
+Read as PEFT 0.21 reads it. Unsupported options that would change the result are refused by name: initialisations that changed the
+base weights, and every unknown option that is switched on and that nobody says to have no effect.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lora_fx.rules.validation import (
     validated,
     wrong,
 )
-from lora_fx.rules.vocabulary import Start, splits_weight
+from lora_fx.rules.vocabulary import Scaling, Start, Variant, splits_weight
 
 CONFIG_NAME = "adapter_config.json"
 MAX_BYTES = 2**24  # of a config: real ones have a few thousand
@@ -90,6 +90,12 @@ class AdapterConfig(Table):
 
     use_rslora: Flag = False
     """Whether the scaling is alpha / √rank, not alpha / rank."""
+
+    use_dora: Flag = False
+    """Whether the branches are DoRA's, with magnitudes."""
+
+    lora_bias: Flag = False
+    """Whether the factors B have biases."""
 
     lora_dropout: Dropout = 0.0
     """Probability with which an element of a branch's input is dropped in training."""
@@ -190,7 +196,9 @@ class AdapterConfig(Table):
         rank = value_of_pattern(self.rank_pattern, module, self.r)
         alpha = value_of_pattern(self.alpha_pattern, module, self.lora_alpha)
         start = _STARTS.get(self.init_lora_weights) or str(self.init_lora_weights)
-        return Setting(rank, alpha, self.lora_dropout, "rslora" if self.use_rslora else "standard", start)
+        scaling: Scaling = "rslora" if self.use_rslora else "standard"
+        variant: Variant = "dora" if self.use_dora else "lora"
+        return Setting(rank, alpha, self.lora_dropout, scaling, start, variant=variant, bias=self.lora_bias)
 
     def to_json(self) -> str:
         """Return the file, with all keys that PEFT 0.21 writes, in its form."""

@@ -28,19 +28,15 @@ UNUSED: Mapping[str, Any] = {
         )
     ),
     "loftq_config": {},
-    "lora_bias": False,
     "megatron_core": "megatron.core",
     "qalora_group_size": 16,
-    "use_dora": False,
     "use_qalora": False,
 }
 """Those that PEFT 0.21 writes, with their values where they are unused."""
 
 VARIANTS: Mapping[str, str] = {
-    "use_dora": "DoRA",
     "use_qalora": "QA-LoRA",
     "use_bdlora": "block-diagonal LoRA",
-    "lora_bias": "a bias in B",
     "alora_invocation_tokens": "activated LoRA (aLoRA)",
     "layer_replication": "replicated layers",
     "megatron_config": "Megatron's parallel layers",

@@ -43,7 +43,10 @@ class PeftRules:
     @property
     def digest(self) -> str:
         """SHA-256 of what the configuration says, as hexadecimal digits."""
-        return hashlib.sha256(self.config.model_dump_json(exclude_none=True).encode()).hexdigest()
+        later = {
+            key for key in ("use_dora", "lora_bias") if not getattr(self.config, key)
+        }  # earlier digests had them not
+        return hashlib.sha256(self.config.model_dump_json(exclude_none=True, exclude=later).encode()).hexdigest()
 
     @property
     def saved(self) -> tuple[str, ...]:

@@ -1,0 +1,314 @@
+"""DoRA and biases of B: PEFT's bits in training and evaluation, files in both directions, folds in memory and on disk."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from architectures import ARCHITECTURES, model, rows, run, traced
+from conftest import unchanged
+from graph_diff import first_difference
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import lora_fx
+from lora_fx.adapters.peft_format.contents import overview_of
+from lora_fx.adapters.peft_format.opening import read_adapter
+from lora_fx.folding.checkpoint_plan import fold_checkpoint
+from lora_fx.graph.adapter_names import is_factor
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+
+class Layers(nn.Module):
+    """An embedding, linears with a bias and without one, and GPT-2's Conv1D."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.emb, self.q = nn.Embedding(11, 6), nn.Linear(6, 10)
+            self.k, self.c = nn.Linear(10, 7, bias=False), Conv1D(9, 7)
+            nn.init.normal_(self.c.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(torch.tanh(self.k(torch.tanh(self.q(self.emb(x))))))  # type: ignore[no-any-return]
+
+
+class Convolved(nn.Module):
+    """Convolutions of some number of dimensions, with a bias and without one."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        self.wide, self.point = kind(3, 8, 3, stride=2, padding=1), kind(8, 5, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.point(torch.tanh(self.wide(x)))  # type: ignore[no-any-return]
+
+
+IDS = torch.tensor([[3, 0, 10, 4, 1], [2, 2, 9, 7, 5]])
+DORA, BIAS = {"use_dora": True}, {"lora_bias": True}
+ALL, BIASED = ["emb", "q", "k", "c"], ["q", "c"]
+
+
+def signal(dims: int) -> torch.Tensor:
+    return torch.linspace(-1, 1, 6 * 5**dims).view(2, 3, *[5] * dims)
+
+
+Case = tuple[Callable[[], nn.Module], torch.Tensor, dict[str, Any]]
+CASES: Mapping[str, Case] = {
+    "dora": (Layers, IDS, {**DORA, "target_modules": ALL}),
+    "dora, dropout": (Layers, IDS, {**DORA, "target_modules": ALL, "lora_dropout": 0.3, "use_rslora": True}),
+    "dora, both random": (Layers, IDS, {**DORA, "target_modules": ALL, "init_lora_weights": False}),
+    "dora, bf16": (lambda: Layers().bfloat16(), IDS, {**DORA, "target_modules": ALL}),
+    "dora, bf16, dropout": (lambda: Layers().bfloat16(), IDS, {**DORA, "target_modules": ALL, "lora_dropout": 0.3}),
+    "dora, conv1d": (lambda: Convolved(1), signal(1), {**DORA, "target_modules": ["wide", "point"]}),
+    "dora, conv2d, dropout": (
+        lambda: Convolved(2), signal(2), {**DORA, "target_modules": ["wide", "point"], "lora_dropout": 0.3},
+    ),
+    "dora, conv3d": (lambda: Convolved(3), signal(3), {**DORA, "target_modules": ["wide", "point"]}),
+    "bias": (Layers, IDS, {**BIAS, "target_modules": BIASED, "lora_dropout": 0.3}),
+    "bias, both random": (Layers, IDS, {**BIAS, "target_modules": BIASED, "init_lora_weights": False}),
+    "bias, bf16": (lambda: Layers().bfloat16(), IDS, {**BIAS, "target_modules": BIASED}),
+    "bias, conv2d": (lambda: Convolved(2), signal(2), {**BIAS, "target_modules": ["wide"]}),
+}  # fmt: skip
+
+
+def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what trains by the names that it has in a graph."""
+    found = {name.removeprefix("base_model.model."): p for name, p in module.named_parameters() if p.requires_grad}
+    return {
+        name.replace("lora_embedding_A.default", "lora_A.default.weight").replace(
+            "lora_embedding_B.default", "lora_B.default.weight"
+        ): p
+        for name, p in found.items()
+    }
+
+
+def set_parameters(module: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in sorted(parameters(module).items()):
+        value = torch.randn(parameter.shape, generator=generator) * 0.3 + ("magnitude" in name)
+        parameter.data.copy_(value)
+
+
+def both(case: Case) -> tuple[Any, lora_fx.TracedGraphModule]:
+    """Return a model that PEFT wrapped, and the graph, with equal seeds."""
+    make, x, settings = case
+    config = peft.LoraConfig(r=3, lora_alpha=5, **settings)
+    base, other = make(), make()
+    torch.manual_seed(5)
+    wrapped = peft.get_peft_model(base, config)
+    torch.manual_seed(5)
+    return wrapped, lora_fx.rewrite(other, rules=config, example_inputs=(x,))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parameters_outputs_and_gradients_are_bit_equal_to_peft(name: str, tmp_path: Path) -> None:
+    make, x, _ = CASES[name]
+    wrapped, graph_module = both(CASES[name])
+    mine, theirs = parameters(graph_module), parameters(wrapped)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) and mine[key].dtype == theirs[key].dtype for key in theirs)
+    assert lora_fx.parameter_summary(graph_module).trainable == sum(p.numel() for p in theirs.values())
+    for module in (wrapped, graph_module):
+        set_parameters(module)
+    for training in (True, False):
+        outputs = []
+        for module in (wrapped, graph_module):
+            module.train(training).zero_grad()
+            torch.manual_seed(3)
+            outputs.append(module(x))
+            outputs[-1].float().square().sum().backward()
+        assert torch.equal(*outputs)
+        assert all(torch.equal(mine[key].grad, theirs[key].grad) for key in theirs)  # type: ignore[arg-type]
+    expected = graph_module(x)
+    lora_fx.save_adapter(graph_module, tmp_path / "mine")
+    wrapped.save_pretrained(tmp_path / "theirs")
+    assert torch.equal(peft.PeftModel.from_pretrained(make(), tmp_path / "mine").eval()(x), expected)
+    assert torch.equal(lora_fx.from_adapter(make(), tmp_path / "theirs", example_inputs=(x,)).eval()(x), expected)
+    with unchanged(graph_module):
+        folded = lora_fx.fold(graph_module)
+    if expected.dtype == torch.float32:
+        assert torch.allclose(folded(x), expected, rtol=0, atol=1e-6 * max(1.0, float(expected.abs().max())))
+    base = lora_fx.trace(make(), (x,))
+    assert first_difference(base, folded) is None
+    assert first_difference(base, lora_fx.unload(graph_module)) is None
+    assert folded.state_dict().keys() == base.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", rows(ARCHITECTURES, ("gpt2", "llama")))
+def test_dora_on_this_architecture_is_bit_equal_to_peft_and_folds(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        lora_dropout=0.3,
+        use_dora=True,
+        target_modules=list(architecture.target_modules),
+        fan_in_fan_out=architecture.fan_in_fan_out,
+    )
+    wrapped = peft.get_peft_model(copy.deepcopy(model(name)), config)
+    graph_module = lora_fx.rewrite(traced(name), rules=config)
+    for module in (wrapped, graph_module):
+        set_parameters(module)
+    mine, theirs = parameters(graph_module), parameters(wrapped)
+    assert mine.keys() == theirs.keys()
+    for training in (True, False):
+        outputs = []
+        for module in (wrapped, graph_module):
+            torch.manual_seed(3)
+            module.train(training).zero_grad()
+            outputs.append(run(name, module, 3, 11, 5)[0])
+        assert torch.equal(*outputs)
+        for output in outputs:
+            output.square().mean().backward()
+        for key, parameter in theirs.items():
+            assert (mine[key].grad - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), key  # type: ignore[operator, union-attr]
+    with torch.no_grad():
+        expected, found = (run(name, each, 3, 11, 5)[0] for each in (graph_module, lora_fx.fold(graph_module)))
+    assert float((found - expected).abs().max()) <= 2e-5 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["dora, dropout", "bias"])
+def test_thirty_steps_of_training_end_at_pefts_bits(name: str) -> None:
+    wrapped, graph_module = both(CASES[name])
+    x = CASES[name][1]
+    for module in (wrapped, graph_module):
+        optimizer = torch.optim.AdamW(parameters(module).values(), lr=0.01)
+        torch.manual_seed(2)
+        for _ in range(30):
+            optimizer.zero_grad()
+            (module.train()(x) - 1).square().mean().backward()
+            optimizer.step()
+    mine, theirs = parameters(graph_module), parameters(wrapped)
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+
+
+@pytest.fixture
+def graph_module() -> lora_fx.TracedGraphModule:
+    _, made = both(CASES["dora, dropout"])
+    set_parameters(made)
+    return made.eval()
+
+
+PASSES: Mapping[str, Callable[[Any], Any]] = {
+    "fuse": lora_fx.fuse,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda graph: pickle.loads(pickle.dumps(graph)),
+    "activate": lambda graph: lora_fx.activate(lora_fx.activate(graph, {}), {"default": 1.0}),
+    "transfer": lambda graph: lora_fx.transfer(graph, onto=lora_fx.trace(Layers(), (IDS,))),
+    "materialize": lambda graph: lora_fx.materialize(
+        lora_fx.rewrite(Layers().to("meta"), CONFIG, example_inputs=(IDS,)), graph.state_dict()
+    ),
+}
+CONFIG = {"peft_type": "LORA", "r": 3, "lora_alpha": 5, **CASES["dora, dropout"][2]}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_keeps_dora(name: str, graph_module: lora_fx.TracedGraphModule) -> None:
+    with unchanged(graph_module):
+        other = PASSES[name](graph_module).eval()
+    assert torch.equal(other(IDS), graph_module(IDS))
+    assert torch.equal(lora_fx.fold(other)(IDS), lora_fx.fold(graph_module)(IDS))
+    torch.manual_seed(1)
+    dropped = graph_module.train()(IDS)
+    torch.manual_seed(1)
+    assert torch.equal(other.train()(IDS), dropped)
+
+
+def test_magnitudes_that_a_state_dict_lacks_are_those_of_the_weights() -> None:
+    graph_module = lora_fx.rewrite(Layers().to("meta"), CONFIG, example_inputs=(IDS,))
+    given = lora_fx.materialize(graph_module, Layers().state_dict(), seed=5)
+    wanted = lora_fx.rewrite(Layers(), CONFIG, example_inputs=(IDS,), seed=5)
+    assert all(torch.equal(p, parameters(wanted)[key]) for key, p in parameters(given).items())
+
+
+def test_dora_is_drawn_and_exported(graph_module: lora_fx.TracedGraphModule, tmp_path: Path) -> None:
+    lora_fx.draw(lora_fx.unload(graph_module), graph_module, tmp_path / "graph.html")
+    lora_fx.export.torchscript(graph_module, tmp_path / "dora.pt")
+    (written,) = torch.jit.load(str(tmp_path / "dora.pt"))(IDS).values()
+    assert torch.allclose(written, graph_module(IDS), rtol=0, atol=1e-6)
+
+
+def refuses(match: str, call: Callable[[], object]) -> None:
+    with pytest.raises(lora_fx.LoraFxError, match=match):
+        call()
+
+
+def test_what_dora_cannot_do_is_refused(graph_module: lora_fx.TracedGraphModule, tmp_path: Path) -> None:
+    two = lora_fx.rewrite(graph_module, CONFIG, adapter="b")
+    refuses("would both act at 'emb', and one of them is DoRA's", lambda: lora_fx.activate(two, {"default": 1, "b": 1}))
+    refuses("cannot have the strength 0.5: it is DoRA's", lambda: lora_fx.activate(two, {"default": 0.5}))
+    refuses("cannot be combined: it is DoRA's", lambda: lora_fx.combine(two, {"default": 1.0, "b": 1.0}, adapter="c"))
+    refuses("has DoRA at 'q'. Fold it", lambda: lora_fx.export.onnx_adapter(graph_module, tmp_path / "slots"))
+    lora = lora_fx.rewrite(Layers(), {"select": [{"target": ["q"]}]}, example_inputs=(IDS,), rank=3, alpha=5)
+    differing = lora_fx.rewrite(
+        lora_fx.trace(Layers(), (IDS,)), {"select": [{"target": ["q"], "variant": "dora"}]}, rank=3, alpha=5
+    )
+    lora_fx.save_adapter(differing, tmp_path / "a")
+    refuses("DoRA, rank 3", lambda: lora_fx.load_adapter(lora, tmp_path / "a"))
+
+
+UNFIT: Mapping[str, tuple[Callable[[], nn.Module], torch.Tensor, dict[str, Any], str]] = {
+    "bias beside an embedding": (Layers, IDS, {"target": ["emb"], "bias": True}, "PEFT has none beside an embedding"),
+    "bias of dora": (Layers, IDS, {"target": ["q"], "bias": True, "variant": "dora"}, "DoRA has none"),
+    "gaussian bias": (Layers, IDS, {"target": ["q"], "bias": True, "init": "gaussian"}, "it starts as 'gaussian'"),
+    "groups": (
+        lambda: nn.Sequential(nn.Conv1d(4, 6, 2, groups=2)), torch.ones(1, 4, 5), {"op": ["conv1d"], "variant": "dora"},
+        "its convolution has groups",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_site_that_can_get_no_such_branch_is_named(name: str) -> None:
+    make, x, selection, reason = UNFIT[name]
+    refuses(
+        f"can get no branch with .*{reason}",
+        lambda: lora_fx.rewrite(make(), {"select": [selection]}, example_inputs=(x,)),
+    )
+
+
+def test_rules_say_which_kind_of_branch() -> None:
+    rules = {
+        "defaults": {"rank": 3, "variant": "dora"},
+        "select": [{"target": ["q"]}, {"target": ["k"], "variant": "lora"}],
+    }
+    graph_module = lora_fx.rewrite(Layers(), rules, example_inputs=(IDS,))
+    more = {name for name in parameters(graph_module) if not is_factor(name)}
+    assert more == {"q.lora_magnitude_vector.default.weight"}
+    refuses(
+        "some of its branches have DoRA and others not", lambda: lora_fx.save_adapter(graph_module, Path("nowhere"))
+    )
+    refuses(
+        r"variant: expected 'lora' or 'dora', found 'dorra'",
+        lambda: lora_fx.plan(Layers(), {"select": [{"target": ["q"], "variant": "dorra"}]}, example_inputs=(IDS,)),
+    )
+    refuses(
+        r"bias: expected true or false \(of a bias in B",
+        lambda: lora_fx.plan(Layers(), {"select": [{"target": ["q"], "bias": "all"}]}, example_inputs=(IDS,)),
+    )
+
+
+@pytest.mark.parametrize("settings", [DORA, BIAS], ids=["dora", "bias"])
+def test_a_fold_on_disk_is_that_in_memory_and_inspect_says_the_kind(settings: dict[str, Any], tmp_path: Path) -> None:
+    base = copy.deepcopy(model("gpt2"))
+    base.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    config = peft.LoraConfig(r=3, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, **settings)
+    graph_module = lora_fx.rewrite(base, rules=config)
+    set_parameters(graph_module)
+    lora_fx.save_adapter(graph_module, tmp_path / "adapter")
+    fold_checkpoint(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "out", verify=True, report=True)
+    merged, written = lora_fx.fold(graph_module).state_dict(), type(base).from_pretrained(tmp_path / "out").state_dict()  # type: ignore[attr-defined]
+    assert all(torch.equal(merged[name], value) for name, value in written.items())
+    kind = {"use_dora": "LoRA with magnitudes (DoRA)", "lora_bias": "LoRA with biases in B"}[next(iter(settings))]
+    assert overview_of(read_adapter(tmp_path / "adapter")).data["kind"] == kind
