@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.adapters.dora import DoraBranch, dropout_modules, initial_magnitude
+from lora_fx.adapters.dora import DoraBranch, check_dora_alone, dropout_modules, initial_magnitude
 from lora_fx.adapters.fake_values import FakeValues
 from lora_fx.adapters.starts import (
     GivenStart,

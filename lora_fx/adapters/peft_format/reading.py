@@ -21,6 +21,7 @@ from lora_fx.adapters.peft_format.keys import (
     module_of_key,
     slots,
     token_key,
+    why_left,
 )
 from lora_fx.adapters.peft_format.ledger import KeyLedger
 from lora_fx.adapters.peft_format.opening import AdapterFiles
