@@ -163,8 +163,8 @@ Q = "[[select]]\ntarget = ['q']\n"
 SOME = "target, regex, role, op, layers, in_features, out_features, groups"
 WORDS = {
     "{SOME}": SOME,
-    "{SELECT}": "alpha, alternatives, bias, calls, dropout, exclude, exclude_role, features, freeze, groups, in_features, init, layers, op, optional, "
-    "out_features, override, rank, regex, role, scaling, target, trainable, variant",
+    "{SELECT}": "alpha, alternatives, bias, calls, dropout, exclude, exclude_role, features, freeze, groups, in_features, init, layers, op, "
+    "optional, out_features, override, rank, regex, role, scaling, target, trainable, variant",
     "{DEFAULTS}": "alpha, bias, dropout, freeze, init, rank, scaling, task_type, variant",
     "{FILE}": "defaults, model_types, select",
     "{ROLES}": ", ".join(map(repr, [*ROLES, *(f"attention.{end}" for end in ("query", "key", "value"))]))

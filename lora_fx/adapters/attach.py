@@ -229,6 +229,11 @@ def _new_factors(
             like = state.tensors[model_weight(site)]
             if (made := start_values(site, branch, adapter, like, pairs.get(branch.key))) is not None:
                 factors |= made
+                if branch.setting.bias:
+                    factors[names.bias] = nn.Parameter(torch.zeros_like(made[names.b][:, 0]).flatten())
+                if branch.setting.variant == "dora":
+                    a, b = made[names.a], made[names.b]
+                    factors[names.magnitude] = initial_magnitude(site, like, a, b, branch.setting.scale)
                 continue
             shapes = (*factor_shapes(branch, site), *[(site.out_features,)] * branch.setting.bias)
             dtype = adapter_dtype(site.cast or like.dtype)
