@@ -86,10 +86,7 @@ def test_a_training_row_compares_and_measures_every_contender(
     )
 
 
-def test_activation_checkpointing_is_measured_beside_that_of_peft(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpointing, "apart", lambda *_: 1000)
+def test_activation_checkpointing_is_measured_beside_that_of_peft(tmp_path: Path) -> None:
     result = checkpointing.measured(dataclasses.replace(checkpointing.ROW.tiny(), repetitions=1))
     check(result, tmp_path / "row.json", "K1")
     assert len(result.asked()) == len(result.goals)

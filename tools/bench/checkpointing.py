@@ -21,7 +21,7 @@ import torch
 import transformers
 import typer
 from contenders import Adapter, Contender, compared, rewritten, set_factors
-from measuring import alternating, apart, peak_bytes, resident_bytes, shown
+from measuring import alternating, peak_bytes, shown
 from results import Conditions, Goal, Measured, Result, report
 from shapes import Llama, Timed, batch_of, built
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
@@ -36,11 +36,7 @@ GOALS = (
     Goal("nested, again", "time", 1.05, "PEFT, again"),
     Goal("nested, again", "peak", 1.0, "PEFT, again"),
     Goal("fused, nested, again", "peak", 0.75, "PEFT, again"),
-    Goal("nested, again", "resident", 1.0, "PEFT, again"),
-    Goal("fused, nested, again", "resident", 0.75, "PEFT, again"),
 )
-RESIDENT = ("PEFT, again", "nested, again", "fused, nested, again")
-"""Of whom resident memory is measured."""
 
 ATTENTION = [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default]
 
@@ -68,12 +64,6 @@ def contenders_of(row: Timed) -> list[Contender]:
     return [Contender(name, module.train(), batch, module) for name, module in modules.items()]
 
 
-def resident(row: Timed, name: str) -> int | None:
-    """Return the resident memory that the step of one contender takes; to be called in a process of its own."""
-    step = next(each.step for each in contenders_of(row) if each.name == name)
-    return resident_bytes(step)
-
-
 def measured(row: Timed) -> Result:
     """Measure the row."""
     found = contenders_of(row)
@@ -92,8 +82,7 @@ def measured(row: Timed) -> Result:
             times[name],
             saved[name],
             peaks[name],
-            apart(resident, row, name) if name in RESIDENT else None,
-            apart_by[name],
+            difference=apart_by[name],
             against="" if name == "PEFT" else "PEFT",
         )
         for name in times
