@@ -99,7 +99,8 @@ that are not those they start with, taken the whole way. Numbers are largest dif
 Where a trace is not bit-equal, eager uses kernels of its own: `nn.MultiheadAttention`'s fast path, or attention without gradients. diffusers
 multiplies kohya's alpha into A for FLUX, a rounding apart; it ignores alphas that differ from module to module for a U-Net, and
 has no reader of these keys for Stable Diffusion 3. `SwinTransformer` of torchvision is traced with `dynamic={"x": (0,)}`, for images of one
-size: the windows of others follow conditions that torch.export cannot keep apart.
+size: the windows of others follow conditions that torch.export cannot keep apart. Its rules name the MLPs, as those of `VisionTransformer`
+do: torchvision multiplies with the weights of `qkv` and `out_proj` outside of their modules, where PEFT's layers never act.
 """
 
 

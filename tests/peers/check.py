@@ -79,6 +79,7 @@ def check(peer: models.Peer) -> Row:
     if "sites" in row.notes:
         return row
     set_factors(graph, scale=0.05)
+    assert _difference(graph, traced, inputs) > 0, "the adapter does not change the output"
     with row.cell("PEFT"):
         config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=names)
         theirs: Any = peft.get_peft_model(copy.deepcopy(model), config).eval()
@@ -133,7 +134,7 @@ def _of_pipeline(graph: Any, traced: Any, model: nn.Module, prefix: str, place: 
     }[type(model).__name__]
     lora_fx.save_adapter(graph, place / "kohya", format="kohya")
     differences = {}
-    for form in ("diffusers", "kohya"):
+    for form, keys in (("diffusers", "diffusers' keys"), ("kohya", "kohya's keys")):
         if form == "kohya" and pipeline is diffusers.StableDiffusion3Pipeline:
             continue  # its loader does not know these keys
         theirs: Any = copy.deepcopy(model)
@@ -142,7 +143,7 @@ def _of_pipeline(graph: Any, traced: Any, model: nn.Module, prefix: str, place: 
         load = pipeline.load_lora_into_unet if prefix == "unet" else pipeline.load_lora_into_transformer
         given = {"network_alphas": alphas[0]} if alphas else {}
         load(state, **{prefix: theirs}, metadata=metadata, **given)
-        differences[f"{form}' keys in a pipeline"] = _difference(theirs, graph, inputs)
+        differences[f"{keys} in a pipeline"] = _difference(theirs, graph, inputs)
         if form == "diffusers":
             layers = {f"{prefix}_lora_layers": peft.get_peft_model_state_dict(theirs, adapter_name="default_0")}
             said = {f"{prefix}_lora_adapter_metadata": theirs.peft_config["default_0"].to_dict()}
@@ -153,11 +154,11 @@ def _of_pipeline(graph: Any, traced: Any, model: nn.Module, prefix: str, place: 
 
 
 def _set_vectors(model: nn.Module) -> None:
-    """Give biases, the weights of norms and running statistics values that are not those they start with."""
+    """Give biases, the weights of norms, running statistics and a head of zeros values that are not those they start with."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if tensor.dim() == 1 and tensor.is_floating_point():
+            if tensor.is_floating_point() and (tensor.dim() == 1 or (tensor.dim() > 1 and not tensor.any())):
                 noise = 0.1 * torch.randn(tensor.shape, generator=generator)
                 tensor.add_(noise.abs() if name.endswith("running_var") else noise)
 

@@ -131,7 +131,7 @@ TORCHVISION = {
     "ConvNeXt": _convnext(),
     "SwinTransformer": _torchvision(
         "SwinTransformer",
-        ["qkv"],
+        ["mlp.0", "mlp.3"],  # qkv is multiplied with by a function, where PEFT's layers do not act
         dynamic={"x": (0,)},
         patch_size=[4, 4],
         embed_dim=24,
@@ -142,7 +142,7 @@ TORCHVISION = {
     ),
     "VisionTransformer": _torchvision(
         "VisionTransformer",
-        LINEAR,
+        ["mlp.0", "mlp.3"],  # PEFT has no layer for the output of nn.MultiheadAttention alone
         image_size=64,
         patch_size=16,
         num_layers=2,
