@@ -81,7 +81,7 @@ def _convnext() -> Peer:
         from torchvision.models import convnext
 
         settings = [convnext.CNBlockConfig(24, 40, 2), convnext.CNBlockConfig(40, None, 1)]
-        return convnext.ConvNeXt(settings, stochastic_depth_prob=0.2, num_classes=7)
+        return convnext.ConvNeXt(settings, stochastic_depth_prob=0.2, layer_scale=0.5, num_classes=7)
 
     return Peer("torchvision", build, LINEAR, _images(32))
 
@@ -112,7 +112,7 @@ TIMM = {
     "vit_tiny_patch16_224": _timm("vit_tiny_patch16_224", ["qkv"], img_size=64, depth=3, drop_path_rate=0.2),
     "deit_tiny_distilled_patch16_224": _timm("deit_tiny_distilled_patch16_224", ["qkv", "proj"], img_size=64, depth=3),
     "beit_base_patch16_224": _timm(
-        "beit_base_patch16_224", ["qkv"], img_size=64, embed_dim=48, depth=2, num_heads=4, drop_path_rate=0.2
+        "beit_base_patch16_224", ["proj"], img_size=64, embed_dim=48, depth=2, num_heads=4, drop_path_rate=0.2
     ),
     "mixer_s32_224": _timm("mixer_s32_224", LINEAR, img_size=64),
     "resmlp_12_224": _timm("resmlp_12_224", LINEAR, img_size=64),
