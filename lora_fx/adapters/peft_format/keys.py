@@ -262,7 +262,7 @@ RESHAPES = frozenset(
 )
 
 
-def why_left(key: str, chosen: Collection[str], found: Collection[str]) -> str:
+def why_left(key: str, chosen: Collection[str], known: Collection[str]) -> str:
     """Return why nothing asks for a key of a file, given the modules with branches and those of all call sites."""
     if not key.startswith(PREFIX):
         return f"expected a key that begins with {PREFIX}"
@@ -277,6 +277,6 @@ def why_left(key: str, chosen: Collection[str], found: Collection[str]) -> str:
         return "inside of a layer of PEFT's own, as it puts into nn.MultiheadAttention; this is not supported"
     if module in chosen:
         return "the branch has no such factor"
-    if module in found:
+    if module in known:
         return f"{CONFIG_NAME} does not select {module!r}"
-    return f"the graph has no call site {module!r}{did_you_mean(module, found)}"
+    return f"the graph has no call site {module!r}{did_you_mean(module, known)}"
