@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -263,9 +264,11 @@ def quantised_directory(base: Path, directory: Path, settings: dict[str, Any], d
             tensors[key] = dense[key] = tensor.to(out_dtype)
             continue
         outputs, inputs = tensor.shape
-        groups = 1 if group == -1 else inputs // group
+        groups = 1 if group == -1 else -(-inputs // group)
         codes = torch.randint(0, 2**bits, (inputs, outputs), generator=generator)
-        zeros = torch.randint(1, 2**bits, (groups, outputs), generator=generator)
+        zeros = torch.randint(0, 2**bits, (groups, outputs), generator=generator)
+        if settings.get("sym"):
+            zeros = torch.full_like(zeros, 2 ** (bits - 1))
         scales = (torch.rand(groups, outputs, generator=generator) * 0.01 + 1e-4).half()
         columns = torch.arange(inputs) // (inputs if group == -1 else group)
         stem = key.removesuffix(".weight")
@@ -276,8 +279,13 @@ def quantised_directory(base: Path, directory: Path, settings: dict[str, Any], d
             if settings.get("desc_act"):
                 columns = columns[torch.randperm(inputs, generator=generator)]
             tensors[f"{stem}.qweight"] = packed(codes, bits, 0)
-            less = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
-            tensors[f"{stem}.qzeros"] = packed(zeros - less, bits, 1)
+            words = packed(zeros, bits, 1)
+            if (
+                settings.get("checkpoint_format") != "gptq_v2"
+            ):  # one less in each place, taken from words as unsigned integers
+                ones = sum(1 << place for place in range(0, 32, bits))
+                words = torch.from_numpy((words.numpy().view(np.uint32) - np.uint32(ones)).view(np.int32))
+            tensors[f"{stem}.qzeros"] = words
             tensors[f"{stem}.g_idx"] = columns.int()
         tensors[f"{stem}.scales"] = scales
         exact = (codes - zeros[columns]).double() * scales[columns].double()  # of 24 bits at most
@@ -298,16 +306,48 @@ FORMATS: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 
+def read_dense(base: Path) -> Tensors:
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(base))
+    dense = stored_dense(Checkpoint.open(base), model)
+    assert dense.stored
+    assert len(dense.schemes) == 7
+    return {key: dense.checkpoint.read(key) for key in dense.checkpoint.tensors}
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_gptq_and_awq_are_read_as_their_formats_say(one: Trained, tmp_path: Path, name: str) -> None:
     settings, dtype = FORMATS[name]
     expected = quantised_directory(one.root / "base", tmp_path / "base", settings, dtype)
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(tmp_path / "base"))
-    dense = stored_dense(Checkpoint.open(tmp_path / "base"), model)
-    assert dense.stored
-    assert len(dense.schemes) == 7
-    assert_equal({key: dense.checkpoint.read(key) for key in dense.checkpoint.tensors}, expected)
+    assert_equal(read_dense(tmp_path / "base"), expected)
+
+
+@pytest.mark.parametrize("filled", ["missing", "zeros"])
+def test_groups_without_g_idx_are_consecutive_and_the_last_one_may_be_shorter(
+    one: Trained, tmp_path: Path, filled: str
+) -> None:
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 40, "sym": True}  # of 64 and 192 input features
+    expected = quantised_directory(one.root / "base", tmp_path / "base", settings, "float32")
+    tensors = tensors_of(tmp_path / "base")
+    for key in [key for key in tensors if key.endswith("g_idx")]:
+        index = tensors.pop(key)
+        tensors |= {key: torch.zeros_like(index)} if filled == "zeros" else {}
+    save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    assert_equal(read_dense(tmp_path / "base"), expected)
+
+
+def test_zero_points_of_another_format_than_the_config_says_are_refused_where_they_are_known(
+    one: Trained, tmp_path: Path
+) -> None:
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "checkpoint_format": "gptq_v2"}
+    quantised_directory(one.root / "base", tmp_path / "base", settings, "float32")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["quantization_config"].pop("checkpoint_format")
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        FoldError, match=r"model.safetensors: model.layers.0.*qzeros: expected zero points of 8, .* got 9"
+    ):
+        read_dense(tmp_path / "base")
 
 
 @pytest.mark.parametrize("name", ["gptq 4 bits, act order", "awq"])
@@ -353,6 +393,9 @@ def test_the_other_layout_of_gpt2_and_weights_in_8_bits_are_those_of_bitsandbyte
             dense, _ = dense_base(Checkpoint.open(tmp_path / base), empty, scheme, None)
             assert len(dense.schemes) == 4
             read.append({key: dense.checkpoint.read(key) for key in dense.checkpoint.tensors})
+            if scheme is not None:  # which torchao leaves as they are: it quantises nn.Linear alone
+                with pytest.raises(FoldError, match="no linear is left to quantise"):
+                    dense_base(Checkpoint.open(tmp_path / base), empty, "int8", None)
         for found in read:
             assert found.keys() == {key for key in expected if key != "lm_head.weight"}
             for key, tensor in found.items():
@@ -481,11 +524,17 @@ FOUR_BITS: dict[str, tuple[Tensors, str]] = {
     "a long one": ({STATE: torch.zeros(20_000, dtype=torch.uint8)}, "expected one quant_state"),
     "nested in others": ({STATE: state_of(**{**NESTED, "nested_blocksize": 64})}, "expected a nested_blocksize of 256"),
     "no number": ({STATE: state_of(**{**NESTED, "nested_offset": float("nan")})}, "and a finite nested_offset"),
+    "no number of float32": ({STATE: state_of(**{**NESTED, "nested_offset": 10**400})}, "a finite nested_offset of float32"),
+    "another large one": ({STATE: state_of(**{**NESTED, "nested_offset": 1e300})}, "a finite nested_offset of float32"),
     "nested, not there": ({STATE: state_of(**NESTED)}, "expected x.weight.nested_absmax, x.weight.nested_quant_map beside it"),
     "codes of another size": ({"x.weight": torch.zeros(191, 1, dtype=torch.uint8)}, "expected 192 bytes of codes"),
     "a table of 15": ({"x.weight.quant_map": torch.zeros(15)}, "expected x.weight.quant_map to be torch.float32 [16]"),
     "one left": ({"y.weight.absmax": torch.ones(3)}, "y.weight.absmax: belongs to no quantised weight"),
     "rows of no matrix": ({"z.weight": torch.zeros(3, dtype=torch.int8), "z.SCB": torch.ones(3)}, "expected a matrix z.weight, got the shape [3]"),
+    "rows of two formats": (
+        {"z.weight": torch.zeros(3, 2, dtype=torch.int8), "z.SCB": torch.ones(3), "z.weight_format": torch.zeros(2, dtype=torch.uint8)},
+        "expected z.weight_format to be torch.uint8 [], got torch.uint8 [2]",
+    ),
     "rows without codes": ({"z.SCB": torch.ones(3)}, "expected a matrix z.weight, got the shape []"),
 }  # fmt: skip
 
@@ -513,7 +562,8 @@ WORDS: dict[str, tuple[Tensors, dict[str, Any], str]] = {
     "bits": ({}, {"bits": 5}, "expected bits of 2 or 3 or 4 or 8, got 5"),
     "bits as text": ({}, {"bits": "4"}, "expected bits of 2 or 3 or 4 or 8, got '4'"),
     "a truth": ({}, {"bits": True}, "expected bits of 2 or 3 or 4 or 8, got True"),
-    "no group": ({}, {"group_size": 0}, "expected a group_size above 0, or -1, got 0"),
+    "no group": ({}, {"group_size": 0}, "expected a group_size from 1 to 9999999, or -1, got 0"),
+    "a group without end": ({}, {"group_size": 10**7}, "expected a group_size from 1 to 9999999, or -1, got 10000000"),
     "marlin": ({}, {"checkpoint_format": "marlin"}, "expected the format gptq or gptq_v2, got 'marlin'"),
     "a packing": ({}, {"pack_dtype": "int8"}, "expected pack_dtype int32, got 'int8'"),
     "by modules": ({}, {"dynamic": {"+:x": {"bits": 8}}}, "dynamic has other settings for some modules"),

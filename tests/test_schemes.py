@@ -7,7 +7,7 @@ import torch
 from bitsandbytes import functional as bitsandbytes
 
 from lora_fx.errors import LoraFxError
-from lora_fx.numerics.schemes import CodebookScheme, UniformScheme, parse_scheme, scheme_text
+from lora_fx.numerics.schemes import CodebookScheme, UniformScheme, _dynamic_values, parse_scheme, scheme_text
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -192,3 +192,22 @@ def test_what_cannot_be_quantised_is_refused():
         CodebookScheme("nf4", 63)
     with pytest.raises(LoraFxError, match="expected 2 to 8 bits"):
         UniformScheme(9)
+
+
+def test_another_default_dtype_changes_nothing() -> None:
+    scheme = CodebookScheme("nf4", nested=True)
+    dense = torch.randn(24, 64, generator=torch.Generator().manual_seed(4))
+    _dynamic_values.cache_clear()
+    expected = scheme.quantise(dense)
+    value = scheme.dequantise(expected, dense.shape, torch.float32)
+    for dtype in (torch.float64, torch.bfloat16):
+        _dynamic_values.cache_clear()
+        torch.set_default_dtype(dtype)
+        try:
+            found = scheme.quantise(dense)
+            again = scheme.dequantise(expected, dense.shape, torch.float32)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert {name: tensor.dtype for name, tensor in found.items()} == {n: t.dtype for n, t in expected.items()}
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        assert torch.equal(again, value)

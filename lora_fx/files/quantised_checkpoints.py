@@ -36,6 +36,7 @@ class QuantisedTensor:
         packing: how the parts lie: blocks of bitsandbytes in 4 bits, its rows in 8, or words of 32 bits.
         parts: key of each, by what it is: ``codes``, ``scale``, ``zero``, ….
         offset: mean of nested scales.
+        symmetric: whether the config says that all zero points are in the middle, ``2 ** (bits - 1)``.
     """
 
     key: str
@@ -45,6 +46,7 @@ class QuantisedTensor:
     packing: Packing
     parts: Mapping[str, str]
     offset: float = 0.0
+    symmetric: bool = False
 
 
 def quantised_tensors(
@@ -123,8 +125,8 @@ def _settings_problems(method: str, settings: Mapping[str, Any]) -> Iterator[str
     known = (4,) if method == "awq" else (2, 3, 4, 8)
     if type(bits) is not int or bits not in known:
         yield f"quantization_config: expected bits of {' or '.join(map(str, known))}, got {_shown(bits)}"
-    if type(group) is not int or not (group == -1 or group > 0):
-        yield f"quantization_config: expected a group_size above 0, or -1, got {_shown(group)}"
+    if type(group) is not int or not (group == -1 or 0 < group <= _MAX_GROUP):
+        yield f"quantization_config: expected a group_size from 1 to {_MAX_GROUP}, or -1, got {_shown(group)}"
     form = _form(method, settings)
     forms = {"awq": ("gemm",), "gptq": ("gptq", "gptq_v2")}[method]
     if form not in forms:
@@ -133,6 +135,9 @@ def _settings_problems(method: str, settings: Mapping[str, Any]) -> Iterator[str
         yield f"quantization_config: expected pack_dtype int32, got {_shown(settings['pack_dtype'])}"
     if settings.get("dynamic"):
         yield "quantization_config: dynamic has other settings for some modules, which are not read"
+
+
+_MAX_GROUP = 9_999_999  # which the text of a scheme can say
 
 
 def _form(method: str, settings: Mapping[str, Any]) -> object:
@@ -181,9 +186,9 @@ def _blocks(
     expected = {"absmax": (torch.uint8 if nested else torch.float32, (blocks,)), "map": (torch.float32, (16,))}
     offset = state.get("nested_offset", 0.0)
     if nested:
-        if state["nested_blocksize"] != _NESTED or not isinstance(offset, float | int) or not math.isfinite(offset):
+        if state["nested_blocksize"] != _NESTED or type(offset) not in (float, int) or not abs(offset) <= _LARGEST:
             raise _UnfitError(
-                f"expected a nested_blocksize of {_NESTED} and a finite nested_offset, got {_shown(state)}"
+                f"expected a nested_blocksize of {_NESTED} and a finite nested_offset of float32, got {_shown(state)}"
             )
         parts |= {"nested_absmax": f"{key}.nested_absmax", "nested_map": f"{key}.nested_quant_map"}
         expected |= {"nested_absmax": (torch.float32, (-(-blocks // _NESTED),)), "nested_map": (torch.float32, (256,))}
@@ -195,6 +200,7 @@ def _blocks(
 
 
 _NESTED = 256
+_LARGEST = torch.finfo(torch.float32).max
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -222,7 +228,11 @@ def _rows(
     shape = entries[key].shape if key in entries else ()
     if len(shape) != 2:
         raise _UnfitError(f"expected a matrix {key}, got the shape {list(shape)}")
-    _check_parts(parts, {"codes": (torch.int8, shape), "scale": (torch.float32, shape[:1])}, entries)
+    expected = {"codes": (torch.int8, shape), "scale": (torch.float32, shape[:1])}
+    if "format" in parts:
+        given = entries[parts["format"]].shape
+        expected["format"] = (torch.uint8, given if math.prod(given) == 1 else ())
+    _check_parts(parts, expected, entries)
     return QuantisedTensor(key, (shape[0], shape[1]), torch.float16, "int8", "rows", parts)
 
 
@@ -258,14 +268,15 @@ def _words(
     if f"{stem}.g_idx" in entries and not awq:
         parts["columns"] = f"{stem}.g_idx"
         expected["columns"] = (torch.int32, (inputs,))
-    elif inputs % groups:
-        raise _UnfitError(f"expected {inputs} input features in groups of {group}")
     if awq and outputs % 8:
         raise _UnfitError(f"expected output features in eights, got {outputs}")
     _check_parts(parts, expected, entries)
     packing: Packing = "awq" if awq else "gptq_v2" if _form("gptq", settings) == "gptq_v2" else "gptq"
     scheme = f"{'awq' if awq else 'gptq'}-int{bits}:{'rows' if group == -1 else group}:asymmetric"
-    return QuantisedTensor(f"{stem}.weight", (outputs, inputs), scale.dtype, scheme, packing, parts)
+    symmetric = not awq and settings.get("sym") is True
+    return QuantisedTensor(
+        f"{stem}.weight", (outputs, inputs), scale.dtype, scheme, packing, parts, symmetric=symmetric
+    )
 
 
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)

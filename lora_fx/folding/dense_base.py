@@ -162,7 +162,16 @@ def _stored_value(
                 raise FoldError(f"{tensor.parts['format']}: expected rows (0), got the format {int(parts['format'])}.")
             tensors = {"codes": parts["codes"], "scale": parts["scale"][:, None] / 127}
         case _:
-            tensors = _words(tensor, int(tensor.scheme.partition("int")[2][0]), parts)
+            assert isinstance(scheme, UniformScheme)
+            tensors = _words(tensor, scheme, parts)
+            middle = 2 ** (scheme.bits - 1)
+            if tensor.symmetric and not bool((tensors["zero"] == middle).all()):
+                file, _ = checkpoint.find(tensor.parts["zero"])
+                raise FoldError(
+                    f"{file.path}: {tensor.parts['zero']}: expected zero points of {middle}, as sym in quantization_config says, got "
+                    f"{listed(list(map(str, tensors['zero'].unique().tolist())), _MAX_NAMED)} in the format {tensor.packing}. Correct sym or "
+                    "checkpoint_format in config.json."
+                )
     dense = scheme.dequantise(tensors, tensor.shape, dtype)
     return dense.T.contiguous() if transposed else dense
 
@@ -176,26 +185,43 @@ def _blocks(tensor: QuantisedTensor, scheme: Scheme, parts: Mapping[str, torch.T
         )
     tensors = {name: part for name, part in parts.items() if name not in ("map", "state")}
     tensors["codes"] = parts["codes"].reshape(-1).view(torch.uint8)
-    return {**tensors, "offset": torch.tensor(tensor.offset)} if scheme.nested else tensors
+    return {**tensors, "offset": torch.tensor(tensor.offset, dtype=torch.float32)} if scheme.nested else tensors
 
 
-def _words(tensor: QuantisedTensor, bits: int, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _words(
+    tensor: QuantisedTensor, scheme: UniformScheme, parts: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Return the tensors of a uniform scheme, with the output features first."""
     outputs, inputs = tensor.shape
     awq = tensor.packing == "awq"
-    codes = unpacked(parts["codes"], bits, 1 if awq else 0, outputs if awq else inputs)
-    zero = unpacked(parts["zero"], bits, 1, outputs)
+    codes = unpacked(parts["codes"], scheme.bits, 1 if awq else 0, outputs if awq else inputs)
+    zero = _zero_points(tensor, scheme.bits, parts["zero"])
     if awq:
-        codes, zero = in_awq_order(codes), in_awq_order(zero)
-    elif tensor.packing == "gptq":
-        zero = zero.short() + 1  # the first format has one less than the zero point
+        codes = in_awq_order(codes)
     tensors = {"codes": codes.T.contiguous(), "zero": zero.T.contiguous(), "scale": parts["scale"].T.contiguous()}
-    if "columns" in parts:
-        columns, groups = parts["columns"], len(parts["scale"])
-        if not bool(((columns >= 0) & (columns < groups)).all()):
-            raise FoldError(f"{tensor.parts['columns']}: expected groups from 0 to {groups - 1}, got others.")
-        tensors["columns"] = columns
-    return tensors
+    columns, groups = parts.get("columns"), len(parts["scale"])
+    if columns is not None and not bool(((columns >= 0) & (columns < groups)).all()):
+        raise FoldError(f"{tensor.parts['columns']}: expected groups from 0 to {groups - 1}, got others.")
+    if groups > 1 and (columns is None or not bool(columns.any())):  # g_idx of zeros alone: some programs never fill it
+        assert scheme.group is not None
+        columns = torch.arange(inputs) // scheme.group
+    return tensors if columns is None else {**tensors, "columns": columns}
+
+
+def _zero_points(tensor: QuantisedTensor, bits: int, words: torch.Tensor) -> torch.Tensor:
+    """Return zero points of shape ``(groups, out)``; the first format of GPTQ has one less.
+
+    That one was taken from whole words, so that a zero point of 0 borrows from the next; 3 bits do not fit evenly into words, and each
+    of these has its own one less.
+    """
+    outputs = tensor.shape[0]
+    if tensor.packing == "gptq" and 32 % bits == 0:
+        ones = sum(1 << place for place in range(0, 32, bits))
+        words = ((words.long() + ones + 2**31) % 2**32 - 2**31).to(torch.int32)
+    zero = unpacked(words, bits, 1, outputs)
+    if tensor.packing == "gptq" and 32 % bits:
+        zero = zero.short() + 1
+    return in_awq_order(zero) if tensor.packing == "awq" else zero
 
 
 # A checkpoint that is to be quantised as it was in training.
@@ -227,7 +253,7 @@ def quantised_as_trained(
         return base
     transposed = {
         key: is_conv1d
-        for name, is_conv1d in _quantised_linears(model, skipped).items()
+        for name, is_conv1d in _quantised_linears(model, scheme, skipped).items()
         for key in places.of_names((f"{name}.weight",))
     }
     problems = [problem for key in transposed for problem in _problems(base.checkpoint, key, transposed[key], scheme)]
@@ -268,14 +294,17 @@ def _as_trained(file: TensorFile, key: str, scheme: Scheme, transposed: bool) ->
     return again.T.contiguous() if transposed else again
 
 
-def _quantised_linears(model: Any, skipped: Collection[str] | None) -> dict[str, bool]:
-    """Return the modules that transformers quantises as it loads a model; of each whether it is one of GPT-2, stored the other way round."""
+def _quantised_linears(model: Any, scheme: Scheme, skipped: Collection[str] | None) -> dict[str, bool]:
+    """Return the modules that transformers quantises as it loads a model; of each whether it is one of GPT-2, stored the other way round.
+
+    Those of GPT-2 are quantised by bitsandbytes alone: torchao knows none but ``nn.Linear``.
+    """
     named = None if skipped is None else list(skipped)
     kept = HfQuantizer.get_modules_to_not_convert(model, named, getattr(model, "_keep_in_fp32_modules", None))
     linears = {
         name: isinstance(module, Conv1D)
         for name, module in model.named_modules()
-        if type(module) is nn.Linear or isinstance(module, Conv1D)
+        if type(module) is nn.Linear or (isinstance(module, Conv1D) and isinstance(scheme, CodebookScheme))
     }
     try:
         return {name: is_conv1d for name, is_conv1d in linears.items() if should_convert_module(name, kept)}

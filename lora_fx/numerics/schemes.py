@@ -271,7 +271,7 @@ def _in_blocks(flat: torch.Tensor, blocksize: int) -> torch.Tensor:
 
 def codebook_values(codebook: Codebook) -> torch.Tensor:
     """Return the 16 values of a codebook, by code, in float32."""
-    return torch.tensor(_TABLES[codebook])
+    return torch.tensor(_TABLES[codebook], dtype=torch.float32)
 
 
 def _midpoints(ascending: torch.Tensor) -> torch.Tensor:
@@ -300,7 +300,7 @@ def _nested(absmax: torch.Tensor) -> dict[str, torch.Tensor]:
 def _dynamic_values() -> tuple[float, ...]:
     values = [0.0, 1.0]
     for exponent in range(7):
-        bounds = torch.linspace(0.1, 1, 2**exponent + 1)
+        bounds = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
         magnitudes = 10.0 ** (exponent - 6) * _midpoints(bounds)
         values += [*magnitudes.tolist(), *(-magnitudes).tolist()]
     return tuple(sorted(values))
@@ -311,4 +311,4 @@ def dynamic_map() -> torch.Tensor:
 
     Seven decades with 1 to 64 values of each sign, in the middles of equal intervals, then 0 and 1.
     """
-    return torch.tensor(_dynamic_values())
+    return torch.tensor(_dynamic_values(), dtype=torch.float32)
