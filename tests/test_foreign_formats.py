@@ -266,6 +266,14 @@ def test_of_two_text_encoders_the_sizes_tell_which_is_meant(tmp_path: Path) -> N
         graph = lora_fx.from_adapter(traced, saved(tmp_path / "a", pair))
     layer = model.encoder[0]
     assert torch.equal(graph(x), layer(x) + (x @ mine["A"].T) @ mine["B"].T)
+    more = {
+        f"lora_te1_encoder_0{extra}.lora_{d}.weight": other[k]
+        for extra in ("", "_x")
+        for d, k in (("down", "A"), ("up", "B"))
+    }
+    mine_too = {key: each for key, each in pair.items() if "te2" in key}
+    with pytest.warns(UserWarning, match="modules of lora_te2"):
+        assert torch.equal(lora_fx.from_adapter(traced, saved(tmp_path / "b", {**more, **mine_too}))(x), graph(x))
     both = {key.replace("te2", "te1"): each for key, each in pair.items() if "te2" in key} | {
         key: each for key, each in pair.items() if "te2" in key
     }
@@ -323,6 +331,86 @@ def test_names_of_sdxls_original_code_are_those_of_diffusers_modules() -> None:
     assert {name: found[name] for name in paths} == {name: [path] for name, path in paths.items()}
 
 
+class Resnet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv1(x)
+
+
+class Levels(nn.Module):
+    """Two blocks with two residual blocks each, the second with attentions, which alone get slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_blocks = nn.ModuleList(
+            [nn.ModuleDict({"resnets": nn.ModuleList([Resnet(), Resnet()])}) for _ in "ab"]
+        )
+        self.down_blocks[1]["attentions"] = nn.ModuleList([nn.ModuleDict({"to_q": nn.Linear(8, 8)}) for _ in "ab"])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.down_blocks:
+            for resnet in block["resnets"]:
+                x = resnet(x)
+        for attention in self.down_blocks[1]["attentions"]:
+            x = x + attention["to_q"](x)
+        return x
+
+
+def test_a_name_of_sdxls_original_code_is_one_module_in_a_graph_and_in_slots(tmp_path: Path) -> None:
+    from lora_fx.adapters.peft_format.foreign_formats.kohya import _spellings
+
+    x, name = torch.randn(3, 8), "lora_unet_input_blocks_4_1_to_q"
+    pair = {f"{name}.lora_down.weight": torch.randn(2, 8), f"{name}.lora_up.weight": torch.randn(8, 2)}
+    file = saved(tmp_path / "a", pair) / FILE
+    graph = lora_fx.rewrite(Levels().eval(), rules=["to_q"], example_inputs=(x,))
+    read = lora_fx.from_adapter(lora_fx.unload(graph), file)
+    site = "down_blocks.1.attentions.0.to_q"
+    assert [key.partition(".lora_")[0] for key in read.state_dict() if "lora_A" in key] == [site]
+    lora_fx.export.onnx(graph, tmp_path / "s.onnx", slots=True, verify=False)
+    made = lora_fx.export.onnx_adapter_from_peft(file, tmp_path / "s.onnx", tmp_path / "s.onnx_adapter")
+    assert made.ranks == {site: 2}
+    assert "input_blocks_4_1_to_q" not in _spellings(
+        ["down_blocks.1.attentions.0.to_q", "down_blocks.2.attentions.0.to_q"]
+    )
+
+
+def test_an_old_name_that_two_modules_have_is_refused(tmp_path: Path) -> None:
+    graph = lora_fx.trace(Ambiguous().eval(), (torch.randn(3, 5),))
+    name = "lora_te_text_model_a_b"
+    pair = {f"{name}.lora_down.weight": torch.ones(2, 5), f"{name}.lora_up.weight": torch.ones(5, 2)}
+    with pytest.raises(lora_fx.AdapterError, match=r"a_b: expected the name of one module, got that of a\.b and a_b"):
+        lora_fx.load_adapter(graph, saved(tmp_path / "a", pair))
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_a_text_encoder_of_clip_is_written_by_the_names_that_other_tools_know(form: Any, tmp_path: Path) -> None:
+    config = transformers.CLIPTextConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=9, eos_token_id=2, bos_token_id=1,
+    )  # fmt: skip
+    model = transformers.CLIPTextModel(config).eval()
+    rules = peft.LoraConfig(
+        target_modules=["q_proj", "fc1"], r=2, rank_pattern={r"layers\.1\.mlp\.fc1": 3}, alpha_pattern={"fc1": 5}
+    )
+    ids = torch.tensor([[1, 5, 7, 2]])
+    graph = lora_fx.rewrite(model, rules, example_inputs={"input_ids": ids})
+    set_factors(graph)
+    lora_fx.save_adapter(graph, tmp_path / "a", format=form)
+    name = {
+        "diffusers": "text_encoder.text_model.encoder.layers.1.mlp.fc1.lora_B.weight",
+        "kohya": "lora_te_text_model_encoder_layers_1_mlp_fc1.lora_up.weight",
+    }[form]
+    written = load_file(tmp_path / "a" / FILE)
+    assert written[name].shape == (12, 3)
+    assert all("text_model" in key for key in written)
+    read = lora_fx.from_adapter(model, tmp_path / "a", example_inputs={"input_ids": ids})
+    assert torch.equal(read.eval()(input_ids=ids)[0], graph.eval()(input_ids=ids)[0])
+    assert not torch.equal(graph(input_ids=ids)[0], model(input_ids=ids)[0])
+
+
 UNET = "unet.down_blocks.0.attentions.0.attn1.to_q"
 A, B = torch.ones(2, 8), torch.ones(12, 2)
 GOOD = {f"{UNET}.lora_A.weight": A, f"{UNET}.lora_B.weight": B}
@@ -370,7 +458,11 @@ MALFORMED: dict[str, tuple[dict[str, torch.Tensor], Any, str]] = {
         r"expected shape \(2, 8\)",
     ),
     "no number": ({**GOOD, f"{UNET}.lora_B.weight": B * NAN}, None, "expected finite numbers, found 24 of 24"),
-    "metadata of DoRA": (GOOD, {"unet.peft_type": "LORA", "unet.r": 2, "unet.use_dora": True}, "DoRA is not supported"),
+    "metadata of DoRA": (
+        GOOD,
+        {"unet.peft_type": "LORA", "unet.r": 2, "unet.use_dora": True},
+        "lora_magnitude_vector: missing",
+    ),
     "metadata of another rank": (
         GOOD,
         {"unet.peft_type": "LORA", "unet.r": 3},

@@ -29,6 +29,7 @@ from lora_fx.graph.state import State
 from lora_fx.numerics.lowrank_merge import concatenated, with_all_rows
 from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import CONFIG_NAME, AdapterConfig
+from lora_fx.rules.peft_config.name_matching import modules_of
 from lora_fx.rules.plain_numbers import finite_number
 from lora_fx.rules.rule_file import Setting
 from lora_fx.sites.call_sites import Site, sites
@@ -208,8 +209,9 @@ class _PeftReader:
     """Reader of a directory of PEFT's into slots. It collects problems and raises them together."""
 
     def __init__(self, files: AdapterFiles, table: SlotTable) -> None:
-        features = {slot.module: (slot.in_features, slot.out_features) for slot in table.slots}
-        self._files, self._table = files.placed(features), table
+        modules: dict[str, tuple[int, int] | None] = {path: None for name in table.base for path in modules_of(name)}
+        modules |= {slot.module: (slot.in_features, slot.out_features) for slot in table.slots}
+        self._files, self._table = files.placed(modules), table
         self._config = self._files.config
         self._ledger = KeyLedger(self._files)
 

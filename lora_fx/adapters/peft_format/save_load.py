@@ -14,7 +14,7 @@ from lora_fx.adapters.activate import tell_waiting
 from lora_fx.adapters.attach import attach
 from lora_fx.adapters.peft_format.fingerprint import fingerprint, metadata
 from lora_fx.adapters.peft_format.foreign_formats import foreign_file
-from lora_fx.adapters.peft_format.foreign_formats.diffusers import component_of, to_diffusers
+from lora_fx.adapters.peft_format.foreign_formats.diffusers import to_diffusers
 from lora_fx.adapters.peft_format.foreign_formats.kohya import to_kohya
 from lora_fx.adapters.peft_format.keys import base_key
 from lora_fx.adapters.peft_format.opening import AdapterFiles, check_base, read_adapter
@@ -261,7 +261,7 @@ def _in_form(
     model_class = info_of(graph_module).model_class
     if form == "diffusers":
         return to_diffusers(content.config, content.tensors, model_class)
-    return to_kohya(content.config, content.tensors, module_paths(graph_module), component_of(model_class))
+    return to_kohya(content.config, content.tensors, module_paths(graph_module), model_class)
 
 
 def write_adapter_files(graph_module: TracedGraphModule, directory: Path, adapter: str) -> None:

@@ -94,7 +94,7 @@ def to_diffusers(
     component = component_of(model_class)
     prefix = f"{component}." if component else ""
     said = {f"{prefix}{key}": value for key, value in json.loads(config.to_json()).items()}
-    named = {f"{prefix}{key.removeprefix(PREFIX)}": tensor for key, tensor in tensors.items()}
+    named = {f"{prefix}{published_path(key.removeprefix(PREFIX), model_class)}": each for key, each in tensors.items()}
     return named, {METADATA_KEY: json.dumps(said, indent=2, sort_keys=True)}
 
 
@@ -104,6 +104,15 @@ def component_of(model_class: str) -> str:
     if module.startswith("diffusers."):
         return "unet" if name.startswith("UNet") else "transformer" if "Transformer" in name else ""
     return "text_encoder" if module.startswith("transformers.") and name in _TEXT_ENCODERS else ""
+
+
+def published_path(path: str, model_class: str) -> str:
+    """Return the path of a module by which files for pipelines name it: that of CLIP's text models before transformers 5 dropped a part.
+
+    diffusers (0.42, ``_load_lora_into_text_encoder``) takes the part off again where the model of its transformers has none.
+    """
+    is_clips = component_of(model_class) == "text_encoder" and model_class.partition(":")[2].startswith("CLIP")
+    return f"text_model.{path}" if is_clips and not path.startswith(("text_model.", "text_projection")) else path
 
 
 _TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "UMT5EncoderModel")

@@ -107,7 +107,7 @@ class ForeignFile:
         return _config(placed), self._tensors(placed)
 
     def _component(self, known: Mapping[str, Sequence[str]], modules: Sizes) -> Mapping[str, Factors]:
-        """Return the component that the graph is, of which it has the most modules, and whose sizes fit; warn of all others."""
+        """Return the component that the graph is, whose sizes fit and of which it has the most modules; warn of all others."""
         having = {prefix: [name for name in each if name in known] for prefix, each in self.components.items()}
         most = max(map(len, having.values()))
         told = {prefix: f"{prefix or 'no prefix'} ({len(each)} modules)" for prefix, each in self.components.items()}
@@ -116,8 +116,10 @@ class ForeignFile:
             of_file = printable(next(iter(self._named())))
             problem = f"expected modules of the graph, such as {of_graph!r}, got {of_file!r} and others. Is it the adapter of another model?"
             raise AdapterError(str(self.path), [f"{listed(list(told.values()), MAX_NAMED)}: {problem}"])
-        best = [prefix for prefix, names in having.items() if len(names) == most]
-        fitting = [prefix for prefix in best if self._fits(prefix, known, modules)] or best
+        by_sizes = {prefix: having[prefix] for prefix in having if self._fits(prefix, known, modules)}
+        having = {prefix: names for prefix, names in by_sizes.items() if names} or having
+        most = max(map(len, having.values()))
+        fitting = [prefix for prefix, names in having.items() if len(names) == most]
         if len(fitting) > 1:
             problem = f"expected the adapter of one model, got {' and '.join(fitting)}, each of which fits. Split the file by these prefixes"
             raise AdapterError(str(self.path), [problem])

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from lora_fx.adapters.peft_format.foreign_formats.diffusers import component_of, published_path
 from lora_fx.adapters.peft_format.foreign_formats.foreign_file import MAX_NAMED, ForeignFile, branches_in, pairs
 from lora_fx.adapters.peft_format.keys import PREFIX
 from lora_fx.adapters.peft_format.tensors import AdapterTensor
@@ -64,7 +65,7 @@ def read_kohya(path: Path, metadata: Mapping[str, str], entries: Mapping[str, Ad
 
 
 def to_kohya(
-    config: AdapterConfig, tensors: Mapping[str, torch.Tensor], modules: Collection[str], component: str
+    config: AdapterConfig, tensors: Mapping[str, torch.Tensor], modules: Collection[str], model_class: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return the tensors of an adapter in PEFT's words by kohya's keys, and the metadata.
 
@@ -72,7 +73,7 @@ def to_kohya(
         config: of the adapter.
         tensors: by PEFT's keys.
         modules: the paths of all modules of the model.
-        component: what the model is in a pipeline of diffusers, see :func:`.diffusers.component_of`.
+        model_class: module and name of the model's class, by which the prefix is chosen, see :func:`.diffusers.component_of`.
 
     Raises:
         AdapterError: it has more than A and B of linear layers and convolutions, or two modules would have one name.
@@ -83,10 +84,10 @@ def to_kohya(
     if twice:
         told = [f"{' and '.join(map(repr, paths))} have one name in kohya's form" for paths in twice]
         raise AdapterError("the adapter cannot be written in kohya's form", shortened(told, MAX_NAMED, "modules"))
-    prefix = {"text_encoder": "lora_te", "transformer": "lora_transformer"}.get(component, "lora_unet")
+    prefix = {"text_encoder": "lora_te", "transformer": "lora_transformer"}.get(component_of(model_class), "lora_unet")
     found: dict[str, torch.Tensor] = {}
     for module, setting in settings.items():
-        name = f"{prefix}_{_flattened(module)}"
+        name = f"{prefix}_{_flattened(published_path(module, model_class))}"
         alpha = alpha_of(setting.rank, setting.scale, rslora=False)
         exact = torch.float32 if float(torch.tensor(alpha, dtype=torch.float32)) == alpha else torch.float64
         found[f"{name}.lora_down.weight"] = tensors[f"{PREFIX}{module}.lora_A.weight"]
@@ -118,13 +119,13 @@ def _flat(modules: Collection[str]) -> dict[str, list[str]]:
 
 def _spellings(modules: Collection[str]) -> dict[str, list[str]]:
     """Return the modules by their names in kohya's form, all of each."""
-    found = _flat(modules)
-    layers = 1 + max((int(each[1]) for path in modules if (each := _RESNET.match(path))), default=0)
-    for path in modules:
-        for other in (f"text_model_{_flattened(path)}", *map(_flattened, _in_original_code(path, layers))):
-            if other not in found:
-                found[other] = [path]
-    return found
+    others: dict[str, list[str]] = {}
+    layers = max((1 + int(each[1]) for path in modules if (each := _RESNET.match(path))), default=None)
+    for path in sorted(modules):
+        in_original_code = () if layers is None else _in_original_code(path, layers)
+        for other in (f"text_model_{_flattened(path)}", *map(_flattened, in_original_code)):
+            others.setdefault(other, []).append(path)
+    return others | _flat(modules)
 
 
 _RESNET = re.compile(r"down_blocks\.\d+\.resnets\.(\d+)")
