@@ -75,6 +75,8 @@ def test_json_says_the_same_and_more(directory: Path) -> None:
             "dropout": 0.1,
             "scaling": "standard",
             "init": "kaiming",
+            "variant": "lora",
+            "bias": False,
         }
     ]
     assert data["parameters"] == sum(site["parameters"] for site in data["sites"] if site["chosen"])
@@ -136,7 +138,7 @@ def test_each_name_of_the_package_is_what_it_says_whatever_was_imported_before(b
         {before}
         import lora_fx
         modules = [name for name in lora_fx.__all__ if type(getattr(lora_fx, name)).__name__ == "module"]
-        assert modules == ["export", "generation", "huggingface"], modules
+        assert modules == ["export", "generation", "huggingface", "parallel"], modules
         assert set(lora_fx.__all__) <= set(dir(lora_fx))
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)

@@ -569,7 +569,7 @@ def test_a_file_that_computes_something_else_is_an_error_that_names_output_and_s
     path = tmp_path / NAMES[kind]
     told = (
         r"the written file differs from the graph at batch 2: 'second' differs by \d\.\de-0[23] of its largest value, "
-        r"and 1e-04 is allowed \(tolerance=\)\."
+        r"and 1e-04 is allowed; tolerance= sets another bound\."
     )
     with one_weight_changed(kind.split()[0]), pytest.raises(lora_fx.VerifyError, match=told) as caught:
         export(kind, heads(), path)

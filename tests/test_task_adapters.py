@@ -143,8 +143,8 @@ def test_the_class_is_that_of_the_adapters_config_where_it_says_no_task_or_is_gi
         assert type(model) is transformers.BertForQuestionAnswering
         assert torch.allclose(logits, expected, atol=1e-5)
     for name, problem in {
-        "BertForAnything": "--model-class: transformers [^ ]+ has no model class 'BertForAnything'",
-        "LlamaForCausalLM": "--model-class: LlamaForCausalLM is built from LlamaConfig, and the checkpoint has BertConfig",
+        "BertForAnything": "model_class: transformers [^ ]+ has no model class 'BertForAnything'",
+        "LlamaForCausalLM": "model_class: LlamaForCausalLM is built from LlamaConfig, and the checkpoint has BertConfig",
     }.items():
         with pytest.raises(lora_fx.LoraFxError, match=problem):
             fold_checkpoint(base, [(adapter, 1.0)], tmp_path / "out", model_class=name)

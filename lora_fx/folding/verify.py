@@ -11,12 +11,14 @@ import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import dropwhile, takewhile
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from lora_fx.branches.find import Nominate, find_branches
+from lora_fx.branches.found import FoundBranch
 from lora_fx.branches.lower import lower
 from lora_fx.errors import InputError, LoraFxError, VerifyError
 from lora_fx.graph.adapter_names import is_of_branch
@@ -216,7 +218,9 @@ def _pairs(graph_module: fx.GraphModule, merged: fx.GraphModule, branches: Nomin
         raise VerifyError(
             f"the folded graph has a branch at {kept[0].end.name!r}. Pass the result of lora_fx.fold.", kept[0].end.name
         )
-    ends = {branch.base.name: branch.end for branch in find_branches(graph_module, branches)}
+    found = find_branches(graph_module, branches)
+    ends = {branch.base.name: branch.end for branch in found}
+    partial = {node.name for branch in found for node in _without_branch(branch)}
     position = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     named = {node.name: node for node in position}
     constants = _constants(merged.graph)
@@ -232,9 +236,22 @@ def _pairs(graph_module: fx.GraphModule, merged: fx.GraphModule, branches: Nomin
             raise _foreign(twin, f"where the graph has {node.format_node()}")
         if previous is not None and position[node] < position[previous]:
             raise _foreign(twin, f"behind {previous.name}, which comes later in the graph")
-        pairs[ends.get(twin.name, node)] = twin
+        if node.name not in partial:
+            pairs[ends.get(twin.name, node)] = twin
         previous = node
     return dict(sorted(pairs.items(), key=lambda pair: position[pair[0]]))
+
+
+def _without_branch(branch: FoundBranch) -> set[fx.Node]:
+    """Return the nodes from a site to the node that a branch is added to, without that: a fold has the branch in their values."""
+    found: set[fx.Node] = set()
+    behind = dropwhile(lambda node: node is not branch.site, branch.site.graph.nodes)
+    for node in takewhile(lambda node: node is not branch.base, behind):
+        if node is branch.site or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return (
+        found if not found.isdisjoint(branch.base.all_input_nodes) else set()
+    )  # a branch at the weight comes before the site
 
 
 def _constants(graph: fx.Graph) -> frozenset[fx.Node]:

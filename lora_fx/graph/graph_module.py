@@ -131,7 +131,7 @@ class TracedGraphModule(fx.GraphModule):
 
     def set_submodule(self, target: str, module: nn.Module, strict: bool = False) -> None:
         """Set the module of a path, as torch's own method does, but no wrapper that computes it again."""
-        check_unwrapped([f"{target}.{name}" for name, _ in module.named_children()])
+        check_unwrapped([f"{target}.{name}." for name, _ in module.named_children()])
         super().set_submodule(target, module, strict)
 
     if TYPE_CHECKING:  # functions of lora_fx.methods, most of them on graphs of transformers models alone

@@ -116,6 +116,10 @@ def sizes_of(model: nn.Module) -> Sizes:
         hidden, cache = found.encoder_last_hidden_state, found.past_key_values
     except (TypeError, AttributeError, ValueError) as error:
         raise TraceError(f"{with_cache()}: {name} returns no cache ({error}). {instead()}") from error
+    if "attention_mask" not in beside and _reads_mask(model, kept[main], ids, found.logits):
+        raise TraceError(
+            f"{with_cache()}: the encoder of {name} reads an attention_mask beside {main}, which the graphs of sounds do not take. {instead()}"
+        )
     if type(cache) is not EncoderDecoderCache:
         raise TraceError(
             f"{with_cache()}: {name} keeps a cache of another kind ({type(cache).__name__}), and graphs have keys and values over the decoder "
@@ -130,6 +134,23 @@ def sizes_of(model: nn.Module) -> Sizes:
             f"{instead()}"
         )
     return Sizes(ExampleInputs(kwargs=kept, axes=axes), hidden, "attention_mask" in kept, own, cross)
+
+
+def _reads_mask(model: nn.Module, sounds: torch.Tensor, ids: torch.Tensor, logits: torch.Tensor) -> bool:
+    """Tell whether a mask over sounds, ``(batch, frames, features)`` or ``(batch, features, frames)``, changes what a model computes."""
+    if logits.is_meta:
+        return False
+    for length in sounds.shape[1:]:
+        mask = torch.ones(sounds.size(0), length, dtype=torch.int64, device=sounds.device)
+        mask[:, length // 2 :] = 0
+        try:
+            with torch.no_grad():
+                masked: Any = model(sounds, attention_mask=mask, decoder_input_ids=ids)
+        except (TypeError, ValueError, IndexError, RuntimeError):  # a mask over the other dimension
+            continue
+        if not torch.equal(masked.logits, logits):
+            return True
+    return False
 
 
 def _encoder_axes(axes: Sequence[str | None], value: torch.Tensor) -> tuple[str | None, ...]:
