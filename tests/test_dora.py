@@ -310,5 +310,9 @@ def test_a_fold_on_disk_is_that_in_memory_and_inspect_says_the_kind(settings: di
     fold_checkpoint(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "out", verify=True, report=True)
     merged, written = lora_fx.fold(graph_module).state_dict(), type(base).from_pretrained(tmp_path / "out").state_dict()  # type: ignore[attr-defined]
     assert all(torch.equal(merged[name], value) for name, value in written.items())
+    if settings is DORA:
+        with pytest.raises(lora_fx.PlanError, match=r"adapter '.*adapter' cannot have the strength 0\.5: it is DoRA's"):
+            fold_checkpoint(tmp_path / "base", [(tmp_path / "adapter", 0.5)], tmp_path / "half")
+        assert not (tmp_path / "half").exists()
     kind = {"use_dora": "LoRA with magnitudes (DoRA)", "lora_bias": "LoRA with biases in B"}[next(iter(settings))]
     assert overview_of(read_adapter(tmp_path / "adapter")).data["kind"] == kind

@@ -24,7 +24,7 @@ from lora_fx.graph.adapter_names import is_of_adapter
 from lora_fx.graph.adapter_states import acting, adapters_as_added, waiting
 from lora_fx.graph.cached_graphs import CachedGraphs, check_whole
 from lora_fx.graph.graph_module import TracedGraphModule, rebuilt, trainable_names
-from lora_fx.graph.info import info_of
+from lora_fx.graph.info import RuledBranches, info_of
 from lora_fx.graph.joined_graphs import apart, joined
 from lora_fx.rules.plain_numbers import finite_number
 
@@ -115,10 +115,9 @@ def tell_whole_copies(adapter: str, strength: float, names: Sequence[str]) -> No
         )
 
 
-def _check_whole_strength(graph_module: fx.GraphModule, adapter: str, strength: float) -> None:
+def check_whole_strength(adapter: str, branches: RuledBranches, strength: float) -> None:
     """Raise :class:`PlanError` for DoRA at another strength than 1: its magnitudes are those of the weight with its whole update."""
-    branches = (branch for _, branch in record_of(graph_module, adapter).branches.values())
-    if strength != 1 and any(branch.setting.variant == "dora" for branch in branches):
+    if strength != 1 and any(branch.setting.variant == "dora" for _, branch in branches.values()):
         raise PlanError(
             f"adapter {adapter!r} cannot have the strength {strength:g}: it is DoRA's, whose magnitudes are those of the weight with its whole "
             "update. Let it act at 1."
@@ -139,7 +138,7 @@ def ordered(graph_module: fx.GraphModule, strengths: Mapping[str, float]) -> dic
         strength = finite_number(given)
         if strength is None:
             raise PlanError(f"adapter {adapter!r} cannot have the strength {given!r}: give a finite number.")
-        _check_whole_strength(graph_module, adapter, strength)
+        check_whole_strength(adapter, record_of(graph_module, adapter).branches, strength)
         found[adapter] = strength
         whole = [each.name for each in trained_of(graph_module, adapter)]
         whole += [f"rows of {each.weight}" for each in record_of(graph_module, adapter).tokens]

@@ -12,11 +12,12 @@ from torch.func import functional_call
 
 from lora_fx.adapters.attach import new_factors_like
 from lora_fx.adapters.dora import missing_magnitudes
+from lora_fx.adapters.starts import rests
 from lora_fx.adapters.tokens import token_values
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.remove import unload
 from lora_fx.errors import LoraFxError, TraceError
-from lora_fx.graph.adapter_names import is_of_adapter, is_placement, original_name
+from lora_fx.graph.adapter_names import is_of_adapter, is_of_start, is_placement, original_name
 from lora_fx.graph.compare import described
 from lora_fx.graph.example_sizes import cut_or_repeated
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
@@ -42,7 +43,8 @@ def materialize(
 
     Args:
         graph_module: traced on the meta device; not changed.
-        state_dict: the model's weights, taken as they are. Factors of branches may be missing, and are then initialised.
+        state_dict: the model's weights, taken as they are. What an adapter has may be missing: then it stays where it has values, and is
+            initialised where it is on the meta device.
         like: a module of the traced class with values for the buffers that no state dict has (rotary frequencies, position
             ids). A transformers model is made from its config, without weights, and run to find out whether size 1 is covered.
         seed: of the factors that are initialised.
@@ -65,19 +67,24 @@ def materialize(
         if name in given:
             is_parameter = isinstance(state.tensors[name], nn.Parameter)
             values[name] = owned.setdefault(first, nn.Parameter(given[first], False)) if is_parameter else given[name]
-    for name in wanted:
+    missing = {name: tensor for name, tensor in wanted.items() if name not in given and tensor.is_meta}
+    trained = {name: tensor for name, tensor in wanted.items() if name not in given and not tensor.is_meta}
+    values |= {name: tensor for name, tensor in _on(trained, device).items() if is_of_adapter(name)}
+    for name in missing:
         original = original_name(name)
-        if original is not None and name not in given:
+        if original is not None and not is_of_start(name):
             value = given[original].detach().clone()
             values[name] = nn.Parameter(value) if isinstance(state.tensors[name], nn.Parameter) else value
     adapters = info_of(graph_module).adapters
     for adapter, record in adapters.items():
         rows = token_values(record.tokens, {**state.tensors, **values}, adapter)
-        values |= {name: value for name, value in rows.items() if name not in given}
+        values |= {name: value for name, value in rows.items() if name in missing}
     branches = [(adapter, branch) for adapter, record in adapters.items() for _, branch in record.branches.values()]
-    missing = {name: tensor for name, tensor in wanted.items() if name not in given}
     values |= new_factors_like(missing, branches, device, seed)
-    values |= missing_magnitudes(missing, branches, sites(graph_module), {**given, **values})
+    found = sites(graph_module)
+    values |= missing_magnitudes(missing, branches, found, {**state.tensors, **given, **values})
+    left = rests(branches, found, {**state.tensors, **given, **values}) if any(map(is_of_start, missing)) else {}
+    values |= {name: value for name, value in left.items() if name in missing}
     values |= {name: tensor.to(device) for name, tensor in state.tensors.items() if is_placement(name)}
     like = like if like is not None else traced_class(graph_module)
     buffers = {} if like is None else {name: b for name, b in like.named_buffers() if not b.is_meta}
@@ -90,6 +97,16 @@ def materialize(
     info = replace(info, statistics={name: state.tensors[name].clone() for name in info.statistics})
     ready = rebuilt(graph_module, state=state, info=info)
     return checked(ready if like is None else _probed(ready, like), "branched" if adapters else "base")
+
+
+def _on(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return tensors on a device; those that are there already are the same ones."""
+    moved = {id(tensor): tensor for tensor in tensors.values()}  # one tensor may have several names
+    for key, tensor in moved.items():
+        if tensor.device != device:
+            on = tensor.detach().to(device)
+            moved[key] = nn.Parameter(on, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else on
+    return {name: moved[id(tensor)] for name, tensor in tensors.items()}
 
 
 def _check_fit(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:

@@ -7,7 +7,7 @@ them the adapter is ``W + s (B A - B₀ A₀)``, an update of ``W`` of twice the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -19,7 +19,7 @@ from lora_fx.graph.info import AdapterRecord
 from lora_fx.graph.records import BranchSpec
 from lora_fx.graph.state import State
 from lora_fx.numerics.factor_init import Split, adapter_dtype, initial_factors, minor_factors, split
-from lora_fx.planning.plan import Chosen, Decision, Plan, factor_shapes
+from lora_fx.planning.plan import Chosen, Decision, Plan, factor_shapes, owners_of
 from lora_fx.sites.call_sites import Site
 from lora_fx.sites.weight_ops import readers
 
@@ -61,9 +61,7 @@ def start_values(
         a, b = (factor.detach().to(weight.device, torch.float32) for factor in given)
         frozen = {}
         if branch.splits:
-            dense = weight.detach().t() if site.layout == "in_out" else weight.detach()
-            rest = (dense.float() - setting.scale * b @ a).to(weight.dtype)
-            frozen = frozen_values(site, branch, adapter, Split(a, b, rest))
+            frozen = frozen_values(site, branch, adapter, Split(a, b, _rest(site, branch, weight, a, b)))
     elif setting.init == "mica":
         dense = weight.detach().t() if site.layout == "in_out" else weight.detach()
         (a, b), frozen = minor_factors(dense, setting.rank), {}
@@ -73,6 +71,45 @@ def start_values(
     dtype = adapter_dtype(site.cast or weight.dtype)
     a, b = (factor.to(weight.dtype).to(dtype).contiguous() for factor in (a, b))
     return {names.a: nn.Parameter(a, setting.trains_a), names.b: nn.Parameter(b, setting.trains_b), **frozen}
+
+
+def _rest(site: Site, branch: BranchSpec, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return what a start leaves of a weight, as a matrix ``(out, in)``: ``W - s · B₀ A₀`` in float32, rounded to the dtype of ``W``."""
+    dense = weight.detach().t() if site.layout == "in_out" else weight.detach()
+    return (dense.float() - branch.setting.scale / branch.setting.strength * b @ a).to(weight.dtype)
+
+
+def rests(
+    branches: Iterable[tuple[str, BranchSpec]], found: Iterable[Site], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, nn.Parameter]:
+    """Return by the names what the starts of branches leave of the weights of a graph, as far as these have values.
+
+    Args:
+        branches: adapter and branch, of every branch.
+        found: the sites of the graph.
+        tensors: its weights, and the first factors of the branches.
+
+    Raises:
+        PlanError: a weight is none that can be split.
+    """
+    site_of = {owner: site for site in found for owner in owners_of(site)}
+    values = dict[str, nn.Parameter]()
+    for adapter, branch in branches:
+        if not branch.splits or branch.owner not in site_of:
+            continue
+        site, starts = site_of[branch.owner], branch.names(adapter).starts
+        weight, (a, b) = tensors[model_weight(site)], (tensors[name].detach() for name in starts)
+        if any(each.is_meta for each in (weight, a, b)):
+            continue
+        if weight.dtype not in SPLITTABLE or type(weight) not in (torch.Tensor, nn.Parameter):
+            raise PlanError(
+                f"adapter {adapter!r} started by splitting {model_weight(site)}, expected in float32, float16 or bfloat16, got "
+                f"{weight.dtype}, or quantised. Save the adapter and load it there: as an update of the weight it takes any."
+            )
+        rest = _rest(site, branch, weight, a.to(weight.device), b.to(weight.device))
+        rest = rest.t() if site.layout == "in_out" else rest
+        values[rest_name(model_weight(site), adapter)] = nn.Parameter(rest.contiguous(), False)
+    return values
 
 
 def split_at(site: Site, branch: BranchSpec, weight: torch.Tensor) -> Split:

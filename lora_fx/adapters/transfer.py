@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from lora_fx.adapters.activate import at_rest, let_act
 from lora_fx.adapters.attach import attach
@@ -20,8 +21,9 @@ from lora_fx.adapters.recorded import (
     trained_of,
     values_of,
 )
+from lora_fx.adapters.starts import model_weight, rests
 from lora_fx.errors import PlanError, listed
-from lora_fx.graph.adapter_names import adapter_of, adapters
+from lora_fx.graph.adapter_names import adapter_of, adapters, rest_name
 from lora_fx.graph.adapter_states import acting, adapters_as_added
 from lora_fx.graph.cached_graphs import CachedGraphs, check_whole
 from lora_fx.graph.compare import described
@@ -29,6 +31,8 @@ from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, st
 from lora_fx.graph.info import RuledBranches, info_of
 from lora_fx.graph.joined_graphs import Graphs, through, whole
 from lora_fx.graph.records import BranchSpec, TokenRows, Trained
+from lora_fx.planning.plan import owners_of
+from lora_fx.sites.call_sites import sites
 
 _logger = logging.getLogger("lora_fx.adapters")
 
@@ -38,7 +42,8 @@ def transfer(graph_module: TracedGraphModule | CachedGraphs, *, onto: Graphs) ->
 
     Sites correspond by module. An adapter that ``onto`` already has gets the trained factors, and trains if it does in
     ``graph_module``; any other is added. The factors are the result's own parameters, over the storage of those of
-    ``graph_module``. Adapters of ``onto`` alone stay as they are. An adapter that is folded into the weights of ``onto`` is left
+    ``graph_module``; what PiSSA and the like left of a weight is made anew of the weight of ``onto``, where that is another one. Adapters
+    of ``onto`` alone stay as they are. An adapter that is folded into the weights of ``onto`` is left
     out, if it does not act.
 
     Args:
@@ -80,12 +85,22 @@ def _transferred(graph_module: TracedGraphModule, onto: TracedGraphModule) -> Tr
             _logger.warning("adapter %r is folded into the weights already, and is not transferred.", adapter)
         elif adapter not in adapters(onto):
             plan = recorded_plan(given, adapter, result, strength=1.0)
-            result = attach(result, plan, adapter=adapter, values=values_of(given, adapter), acts=False)
+            result = attach(
+                result,
+                plan,
+                adapter=adapter,
+                values=values_of(given, adapter) | _rests(given, result, adapter),
+                acts=False,
+            )
         else:
             mine, theirs = (record_of(each, adapter).at_strength(1.0).branches for each in (given, result))
             unlike += differences(mine, theirs) or _copy_differences(given, result, adapter)
             unlike += row_differences(record_of(given, adapter).tokens, record_of(result, adapter).tokens)
-            tensors |= {**parameters_of(given, adapter), **statistics_of(given, adapter)}
+            tensors |= {
+                **parameters_of(given, adapter),
+                **statistics_of(given, adapter),
+                **_rests(given, result, adapter),
+            }
     state = state_of(result)
     unlike += [
         f"{name}: {described(tensor)} against {_shape_text(state.tensors.get(name))}"
@@ -100,6 +115,33 @@ def _transferred(graph_module: TracedGraphModule, onto: TracedGraphModule) -> Tr
     records = {name: carried.get(name, record) for name, record in info_of(result).adapters.items()}
     info = replace(info_of(result), adapters=records)
     return let_act(rebuilt(result, tensors=tensors, info=info), strengths)
+
+
+def _rests(given: TracedGraphModule, onto: TracedGraphModule, adapter: str) -> dict[str, torch.Tensor]:
+    """Return what the start of an adapter leaves of the weights of another graph, where they are others than those it started from.
+
+    Of a weight on the meta device it is there, too, until the weight has values.
+    """
+    branches = [(adapter, branch) for _, branch in record_of(given, adapter).branches.values() if branch.splits]
+    if not branches:
+        return {}
+    mine, theirs = state_of(given).tensors, state_of(onto).tensors
+    site_of = {owner: site for site in sites(onto) for owner in owners_of(site)}
+    other, empty = list[tuple[str, BranchSpec]](), dict[str, torch.Tensor]()
+    for each in branches:
+        name = model_weight(site_of[each[1].owner])
+        if theirs[name].is_meta:
+            empty[rest_name(name, adapter)] = nn.Parameter(theirs[name].detach().clone(), False)
+        elif name not in mine or (theirs[name].shape == mine[name].shape and not _same(mine[name], theirs[name])):
+            other.append(each)
+    return {**empty, **rests(other, site_of.values(), {**theirs, **parameters_of(given, adapter)})}
+
+
+def _same(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Tell whether two weights are one, or have the same dtype and values."""
+    if mine is theirs:
+        return True
+    return not mine.is_meta and mine.dtype == theirs.dtype and torch.equal(mine.to(theirs.device), theirs)
 
 
 def _folded_into(graph_module: TracedGraphModule) -> set[str]:

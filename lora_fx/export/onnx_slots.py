@@ -19,7 +19,7 @@ from torch import fx, nn
 from lora_fx.adapters.attach import attach
 from lora_fx.adapters.peft_format.fingerprint import fingerprint
 from lora_fx.adapters.peft_format.keys import apart_from_calls
-from lora_fx.adapters.recorded import branches_of, plan_branches, trained_of
+from lora_fx.adapters.recorded import branches_of, plan_branches, record_of, trained_of
 from lora_fx.branches.remove import unload
 from lora_fx.errors import ExportError, option
 from lora_fx.export.onnx_ops import onnx_package
@@ -167,6 +167,8 @@ def _problems(graph_module: TracedGraphModule, names: Sequence[str]) -> Iterator
                 f"adapter {name!r} has a trained copy of {trained.name!r}, as of modules_to_save or a bias. Fold it "
                 "(lora_fx.fold), or train without"
             )
+        for rows in record_of(graph_module, name).tokens:
+            yield f"adapter {name!r} has trained rows of {rows.weight!r}. Fold it (lora_fx.fold), or train without"
         for _, branch in branches_of(graph_module, name).values():
             if branch.setting.variant == "dora" or branch.setting.bias:
                 kind = "DoRA" if branch.setting.variant == "dora" else "a bias in B"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.adapters.activate import tell_whole_copies
+from lora_fx.adapters.activate import check_whole_strength, tell_whole_copies
 from lora_fx.adapters.attach import attach
 from lora_fx.adapters.peft_format.base_class import base_class
 from lora_fx.adapters.peft_format.opening import AdapterFiles, read_adapter
@@ -205,6 +205,7 @@ def plan_checkpoint_fold(
 
     Raises:
         AdapterError: an adapter is malformed, or does not fit the model.
+        PlanError: an adapter of DoRA has another strength than 1.
         FoldError: a weight would need different values at its uses, is not stored as the model has it, or cannot be quantised so.
         TraceError: the model cannot be traced.
         LoraFxError: the directory is no checkpoint of a transformers model.
@@ -234,6 +235,7 @@ def plan_checkpoint_fold(
     trained_by: dict[str, int] = {}
     for index, (files, (_, strength)) in enumerate(zip(opened, pairs, strict=True)):
         contents = _contents(files, places, graph_module)
+        check_whole_strength(str(files.directory), contents.branches, strength)
         own = _copies_of(files, contents, strength, copies)
         name = f"adapter_{index}"
         values = contents.values_of(name, trainable=False)

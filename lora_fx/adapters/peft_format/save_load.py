@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from lora_fx.adapters.peft_format.tensors import FILE_NAME, PICKLE_NAME
 from lora_fx.adapters.peft_format.writing import PeftAdapter, module_paths, to_peft
 from lora_fx.adapters.recorded import (
     branches_of,
+    free_names,
     moved_statistics,
     origin_of,
     plan_branches,
@@ -351,7 +353,7 @@ def _with_values(
     if unlike:
         problem = f"the graph's adapter {adapter!r} is another than the directory's; load it under another name, or with from_adapter"
         raise AdapterError(problem, unlike)
-    free = frozenset(name for name, value in values.items() if value.requires_grad)
+    free = free_names(graph_module, adapter).intersection(n for n, value in values.items() if value.requires_grad)
     trains = trained_names(graph_module, adapter) if trainable is None else free if trainable else frozenset()
     return checked(with_training(rebuilt(graph_module, tensors=values), adapter, trains), "branched")
 
@@ -369,7 +371,8 @@ def _beside_starts(contents: AdapterContents, branches: RuledBranches, adapter: 
         a, b = factors[key]
         a0, b0 = (state.tensors[name].to(a.dtype) for name in branch.names(adapter).starts)
         rank, scale = branch.setting.rank, branch.setting.scale
-        if theirs.setting.scale == scale and torch.equal(a[rank:], a0) and torch.equal(b[:, rank:], -b0):
+        same = math.isclose(theirs.setting.scale, scale, rel_tol=1e-12)  # an alpha for twice the rank is rounded
+        if same and torch.equal(a[rank:], a0) and torch.equal(b[:, rank:], -b0):
             found[key] = rule, branch
             factors[key] = a[:rank].clone(), b[:, :rank].clone()
     return replace(contents, branches=found, factors=factors)
