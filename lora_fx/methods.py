@@ -21,6 +21,7 @@ from lora_fx.adapters.peft_format.opening import read_adapter
 from lora_fx.adapters.peft_format.save_load import with_adapter, write_adapter_files
 from lora_fx.adapters.recorded import free_names, with_training
 from lora_fx.branches.lower import is_fused
+from lora_fx.branches.remove import plain_graph
 from lora_fx.branches.tied_copies import untied_copies
 from lora_fx.errors import LoraFxError
 from lora_fx.folding.fold import folded_state
@@ -30,6 +31,7 @@ from lora_fx.graph.cached_graphs import has_cache
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import CHECKPOINTING_SPELLING, PEFT_SPELLING, known_info, with_info
 from lora_fx.graph.take_over import take_over
+from lora_fx.sites.call_sites import sites
 from lora_fx.tracing.transformers_models import double_over, empty_double
 from lora_fx.training.below_head import below_head
 from lora_fx.training.checkpointing import (  # noqa: F401  # methods, by their names
@@ -82,7 +84,7 @@ def generate(graph_module: TracedGraphModule, *args: Any, **options: Any) -> Any
     """
     if has_cache(graph_module):
         return generator(graph_module).generate(*args, **options)
-    model: Any = double_over(graph_module, folded_state(graph_module, unshare=True)).eval()
+    model: Any = double_over(graph_module, folded_state(graph_module, unshare=True), _turned(graph_module)).eval()
     return model.generate(*args, **options)
 
 
@@ -167,7 +169,7 @@ def merge_and_unload(
     """
     strengths = None if adapter_names is None else dict.fromkeys(adapter_names, 1.0)
     state = folded_state(graph_module, strengths)
-    model = double_over(graph_module, state)
+    model = double_over(graph_module, state, _turned(graph_module))
     for name, first in model.all_tied_weights_keys.items():
         if {name, first} <= state.tensors.keys() and state.tensors[name] is not state.tensors[first]:
             raise LoraFxError(
@@ -178,6 +180,12 @@ def merge_and_unload(
     model.add_model_tags(list(known_info(graph_module).tags))
     model.train(graph_module.training)
     return model
+
+
+def _turned(graph_module: TracedGraphModule) -> set[str]:
+    """Return the weights of linear layers that a graph stores as ``(out, in)``."""
+    found = {site.weight for site in sites(plain_graph(graph_module)) if (site.op, site.layout) == ("linear", "out_in")}
+    return {original_name(name) or name for name in found}
 
 
 def save_pretrained(

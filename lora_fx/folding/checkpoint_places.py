@@ -63,6 +63,11 @@ class Places:
         told = fingerprint_on_disk({n: self.checkpoint.find(key) for n, key in found.items() if key is not None})
         return {name: told.get(name) for name in found}
 
+    def start(self, names: Sequence[str]) -> torch.Tensor | None:
+        """Return the weight with these names as an adapter started from it; None for one that is, or is to be, quantised."""
+        key = self.of_names(names)[0]
+        return None if self.checkpoint.find(key)[0].is_computed(key) else self.checkpoint.read(key)
+
     def lacks(self, names: Sequence[str]) -> bool:
         """Tell whether the checkpoint has nothing of which a tensor of the model with these names is made."""
         return not any(name in self.plain or name in self.converted for name in names)

@@ -361,7 +361,7 @@ def _contents(files: AdapterFiles, places: Places, graph_module: TracedGraphModu
     """
     files = fitted(files, graph_module)
     names = _all_names(state_of(graph_module))
-    contents = read_contents(files, graph_module, lambda name: places.checkpoint.read(places.of_names(names[name])[0]))
+    contents = read_contents(files, graph_module, lambda name: places.start(names[name]))
     problems, found = [], {}
     adapted = {f"{branch.owner}.weight" for _, branch in contents.branches.values()}
     for name, key in contents.echoes.items():

@@ -10,7 +10,6 @@ has a fold that quantises them first.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -76,7 +75,8 @@ def merged_dense(weight: QuantisedWeight, merge: Merge, tensors: Mapping[str, to
 def merged_quantised(weight: QuantisedWeight, merge: Merge, tensors: Mapping[str, torch.Tensor]) -> MergedWeight:
     """Return ``q(dense(q(W)) + Σ scaling · B A)``, quantised in the way of the weight.
 
-    As PEFT does, a codebook quantises the sum in float32, and a uniform scheme quantises the sum in the weight's dtype.
+    As PEFT does, a codebook quantises the sum in float32, and a uniform scheme quantises the sum in the weight's dtype. Where the update
+    changes no element of that sum, as that of an untrained B does not, the weight stays as it is.
 
     Raises:
         FoldError: nothing is quantised with the scheme of the weight here.
@@ -94,7 +94,7 @@ def merged_quantised(weight: QuantisedWeight, merge: Merge, tensors: Mapping[str
     lost, size = (
         float(torch.linalg.vector_norm(part.double())) for part in (quantised.dequantize() - wide, wide - before)
     )
-    return MergedWeight(_like(weight, quantised), 0, lost / size if size else math.inf)
+    return MergedWeight(_like(weight, quantised), 0, lost / size) if size else MergedWeight(weight, 0)
 
 
 def warn_of_losses(lost: Mapping[str, float]) -> None:

@@ -284,7 +284,7 @@ def _copied_weights(values: Sequence[Value], state: State) -> set[str]:
     spans: dict[object, list[str]] = {}
     for first in state.names():
         tensor = state.tensors[first]
-        if not tensor.is_meta:
+        if not (tensor.is_meta or isinstance(tensor, QuantisedWeight)):  # codes are never written to
             spans.setdefault((tensor.device, tensor.untyped_storage().data_ptr()), []).append(first)
     for group in spans.values():
         written = [name for name in group if name in names and name not in copied]

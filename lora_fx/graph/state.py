@@ -95,9 +95,11 @@ def leaf_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def check_form(name: str, tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Raise :class:`LoraFxError` for a value that is not quantised as the tensor of a graph is that it is for."""
     if isinstance(tensor, QuantisedWeight) and not tensor.is_like(value):
+        found = repr(value) if isinstance(value, QuantisedWeight) else described(value)
+        found += ", with codes and scales of other shapes or dtypes" if found == repr(tensor) else ""
         raise LoraFxError(
             f"{name!r} is {tensor!r} in the graph, which keeps the form of its weights, and in the state dict "
-            f"{value if isinstance(value, QuantisedWeight) else described(value)}. Load what state_dict() of such a graph gave."
+            f"{found}. Load what state_dict() of such a graph gave."
         )
 
 

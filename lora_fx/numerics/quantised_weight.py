@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, listed
 from lora_fx.numerics.schemes import CodebookScheme, Scheme, UniformScheme, scheme_text
 
 aten = torch.ops.aten
@@ -117,13 +117,26 @@ class QuantisedWeight(torch.Tensor):
         return self
 
     def is_like(self, other: torch.Tensor) -> bool:
-        """Tell whether another tensor is quantised in the same way, to the same shape and dtype."""
-        return isinstance(other, QuantisedWeight) and other._form == self._form
+        """Tell whether another tensor is quantised in the same way, to the same shape and dtype, with codes and scales of the same shapes."""
+        return isinstance(other, QuantisedWeight) and other._form == self._form and other._parts() == self._parts()
 
     def with_values(self, other: QuantisedWeight) -> QuantisedWeight:
         """Return a weight on the device of this one, with copies of the codes and scales of another one that is like it."""
         device = self.device
         return _made(other._with(lambda tensor: tensor.to(device, copy=True)), isinstance(self, nn.Parameter))
+
+    def _parts(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in self._tensors.items()}
+
+    def share_memory_(self) -> QuantisedWeight:
+        """Move codes and scales to shared memory."""
+        for tensor in self._tensors.values():
+            tensor.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Tell whether codes and scales are in shared memory."""
+        return all(tensor.is_shared() for tensor in self._tensors.values())
 
     def _with(self, function: Callable[[torch.Tensor], torch.Tensor]) -> QuantisedWeight:
         """Return the weight with a function applied to its codes and scales."""
@@ -198,8 +211,46 @@ def _made(weight: QuantisedWeight, is_parameter: bool) -> QuantisedWeight:
 
 
 def _restored(tensors: Mapping[str, torch.Tensor], form: tuple[Any, ...], is_parameter: bool) -> Any:
-    """Return a pickled weight."""
+    """Return a pickled weight.
+
+    Raises:
+        LoraFxError: its codes and scales are none of its scheme and shape, which would give other values in silence.
+    """
+    _check_parts(tensors, *form)
     return _made(QuantisedWeight(tensors, *form), is_parameter)
+
+
+def _check_parts(
+    tensors: Mapping[str, torch.Tensor], scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype, *_: object
+) -> None:
+    if not (
+        isinstance(scheme, CodebookScheme | UniformScheme)
+        and all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
+        and len(shape) == 2
+        and all(isinstance(size, int) and size > 0 for size in shape)
+        and isinstance(dtype, torch.dtype)
+        and dtype.is_floating_point
+    ):
+        raise LoraFxError(
+            f"a quantised weight: expected tensors, a scheme, two sizes and a floating-point dtype, got {scheme!r}, {shape!r} and {dtype!r}. "
+            "Save the state dict again."
+        )
+    scheme.__post_init__()  # which a pickle passes over
+    parts = scheme.parts(shape)
+    problems = [f"{name}: expected {_part_text(*parts[name])}, got none" for name in parts.keys() - tensors.keys()]
+    for name, tensor in tensors.items():
+        if name not in parts:
+            problems.append(f"{name}: expected no such tensor")
+        elif tuple(tensor.shape) != parts[name][0] or tensor.dtype not in parts[name][1]:
+            problems.append(f"{name}: expected {_part_text(*parts[name])}, got {tensor.dtype} {list(tensor.shape)}")
+    if problems:
+        raise LoraFxError(
+            f"a weight in {scheme_text(scheme)} of shape {list(shape)}: {listed(sorted(problems), 5, '; ')}. Save the state dict again."
+        )
+
+
+def _part_text(shape: Sequence[int], dtypes: Sequence[torch.dtype]) -> str:
+    return f"{' or '.join(map(str, dtypes))} {list(shape)}"
 
 
 # Data without code: torch.load(weights_only=True) may make them.

@@ -24,6 +24,13 @@ from lora_fx.errors import LoraFxError
 Codebook = Literal["nf4", "fp4"]
 Method = Literal["rounding", "hqq", "gptq", "awq"]
 
+Part = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
+"""Shape and possible dtypes of a tensor of a scheme."""
+
+_BYTES, _FLOAT32 = (torch.uint8,), (torch.float32,)
+_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """How many elements may share a scale in bitsandbytes."""
 
@@ -86,6 +93,16 @@ class CodebookScheme:
             stored.copy_((pairs[:, 0] << 4 | pairs[:, 1])[: len(stored)])
             absmax[part.start // self.blocksize :][: len(scale)] = scale
         return {"codes": codes, **(_nested(absmax) if self.nested else {"absmax": absmax})}
+
+    def parts(self, shape: Sequence[int]) -> dict[str, Part]:
+        """Return what the tensors for a matrix of a shape have to be, by their names."""
+        blocks = -(-math.prod(shape) // self.blocksize)
+        parts: dict[str, Part] = {"codes": ((-(-math.prod(shape) // 2), 1), _BYTES), "absmax": ((blocks,), _FLOAT32)}
+        if self.nested:
+            coarse = -(-blocks // NESTED_BLOCKSIZE)
+            parts |= {"absmax": ((blocks,), _BYTES), "nested_absmax": ((coarse,), _FLOAT32)}
+            parts |= {"nested_map": ((256,), _FLOAT32), "offset": ((), _FLOAT32)}
+        return parts
 
     def absmax(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the scale of each block, in float32."""
@@ -175,6 +192,13 @@ class UniformScheme:
         codes = (codes if zero is None else codes + zero).clamp(lowest, highest).to(torch.int8)
         found = {"codes": codes.view(dense.shape), "scale": scale[..., 0]}
         return found if zero is None else {**found, "zero": zero[..., 0].to(torch.int8)}
+
+    def parts(self, shape: Sequence[int]) -> dict[str, Part]:
+        """Return what the tensors for a matrix of a shape have to be, by their names; ``columns``, which only files have, is left out."""
+        rows, columns = shape
+        scales = rows, -(-columns // (self.group or max(1, columns)))
+        parts: dict[str, Part] = {"codes": ((rows, columns), _INTEGERS), "scale": (scales, _FLOATS)}
+        return parts if self.symmetric else {**parts, "zero": (scales, (*_INTEGERS, *_FLOATS))}
 
     def dequantise(self, tensors: Mapping[str, torch.Tensor], shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Return the dense matrix that codes and scales stand for, rounded to a dtype.

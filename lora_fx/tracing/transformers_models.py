@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from lora_fx.errors import LoraFxError, hub_hint, listed, option
@@ -328,18 +329,26 @@ def empty_double(graph_module: TracedGraphModule) -> transformers.PreTrainedMode
     return model
 
 
-def double_over(graph_module: TracedGraphModule, state: State) -> transformers.PreTrainedModel:
+def double_over(
+    graph_module: TracedGraphModule, state: State, turned: Collection[str] = ()
+) -> transformers.PreTrainedModel:
     """Return a new model of the traced class over the parameters of a state, and over copies of its buffers.
 
     Args:
         graph_module: see :func:`empty_double`.
         state: of that graph, folded. Names of one tensor are tied in the model, and no others.
+        turned: weights that the graph has as ``(out, in)``. Where the model has a ``Conv1D``, as GPT-2 does, they are copied into its
+            ``(in, out)``: quantised ones are stored as those of a linear layer.
 
     Raises:
         LoraFxError: see :func:`empty_double`; or the model has other tensors than the state, or those have no values.
     """
     model = empty_double(graph_module)
     own = state_of(model)
+    for name in turned:
+        if name in state.tensors and isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D):
+            weight = nn.Parameter(state.tensors[name].detach().t().contiguous(), state.tensors[name].requires_grad)
+            state = replace(state, tensors={**state.tensors, name: weight})
     parameters = {name for name, tensor in state.tensors.items() if isinstance(tensor, nn.Parameter)}
     missing = sorted(name for name in own.tensors if name not in state.tensors)
     problems = [f"{name!r} is in the model alone" for name in missing]

@@ -102,14 +102,14 @@ class AdapterContents:
 
 
 def read_contents(
-    files: AdapterFiles, graph_module: fx.GraphModule, weights: Callable[[str], torch.Tensor] | None = None
+    files: AdapterFiles, graph_module: fx.GraphModule, weights: Callable[[str], torch.Tensor | None] | None = None
 ) -> AdapterContents:
     """Fit what a directory holds to a graph, which may be on the meta device.
 
     Args:
         files: the directory.
         graph_module: the graph.
-        weights: reads a weight that a graph on the meta device has not, by its name.
+        weights: reads a weight that a graph on the meta device has not, by its name; None for one that is quantised.
 
     Raises:
         AdapterError: config, file and graph do not agree; all problems are named.
@@ -121,7 +121,7 @@ class _Reader:
     """Reads an adapter for a graph, and collects all problems."""
 
     def __init__(
-        self, files: AdapterFiles, graph_module: fx.GraphModule, weights: Callable[[str], torch.Tensor]
+        self, files: AdapterFiles, graph_module: fx.GraphModule, weights: Callable[[str], torch.Tensor | None]
     ) -> None:
         self._files, self._weights = files, weights
         self._config = files.config
