@@ -170,6 +170,30 @@ def test_a_method_that_is_not_affine_is_refused_by_its_node(name: str) -> None:
             call(graph_module)
 
 
+class Reshaped(nn.Module):
+    """IA³ scales a reshaped output, to which a branch of LoRA is added, in the same places or in others."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shape, self.q = shape, nn.Linear(8, 6, bias=False)
+        self.lora_A, self.lora_B = (nn.ModuleDict({"own": nn.Linear(*n, bias=False)}) for n in ((8, 2), (2, 6)))
+        self.ia3_l = nn.ParameterDict({"own": nn.Parameter(torch.rand(6) + 0.5)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        update = self.lora_B["own"](self.lora_A["own"](x))
+        update = update.view(self.shape) if len(self.shape) == 2 else update
+        return self.q(x).view(self.shape) * self.ia3_l["own"] + update  # type: ignore[no-any-return]
+
+
+def test_a_scaled_output_keeps_its_positions_or_is_refused() -> None:
+    x = torch.randn(3, 4, 8)
+    flat = lora_fx.trace(Reshaped(12, 6).eval(), (x,), dynamic={})
+    assert close(lora_fx.fold(flat)(x), flat(x))
+    spread = lora_fx.trace(Reshaped(3, 1, 4, 6).eval(), (x,), dynamic={})
+    with pytest.raises(lora_fx.FoldError, match="adds values of other positions"):
+        lora_fx.fold(spread)
+
+
 def test_a_fold_in_place_gives_the_same_bits() -> None:
     model, inputs = wrapped(AFFINE["dora"]())
     graph_module = lora_fx.trace(model, inputs, inference=True)

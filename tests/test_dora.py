@@ -239,6 +239,25 @@ def test_dora_is_drawn_and_exported(graph_module: lora_fx.TracedGraphModule, tmp
     assert torch.allclose(written, graph_module(IDS), rtol=0, atol=1e-6)
 
 
+SHARED = {"select": [{"target": ["q", "r"], "calls": "each"}]}
+
+
+class Twice(nn.Module):
+    """A layer that is called twice, with a LoRA branch of the model's own if so wished."""
+
+    def __init__(self, own: bool = False) -> None:
+        super().__init__()
+        self.q, self.r = nn.Linear(5, 5), nn.Linear(5, 5, bias=False)
+        if own:
+            self.lora_A, self.lora_B = (nn.ModuleDict({"own": nn.Linear(*n, bias=False)}) for n in ((5, 2), (2, 5)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        once = self.q(x)
+        if hasattr(self, "lora_A"):
+            once = once + self.lora_B["own"](self.lora_A["own"](x))
+        return self.r(torch.tanh(self.q(torch.tanh(once))))  # type: ignore[no-any-return]
+
+
 def refuses(match: str, call: Callable[[], object]) -> None:
     with pytest.raises(lora_fx.LoraFxError, match=match):
         call()
@@ -256,6 +275,38 @@ def test_what_dora_cannot_do_is_refused(graph_module: lora_fx.TracedGraphModule,
     )
     lora_fx.save_adapter(differing, tmp_path / "a")
     refuses("DoRA, rank 3", lambda: lora_fx.load_adapter(lora, tmp_path / "a"))
+
+
+def test_dora_is_alone_at_every_call_of_a_layer() -> None:
+    x, dora = torch.ones(3, 5), {"defaults": {"variant": "dora"}, "select": [{"target": ["q", "r"]}]}
+    one = lora_fx.rewrite(Twice(), SHARED, example_inputs=(x,), rank=2)
+    two = lora_fx.rewrite(one, dora, adapter="b", rank=2)
+    refuses("would both act at 'q.*one of them is DoRA's", lambda: lora_fx.activate(two, {"default": 1, "b": 1}))
+    own = lora_fx.trace(Twice(own=True), (x,))
+    refuses("DoRA at 'q.*came with a branch of its own", lambda: lora_fx.rewrite(own, dora, rank=2))
+
+
+@pytest.mark.parametrize("settings", [{"variant": "dora"}, {"bias": True}], ids=["dora", "bias"])
+def test_given_factors_beside_dora_are_refused_and_beside_a_bias_start_as_the_model(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    a, b = torch.linspace(-1, 1, 18).view(3, 6), torch.linspace(1, -2, 30).view(10, 3)
+    rules, base = {"select": [{"target": ["q"], "rank": 3, **settings}]}, lora_fx.trace(Layers(), (IDS,))
+    if "variant" in settings:
+        refuses(
+            "'q' can get no branch with DoRA: it starts from",
+            lambda: lora_fx.rewrite(base, rules, start=lambda _: (a, b)),
+        )
+        plain = lora_fx.rewrite(base, rules, start=lambda _: (a, 0 * b))
+        assert torch.allclose(plain(IDS), base(IDS), rtol=0, atol=1e-6)
+        return
+    graph_module = lora_fx.rewrite(base, rules, start=lambda _: (a, b))
+    assert torch.allclose(graph_module(IDS), base(IDS), rtol=0, atol=1e-5)
+    set_parameters(graph_module)
+    assert torch.allclose(lora_fx.fold(graph_module)(IDS), graph_module(IDS), rtol=0, atol=1e-5)
+    lora_fx.save_adapter(graph_module, tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(Layers(), tmp_path / "a")
+    assert torch.allclose(theirs(IDS), graph_module(IDS), rtol=0, atol=1e-5)
 
 
 UNFIT: Mapping[str, tuple[Callable[[], nn.Module], torch.Tensor, dict[str, Any], str]] = {

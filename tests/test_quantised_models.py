@@ -168,6 +168,16 @@ def test_a_graph_has_the_codes_of_its_model_and_equal_layers_are_traced_once(
     assert not hasattr(graph.config, "quantization_config")
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_dora_beside_a_layer_that_computes_in_another_dtype_is_refused_by_name(bias: bool) -> None:
+    layer = bitsandbytes.nn.Linear4bit(64, 32, bias=bias, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
+    rules = {"select": [{"target": ["0"], "rank": 3, "variant": "dora"}]}
+    with pytest.raises(
+        lora_fx.PlanError, match=r"site '0' can get no branch with DoRA.*bnb_4bit_compute_dtype=torch.float32"
+    ):
+        lora_fx.rewrite(nn.Sequential(layer, nn.Tanh()), rules, example_inputs=(torch.randn(5, 64),))
+
+
 def test_copies_and_files_of_a_quantised_graph_compute_the_same(
     graph: lora_fx.TracedGraphModule, logits: torch.Tensor
 ) -> None:

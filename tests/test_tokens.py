@@ -237,6 +237,49 @@ def test_two_adapters_with_rows_of_one_embedding_act_one_at_a_time(tagger: lora_
         lora_fx.activate(copied, {"whole": 1.0, "other": 1.0})
 
 
+DORA_OF = {"defaults": {"variant": "dora", "rank": 2}}
+
+
+@pytest.mark.parametrize("at", ["table", "head"])
+def test_dora_beside_rows_of_its_weight_is_refused(tagger: lora_fx.TracedGraphModule, at: str) -> None:
+    rows = {"target": ["table"], "trainable": [2]}
+    dora = {**DORA_OF, "select": [{"target": [at]}]}
+    message = f"would have DoRA at '{at}', and adapter '.*' has rows of its weight, 'table.weight'"
+    with pytest.raises(PlanError, match=message):
+        lora_fx.rewrite(tagger, {**DORA_OF, "select": [{"target": [at]}, rows]})
+    for first, second in (({"select": [rows]}, dora), (dora, {"select": [rows]})):
+        two = lora_fx.rewrite(lora_fx.rewrite(tagger, first), second, adapter="other")
+        with pytest.raises(PlanError, match=message):
+            lora_fx.activate(two, {"default": 1.0, "other": 1.0})
+    lora_fx.rewrite(tagger, {**DORA_OF, "select": [{"target": ["mix"]}, rows]})
+
+
+def test_on_disk_rows_and_dora_of_one_embedding_are_refused(tmp_path: Path) -> None:
+    llama(tied=False).save_pretrained(tmp_path / "base")
+    kinds: dict[str, Any] = {"rows": {"target_modules": ["q_proj"], "trainable_token_indices": ROWS}}
+    kinds["dora"] = {"target_modules": ["embed_tokens"], "use_dora": True}
+    for name, settings in kinds.items():
+        wrapped = peft.get_peft_model(llama(tied=False), peft.LoraConfig(r=2, **settings))
+        wrapped.save_pretrained(tmp_path / name, save_embedding_layers=False)
+    pairs = [(tmp_path / name, 1.0) for name in kinds]
+    for given in (pairs, pairs[::-1]):
+        with pytest.raises(PlanError, match=r"DoRA at 'model\.embed_tokens', and adapter 'adapter_\d' has rows"):
+            fold_checkpoint(tmp_path / "base", given, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_scaled_beside_rows_of_its_weight_is_refused_by_its_node() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["table"], use_dora=True)
+    plain = Tagger().eval()
+    plain.head.weight = nn.Parameter(plain.head.weight.detach().clone())
+    graph_module = lora_fx.trace(peft.get_peft_model(plain, config).eval(), (TAGS,))
+    rows = lora_fx.rewrite(
+        graph_module, {"select": [{"target": ["table.base_layer"], "trainable": [2]}]}, adapter="rows"
+    )
+    with pytest.raises(FoldError, match=r"a branch must be linear in its site's input"):
+        lora_fx.fold(rows)
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [

@@ -102,6 +102,7 @@ def attach(
     check_attachable(plan, graph_module)
     state = state_of(graph_module)
     plan, pairs = (plan, {}) if values is not None else started(plan, graph_module.graph, state, start)
+    check_attachable(plan, graph_module)  # again: given factors start from the weight
     ordered = _in_module_order(plan, state)
     factors = _new_factors(ordered, state, adapter, seed, pairs) if values is None else _given(ordered, adapter, values)
     copies = _copies(plan, state, adapter, values)
@@ -144,7 +145,7 @@ def _with_nodes(
     check_written_once(graph_module.graph, adapter, record.tokens, copies, state)
     ordered = _in_module_order(plan, state)
     places = {**_places(ordered, state, adapter), **row_numbers(record.tokens, state, adapter)}
-    check_dora_alone(graph_module, plan, adapter)
+    check_dora_alone(graph_module, plan, adapter, record.tokens)
     state = state.with_tensors(places).with_modules(dropout_modules(graph_module.graph, ordered.values(), adapter))
     state = State(state.tensors, state.non_persistent | set(places), state.modules)
     graph = _branched(graph_module, plan, state, adapter)
@@ -412,6 +413,11 @@ class _BranchWriter:
     def _dora(self, base: fx.Node, end: fx.Node, x: fx.Node, nodes: tuple[fx.Node, fx.Node, fx.Node]) -> fx.Node:
         """Write what makes a branch DoRA's, given the nodes of A, B and ``B(A(x))``, and return its sum with the output of the site."""
         names, weight = self.branch.names(self.adapter), self.state.tensors[self.chosen.site.weight]
+        if (cast := _cast_back(base, weight)) is not None:
+            raise PlanError(
+                f"site {self.chosen.site.name!r} can get no branch with DoRA: expected a layer in 4 bits that computes in {cast_of(cast)}, as the "
+                f"model, got one that computes in {weight.dtype}. Load the model with bnb_4bit_compute_dtype={cast_of(cast)}."
+            )
         magnitude, module = self._named(names.magnitude, "magnitude", nodes[1]), names.training_product
         branch = DoraBranch.of(base, end, weight, (x, *nodes), magnitude, self.branch.setting)
 

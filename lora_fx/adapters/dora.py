@@ -12,20 +12,23 @@ With dropout, PEFT multiplies by W once more in training, the dropped input: a m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
+from lora_fx.adapters.starts import model_weight
+from lora_fx.branches.find import find_branches
 from lora_fx.errors import PlanError
-from lora_fx.graph.info import info_of
-from lora_fx.graph.records import BranchSpec
+from lora_fx.graph.graph_module import state_of
+from lora_fx.graph.info import AdapterRecord, info_of
+from lora_fx.graph.records import BranchSpec, TokenRows
 from lora_fx.graph.training_only import TrainingOnly
 from lora_fx.numerics.factor_init import adapter_dtype
 from lora_fx.planning.plan import Chosen, Plan, magnitude_shape, owners_of
 from lora_fx.rules.rule_file import Setting
-from lora_fx.sites.call_sites import Site
+from lora_fx.sites.call_sites import Site, sites
 from lora_fx.sites.weight_ops import Emit, WeightOp, weight_op
 
 aten = torch.ops.aten
@@ -113,19 +116,60 @@ def dropout_modules(
     return modules
 
 
-def check_dora_alone(graph_module: fx.GraphModule, plan: Plan, adapter: str) -> None:
-    """Refuse DoRA at a site where another adapter acts: the norm of each would be that of the weight without the other.
+def check_dora_alone(graph_module: fx.GraphModule, plan: Plan, adapter: str, tokens: Sequence[TokenRows]) -> None:
+    """Refuse DoRA where something else changes the weight: its norm would be that of the weight without the other.
+
+    Args:
+        graph_module: in which the other adapters act.
+        plan: of the adapter that is to act.
+        adapter: its name.
+        tokens: its rows.
 
     Raises:
-        PlanError: an adapter that acts has a branch where the plan has one, and one of the two is DoRA's.
+        PlanError: at a site of DoRA another adapter that acts has a branch too, or the model has one, or an adapter has rows of its weight.
     """
-    mine = {branch.owner: branch.setting.variant for chosen in plan.chosen for branch in chosen.branches}
-    for other, record in info_of(graph_module).adapters.items():
-        for _, branch in record.branches.values() if record.acts else ():
-            if branch.owner in mine and "dora" in (branch.setting.variant, mine[branch.owner]):
+    found, acting = sites(graph_module), {n: each for n, each in info_of(graph_module).adapters.items() if each.acts}
+    kinds = {chosen.site.node: {each.setting.variant for each in chosen.branches} for chosen in plan.chosen}
+    mine = [chosen.site for chosen in plan.chosen if "dora" in kinds[chosen.site.node]]
+    at, rows = {adapter: mine}, {adapter: tokens, **{name: record.tokens for name, record in acting.items()}}
+    for other, record in acting.items():
+        theirs = _kinds(record, found)
+        at[other] = [site for site in found if "dora" in theirs.get(site.node, ())]
+        both = (site for site in found if "dora" in theirs.get(site.node, set()) | kinds.get(site.node, set()))
+        if (met := next((site for site in both if site.node in theirs.keys() & kinds.keys()), None)) is not None:
+            raise PlanError(
+                f"adapters {other!r} and {adapter!r} would both act at {met.name!r}, and one of them is DoRA's, whose magnitudes are "
+                "those of the weight with its own update alone. Let one of them act at a time, or fold one first."
+            )
+    _check_without_rows(at, rows, state_of(graph_module).aliases())
+    own = {branch.site.name for branch in find_branches(graph_module)} if mine else set()
+    if (met := next((site for site in mine if site.node in own), None)) is not None:
+        raise PlanError(
+            f"adapter {adapter!r} would have DoRA at {met.name!r}, where the model came with a branch of its own: its magnitudes are those of "
+            "the weight without that. Fold the model first (lora_fx.fold), or adapt that layer without DoRA."
+        )
+
+
+def _kinds(record: AdapterRecord, found: Iterable[Site]) -> dict[str, set[str]]:
+    """Return the kinds of branches that an adapter has, by the nodes of their sites."""
+    owned: dict[str, set[str]] = {}
+    for _, branch in record.branches.values():
+        owned.setdefault(branch.owner, set()).add(branch.setting.variant)
+    kinds = {site.node: {kind for owner in owners_of(site) for kind in owned.get(owner, ())} for site in found}
+    return {node: each for node, each in kinds.items() if each}
+
+
+def _check_without_rows(
+    at: Mapping[str, Sequence[Site]], rows: Mapping[str, Sequence[TokenRows]], aliases: Mapping[str, str]
+) -> None:
+    """Refuse DoRA of adapters beside rows of the weight that these, or others, write over."""
+    for adapter, site in ((name, site) for name, each in at.items() for site in each):
+        for other, tokens in ((name, tokens) for name, each in rows.items() for tokens in each):
+            reads = not tokens.alone or tokens.module == site.module
+            if reads and aliases[tokens.weight] == aliases[model_weight(site)]:
                 raise PlanError(
-                    f"adapters {other!r} and {adapter!r} would both act at {branch.owner!r}, and one of them is DoRA's, whose magnitudes are "
-                    "those of the weight with its own update alone. Let one of them act at a time, or fold one first."
+                    f"adapter {adapter!r} would have DoRA at {site.name!r}, and adapter {other!r} has rows of its weight, {tokens.weight!r}: "
+                    "the magnitudes are those of the weight without these rows. Let one of them act at a time, or leave out DoRA or the rows."
                 )
 
 

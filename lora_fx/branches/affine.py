@@ -25,7 +25,7 @@ from lora_fx.numerics.update import Factor, Update
 from lora_fx.numerics.weight_view import SWAP, Step, View
 from lora_fx.rules.vocabulary import Op
 from lora_fx.sites.call_sites import biased, is_site
-from lora_fx.sites.stored_weight import Stored, cast_of, is_transparent, stored, written_rows
+from lora_fx.sites.stored_weight import Stored, cast_of, has_written_rows, is_transparent, stored, written_rows
 from lora_fx.sites.weight_ops import CONVOLUTIONS, WeightOp, is_pointwise, weight_op
 
 aten = torch.ops.aten
@@ -118,7 +118,7 @@ class Deltas:
 
     def _site_output(self, node: fx.Node, product: WeightOp) -> Delta | None:
         name = str(product.weight.target)
-        if product.op == "expert":
+        if product.op == "expert" or has_written_rows(node, product.weight):
             return None
         constant = self._weights.get(product.weight)
         factor = Factor(name if constant is None else constant.digest, product.view, constant)

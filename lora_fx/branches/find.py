@@ -204,7 +204,7 @@ class _BranchFinder:
         self._extended.add(joined.previous)
         output = None if joined.is_weight else self._deltas.output_of(joined.base)
         if output is not None and output.output is not None:
-            whole = Delta(joined.terms, joined.dtype, joined.reshaped, offsets=joined.offsets)
+            whole = Delta(joined.terms, joined.dtype, reshaped=joined.reshaped, offsets=joined.offsets)
             nodes = SiteOutput(joined.site, (*output.output.nodes, node), joined.dtype)
             self._deltas.finish(node, replace(output.plus(whole), output=nodes))
 
@@ -215,9 +215,9 @@ class _BranchFinder:
         own = self._deltas.output_of(output.base)
         assert own is not None
         assert product is not None
-        base = _Joined(
-            output.site, output.base, output.base, (), output.dtype, output.dtype, Stored(product.weight, product.view)
-        )
+        reshaped = output.base not in (output.site, self._deltas.total(output.site))
+        weight = Stored(product.weight, product.view)
+        base = _Joined(output.site, output.base, output.base, (), output.dtype, output.dtype, weight, reshaped)
         whole = summed(tuple(term.update for term in (*delta.terms, *own.scaled(-1).terms)))
         terms = {replace(term.update, scaling=1.0): term for term in (*own.terms, *delta.terms)}
         found = tuple(replace(terms[replace(update, scaling=1.0)], update=update) for update in whole)

@@ -49,7 +49,7 @@ def why_no_variant(branch: BranchSpec, site: Site, which: str) -> str:
         "PEFT has none beside an embedding": which != "DoRA" and site.op == "embedding",
         "DoRA has none": which != "DoRA" and setting.variant == "dora",
         f"it starts as {setting.init!r}, with which PEFT has none": which != "DoRA"
-        and setting.init not in ("kaiming", "random"),
+        and setting.init not in ("kaiming", "random", "given"),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 

@@ -91,6 +91,17 @@ def written_rows(node: fx.Node) -> RowWrite | None:
     return RowWrite(str(numbers.target), name) if is_token_values(name) else None
 
 
+def has_written_rows(node: fx.Node, weight: fx.Node) -> bool:
+    """Tell whether a node reads a weight, given as its ``get_attr``, with rows that an adapter writes over."""
+    for value in node.all_input_nodes:
+        written = False
+        while is_transparent(value) and isinstance(value.args[0], fx.Node):
+            written, value = written or written_rows(value) is not None, value.args[0]
+        if value is weight and written:
+            return True
+    return False
+
+
 def _constant(value: Any) -> fx.Node | None:
     """Return the ``get_attr`` of a tensor of integers that is passed on unchanged, as torch.export writes a tensor made in ``forward``."""
     while isinstance(value, fx.Node) and value.target in _PASSED_ON:
