@@ -273,11 +273,9 @@ def test_an_output_scaled_beside_rows_of_its_weight_is_refused_by_its_node() -> 
     plain = Tagger().eval()
     plain.head.weight = nn.Parameter(plain.head.weight.detach().clone())
     graph_module = lora_fx.trace(peft.get_peft_model(plain, config).eval(), (TAGS,))
-    rows = lora_fx.rewrite(
-        graph_module, {"select": [{"target": ["table.base_layer"], "trainable": [2]}]}, adapter="rows"
-    )
+    rules = {"select": [{"target": ["table.base_layer"], "trainable": [2]}]}
     with pytest.raises(FoldError, match=r"a branch must be linear in its site's input"):
-        lora_fx.fold(rows)
+        lora_fx.rewrite(graph_module, rules, adapter="rows")
 
 
 @pytest.mark.parametrize(
