@@ -30,6 +30,7 @@ from lora_fx.graph.adapter_names import adapters, original_name
 from lora_fx.graph.cached_graphs import has_cache
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import CHECKPOINTING_SPELLING, PEFT_SPELLING, known_info, with_info
+from lora_fx.graph.layers import layers
 from lora_fx.graph.take_over import take_over
 from lora_fx.sites.call_sites import sites
 from lora_fx.tracing.transformers_models import double_over, empty_double
@@ -293,6 +294,8 @@ def base_model(graph_module: TracedGraphModule, *args: Any, **options: Any) -> A
         made = below_head(graph_module, weight)
         own = {name: tensor for name, tensor in state_of(made).tensors.items() if name in state.tensors}
         vars(graph_module)["_below_head"] = made, own  # not as an attribute: it is no module of the graph
+    for name, layer in layers(made).items():  # which are modules of its own
+        layer.training = graph_module.get_submodule(name).training
     return made(*args, **options)
 
 

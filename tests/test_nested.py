@@ -210,8 +210,8 @@ def test_checkpointing_nests_a_flat_graph_in_place_and_keeps_parameters_and_hook
     assert equal(results("llama", graph, 3, 11), expected)
 
 
-def kept(graph: nn.Module) -> int:
-    """Return how many elements a forward pass keeps for the backward pass, as far as they can be seen from outside of layers."""
+def kept_by(compute: Callable[[], Any]) -> tuple[int, Any]:
+    """Return how many elements a forward pass keeps for the backward pass, as far as they can be seen from outside of layers, and its result."""
     count = 0
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -220,8 +220,12 @@ def kept(graph: nn.Module) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        run("llama", graph, 3, 11)
-    return count
+        result = compute()
+    return count, result
+
+
+def kept(graph: nn.Module) -> int:
+    return kept_by(lambda: run("llama", graph, 3, 11))[0]
 
 
 def test_less_is_kept_with_checkpointing_and_every_nth_layer_says_how_much() -> None:
@@ -232,6 +236,30 @@ def test_less_is_kept_with_checkpointing_and_every_nth_layer_says_how_much() -> 
     graph.activation_checkpointing_enable()
     assert kept(graph) < 0.7 * half < 0.6 * whole
     assert kept(graph.eval()) == kept(copy.deepcopy(flat_graph("llama")).eval())  # as with transformers' models
+
+
+def test_what_is_below_the_head_is_computed_again_where_the_graph_is() -> None:
+    ids = torch.arange(33).reshape(3, 11)
+    graph = lora_fx.rewrite(families.build("phi3"), ["qkv_proj"], rank=3, dropout=0.2).train()
+    set_factors(graph)
+
+    def step() -> tuple[int, list[torch.Tensor]]:
+        graph.zero_grad()
+        torch.manual_seed(5)
+        count, hidden = kept_by(lambda: graph.base_model(input_ids=ids).last_hidden_state)
+        hidden.square().sum().backward()
+        return count, [hidden, *(each.grad.clone() for each in graph.parameters() if each.grad is not None)]
+
+    whole, expected = step()
+    graph.activation_checkpointing_enable()
+    less, found = step()
+    assert less < 0.6 * whole
+    assert equal(found, expected)
+    graph.eval()
+    whole_again, _ = step()
+    assert whole_again > less
+    graph.train().activation_checkpointing_disable()
+    assert step()[0] == whole
 
 
 def test_results_of_some_operators_are_kept_and_the_bits_are_the_same() -> None:

@@ -180,8 +180,9 @@ class TracedGraphModule(fx.GraphModule):
         if isinstance(self._graph._codegen, InputCodeGen):
             type(self).forward.__signature__ = self._graph._codegen.signature.shown()  # type: ignore[attr-defined]
         # FSDP puts a class of its own before that of the graph. Two wrapped calls, one above the other, would call each other forever.
-        if any("_wrapped_call" in vars(cls) for cls in type(self).__mro__[1:]):
-            del type(self)._wrapped_call, type(self).__call__
+        own: Any = type(self)
+        if any("_wrapped_call" in vars(cls) for cls in own.__mro__[1:]):
+            del own._wrapped_call, own.__call__
         return code
 
     def _load_from_state_dict(self, *args: Any) -> None:

@@ -14,6 +14,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph
 from lora_fx.graph.info import info_of
 from lora_fx.graph.input_checks import InputCheck, RelationCheck
+from lora_fx.graph.layers import nesting
 from lora_fx.graph.signature import ITEM_COUNT, InputCodeGen, signature_of
 
 aten = torch.ops.aten
@@ -23,7 +24,7 @@ def below_head(graph_module: TracedGraphModule, weight: str) -> fx.GraphModule:
     """Return a module that computes what the output head of a graph reads, as ``last_hidden_state`` of a model output.
 
     It takes the inputs of the graph without labels, and has the graph's own ``Parameter`` objects and modules: what trains there
-    trains here.
+    trains here. Layers are computed again where those of the graph are.
 
     Args:
         graph_module: not changed.
@@ -60,7 +61,14 @@ def below_head(graph_module: TracedGraphModule, weight: str) -> fx.GraphModule:
     )
     _, spec = pytree.tree_flatten(BaseModelOutput(last_hidden_state=torch.empty(0)))
     graph.set_codegen(InputCodeGen(signature, spec))
-    return fx.GraphModule(graph_module, graph)
+    made = fx.GraphModule(graph_module, graph)
+    checkpointing = info_of(graph_module).checkpointing
+    if checkpointing is not None:
+        parts = nesting(made, graph)
+        parts.install(made, checkpointing)
+        assert parts.outer is not None
+        made.graph = parts.outer
+    return made
 
 
 def _check_plain(graph_module: TracedGraphModule, graph: fx.Graph, weight: str) -> None:
