@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import peft
 import pytest
+import quantised
 import torch
 import transformers
 from bitsandbytes import functional as bitsandbytes
@@ -49,14 +50,15 @@ def llama(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 @pytest.fixture(scope="module", autouse=True)
 def _traced_once() -> Iterator[None]:
-    """Trace the one model of this file once for each dtype: passes leave the graphs that they are given as they are."""
+    """Trace each model of this file once for each dtype: passes leave the graphs that they are given as they are."""
 
-    graphs: dict[torch.dtype, Any] = {}
+    graphs: dict[tuple[Any, ...], Any] = {}
 
     def traced(model: Any, inputs: None, *, inference: bool) -> Any:
-        if model.config.dtype not in graphs:
-            graphs[model.config.dtype] = trace(model, inputs, inference=inference)
-        return graphs[model.config.dtype]
+        key = (type(model), model.config.num_hidden_layers, model.config.dtype)
+        if key not in graphs:
+            graphs[key] = trace(model, inputs, inference=inference)
+        return graphs[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lora_fx.folding.checkpoint_plan.trace", traced)
@@ -184,14 +186,61 @@ def test_an_unknown_method_is_refused_by_its_name(one: Trained, tmp_path: Path) 
 
 def test_an_adapter_of_a_graph_says_how_its_base_was_quantised(one: Trained, tmp_path: Path) -> None:
     adapter = one.root / "graph adapter"
-    for settings in ({}, {"quantised": "nf4"}, {"quantised": one.scheme, "not_quantised": ["mlp.up_proj", "lm_head"]}):
+    part = {"quantised": one.scheme, "not_quantised": ["mlp.up_proj", "lm_head"]}
+    every = {"quantised": one.scheme, "not_quantised": []}
+    for settings in ({}, {"quantised": "nf4"}, part, every):
         with pytest.raises(
             AdapterError, match=f"trained on another base; its weights were quantised .{one.scheme}."
         ) as caught:
             fold(one.root / "base", adapter, tmp_path / "no", **settings)
-        assert f"lora-fx fold --quantised {one.scheme}" in str(caught.value)
+        way = f"lora-fx fold --quantised {one.scheme}"
+        told = {
+            id(
+                part
+            ): "and model.layers.0.mlp.up_proj.weight is not here: not_quantised names the modules that stay dense",
+            id(every): "and lm_head.weight was not: not_quantised names the modules that stay dense",
+        }.get(id(settings), way)
+        assert told in str(caught.value)
+        assert (way in str(caught.value)) == (told == way)
     assert_equal(fold(one.root / "base", adapter, tmp_path / "base", quantised=one.scheme), one.folded)
     assert_equal(fold(one.root / "4bit", adapter, tmp_path / "4bit"), one.folded)
+
+
+def graph_with_adapter(root: Path, name: str, computed: torch.dtype) -> Any:
+    """Return a graph of a model in bfloat16 that is quantised as it is loaded, and write its base and its adapter."""
+    base = quantised.saved(name, torch.bfloat16, root / "base")
+    model = quantised.loaded(name, base, "nf4", torch.bfloat16, computed)
+    graph = lora_fx.rewrite(model, quantised.MODELS[name][1], rank=3, dropout=0.0)
+    for parameter_name, parameter in graph.named_parameters():
+        if "lora_B" in parameter_name:
+            nn.init.normal_(parameter, std=0.05)
+    lora_fx.save_adapter(graph, root / "adapter")
+    return graph
+
+
+def test_factors_at_a_parameter_that_lies_the_other_way_round_are_refused(tmp_path: Path) -> None:
+    graph_with_adapter(tmp_path, "gpt2", torch.float32)
+    with pytest.raises(AdapterError, match=r"c_attn.weight.* was quantised as \(out, in\), and is stored \(in, out\)"):
+        plan_checkpoint_fold(tmp_path / "base", [(tmp_path / "adapter", 1.0)], quantised="nf4", strict=False)
+
+
+@pytest.mark.parametrize(("name", "computed"), [("llama", torch.float32), ("gpt2", torch.bfloat16)], ids=str)
+def test_an_adapter_of_a_graph_is_folded_on_disk_whatever_its_base_computes_in(
+    tmp_path: Path, name: str, computed: torch.dtype
+) -> None:
+    graph = graph_with_adapter(tmp_path, name, computed)  # float32 is the default of bitsandbytes
+    done = fold(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", quantised="nf4")
+    folded = lora_fx.fold(graph).state_dict()
+    for each in (key for key in done if "_proj.weight" in key or "c_" in key):
+        expected = folded[each].T if name == "gpt2" and done[each].dim() == 2 else folded[each]
+        assert (done[each].float() - expected.float()).abs().max() <= 2**-8 * expected.abs().max(), each
+    other = quantised.saved(name, torch.bfloat16, tmp_path / "other")
+    tensors = tensors_of(other)
+    key = next(key for key in tensors if "0.mlp" in key and "weight" in key)
+    save_file({**tensors, key: -tensors[key]}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AdapterError, match=f"{key}: other values") as caught:
+        plan_checkpoint_fold(other, [(tmp_path / "adapter", 1.0)], quantised="nf4")
+    assert "were quantised (nf4) as in this base, but other weights: pass that model" in str(caught.value)
 
 
 @pytest.mark.parametrize("place", ["directory", "cache", "name"])

@@ -15,17 +15,26 @@ from lora_fx.files.safetensors import TensorFile, layout_of
 
 @dataclass(frozen=True)
 class Computed:
-    """A tensor that is computed.
+    """A tensor that is computed: the values of a quantised matrix.
 
     Attributes:
         dtype: of its elements.
         shape: of the tensor.
-        value: computes it, in memory of its own; called once for each time that it is read.
+        scheme: text of the scheme of the matrix.
+        transposed: whether the tensor is the transpose of the matrix that is quantised.
+        matrix: computes that matrix in a dtype, in memory of its own; called once for each time that it is read.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    value: Callable[[], torch.Tensor]
+    scheme: str
+    transposed: bool
+    matrix: Callable[[torch.dtype], torch.Tensor]
+
+    def value(self) -> torch.Tensor:
+        """Return the tensor."""
+        matrix = self.matrix(self.dtype)
+        return matrix.T.contiguous() if self.transposed else matrix
 
 
 @dataclass(frozen=True)

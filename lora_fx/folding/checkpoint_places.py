@@ -12,6 +12,7 @@ from lora_fx.adapters.peft_format.fingerprint import fingerprint_on_disk
 from lora_fx.adapters.peft_format.opening import AdapterFiles
 from lora_fx.adapters.peft_format.reading import AdapterContents
 from lora_fx.errors import AdapterError, FoldError, listed
+from lora_fx.files.computed_file import ComputedFile
 from lora_fx.files.safetensors import equal_in_files
 from lora_fx.folding.checkpoint import Checkpoint
 from lora_fx.graph.state import State
@@ -67,6 +68,11 @@ class Places:
         """Return the weight with these names as an adapter started from it; None for one that is, or is to be, quantised."""
         key = self.of_names(names)[0]
         return None if self.checkpoint.find(key)[0].is_computed(key) else self.checkpoint.read(key)
+
+    def is_turned(self, name: str) -> bool:
+        """Tell whether a tensor that is stored as the model has it is the transpose of the matrix that was quantised."""
+        file, entry = self.checkpoint.find(self.plain[name])
+        return isinstance(file, ComputedFile) and entry.name in file.computed and file.computed[entry.name].transposed
 
     def lacks(self, names: Sequence[str]) -> bool:
         """Tell whether the checkpoint has nothing of which a tensor of the model with these names is made."""

@@ -122,7 +122,7 @@ def stored_dense(checkpoint: Checkpoint, model: Any) -> DenseBase:
         if name in state and converter is None and tuple(state[name].shape) != shape:
             problems.append(f"{each.key}: expected {list(state[name].shape)} as in the model, got {list(shape)}")
         dtype = own if own in FOLDABLE else each.dtype
-        computed[each.key] = Computed(dtype, shape, partial(_stored_value, checkpoint, each, dtype, is_conv1d))
+        computed[each.key] = Computed(dtype, shape, each.scheme, is_conv1d, partial(_stored_matrix, checkpoint, each))
     if problems:
         raise FoldError(f"{checkpoint.model}: {listed(problems, _MAX_NAMED, '; ')}. Download it again.")
     dropped = {part for each in found for part in each.parts.values()}
@@ -148,10 +148,8 @@ def _settings(config: Any) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) else {}
 
 
-def _stored_value(
-    checkpoint: Checkpoint, tensor: QuantisedTensor, dtype: torch.dtype, transposed: bool
-) -> torch.Tensor:
-    """Return the dense matrix that a quantised tensor stands for, as the model stores it."""
+def _stored_matrix(checkpoint: Checkpoint, tensor: QuantisedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the dense matrix ``(out, in)`` that a quantised tensor stands for."""
     scheme = parse_scheme(tensor.scheme)
     parts = {name: checkpoint.read(key) for name, key in tensor.parts.items()}
     match tensor.packing:
@@ -172,8 +170,7 @@ def _stored_value(
                     f"{listed(list(map(str, tensors['zero'].unique().tolist())), _MAX_NAMED)} in the format {tensor.packing}. Correct sym or "
                     "checkpoint_format in config.json."
                 )
-    dense = scheme.dequantise(tensors, tensor.shape, dtype)
-    return dense.T.contiguous() if transposed else dense
+    return scheme.dequantise(tensors, tensor.shape, dtype)
 
 
 def _blocks(tensor: QuantisedTensor, scheme: Scheme, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -277,21 +274,26 @@ def _problems(checkpoint: Checkpoint, key: str, transposed: bool, scheme: Scheme
 
 def _quantised_file(file: TensorFile, transposed: Mapping[str, bool], scheme: Scheme) -> TensorFile:
     own = {
-        key: Computed(entry.dtype, entry.shape, partial(_as_trained, file, key, scheme, transposed[key]))
+        key: Computed(
+            entry.dtype,
+            entry.shape,
+            scheme_text(scheme),
+            transposed[key],
+            partial(_as_trained, file, key, scheme, transposed[key]),
+        )
         for key, entry in file.entries.items()
         if key in transposed
     }
     return ComputedFile.of(file, (), own) if own else file
 
 
-def _as_trained(file: TensorFile, key: str, scheme: Scheme, transposed: bool) -> torch.Tensor:
-    """Return a weight as its codes have it; the input features are along the rows as they are quantised."""
+def _as_trained(file: TensorFile, key: str, scheme: Scheme, transposed: bool, dtype: torch.dtype) -> torch.Tensor:
+    """Return the matrix ``(out, in)`` of a weight as its codes have it; the input features are along the rows as they are quantised."""
     dense = file.read(key)
-    dtype, matrix = dense.dtype, dense.T.contiguous() if transposed else dense
+    matrix = dense.T.contiguous() if transposed else dense
     shape, tensors = matrix.shape, scheme.quantise(matrix)
     del dense, matrix  # so that no two of them are in memory
-    again = scheme.dequantise(tensors, shape, dtype)
-    return again.T.contiguous() if transposed else again
+    return scheme.dequantise(tensors, shape, dtype)
 
 
 def _quantised_linears(model: Any, scheme: Scheme, skipped: Collection[str] | None) -> dict[str, bool]:

@@ -11,9 +11,9 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from lora_fx.adapters.peft_format.fingerprint import recorded
+from lora_fx.adapters.peft_format.fingerprint import recorded, recorded_schemes
 from lora_fx.adapters.peft_format.opening import AdapterFiles, check_base
-from lora_fx.errors import option, printable, warn
+from lora_fx.errors import AdapterError, listed, option, printable, warn
 from lora_fx.files.quantised_checkpoints import scheme_of_settings
 from lora_fx.folding.checkpoint_places import Places
 from lora_fx.folding.dense_base import DenseBase
@@ -28,14 +28,35 @@ def check_bases(
     PEFT's files do not. Of these, a warning says where their config names a base that is quantised, and the fold is into a dense one.
 
     Raises:
-        AdapterError: they differ, and ``strict`` asks for equal ones.
+        AdapterError: they differ, and ``strict`` asks for equal ones; or factors are for a weight that lies the other way round.
     """
     told = any(recorded(files.file.metadata)[0] for files in opened)
     found = places.fingerprint(state) if told else {}
     for files in opened:
         check_base(files, found, strict=strict)
+        _check_way_round(files, places)
         if not dense.schemes and not recorded(files.file.metadata)[0]:
             _warn_of_quantised_base(files)
+
+
+def _check_way_round(files: AdapterFiles, places: Places) -> None:
+    """Refuse factors at parameters that were quantised as ``(out, in)``, and that GPT-2's layers store ``(in, out)``.
+
+    PEFT takes the sides of factors at a parameter by how it is stored.
+    """
+    named = tuple(files.config.target_parameters or ())
+    turned = [
+        name
+        for name in recorded_schemes(files.file.metadata)
+        if any(f".{name}".endswith(f".{each}") for each in named) and name in places.plain and places.is_turned(name)
+    ]
+    if turned:
+        problem = (
+            f"target_parameters: {listed(turned, 3)} was quantised as (out, in), and is stored (in, out) in {places.checkpoint.model}, so that "
+            "the factors are for its transpose. Load the model quantised, fold with lora_fx.from_adapter and lora_fx.fold, and write it with "
+            "lora_fx.huggingface.save_pretrained; or train with a bnb_4bit_compute_dtype that is the model's dtype"
+        )
+        raise AdapterError(str(files.directory), [problem])
 
 
 def _warn_of_quantised_base(files: AdapterFiles) -> None:

@@ -103,6 +103,11 @@ class QuantisedWeight(torch.Tensor):
             dense = dense.to(cast)
         return dense.t() if transposed else dense
 
+    def quantised_matrix(self) -> torch.Tensor:
+        """Return the dense matrix that was quantised, not transposed, in float32 whatever the dtype of the weight."""
+        scheme, shape, *_ = self._form
+        return scheme.dequantise(self._tensors, shape, torch.float32)
+
     def requires_grad_(self, requires_grad: bool = True) -> QuantisedWeight:
         """Refuse to train.
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lora_fx.files.computed_file import ComputedFile
 from lora_fx.files.safetensors import TensorEntry, TensorFile
 from lora_fx.graph.adapter_names import is_of_adapter
 from lora_fx.graph.records import Origin
@@ -30,6 +31,9 @@ def fingerprint(state: State) -> dict[str, str]:
     The digest is made of up to 4096 elements at equal distances, the first and the last among them, so that it costs next to
     nothing also beside 70 billion parameters. It tells another checkpoint, another dtype or shape, and any change that reaches
     most of a tensor. It need not tell a change of a few elements.
+
+    In the place of its dtype a quantised weight has its scheme, and it has the shape and the float32 values of the matrix that was
+    quantised: these are the same on disk and in memory, for whatever dtype a library computes in, and however a model stores it.
     """
     return {
         name: _of_tensor(state.tensors[name])
@@ -46,8 +50,8 @@ def fingerprint_on_disk(tensors: Mapping[str, tuple[TensorFile, TensorEntry]]) -
     """
     opened = {file.path: np.memmap(file.path, dtype=np.uint8, mode="r") for file, _ in tensors.values()}
     return {
-        name: _of_tensor(file.read(entry.name))
-        if file.is_computed(entry.name)
+        name: _of_matrix(file.computed[entry.name].scheme, file.computed[entry.name].matrix(torch.float32))
+        if isinstance(file, ComputedFile) and file.is_computed(entry.name)
         else _of_file(file.on_disk.entries[entry.name], opened[file.path])
         for name, (file, entry) in tensors.items()
     }
@@ -55,13 +59,19 @@ def fingerprint_on_disk(tensors: Mapping[str, tuple[TensorFile, TensorEntry]]) -
 
 def _of_file(entry: TensorEntry, content: np.memmap[Any, np.dtype[np.uint8]]) -> str:
     elements = content[entry.start : entry.end].view(f"V{entry.dtype.itemsize}")
-    return _tensor_digest(entry.dtype, entry.shape, elements[_samples(len(elements)).numpy()].tobytes())
+    return _tensor_digest(_dtype_text(entry.dtype), entry.shape, elements[_samples(len(elements)).numpy()].tobytes())
 
 
 def _of_tensor(tensor: torch.Tensor) -> str:
+    if isinstance(tensor, QuantisedWeight):
+        return _of_matrix(scheme_text(tensor.scheme), tensor.quantised_matrix())
+    return _of_matrix(_dtype_text(tensor.dtype), tensor)
+
+
+def _of_matrix(kind: str, tensor: torch.Tensor) -> str:
     flat = tensor.detach().reshape(-1)
     chosen = flat[_samples(flat.numel()).to(flat.device)].cpu()
-    return _tensor_digest(tensor.dtype, tensor.shape, chosen.view(torch.uint8).numpy().tobytes())
+    return _tensor_digest(kind, tensor.shape, chosen.view(torch.uint8).numpy().tobytes())
 
 
 def _samples(elements: int) -> torch.Tensor:
@@ -70,10 +80,14 @@ def _samples(elements: int) -> torch.Tensor:
     return torch.linspace(0, elements - 1, SAMPLES, dtype=torch.float64).long()
 
 
-def _tensor_digest(dtype: torch.dtype, shape: Sequence[int], content: bytes) -> str:
+def _dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _tensor_digest(kind: str, shape: Sequence[int], content: bytes) -> str:
     """Return the fingerprint of one tensor: ``"bfloat16 4096x1024 9f86d081884c7d65"``."""
     sizes = "x".join(map(str, shape)) or "scalar"
-    return f"{str(dtype).removeprefix('torch.')} {sizes} {hashlib.sha256(content).hexdigest()[:16]}"
+    return f"{kind} {sizes} {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def schemes_of(state: State) -> dict[str, str]:

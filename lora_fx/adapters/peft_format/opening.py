@@ -12,7 +12,7 @@ from lora_fx.adapters.peft_format.foreign_formats.recognize import read_foreign
 from lora_fx.adapters.peft_format.keys import base_name
 from lora_fx.adapters.peft_format.stacks import LAYOUTS, StackLayout
 from lora_fx.adapters.peft_format.tensors import AdapterTensors, open_tensors
-from lora_fx.errors import AdapterError, option, shortened, warn
+from lora_fx.errors import AdapterError, listed, option, shortened, warn
 from lora_fx.rules.peft_config.config import CONFIG_NAME, AdapterConfig, read_config
 from lora_fx.rules.validation import shown
 
@@ -104,9 +104,7 @@ def check_base(files: AdapterFiles, found: Mapping[str, str | None], *, strict: 
         raise AdapterError(source, [f"the adapter was trained on {_model_of(files.config)}, and {lacking}"])
     if unlike:
         if strict:
-            advice = (
-                f"the adapter was trained on another base; {_remedy(files)}, or {option('strict=False', '--no-strict')}"
-            )
+            advice = f"the adapter was trained on another base; {_remedy(files, found)}, or {option('strict=False', '--no-strict')}"
             raise AdapterError(source, [advice, *shortened(unlike, _MAX_NAMED, "tensors")])
         warn(f"{source}: the adapter was trained on another base:\n  " + "\n  ".join(unlike))
 
@@ -117,14 +115,34 @@ def _model_of(config: AdapterConfig) -> str:
     return str(known or f"another model{f', of the task {config.task_type}' if config.task_type else ''}")
 
 
-def _remedy(files: AdapterFiles) -> str:
-    """Return what to pass in place of another base than an adapter's own."""
-    schemes = sorted(set(recorded_schemes(files.file.metadata).values()))
+def _remedy(files: AdapterFiles, found: Mapping[str, str | None]) -> str:
+    """Return what to pass in place of another base than an adapter's own.
+
+    Args:
+        files: of the adapter.
+        found: fingerprint of the base, in which quantised weights begin with their scheme.
+    """
+    quantised = recorded_schemes(files.file.metadata)
+    schemes = sorted(set(quantised.values()))
     if not schemes:
         return "pass that model"
+    told = f"its weights were quantised ({' and '.join(schemes)})"
+    kinds = {name: text.partition(" ")[0] for name, text in found.items() if text is not None}
+    if any(kinds.get(name) == scheme for name, scheme in quantised.items()):
+        dense = [name for name, scheme in quantised.items() if kinds.get(name, scheme) != scheme]
+        more = [name for name, kind in kinds.items() if kind in schemes and name not in quantised]
+        if not dense and not more:
+            return f"{told} as in this base, but other weights: pass that model"
+        unlike = [f"{listed(dense, 3)} is not here"] * bool(dense) + [f"{listed(more, 3)} was not"] * bool(more)
+        return f"{told}, and {' and '.join(unlike)}: {option('not_quantised', '--not-quantised')} names the modules that stay dense"
+    if not schemes[0].startswith(_REPEATABLE):
+        return f"{told}: pass the model quantised in that way"
     way = f"--quantised {schemes[0]}"
     pass_model = f"pass the model quantised in that way, or fold into its checkpoint with lora-fx fold {way}"
-    return f"its weights were quantised ({' and '.join(schemes)}): {option(pass_model, f'say {way}')}"
+    return f"{told}: {option(pass_model, f'say {way}')}"
 
+
+_REPEATABLE = ("nf4", "fp4", "int")
+"""Begin the texts of schemes that quantise a dense weight by the weight alone; other methods have chosen codes by more."""
 
 _MAX_NAMED = 10
