@@ -84,6 +84,16 @@ def test_weights_for_a_graph_leave_the_trained_values_that_it_has(
     assert torch.equal(lora_fx.unload(ready)(IDS), base(IDS))
 
 
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_values_for_one_of_two_factors_are_refused(factor: str, base: lora_fx.TracedGraphModule) -> None:
+    graph = trained(lora_fx.rewrite(base, rules(), seed=0))
+    given = {name: value for name, value in graph.state_dict().items() if factor not in name}
+    with pytest.raises(
+        lora_fx.LoraFxError, match=rf"up\.{factor}\.default\.weight.*: expected values for all .*, got some"
+    ):
+        lora_fx.materialize(copy.deepcopy(graph).to("meta"), given)
+
+
 @pytest.mark.parametrize("there", [False, True], ids=["new there", "there already"])
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_split_weight_is_the_one_of_the_graph_that_gets_the_adapter(

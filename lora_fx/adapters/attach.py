@@ -301,7 +301,7 @@ def new_factors_like(
     device: torch.device,
     seed: int | None,
 ) -> dict[str, torch.Tensor]:
-    """Return initial values for factors that have none yet.
+    """Return initial values for pairs of factors that have none yet.
 
     Args:
         wanted: factors by name, in the order of the model's modules, A before B.
@@ -314,7 +314,7 @@ def new_factors_like(
     values: dict[str, torch.Tensor] = {}
     with forked_random_state(seed=seed):
         for name, a in wanted.items():
-            if name in by_name:
+            if name in by_name and by_name[name][1] in wanted:
                 branch, other, bias = by_name[name]
                 if is_from_weight(branch):
                     raise PlanError(

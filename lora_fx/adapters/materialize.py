@@ -16,7 +16,7 @@ from lora_fx.adapters.starts import rests
 from lora_fx.adapters.tokens import token_values
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.remove import unload
-from lora_fx.errors import LoraFxError, TraceError
+from lora_fx.errors import LoraFxError, TraceError, listed
 from lora_fx.graph.adapter_names import is_of_adapter, is_of_start, is_placement, original_name
 from lora_fx.graph.compare import described
 from lora_fx.graph.example_sizes import cut_or_repeated
@@ -91,6 +91,10 @@ def materialize(
     values |= {name: value.to(device) for name, value in buffers.items() if name in state.non_persistent}
     state = state.with_tensors(values)
     empty = [name for name, tensor in state.tensors.items() if tensor.is_meta]
+    if torn := [name for name in empty if is_of_adapter(name)]:
+        raise LoraFxError(
+            f"{listed(torn, 10)}: expected values for all that a branch has, got some of them. Give these, too, in the state dict."
+        )
     if empty:
         raise LoraFxError(f"{', '.join(empty)} have no values: pass like=, a module of the traced class that has them.")
     info = info_of(graph_module)
