@@ -309,3 +309,64 @@ def test_a_dimension_of_size_one_that_is_to_vary_does_and_no_other() -> None:
     assert torch.equal(graph_module(**batch), batch["x"] * batch["y"])
     with pytest.raises(lora_fx.InputError, match=r"'y' has size 5 in dimension 0, expected 1 alone"):
         graph_module(x=torch.randn(5, 3), y=torch.randn(5, 3))
+
+
+class Strange(transformers.PretrainedConfig):
+    model_type = "strange"
+
+
+class TakesImages(transformers.PreTrainedModel):
+    config_class, main_input_name = Strange, "pixel_values"
+
+    def __init__(self, config: Any, features: int = 4) -> None:
+        super().__init__(config)
+        self.fc = nn.Linear(features, 5)
+
+    def forward(self, pixel_values: Any = None) -> Any:
+        return self.fc(pixel_values[..., :4])
+
+
+class TakesPatches(TakesImages):
+    def forward(self, pixel_values: Any = None, grid_thw: Any = None) -> Any:
+        return self.fc(pixel_values[..., :4])
+
+
+class TakesTokens(TakesImages):
+    main_input_name = "input_ids"
+
+    def forward(self, input_ids: Any = None) -> Any:
+        return self.fc(input_ids.float())
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "told"),
+    [
+        (TakesTokens, {"vocab_size": 0}, "random_ expects"),
+        (TakesImages, {"image_size": 10**5}, r"at most 134,217,728 elements, got \(2, 3, 100000, 100000\)"),
+        (TakesImages, {"image_size": -1}, "negative dimension"),
+        (TakesPatches, {"patch_size": [2, 16, 16]}, "too many values"),
+    ],
+)
+def test_a_config_whose_fields_make_no_inputs_is_refused(model: Any, fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(
+        lora_fx.TraceError, match=rf"no inputs can be made of its config: .*{told}.*pass example_inputs="
+    ):
+        example_inputs(model(Strange(**fields)), None)
+
+
+def test_a_model_without_parameters_gets_its_inputs_on_the_cpu() -> None:
+    class Bare(TakesTokens):
+        def __init__(self, config: Any) -> None:
+            transformers.PreTrainedModel.__init__(self, config)
+
+        def forward(self, input_ids: Any = None) -> Any:
+            return input_ids * 2
+
+    assert example_inputs(Bare(Strange(vocab_size=9)), None).kwargs["input_ids"].device.type == "cpu"
+
+
+def test_dynamic_that_is_no_mapping_is_refused_in_a_sentence() -> None:
+    with pytest.raises(
+        lora_fx.TraceError, match=r"dynamic=: expected a mapping from inputs to their dimensions, got False"
+    ):
+        lora_fx.trace(nn.Linear(3, 4), (torch.randn(2, 3),), dynamic=False)  # type: ignore[call-overload]

@@ -393,6 +393,15 @@ def test_accelerates_wrapper_of_layers_is_refused() -> None:
 def test_graphs_with_a_cache_of_an_encoder_decoder_stay_flat() -> None:
     graphs = CachedGraphs(*[flat_graph("llama")] * 3)
     with pytest.raises(
-        lora_fx.PlanError, match="CachedGraphs: graphs with a key-value cache do not train, and stay flat"
+        lora_fx.PlanError, match="CachedGraphs: the graphs of an encoder-decoder with a key-value cache stay flat"
     ):
         lora_fx.nest(graphs)  # type: ignore[arg-type]
+
+
+def test_a_nested_graph_with_a_cache_generates_what_the_flat_one_does() -> None:
+    model, ids = build("llama").eval(), torch.tensor([[1, 5, 7]])
+    flat = lora_fx.trace(model, cache=True)
+    nested = lora_fx.nest(flat)
+    assert [*layers(nested)] == ["model.layers.0", "model.layers.1"]
+    found, expected = (each.generate(ids, max_new_tokens=4, do_sample=False) for each in (nested, flat))
+    assert torch.equal(found, expected)

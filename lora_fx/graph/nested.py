@@ -27,7 +27,7 @@ def nest(graph_module: TracedGraphModule) -> TracedGraphModule:
 
     Raises:
         LoraFxError: the model has no such layers, or they are interleaved, so that neither can be computed before the other.
-        PlanError: the argument is no graph of lora_fx, or has a key-value cache.
+        PlanError: the argument is no graph of lora_fx, or the graphs of an encoder-decoder with a key-value cache.
     """
     info = replace(info_of(_nestable(graph_module)), nested=True)
     return _like(graph_module, info)
@@ -58,7 +58,7 @@ def nest_in_place(graph_module: TracedGraphModule, checkpointing: Checkpointing 
 def _nestable(graph_module: Any) -> TracedGraphModule:
     if isinstance(graph_module, CachedGraphs):
         raise PlanError(
-            "expected a graph to train, got CachedGraphs: graphs with a key-value cache do not train, and stay flat."
+            "expected one graph, got CachedGraphs: the graphs of an encoder-decoder with a key-value cache stay flat."
         )
     return as_traced(graph_module)
 

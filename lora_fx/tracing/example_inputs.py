@@ -18,7 +18,7 @@ from lora_fx.errors import LoraFxError, TraceError, did_you_mean
 from lora_fx.files.safetensors import TensorFile
 from lora_fx.graph.example_sizes import cut_or_repeated
 from lora_fx.tracing.input_kinds import arguments, text_config
-from lora_fx.tracing.input_trials import shapes, taken
+from lora_fx.tracing.input_trials import device_of, shapes, taken
 
 _logger = logging.getLogger("lora_fx.tracing")
 
@@ -67,7 +67,7 @@ def example_inputs(
             f"{type(model).__name__} is not a transformers model, so its inputs do not follow from a config: "
             "pass example_inputs, a tuple or a mapping of keyword inputs."
         )
-    return _from_config(model, device or next(model.parameters()).device)
+    return _from_config(model, device or device_of(model))
 
 
 def read_example_inputs(path: str | Path, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -94,7 +94,7 @@ def read_example_inputs(path: str | Path, model: nn.Module) -> dict[str, torch.T
         raise LoraFxError(
             f"{path}: expected example inputs of {type(model).__name__}, which takes {', '.join(named)}; {'; '.join(problems)}."
         )
-    device = next(model.parameters()).device
+    device = device_of(model)
     return {name: file.read(name).to(device) for name in file.entries}
 
 

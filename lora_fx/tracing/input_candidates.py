@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx.errors import first_line
 from lora_fx.tracing.input_kinds import BATCH, Made, Maker, WantedInput, arguments, is_mask, kind_of, text_config
 
 MAX_CANDIDATES = 100
 """Readings that are tried for one set of arguments."""
 
 
-def candidates(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+def candidates(model: nn.Module) -> Iterator[dict[str, torch.Tensor] | str]:
     """Yield inputs that a model may take, the likeliest first: what it needs alone, then with optional ones.
 
+    Where a field of the config is of no use for inputs, why takes their place, and that of the readings after them.
     Nothing is yielded if an argument without a default is of no kind that is known; see :func:`unknown_arguments`.
     """
     if unknown_arguments(model):
@@ -30,7 +32,10 @@ def candidates(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     needed, optional = needed_arguments(model), _optional(model)
     further = [[], *([name] for name in optional), *([optional] if len(optional) > 1 else [])]
     for names in further:
-        yield from islice(_combined(Maker(model), [*needed, *names], {}), MAX_CANDIDATES)
+        try:
+            yield from islice(_combined(Maker(model), [*needed, *names], {}), MAX_CANDIDATES)
+        except Exception as error:  # of fields with any values
+            yield f"{type(error).__name__}: {first_line(str(error), 'nothing')}"
 
 
 def unknown_arguments(model: nn.Module) -> list[str]:

@@ -32,6 +32,9 @@ SAMPLES = (3200, 24000, 1920)
 FRAMES, MEL_BINS = (64, 128, 1024), (80, 128)
 """Frames of a spectrogram, and frequencies of each, where no config says them."""
 
+MAX_ELEMENTS = 2**27
+"""Elements of an input: a config whose sizes ask for more is not believed."""
+
 _CHOICES = 3
 
 Made = Mapping[str, torch.Tensor]
@@ -86,6 +89,12 @@ def _vocabulary(model: Any, decoder: bool) -> int:
         return _CHARACTERS
 
 
+def _bounded(*shape: int) -> tuple[int, ...]:
+    if math.prod(shape) > MAX_ELEMENTS:
+        raise ValueError(f"expected sizes of inputs with at most {MAX_ELEMENTS:,} elements, got {shape}")
+    return shape
+
+
 class Maker:
     """Makes the inputs of one model, with random numbers of its own, so that the caller's random state stays."""
 
@@ -98,11 +107,11 @@ class Maker:
 
     def noise(self, *shape: int) -> torch.Tensor:
         """Return random numbers ``(BATCH, *shape)`` in the dtype of the model."""
-        return torch.randn(BATCH, *shape, generator=self.generator).to(self.dtype)
+        return torch.randn(_bounded(BATCH, *shape), generator=self.generator).to(self.dtype)
 
     def chosen(self, *shape: int, below: int) -> torch.Tensor:
         """Return integers ``(BATCH, *shape)`` from 0 on."""
-        return torch.randint(0, below, (BATCH, *shape), generator=self.generator)
+        return torch.randint(0, below, _bounded(BATCH, *shape), generator=self.generator)
 
     def first_width(self) -> list[int]:
         """Return the width of the input of the model's first layer, if that is linear or a convolution over a sequence."""

@@ -52,8 +52,16 @@ def taken(model: nn.Module, constants: Mapping[str, Any]) -> dict[str, Any]:
     without_values = _is_large(model)
     first: dict[str, Any] | None = None
     refused, deadline = "", time.thread_time() + MAX_SECONDS
-    given = ({**made, **each} for made in candidates(model) for each in ([constants, {}] if constants else [{}]))
+    drawn = candidates(model)
+    given = (
+        {**made, **each} if isinstance(made, dict) else made
+        for made in drawn
+        for each in ([constants, {}] if constants else [{}])
+    )
     for made in given:
+        if isinstance(made, str):
+            refused = refused or f"no inputs can be made of its config: {made}"
+            continue
         first = first or made
         refusal = _refusal(model, made, deadline, without_values=without_values)
         if refusal is None:
@@ -69,6 +77,11 @@ def taken(model: nn.Module, constants: Mapping[str, Any]) -> dict[str, Any]:
         f"{name} takes {takes}, and what {needed} {'are' if ',' in needed else 'is'} like does not follow from its config"
         f"{'; ' + refused if refused else ''}. For other inputs, {give()}."
     )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the parameters of a model are; the CPU for a model without."""
+    return next((each.device for each in model.parameters()), torch.device("cpu"))
 
 
 def shapes(inputs: Mapping[str, Any]) -> str:
@@ -105,7 +118,7 @@ def _refusal(
     model: nn.Module, made: Mapping[str, torch.Tensor], deadline: float, *, without_values: bool
 ) -> str | None:
     """Return what a model says against inputs, or None if it takes them. Nothing of the model changes."""
-    device = torch.device("meta") if without_values else next(model.parameters()).device
+    device = torch.device("meta") if without_values else device_of(model)
     copies: dict[int, torch.Tensor] = {}
 
     def copied(tensor: torch.Tensor) -> torch.Tensor:

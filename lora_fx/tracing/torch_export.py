@@ -100,6 +100,10 @@ def check_inputs(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | Non
             f"{type(model).__name__}.forward cannot be called with these {option('example_inputs', '--example-inputs')}: {error}. "
             f"It takes {inspect.signature(model.forward)}."
         ) from error
+    if dynamic is not None and not isinstance(dynamic, Mapping):
+        raise TraceError(
+            f"dynamic=: expected a mapping from inputs to their dimensions, got {dynamic!r}. For the sizes of the example alone, pass {{}}."
+        )
     for key, dims in (dynamic or {}).items():
         if key not in known:
             raise TraceError(f"dynamic= names {key!r}, expected one of the inputs: {', '.join(known)}.")
