@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ VOCABULARY = 97
 RANK, ALPHA = 5, 8  # the scaling 1.6 is not a power of two
 
 
-def _llama() -> nn.Module:
+def _llama(layers: int = 4) -> nn.Module:
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=192,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
@@ -77,6 +78,7 @@ def _mixtral() -> nn.Module:
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "llama": (_llama, ["q_proj", "v_proj", "o_proj", "down_proj"]),
+    "llama-1": (partial(_llama, 1), ["q_proj", "v_proj", "o_proj", "down_proj"]),
     "gpt2": (_gpt2, ["c_attn", "c_fc", "c_proj"]),
     "t5": (_t5, ["q", "v", "wi", "wo"]),
     "mixtral": (_mixtral, ["q_proj", "v_proj", "o_proj"]),

@@ -32,7 +32,13 @@ from lora_fx.tracing.quantised_models import quantised_layers
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SCHEMES = ("nf4", "nf4:double", "fp4", "int8", "int4:64")
-EACH = [f"{name} {scheme} {dtype}" for name in MODELS for scheme in SCHEMES for dtype in ("float32", "bfloat16")]
+EACH = [
+    f"{name} {scheme} {dtype}"
+    for name in MODELS
+    for scheme in SCHEMES
+    for dtype in ("float32", "bfloat16")
+    if name not in ("llama", "llama-1") or (name == "llama-1") == (scheme == "int8")
+]
 ONE = "llama nf4:double bfloat16"
 REPRESENTATIVES = (ONE, "gpt2 fp4 float32")
 
@@ -74,20 +80,48 @@ def quantised_names(graph: lora_fx.TracedGraphModule) -> list[str]:
 
 
 def near(expected: torch.Tensor, found: torch.Tensor, row: str) -> bool:
-    """Compare bits; of torchao's int8, which multiplies by the codes and then by the scales, up to rounding."""
+    """Compare bits; of torchao's int8 up to the rounding of a float32, or bfloat16, sum in each of one layer's linears.
+
+    Its kernel computes ``(x · codes) · scale``, with the scales after the product, and the graph, as everywhere, ``x · (codes · scale)``:
+    the same number, rounded in another place.
+    """
     if " int8 " not in row:
         return torch.equal(expected, found)
-    allowed = 1e-5 if "float32" in row else 3e-2  # of four layers; of one, 1e-6
+    allowed = 1e-6 if "float32" in row else 3e-2
     return float((expected - found).abs().max()) <= allowed * float(expected.abs().max())
 
 
-def test_logits_and_gradients_equal_those_of_peft(row: str) -> None:
+def in_float64(name: str, mine: lora_fx.TracedGraphModule, directory: Path) -> Any:
+    """Return PEFT's wrapping of the dense values of a quantised graph, computing in float64, with equal factors."""
+    model = type(MODELS[name][0]()).from_pretrained(saved(name, torch.float32, directory))
+    model.load_state_dict(lora_fx.dequantise(lora_fx.unload(mine)).state_dict(), strict=False)
+    exact = wrapped(name, model)
+    set_factors(exact)
+    return exact.double()
+
+
+def test_logits_and_gradients_equal_those_of_peft(row: str, tmp_path: Path) -> None:
+    """Bits; in torchao's int8 1e-6 of the largest, in float32 and with one layer, since torchao scales after the product.
+
+    T5 has two layers at least, an encoder's and a decoder's, and attention without a scale, which makes more of a rounding: the graph is
+    to be no farther than PEFT's model from the same in float64.
+    """
     theirs, mine = made(row)
     inputs = batch(row.split()[0])
     expected, found = theirs(**inputs).logits, mine(**inputs).logits
     wanted, given = gradients(theirs, expected), gradients(mine, found)
-    assert near(expected, found, row)
     assert wanted.keys() == given.keys()
+    if row.startswith("t5 int8 "):
+        model = in_float64("t5", mine, tmp_path)
+        exact = model(**inputs).logits
+        truth = {"logits": exact, **gradients(model, exact)}
+        theirs_off, mine_off = (
+            max(float((each[key] - truth[key]).abs().max() / truth[key].abs().max()) for key in truth)
+            for each in ({"logits": expected, **wanted}, {"logits": found, **given})
+        )
+        assert mine_off <= theirs_off, (mine_off, theirs_off)
+        return
+    assert near(expected, found, row)
     assert [key for key in wanted if not near(wanted[key], given[key], row)] == []
 
 
