@@ -83,7 +83,7 @@ def traced(model: Any) -> Any:
 
 
 def wrapped(model: Any, **settings: Any) -> Any:
-    config = peft.LoraConfig(target_modules=TARGETS, **{"r": 2, "lora_alpha": 2, **settings})
+    config = peft.LoraConfig(**{"target_modules": TARGETS, "r": 2, "lora_alpha": 2, **settings})
     found = peft.get_peft_model(copy.deepcopy(model), config).eval()
     set_factors(found)
     return found
@@ -174,6 +174,19 @@ def test_a_file_of_other_tools_computes_what_peft_computes_with_its_factors(
         graph = lora_fx.from_adapter(traced, path)
         assert torch.equal(graph(X), theirs(X))
     assert not torch.equal(graph(X), model(X))
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_metadata_that_say_a_split_of_the_weights_take_it_from_them_as_peft_and_diffusers_do(
+    start: str, model: Any, traced: Any, tmp_path: Path
+) -> None:
+    # diffusers' load_lora_adapter makes a LoraConfig of the metadata, by which PEFT splits the weights, and then loads the factors.
+    theirs = wrapped(model, init_lora_weights=start, target_modules=["to_q", "to_k"])
+    told = {**as_metadata(theirs), "target_modules": ["to_q", "to_k"]}
+    graph = lora_fx.from_adapter(traced, saved(tmp_path / "a", bare(theirs), told))
+    assert torch.allclose(graph(X), theirs(X), rtol=0, atol=1e-5)
+    plain = lora_fx.from_adapter(traced, saved(tmp_path / "b", bare(theirs)))
+    assert not torch.allclose(graph(X), plain(X), rtol=0, atol=1e-3)
 
 
 def test_what_is_written_for_diffusers_is_read_back_and_its_metadata_are_a_peft_configuration(
