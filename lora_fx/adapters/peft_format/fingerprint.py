@@ -108,6 +108,10 @@ def metadata(origin: Origin, state: State) -> dict[str, str]:
     said: dict[str, Mapping[str, str]] = {"base": fingerprint(state), "rules": rules, "versions": versions}
     if schemes := schemes_of(state):
         said["quantised"] = schemes
+        weights = {name: state.tensors[name] for name in schemes if not state.tensors[name].is_meta}
+        said["dense"] = {
+            name: _of_matrix(_dtype_text(weight.dtype), weight.dequantize()) for name, weight in weights.items()
+        }
     return {"format": "pt", _KEY: json.dumps(said, sort_keys=True)}
 
 
@@ -120,6 +124,11 @@ def recorded(given: Mapping[str, str]) -> tuple[dict[str, str], Origin]:
 def recorded_schemes(given: Mapping[str, str]) -> dict[str, str]:
     """Return how the weights of the base were quantised, as a file's metadata name it; nothing where they were dense, or it does not."""
     return _recorded_texts(given, "quantised")
+
+
+def recorded_dense(given: Mapping[str, str]) -> dict[str, str]:
+    """Return the fingerprint of the dense weights that the quantised ones of the base stand for, by their names."""
+    return _recorded_texts(given, "dense")
 
 
 def recorded_version(given: Mapping[str, str], package: str) -> str | None:

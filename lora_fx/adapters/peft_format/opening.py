@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_fx.adapters.peft_format.fingerprint import differences, recorded, recorded_schemes
+from lora_fx.adapters.peft_format.fingerprint import differences, recorded, recorded_dense, recorded_schemes
 from lora_fx.adapters.peft_format.foreign_formats.foreign_file import ForeignFile, Sizes
 from lora_fx.adapters.peft_format.foreign_formats.recognize import read_foreign
 from lora_fx.adapters.peft_format.keys import base_name
@@ -96,6 +96,8 @@ def check_base(files: AdapterFiles, found: Mapping[str, str | None], *, strict: 
     """
     trained_on, _ = recorded(files.file.metadata)
     found = {**found, **dict.fromkeys(files.replaced(found))}  # whose values in the base are of no matter
+    dense = recorded_dense(files.file.metadata)
+    found |= {name: None for name, told in dense.items() if found.get(name) == told}  # made dense: the same values
     unlike = list(differences(trained_on, found)) if trained_on and found else []
     source = str(files.directory)
     missing = [name for name in trained_on if name not in found] if unlike else []
