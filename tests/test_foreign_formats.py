@@ -385,6 +385,14 @@ def test_a_name_of_sdxls_original_code_is_one_module_in_a_graph_and_in_slots(tmp
     lora_fx.export.onnx(graph, tmp_path / "s.onnx", slots=True, verify=False)
     made = lora_fx.export.onnx_adapter_from_peft(file, tmp_path / "s.onnx", tmp_path / "s.onnx_adapter")
     assert made.ranks == {site: 2}
+    split = {f"{site}.lora_A.weight": torch.randn(2, 8), f"{site}.lora_B.weight": torch.randn(8, 2)}
+    told = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "init_lora_weights": "olora"}
+    with pytest.raises(
+        lora_fx.LoraFxError, match=r"splitting the weights of \S*to_q \('olora'\), and slots are beside whole"
+    ):
+        lora_fx.export.onnx_adapter_from_peft(
+            saved(tmp_path / "b", split, told), tmp_path / "s.onnx", tmp_path / "t.onnx_adapter"
+        )
     assert "input_blocks_4_1_to_q" not in _spellings(
         ["down_blocks.1.attentions.0.to_q", "down_blocks.2.attentions.0.to_q"]
     )

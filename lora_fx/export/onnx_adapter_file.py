@@ -17,7 +17,7 @@ from lora_fx.adapters.peft_format.ledger import KeyLedger
 from lora_fx.adapters.peft_format.opening import AdapterFiles, check_base, read_adapter
 from lora_fx.adapters.recorded import branches_of
 from lora_fx.branches.lower import lower
-from lora_fx.errors import ExportError, LoraFxError, did_you_mean, first_line
+from lora_fx.errors import ExportError, LoraFxError, did_you_mean, first_line, listed
 from lora_fx.export.onnx_ops import onnx_package
 from lora_fx.export.onnx_slots import check_slots
 from lora_fx.export.slot_table import FORMAT, OnnxSlot, SlotTable, onnxruntime_says, version_of
@@ -226,6 +226,7 @@ class _PeftReader:
         self._ledger.stop_if_wrong()
         placed = slots([_site(slot) for slot in chosen], self._table.base, weights)
         settings = {slot.module: self._ledger.setting_of(placed[slot.module].name) for slot in chosen}
+        self._ledger.problems += _split(settings)
         self._ledger.stop_if_wrong()
         products = {slot.site: self._product(placed[slot.module], settings[slot.module]) for slot in chosen}
         self._check_rest()
@@ -279,6 +280,16 @@ def _unslotted(config: AdapterConfig) -> Iterator[str]:
         yield f"{CONFIG_NAME}: {kind} {advice}"
     if config.bias != "none":
         yield f"{CONFIG_NAME}: bias: a bias that trains {advice}: got {config.bias!r}"
+
+
+def _split(settings: Mapping[str, Setting]) -> Iterator[str]:
+    """Yield what is wrong with a start that took its factors from the weight, which the model with slots still has as a whole."""
+    found = [module for module, setting in settings.items() if BranchSpec(module, setting).splits]
+    if found:
+        yield (
+            f"init_lora_weights: the adapter started by splitting the weights of {listed(found, 3)} ({settings[found[0]].init!r}), and slots "
+            "are beside whole weights. Convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)"
+        )
 
 
 def _site(slot: OnnxSlot) -> Site:
