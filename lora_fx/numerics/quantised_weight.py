@@ -34,6 +34,9 @@ class QuantisedWeight(torch.Tensor):
         transposed: whether the tensor is the transpose of that matrix.
     """
 
+    _tensors: dict[str, torch.Tensor]
+    _form: tuple[Scheme, tuple[int, ...], torch.dtype, tuple[torch.dtype, ...], bool]
+
     @staticmethod
     def __new__(  # noqa: D102  # as the class says
         cls,
@@ -50,19 +53,9 @@ class QuantisedWeight(torch.Tensor):
         shown: QuantisedWeight = torch.Tensor._make_wrapper_subclass(
             cls, size, strides=strides, dtype=(dtype, *casts)[-1], device=device, requires_grad=False
         )
+        shown._tensors = dict(tensors)
+        shown._form = (scheme, tuple(shape), dtype, tuple(casts), transposed)
         return shown
-
-    def __init__(
-        self,
-        tensors: Mapping[str, torch.Tensor],
-        scheme: Scheme,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        casts: Sequence[torch.dtype] = (),
-        transposed: bool = False,
-    ) -> None:
-        self._tensors = dict(tensors)
-        self._form = (scheme, tuple(shape), dtype, tuple(casts), transposed)
 
     @staticmethod
     def of(dense: torch.Tensor, scheme: Scheme, dtype: torch.dtype | None = None) -> QuantisedWeight:

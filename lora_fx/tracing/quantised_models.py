@@ -283,21 +283,22 @@ def _given_layers(model: nn.Module, layers: QuantisedLayers) -> Iterator[None]:
 
 
 @contextmanager
-def _exchanged(model: nn.Module, others: Mapping[int, nn.Module]) -> Iterator[None]:
-    """Put other modules in the place of modules of a model, by their ids, inside the block."""
-    held = [
-        (module._modules, name, child)
+def _exchanged(model: nn.Module, others: Mapping[int, Any]) -> Iterator[None]:
+    """Put others in the place of modules and parameters of a model, by their ids, inside the block."""
+    held: list[tuple[dict[str, Any], str, Any]] = [
+        (places, name, value)
         for module in model.modules()
-        for name, child in module._modules.items()
-        if id(child) in others
+        for places in (module._modules, module._parameters)
+        for name, value in places.items()
+        if id(value) in others
     ]
     try:
-        for children, name, child in held:
-            children[name] = others[id(child)]
+        for places, name, value in held:
+            places[name] = others[id(value)]
         yield
     finally:
-        for children, name, child in held:
-            children[name] = child
+        for places, name, value in held:
+            places[name] = value
 
 
 def checked_beside_library(
@@ -361,20 +362,10 @@ def _linear(module: nn.Module, weight: QuantisedWeight) -> nn.Linear:
 @contextmanager
 def without_codes(model: nn.Module) -> Iterator[None]:
     """Put dense weights without memory in the place of quantised ones, inside the block: a trace reads no values."""
-    held: list[tuple[Any, str, Any]] = [
-        (module._parameters, name, parameter)
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if isinstance(parameter, QuantisedWeight)
-    ]
-    by_id = {id(parameter): _hollow(parameter) for _, _, parameter in held}
-    try:
-        for parameters, name, parameter in held:
-            parameters[name] = by_id[id(parameter)]
+    with _exchanged(
+        model, {id(each): _hollow(each) for each in model.parameters() if isinstance(each, QuantisedWeight)}
+    ):
         yield
-    finally:
-        for parameters, name, parameter in held:
-            parameters[name] = parameter
 
 
 def _hollow(weight: torch.Tensor) -> nn.Parameter:
