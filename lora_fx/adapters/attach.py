@@ -102,7 +102,8 @@ def attach(
     check_attachable(plan, graph_module)
     state = state_of(graph_module)
     plan, pairs = (plan, {}) if values is not None else started(plan, graph_module.graph, state, start)
-    check_attachable(plan, graph_module)  # again: given factors start from the weight
+    if pairs:
+        check_attachable(plan, graph_module)  # again: branches start from the weight now
     ordered = _in_module_order(plan, state)
     factors = _new_factors(ordered, state, adapter, seed, pairs) if values is None else _given(ordered, adapter, values)
     copies = _copies(plan, state, adapter, values)

@@ -177,7 +177,7 @@ class Deltas:
             return None
         name, term = str(found.node.target), beside.terms[0]
         tensor = self._tensors[name]
-        shape = found.view.apply(torch.empty(tensor.shape, device="meta")).shape
+        shape = found.view.shape_of(tensor.shape)
         features = self._height(term.update)
         behind = 0 if stands_alone else len(term.kernel)
         fits = len(shape) > behind and shape[len(shape) - 1 - behind] == features == shape.numel()
@@ -189,7 +189,7 @@ class Deltas:
     def _height(self, update: Update) -> int:
         """Return the number of features of an update."""
         last = update.factors[-1]
-        shape = last.view.apply(torch.empty(self._tensors[last.name].shape, device="meta")).shape
+        shape = last.view.shape_of(self._tensors[last.name].shape)
         return shape[:-1].numel()
 
     def step(self, node: fx.Node) -> Delta | Addition | None:

@@ -15,7 +15,7 @@ nothing that merely looks like a branch is taken for one: without a nominated fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.training_only import TrainingOnly
 from lora_fx.numerics.update import Factor, Update
 from lora_fx.numerics.weight_view import View
+from lora_fx.rules.peft_config.name_matching import modules_of
 from lora_fx.rules.vocabulary import Op
 from lora_fx.sites.call_sites import is_site
 from lora_fx.sites.stored_weight import Stored, cast_of, stored
@@ -115,7 +116,7 @@ class _BranchFinder:
                 f"{', '.join(loose)}: read as a factor, and neither a parameter nor a buffer of the graph. Register it: register_buffer."
             )
         self.has_factors = bool(factors)
-        self._holders = {prefix for name in factors for prefix in _prefixes(name)}
+        self._holders = {prefix for name in factors for prefix in modules_of(name)}
         named = NamedConstants(graph_module.graph, {}, tensors, {}, {})
         self._named = name_constants(graph_module.graph, tensors, nominate) if factors else named
         self._modules, self._tensors, self.graph = graph_module, self._named.tensors, self._named.graph
@@ -380,12 +381,7 @@ class _BranchFinder:
 
     def _viewed_shape(self, name: str, view: View) -> torch.Size:
         """Return the shape of a tensor in a view."""
-        return view.apply(torch.empty(self._tensors[name].shape, device="meta")).shape
-
-
-def _prefixes(name: str) -> Iterator[str]:
-    parts = name.split(".")
-    return (".".join(parts[:end]) for end in range(1, len(parts)))
+        return view.shape_of(self._tensors[name].shape)
 
 
 def _product_text(op: Op | None, geometry: tuple[Any, ...], kernel: tuple[int, ...]) -> str:

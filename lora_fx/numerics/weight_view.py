@@ -52,6 +52,10 @@ class View:
             tensor = step.apply(tensor)
         return tensor
 
+    def shape_of(self, stored: torch.Size) -> torch.Size:
+        """Return the shape of the view of a tensor that has this one."""
+        return self.apply(torch.empty(stored, device="meta")).shape
+
     def then(self, step: Step) -> View:
         """Return the view with one more step; two swaps in a row cancel."""
         return View(self.steps[:-1]) if step == SWAP and self.steps[-1:] == (SWAP,) else View((*self.steps, step))
