@@ -554,11 +554,11 @@ def one_weight_changed(format: str) -> Iterator[None]:
     writer = {"torchscript": _torchscript._TorchScript, "onnx": _onnx._Onnx, "pt2": _pt2._Pt2}[format]
     write = writer.write
 
-    def changed(self: Any, exportable: Any, path: Path, step: Any) -> None:
+    def changed(self: Any, exportable: Any, path: Path) -> None:
         plain = copy.deepcopy(exportable.plain)
         (weight,) = (parameter for name, parameter in plain.named_parameters() if name.endswith("second.weight"))
         weight.data.mul_(1.01)
-        write(self, dataclasses.replace(exportable, plain=plain), path, step)
+        write(self, dataclasses.replace(exportable, plain=plain), path)
 
     with mock.patch.object(writer, "write", changed):
         yield

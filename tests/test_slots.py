@@ -294,8 +294,8 @@ def test_slots_that_are_mixed_up_are_found_before_the_file_is_in_its_place(tmp_p
     pair = ("twice.lora_A.weight", "last.lora_A.weight")
     swap = dict(zip(pair, pair[::-1], strict=True))
 
-    def mixed_up(self: Any, exportable: Any, path: Path, step: Any) -> None:
-        original(self, exportable, path, step)
+    def mixed_up(self: Any, exportable: Any, path: Path) -> None:
+        original(self, exportable, path)
         model = onnx.load(path)
         for node in model.graph.node:
             node.input[:] = [swap.get(name, name) for name in node.input]

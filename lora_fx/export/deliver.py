@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +34,11 @@ class Format(Protocol):
     def prepared(self, exportable: Exportable) -> Exportable:
         """Return the graph as the format has it, with other names for some outputs."""
 
-    def write(self, exportable: Exportable, path: Path, step: Step) -> None:
+    def write(self, exportable: Exportable, path: Path) -> None:
         """Write a graph to ``path``; further files go beside it, in the same directory."""
 
     def load(self, path: Path, exportable: Exportable) -> Loaded:
         """Load the written file as its users would."""
-
-
-Step = Callable[[str], None]
-"""Announces the next step of an export, for the progress bar."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +121,7 @@ def deliver(format: Format, graph_module: TracedGraphModule, path: str | Path, o
         step("preparing")
         exportable = format.prepared(prepare(graph_module, options.example_inputs))
         with replacing(target) as beside, torch.no_grad():
-            format.write(exportable, beside, step)
+            format.write(exportable, beside)
             sizes = {path.parent / file.name: file.stat().st_size for file in sorted(beside.parent.iterdir())}
             comparisons: tuple[Comparison, ...] = ()
             if options.verify:

@@ -15,7 +15,7 @@ import torch
 
 from lora_fx.errors import ExportError, option
 from lora_fx.export.compare import Loaded, compare
-from lora_fx.export.deliver import Exported, Options, Step, deliver
+from lora_fx.export.deliver import Exported, Options, deliver
 from lora_fx.export.onnx_input_checks import add_checks
 from lora_fx.export.onnx_ops import attention, grouped_mm, onnx_package
 from lora_fx.export.onnx_quantised import Product, products_of, store_quantised
@@ -30,6 +30,7 @@ from lora_fx.folding.dequantise import dequantise
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced
 from lora_fx.graph.process_state import quiet
 from lora_fx.graph.provenance import source_line
+from lora_fx.progress import step
 
 MAX_INLINE_BYTES = 10**9
 """Weights of more bytes go into a file of their own: protobuf holds two gigabytes at most."""
@@ -109,7 +110,7 @@ class _Onnx:
         """Return the graph with names that ONNX takes."""
         return _renamed_outputs(exportable)
 
-    def write(self, exportable: Exportable, path: Path, step: Step) -> None:
+    def write(self, exportable: Exportable, path: Path) -> None:
         written = exportable if self.slots is None else self.slots.as_inputs(exportable)
         step("exporting")
         program = export_plain(written)

@@ -9,13 +9,14 @@ import torch
 
 from lora_fx.errors import ExportError, listed
 from lora_fx.export.compare import Loaded
-from lora_fx.export.deliver import Exported, Options, Step, deliver
+from lora_fx.export.deliver import Exported, Options, deliver
 from lora_fx.export.portable_ops import use_torch_alone
 from lora_fx.export.prepare import Exportable
 from lora_fx.export.torch_program import export_plain
 from lora_fx.files.atomic import writable
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.graph.process_state import quiet
+from lora_fx.progress import step
 
 
 def pt2(
@@ -65,7 +66,7 @@ class _Pt2:
         """Return the graph as it is."""
         return exportable
 
-    def write(self, exportable: Exportable, path: Path, step: Step) -> None:
+    def write(self, exportable: Exportable, path: Path) -> None:
         _check_names(exportable)
         step("exporting")
         program = export_plain(exportable)

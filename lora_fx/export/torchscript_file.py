@@ -17,11 +17,12 @@ from torch import fx
 
 from lora_fx.errors import ExportError, first_line, listed
 from lora_fx.export.compare import Loaded
-from lora_fx.export.deliver import Exported, Options, Step, deliver
+from lora_fx.export.deliver import Exported, Options, deliver
 from lora_fx.export.portable_ops import use_torch_alone
 from lora_fx.export.prepare import Exportable, explain
 from lora_fx.files.atomic import writable
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph
+from lora_fx.progress import step
 
 
 def torchscript(
@@ -84,7 +85,7 @@ class _TorchScript:
         """Return the graph as it is."""
         return exportable
 
-    def write(self, exportable: Exportable, path: Path, step: Step) -> None:
+    def write(self, exportable: Exportable, path: Path) -> None:
         _check_names(exportable)
         step("compiling")
         graph, _ = copy_graph(exportable.plain.graph)
