@@ -16,6 +16,7 @@ from .errors import (
     RuleError,
     TraceError,
     VerifyError,
+    WriteError,
 )
 from .folding.dequantise import dequantise
 from .folding.fold import fold, recipe
@@ -44,6 +45,7 @@ __all__ = [
     "TraceError",
     "TracedGraphModule",
     "VerifyError",
+    "WriteError",
     "activate",
     "combine",
     "dequantise",

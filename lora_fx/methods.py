@@ -212,7 +212,7 @@ def save_pretrained(
     Raises:
         PlanError: the graph has no adapter of that name.
         AdapterError: PEFT has no way to say what an adapter is.
-        LoraFxError: the directory cannot be written to.
+        WriteError: the directory cannot be written to.
     """
     if not safe_serialization:
         raise LoraFxError("adapters are written as safetensors alone: expected safe_serialization=True, got False.")

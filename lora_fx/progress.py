@@ -7,6 +7,7 @@ two seconds shows none.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,19 +18,19 @@ from lora_fx.errors import in_command
 DELAY = 2.0
 """Seconds after which a bar appears."""
 
+_TICK = 1.0
 _FORMAT = "{desc}: {elapsed}{postfix}"
 
 
 class _Bar:
-    """A bar that appears once it is late, also while one step takes all the time."""
+    """A bar that appears once it is late, with the time since the work began, and counts on while one step takes all of it."""
 
     def __init__(self, what: str) -> None:
-        self._what, self._step, self._closed = what, "", False
+        self._what, self._step, self._began = what, "", time.time()
         self._bar: Any = None
         self._lock = threading.Lock()
-        self._timer = threading.Timer(DELAY, self._appear)
-        self._timer.daemon = True
-        self._timer.start()
+        self._closed = threading.Event()
+        threading.Thread(target=self._run, daemon=True).start()
 
     def step(self, name: str) -> None:
         with self._lock:
@@ -38,19 +39,27 @@ class _Bar:
                 self._bar.set_postfix_str(name)
 
     def close(self) -> None:
-        self._timer.cancel()
+        self._closed.set()
         with self._lock:
-            self._closed = True
             if self._bar is not None:
                 self._bar.close()
 
-    def _appear(self) -> None:
+    def _run(self) -> None:
+        if self._closed.wait(DELAY):
+            return
         from transformers.utils import logging  # outside of the lock: another thread may be importing it
 
         with self._lock:
-            if not self._closed:
-                self._bar = logging.tqdm(desc=self._what, bar_format=_FORMAT, leave=False)
-                self._bar.set_postfix_str(self._step)
+            if self._closed.is_set():
+                return
+            # With a delay, tqdm prints nothing of its own before it knows when the work began.
+            self._bar = logging.tqdm(desc=self._what, bar_format=_FORMAT, leave=False, delay=1e-9)
+            self._bar.start_t = self._began
+            self._bar.set_postfix_str(self._step)
+        while not self._closed.wait(_TICK):
+            with self._lock:
+                if not self._closed.is_set():
+                    self._bar.refresh()
 
 
 _current: ContextVar[_Bar | None] = ContextVar("lora_fx.progress", default=None)

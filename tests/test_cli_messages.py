@@ -54,6 +54,7 @@ def lora(*arguments: object, code: int = 0) -> str:
         (3, ["plan", "llama", "--rules", "lama"], "there are no rules of this name"),
         (3, ["inspect", "llama"], "expected a PEFT adapter"),
         (3, ["fold", "llama", "adapter", "out"], "the adapter was trained on T5"),
+        (3, ["draw", "llama", "--module", "model.layers.7"], "no module 'model.layers.7'"),
         (4, ["export", "bert", "out", "-f", "onnx", "--with-cache"], "returns no logits to generate from"),
         (5, ["export", "llama", "llama", "-f", "onnx"], "is read to make the result"),
         (5, ["draw", "llama", "--out", "taken.svg"], "taken.svg exists already"),

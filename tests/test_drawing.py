@@ -601,7 +601,7 @@ def test_one_module_is_drawn_alone(tmp_path: Path) -> None:
     assert "25 operators: 10 added, 2 rewired, 13 unchanged; 2 branches" in (tmp_path / "graph.txt").read_text(
         encoding="utf-8"
     )
-    with pytest.raises(lora_fx.ExportError, match=r"no module 'encoder.layer.7' .*did you mean 'encoder.layer"):
+    with pytest.raises(lora_fx.LoraFxError, match=r"no module 'encoder.layer.7' .*did you mean 'encoder.layer"):
         lora_fx.draw(base, graph, tmp_path / "other.dot", module="encoder.layer.7")
     assert not (tmp_path / "other.dot").exists()
 

@@ -64,6 +64,18 @@ def test_a_bar_appears_while_one_step_takes_all_the_time(capsys: Any) -> None:
         assert "waiting: 00:00, the only step" in bars(capsys)
 
 
+def test_the_time_is_that_of_the_work_and_goes_on_within_a_step(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "DELAY", 1.1)
+    monkeypatch.setattr(progress, "_TICK", 0.2)
+    with progress.shown("waiting"):
+        progress.step("the only step")
+        time.sleep(2.3)
+    told = bars(capsys)
+    assert "00:00" not in told
+    assert "waiting: 00:01, the only step" in told
+    assert "waiting: 00:02, the only step" in told
+
+
 def test_the_switches_of_transformers_turn_it_off_and_commands_have_their_own(capsys: Any) -> None:
     logging.disable_progress_bar()
     with progress.shown("quiet"):

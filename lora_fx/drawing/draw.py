@@ -79,8 +79,9 @@ def draw(
         overwrite: replace a file that exists.
 
     Raises:
-        ExportError: the suffix is not known, there is no such module, or Graphviz (the extra ``draw``) is not installed, fails, or takes too long.
-        LoraFxError: something exists at ``path``, or it cannot be written.
+        LoraFxError: there is no such module.
+        ExportError: the suffix is not known, or Graphviz (the extra ``draw``) is not installed, fails, or takes too long.
+        WriteError: something exists at ``path``, or it cannot be written.
     """
     target = Path(path)
     name = format_of(target)

@@ -107,7 +107,7 @@ def deliver(format: Format, graph_module: TracedGraphModule, path: str | Path, o
     Raises:
         ExportError: the format does not take the graph; the message names the operator and its line in the model.
         VerifyError: the written file does not compute the same as the graph.
-        LoraFxError: the path exists or cannot be written.
+        WriteError: the path exists or cannot be written.
     """
     path = Path(path)
     target = Target(path, options.overwrite)

@@ -77,7 +77,7 @@ def onnx_adapter(
         PlanError: the graph has no such adapter.
         ExportError: the adapter has parts that no slot takes: a branch beside an embedding or a convolution, trained copies,
             half precision.
-        LoraFxError: the path exists or cannot be written.
+        WriteError: the path exists or cannot be written.
     """
     target = Target(Path(path), overwrite)
     target.check()
@@ -121,7 +121,7 @@ def onnx_adapter_from_peft(
         AdapterError: a directory is malformed, of a kind for which there are no slots, or does not fit the model. All problems
             are named.
         ExportError: the model has no slots.
-        LoraFxError: the path exists or cannot be written.
+        WriteError: the path exists or cannot be written.
     """
     pairs = [(adapters, 1.0)] if isinstance(adapters, str | Path) else list(adapters)
     target = Target(Path(path), overwrite, (Path(model), *(Path(directory) for directory, _ in pairs)))

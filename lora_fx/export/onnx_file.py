@@ -80,7 +80,7 @@ def onnx(
         ExportError: ONNX does not take the graph; the message names the operator and the model's line. Or it has a branch
             that no slot takes, or a quantised weight for whose product there is no kernel.
         VerifyError: the written file does not compute the same, or onnxruntime does not run it.
-        LoraFxError: the path exists or cannot be written.
+        WriteError: the path exists or cannot be written.
     """
     for name in ("onnx", "onnx_ir", "onnxscript", *(["onnxruntime"] if verify else [])):
         onnx_package(name)

@@ -49,7 +49,7 @@ def pt2(
     Raises:
         ExportError: torch.export does not take the graph; the message names the model's line.
         VerifyError: the written file does not compute the same.
-        LoraFxError: the path exists or cannot be written.
+        WriteError: the path exists or cannot be written.
     """
     if Path(path).suffix != ".pt2":
         raise ExportError(

@@ -55,7 +55,7 @@ def torchscript(
     Raises:
         ExportError: TorchScript does not take the graph; the message names the operator and the model's line.
         VerifyError: the written file does not compute the same.
-        LoraFxError: the path exists or cannot be written.
+        WriteError: the path exists or cannot be written.
     """
     return deliver(_TorchScript(), graph_module, path, Options(overwrite, verify, tolerance, example_inputs))
 

@@ -233,7 +233,7 @@ def save_adapter(
     Raises:
         PlanError: the graph has no such adapter.
         AdapterError: the format has no way to say what the adapter is. All problems are named.
-        LoraFxError: the directory exists, or cannot be written.
+        WriteError: the directory exists, or cannot be written.
     """
     if format not in get_args(foreign_file.Form) and format != "peft":
         raise AdapterError("format", [f"expected 'peft', 'diffusers' or 'kohya', got {shown(format)}"])
@@ -277,7 +277,7 @@ def write_adapter_files(graph_module: TracedGraphModule, directory: Path, adapte
     Raises:
         PlanError: the graph has no such adapter.
         AdapterError: PEFT has no way to say what the adapter is. All problems are named.
-        LoraFxError: the directory cannot be written to.
+        WriteError: the directory cannot be written to.
     """
     graph_module = _traced(graph_module)
     content = to_peft(graph_module, adapter)

@@ -30,7 +30,7 @@ from lora_fx.drawing.describe.node_text import Reader, type_of_root
 from lora_fx.drawing.describe.read_names import name_read
 from lora_fx.drawing.describe.repeats import collapse
 from lora_fx.drawing.describe.wiring import Wiring, wire
-from lora_fx.errors import ExportError, did_you_mean
+from lora_fx.errors import LoraFxError, did_you_mean
 from lora_fx.graph.info import known_info
 from lora_fx.graph.provenance import source_of, stamp_of
 from lora_fx.numerics.lowrank_merge import Merge
@@ -83,7 +83,7 @@ def within(description: Description, module: str) -> Description:
     """Return a description rooted at one module; the data of the rest is kept.
 
     Raises:
-        ExportError: there is no such module in the graph, or it is a single operator.
+        LoraFxError: there is no such module in the graph, or it is a single operator.
     """
     if not module:
         return description
@@ -93,7 +93,7 @@ def within(description: Description, module: str) -> Description:
         if "path" in group
     }
     if module not in groups:
-        raise ExportError(
+        raise LoraFxError(
             f"no module {module!r} of several operators is in the graph{did_you_mean(module, groups)}. "
             "The names are those of model.named_modules(); the text format lists them."
         )
