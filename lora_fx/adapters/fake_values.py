@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lora_fx.graph.state import State
+from lora_fx.torch_internals import FakeTensor, FakeTensorMode
 
 
 class FakeValues:

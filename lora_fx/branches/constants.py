@@ -23,6 +23,7 @@ from lora_fx.graph.graph_module import copy_graph
 from lora_fx.numerics.constant import Constant, Named
 from lora_fx.sites.stored_weight import cast_of, stored, written_rows
 from lora_fx.sites.weight_ops import readers, weight_op
+from lora_fx.torch_internals import OpOverload
 
 aten = torch.ops.aten
 
@@ -145,7 +146,7 @@ class _Constants:
         if node.op == "get_attr":
             return str(node.target) in self._tensors
         target = node.target
-        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        if node.op != "call_function" or not isinstance(target, OpOverload):
             return False
         returns = [str(each.type) for each in target._schema.returns]
         if torch.Tag.nondeterministic_seeded in target.tags or returns != ["Tensor"]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from lora_fx.graph.aten_kinds import VIEW, name_of, writes
 from lora_fx.graph.batch_norms import GivenBatchNorm
 from lora_fx.graph.training_only import TrainingOnly
 from lora_fx.sites.stored_weight import cast_of, is_view
+from lora_fx.torch_internals import DropoutBase, OpOverload
 
 aten = torch.ops.aten
 
@@ -84,7 +85,7 @@ class Flow:
 
     def _write_targets(self, node: fx.Node) -> list[fx.Node]:
         """Return the values to which a node may write: as its schema says; without a schema, all that it reads."""
-        if isinstance(node.target, torch._ops.OpOverload):
+        if isinstance(node.target, OpOverload):
             target = writes(node)
             return [] if target is None else [target]
         if node.op == "call_module":
@@ -93,7 +94,7 @@ class Flow:
                 return [source for source in node.args[3:] if isinstance(source, fx.Node)]
             if isinstance(called, TrainingOnly):
                 return node.all_input_nodes if called.changes_inputs else []
-            drops = isinstance(called, nn.modules.dropout._DropoutNd) and not called.inplace
+            drops = isinstance(called, DropoutBase) and not called.inplace
             return [] if drops or type(called).__module__.startswith("lora_fx.") else node.all_input_nodes
         computes = node.op == "call_method" or (node.op == "call_function" and not _is_pure(node.target))
         return node.all_input_nodes if computes else []
@@ -110,7 +111,7 @@ class Flow:
 
     def _is_identity(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return isinstance(self._graph_module.get_submodule(str(node.target)), nn.modules.dropout._DropoutNd)
+            return isinstance(self._graph_module.get_submodule(str(node.target)), DropoutBase)
         if node.target is aten.dropout.default:
             return not node.args[2] or all(self._in_branch(user) for user in node.users)
         return cast_of(node) is not None or node.target in COPIES
@@ -146,7 +147,7 @@ _IN_PLACE = frozenset(
 
 def may_share(node: fx.Node) -> bool:
     """Tell whether a node's value may share memory with another value."""
-    computed = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+    computed = node.op == "call_function" and isinstance(node.target, OpOverload)
     copies = node.target in COPIES and node.target is not aten.clone.default
     return not computed or name_of(node) in VIEW or is_view(node) or copies or node.target is aten.dropout.default
 

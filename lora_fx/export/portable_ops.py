@@ -9,6 +9,7 @@ from torch import fx
 
 from lora_fx.errors import ExportError
 from lora_fx.graph.provenance import source_line
+from lora_fx.torch_internals import OpOverload
 
 GROUPED_MM = torch.ops.aten._grouped_mm.default
 OF_TRANSFORMERS = "transformers.grouped_mm_fallback.default"
@@ -37,7 +38,7 @@ def use_torch_alone(graph: fx.Graph) -> None:
         if node.target is not GROUPED_MM:
             node.target, node.args, node.kwargs = GROUPED_MM, (*node.args, *node.kwargs.values()), {}
     for node in graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in _TORCH_NAMESPACES:
+        if isinstance(node.target, OpOverload) and node.target.namespace not in _TORCH_NAMESPACES:
             raise ExportError(
                 f"the operator {node.target} is not torch's own, so that a process with torch alone cannot run it{source_line(node)}. "
                 "Write that line of the model with torch's operators."

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.graph import CodeGen
-from torch.utils import _pytree as pytree
 
 from lora_fx.branches.lower import lower
 from lora_fx.errors import WITH_LABELS, ExportError
@@ -28,6 +27,7 @@ from lora_fx.graph.size_relations import UNBOUNDED
 from lora_fx.graph.training_only import TrainingOnly
 from lora_fx.numerics.quantised_weight import QuantisedWeight
 from lora_fx.numerics.schemes import scheme_text
+from lora_fx.torch_internals import DropoutBase, OpOverload, pytree
 from lora_fx.tracing.train_eval import ModeSwitch
 
 _logger = logging.getLogger("lora_fx.export")
@@ -167,7 +167,7 @@ def explain(exportable: Exportable, message: str) -> str:
     """
     words = set(re.findall(r"[\w:.]+", message.replace("::", ".")))
     for node in exportable.plain.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload):
+        if isinstance(node.target, OpOverload):
             overload, packet = str(node.target), str(node.target.overloadpacket)
             if words & {overload, packet, f"{overload}."} and source_line(node):
                 return f" The operator is {overload}{source_line(node)}."
@@ -193,7 +193,7 @@ def _fix_mode(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
             given, weight, bias, mean, var, _ = node.args
             args = given, weight, bias, mean, var, False, module.momentum or 0.0, module.eps, True
             node.op, node.target, node.args = "call_function", module.operator, args
-        elif isinstance(module, nn.modules.dropout._DropoutNd | TrainingOnly) or node.target is aten.detach.default:
+        elif isinstance(module, DropoutBase | TrainingOnly) or node.target is aten.detach.default:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 

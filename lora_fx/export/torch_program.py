@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._sympy.value_ranges import ValueRanges
 
 from lora_fx.errors import ExportError, TraceError
 from lora_fx.export.prepare import Exportable, explain
 from lora_fx.export.trial_inputs import larger_examples
 from lora_fx.graph.input_checks import Constraints
+from lora_fx.torch_internals import OpOverload, ValueRanges
 from lora_fx.tracing.example_inputs import ExampleInputs
 from lora_fx.tracing.torch_export import export
 
@@ -58,7 +58,7 @@ def _same_operators(plain: fx.Graph, exported: fx.Graph) -> bool:
         [
             node.target
             for node in graph.nodes
-            if isinstance(node.target, torch._ops.OpOverload) and node.target not in _SIZES_AND_CHECKS
+            if isinstance(node.target, OpOverload) and node.target not in _SIZES_AND_CHECKS
         ]
         for graph in (plain, exported)
     )

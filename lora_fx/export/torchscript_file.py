@@ -23,6 +23,7 @@ from lora_fx.export.prepare import Exportable, explain
 from lora_fx.files.atomic import writable
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph
 from lora_fx.progress import step
+from lora_fx.torch_internals import OpOverload
 
 
 def torchscript(
@@ -141,4 +142,4 @@ def _undeprecated() -> Iterator[None]:
 def _counterpart(node: fx.Node) -> Any:
     if node.target in _COUNTERPARTS:
         return _COUNTERPARTS[node.target]
-    return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target
+    return node.target.overloadpacket if isinstance(node.target, OpOverload) else node.target

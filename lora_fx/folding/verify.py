@@ -29,6 +29,7 @@ from lora_fx.graph.process_state import forked_random_state
 from lora_fx.graph.provenance import module_path, source_line
 from lora_fx.graph.signature import InputCodeGen
 from lora_fx.sites.stored_weight import stored
+from lora_fx.torch_internals import OpOverload
 from lora_fx.tracing.parity import OwnStreams
 
 aten = torch.ops.aten
@@ -151,7 +152,7 @@ class _Run:
             return 0.0
         before = [self.tolerances[source] for source in node.all_input_nodes]
         found = max([rounding_tolerance(value), self._written, *before])
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
             self._written = found  # every later node may share that memory
         return found
 

@@ -8,7 +8,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
+
+from lora_fx.torch_internals import BatchNormBase, DropoutBase
 
 
 def _words(text: str) -> frozenset[str]:
@@ -72,7 +74,7 @@ def name_of(node: fx.Node) -> str:
     if node.op == "call_module":
         module = node.graph.owning_module
         called = module.get_submodule(str(node.target)) if module is not None else None
-        kinds = {"dropout": nn.modules.dropout._DropoutNd, "batch_norm": nn.modules.batchnorm._BatchNorm}
+        kinds = {"dropout": DropoutBase, "batch_norm": BatchNormBase}
         return next(
             (name for name, kind in kinds.items() if isinstance(called, kind)),
             str(getattr(called, "kind", node.target)),

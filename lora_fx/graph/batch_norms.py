@@ -15,12 +15,13 @@ from torch import fx, nn
 from torch.nn import functional
 
 from lora_fx.graph.adapter_names import original_name
+from lora_fx.torch_internals import BatchNormBase, NormBase
 
 TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 """Tensors of a batch norm, in the order in which a node passes them behind the input."""
 
 
-class GivenBatchNorm(nn.modules.batchnorm._BatchNorm):
+class GivenBatchNorm(BatchNormBase):
     """A batch norm that is given its tensors with its input; those that it holds are the same, under its own names."""
 
     operator: Any = torch.ops.aten.batch_norm.default
@@ -48,7 +49,7 @@ class GivenBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         # torch's own puts a counter into state dicts of old versions, which here may have no place.
-        kind = nn.Module if self._buffers.get("num_batches_tracked") is None else nn.modules.batchnorm._NormBase
+        kind = nn.Module if self._buffers.get("num_batches_tracked") is None else NormBase
         kind._load_from_state_dict(self, *args)
 
     def bare(self) -> GivenBatchNorm:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from lora_fx.numerics.quantised_weight import QuantisedWeight
+from lora_fx.torch_internals import pytree
 
 TOLERANCES: Mapping[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest difference that is taken for rounding, as a part of the largest value."""

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
-
 from lora_fx.errors import StateError, listed
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.state import State
 from lora_fx.numerics.fused_branch import add_update, reduce_features
+from lora_fx.torch_internals import OpOverload
 
 Rule = Callable[[TracedGraphModule, State], Iterator[str]]
 """A rule yields its violations in a graph, in words. It takes time linear in the nodes."""
@@ -54,7 +53,7 @@ def nodes_are_plain(graph_module: TracedGraphModule, state: State) -> Iterator[s
 
 def _is_plain(target: object) -> bool:
     module = str(getattr(target, "__module__", ""))
-    return isinstance(target, torch._ops.OpOverload) or module in ("_operator", "builtins", "math", "torch")
+    return isinstance(target, OpOverload) or module in ("_operator", "builtins", "math", "torch")
 
 
 def _is_fused(target: object) -> bool:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.errors import PlanError, listed
 from lora_fx.graph.cached_graphs import CachedGraphs
@@ -22,6 +21,7 @@ from lora_fx.graph.input_checks import PREFIX
 from lora_fx.graph.invariants import PLAIN, checked_by
 from lora_fx.graph.signature import Argument, InputCodeGen, Leaf, Signature, signature_of
 from lora_fx.graph.state import State
+from lora_fx.torch_internals import pytree
 
 Graphs = TypeVar("Graphs", bound=TracedGraphModule | CachedGraphs)
 Graph = TypeVar("Graph", bound=nn.Module)

@@ -18,12 +18,12 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 from torch.autograd.graph import save_on_cpu
-from torch.fx.graph_module import _forward_from_src
 from torch.utils.checkpoint import checkpoint
 
 from lora_fx.errors import LoraFxError, did_you_mean
 from lora_fx.graph.aten_kinds import writes
 from lora_fx.graph.codegen import ShortCode
+from lora_fx.torch_internals import forward_from_src
 
 _LAYER = re.compile(r"(?:[^.]+\.)*?\d+")
 _COUNT = re.compile(r"@\d+")
@@ -341,5 +341,5 @@ def _code(
 @functools.lru_cache(maxsize=512)
 def _layer_class(kind: str, codes: tuple[_LayerCode, ...]) -> type[Layer]:
     """Return the one class for layers of this code."""
-    computations = tuple(_forward_from_src(code.text, dict(code.names), {}) for code in codes)
+    computations = tuple(forward_from_src(code.text, dict(code.names), {}) for code in codes)
     return type(kind, (Layer,), {"_computations": computations, "__module__": __name__})

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import fx, nn
-from torch.fx.graph import _PyTreeCodeGen
 
 from lora_fx.errors import listed, shortened
 from lora_fx.graph.adapter_names import adapter_of, original_name
 from lora_fx.graph.adapter_states import AdapterState, adapter_states
 from lora_fx.graph.info import AdapterRecord, known_info
 from lora_fx.graph.input_checks import InputCheck
+from lora_fx.torch_internals import PyTreeCodeGen
 
 MAX_ADAPTERS, MAX_INPUTS = 5, 6
 
@@ -131,7 +131,7 @@ def _placeholders(graph_module: fx.GraphModule) -> list[str]:
 
 def _output(graph_module: fx.GraphModule) -> str:
     codegen = graph_module.graph._codegen
-    spec = codegen.pytree_info.out_spec if isinstance(codegen, _PyTreeCodeGen) else None
+    spec = codegen.pytree_info.out_spec if isinstance(codegen, PyTreeCodeGen) else None
     if spec is None or spec.is_leaf():
         return "a tensor"
     keys = spec.context if isinstance(spec.context, list) else []

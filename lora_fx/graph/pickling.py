@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from lora_fx.graph.aten_kinds import size_of
+from lora_fx.torch_internals import OpOverload, pytree
 
 _KEPT_META = ("nn_module_stack", "stack_trace", "custom")
 
@@ -85,7 +85,7 @@ def _record(node: fx.Node) -> NodeRecord:
     if "val" in node.meta:
         meta["val"] = pytree.tree_map(_shape, node.meta["val"])
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: Reference(n.name))  # type: ignore[arg-type, return-value]
-    target = Operator(str(node.target)) if isinstance(node.target, torch._ops.OpOverload) else node.target
+    target = Operator(str(node.target)) if isinstance(node.target, OpOverload) else node.target
     return NodeRecord(node.name, node.op, target, _plain(args), _plain(kwargs), meta)
 
 

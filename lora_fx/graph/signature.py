@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
-from torch.utils import _pytree as pytree
 
 from lora_fx.errors import InputError, did_you_mean
 from lora_fx.graph.codegen import ShortCode
 from lora_fx.graph.omitted import Fill, advice_on
+from lora_fx.torch_internals import PyTreeCodeGen, PyTreeInfo, pytree
 
 ITEM_COUNT = "num_items_in_batch"
 """transformers' name for the number of labels in all batches of an optimizer step, by which a loss is divided."""
@@ -230,12 +229,12 @@ class Signature:
         return f"The graph was traced with: {', '.join(traced)}. For other inputs, trace again with example_inputs that have them."
 
 
-class InputCodeGen(ShortCode, _PyTreeCodeGen):
+class InputCodeGen(ShortCode, PyTreeCodeGen):
     """A code generator whose ``forward`` binds its arguments by a :class:`Signature`."""
 
     def __init__(self, signature: Signature, out_spec: pytree.TreeSpec | None) -> None:
         in_spec = pytree.tree_flatten(((), dict.fromkeys(signature.inputs)))[1]
-        super().__init__(_PyTreeInfo(list(signature.inputs), in_spec, out_spec))
+        super().__init__(PyTreeInfo(list(signature.inputs), in_spec, out_spec))
         self.signature = signature
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False) -> str:

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.graph import _PyTreeCodeGen
-from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
 from lora_fx.graph.provenance import source_line
 from lora_fx.graph.signature import Argument, InputCodeGen, Leaf, Signature
+from lora_fx.torch_internals import PyTreeCodeGen, pytree
 
 
 def take_inputs(graph: fx.Graph, forward: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -29,7 +28,7 @@ def take_inputs(graph: fx.Graph, forward: inspect.Signature, args: tuple[Any, ..
         TraceError: the graph reads an input that is not a tensor.
     """
     codegen = graph._codegen
-    assert isinstance(codegen, _PyTreeCodeGen)
+    assert isinstance(codegen, PyTreeCodeGen)
     by_position = _argument_names(graph)[: len(args)]
     given = {**dict(zip(by_position, args, strict=True)), **kwargs}
     nodes = iter(graph.find_nodes(op="placeholder"))
@@ -91,5 +90,5 @@ def _omitted(parameter: inspect.Parameter) -> Argument:
 def _argument_names(graph: fx.Graph) -> list[str]:
     """Return the names of the arguments of an exported graph's ``forward``, without ``self``."""
     codegen = graph._codegen
-    assert isinstance(codegen, _PyTreeCodeGen)
+    assert isinstance(codegen, PyTreeCodeGen)
     return [name for name in codegen.pytree_info.orig_args if name != "self"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from lora_fx.graph.aten_kinds import writes
 from lora_fx.graph.pickling import record, restore
+from lora_fx.torch_internals import OpOverload
 
 
 class TrainingOnly(nn.Module):
@@ -38,7 +38,7 @@ class TrainingOnly(nn.Module):
         """Show the operators where the module is printed."""
         called = (node.target for node in vars(self)["_body"].graph.nodes if node.op == "call_function")
         return " → ".join(
-            str(target._opname if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", target))
+            str(target._opname if isinstance(target, OpOverload) else getattr(target, "__name__", target))
             for target in called
         )
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, listed
 from lora_fx.numerics.schemes import CodebookScheme, Scheme, UniformScheme, scheme_text
+from lora_fx.torch_internals import disabled_torch_function_impl, make_wrapper_subclass, pytree
 
 aten = torch.ops.aten
 
@@ -50,7 +50,7 @@ class QuantisedWeight(torch.Tensor):
         rows, columns = shape
         size, strides = ((columns, rows), (1, columns)) if transposed else ((rows, columns), (columns, 1))
         device = next(iter(tensors.values())).device
-        shown: QuantisedWeight = torch.Tensor._make_wrapper_subclass(
+        shown: QuantisedWeight = make_wrapper_subclass(
             cls, size, strides=strides, dtype=(dtype, *casts)[-1], device=device, requires_grad=False
         )
         shown._tensors = dict(tensors)
@@ -164,7 +164,7 @@ class QuantisedWeight(torch.Tensor):
     def __reduce_ex__(self, _protocol: object) -> tuple[Any, ...]:
         return _restored, (self._tensors, self._form, isinstance(self, nn.Parameter))
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -19,6 +19,7 @@ from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.provenance import module_path
 from lora_fx.rules.vocabulary import Layout, Op
 from lora_fx.sites.weight_ops import CONVOLUTIONS, WeightOp, weight_op
+from lora_fx.torch_internals import OpOverload
 
 aten = torch.ops.aten
 
@@ -115,7 +116,7 @@ def _site(node: fx.Node, product: WeightOp, weight: str, name: str, shape: torch
 
 
 def _operator(node: fx.Node) -> str:
-    assert isinstance(node.target, torch._ops.OpOverload)
+    assert isinstance(node.target, OpOverload)
     return node.target._opname
 
 

@@ -18,6 +18,7 @@ from lora_fx.graph.aten_kinds import arguments_of
 from lora_fx.numerics.weight_view import SWAP, Step, View
 from lora_fx.rules.vocabulary import Layout, Op
 from lora_fx.sites.stored_weight import Stored, is_transparent, stored
+from lora_fx.torch_internals import OpOverload
 
 aten = torch.ops.aten
 
@@ -72,7 +73,7 @@ CONVOLUTIONS: tuple[Op, ...] = ("conv1d", "conv2d", "conv3d")
 
 def weight_op(node: fx.Node) -> WeightOp | None:
     """Return ``node`` as a product of an input with a named weight; None if it is none."""
-    read = _READ.get(node.target.name()) if isinstance(node.target, torch._ops.OpOverload) else None
+    read = _READ.get(node.target.name()) if isinstance(node.target, OpOverload) else None
     return read(node) if read is not None else None
 
 

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
 from lora_fx.graph.aten_kinds import arguments_of
 from lora_fx.graph.batch_norms import OPERATORS
 from lora_fx.graph.provenance import source_line
+from lora_fx.torch_internals import HigherOrderOperator, pytree
 
 aten = torch.ops.aten
 higher_order = torch.ops.higher_order
@@ -46,7 +46,7 @@ def inline_regions(module: fx.GraphModule, *, training: bool) -> None:
     graph = module.graph
     _remove_writes_to_itself(graph)
     for node in list(graph.nodes):
-        if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        if not isinstance(node.target, HigherOrderOperator):
             continue
         region, operands, detached = _region(module, node)
         inline_regions(region, training=training)

@@ -11,12 +11,12 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
 from lora_fx.graph.example_sizes import SUM
 from lora_fx.graph.input_checks import Constraints
 from lora_fx.graph.size_relations import UNBOUNDED, Reference, Relation
+from lora_fx.torch_internals import pytree
 
 Range = tuple[int, int]
 

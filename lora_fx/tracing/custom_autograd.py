@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import BackwardCFunction, FunctionCtx
-from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
+from lora_fx.torch_internals import pytree
 from lora_fx.tracing.parity import OwnStreams, agree, gradients
 from lora_fx.tracing.torch_export import is_model_code
 

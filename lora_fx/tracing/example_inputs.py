@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 from transformers.models.auto import modeling_auto
 
 from lora_fx.errors import LoraFxError, TraceError, did_you_mean
 from lora_fx.files.safetensors import TensorFile
 from lora_fx.graph.example_sizes import cut_or_repeated
+from lora_fx.torch_internals import pytree
 from lora_fx.tracing.input_kinds import arguments, text_config
 from lora_fx.tracing.input_trials import device_of, shapes, taken
 

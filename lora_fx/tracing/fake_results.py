@@ -23,10 +23,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
 from lora_fx.graph.process_state import exclusive
+from lora_fx.torch_internals import FakeTensor, FakeTensorMode, OpOverload, in_kernel_invocation_manager
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError, first_line, listed, option
 from lora_fx.graph.process_state import quiet
+from lora_fx.torch_internals import pytree
 from lora_fx.tracing.input_candidates import candidates, needed_arguments, unknown_arguments
 from lora_fx.tracing.input_kinds import arguments
 from lora_fx.tracing.model_state import preserved

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lora_fx.errors import PlanError, TraceError, listed
 from lora_fx.graph.compare import compare_values
 from lora_fx.graph.process_state import forked_random_state
 from lora_fx.numerics.quantised_weight import QuantisedWeight
+from lora_fx.torch_internals import NormBase
 from lora_fx.tracing.random_settings import advice_on_random_settings
 
 
@@ -141,7 +141,7 @@ def traceable_batch_norms(model: nn.Module, cumulative: float) -> Iterator[None]
         model: to be traced.
         cumulative: stands for the momentum None.
     """
-    averages = [each for each in model.modules() if isinstance(each, _NormBase) and each.momentum is None]
+    averages = [each for each in model.modules() if isinstance(each, NormBase) and each.momentum is None]
     functional: Any = nn.functional
     verify = functional._verify_batch_size
     functional._verify_batch_size = lambda _size: None  # more than one value for each feature
@@ -283,7 +283,7 @@ def mode_of(model: nn.Module, *, inference: bool) -> Mode:
         possible.append(_modes(model))
     expected = possible[0] if given[""] else possible[1]
     others = [name for name, mode in given.items() if mode != expected[name]]
-    fixed = [name for name in others if given[""] and isinstance(model.get_submodule(name), _NormBase)]
+    fixed = [name for name in others if given[""] and isinstance(model.get_submodule(name), NormBase)]
     unknown = [name for name in others if name not in fixed]
     if unknown:
         raise TraceError(

@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_fx.errors import TraceError
 from lora_fx.graph.batch_norms import statistics
 from lora_fx.graph.compare import compare_values
 from lora_fx.graph.graph_module import state_of
 from lora_fx.progress import step
+from lora_fx.torch_internals import TorchDispatchMode, pytree
 from lora_fx.tracing.example_inputs import ExampleInputs
 
 TOLERANCE = 1e-4

@@ -15,11 +15,11 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from lora_fx.graph.example_sizes import Dimension, Examples, cut_or_repeated, other_values
 from lora_fx.graph.input_checks import Constraints
 from lora_fx.graph.size_relations import UNBOUNDED, Relation
+from lora_fx.torch_internals import pytree
 from lora_fx.tracing.example_inputs import ExampleInputs
 from lora_fx.tracing.parity import GraphFailed, ModelFailed, difference, map_tensors
 

@@ -10,17 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch._dynamo.config
-import torch.export._trace
 from torch import fx, nn
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
-from torch.utils import _pytree as pytree
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from lora_fx.errors import TraceError, first_line, option
 from lora_fx.graph.process_state import quiet
 from lora_fx.graph.signature import key_parts
 from lora_fx.progress import step
+from lora_fx.torch_internals import dynamo_config, export_trace, parse_to, pytree, use_lazy_graph_module
 from lora_fx.tracing.example_inputs import ExampleInputs
 from lora_fx.tracing.fake_results import FakeResults
 from lora_fx.tracing.random_settings import advice_on_random_settings
@@ -192,7 +189,7 @@ def _without_idle_moves() -> Iterator[None]:
     original = nn.Module.to
 
     def moved(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, _, memory_format = parse_to(*args, **kwargs)
         tensors = [*self.parameters(), *self.buffers()]
         there = all(device is None or each.device == device for each in tensors)
         cast = all(dtype is None or each.dtype == dtype for each in tensors if each.is_floating_point())
@@ -207,13 +204,13 @@ def _without_idle_moves() -> Iterator[None]:
 
 def _without_cache() -> AbstractContextManager[None]:
     """Switch off torch's cache of fake results: with symbolic sizes a look-up takes as long as computing them."""
-    return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)  # type: ignore[no-any-return]
+    return dynamo_config.patch(fake_tensor_cache_enabled=False)  # type: ignore[no-any-return]
 
 
 @contextmanager
 def _unprinted() -> Iterator[None]:
     """Keep torch.export from printing the graph so far, hundreds of lines, where it fails."""
-    names = vars(torch.export._trace)
+    names = vars(export_trace)
     names["print"] = lambda *_args, **_kwargs: None  # in the place of the builtin, for that module
     try:
         yield
@@ -223,7 +220,7 @@ def _unprinted() -> Iterator[None]:
 
 def _without_code() -> AbstractContextManager[None]:
     """Let torch generate the code of its graphs on demand, which never comes."""
-    return _use_lazy_graph_module(True)
+    return use_lazy_graph_module(True)
 
 
 def _dynamic_shapes(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | None) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
 from lora_fx.graph.aten_kinds import arguments_of, set_argument
@@ -34,6 +33,7 @@ from lora_fx.graph.batch_norms import OPERATORS, batch_norm
 from lora_fx.graph.compare import same_values
 from lora_fx.graph.provenance import module_path, source_line
 from lora_fx.graph.training_only import TrainingOnly
+from lora_fx.torch_internals import pytree
 from lora_fx.tracing.canonicalize import batch_norms, counted_by, counter_of
 
 aten = torch.ops.aten

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 from transformers.modeling_outputs import BaseModelOutput
 
 from lora_fx.errors import LoraFxError
@@ -16,6 +15,7 @@ from lora_fx.graph.info import info_of
 from lora_fx.graph.input_checks import InputCheck, RelationCheck
 from lora_fx.graph.layers import nesting
 from lora_fx.graph.signature import ITEM_COUNT, InputCodeGen, signature_of
+from lora_fx.torch_internals import pytree
 
 aten = torch.ops.aten
 

@@ -30,6 +30,7 @@ from lora_fx.planning.plan import factor_shapes, magnitude_shape
 from lora_fx.rules.peft_config.config import CONFIG_NAME
 from lora_fx.sites.call_sites import Site, biased, is_bare, parameter_of, sites
 from lora_fx.sites.weight_ops import readers, weight_op
+from lora_fx.torch_internals import OpOverload
 
 PREFIX = "base_model.model."
 
@@ -254,7 +255,7 @@ def _depends_on_weights_alone(node: fx.Node) -> bool:
 
 def _moves_values(node: fx.Node) -> bool:
     name = getattr(node.target, "_opname", "")
-    return name in RESHAPES or not isinstance(node.target, torch._ops.OpOverload) or name.startswith("sym_")
+    return name in RESHAPES or not isinstance(node.target, OpOverload) or name.startswith("sym_")
 
 
 RESHAPES = frozenset(

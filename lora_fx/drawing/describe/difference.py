@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from lora_fx.drawing.describe.align import aligned
 from lora_fx.drawing.describe.branch_stamps import StampedBranch, branches_of
@@ -21,6 +20,7 @@ from lora_fx.graph.adapter_names import original_name
 from lora_fx.graph.aten_kinds import size_of
 from lora_fx.graph.compare import same_values
 from lora_fx.graph.provenance import code_of, stamp_of
+from lora_fx.torch_internals import pytree
 
 Status = Literal["same", "added", "removed", "rewired", "changed"]
 

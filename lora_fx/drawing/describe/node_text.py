@@ -11,11 +11,11 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import known_info
 from lora_fx.graph.input_checks import InputCheck, RelationCheck
+from lora_fx.torch_internals import FakeTensor, OpOverload
 from lora_fx.tracing.transformers_models import traced_class
 
 _QUIET = (torch.ops.aten.sym_size.int, torch.ops.aten._assert_scalar.default, getattr)
@@ -140,7 +140,7 @@ class Reader:
             return "input" if node.op == "placeholder" else "output"
         if isinstance(node.target, str):
             return node.target
-        if isinstance(node.target, torch._ops.OpOverload):
+        if isinstance(node.target, OpOverload):
             return str(node.target)
         return f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', node.target)}".lstrip(".")
 
@@ -183,7 +183,7 @@ class Reader:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor | tuple | list):
             return False
-        counted = value is not None or not isinstance(node.target, torch._ops.OpOverload)
+        counted = value is not None or not isinstance(node.target, OpOverload)
         return counted and all(source in quiet and source.op != "get_attr" for source in node.all_input_nodes)
 
     def _name(self, node: fx.Node) -> str:

@@ -16,8 +16,8 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from lora_fx.torch_internals import DisableTorchFunction, pytree
 from lora_fx.tracing.repeated_layers.call_values import (
     FirstLayerDiffers,
     Frozen,
@@ -168,7 +168,7 @@ class _Template:
         def call(*args: Any, **kwargs: Any) -> Any:
             if _contents(stub) != planned:
                 self._refuse(f"{path!r} was changed before it was called")
-            with torch._C.DisableTorchFunction():  # past torch.export's modes, which cost more than all else here
+            with DisableTorchFunction():  # past torch.export's modes, which cost more than all else here
                 return self._stand_in(path, args, kwargs)
 
         stub.forward = call
