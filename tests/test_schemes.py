@@ -77,12 +77,16 @@ def test_sizes_that_no_block_divides_come_back(shape):
 def test_more_than_one_part_is_the_same_as_one(monkeypatch):
     dense, scheme = torch.randn(130, 96), CodebookScheme("nf4", nested=True)
     whole = scheme.quantise(dense)
-    monkeypatch.setattr("lora_fx.numerics.schemes._PART", 128)
+    for constant in ("_PART", "_CACHED_PART"):
+        monkeypatch.setattr(f"lora_fx.numerics.schemes.{constant}", 128)
     parts = scheme.quantise(dense)
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
-    back = scheme.dequantise(parts, dense.shape, torch.bfloat16)
+    back = {dtype: scheme.dequantise(parts, dense.shape, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    odd = scheme.dequantise(scheme.quantise(dense[:, :67]), (130, 67), torch.float32)
     monkeypatch.undo()
-    assert torch.equal(back, scheme.dequantise(whole, dense.shape, torch.bfloat16))
+    for dtype, values in back.items():
+        assert torch.equal(values, scheme.dequantise(whole, dense.shape, dtype))
+    assert torch.equal(odd, scheme.dequantise(scheme.quantise(dense[:, :67]), (130, 67), torch.float32))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -109,23 +109,34 @@ class CodebookScheme:
         absmax = tensors["absmax"]
         if not self.nested:
             return absmax
-        coarse = tensors["nested_absmax"].repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()]
-        return tensors["nested_map"][absmax.long()] * coarse + tensors["offset"]
+        blocks = _in_blocks(tensors["nested_map"].index_select(0, absmax.int()), NESTED_BLOCKSIZE)
+        blocks *= tensors["nested_absmax"][:, None]
+        blocks += tensors["offset"]
+        return blocks.view(-1)[: absmax.numel()]
 
     def dequantise(self, tensors: Mapping[str, torch.Tensor], shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Return the dense weight of a shape that codes and scales stand for: computed in float32, and rounded to a dtype once."""
-        absmax = self.absmax(tensors)
+        absmax = self.absmax(tensors)[:, None]
         codes = tensors["codes"].reshape(-1)
         byte = torch.arange(256, device=codes.device)
         # Both values of a byte as one number of 64 bits: looked up at a tenth of the time of two rows of a table.
         table = codebook_values(self.codebook).to(codes.device)
         pairs = table[torch.stack((byte >> 4, byte & 15), 1)].view(torch.int64).view(-1)
         dense = torch.empty(math.prod(shape), dtype=dtype, device=codes.device)
-        for part in _parts(dense.numel(), self.blocksize, _CACHED_PART if codes.device.type == "cpu" else _PART):
-            values = pairs.index_select(0, codes[part.start // 2 : -(-part.stop // 2)].int()).view(torch.float32)
-            blocks = _in_blocks(values[: part.stop - part.start], self.blocksize)
-            blocks *= absmax[part.start // self.blocksize :][: len(blocks), None]
-            dense[part] = blocks.view(-1)[: part.stop - part.start]
+        most = _CACHED_PART if codes.device.type == "cpu" else _PART
+        numbers = torch.empty(min(most // 2, len(codes)), dtype=torch.int32, device=codes.device)
+        for part in _parts(dense.numel(), self.blocksize, most):
+            own, values = codes[part.start // 2 : -(-part.stop // 2)], dense[part]
+            scale = absmax[part.start // self.blocksize : -(-part.stop // self.blocksize)]
+            index = numbers[: len(own)].copy_(own)
+            if dtype == torch.float32 and len(values) % self.blocksize == 0:  # written where they belong
+                torch.index_select(pairs, 0, index, out=values.view(torch.int64))
+                blocks = values.view(-1, self.blocksize)
+                blocks *= scale
+            else:
+                blocks = _in_blocks(pairs.index_select(0, index).view(torch.float32)[: len(values)], self.blocksize)
+                blocks *= scale
+                values.copy_(blocks.view(-1)[: len(values)])
         return dense.view(tuple(shape))
 
 
@@ -277,7 +288,7 @@ _UNIFORM = re.compile(r"(gptq-|awq-|hqq-)?int([2-8])(?::(rows|[1-9][0-9]{0,6}))?
 _PART = 2**20  # elements in work at a time: of a whole weight, float32 and indices would take many times its memory
 
 
-_CACHED_PART = 2**17  # few enough for all intermediate results to stay in the cache of a CPU
+_CACHED_PART = 2**19  # few enough for all intermediate results to stay in the cache of a CPU
 
 
 def _parts(elements: int, blocksize: int, most: int = _PART) -> Iterator[slice]:
