@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 import lora_fx
+from lora_fx.drawing.describe import read_names
 from lora_fx.drawing.describe.align import aligned
 from lora_fx.drawing.draw import FORMATS, describe, describe_graph, within
 from lora_fx.drawing.render.dot import dot
@@ -389,6 +390,22 @@ def test_inputs_of_a_module_are_called_as_in_the_code_of_the_model() -> None:
     assert 'label="current_states"' in drawn
 
 
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("y = self.q(states)", "states"),
+        ("cos = cos.unsqueeze(axis)", "cos"),
+        ("x = x.view(shape)", "x"),
+        ("x = x.view(shape).transpose(1, 2)", ""),
+        ("y = torch.relu(x)", "x"),
+        ("y = F.gelu(x) + h.view(shape)", ""),
+        ("mask = create_mask(", ""),
+    ],
+)
+def test_the_name_of_a_value_is_taken_from_a_line_alone_that_leaves_no_doubt(line: str, name: str) -> None:
+    assert read_names._name_in(line, "q") == name
+
+
 def test_a_closed_branch_stands_beside_its_site_and_both_go_into_the_sum() -> None:
     base = trace(Stack(Layer()))
     description = describe(base, lora_fx.rewrite(base, rules={"select": [{"target": ["up"]}]}, rank=2))
@@ -501,6 +518,7 @@ _TWICE = """
 import hashlib
 from architectures import build
 import lora_fx
+from lora_fx.drawing.describe import read_names
 from lora_fx.drawing.draw import FORMATS, describe
 base = lora_fx.trace(build("llama", layers=1), inference=True)
 description = describe(base, lora_fx.rewrite(base, rules="llama", inference=True))

@@ -12,8 +12,8 @@ from lora_fx.graph.provenance import code_of
 def name_read(reader: Entry, source: Entry) -> str:
     """Return what the model's code calls the only value that an operator reads; an empty string where that is not plain.
 
-    It is plain where the line calls the operator's module with a name, ``self.q(hidden_states)``, or has one name beside those that it
-    calls or takes attributes of.
+    It is plain where the line calls the operator's module with a name, ``self.q(hidden_states)``, or a method of a name and nothing
+    else, ``cos.unsqueeze(axis)``, or has one name beside those that it calls or takes attributes of.
 
     Args:
         reader: an operator.
@@ -25,6 +25,10 @@ def name_read(reader: Entry, source: Entry) -> str:
     module = frames[-1].path.rpartition(".")[2] if frames else ""
     name = _name_in(code_of(reader.node), module)
     return name if name != source.node.name else ""
+
+
+# What functions are called of, by the names that code imports them under.
+_NO_VALUES = {"self", "torch", "nn", "F", "math"}
 
 
 @lru_cache(4096)  # layers have the same lines
@@ -41,6 +45,14 @@ def _name_in(code: str, module: str) -> str:
             and call.args
         ):
             return call.args[0].id if isinstance(call.args[0], ast.Name) else ""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    methods_of = {
+        call.func.value.id
+        for call in calls
+        if isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name)
+    } - _NO_VALUES
+    if methods_of:
+        return methods_of.pop() if len(calls) == 1 else ""
     passive = {
         id(inner)
         for node in ast.walk(tree)

