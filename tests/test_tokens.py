@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +14,12 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_fx
+from lora_fx.adapters.peft_format.contents import overview_of
+from lora_fx.adapters.peft_format.opening import read_adapter
 from lora_fx.errors import AdapterError, FoldError, PlanError, RuleError
 from lora_fx.folding.checkpoint_plan import fold_checkpoint
 
@@ -35,7 +39,8 @@ def llama(tied: bool, dtype: torch.dtype = torch.float32) -> Any:
 
 def named(name: str) -> str:
     """Return the name of a parameter of PEFT's in a graph."""
-    return name.removeprefix("base_model.model.").replace(".token_adapter.base_layer", "").replace(".base_layer", "")
+    own = name.removeprefix("base_model.model.").replace(".token_adapter.base_layer", "").replace(".base_layer", "")
+    return own.replace(".token_adapter", "").replace(".trainable_tokens", ".token_adapter.trainable_tokens")
 
 
 def moved(theirs: nn.Module, mine: nn.Module) -> None:
@@ -61,10 +66,12 @@ class Pair:
         return llama(self.tied, self.dtype)
 
 
-@pytest.fixture(scope="module", params=["tied, bfloat16", "untied, float32"])
+@pytest.fixture(scope="module", params=["tied, bfloat16", "untied, float32", "tied, float32, alone"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     tied, dtype = request.param.startswith("tied"), getattr(torch, request.param.split(", ")[1])
-    config = peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=ROWS)
+    config: peft.PeftConfig = peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=ROWS)
+    if request.param.endswith("alone"):
+        config = peft.TrainableTokensConfig(token_indices=ROWS)
     model = llama(tied, dtype)
     torch.manual_seed(1)
     theirs = peft.get_peft_model(model, config)
@@ -133,7 +140,13 @@ def test_files_go_both_ways(pair: Pair, tmp_path: Path) -> None:
     one, other = (load_file(d / "adapter_model.safetensors") for d in (pair.directory, tmp_path / "mine"))
     assert one.keys() == other.keys()
     assert all(torch.equal(value, other[key]) for key, value in one.items())
-    theirs = peft.PeftModel.from_pretrained(pair.model(), tmp_path / "mine").eval()
+    kinds = [
+        json.loads((d / "adapter_config.json").read_text())["peft_type"] for d in (pair.directory, tmp_path / "mine")
+    ]
+    assert kinds[0] == kinds[1]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        theirs = peft.PeftModel.from_pretrained(pair.model(), tmp_path / "mine").eval()
     assert torch.equal(theirs_of(theirs), logits(pair.mine))
     loaded = lora_fx.load_adapter(pair.base, pair.directory)
     assert torch.equal(logits(loaded), logits(pair.mine))
@@ -321,3 +334,121 @@ def test_of_a_tie_that_its_config_does_not_name_one_module_alone_has_the_rows_as
         lora_fx.save_adapter(gm, tmp_path / "mine")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "mine").eval()
     assert torch.equal(again(TAGS), gm(TAGS))
+
+
+def alone(directory: Path, model: nn.Module, **settings: Any) -> dict[str, torch.Tensor]:
+    """Write an adapter of trainable tokens alone, with other values than the model's; return its tensors."""
+    theirs = peft.get_peft_model(model, peft.TrainableTokensConfig(token_indices=[4, 0], **settings))
+    torch.manual_seed(6)
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter))
+    theirs.save_pretrained(directory)
+    return load_file(directory / "adapter_model.safetensors")
+
+
+class Untied(nn.Module):
+    """As the tagger, with a head of its own that has no bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix, self.head = nn.Embedding(9, 5), nn.Linear(5, 5), nn.Linear(5, 9, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.mix(self.table(ids)).tanh())
+
+
+@pytest.fixture(scope="module")
+def untied() -> tuple[nn.Module, lora_fx.TracedGraphModule]:
+    torch.manual_seed(3)
+    model = Untied().eval()
+    return model, lora_fx.trace(model, (TAGS,))
+
+
+@pytest.mark.parametrize("target", [["table"], ["table", "head"], "t.*e|head"], ids=str)
+def test_tokens_alone_are_read_written_and_folded_at_each_module_that_they_target(
+    untied: tuple[nn.Module, lora_fx.TracedGraphModule], target: Any, tmp_path: Path
+) -> None:
+    model, base = untied
+    tensors = alone(tmp_path / "theirs", copy.deepcopy(model), target_modules=target)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "theirs").eval()
+    gm = lora_fx.load_adapter(base, tmp_path / "theirs", trainable=True)
+    assert torch.equal(gm(TAGS), theirs(TAGS))
+    assert sum(p.numel() for p in gm.parameters() if p.requires_grad) == 2 * 5 * len(tensors)
+    lora_fx.save_adapter(gm, tmp_path / "mine")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "mine").eval()
+    assert torch.equal(again(TAGS), gm(TAGS))
+    written = load_file(tmp_path / "mine" / "adapter_model.safetensors")
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(value, written[key]) for key, value in tensors.items())
+    merged = theirs.merge_and_unload().state_dict()
+    assert all(torch.equal(value, merged[name]) for name, value in lora_fx.fold(gm).state_dict().items())
+    assert str(lora_fx.load_adapter(base, tmp_path / "mine", "again")).count("2 rows of") == len(tensors)
+
+
+def test_tokens_alone_stand_beside_a_lora_and_are_written_with_one_as_pefts_lora(
+    untied: tuple[nn.Module, lora_fx.TracedGraphModule], tmp_path: Path
+) -> None:
+    model, base = untied
+    alone(tmp_path / "tokens", copy.deepcopy(model), target_modules=["table"])
+    gm = lora_fx.load_adapter(base, tmp_path / "tokens", "tokens")
+    gm = lora_fx.rewrite(gm, {"defaults": {"rank": 2}, "select": [{"target": ["mix"]}]}, adapter="lora", seed=1)
+    gm.get_parameter("mix.lora_B.lora.weight").data.normal_()
+    both = lora_fx.combine(gm, {"tokens": 1.0, "lora": 1.0}, adapter="both")
+    lora_fx.save_adapter(both, tmp_path / "both", "both")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "both").eval()
+    assert torch.equal(theirs(TAGS), both(TAGS))
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"token_indices": []}, "token_indices: expected a list of integers ≥ 0, the rows that train"),
+        ({"token_indices": {"table": [1]}}, "token_indices: expected a list of integers ≥ 0, the rows that train"),
+        ({"token_indices": [1, 1]}, r"token_indices: expected each row once, found \[1, 1\]"),
+        ({"token_indices": ["a"]}, "token_indices.*expected"),
+        ({"token_indices": [9]}, "token_indices: 'table' has 9 rows, and 9 is none of them"),
+        ({"token_indices": [4, 0], "target_modules": ["tabel"]}, "token_indices: no embedding is 'tabel'"),
+        ({"token_indices": [4, 0], "r": 4}, "r: unknown key"),
+        ({"token_indices": [4, 0, 1]}, r"expected shape \(3, 5\), rows of table.weight, got \(2, 5\)"),
+        ({"token_indices": [4, 0], "target_modules": ["table", "head"]}, "head.* missing in"),
+    ],
+)
+def test_a_config_of_tokens_alone_that_does_not_fit_is_refused_by_its_own_keys(
+    untied: tuple[nn.Module, lora_fx.TracedGraphModule], said: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model, base = untied
+    alone(tmp_path, copy.deepcopy(model), target_modules=["table"])
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **said}))
+    with pytest.raises(AdapterError, match=message):
+        lora_fx.load_adapter(base, tmp_path)
+    if "missing" not in message and "shape" not in message:
+        with pytest.raises(RuleError, match=message):
+            lora_fx.rewrite(base, path)
+    with pytest.raises(RuleError, match="init_weights: expected true"):
+        lora_fx.rewrite(base, {"peft_type": "TRAINABLE_TOKENS", "token_indices": [1], "init_weights": False})
+    with pytest.raises(RuleError, match="r: unknown key: found 3"):
+        lora_fx.rewrite(
+            base, {"peft_type": "TRAINABLE_TOKENS", "token_indices": [1], "target_modules": ["table"]}, rank=3
+        )
+
+
+def test_values_of_tied_rows_that_differ_in_a_file_are_refused(pair: Pair, tmp_path: Path) -> None:
+    tensors = load_file(pair.directory / "adapter_model.safetensors")
+    (key,) = (key for key in tensors if "trainable_tokens" in key and "lm_head" not in key)
+    other = key.replace("model.embed_tokens", "lm_head")
+    told = r"lm_head.*: other values than .*embed_tokens.*, for the rows of one weight" if pair.tied else "lm_head"
+    tensors[other] = tensors[key] + 1
+    save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    shutil.copy(pair.directory / "adapter_config.json", tmp_path)
+    with pytest.raises(AdapterError, match=told):
+        lora_fx.load_adapter(pair.base, tmp_path)
+
+
+def test_inspect_says_which_rows_an_adapter_of_tokens_has(tmp_path: Path) -> None:
+    alone(tmp_path, Untied(), target_modules=["table"])
+    found = overview_of(read_adapter(tmp_path)).data
+    assert found["kind"] == "trainable tokens"
+    assert found["rows of embeddings"] == ["table (2)"]
+    assert found["trained whole"] == []

@@ -9,6 +9,7 @@ from itertools import groupby
 import torch
 
 from lora_fx.graph.adapter_names import BranchNames
+from lora_fx.rules.peft_config.config import Method
 from lora_fx.rules.peft_config.rules import PeftRules
 from lora_fx.rules.rule_file import RuleSet, Setting
 from lora_fx.rules.vocabulary import Op, Part
@@ -164,6 +165,7 @@ class Origin:
         task_type: as PEFT names tasks.
         base: the model that it was trained on, as its config names it.
         revision: of that model.
+        method: as PEFT names it: LoRA's, or that of trainable tokens alone.
     """
 
     rules: str = ""
@@ -171,13 +173,15 @@ class Origin:
     task_type: str | None = None
     base: str | None = None
     revision: str | None = None
+    method: Method = "LORA"
 
     @staticmethod
     def of(rules: RuleSet | PeftRules) -> Origin:
         """Return the origin of an adapter that rules make."""
         if isinstance(rules, PeftRules):
             said = rules.config
-            return Origin(rules.name, rules.digest, said.task_type, said.base_model_name_or_path, said.revision)
+            base = said.base_model_name_or_path
+            return Origin(rules.name, rules.digest, said.task_type, base, said.revision, said.peft_type)
         return Origin(rules.name, rules.digest, rules.defaults.task_type)
 
 

@@ -59,7 +59,7 @@ def plan_peft_sites(
         tokens = token_rows(config, found, parameters, vocabulary, rules.name, problems)
     except TimeoutError as error:
         raise RuleError(rules.source, [str(error)]) from error
-    if not chosen and not trained and not tokens:
+    if not chosen and not trained and not tokens and not config.has_rows_alone:
         problems.append(_nothing(rules.config, found))
     if problems:
         raise RuleError(rules.source, shortened(problems, _MAX_NAMED, "problems"))
@@ -87,6 +87,8 @@ def _decision(
 
 def _why_not(site: Site, config: AdapterConfig) -> tuple[str, ...]:
     """Return why a site has no branch, and the same without its layer where that is the reason."""
+    if config.has_rows_alone:
+        return ("trainable tokens have no branches",)
     if is_bare(site):
         return ("target_parameters does not name it",)
     if config.target_modules is None or not is_named(site.module, config.target_modules):

@@ -13,6 +13,7 @@ from lora_fx.errors import did_you_mean
 from lora_fx.graph.info import GraphInfo
 from lora_fx.graph.records import TokenRows
 from lora_fx.rules.peft_config.config import AdapterConfig
+from lora_fx.rules.peft_config.name_matching import is_named
 from lora_fx.sites.call_sites import Site
 
 
@@ -52,18 +53,15 @@ def token_rows(
         rule: name of the rules, for the record.
         problems: grows.
     """
-    given = config.trainable_token_indices
-    if not given:
-        return ()
-    if not isinstance(given, Mapping):
-        given = {vocabulary.embedding or "embed_tokens": given}
+    key = config.rows_key
     names_of = {name: names for names in parameters for name in names}
-    wanted = list(_named(given, names_of, found, problems))
+    modules = [name.removesuffix(".weight") for name in names_of if name.endswith(".weight")]
+    wanted = list(_with_rows(_named(config, vocabulary, modules), names_of, found, key, problems))
     of_input = names_of.get(f"{vocabulary.embedding}.weight", ()) if vocabulary.tied else ()
     together = [rows for module, rows in wanted if f"{module}.weight" in of_input]
     apart = any(rows != together[0] for rows in together)
     if apart and config.ensure_weight_tying:
-        problems.append(f"{_KEY}: ensure_weight_tying keeps one embedding, for which there are different rows")
+        problems.append(f"{key}: ensure_weight_tying keeps one embedding, for which there are different rows")
     as_one = vocabulary.embedding in [module for module, _ in wanted] and not apart
     tokens = []
     for module, rows in wanted:
@@ -73,39 +71,53 @@ def token_rows(
         names = names_of[f"{module}.weight"]
         site = next(site for site in found if site.weight in names)
         width = site.out_features if site.op == "embedding" else site.in_features
-        tokens.append(TokenRows(module, rows, f"{rule}:{_KEY}", width, alone=len(names) > 1 and not tied))
+        tokens.append(TokenRows(module, rows, f"{rule}:{key}", width, alone=len(names) > 1 and not tied))
         covered = {name.rpartition(".")[0] for name in (names if tied else (f"{module}.weight",))}
         problems += _refused(config, covered, module)
     return tuple(tokens)
 
 
 def _named(
-    given: Mapping[str, tuple[int, ...]],
+    config: AdapterConfig, vocabulary: Vocabulary, modules: Sequence[str]
+) -> Iterator[tuple[str, tuple[int, ...], list[str]]]:
+    """Yield each name in a configuration, the rows for it, and the modules that it means."""
+    given, embedding = config.trainable_token_indices, vocabulary.embedding or "embed_tokens"
+    if config.has_rows_alone and not isinstance(given, Mapping):
+        named = config.target_modules or embedding
+        text = named if isinstance(named, str) else ", ".join(named)
+        yield text, given or (), [module for module in modules if is_named(module, named)]
+        return
+    of_all = given if isinstance(given, Mapping) else {embedding: given} if given else {}
+    for end, rows in of_all.items():
+        yield end, rows, [module for module in modules if module.endswith(end)]
+
+
+def _with_rows(
+    named: Iterable[tuple[str, tuple[int, ...], Sequence[str]]],
     names_of: Mapping[str, tuple[str, ...]],
     found: Sequence[Site],
+    key: str,
     problems: list[str],
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield each module that a name means, with its rows."""
-    modules = [name.removesuffix(".weight") for name in names_of if name.endswith(".weight")]
-    for end, rows in given.items():
-        meant = [module for module in modules if module.endswith(end)]
+    """Yield each module that names mean, with its rows."""
+    for end, rows, meant in named:
         if not meant:
             ends = sorted({site.module.rpartition(".")[2] for site in found if site.op == "embedding"})
             problems.append(
-                f"{_KEY}: no embedding is {end!r}{did_you_mean(end, ends)}; the model has {', '.join(ends) or 'none'}"
+                f"{key}: no embedding is {end!r}{did_you_mean(end, ends)}; the model has {', '.join(ends) or 'none'}"
             )
         for module in meant:
             names = names_of[f"{module}.weight"]
             site = next((site for site in found if site.weight in names and site.op in ("embedding", "linear")), None)
             if site is None or (site.op == "linear" and site.layout != "out_in"):
                 problems.append(
-                    f"{_KEY}: {module!r} is neither an embedding nor a linear layer that the model computes with"
+                    f"{key}: {module!r} is neither an embedding nor a linear layer that the model computes with"
                 )
                 continue
             size = site.in_features if site.op == "embedding" else site.out_features
             beyond = [row for row in rows if row >= size]
             if beyond:
-                problems.append(f"{_KEY}: {module!r} has {size} rows, and {beyond[0]} is none of them")
+                problems.append(f"{key}: {module!r} has {size} rows, and {beyond[0]} is none of them")
             else:
                 yield module, rows
 
@@ -114,9 +126,6 @@ def _refused(config: AdapterConfig, modules: Iterable[str], module: str) -> Iter
     """Yield why PEFT refuses rows of a module that has a branch, or trains as a whole."""
     for each in sorted(modules):
         if config.selects(each):
-            yield f"{_KEY}: {each!r} would have a branch too, which PEFT refuses. Name it in exclude_modules, or give a rule file"
+            yield f"{config.rows_key}: {each!r} would have a branch too, which PEFT refuses. Name it in exclude_modules, or give a rule file"
         elif config.saves(each):
-            yield f"{_KEY}: {each!r} trains as a whole (modules_to_save), with all rows of {module!r}. Leave one of the two out"
-
-
-_KEY = "trainable_token_indices"
+            yield f"{config.rows_key}: {each!r} trains as a whole (modules_to_save), with all rows of {module!r}. Leave one of the two out"

@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from lora_fx.adapters.peft_format.fingerprint import recorded
-from lora_fx.adapters.peft_format.keys import PREFIX
+from lora_fx.adapters.peft_format.keys import PREFIX, is_of_rows, module_of_key
 from lora_fx.adapters.peft_format.opening import AdapterFiles
 from lora_fx.errors import listed, printable
 
@@ -48,7 +48,8 @@ def overview_of(files: AdapterFiles) -> AdapterOverview:
     found = {key: _FACTOR.fullmatch(key.removeprefix(PREFIX)) for key in entries}
     modules = dict.fromkeys(match["module"] for match in found.values() if match is not None)
     settings = [config.setting_of(module) for module in modules]
-    whole = [key.removeprefix(PREFIX) for key, match in found.items() if match is None]
+    rows = {module_of_key(key): entry.shape[:1] for key, entry in entries.items() if is_of_rows(key)}
+    whole = [key.removeprefix(PREFIX) for key, match in found.items() if match is None and not is_of_rows(key)]
     base, origin = recorded(files.file.metadata)
     mapping = config.auto_mapping or {}
     elements = sum(prod(entry.shape) for entry in entries.values())
@@ -66,6 +67,7 @@ def overview_of(files: AdapterFiles) -> AdapterOverview:
         "scaling": _distinct([setting.scale for setting in settings]),
         "dropout": config.lora_dropout,
         "modules": [f"{name} ({count})" for name, count in Counter(_NUMBER.sub("*", name) for name in modules).items()],
+        "rows of embeddings": [f"{module} ({', '.join(map(str, count))})" for module, count in rows.items()],
         "trained whole": whole,
         "tensors": len(entries),
         "elements": elements,
@@ -78,6 +80,8 @@ def overview_of(files: AdapterFiles) -> AdapterOverview:
 
 
 def _kind(files: AdapterFiles, kinds: Sequence[str]) -> str:
+    if files.config.has_rows_alone:
+        return "trainable tokens"
     scaling = "rsLoRA" if files.config.use_rslora else "LoRA"
     more = ["magnitudes (DoRA)"] * ("magnitude_vector" in kinds) + ["biases in B"] * files.config.lora_bias
     return f"{scaling} with {' and '.join(more)}" if more else scaling

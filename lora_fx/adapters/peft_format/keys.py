@@ -3,6 +3,7 @@
     linear, convolution   base_model.model.<module>.lora_A.weight            as here
     embedding             base_model.model.<module>.lora_embedding_A         as here
     rows of an embedding  base_model.model.<module>.token_adapter.trainable_tokens_delta
+                          base_model.model.<module>.trainable_tokens_delta   where nothing else is adapted (trainable tokens alone)
     bias of B             base_model.model.<module>.lora_B.bias              as here
     magnitudes of DoRA    base_model.model.<module>.lora_magnitude_vector    as here
     parameter             base_model.model.<parent>.lora_A.weight            of the last parameter of <parent> that is adapted
@@ -139,18 +140,36 @@ def token_key(module: str) -> str:
     return f"{PREFIX}{module}.{_TOKENS}"
 
 
+def beside_factors(key: str) -> str:
+    """Return the key that values for rows have in a LoRA's file for their key in a file of trainable tokens alone; others as they are."""
+    module = key.removesuffix(f".{_TOKENS_ALONE}")
+    return key if module == key else f"{module}.{_TOKENS}"
+
+
+def without_factors(key: str) -> str:
+    """Return the inverse of :func:`beside_factors`."""
+    module = key.removesuffix(f".{_TOKENS}")
+    return key if module == key else f"{module}.{_TOKENS_ALONE}"
+
+
 def module_of_key(key: str) -> str:
     """Return the module that the key of a factor, or of the values for rows of an embedding, names."""
     path = key.removeprefix(PREFIX).removesuffix(f".{_TOKENS}").partition(".lora_")[0]
     return ".".join(part for part in path.split(".") if part != "base_layer")
 
 
+def is_of_rows(key: str) -> bool:
+    """Tell whether a key is that of the values for rows of an embedding."""
+    return key.endswith(f".{_TOKENS}")
+
+
 def is_of_method(key: str) -> bool:
     """Tell whether a key is that of a factor, or of the values for rows of an embedding, and of no tensor of the model."""
-    return ".lora_" in key or key.endswith(f".{_TOKENS}")
+    return ".lora_" in key or is_of_rows(key)
 
 
-_TOKENS = "token_adapter.trainable_tokens_delta"
+_TOKENS_ALONE = "trainable_tokens_delta"
+_TOKENS = f"token_adapter.{_TOKENS_ALONE}"
 _LAYERS = ("base_layer", "original_module", "token_adapter")  # of PEFT, around a layer of the model
 
 

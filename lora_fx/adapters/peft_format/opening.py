@@ -9,7 +9,7 @@ from pathlib import Path
 from lora_fx.adapters.peft_format.fingerprint import differences, recorded, recorded_dense, recorded_schemes
 from lora_fx.adapters.peft_format.foreign_formats.foreign_file import ForeignFile, Sizes
 from lora_fx.adapters.peft_format.foreign_formats.recognize import read_foreign
-from lora_fx.adapters.peft_format.keys import base_name
+from lora_fx.adapters.peft_format.keys import base_name, beside_factors
 from lora_fx.adapters.peft_format.stacks import LAYOUTS, StackLayout
 from lora_fx.adapters.peft_format.tensors import AdapterTensors, open_tensors
 from lora_fx.errors import AdapterError, listed, option, shortened, warn
@@ -24,7 +24,7 @@ class AdapterFiles:
     Attributes:
         directory: where it is; or its file, in a form of other tools.
         config: of the adapter.
-        file: its tensors.
+        file: its tensors; values for rows of embeddings have the keys of a LoRA's file also where nothing else is adapted.
         stacks: the layout of the factors of stacked experts, if it was given.
         foreign: the file in a form of other tools, while config and tensors have the names that it has for modules.
     """
@@ -80,7 +80,10 @@ def read_adapter(
     if (foreign := read_foreign(directory, ignore_config_keys)) is not None:
         return AdapterFiles(directory, *foreign.as_written(), stacks, foreign)
     config = read_config(directory, ignore_config_keys)
-    return AdapterFiles(directory, config, open_tensors(directory), stacks)
+    file = open_tensors(directory)
+    if config.has_rows_alone:
+        file = replace(file, entries={beside_factors(key): entry for key, entry in file.entries.items()})
+    return AdapterFiles(directory, config, file, stacks)
 
 
 def check_base(files: AdapterFiles, found: Mapping[str, str | None], *, strict: bool) -> None:

@@ -183,7 +183,13 @@ class _Reader:
             trained,
             {branches[slot].key: pair for slot, pair in read.items()},
             values,
-            replace(origin, task_type=config.task_type, base=config.base_model_name_or_path, revision=config.revision),
+            replace(
+                origin,
+                task_type=config.task_type,
+                base=config.base_model_name_or_path,
+                revision=config.revision,
+                method=config.peft_type,
+            ),
             measured,
             vectors,
             echoes,
@@ -287,9 +293,16 @@ class _Reader:
         vocabulary = Vocabulary.of(known_info(self._graph_module))
         found = list(self._sites.values())
         tokens = token_rows(self._config, found, names, vocabulary, CONFIG_NAME, self._ledger.problems)
+        why = f"{CONFIG_NAME} says {self._config.rows_key}"
         for each in tokens:
-            why = f"{CONFIG_NAME} says trainable_token_indices"
-            self._ledger.take(token_key(each.module), (len(each.rows), each.width), why, f"rows of {each.weight}")
+            key, shape, of = token_key(each.module), (len(each.rows), each.width), f"rows of {each.weight}"
+            taken = self._ledger.take(key, shape, why, of)
+            tied = () if each.alone or taken is None else self._state.names()[self._first[each.weight]]
+            for other in (token_key(name.removesuffix(".weight")) for name in tied):
+                if other not in self._ledger.unread or self._ledger.take(other, shape, why, of) is None:
+                    continue
+                if not torch.equal(self._files.file.read(key), self._files.file.read(other)):
+                    self._ledger.problems.append(f"{other}: other values than {key}, for the rows of one weight")
         return tokens
 
     def _read_rows(self, tokens: TokenRows) -> torch.Tensor:

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from lora_fx.adapters.peft_format.keys import Slot, apart_from_calls, base_key, slots, token_key
+from lora_fx.adapters.peft_format.keys import (
+    Slot,
+    apart_from_calls,
+    base_key,
+    module_of_key,
+    slots,
+    token_key,
+    without_factors,
+)
 from lora_fx.adapters.peft_format.stacks import StackLayout, is_transposed, written_layout
 from lora_fx.adapters.recorded import (
     branches_of,
@@ -110,7 +118,27 @@ class _PeftWriter:
         as_one = any(config.saves_any(name) for names in tied for name in names)
         as_one = as_one or any(branch.mirrors is not None for branch in branches)
         config = config.model_copy(update={"ensure_weight_tying": as_one, "trainable_token_indices": indices})
+        if (
+            origin_of(self._graph_module, self._adapter).method == "TRAINABLE_TOKENS"
+            and not self._branches
+            and not trained
+        ):
+            return self._rows_alone(config, rows)
         return PeftAdapter(config, {**tensors, **self._copies(config, adapted), **rows})
+
+    def _rows_alone(self, config: AdapterConfig, rows: Mapping[str, torch.Tensor]) -> PeftAdapter:
+        """Return an adapter of rows of embeddings as one of trainable tokens alone, whose file has them for each module that they are of."""
+        tokens = record_of(self._graph_module, self._adapter).tokens
+        chosen = {module_of_key(key): value for key, value in rows.items()}
+        tensors: dict[str, torch.Tensor] = {}
+        for module, value in chosen.items():
+            together = self._state.names()[self._first[f"{module}.weight"]]
+            alone = any(each.alone for each in tokens if each.module == module)
+            modules = [module] if alone else [name.removesuffix(".weight") for name in together]
+            tensors |= {without_factors(token_key(each)): value for each in modules}
+        named = targets(list(chosen), sorted(module_paths(self._graph_module) - chosen.keys()))
+        said = {"peft_type": "TRAINABLE_TOKENS", "target_modules": named, "trainable_token_indices": tokens[0].rows}
+        return PeftAdapter(config.model_copy(update=said), tensors)
 
     def _named_weights(self, chosen: Collection[Site]) -> tuple[set[str], dict[str, str]]:
         """Return the modules to adapt by their weights, and where PEFT cannot adapt.

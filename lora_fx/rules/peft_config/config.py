@@ -1,7 +1,8 @@
 """``adapter_config.json`` of a PEFT adapter directory, as data: which modules it adapts, and how. Imports no torch.
 
-Read as PEFT 0.21 reads it. Unsupported options that would change the result are refused by name: initialisations that changed the
-base weights, and every unknown option that is switched on and that nobody says to have no effect.
+Of LoRA, and of trainable tokens alone, which are rows of embeddings as a LoRA may have them too. Read as PEFT 0.21 reads it.
+Unsupported options that would change the result are refused by name: initialisations that changed the base weights, and every unknown
+option that is switched on and that nobody says to have no effect.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
@@ -68,13 +69,14 @@ _STARTS: Mapping[bool | str, Start] = {True: "kaiming", "eva": "kaiming", False:
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False), expecting("a finite number")]
 Names = Annotated[tuple[Text, ...], expecting("a list of names")]
 Bias = Literal["none", "all", "lora_only"]
+Method = Literal["LORA", "TRAINABLE_TOKENS"]
 
 
 class AdapterConfig(Table):
     """Modules that an adapter adapts, and how, in PEFT's words."""
 
-    peft_type: Annotated[Literal["LORA"], expecting('"LORA", the only method that lora_fx applies')]
-    """The kind of adapter."""
+    peft_type: Annotated[Method, one_of(Method)]
+    """The kind of adapter. Trainable tokens alone have no branches, and ``target_modules`` names their embeddings."""
 
     r: Positive = 8
     """Rank of the branches that ``rank_pattern`` does not name."""
@@ -157,12 +159,24 @@ class AdapterConfig(Table):
     peft_version: Text | None = None
     """By which the file was written."""
 
+    @property
+    def has_rows_alone(self) -> bool:
+        """Whether it is of trainable tokens alone."""
+        return self.peft_type == "TRAINABLE_TOKENS"
+
+    @property
+    def rows_key(self) -> str:
+        """The key of its file that says which rows of embeddings train."""
+        return "token_indices" if self.has_rows_alone else "trainable_token_indices"
+
     def selects(self, module: str) -> bool:
         """Tell whether a module of this name gets a branch; PEFT gives none to what ``modules_to_save`` names.
 
         Raises:
             TimeoutError: a regular expression takes too long.
         """
+        if self.has_rows_alone:
+            return False
         if self.exclude_modules is not None and is_named(module, self.exclude_modules):
             return False
         if any(f".{saved}." in f".{module}." for saved in self.modules_to_save or ()):
@@ -205,7 +219,50 @@ class AdapterConfig(Table):
         said = {key: value for key, value in self.model_dump(mode="json").items() if key in AdapterConfig.model_fields}
         for key in ("lora_alpha", "alpha_pattern"):
             said[key] = whole_numbers(said[key])
+        if self.has_rows_alone:
+            rows = {"token_indices": said["trainable_token_indices"], "init_weights": True}
+            return json.dumps({**{key: said[key] for key in _SHARED}, **rows}, indent=2, sort_keys=True)
         return json.dumps({**UNUSED, **said}, indent=2, sort_keys=True)
+
+
+_SHARED = (
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"),
+    *("target_modules", "task_type"),
+)
+"""Keys that a config of trainable tokens alone has as a LoRA's has them."""
+
+
+def known_keys(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config says by keys that are applied, under the names that these have here."""
+    if document.get("peft_type") != "TRAINABLE_TOKENS":
+        return {key: value for key, value in document.items() if key in AdapterConfig.model_fields}
+    rows = {"trainable_token_indices": document.get("token_indices") or ()}
+    return {key: value for key, value in document.items() if key in _SHARED} | rows
+
+
+def other_keys(document: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Return what a config says by other keys than the known ones, and than those of trainable tokens."""
+    of_tokens = ("token_indices", "init_weights") if document.get("peft_type") == "TRAINABLE_TOKENS" else ()
+    return {key: value for key, value in document.items() if key not in known and key not in of_tokens}
+
+
+def validated_config(known: Mapping[str, Any], source: str) -> AdapterConfig:
+    """Return the config that known keys make.
+
+    Raises:
+        RuleError: some have other values than they can have; all problems are named.
+    """
+    rows, is_alone = known.get("trainable_token_indices"), known["peft_type"] == "TRAINABLE_TOKENS"
+    try:
+        config = validated(AdapterConfig, dict(known), source)
+    except RuleError as error:
+        renamed = [text.replace("trainable_token_indices", "token_indices") for text in error.problems]
+        raise RuleError(source, renamed if is_alone else error.problems) from None
+    if is_alone and not (rows and isinstance(rows, list | tuple)):
+        raise RuleError(
+            source, [f"token_indices: expected a list of integers ≥ 0, the rows that train, found {shown(rows)}"]
+        )
+    return config
 
 
 def read_config(directory: Path, ignored: Collection[str] = ()) -> AdapterConfig:
@@ -233,12 +290,12 @@ def config_in(document: Mapping[str, Any], source: str, ignored: Collection[str]
         ignored: see :func:`read_config`.
     """
     _check_method(document, source)
-    given = {key: value for key, value in document.items() if key in AdapterConfig.model_fields}
-    others = {key: value for key, value in document.items() if key not in given}
+    given = known_keys(document)
+    others = other_keys(document, given)
     problems = [f"{key}: is applied, and cannot be ignored" for key in given if key in ignored]
     problems += [problem for key, value in others.items() if (problem := problem_of_key(key, value, ignored))]
     try:
-        config = validated(AdapterConfig, given, source)
+        config = validated_config(given, source)
     except RuleError as error:
         raise AdapterError(source, [*problems, *error.problems]) from None
     if problems:
@@ -254,7 +311,7 @@ def _check_method(document: Mapping[str, Any], source: str) -> None:
     method = document.get("peft_type")
     if isinstance(method, str) and (why := why_not_applied(method)) is not None:
         raise AdapterError(source, [f"peft_type: expected 'LORA', found {method!r}, {why}"])
-    if method != "LORA":
+    if method not in get_args(Method):
         found = "no such key: this is no PEFT adapter" if method is None else shown(method)
         raise AdapterError(source, [f"peft_type: expected 'LORA', the only method that lora_fx applies, found {found}"])
 

@@ -34,7 +34,6 @@ _MERGED: Mapping[str, str] = {
     "SHIRA": "SHiRA",
     "SUPERTUNING": "Super-Tuning",
     "TINYLORA": "TinyLoRA",
-    "TRAINABLE_TOKENS": "trainable tokens",
     "UNILORA": "Uni-LoRA",
     "VBLORA": "VB-LoRA",
     "VERA": "VeRA",

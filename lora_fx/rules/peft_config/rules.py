@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -10,9 +11,16 @@ from pathlib import Path
 from typing import Any, Protocol, get_args, runtime_checkable
 
 from lora_fx.errors import RuleError
-from lora_fx.rules.peft_config.config import AdapterConfig, read_document
+from lora_fx.rules.peft_config.config import (
+    AdapterConfig,
+    Method,
+    known_keys,
+    other_keys,
+    read_document,
+    validated_config,
+)
 from lora_fx.rules.peft_config.other_keys import VARIANTS, is_without_effect
-from lora_fx.rules.validation import plain, shown, validated
+from lora_fx.rules.validation import plain, shown
 from lora_fx.rules.vocabulary import TASK_HEADS, Init, TaskType, splits_weight
 
 
@@ -51,7 +59,8 @@ class PeftRules:
     @property
     def saved(self) -> tuple[str, ...]:
         """Ends of the names of modules that train as a whole: those of the configuration, and those that PEFT adds for its task."""
-        task = TASK_HEADS.get(self.config.task_type, ()) if self.config.task_type else ()  # type: ignore[call-overload]
+        has_head = self.config.task_type and not self.config.has_rows_alone
+        task = TASK_HEADS.get(self.config.task_type, ()) if has_head else ()  # type: ignore[call-overload]
         return (*(self.config.modules_to_save or ()), *task)
 
     def with_overrides(
@@ -65,7 +74,11 @@ class PeftRules:
         given = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "task_type": task_type}
         changed = {key: value for key, value in given.items() if value is not None}
         source = f"arguments to rules {self.name!r}"
-        return replace(self, config=_checked({**self.config.model_dump(), **changed}, source)) if changed else self
+        return (
+            replace(self, config=_checked({**json.loads(self.config.to_json()), **changed}, source))
+            if changed
+            else self
+        )
 
     def with_targets(self, targets: str | tuple[str, ...] | None) -> PeftRules:
         """Return the rules with ``target_modules`` where they have none, nor ``target_parameters``.
@@ -73,7 +86,8 @@ class PeftRules:
         Raises:
             RuleError: there are none to give.
         """
-        if self.config.target_modules is not None or self.config.target_parameters is not None:
+        config = self.config
+        if config.target_modules is not None or config.target_parameters is not None or config.has_rows_alone:
             return self
         if targets is None:
             problem = "target_modules: required, since no built-in rules name the modules of this model type"
@@ -123,15 +137,15 @@ def _as_json(value: Any) -> Any:
 def _checked(document: Mapping[str, Any], source: str) -> AdapterConfig:
     """Return the configuration in a document, all of whose keys can be followed."""
     method = document.get("peft_type")
-    if method != "LORA":
+    if method not in get_args(Method):
         raise RuleError(source, [f"peft_type: expected 'LORA', the only method of lora_fx, found {shown(method)}"])
     init = document.get("init_lora_weights", True)
-    known = {key: value for key, value in document.items() if key in AdapterConfig.model_fields}
+    known = known_keys(document)
     problems = list(_problems(document, known, init))
     if not _starts(init):
         known["init_lora_weights"] = True  # which was told
     try:
-        config = validated(AdapterConfig, known, source)
+        config = validated_config(known, source)
     except RuleError as error:
         raise RuleError(source, [*problems, *error.problems]) from None
     if problems:
@@ -147,8 +161,10 @@ def _starts(init: Any) -> bool:
 
 
 def _problems(document: Mapping[str, Any], known: Mapping[str, Any], init: Any) -> Iterator[str]:
-    for key, value in document.items():
-        if key in known or is_without_effect(key, value):
+    if document.get("init_weights") is False:
+        yield "init_weights: expected true, by which the rows start as they are in the model, found false. Leave it out"
+    for key, value in other_keys(document, known).items():
+        if is_without_effect(key, value):
             continue
         if key in VARIANTS:
             yield f"{plain(key)}: {VARIANTS[key]} is not supported: found {shown(value)}. Leave it out, or train with PEFT"
