@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 
 from lora_fx.graph.adapter_names import BranchNames
-from lora_fx.rules.peft_config.config import Method
+from lora_fx.rules.peft_config.config import AdapterConfig, Method
 from lora_fx.rules.peft_config.rules import PeftRules
 from lora_fx.rules.rule_file import RuleSet, Setting
 from lora_fx.rules.vocabulary import Op, Part
@@ -179,10 +179,13 @@ class Origin:
     def of(rules: RuleSet | PeftRules) -> Origin:
         """Return the origin of an adapter that rules make."""
         if isinstance(rules, PeftRules):
-            said = rules.config
-            base = said.base_model_name_or_path
-            return Origin(rules.name, rules.digest, said.task_type, base, said.revision, said.peft_type)
+            return Origin(rules.name, rules.digest).told_by(rules.config)
         return Origin(rules.name, rules.digest, rules.defaults.task_type)
+
+    def told_by(self, config: AdapterConfig) -> Origin:
+        """Return the origin with what a config says of it."""
+        base, revision = config.base_model_name_or_path, config.revision
+        return replace(self, task_type=config.task_type, base=base, revision=revision, method=config.peft_type)
 
 
 @dataclass(frozen=True)

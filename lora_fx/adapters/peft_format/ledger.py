@@ -6,10 +6,11 @@ from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
-from lora_fx.adapters.peft_format.keys import Slot, base_key
+from lora_fx.adapters.peft_format.keys import Slot, base_key, token_key
 from lora_fx.adapters.peft_format.opening import AdapterFiles
 from lora_fx.adapters.peft_format.tensors import AdapterTensor
 from lora_fx.errors import AdapterError
+from lora_fx.graph.records import TokenRows
 from lora_fx.rules.peft_config.config import ALL_LINEAR, CONFIG_NAME, AdapterConfig
 from lora_fx.rules.rule_file import Setting
 from lora_fx.sites.call_sites import Site, is_bare, parameter_of
@@ -92,6 +93,22 @@ class KeyLedger:
             self.problems.append(f"{key}: expected shape {shape}, {of}, got {entry.shape}")
             return None
         return entry
+
+    def take_rows(self, tokens: TokenRows, names: Iterable[str]) -> None:
+        """Take the key of the values for rows of an embedding, and the keys of tied modules, under which PEFT writes the values again.
+
+        Args:
+            tokens: the rows.
+            names: of their weight.
+        """
+        key, shape = token_key(tokens.module), (len(tokens.rows), tokens.width)
+        why, of = f"{CONFIG_NAME} says {self._config.rows_key}", f"rows of {tokens.weight}"
+        taken = self.take(key, shape, why, of)
+        tied = () if tokens.alone else [token_key(name.removesuffix(".weight")) for name in names]
+        for other in tied:
+            again = self.take(other, shape, why, of) if other in self.unread else None
+            if taken is not None and again is not None and not torch.equal(taken.read(), again.read()):
+                self.problems.append(f"{other}: other values than {key}, for the rows of one weight")
 
     def statistics(self, norms: Mapping[str, torch.Tensor]) -> dict[str, str]:
         """Take the keys of the running statistics of batch norms that train as a whole, by the names of those."""

@@ -177,19 +177,12 @@ class _Reader:
         splits = splits_of(branches, read, self._state.tensors, self._weights, self._ledger.problems)
         self._ledger.stop_if_wrong()
         _, origin = recorded(self._files.file.metadata)
-        config = self._config
         return AdapterContents(
             {branches[slot].key: (CONFIG_NAME, branches[slot]) for slot in branches},
             trained,
             {branches[slot].key: pair for slot, pair in read.items()},
             values,
-            replace(
-                origin,
-                task_type=config.task_type,
-                base=config.base_model_name_or_path,
-                revision=config.revision,
-                method=config.peft_type,
-            ),
+            origin.told_by(self._config),
             measured,
             vectors,
             echoes,
@@ -293,16 +286,8 @@ class _Reader:
         vocabulary = Vocabulary.of(known_info(self._graph_module))
         found = list(self._sites.values())
         tokens = token_rows(self._config, found, names, vocabulary, CONFIG_NAME, self._ledger.problems)
-        why = f"{CONFIG_NAME} says {self._config.rows_key}"
         for each in tokens:
-            key, shape, of = token_key(each.module), (len(each.rows), each.width), f"rows of {each.weight}"
-            taken = self._ledger.take(key, shape, why, of)
-            tied = () if each.alone or taken is None else self._state.names()[self._first[each.weight]]
-            for other in (token_key(name.removesuffix(".weight")) for name in tied):
-                if other not in self._ledger.unread or self._ledger.take(other, shape, why, of) is None:
-                    continue
-                if not torch.equal(self._files.file.read(key), self._files.file.read(other)):
-                    self._ledger.problems.append(f"{other}: other values than {key}, for the rows of one weight")
+            self._ledger.take_rows(each, self._state.names()[self._first[each.weight]])
         return tokens
 
     def _read_rows(self, tokens: TokenRows) -> torch.Tensor:
