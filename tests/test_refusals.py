@@ -172,6 +172,22 @@ def test_random_numbers_that_are_not_torchs_are_refused(source: str, draw: Calla
     assert (random.getstate(), numpy.random.get_state()[1].tobytes()) == states
 
 
+@pytest.mark.parametrize("source", [random, numpy.random], ids=["python", "numpy"])
+def test_a_random_number_that_decides_nothing_is_no_reason_for_a_refusal(source: Any) -> None:
+    def layers(self: Any, x: torch.Tensor) -> torch.Tensor:
+        drawn, other = source.uniform(0, 1), source.random()
+        return x if self.training and (drawn < self.layerdrop or other < self.layerdrop) else self.lin(x)
+
+    agrees(module(layers, layerdrop=0.0))
+    states = random.getstate(), numpy.random.get_state()[1].tobytes()
+    lora_fx.trace(module(layers, layerdrop=0.0), (X,))
+    message = f"draws random numbers from {source.__name__}"
+    refused(module(layers, layerdrop=1.0), message)  # the number 1 itself is one that may be drawn
+    refused(module(lambda self, x: self.lin(x) * source.random()), message)
+    refused(module(lambda self, x: self.lin(x) * (source.random() < 0.5)), message)
+    assert (random.getstate(), numpy.random.get_state()[1].tobytes()) == states
+
+
 def test_a_cache_holds_no_fake_tensor_after_a_trace() -> None:
     class Table:
         value: torch.Tensor | None = None

@@ -22,7 +22,7 @@ from lora_fx.graph.compare import compare_values
 from lora_fx.graph.process_state import forked_random_state
 from lora_fx.numerics.quantised_weight import QuantisedWeight
 from lora_fx.torch_internals import NormBase
-from lora_fx.tracing.random_settings import advice_on_random_settings
+from lora_fx.tracing.random_settings import advice_on_random_settings, undrawn
 
 
 def inner_model(model: Any) -> Any:
@@ -117,7 +117,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     be frozen.
     """
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    holders = _holders(model)
+    holders, drawn = _holders(model), _random_states()
     devices = sorted({tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"})
     with torch.inference_mode(False), torch.enable_grad(), forked_random_state(devices), _without_fast_path():
         for parameter in trained:
@@ -126,6 +126,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
+            _set_random_states(drawn)
             for holder in holders:
                 holder.restore()
             for parameter, requires_grad in trained.items():
@@ -177,7 +178,7 @@ def stateless(model: nn.Module, run: Callable[[], Any]) -> Iterator[None]:
         run: calls it as it is without a trace.
 
     Raises:
-        TraceError: an attribute counts or measures, or random numbers were drawn from Python or numpy.
+        TraceError: an attribute counts or measures, or random numbers from Python or numpy matter.
     """
     holders, drawn = _holders(model), _random_states()
     changed: dict[str, None] = {}
@@ -203,11 +204,24 @@ def stateless(model: nn.Module, run: Callable[[], Any]) -> Iterator[None]:
             f"{name} changes its own {', '.join(changed)} while it computes, and a graph would keep what one call made of it. "
             "Compute it from the inputs, or hold it in a tensor that is passed in."
         )
-    if sources:
+    if sources and not _draws_in_vain(run):
         raise TraceError(
             f"{name} draws random numbers from {' and '.join(sources)} while it computes, and a graph would repeat those of one call. "
             f"Draw them with torch.{advice_on_random_settings(model)}"
         )
+
+
+def _draws_in_vain(run: Callable[[], Any]) -> bool:
+    """Tell whether no random number that Python or numpy draws in a call decides anything; all states are restored."""
+    states = _random_states()
+    try:
+        with undrawn():
+            run()
+        return all(_same_states(state, states[source]) for source, state in _random_states().items())
+    except Exception:  # such as a draw that it computes with
+        return False
+    finally:
+        _set_random_states(states)
 
 
 def _settles(holders: Sequence[_Holder], run: Callable[[], Any]) -> bool:
