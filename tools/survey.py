@@ -37,6 +37,9 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from graph_diff import first_difference  # noqa: E402
 from small_models import SHRINKINGS, model_types, small_model  # noqa: E402
+from torchvision_operators import define_operator_schemas  # noqa: E402
+
+define_operator_schemas()  # of torchvision, which timm imports
 
 import lora_fx  # noqa: E402
 from lora_fx.cli.printing import run_script  # noqa: E402

@@ -26,8 +26,9 @@ HERE = Path(__file__).parent
 sys.path += [str(HERE), str(HERE.parent), str(HERE.parent.parent / "tools")]
 
 import models  # noqa: E402
+from torchvision_operators import define_operator_schemas  # noqa: E402
 
-models.define_operator_schemas()
+define_operator_schemas()
 
 import peft  # noqa: E402
 from conftest import set_factors  # noqa: E402

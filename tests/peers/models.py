@@ -30,25 +30,6 @@ class Peer:
     dynamic: Mapping[str, tuple[int, ...]] | None = None
 
 
-def define_operator_schemas() -> None:
-    """Make ``import torchvision`` possible beside a torch without CUDA.
-
-    The package index has torchvision's wheel for CUDA alone, whose library of operators does not load there; the import then fails
-    where Python registers fake results for two operators that nobody has defined. None of the models here calls them.
-    """
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for schema in (
-        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    ):
-        if not hasattr(torch.ops.torchvision, schema.partition("(")[0]):
-            library.define(schema)
-    _KEPT.append(library)  # an operator lives as long as the library that defined it
-
-
-_KEPT: list[torch.library.Library] = []
-
-
 def _images(size: int, channels: int = 3) -> Callable[[int], tuple[torch.Tensor]]:
     return lambda batch: (torch.randn(batch, channels, size, size),)
 
