@@ -3,6 +3,7 @@ from .adapters.activate import activate
 from .adapters.combine import combine
 from .adapters.materialize import materialize
 from .adapters.peft_format.save_load import from_adapter, load_adapter, save_adapter
+from .adapters.row_selection import activate_by_row
 from .adapters.transfer import transfer
 from .branches.remove import unload
 from .drawing.draw import draw
@@ -47,6 +48,7 @@ __all__ = [
     "VerifyError",
     "WriteError",
     "activate",
+    "activate_by_row",
     "combine",
     "dequantise",
     "draw",

@@ -13,14 +13,13 @@ each output feature of the site then takes its own one, or the zero.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import fx, nn
 
-from lora_fx.adapters.dora import DoraBranch, check_dora_alone, dropout_modules, initial_magnitude
+from lora_fx.adapters.branch_nodes import write_branches
+from lora_fx.adapters.dora import check_dora_alone, dropout_modules, initial_magnitude
 from lora_fx.adapters.fake_values import FakeValues
 from lora_fx.adapters.starts import (
     GivenStart,
@@ -50,15 +49,11 @@ from lora_fx.graph.cached_graphs import check_whole
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of, trainable_names
 from lora_fx.graph.info import AdapterRecord, GraphInfo, RuledBranches, info_of
 from lora_fx.graph.process_state import forked_random_state, uncollected
-from lora_fx.graph.provenance import module_path, write_stamp
 from lora_fx.graph.records import BranchSpec, Origin
 from lora_fx.graph.state import State
-from lora_fx.numerics.factor_init import adapter_dtype, casts_first, initial_factors
+from lora_fx.numerics.factor_init import adapter_dtype, initial_factors
 from lora_fx.planning.plan import Chosen, Plan, Skipped, factor_shapes
 from lora_fx.planning.planner import check_attachable
-from lora_fx.sites.call_sites import biased
-from lora_fx.sites.stored_weight import cast_of
-from lora_fx.sites.weight_ops import low_rank, weight_op
 
 aten = torch.ops.aten
 
@@ -149,7 +144,9 @@ def _with_nodes(
     check_dora_alone(graph_module, plan, adapter, record.tokens)
     state = state.with_tensors(places).with_modules(dropout_modules(graph_module.graph, ordered.values(), adapter))
     state = State(state.tensors, state.non_persistent | set(places), state.modules)
-    graph = _branched(graph_module, plan, state, adapter)
+    ends = {branch.site.name: branch.end for branch in find_branches(graph_module)}
+    graph, copies_of = copy_graph(graph_module.graph)
+    write_branches(graph, plan, state, adapter, {site: copies_of[end] for site, end in ends.items()})
     for node in graph.find_nodes(op="get_attr"):
         for own in (copy_name(str(node.target), adapter), rest_name(str(node.target), adapter)):
             if node.target not in record.untied and own in copies:
@@ -161,51 +158,6 @@ def _with_nodes(
     info = _with_record(graph_module, adapter, replace(record, branches=_branches(plan), acts=True))
     trainable = trainable_names(graph_module) | (frozenset() if info.inference else record.trains)
     return checked(rebuilt(graph_module, graph, state=state, info=info, trainable=trainable), "branched")
-
-
-def _branched(graph_module: TracedGraphModule, plan: Plan, state: State, adapter: str) -> fx.Graph:
-    """Return a copy of the graph with the branches of a plan, over the tensors and modules of ``state``."""
-    ends = {branch.site.name: branch.end.name for branch in find_branches(graph_module)}
-    graph, _ = copy_graph(graph_module.graph)
-    nodes = {node.name: node for node in graph.nodes}
-    named = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
-    fakes = FakeValues(state)
-    for chosen in plan.chosen:
-        site = nodes[chosen.site.node]
-        cast_back = _cast_back(site, state.tensors[chosen.site.weight])
-        end = nodes[ends[site.name]] if site.name in ends else cast_back or _complete(site, state)
-        for branch in chosen.branches:
-            behind = site if end in (site, biased(site), cast_back) else _added(end)
-            end = _BranchWriter(graph, state, named, fakes, chosen, branch, adapter).write(site, end, behind)
-    return graph
-
-
-def _complete(site: fx.Node, state: State) -> fx.Node:
-    """Return the node with the complete output of a site's module: PEFT adds a branch to that, bias included."""
-    total, parts = biased(site), weight_op(site)
-    if total is None or parts is None or module_path(total) != module_path(site):
-        return site
-    bias = next(node for node in total.all_input_nodes if node is not site)
-    dtype = parts.dtype or state.tensors[str(parts.weight.target)].dtype
-    return total if state.tensors[str(bias.target)].dtype == dtype else site
-
-
-def _cast_back(site: fx.Node, weight: torch.Tensor) -> fx.Node | None:
-    """Return the cast of a product back to the dtype of the site's input, in a layer for 4 bits that computes in another one.
-
-    PEFT's branch reads the input as it is in front of such a layer, and is added behind it.
-    """
-    parts, users = weight_op(site), list(site.users)
-    if not casts_first(weight) or parts is None or len(users) != 1 or None in (cast_of(parts.input), cast_of(users[0])):
-        return None
-    return users[0] if module_path(parts.input) == module_path(site) == module_path(users[0]) else None
-
-
-def _added(end: fx.Node) -> fx.Node:
-    """Return the output of the last branch at a site: the second summand of its sum, which may be cast back."""
-    total = end if end.target is aten.add.Tensor else end.args[0]
-    added = total.args[1] if isinstance(total, fx.Node) and total.target is aten.add.Tensor else None
-    return added if isinstance(added, fx.Node) else end
 
 
 def _in_module_order(plan: Plan, state: State) -> dict[str, tuple[Chosen, BranchSpec]]:
@@ -349,100 +301,3 @@ def _reasons(plan: Plan) -> dict[str, str]:
 def _with_record(graph_module: TracedGraphModule, adapter: str, record: AdapterRecord) -> GraphInfo:
     info = info_of(graph_module)
     return replace(info, adapters={**info.adapters, adapter: record})
-
-
-@dataclass(frozen=True)
-class _BranchWriter:
-    """Writes one branch into a graph; ``named`` has the ``get_attr`` of every tensor, and grows."""
-
-    graph: fx.Graph
-    state: State
-    named: dict[str, fx.Node]
-    fakes: FakeValues
-    chosen: Chosen
-    branch: BranchSpec
-    adapter: str
-
-    def write(self, base: fx.Node, end: fx.Node, behind: fx.Node) -> fx.Node:
-        """Write the branch of a site, and return the node that the rest of the graph reads from now on.
-
-        Args:
-            base: the site's node.
-            end: the node to which the branch is added: the site itself, its sum with a bias, or its last branch so far.
-            behind: the node behind which the branch reads the site's input, which may be overwritten later.
-        """
-        setting, names = self.branch.setting, self.branch.names(self.adapter)
-        parts = weight_op(base)
-        assert parts is not None
-        weight = self.state.tensors[self.chosen.site.weight]
-        cast_back = _cast_back(base, weight)
-        x, narrow = parts.input, parts.dtype or weight.dtype
-        if cast_back is not None:
-            x, narrow = x.all_input_nodes[0], cast_of(cast_back) or narrow
-        wide = adapter_dtype(narrow)
-        a = self._named(names.a, "factor A", parts.weight)
-        b = self._named(names.b, "factor B", a)
-        places = None if self.branch.features is None else self._named(names.places, "places", b)
-        users, following = list(end.users), behind.next
-        with self.graph.inserting_before(following):
-            value = x
-            if wide != narrow and parts.op != "embedding":
-                value = self._call(base, "cast", aten.to.dtype, value, wide)
-            if names.dropout in self.state.modules:
-                value = self._record(base, "dropout", self.graph.call_module(names.dropout, (value,)))
-            if self.branch.mirrors is not None:
-                a, b = (self._call(base, part, aten.t.default, factor) for part, factor in (("A", a), ("B", b)))
-            bias = self._named(names.bias, "bias of B", b) if setting.bias else None
-            x, value = value, low_rank(base, value, a, b, setting.rank, partial(self._call, base), bias)
-            if setting.variant == "lora":
-                value = self._call(base, "scale", aten.mul.Tensor, value, setting.scale)
-            if places is not None:
-                value = self._call(base, "pad", aten.constant_pad_nd.default, value, [0, 1])
-                value = self._call(base, "place", aten.index_select.default, value, -1, places)
-            cast_first = wide != narrow and setting.variant == "lora" and casts_first(weight)
-            if cast_first:
-                value = self._call(base, "cast", aten.to.dtype, value, narrow)
-        with self.graph.inserting_before(following if behind is end else end.next):
-            added = self._dora(base, end, x, (a, b, value)) if setting.variant == "dora" else None
-            value = added or self._call(base, "add", aten.add.Tensor, end, value)
-            if wide != narrow and not cast_first:
-                value = self._call(base, "cast", aten.to.dtype, value, narrow)
-        for user in users:
-            user.replace_input_with(end, value)
-        return value
-
-    def _dora(self, base: fx.Node, end: fx.Node, x: fx.Node, nodes: tuple[fx.Node, fx.Node, fx.Node]) -> fx.Node:
-        """Write what makes a branch DoRA's, given the nodes of A, B and ``B(A(x))``, and return its sum with the output of the site."""
-        names, weight = self.branch.names(self.adapter), self.state.tensors[self.chosen.site.weight]
-        if (cast := _cast_back(base, weight)) is not None:
-            raise PlanError(
-                f"site {self.chosen.site.name!r} can get no branch with DoRA: expected a layer in 4 bits that computes in {cast_of(cast)}, as the "
-                f"model, got one that computes in {weight.dtype}. Load the model with bnb_4bit_compute_dtype={cast_of(cast)}."
-            )
-        magnitude, module = self._named(names.magnitude, "magnitude", nodes[1]), names.training_product
-        branch = DoraBranch.of(base, end, weight, (x, *nodes), magnitude, self.branch.setting)
-
-        def in_training(*args: fx.Node) -> fx.Node:
-            return self._record(base, "base", self.graph.call_module(module, args))
-
-        return branch.write(partial(self._call, base), in_training if module in self.state.modules else None)
-
-    def _named(self, name: str, part: str, after: fx.Node) -> fx.Node:
-        """Return the one ``get_attr`` of a factor; several calls of one module share it."""
-        if name not in self.named:
-            with self.graph.inserting_after(after):
-                node = self.graph.get_attr(name)
-            self.named[name] = self._record(after, part, node)
-        return self.named[name]
-
-    def _call(self, base: fx.Node, part: str, target: Any, *args: Any) -> fx.Node:
-        return self._record(base, part, self.graph.call_function(target, args))
-
-    def _record(self, base: fx.Node, part: str, node: fx.Node) -> fx.Node:
-        for key in ("nn_module_stack", "stack_trace"):
-            if key in base.meta:
-                node.meta[key] = base.meta[key]
-        stamp = {"rule": self.chosen.rule, "site": self.chosen.site.name, "adapter": self.adapter, "part": part}
-        write_stamp(node, stamp)
-        self.fakes.record(node, base)
-        return node

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from lora_fx.graph.erasing import erase_unread
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
+from lora_fx.graph.info import check_same_for_all_rows
 from lora_fx.graph.provenance import stamp_of, write_stamp
 from lora_fx.numerics.bit_dropout import DropoutRate
 from lora_fx.numerics.fused_branch import add_update
@@ -23,7 +24,11 @@ def lower(graph_module: Graph) -> Graph | TracedGraphModule:
 
     Args:
         graph_module: left as it is; the result has parameters of its own over the same storage.
+
+    Raises:
+        PlanError: the graph takes the adapter of each row.
     """
+    check_same_for_all_rows(graph_module)
     if not is_fused(graph_module):
         return graph_module
     graph, _ = copy_graph(graph_module.graph)

@@ -120,6 +120,7 @@ class GraphInfo:
         merged: names of all parameters that folds changed, also earlier ones.
         consumed: folded in place, so that its weights hold its branches already.
         nested: whether the code is in layers.
+        by_row: the adapters among which a call chooses for each row of the batch; empty where all rows have the same.
         checkpointing: how layers of a nested graph are computed again in the backward pass; None where none are.
     """
 
@@ -147,6 +148,7 @@ class GraphInfo:
     merged: tuple[str, ...] = ()
     consumed: bool = False
     nested: bool = False
+    by_row: tuple[str, ...] = ()
     checkpointing: Checkpointing | None = None
 
     @property
@@ -179,6 +181,16 @@ def info_of(graph_module: fx.GraphModule) -> GraphInfo:
 def known_info(graph_module: nn.Module) -> GraphInfo:
     """Return the record of a graph, or an empty one if it is foreign."""
     return _record(graph_module) or GraphInfo()
+
+
+def check_same_for_all_rows(graph_module: nn.Module) -> None:
+    """Raise :class:`PlanError` for a graph that takes the adapter of each row, which is for calls alone."""
+    adapters = known_info(graph_module).by_row
+    if adapters:
+        raise PlanError(
+            f"expected a graph whose adapters act in all rows, got one that takes adapter_names ({', '.join(adapters)}), which is for calls "
+            "alone. Pass the graph from which lora_fx.activate_by_row made it; it has the same parameters."
+        )
 
 
 def check_module(value: object) -> None:

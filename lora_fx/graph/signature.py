@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from lora_fx.errors import InputError, did_you_mean
+from lora_fx.graph.adapter_rows import ADAPTER_NAMES, AdapterRows
 from lora_fx.graph.codegen import ShortCode
 from lora_fx.graph.omitted import Fill, advice_on
 from lora_fx.torch_internals import PyTreeCodeGen, PyTreeInfo, pytree
@@ -48,6 +49,7 @@ class Argument:
         leaves: the values in that structure: ``TENSOR`` for a tensor, ``NUMBER`` for the whole value where it may be left out,
             otherwise the constant.
         fill: of a tensor that may be omitted, its value then.
+        rows: of the tensor that is given as a list of names, what they become.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Argument:
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
     fill: Fill | None = None
+    rows: AdapterRows | None = None
 
     @property
     def is_input(self) -> bool:
@@ -70,6 +73,8 @@ class Argument:
         """
         if self.leaves == (Leaf.NUMBER,):
             return [self._number(value)]
+        if self.rows is not None:
+            return [self.rows.chosen(None if value is Leaf.ABSENT else value)]
         if self.fill is not None:
             if value is Leaf.ABSENT or value is None:
                 return [self.fill]
@@ -189,16 +194,22 @@ class Signature:
                 self._check_flag(name, value)
             elif name in known:
                 given[name] = value
+            elif name == ADAPTER_NAMES:
+                raise InputError(
+                    f"this graph computes all rows with the same adapters, and got {name!r}: {name}={_shown(value)}. "
+                    "lora_fx.activate_by_row(graph) makes a graph that takes it."
+                )
             elif name not in self.flags:
                 raise InputError(f"there is no input '{name}'{did_you_mean(name, known)}. {self._traced_inputs()}")
         found = [
             tensor for argument in self.arguments for tensor in argument.tensors(given.get(argument.name, Leaf.ABSENT))
         ]
-        if any(isinstance(value, Fill) for value in found):
+        later = Fill | AdapterRows
+        if any(isinstance(value, later) for value in found):
             tensors = {
-                name: value for name, value in zip(self.inputs, found, strict=True) if not isinstance(value, Fill)
+                name: value for name, value in zip(self.inputs, found, strict=True) if not isinstance(value, later)
             }
-            found = [value.value(tensors) if isinstance(value, Fill) else value for value in found]
+            found = [value.value(tensors) if isinstance(value, later) else value for value in found]
         return found
 
     def _check_flag(self, name: str, value: Any) -> None:
@@ -281,6 +292,19 @@ def let_omit(graph: fx.Graph, name: str) -> None:
     codegen = graph._codegen
     assert isinstance(codegen, InputCodeGen)
     graph.set_codegen(InputCodeGen(codegen.signature.with_omissible(name), codegen.pytree_info.out_spec))
+
+
+def let_choose_rows(graph: fx.Graph, rows: AdapterRows) -> fx.Node:
+    """Let calls of a graph give the name of an adapter for each row of the batch (in place); return the new input, their numbers."""
+    codegen = graph._codegen
+    assert isinstance(codegen, InputCodeGen)
+    signature, spec = codegen.signature, pytree.tree_flatten(None, is_leaf=lambda _: True)[1]
+    argument = Argument(ADAPTER_NAMES, False, True, spec, (Leaf.TENSOR,), rows=rows)
+    inputs = (*signature.inputs, ADAPTER_NAMES)
+    changed = replace(signature, arguments=(*signature.arguments, argument), inputs=inputs)
+    graph.set_codegen(InputCodeGen(changed, codegen.pytree_info.out_spec))
+    with graph.inserting_after(list(graph.find_nodes(op="placeholder"))[-1]):
+        return graph.placeholder(ADAPTER_NAMES)
 
 
 def fill_in(graph: fx.Graph, fills: Mapping[str, Fill], flags: Mapping[str, bool]) -> None:

@@ -1,0 +1,177 @@
+"""An adapter for each row of a batch: PEFT's mixed batches to the bit, and refusals that name the adapters."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import peft
+import pytest
+import torch
+from architectures import ARCHITECTURES, inputs, model, rows, traced
+from conftest import unchanged
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import lora_fx
+from lora_fx.graph.adapter_names import is_of_adapter
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+NAMES = ["b", "a", "__base__", "a", "b"]
+SIZE = (len(NAMES), 11, 4)
+
+
+class Layers(nn.Module):
+    """An embedding, linears with a bias and without one, and GPT-2's Conv1D."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb, self.q = nn.Embedding(11, 6), nn.Linear(6, 10)
+        self.k, self.c = nn.Linear(10, 7, bias=False), Conv1D(9, 7)
+        nn.init.normal_(self.c.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(torch.tanh(self.k(torch.tanh(self.q(self.emb(x))))))  # type: ignore[no-any-return]
+
+
+class Convolved(nn.Module):
+    """Convolutions, with a bias and without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide, self.point = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 5, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.point(torch.tanh(self.wide(x)))  # type: ignore[no-any-return]
+
+
+IDS = torch.tensor([[3, 0, 10, 4, 1], [2, 2, 9, 7, 5], [8, 1, 0, 0, 6], [5, 5, 5, 1, 2], [9, 10, 3, 7, 4]])
+IMAGES = torch.linspace(-1, 1, 5 * 3 * 6 * 8).reshape(5, 3, 6, 8)
+
+
+def both(
+    base: nn.Module, onto: Any, configs: Mapping[str, Mapping[str, Any]], **more: Any
+) -> tuple[Any, lora_fx.TracedGraphModule]:
+    """Return PEFT's model and a graph with these adapters, of equal random factors."""
+    graph, wrapped = onto, None
+    for adapter, settings in configs.items():
+        config = peft.LoraConfig(**settings)
+        graph = lora_fx.rewrite(graph, rules=config, adapter=adapter, **more)
+        if wrapped is None:
+            wrapped = peft.get_peft_model(copy.deepcopy(base), config, adapter)
+        else:
+            wrapped.add_adapter(adapter, config)
+        more = {}
+    assert wrapped is not None
+    theirs = {
+        re.sub(r"lora_embedding_(.*)", r"lora_\1.weight", name.removeprefix("base_model.model.")): p
+        for name, p in wrapped.named_parameters()
+    }
+    torch.manual_seed(3)
+    for name, parameter in graph.named_parameters():
+        if is_of_adapter(name):
+            parameter.data.normal_(std=0.3)
+            theirs[name].data.copy_(parameter.data)
+    return wrapped.eval(), graph.eval()
+
+
+def settings(first: Sequence[str], second: Sequence[str], **more: Any) -> dict[str, dict[str, Any]]:
+    """Return the configurations of two adapters of different ranks and scalings."""
+    return {
+        "a": {"r": 3, "lora_alpha": 5, "lora_dropout": 0.3, "target_modules": list(first), **more},
+        "b": {"r": 5, "lora_alpha": 4, "use_rslora": True, "target_modules": list(second), **more},
+    }
+
+
+def logits(name: str, module: Any, **more: Any) -> torch.Tensor:
+    constants = {} if isinstance(module, lora_fx.TracedGraphModule) else ARCHITECTURES[name].constants
+    with torch.no_grad():
+        return module(**inputs(name, *SIZE), **constants, **more)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", rows(ARCHITECTURES, ("llama", "t5", "gpt2")))
+def test_every_row_has_the_bits_of_pefts_mixed_batch(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    first, *rest = architecture.target_modules
+    configs = settings((first, *rest), rest or [first], fan_in_fan_out=architecture.fan_in_fan_out)
+    wrapped, graph = both(model(name), traced(name), configs)
+    with unchanged(graph):
+        by_row = lora_fx.activate_by_row(graph)
+    found = logits(name, by_row, adapter_names=NAMES)
+    assert torch.equal(found, logits(name, wrapped, adapter_names=NAMES))
+    assert torch.equal(logits(name, pickle.loads(pickle.dumps(copy.deepcopy(by_row))), adapter_names=NAMES), found)
+    for adapter, strengths in {"a": {"a": 1.0}, "b": {"b": 1.0}, "__base__": {}}.items():
+        mine = [row for row, each in enumerate(NAMES) if each == adapter]
+        alone = logits(name, lora_fx.activate(graph, strengths).eval())
+        assert float((alone[mine] - found[mine]).abs().max()) <= 1e-6 * max(1.0, float(alone.abs().max()))
+        others = [row for row in range(len(NAMES)) if row not in mine]
+        assert float((alone[others] - found[others]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["layers", "convolutions"])
+def test_embeddings_conv1d_convolutions_and_biases_of_b_have_pefts_bits(kind: str, dtype: torch.dtype) -> None:
+    base, x = (Layers(), IDS) if kind == "layers" else (Convolved(), IMAGES.to(dtype))
+    base, targets = base.to(dtype).eval(), ["wide", "point"]
+    configs = settings(targets, targets[:1])
+    if kind == "layers":
+        configs = settings(["emb", "q", "c"], ["q", "k", "emb"])
+        configs["b"] |= {"target_modules": ["q"], "lora_bias": True}
+    wrapped, graph = both(base, copy.deepcopy(base), configs, example_inputs=(x[:2],))
+    by_row = lora_fx.activate_by_row(graph)
+    for names in (NAMES, ["a"] * 5, ["__base__"] * 5, ["b", "b", "b", "b", "a"]):
+        found = by_row(x, adapter_names=names)
+        assert torch.equal(found, wrapped(x, adapter_names=names))
+        assert found.dtype == dtype
+    assert torch.equal(by_row(x[:1], adapter_names=["a"]), wrapped(x[:1], adapter_names=["a"]))
+
+
+@pytest.fixture(scope="module")
+def two() -> lora_fx.TracedGraphModule:
+    """Return a graph with the adapters a and b."""
+    return both(Layers(), Layers(), settings(["emb", "q", "c"], ["q"]), example_inputs=(IDS[:2],))[1]
+
+
+def test_what_is_no_name_for_each_row_is_refused_with_the_names(two: lora_fx.TracedGraphModule) -> None:
+    by_row = lora_fx.activate_by_row(two)
+    expected = "input 'adapter_names': expected one of 'a', 'b', '__base__' for each row, got "
+    cases: dict[str, Any] = {
+        f"{expected}'bb' (did you mean 'b'?).": ["a", "bb", "a", "a", "a"],
+        f"{expected}None.": None,
+        f"{expected}'a'.": "a",
+        f"{expected}[0, 1, 0, 1, 1].": [0, 1, 0, 1, 1],
+        "input 'adapter_names': expected 5 names, one for each row of 'x', got 2. The adapters are 'a', 'b', and '__base__' for none.": [
+            "a",
+            "b",
+        ],
+    }
+    for message, names in cases.items():
+        with pytest.raises(lora_fx.InputError, match=re.escape(message)):
+            by_row(IDS, adapter_names=names)
+    with pytest.raises(lora_fx.InputError, match=r"lora_fx.activate_by_row\(graph\) makes a graph that takes it"):
+        two(IDS, adapter_names=["a"] * 5)
+    with pytest.raises(lora_fx.InputError, match="adapter_names is for inference, and the graph is in training mode"):
+        copy.deepcopy(by_row).train()(IDS, adapter_names=["a"] * 5)
+    only = lora_fx.activate_by_row(two, ["b"])
+    with pytest.raises(lora_fx.InputError, match="expected one of 'b', '__base__' for each row, got 'a'"):
+        only(IDS, adapter_names=["a"] * 5)
+    with pytest.raises(lora_fx.PlanError, match="the graph has no adapter 'c'; it has: a, b"):
+        lora_fx.activate_by_row(two, ["c"])
+    with pytest.raises(lora_fx.PlanError, match="expected a graph with adapters, got one without"):
+        lora_fx.activate_by_row(lora_fx.unload(two))
+
+
+def test_passes_that_change_adapters_take_the_graph_from_which_it_was_made(two: lora_fx.TracedGraphModule) -> None:
+    by_row = lora_fx.activate_by_row(two)
+    expected = r"takes adapter_names \(a, b\), which is for calls alone. Pass the graph from which lora_fx.activate_by_row made it"
+    for refused in (lora_fx.fold, lora_fx.fuse, lora_fx.unload, lora_fx.activate_by_row):
+        with pytest.raises(lora_fx.PlanError, match=expected):
+            refused(by_row)  # type: ignore[operator]
+    with pytest.raises(lora_fx.PlanError, match=expected):
+        lora_fx.activate(by_row, {"a": 1.0})
