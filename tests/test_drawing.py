@@ -372,6 +372,41 @@ def test_layers_that_alternate_are_one_by_their_period() -> None:
     assert named(describe_graph(other), "repeat") == ["layers.0–3 ×4 by 2"]
 
 
+class Handing(Layer):
+    """A layer that may hand on what it made of the mask: the last that does has nobody to hand it to."""
+
+    def __init__(self, *, hands: bool) -> None:
+        super().__init__(slope=0.1 if hands else 0.3)
+        self.hands = hands
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> Any:
+        mask = mask.relu() if self.hands else mask
+        return super().forward(x, mask), mask
+
+
+class HandingStack(Stack):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        for layer in self.layers:
+            x, mask = layer(x, mask)
+        return x.tanh()
+
+
+@pytest.mark.parametrize(
+    ("handing", "repeats"),
+    [
+        ("1111", ["layers.0–3 ×4"]),
+        ("110110", ["layers.0–5 ×6 by 3"]),
+        ("101010", ["layers.0–5 ×6 by 2"]),
+        ("101101", ["layers.0–5 ×6 by 3"]),
+    ],
+)
+def test_the_last_layer_that_hands_a_value_on_is_like_those_before_it(handing: str, repeats: list[str]) -> None:
+    """So it is in Llama 4, whose layers hand on the frequencies of positions, but for every fourth."""
+    description = describe_graph(trace(HandingStack(*(Handing(hands=each == "1") for each in handing))))
+    assert named(description, "repeat") == repeats
+
+
 def test_inputs_of_a_module_are_called_as_in_the_code_of_the_model() -> None:
     base = trace(Stack(Layer(), Layer(2.0, 0.3)))
     description = describe(base, lora_fx.rewrite(base, rules={"select": [{"target": ["down"]}]}, rank=2))

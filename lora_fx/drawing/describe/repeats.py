@@ -48,7 +48,7 @@ class _Form:
 
     @cached_property
     def content(self) -> tuple[Any, ...]:
-        return self.tree, self.tokens, frozenset(self.readers)
+        return self.tree, self.tokens
 
     @cached_property
     def digest(self) -> int:
@@ -160,11 +160,13 @@ def _parted(run: list[Item], forms: Sequence[_Form], period: int = 1) -> Iterato
     part = run[:period]
     for index in range(period, len(run)):
         before, here = read[index - period], read[index]
-        # A reader at a distance that is behind the end of the run for the next item: another may read that instead.
+        # A reader at a distance that is behind the end of the run for the next item: another may read that instead, or none.
         beyond = {each for each in before if isinstance(each[1], int) and index + each[1] >= len(run)}
         gained = here - before
-        if before - here == beyond and (
-            not gained or (beyond and not any(isinstance(who, int) for _, who, _ in gained))
+        if (
+            before - here == beyond
+            and {position for position, *_ in gained} <= {position for position, *_ in beyond}
+            and not any(isinstance(who, int) for _, who, _ in gained)
         ):
             part.append(run[index])
         else:
