@@ -25,14 +25,12 @@ class Format(Protocol):
 
     Attributes:
         name: in summaries and messages.
-        dotted_names: whether an input within a list or mapping has dots in its name there, ``<input>.<index>``.
     """
 
     name: str
-    dotted_names: bool
 
     def prepared(self, exportable: Exportable) -> Exportable:
-        """Return the graph as the format has it, with other names for some outputs."""
+        """Return the graph as the format has it, with other names for some inputs and outputs."""
 
     def write(self, exportable: Exportable, path: Path) -> None:
         """Write a graph to ``path``; further files go beside it, in the same directory."""
@@ -69,6 +67,8 @@ class Exported:
         files: all that were written, with sizes in bytes; more than one where a format keeps large weights apart.
         inputs: name of an input → one entry per dimension: the name of its axis, or its size where that is fixed.
         outputs: names of the results.
+        renamed: results that an input or a weight shares its name with → their names in the file.
+        left_out: names of results that are None, which the file does not have.
         comparisons: one per combination of sizes that was tried; empty with ``verify=False``.
     """
 
@@ -77,6 +77,8 @@ class Exported:
     files: Mapping[Path, int]
     inputs: Mapping[str, tuple[str | int, ...]]
     outputs: tuple[str, ...]
+    renamed: Mapping[str, str]
+    left_out: tuple[str, ...]
     comparisons: tuple[Comparison, ...]
 
     @property
@@ -92,6 +94,10 @@ class Exported:
             lines = [f"{self.path}: {self.format}, {size / 1e6:.1f} MB ({names})"]
         inputs = [f"{name} ({', '.join(map(str, axes))})" for name, axes in self.inputs.items()]
         lines.append(f"{listed(inputs, _MAX_NAMED)} → {listed(self.outputs, _MAX_NAMED)}")
+        for name, other in self.renamed.items():
+            lines.append(f"the output {name} is called {other}, since an input or a weight has its name")
+        if self.left_out:
+            lines.append(f"left out, since None: {listed(self.left_out, _MAX_NAMED)}")
         if not self.comparisons:
             return "\n".join([*lines, "not compared with the graph"])
         lines.append(f"largest difference to the graph: {self.largest:.1e} of the largest value of an output")
@@ -128,8 +134,8 @@ def deliver(format: Format, graph_module: TracedGraphModule, path: str | Path, o
                 step("comparing")
                 comparisons = compare(exportable, format.load(beside, exportable), options.tolerance)
             step("moving into place")
-    inputs = _axes(exportable, exportable.nested if format.dotted_names else {})
-    return Exported(path, format.name, sizes, inputs, exportable.outputs, comparisons)
+    names = exportable.outputs, exportable.evaded, exportable.left_out
+    return Exported(path, format.name, sizes, _axes(exportable), *names, comparisons)
 
 
 @contextmanager
@@ -142,9 +148,11 @@ def _own_precision() -> Iterator[None]:
         yield
 
 
-def _axes(exportable: Exportable, nested: Mapping[str, str]) -> dict[str, tuple[str | int, ...]]:
+def _axes(exportable: Exportable) -> dict[str, tuple[str | int, ...]]:
     names = exportable.axes
     return {
-        nested.get(name, name): tuple(names[name].get(dim, size) for dim, size in enumerate(tensor.shape))
+        exportable.file_names.get(name, name): tuple(
+            names[name].get(dim, size) for dim, size in enumerate(tensor.shape)
+        )
         for name, tensor in exportable.examples.tensors.items()
     }

@@ -7,7 +7,7 @@ import re
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lora_fx.errors import ExportError, option
 from lora_fx.export.compare import Loaded, compare
 from lora_fx.export.deliver import Exported, Options, deliver
 from lora_fx.export.onnx_input_checks import add_checks
+from lora_fx.export.onnx_names import Names, name_values, with_names
 from lora_fx.export.onnx_ops import attention, grouped_mm, onnx_package
 from lora_fx.export.onnx_quantised import Product, products_of, store_quantised
 from lora_fx.export.onnx_slots import Slots
@@ -44,6 +45,8 @@ def onnx(
     verify: bool = True,
     tolerance: float | None = None,
     example_inputs: Mapping[str, torch.Tensor] | None = None,
+    input_names: Names | None = None,
+    output_names: Names | None = None,
     slots: bool = False,
     transpose_weights: bool = True,
     quantised: bool = False,
@@ -62,6 +65,10 @@ def onnx(
         tolerance: the largest difference that is allowed, as a part of the largest value of an output. By default 1e-9,
             1e-4 or 0.05, by the lowest precision of the weights.
         example_inputs: traced and compared with these, and with other sizes of them, instead of the inputs of the trace.
+        input_names: new names: a mapping from the names that the report has without it (those of the model; an input within a list or
+            mapping is ``<input>.<index>`` or ``<input>.<key>``), or, as torch.onnx.export takes them, a list for the first inputs in their order.
+        output_names: new names of outputs, given in the same way. An output that an input or a weight shares its name with is else called
+            ``out_<name>``.
         slots: write the base, with a slot for an adapter at each site that has a branch, see :func:`onnx_adapter`; the branches
             themselves are not written. Without an adapter, the model computes the bits of the base; up to rounding where a slot
             stands between two operators that onnxruntime fuses at its higher optimisation levels (a product and the GELU or the
@@ -92,7 +99,8 @@ def onnx(
     with_slots = Slots.of(graph_module) if slots else None
     options = Options(overwrite, verify, tolerance, example_inputs)
     written = with_slots.probe if with_slots else graph_module
-    exported = deliver(_Onnx(with_slots, options, transpose_weights, products), written, path, options)
+    format = _Onnx(with_slots, options, transpose_weights, products, input_names, output_names)
+    exported = deliver(format, written, path, options)
     _remove_unnamed(previous, exported.path)
     return exported
 
@@ -103,12 +111,13 @@ class _Onnx:
     options: Options
     transpose_weights: bool
     products: Mapping[str, Product]
+    input_names: Names | None
+    output_names: Names | None
     name = "ONNX"
-    dotted_names = True
 
     def prepared(self, exportable: Exportable) -> Exportable:
         """Return the graph with names that ONNX takes."""
-        return _renamed_outputs(exportable)
+        return with_names(exportable, self.input_names, self.output_names)
 
     def write(self, exportable: Exportable, path: Path) -> None:
         written = exportable if self.slots is None else self.slots.as_inputs(exportable)
@@ -122,9 +131,8 @@ class _Onnx:
             store_quantised(model, self.products)
         if self.transpose_weights:
             store_transposed(model)
-        add_checks(model, exportable.constraints)
-        for value in model.graph.inputs:
-            value.name = exportable.nested.get(value.name, value.name)
+        add_checks(model, exportable.constraints, exportable.file_names)
+        name_values(model, exportable)
         if self.slots is not None:
             self.slots.register(model)
         step("writing")
@@ -148,7 +156,7 @@ class _Onnx:
         names = [output.name for output in session.get_outputs()]
 
         def run(inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-            given = {exportable.nested.get(name, name): tensor.cpu().numpy() for name, tensor in inputs.items()}
+            given = {exportable.file_names.get(name, name): tensor.cpu().numpy() for name, tensor in inputs.items()}
             found = session.run(None, given)
             return {name: torch.from_numpy(value) for name, value in zip(names, found, strict=True)}
 
@@ -157,19 +165,6 @@ class _Onnx:
         compare(self.prepared(prepare(self.slots.base, self.options.example_inputs)), run, self.options.tolerance)
         values = self.slots.values
         return lambda inputs: run({**inputs, **values})
-
-
-def _renamed_outputs(exportable: Exportable) -> Exportable:
-    """Return the graph with ``out_`` before the name of an output that an input or a weight has too, as of diffusers' ``sample``."""
-    inputs = {exportable.nested.get(name, name) for name in exportable.inputs}
-    taken = {*inputs, *(str(node.target) for node in exportable.plain.graph.find_nodes(op="get_attr"))}
-    names: dict[str, str] = {}
-    for output in exportable.outputs:
-        name = output
-        while name in taken or (name != output and name in exportable.outputs):
-            name = f"out_{name}"
-        names[output] = name
-    return replace(exportable, outputs=tuple(names.values()))
 
 
 def _translate(exportable: Exportable, program: torch.export.ExportedProgram) -> Any:

@@ -24,15 +24,21 @@ DOUBLE, INT64 = 11, 7
 """Types, as ONNX numbers them. Sizes are computed in double precision, which holds every size exactly."""
 
 
-def add_checks(model: Any, constraints: Constraints) -> None:
-    """Insert checks into an ``onnx_ir`` model (in place). Fixed sizes, dtypes and ranks are part of its inputs already."""
+def add_checks(model: Any, constraints: Constraints, names: Mapping[str, str]) -> None:
+    """Insert checks into an ``onnx_ir`` model (in place). Fixed sizes, dtypes and ranks are part of its inputs already.
+
+    Args:
+        model: its inputs have the names that they have in the graph.
+        constraints: to be checked.
+        names: of inputs in the file, where they are others, for messages.
+    """
     conditions = constraints.conditions
     if not conditions:
         return
     ir = onnx_package("onnx_ir")
     first = next(value for value in model.graph.inputs if len(value.shape))
     logical = first.dtype == ir.DataType.BOOL
-    emitter = _Emitter(ir, {value.name: value for value in model.graph.inputs})
+    emitter = _Emitter(ir, {value.name: value for value in model.graph.inputs}, names)
     one = reduce(lambda a, b: emitter.op("Mul", [a, b]), [emitter.check(relation) for relation in conditions])
     checked = emitter.op("And" if logical else "Mul", [first, emitter.op("Cast", [one], to=first.dtype.value)])
     checked.type, checked.shape = first.type, first.shape
@@ -47,8 +53,9 @@ def add_checks(model: Any, constraints: Constraints) -> None:
 class _Emitter:
     """Builder of the nodes of checks. Every value has one element; equal expressions share a node."""
 
-    def __init__(self, ir: Any, inputs: Mapping[str, Any]) -> None:
+    def __init__(self, ir: Any, inputs: Mapping[str, Any], names: Mapping[str, str]) -> None:
         self._ir = ir
+        self._names = names
         self._inputs = inputs
         self._made: dict[tuple[Any, ...], Any] = {}
         self.nodes: list[Any] = []
@@ -60,7 +67,7 @@ class _Emitter:
         else:
             holds = relation.interpret(self._size, self._number, self._apply)
             index = self.op("Cast", [self.op("Not", [holds])], to=INT64)
-        name = f"expected {relation}, which the trace covers; trace again with example_inputs of these sizes"
+        name = f"expected {relation.renamed(self._names)}, which the trace covers; trace again with example_inputs of these sizes"
         return self.op("Gather", [self._constant([1], torch.int64), index], name=name)
 
     def _differ(self, sizes: Sequence[Reference]) -> Any:

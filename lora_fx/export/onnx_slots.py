@@ -100,6 +100,7 @@ class Slots:
         graph.output(graph.graph_copy(exportable.plain.graph, {}))
         taken = {str(node.target) for node in graph.find_nodes(op="get_attr")} | {
             *exportable.inputs,
+            *exportable.file_names.values(),
             *exportable.outputs,
         }
         clash = sorted(taken & self.table.names)

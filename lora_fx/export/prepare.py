@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count as count_from
 from typing import Any
 
@@ -46,7 +46,10 @@ class Exportable:
         constraints: the inputs that the trace covers.
         examples: the inputs that it is tried on.
         outputs: names of the results. A nested one is called ``<output>.<index>`` or ``<output>.<key>``.
+        left_out: names of results that are None, which no file has.
         nested: inputs within a list or mapping → such names for them, for formats whose names may have dots.
+        file_names: inputs → their names in the file, where those are others.
+        evaded: results whose own name the file has for something else → their names in it, which ``outputs`` has.
     """
 
     graph_module: TracedGraphModule
@@ -54,7 +57,10 @@ class Exportable:
     constraints: Constraints
     examples: Examples
     outputs: tuple[str, ...]
+    left_out: tuple[str, ...]
     nested: Mapping[str, str]
+    file_names: Mapping[str, str] = field(default_factory=dict)
+    evaded: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -87,7 +93,8 @@ class Exportable:
         """Return the outputs of the given graph, by name."""
         in_order = [inputs[name] for name in self.inputs]
         results = fx.Interpreter(self.graph_module).run(*in_order, enable_io_processing=False)
-        tensors = dict(zip(self.outputs, pytree.tree_leaves(results), strict=True))
+        found = [value for value in pytree.tree_leaves(results) if value is not None]
+        tensors = dict(zip(self.outputs, found, strict=True))
         for name, value in tensors.items():
             _check_tensor(name, value, "")
         return tensors
@@ -133,14 +140,14 @@ def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.
     constraints = constraints.renamed(names)
     graph, _ = copy_graph(lowered.graph)
     _fix_mode(graph, modules)
-    outputs = _name_outputs(graph)
+    outputs, left_out = _name_outputs(graph)
     graph.set_codegen(CodeGen())
     _name_inputs(graph, constraints.ranges)
     graph.lint()
     plain = fx.GraphModule(lowered, graph, class_name="GraphModule").eval()
     nested = {names[name]: place for name, place in signature.nested.items()}
     examples = _examples(graph_module, constraints, example_inputs, names)
-    return Exportable(given, plain, constraints, examples, outputs, nested)
+    return Exportable(given, plain, constraints, examples, outputs, left_out, nested)
 
 
 def _dense(graph_module: TracedGraphModule) -> TracedGraphModule:
@@ -217,23 +224,31 @@ _NEEDED = frozenset(
 )
 
 
-def _name_outputs(graph: fx.Graph) -> tuple[str, ...]:
-    """Let a graph return a dictionary from names to tensors, each of them a node of its own (in place)."""
+def _name_outputs(graph: fx.Graph) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Let a graph return a dictionary from names to tensors, each of them a node of its own (in place).
+
+    Returns:
+        The names, and those of results that are None, which it does not return.
+    """
     output = graph.output_node()
     leaves: Sequence[Any] = output.args[0]  # type: ignore[assignment]
     names = _output_names(len(leaves), graph._codegen.pytree_info.out_spec)  # type: ignore[attr-defined]
     seen: set[fx.Node] = set()
-    for name, node in zip(names, leaves, strict=True):
+    left_out = tuple(name for name, node in zip(names, leaves, strict=True) if node is None)
+    results = [(name, node) for name, node in zip(names, leaves, strict=True) if node is not None]
+    if not results:
+        raise ExportError(f"expected a graph that returns a tensor, got None for {', '.join(left_out) or 'all'}.")
+    for name, node in results:
         computed = node.meta.get("val", _UNKNOWN) if isinstance(node, fx.Node) else node
         _check_tensor(name, computed, source_line(node) if isinstance(node, fx.Node) else "")
     with graph.inserting_before(output):
         named: dict[str, fx.Node] = {}
-        for name, node in zip(names, leaves, strict=True):
+        for name, node in results:
             own = node.op not in ("placeholder", "get_attr") and node not in seen
             named[name] = node if own else graph.call_function(aten.clone.default, (node,))
             seen.add(node)
     output.args = (named,)
-    return tuple(names)
+    return tuple(named), left_out
 
 
 _UNKNOWN = torch.empty(0)

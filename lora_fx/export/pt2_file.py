@@ -60,7 +60,6 @@ def pt2(
 
 class _Pt2:
     name = "pt2"
-    dotted_names = False
 
     def prepared(self, exportable: Exportable) -> Exportable:
         """Return the graph as it is."""

@@ -80,7 +80,6 @@ _COUNTERPARTS: Mapping[object, Callable[..., Any]] = {
 
 class _TorchScript:
     name = "TorchScript"
-    dotted_names = False
 
     def prepared(self, exportable: Exportable) -> Exportable:
         """Return the graph as it is."""

@@ -16,6 +16,7 @@ from transformers.models.auto import modeling_auto
 from lora_fx.errors import LoraFxError, TraceError, did_you_mean
 from lora_fx.files.safetensors import TensorFile
 from lora_fx.graph.example_sizes import cut_or_repeated
+from lora_fx.graph.signature import key_parts
 from lora_fx.torch_internals import pytree
 from lora_fx.tracing.input_kinds import arguments, text_config
 from lora_fx.tracing.input_trials import device_of, shapes, taken
@@ -248,10 +249,13 @@ def _from_config(model: Any, device: torch.device) -> ExampleInputs:
     return ExampleInputs(kwargs={**inputs, **tensors}, axes=_axes(tensors), made=tuple(tensors))
 
 
+# By the names of placeholders, which of an input in a list or mapping have its index or key behind them.
 _AXES: Mapping[str, tuple[str | None, ...]] = {
     **dict.fromkeys(("input_ids", "attention_mask", "token_type_ids", "position_ids"), ("batch", "sequence")),
     **dict.fromkeys(("decoder_input_ids", "decoder_attention_mask"), ("batch", "target_sequence")),
-    "bbox": ("batch", "sequence", None),
+    **dict.fromkeys(("bbox", "inputs_embeds"), ("batch", "sequence", None)),
+    "decoder_inputs_embeds": ("batch", "target_sequence", None),
+    **dict.fromkeys(("encoder_outputs_0", "encoder_outputs_last_hidden_state"), ("batch", "sequence", None)),
     "pixel_values": ("batch", None, None, None),
     "input_features": ("batch", None, None),
     "input_values": ("batch", "sequence"),
@@ -259,7 +263,9 @@ _AXES: Mapping[str, tuple[str | None, ...]] = {
 
 
 def _axes(inputs: Mapping[str, Any]) -> dict[str, tuple[str | None, ...]]:
-    return {name: axes for name, axes in _AXES.items() if name in inputs and inputs[name].dim() == len(axes)}
+    leaves = {"_".join(key_parts(path)): leaf for path, leaf in pytree.tree_leaves_with_path(dict(inputs))}
+    ranks = {name: leaf.dim() for name, leaf in leaves.items() if isinstance(leaf, torch.Tensor)}
+    return {name: axes for name, axes in _AXES.items() if ranks.get(name) == len(axes)}
 
 
 def _constants(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:

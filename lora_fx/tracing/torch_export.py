@@ -228,18 +228,23 @@ def _dynamic_shapes(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | 
     signature = inspect.signature(model.forward)
     keywords = {p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD}
 
-    def shape(name: str, value: Any) -> Any:
-        def dims(path: pytree.KeyPath, leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor):
-                return None
-            if dynamic is not None:
-                return {dim: _hint(dim in dynamic.get(name, ())) for dim in range(leaf.dim())}
-            axes = inputs.axes.get("_".join([name, *key_parts(path)]))  # the name of the placeholder
-            if axes is not None:
-                return {dim: _hint(axis is not None) for dim, axis in enumerate(axes)}
-            return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO)
+    def dims(name: str, path: pytree.KeyPath, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return None
+        if dynamic is not None:
+            return {dim: _hint(dim in dynamic.get(name, ())) for dim in range(leaf.dim())}
+        axes = inputs.axes.get("_".join([name, *key_parts(path)]))  # the name of the placeholder
+        if axes is not None:
+            return {dim: _hint(axis is not None) for dim, axis in enumerate(axes)}
+        return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO)
 
-        return pytree.tree_map_with_path(dims, value, is_leaf=lambda part: not isinstance(part, list | tuple | Mapping))
+    def shape(name: str, value: Any, path: pytree.KeyPath = ()) -> Any:
+        children, context = pytree.tree_flatten_with_path(value, is_leaf=lambda part: part is not value)
+        if context.is_leaf():
+            return dims(name, path, value)
+        parts = [shape(name, child, (*path, *key)) for key, child in children]
+        # torch.export wants a list for what others registered, such as a ModelOutput of transformers
+        return pytree.tree_unflatten(parts, context) if type(value) in pytree.BUILTIN_TYPES else parts
 
     bound = signature.bind(*inputs.args, **inputs.kwargs).arguments
     return {
