@@ -155,7 +155,8 @@ def merge_and_unload(
     """Return a new transformers model of the traced class with merged weights, as :func:`lora_fx.fold` computes them.
 
     The graph and the model that was traced stay as they are. Weights that no adapter changes are not copied: they are other
-    ``Parameter`` objects over the same memory, and ``copy.deepcopy`` of the result gives it memory of its own.
+    ``Parameter`` objects over the same memory, and ``copy.deepcopy`` of the result gives it memory of its own. Replicated layers
+    (``layer_replication``) have weights of their own there, since transformers saves no others.
 
     Args:
         graph_module: not changed.
@@ -169,7 +170,7 @@ def merge_and_unload(
         PlanError: the graph has no adapter of that name.
     """
     strengths = None if adapter_names is None else dict.fromkeys(adapter_names, 1.0)
-    state = folded_state(graph_module, strengths)
+    state = folded_state(graph_module, strengths, unshare=bool(known_info(graph_module).layers))
     model = double_over(graph_module, state, _turned(graph_module))
     for name, first in model.all_tied_weights_keys.items():
         if {name, first} <= state.tensors.keys() and state.tensors[name] is not state.tensors[first]:
@@ -178,9 +179,23 @@ def merge_and_unload(
                 "again whenever it is resized, saved or loaded. Untie them before the trace (config.tie_word_embeddings = False and a "
                 "parameter of its own for each), or write the graph with lora_fx.huggingface.save_pretrained."
             )
+    if known_info(graph_module).layers:
+        _separate_layers(model)
     model.add_model_tags(list(known_info(graph_module).tags))
     model.train(graph_module.training)
     return model
+
+
+def _separate_layers(model: PreTrainedModel) -> None:
+    """Give a model a parameter of its own for each name of one that its class does not tie (in place)."""
+    seen = set[int]()
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if name in model.all_tied_weights_keys:
+            continue
+        if parameter.data_ptr() in seen:
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+        seen.add(parameter.data_ptr())
 
 
 def _turned(graph_module: TracedGraphModule) -> set[str]:

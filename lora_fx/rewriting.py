@@ -18,9 +18,10 @@ from lora_fx.planning.planner import plan_graph
 from lora_fx.progress import shown, step
 from lora_fx.rules.lookup import RulesLike, load, model_type_of
 from lora_fx.rules.peft_config.argument_names import refusing_peft_names
+from lora_fx.rules.peft_config.rules import layers_of
 from lora_fx.tracing.model_state import unwrapped
+from lora_fx.tracing.replicated_layers import trace_with_layers
 from lora_fx.tracing.torch_export import Dynamic
-from lora_fx.tracing.trace import trace
 
 
 @overload
@@ -156,5 +157,14 @@ def rewrite(
         return through(given, attached)
     with shown(f"rewriting {type(given).__name__}"):
         return through(
-            trace(given, example_inputs, dynamic=dynamic, labels=labels, inference=inference, cache=cache), attached
+            trace_with_layers(
+                given,
+                layers_of(ruleset),
+                example_inputs,
+                dynamic=dynamic,
+                labels=labels,
+                inference=inference,
+                cache=cache,
+            ),
+            attached,
         )

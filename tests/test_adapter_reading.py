@@ -179,7 +179,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "DoRA": ({"use_dora": True}, (f"{KEY}.lora_magnitude_vector: missing in adapter_model.safetensors",)),
     "aLoRA": ({"alora_invocation_tokens": [1, 2]}, ("activated LoRA (aLoRA) is not supported",)),
     "lora_bias": ({"lora_bias": True}, (f"{KEY}.lora_B.bias: missing in adapter_model.safetensors",)),
-    "replication": ({"layer_replication": [[0, 1]]}, ("replicated layers is not supported",)),
+    "replication": ({"layer_replication": [[0, 1]]}, ("layer_replication: expected a graph with the layers [[0, 1]]",)),
     "QA-LoRA": ({"use_qalora": True}, ("QA-LoRA is not supported",)),
     "of the future": (
         {"use_wonder": {"a": 1}, "r": 0},

@@ -17,6 +17,7 @@ from lora_fx.graph.example_sizes import Examples
 from lora_fx.graph.layers import Checkpointing
 from lora_fx.graph.records import BranchSpec, Origin, ParameterModule, TaskHead, TokenRows
 from lora_fx.numerics.lowrank_merge import Merge
+from lora_fx.rules.peft_config.config import LayerMap
 
 RuledBranches = Mapping[str, tuple[str, BranchSpec]]
 """The branches of one adapter by their keys, each behind the rule that chose it."""
@@ -111,6 +112,7 @@ class GraphInfo:
         main_input: name of the input by whose size transformers counts operations, that model's ``main_input_name``.
         embeddings: names of the weights of its ``nn.Embedding`` modules.
         parameter_modules: the modules of the model whose weights PEFT adapts as parameters alone, by their paths.
+        layers: ranges of layers that the model has one after the other, if PEFT's ``layer_replication`` made it; else none.
         vocabulary: the modules of the input and the output embedding of that model, by their paths.
         loss_type: of that model, as transformers names losses.
         examples: the inputs of the trace.
@@ -134,6 +136,7 @@ class GraphInfo:
     generation_config: Any = None
     head: TaskHead = field(default_factory=TaskHead)
     linears: tuple[str, ...] = ()
+    layers: LayerMap = ()
     vocabulary: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     pad_token: int | None = None

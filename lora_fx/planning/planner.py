@@ -15,7 +15,7 @@ from lora_fx.branches.tied_copies import why_not_untied
 from lora_fx.errors import PlanError, RuleError, did_you_mean, listed
 from lora_fx.graph.adapter_names import adapters, is_factor, is_token_values, original_name
 from lora_fx.graph.cached_graphs import CachedGraphs
-from lora_fx.graph.graph_module import TracedGraphModule, state_of
+from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.info import known_info
 from lora_fx.graph.joined_graphs import whole
 from lora_fx.graph.process_state import uncollected
@@ -29,13 +29,13 @@ from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, outputs_of, o
 from lora_fx.rules.lookup import Rules, RulesLike, load, model_type_of
 from lora_fx.rules.peft_config.argument_names import refusing_peft_names
 from lora_fx.rules.peft_config.name_matching import modules_of
-from lora_fx.rules.peft_config.rules import PeftRules
+from lora_fx.rules.peft_config.rules import PeftRules, layers_of
 from lora_fx.rules.rule_file import RuleSet, Selection
 from lora_fx.rules.vocabulary import TASK_HEADS, Part
 from lora_fx.sites.call_sites import Site, sites
 from lora_fx.sites.roles import Purpose, purposes
 from lora_fx.tracing.model_state import unwrapped
-from lora_fx.tracing.trace import trace
+from lora_fx.tracing.replicated_layers import trace_with_layers
 
 
 @refusing_peft_names
@@ -72,8 +72,7 @@ def plan(
     given = unwrapped(whole(model))
     model_type = model_type_of(getattr(given, "config", None))
     ruleset = load(rules, model_type).with_overrides(rank, alpha, dropout, task_type)
-    graph_module = given if isinstance(given, TracedGraphModule) else trace(given, example_inputs, inference=True)
-    made = plan_graph(graph_module, ruleset)
+    made = plan_graph(trace_with_layers(given, layers_of(ruleset), example_inputs, inference=True), ruleset)
     warn_of_lower_ranks(made)
     return made
 
@@ -103,6 +102,8 @@ def plan_graph(graph_module: fx.GraphModule, rules: Rules) -> Plan:
     }
     if isinstance(rules, PeftRules):
         known = known_info(graph_module)
+        if problem := rules.config.problem_of_layers(known.layers):
+            raise RuleError(rules.source, [problem])
         vocabulary = Vocabulary.of(known)
         return plan_peft_sites(found, rules, purpose_of, own, known.linears, known.parameter_modules, vocabulary)
     return plan_sites(found, rules, purpose_of, own, head)

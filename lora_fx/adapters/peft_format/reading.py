@@ -133,6 +133,9 @@ class _Reader:
         self._untied: set[str] = set()  # names of tied parameters of which their modules have copies of their own
 
     def contents(self) -> AdapterContents:
+        if problem := self._config.problem_of_layers(known_info(self._graph_module).layers):
+            self._ledger.problems.append(problem)
+        self._ledger.stop_if_wrong()
         chosen = [site for site in self._sites.values() if self._ledger.selects(site)]
         chosen += self._tied_to(chosen)
         weights = self._ledger.weights_of(chosen)

@@ -53,8 +53,8 @@ from lora_fx.numerics.lowrank_merge import with_all_rows
 from lora_fx.rules.peft_config.config import CONFIG_NAME
 from lora_fx.rules.validation import shown
 from lora_fx.tracing.model_state import unwrapped
+from lora_fx.tracing.replicated_layers import trace_with_layers
 from lora_fx.tracing.torch_export import Dynamic
-from lora_fx.tracing.trace import trace
 
 
 @overload
@@ -134,7 +134,9 @@ def from_adapter(
     loading = _loading(files, adapter, trainable, strict)
     if isinstance(given, CachedGraphs):
         return through(given, loading)
-    return through(trace(given, example_inputs, dynamic=dynamic, inference=inference, cache=cache), loading)
+    layers = files.config.layer_replication
+    graphs = trace_with_layers(given, layers, example_inputs, dynamic=dynamic, inference=inference, cache=cache)
+    return through(graphs, loading)
 
 
 def load_adapter(

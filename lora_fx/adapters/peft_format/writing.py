@@ -297,6 +297,7 @@ def _config(
     mapping = {"base_model_class": class_name, "parent_library": library} if class_name else None
     return AdapterConfig(
         peft_type="LORA",
+        layer_replication=info.layers or None,
         r=int(rank),
         lora_alpha=alpha,
         rank_pattern={name: int(value) for name, value in patterns(ranks, rank).items()},

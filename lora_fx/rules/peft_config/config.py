@@ -70,6 +70,8 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False), expecting("a 
 Names = Annotated[tuple[Text, ...], expecting("a list of names")]
 Bias = Literal["none", "all", "lora_only"]
 Method = Literal["LORA", "TRAINABLE_TOKENS"]
+LayerMap = tuple[tuple[int, int], ...]
+"""Ranges of layers, each from its first to past its last, that a model has one after the other."""
 
 
 class AdapterConfig(Table):
@@ -131,6 +133,13 @@ class AdapterConfig(Table):
         AfterValidator(_check_rows),
     ] = None
     """Rows of embeddings that train: of the input embedding, or of modules by the ends of their names."""
+
+    layer_replication: Annotated[
+        tuple[tuple[Natural, Natural], ...] | None,
+        expecting("a list of pairs of integers ≥ 0"),
+        AfterValidator(lambda ranges: ranges or None),
+    ] = None
+    """Ranges of layers that the model has one after the other, over its own weights, in place of its layers."""
 
     ensure_weight_tying: Flag = False
     """Whether modules that share a weight with one that is adapted or trains are adapted or train with it."""
@@ -213,6 +222,20 @@ class AdapterConfig(Table):
         scaling: Scaling = "rslora" if self.use_rslora else "standard"
         variant: Variant = "dora" if self.use_dora else "lora"
         return Setting(rank, alpha, self.lora_dropout, scaling, start, variant=variant, bias=self.lora_bias)
+
+    def problem_of_layers(self, layers: LayerMap) -> str | None:
+        """Return why an adapter is none for a graph whose model has these ranges of layers; None if it is.
+
+        One that says nothing of layers is for any: PEFT adds it to the model as it is.
+        """
+        wanted = self.layer_replication
+        if wanted is None or wanted == layers:
+            return None
+        found = f"has the layers {shown(list(map(list, layers)))}" if layers else "has those of the model itself"
+        return (
+            f"layer_replication: expected a graph with the layers {shown(list(map(list, wanted)))}, and this {found}. Give the model to "
+            "from_adapter or rewrite, which replicate them; graph.merge_and_unload() makes a model of that with weights of its own in each layer"
+        )
 
     def to_json(self) -> str:
         """Return the file, with all keys that PEFT 0.21 writes, in its form."""

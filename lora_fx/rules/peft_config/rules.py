@@ -13,6 +13,7 @@ from typing import Any, Protocol, get_args, runtime_checkable
 from lora_fx.errors import RuleError
 from lora_fx.rules.peft_config.config import (
     AdapterConfig,
+    LayerMap,
     Method,
     known_keys,
     other_keys,
@@ -93,6 +94,11 @@ class PeftRules:
             problem = "target_modules: required, since no built-in rules name the modules of this model type"
             raise RuleError(self.source, [problem])
         return replace(self, config=self.config.model_copy(update={"target_modules": targets}))
+
+
+def layers_of(rules: object) -> LayerMap | None:
+    """Return the ranges of layers that rules give a model, if they are a configuration of PEFT that does."""
+    return rules.config.layer_replication if isinstance(rules, PeftRules) else None
 
 
 def read_peft_rules(path: Path) -> PeftRules:
