@@ -37,7 +37,7 @@ from lora_fx.adapters.peft_format.renaming import fitted
 from lora_fx.adapters.peft_format.split_starts import no_weight, splits_of
 from lora_fx.adapters.peft_format.stacks import LAYOUTS, Stack, Writer, is_transposed, stack_layouts
 from lora_fx.adapters.starts import frozen_values
-from lora_fx.errors import warn
+from lora_fx.errors import AdapterError, warn
 from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name, token_names
 from lora_fx.graph.batch_norms import whole_norms
 from lora_fx.graph.graph_module import state_of
@@ -114,6 +114,8 @@ def read_contents(
     Raises:
         AdapterError: config, file and graph do not agree; all problems are named.
     """
+    if problem := files.config.problem_of_layers(known_info(graph_module).layers):
+        raise AdapterError(str(files.directory), [problem])
     return _Reader(fitted(files, graph_module), graph_module, weights or no_weight).contents()
 
 
@@ -133,9 +135,6 @@ class _Reader:
         self._untied: set[str] = set()  # names of tied parameters of which their modules have copies of their own
 
     def contents(self) -> AdapterContents:
-        if problem := self._config.problem_of_layers(known_info(self._graph_module).layers):
-            self._ledger.problems.append(problem)
-        self._ledger.stop_if_wrong()
         chosen = [site for site in self._sites.values() if self._ledger.selects(site)]
         chosen += self._tied_to(chosen)
         weights = self._ledger.weights_of(chosen)
