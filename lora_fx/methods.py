@@ -29,7 +29,7 @@ from lora_fx.generation import generator
 from lora_fx.graph.adapter_names import adapters, original_name
 from lora_fx.graph.cached_graphs import has_cache
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
-from lora_fx.graph.info import CHECKPOINTING_SPELLING, PEFT_SPELLING, known_info, with_info
+from lora_fx.graph.info import CHECKPOINTING_SPELLING, EMBEDDINGS, PEFT_SPELLING, known_info, with_info
 from lora_fx.graph.layers import layers
 from lora_fx.graph.take_over import take_over
 from lora_fx.sites.call_sites import sites
@@ -50,6 +50,7 @@ def methods_of(graph_module: TracedGraphModule) -> Mapping[str, Callable[..., An
     info = known_info(graph_module)
     absent = set() if info.pretrained else PEFT_SPELLING - CHECKPOINTING_SPELLING
     absent |= set() if info.generation_config is not None else {"base_model", "generate", "get_output_embeddings"}
+    absent |= EMBEDDINGS if info.nested else set()
     absent |= set() if adapters(graph_module) else {"save_pretrained", "set_adapter"}
     return {name: MethodType(globals()[name], graph_module) for name in sorted(PEFT_SPELLING - absent)}
 
@@ -274,7 +275,7 @@ def get_input_embeddings(graph_module: TracedGraphModule) -> nn.Module:
     """Return the embedding of the model's input, whose weight is the graph's own parameter.
 
     The graph is flat and does not call it: a hook, or an attribute such as ``neftune_noise_alpha``, raises a :class:`LoraFxError`
-    where it is set. So does a call, where the embedding has branches of adapters.
+    where it is set. A nested graph has no such method. So does a call, where the embedding has branches of adapters.
 
     Args:
         graph_module: not changed.

@@ -28,9 +28,10 @@ from lora_fx.adapters.peft_format.save_load import check_writable, save_adapter
 from lora_fx.adapters.trained_state import is_restricted, restrict
 from lora_fx.errors import LoraFxError, warn
 from lora_fx.graph.adapter_names import adapters
-from lora_fx.graph.graph_module import TracedGraphModule, state_of
+from lora_fx.graph.graph_module import TracedGraphModule, state_in_parts
 from lora_fx.graph.info import known_info
 from lora_fx.graph.provenance import code_of
+from lora_fx.graph.sharded import from_first_process, gathered, mesh_of, on_first_process
 from lora_fx.tracing.example_inputs import pad_token_of
 from lora_fx.tracing.item_count import loss_uses_count
 
@@ -140,14 +141,14 @@ class AdapterCallback(TrainerCallback):
         graph = _graph_in(model, "AdapterCallback")
         self._check(args, state, graph)
         restrict(graph)
-        for adapter in adapters(graph) if args.save_strategy != "no" else ():
-            check_writable(graph, adapter)  # raises what the first checkpoint would
+        if args.save_strategy != "no":
+            on_first_process(graph, _check_writable)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, *_control: Any, model: Any = None, **_context: Any
     ) -> None:
-        """Write each adapter into the checkpoint, from one process."""
-        if state.is_world_process_zero:
+        """Write each adapter into the checkpoint, from one process; all give their parts of a sharded graph."""
+        if state.is_world_process_zero or mesh_of(model) is not None:
             checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             for adapter in adapters(model):
                 save_adapter(model, checkpoint / adapter, adapter, overwrite=True)
@@ -258,10 +259,16 @@ def _tell_of_saving(graph: TracedGraphModule, does: str) -> None:
     )
 
 
+def _check_writable(graph: TracedGraphModule) -> None:
+    """Raise what the first checkpoint would."""
+    for adapter in adapters(graph):
+        check_writable(graph, adapter)
+
+
 def _tied(graph: TracedGraphModule) -> str:
     """Return the names of the first tensor that has several in the state dict, or nothing."""
     kept = graph.state_dict(keep_vars=True)
-    names = ([name for name in every if name in kept] for every in state_of(graph).names().values())
+    names = ([name for name in every if name in kept] for every in state_in_parts(graph).names().values())
     return next((" and ".join(map(repr, each)) for each in names if len(each) > 1), "")
 
 
@@ -341,11 +348,13 @@ class _AdapterWriter:
 
 def _save_model(trainer: Any, save_model: Callable[..., None], *args: Any, **options: Any) -> None:
     graph = _graph_in(trainer.model, "prepare")
-    trainer.model = _AdapterWriter(graph)
+    whole, fsdp = gathered(graph), getattr(trainer, "is_fsdp_enabled", False)
+    trainer.model = _AdapterWriter(graph if whole is None else whole)
+    trainer.is_fsdp_enabled = False  # transformers would gather a state dict of the base, too
     try:
-        save_model(*args, **options)
+        from_first_process(graph, lambda: save_model(*args, **options))
     finally:
-        trainer.model = graph
+        trainer.model, trainer.is_fsdp_enabled = graph, fsdp
 
 
 class _KeptLabels:

@@ -10,20 +10,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, inputs
 from torch import distributed
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_fx
 
 BATCH, STEPS = 4, 8
-SHARDED = "llama-float32"
 
 
 def train(name: str, trace: lora_fx.TracedGraphModule, out: Path, rank: int = 0, world: int = 1) -> list[float]:
@@ -71,48 +67,8 @@ def _check_refuses(module: DistributedDataParallel, name: str) -> None:
         module(**{**inputs(name, 2, 5), "attention_mask": longer})
 
 
-def train_sharded(name: str, trace: lora_fx.TracedGraphModule, out: Path, rank: int, world: int) -> dict[str, Any]:
-    """Train a rewrite of ``trace`` by FSDP with activation checkpointing, save the adapter, and return losses and the part of the elements here."""
-    rules = ARCHITECTURES[name].rules
-    graph = lora_fx.rewrite(trace, rules=rules, rank=4, alpha=8, dropout=0.0, seed=0).train()
-    graph.activation_checkpointing_enable()
-    total = sum(parameter.numel() for parameter in graph.parameters())
-    with pytest.raises(lora_fx.LoraFxError, match="expected a MixedPrecisionPolicy with a reduce_dtype alone"):
-        lora_fx.parallel.fully_shard(graph, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-    lora_fx.parallel.fully_shard(graph)
-    assert all(isinstance(parameter, DTensor) for parameter in graph.parameters())
-    here = sum(parameter.to_local().numel() for parameter in graph.parameters())  # type: ignore[attr-defined]
-    optimizer = torch.optim.AdamW([each for each in graph.parameters() if each.requires_grad], lr=1e-2)
-    losses = []
-    for step in range(STEPS):
-        if step == 1:
-            graph.activation_checkpointing_disable()  # generates the code anew, of a class that FSDP made
-        elif step == 2:
-            graph.activation_checkpointing_enable()
-        batch = {key: value.chunk(world)[rank] for key, value in inputs(name, BATCH, 5 + step % 3, seed=step).items()}
-        loss = graph(**batch)[0].square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(_mean(loss.detach(), world))
-    lora_fx.save_adapter(graph, out)
-    return {"losses": losses, "part": here / total}
-
-
-def refused(trace: lora_fx.TracedGraphModule) -> list[str]:
-    """Return what is said of a graph that is sharded, by what reads whole tensors."""
-    graph = lora_fx.rewrite(trace, {"select": [{"op": ["linear"]}], "defaults": {"rank": 4}})
-    fully_shard(graph)
-    said = []
-    for use in (lora_fx.fold, lora_fx.fuse):
-        with pytest.raises(lora_fx.LoraFxError) as caught:
-            use(graph)
-        said.append(str(caught.value))
-    return said
-
-
 def main(directory: Path) -> None:
-    """Train every trace in ``directory``; rank 0 writes the losses, and what was said of a sharded graph."""
+    """Train every trace in ``directory``; rank 0 writes the losses."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     rank, world = distributed.get_rank(), distributed.get_world_size()
@@ -120,13 +76,8 @@ def main(directory: Path) -> None:
     for path in sorted(directory.glob("*.trace")):
         trace = torch.load(path, weights_only=False)
         losses[path.stem] = train(path.stem.split("-")[0], trace, path.with_suffix(".adapter"), rank, world)
-        if path.stem == SHARDED:
-            found = train_sharded("llama", trace, directory / "sharded", rank, world)
-            (directory / f"sharded-{rank}.json").write_text(json.dumps(found))
-    refusals = refused(trace)
     if rank == 0:
         (directory / "losses.json").write_text(json.dumps(losses))
-        (directory / "refusals.json").write_text(json.dumps(refusals))
     distributed.destroy_process_group()
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from architectures import build, without_dropout
 from data_parallel import train
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lora_fx
@@ -74,34 +73,3 @@ def test_two_processes_train_what_one_trains(
     # Adam divides by the size of a gradient, however small that is: of factors the tolerance is wider.
     for key, value in expected.items():
         assert torch.allclose(found[key], value, rtol=0, atol=10 * TOLERANCE[dtype]), key
-
-
-def test_a_sharded_graph_is_refused(trained: Callable[[Runs], Path]) -> None:
-    """In the processes that trained: a group of processes cannot be taken down without a trace."""
-    directory = trained(RUNS)
-    said = json.loads((directory / "refusals.json").read_text())
-    assert len(said) == 2
-    assert all("is sharded over several devices (FSDP), and lora_fx reads whole tensors" in each for each in said)
-
-
-def test_two_processes_that_hold_half_a_graph_each_train_what_one_trains(
-    trained: Callable[[Runs], Path], tmp_path: Path
-) -> None:
-    directory = trained(RUNS)
-    trace = torch.load(_trace(directory, "llama", torch.float32), weights_only=False)
-    losses = train("llama", trace, tmp_path / "one")
-    for rank in range(2):
-        found = json.loads((directory / f"sharded-{rank}.json").read_text())
-        assert found["losses"] == pytest.approx(losses, rel=1e-6)
-        assert 0.475 <= found["part"] <= 0.525
-    found, expected = (
-        load_file(folder / "adapter_model.safetensors") for folder in (directory / "sharded", tmp_path / "one")
-    )
-    assert list(found) == list(expected)
-    for key, value in expected.items():
-        assert torch.allclose(found[key], value, rtol=0, atol=1e-5), key
-    for read in (
-        lambda folder: (folder / "adapter_config.json").read_text(),
-        lambda folder: safe_open(folder / "adapter_model.safetensors", "pt").metadata(),  # with digests of the base
-    ):
-        assert read(directory / "sharded") == read(tmp_path / "one")

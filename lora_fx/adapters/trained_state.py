@@ -21,7 +21,7 @@ from lora_fx.adapters.starts import rests
 from lora_fx.errors import AdapterError, shortened
 from lora_fx.graph.adapter_names import adapter_of, adapters, is_of_adapter, is_of_branch, is_of_start, original_name
 from lora_fx.graph.compare import described
-from lora_fx.graph.graph_module import TracedGraphModule, state_of
+from lora_fx.graph.graph_module import TracedGraphModule, state_in_parts, state_of
 from lora_fx.graph.info import info_of
 from lora_fx.sites.call_sites import sites
 
@@ -46,7 +46,7 @@ def kept_names(graph: nn.Module) -> set[str]:
     """
     trained = first_trainable_names(graph)
     training = {adapter_of(name) for name in trained} - {None}
-    state = state_of(graph)
+    state = state_in_parts(graph)
     own = (name for name in state.names().keys() - state.non_persistent if adapter_of(name) in training)
     return trained | {name for name in own if is_of_branch(name) or (is_of_start(name) and original_name(name) is None)}
 
@@ -63,7 +63,7 @@ def _miss_no_frozen(module: nn.Module, keys: Any) -> None:
 
 
 def _check_adapters(module: TracedGraphModule, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    tensors = state_of(module).tensors
+    tensors = state_in_parts(module).tensors
     given = {
         name: value
         for key, value in state_dict.items()
@@ -83,13 +83,19 @@ def _check_adapters(module: TracedGraphModule, state_dict: Mapping[str, Any], pr
 
 def _split_again(module: TracedGraphModule, given: Mapping[str, torch.Tensor]) -> None:
     """Give a graph what other first factors leave of its weights (in place)."""
-    tensors = state_of(module).tensors
-    other = [
+    splitting = [
         (adapter, branch)
         for adapter in info_of(module).adapters.keys() & set(adapters(module))
         for _, branch in branches_of(module, adapter).values()
         if branch.splits
-        and any(
+    ]
+    if not splitting:
+        return
+    tensors = state_of(module).tensors
+    other = [
+        (adapter, branch)
+        for adapter, branch in splitting
+        if any(
             name in given and not torch.equal(given[name].to(tensors[name]), tensors[name])
             for name in branch.names(adapter).starts
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
+from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,21 +23,19 @@ from lora_fx.errors import LoraFxError, PlanError, TraceError
 from lora_fx.graph.adapter_states import AdapterState, adapter_states
 from lora_fx.graph.batch_norms import copied_leaf, statistics
 from lora_fx.graph.codegen import is_usable_part
-from lora_fx.graph.compare import same_values
-from lora_fx.graph.info import PEFT_SPELLING, GraphInfo, check_module, held_graphs, known_info, with_info
-from lora_fx.graph.layers import NO_LAYERS, check_pickles, check_unwrapped, nesting
+from lora_fx.graph.info import EMBEDDINGS, PEFT_SPELLING, GraphInfo, check_module, held_graphs, known_info, with_info
+from lora_fx.graph.layers import NO_LAYERS, check_hook, check_pickles, check_unwrapped, nesting
 from lora_fx.graph.overview import overview_html, overview_text
 from lora_fx.graph.pickling import GraphRecord, record, restore
 from lora_fx.graph.signature import InputCodeGen
 from lora_fx.graph.state import (
     State,
-    check_form,
     leaf_modules,
     non_persistent_names,
     owned,
     quantised_apart,
     sharded_name,
-    takes,
+    taken_names,
     with_value,
 )
 
@@ -134,6 +133,11 @@ class TracedGraphModule(fx.GraphModule):
         check_unwrapped([f"{target}.{name}." for name, _ in module.named_children()])
         super().set_submodule(target, module, strict)
 
+    def register_forward_pre_hook(self, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
+        """Do as torch does, but take no hook with which FSDP casts parameters: the dtypes of a graph are constants in it."""
+        check_hook(hook)
+        return super().register_forward_pre_hook(hook, **options)
+
     if TYPE_CHECKING:  # functions of lora_fx.methods, most of them on graphs of transformers models alone
         activation_checkpointing_enable: Callable[..., None]
         activation_checkpointing_disable: Callable[[], None]
@@ -161,6 +165,11 @@ class TracedGraphModule(fx.GraphModule):
     def __getattr__(self, name: str) -> Any:
         if name in PEFT_SPELLING and (method := self._methods().get(name)) is not None:
             return method
+        if name in EMBEDDINGS and known_info(self).nested:
+            raise AttributeError(
+                f"a nested graph has no {name}: FSDP would shard such a module on its own, while the graph reads the weight outside of it. "
+                "lora_fx.flatten(graph) has it."
+            )
         return super().__getattr__(name)
 
     def __dir__(self) -> list[str]:
@@ -266,16 +275,24 @@ def state_of(module: nn.Module) -> State:
 
     Raises:
         PlanError: the argument is no module.
+        LoraFxError: tensors are sharded.
     """
+    state = state_in_parts(module)
+    if (sharded := sharded_name(state.tensors)) is not None:
+        raise LoraFxError(
+            f"{sharded!r} is sharded over several devices (FSDP), and lora_fx reads whole tensors. Call this by "
+            "lora_fx.parallel.on_first_process(graph, function) in every process, which gives the function whole tensors; "
+            "save_adapter(graph, directory) in every process does so itself."
+        )
+    return state
+
+
+def state_in_parts(module: nn.Module) -> State:
+    """Return the state as :func:`state_of` does; of a sharded graph too, with this process's parts, for what reads names and shapes."""
     check_module(module)
     tensors: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
     tensors.update(module.named_buffers(remove_duplicate=False))
     check_unwrapped(tensors)
-    if (sharded := sharded_name(tensors)) is not None:
-        raise LoraFxError(
-            f"{sharded!r} is sharded over several devices (FSDP), and lora_fx reads whole tensors. Save the adapter, save_adapter(graph, "
-            "directory) in every process, and load it into a graph that is not sharded."
-        )
     return State(tensors, frozenset(non_persistent_names(module)), dict(leaf_modules(module)))
 
 
@@ -392,28 +409,10 @@ def _take_values(
     get new storage. Afterwards ``values`` holds the graph's own tensors, so that torch, which goes on from there and
     reports missing and unexpected keys and other shapes, puts each in its own place.
     """
-    state = state_of(module)
+    state = state_in_parts(module)
     assign = bool(options.get("assign_to_params_buffers", False))
-    groups: dict[str, list[str]] = {}
     every = state.names()
-    for name, first in state.aliases().items():
-        if name not in state.non_persistent and takes(values.get(prefix + name), state.tensors[name], assign):
-            groups.setdefault(first, []).append(name)
-    for first, (name, *others) in groups.items():
-        tensor, value = state.tensors[first], values[prefix + name]
-        check_form(name, tensor, value)
-        for other in others:
-            if not same_values(value.reshape(tensor.shape), values[prefix + other].reshape(tensor.shape)):
-                raise LoraFxError(
-                    f"{name!r} and {other!r} are one tensor of the graph, and the state dict has different values for them. "
-                    "Give both the same, or untie them in the model and trace it again."
-                )
-        if assign and value.dtype != tensor.dtype:
-            raise LoraFxError(
-                f"{name!r} is {tensor.dtype} in the graph, which keeps its dtype, and {value.dtype} in the state dict. "
-                "Convert it, or load without assign=True."
-            )
-    for first, names in groups.items():
+    for first, names in taken_names(state, values, prefix, assign=assign).items():
         tensor = with_value(state.tensors[first], values[prefix + names[0]].detach(), assign)
         if tensor is not state.tensors[first]:
             install(module, State(dict.fromkeys(every[first], tensor), state.non_persistent))

@@ -32,6 +32,9 @@ CHECKPOINTING_SPELLING = frozenset(
 )
 """Names of the methods of all graphs, also of those of models that are not of transformers."""
 
+EMBEDDINGS = frozenset({"get_input_embeddings", "get_output_embeddings"})
+"""Names of methods that a flat graph has alone."""
+
 PEFT_SPELLING = CHECKPOINTING_SPELLING | frozenset(
     {
         "add_model_tags",

@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from lora_fx.errors import LoraFxError, did_you_mean
 from lora_fx.graph.aten_kinds import writes
@@ -86,12 +87,26 @@ class Checkpointing:
 _OPTIONS = ("context_fn", "determinism_check", "debug", "early_stop")
 
 
-class Layer(nn.Module):
+class LayerKind(type):
+    """The class of classes of layers. A layer is an instance of all that are called as its own, for accelerate, which asks the first."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return super().__instancecheck__(instance) or any(
+            isinstance(each, LayerKind) and each.__name__ == cls.__name__ for each in type(instance).__mro__
+        )
+
+
+class Layer(nn.Module, metaclass=LayerKind):
     """A layer of a nested graph. Layers of equal code share a class, which is called as the model's own."""
 
     _computations: ClassVar[tuple[Callable[..., Any], ...]]
     _checkpointing = Checkpointing()
     gradient_checkpointing = False
+
+    def register_forward_pre_hook(self, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
+        """Do as torch does, but take no hook of FSDP that casts: see :func:`check_hook`."""
+        check_hook(hook)
+        return super().register_forward_pre_hook(hook, **options)
 
     def forward(self, *inputs: Any, call: int = 0) -> Any:
         """Return what the rest of the graph reads of the layer.
@@ -152,7 +167,7 @@ class Nesting:
         order = [path for path, _ in root.named_modules() if path in layers]
         for index, path in enumerate(order):
             layer = layers[path]
-            if not isinstance(layer, self.classes[path]):  # FSDP derives a class of its own, and keeps it
+            if self.classes[path] not in type(layer).__mro__:  # FSDP derives a class of its own, and keeps it
                 layer.__class__ = self.classes[path]
             chosen = checkpointing is not None and index % checkpointing.every_n_layers == 0
             vars(layer).update(gradient_checkpointing=chosen, _checkpointing=checkpointing or Checkpointing())
@@ -184,6 +199,21 @@ def check_unwrapped(names: Iterable[str]) -> None:
             "parameters have other names than an adapter's file, and with preserve_rng_state=False dropout draws other masks in the second "
             "computation, so that gradients are wrong. Leave it out, and call graph.activation_checkpointing_enable()."
         )
+
+
+def check_mixed_precision(policy: Any) -> None:
+    """Raise :class:`LoraFxError` for a ``MixedPrecisionPolicy`` of FSDP that casts, in a graph whose dtypes are constants."""
+    if policy is not None and (policy.param_dtype is not None or policy.output_dtype is not None):
+        raise LoraFxError(
+            f"expected a MixedPrecisionPolicy with a reduce_dtype alone, got {policy}: a graph keeps its dtype. Rewrite a model with a bfloat16 "
+            "base, beside which factors stay float32, or call the graph in torch.autocast; of accelerate and Trainer ask for no mixed "
+            "precision then."
+        )
+
+
+def check_hook(hook: Any) -> None:
+    """Raise :class:`LoraFxError` for a hook with which FSDP would cast what a graph or a layer of it computes with."""
+    check_mixed_precision(getattr(getattr(hook, "__self__", None), "_mp_policy", None))
 
 
 NO_LAYERS = Nesting(None, {})
@@ -342,4 +372,5 @@ def _code(
 def _layer_class(kind: str, codes: tuple[_LayerCode, ...]) -> type[Layer]:
     """Return the one class for layers of this code."""
     computations = tuple(forward_from_src(code.text, dict(code.names), {}) for code in codes)
-    return type(kind, (Layer,), {"_computations": computations, "__module__": __name__})
+    made: Any = LayerKind(kind, (Layer,), {"_computations": computations, "__module__": __name__})
+    return made  # type: ignore[no-any-return]

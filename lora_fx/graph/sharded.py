@@ -1,43 +1,113 @@
-"""Graphs that FSDP shards over processes: their whole tensors, gathered once."""
+"""Graphs that FSDP shards over processes: their whole tensors, gathered once, and a first process that acts for all."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lora_fx.graph.graph_module import TracedGraphModule, assemble, copy_graph, trainable_names
+from lora_fx.errors import LoraFxError
+from lora_fx.graph.graph_module import TracedGraphModule, assemble, copy_graph, state_in_parts, trainable_names
 from lora_fx.graph.info import known_info, with_info
-from lora_fx.graph.state import State, leaf_modules, non_persistent_names, sharded_name
+
+Result = TypeVar("Result")
+
+
+def mesh_of(module: nn.Module) -> DeviceMesh | None:
+    """Return the processes that a graph is sharded over, or None where it is not."""
+    return next((each.device_mesh for each in module.parameters() if isinstance(each, DTensor)), None)
+
+
+def on_first_process(graph_module: TracedGraphModule, function: Callable[[TracedGraphModule], Result]) -> Result | None:
+    """Return what a function returns of a sharded graph with its tensors whole: on the first process, and None on the others.
+
+    Every process has to call this. The tensors are gathered one by one, and the first process keeps them, in the memory of the host. The others
+    wait for the function, and where it raises, all of them raise. A graph that is not sharded is given to the function as it is::
+
+        lora_fx.parallel.on_first_process(graph, lambda whole: torch.save(lora_fx.fold(whole).state_dict(), "merged.pt"))
+
+    Args:
+        graph_module: sharded by :func:`lora_fx.parallel.fully_shard`, torch or accelerate; not changed.
+        function: takes the whole graph, which is flat.
+
+    Raises:
+        LoraFxError: the function raises on the first process, and this is another; the first raises what the function does.
+    """
+    results: list[Result] = []
+    told_by_first(graph_module, lambda whole: results.append(function(whole)))
+    return results[0] if results else None
+
+
+def told_by_first(graph_module: TracedGraphModule, function: Callable[[TracedGraphModule], Result]) -> Result:
+    """Return on all processes what a function returns of the whole graph on the first; see :func:`on_first_process`.
+
+    Args:
+        graph_module: not changed.
+        function: what it returns is pickled.
+    """
+    whole = gathered(graph_module)
+    return from_first_process(graph_module, lambda: function(cast(TracedGraphModule, whole)))
+
+
+def from_first_process(graph_module: nn.Module, function: Callable[[], Result]) -> Result:
+    """Return on all processes of a sharded graph what a function returns on the first, or raise on all. It is called there alone.
+
+    Args:
+        graph_module: a graph that is not sharded is of one process.
+        function: what it returns is pickled.
+    """
+    mesh = mesh_of(graph_module)
+    if mesh is None:
+        return function()
+    outcome: list[Any] = [None, None]
+    error: Exception | None = None
+    if _is_first(mesh):
+        try:
+            outcome = [None, function()]
+        except Exception as caught:  # whatever it is, no process is left waiting
+            error, outcome = caught, [f"{type(caught).__name__}: {caught}", None]
+    for dim in range(mesh.ndim):  # from the first of a row to all of it, and from these to their columns
+        distributed.broadcast_object_list(outcome, group=mesh.get_group(dim), group_src=0)
+    message, result = outcome
+    if error is not None:
+        raise error
+    if message is not None:
+        raise LoraFxError(f"the first process refused: {message}")
+    return result  # type: ignore[no-any-return]
 
 
 def gathered(graph_module: TracedGraphModule) -> TracedGraphModule | None:
     """Return a flat graph with whole tensors on the first process, and None on the others; a graph that is not sharded itself.
 
-    All processes have to call it. They gather a tensor at a time, and the first keeps it.
+    All processes have to call it.
     """
-    tensors: dict[str, torch.Tensor] = dict(graph_module.named_parameters(remove_duplicate=False))
-    tensors.update(graph_module.named_buffers(remove_duplicate=False))
-    if sharded_name(tensors) is None:
+    mesh = mesh_of(graph_module)
+    if mesh is None:
         return graph_module
+    state = state_in_parts(graph_module)
     whole: dict[int, torch.Tensor] = {}
-    is_first = distributed.get_rank() == 0
-    for tensor in {id(tensor): tensor for tensor in tensors.values()}.values():
+    for tensor in {id(tensor): tensor for tensor in state.tensors.values()}.values():
         value = tensor.detach()
-        value = value.full_tensor() if isinstance(value, DTensor) else value
-        if is_first:
+        if isinstance(value, DTensor):
+            part: Any = value.to(mesh.device_type)
+            value = part.full_tensor()  # with CPUOffloadPolicy the parts are elsewhere
+        if _is_first(mesh):
+            value = value.cpu()
             whole[id(tensor)] = nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value
-    if not is_first:
+    if not _is_first(mesh):
         return None
-    state = State(
-        {name: whole[id(tensor)] for name, tensor in tensors.items()},
-        frozenset(non_persistent_names(graph_module)),
-        dict(leaf_modules(graph_module)),
-    )
     return assemble(
         copy_graph(graph_module.graph)[0],
-        state,
+        state.with_tensors({name: whole[id(tensor)] for name, tensor in state.tensors.items()}),
         meta=with_info(graph_module.meta, known_info(graph_module).flat),
         training=graph_module.training,
         trainable=trainable_names(graph_module),
     )
+
+
+def _is_first(mesh: DeviceMesh) -> bool:
+    return not any(mesh.get_coordinate() or ())

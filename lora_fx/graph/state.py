@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.batch_norms import copied_leaf
-from lora_fx.graph.compare import described
+from lora_fx.graph.compare import described, same_values
 from lora_fx.numerics.quantised_weight import QuantisedWeight
 
 
@@ -60,14 +61,56 @@ def takes(value: Any, tensor: torch.Tensor, assign: bool) -> bool:
     return value.shape == tensor.shape or (tensor.dim() == 0 and value.shape == (1,))
 
 
+def taken_names(
+    state: State, values: Mapping[str, torch.Tensor], prefix: str, *, assign: bool
+) -> Mapping[str, list[str]]:
+    """Map the first name of each tensor of a graph to those under which a state dict has a value that torch would load into it.
+
+    Args:
+        state: of the graph.
+        values: the state dict.
+        prefix: of the names of the graph in it.
+        assign: whether the values are to become the tensors.
+
+    Raises:
+        LoraFxError: one tensor has several values, or one that is quantised otherwise or, with ``assign``, has another dtype.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, first in state.aliases().items():
+        if name not in state.non_persistent and takes(values.get(prefix + name), state.tensors[name], assign):
+            groups.setdefault(first, []).append(name)
+    for first, (name, *others) in groups.items():
+        tensor, value = state.tensors[first], values[prefix + name]
+        check_form(name, tensor, value)
+        for other in others:
+            if not same_values(value.reshape(tensor.shape), values[prefix + other].reshape(tensor.shape)):
+                raise LoraFxError(
+                    f"{name!r} and {other!r} are one tensor of the graph, and the state dict has different values for them. "
+                    "Give both the same, or untie them in the model and trace it again."
+                )
+        if assign and value.dtype != tensor.dtype:
+            raise LoraFxError(
+                f"{name!r} is {tensor.dtype} in the graph, which keeps its dtype, and {value.dtype} in the state dict. "
+                "Convert it, or load without assign=True."
+            )
+    return groups
+
+
 def with_value(tensor: torch.Tensor, value: torch.Tensor, assign: bool) -> torch.Tensor:
     """Return a tensor with a value: the same object with new storage, or another one: off the meta device, onto it, and quantised.
 
-    A quantised tensor takes the values of those that are like it alone.
+    A quantised tensor takes the values of those that are like it alone. A sharded one takes this process's part of a whole value, into the
+    storage that it has.
     """
     if isinstance(tensor, QuantisedWeight):
         assert isinstance(value, QuantisedWeight)
         return tensor.with_values(value)
+    if isinstance(tensor, DTensor):
+        part = part_of(value, tensor)
+        if tensor.is_meta:
+            return nn.Parameter(part, tensor.requires_grad)
+        with torch.no_grad():
+            return tensor.copy_(part)
     value = value.reshape(tensor.shape)
     if tensor.is_meta != value.is_meta:  # torch has no way from the one to the other within an object
         return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
@@ -147,6 +190,14 @@ def owned(state: State, trainable: frozenset[str], updated: Iterable[str]) -> St
     # A leaf module carries its mode, which each graph sets for itself: copied, around the tensors owned above.
     memo: dict[int, Any] = {id(tensor): owned[name] for name, tensor in state.tensors.items()}
     return replace(state, tensors=owned, modules={name: copied_leaf(m, memo) for name, m in state.modules.items()})
+
+
+def part_of(value: torch.Tensor, like: DTensor) -> DTensor:
+    """Return this process's part of a whole value, sharded as another tensor is. No process asks another for anything."""
+    if isinstance(value, DTensor):
+        return value
+    # Of the value that this process has, and not of the one that the first sends to all.
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def sharded_name(tensors: Mapping[str, torch.Tensor]) -> str | None:

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, state_of
 from lora_fx.graph.info import info_of
-from lora_fx.graph.layers import layers, nesting
+from lora_fx.graph.layers import check_mixed_precision, layers, nesting
 from lora_fx.graph.nested import nest_in_place
 from lora_fx.numerics.quantised_weight import QuantisedWeight
 
@@ -32,12 +32,7 @@ def fully_shard(graph_module: TracedGraphModule, mesh: DeviceMesh | None = None,
         LoraFxError: the graph cannot be nested or sharded so, or the options cast parameters. It is as it was.
         PlanError: the argument is no graph of lora_fx.
     """
-    policy = options.get("mp_policy")
-    if policy is not None and (policy.param_dtype is not None or policy.output_dtype is not None):
-        raise LoraFxError(
-            f"expected a MixedPrecisionPolicy with a reduce_dtype alone, got {policy}: a graph keeps its dtype. Rewrite a model with a bfloat16 "
-            "base, beside which factors stay float32."
-        )
+    check_mixed_precision(options.get("mp_policy"))
     tensors = state_of(as_traced(graph_module)).tensors
     quantised = next((name for name, tensor in tensors.items() if isinstance(tensor, QuantisedWeight)), None)
     if quantised is not None:

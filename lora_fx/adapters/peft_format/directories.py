@@ -22,7 +22,8 @@ from lora_fx.files.target import Target
 from lora_fx.graph.adapter_names import adapter_of, adapters, is_of_adapter
 from lora_fx.graph.batch_norms import statistics
 from lora_fx.graph.compare import described
-from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, state_of
+from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, state_in_parts, state_of
+from lora_fx.graph.sharded import told_by_first
 from lora_fx.rules.peft_config.config import CONFIG_NAME
 
 OTHER_NAME = "graph_state.safetensors"
@@ -55,7 +56,13 @@ def write_adapters(graph: TracedGraphModule, directory: Path) -> None:
 
 
 def read_adapters(graph: TracedGraphModule, directory: Path) -> None:
-    """Give a graph what a checkpoint has of its adapters, and of other parameters that train (in place)."""
+    """Give a graph what a checkpoint has of its adapters, and of other parameters that train (in place); a sharded one its parts."""
+    values = told_by_first(graph, lambda whole: _values_in(directory, whole))
+    graph.load_state_dict(values, strict=False)
+
+
+def _values_in(directory: Path, graph: TracedGraphModule) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint has of the adapters of a graph, and of other parameters that train."""
     found = adapter_directories(directory)
     held, wanted = {adapter: _ranks_on_disk(path) for adapter, path in found.items()}, ranks_in(graph)
     if held.keys() != wanted.keys():
@@ -70,8 +77,8 @@ def read_adapters(graph: TracedGraphModule, directory: Path) -> None:
             told = other_adapters({adapter: held[adapter]}, {adapter: wanted[adapter]})
             raise AdapterError(str(directory), [told, error.source, *error.problems]) from error
     own = (each(loaded, adapter) for adapter in found for each in (parameters_of, statistics_of))
-    values = {name: value for each in own for name, value in each.items()}
-    graph.load_state_dict({**other, **values}, strict=False)
+    values = {name: value.detach() for each in own for name, value in each.items()}
+    return {**other, **values}
 
 
 def _read_other(graph: TracedGraphModule, directory: Path) -> dict[str, torch.Tensor]:
@@ -133,18 +140,17 @@ def _adapters_text(ranks: Mapping[str, Collection[int]]) -> str:
 
 def first_trainable_names(graph: nn.Module) -> set[str]:
     """Return the first name of each parameter that trains."""
-    tensors, names = state_of(graph).tensors, state_of(graph).names()
-    return {name for name in names if tensors[name].requires_grad}
+    return {name for name, parameter in graph.named_parameters() if parameter.requires_grad}
 
 
 def updated_names(graph: nn.Module) -> set[str]:
     """Return the names of the running statistics that the graph updates in train mode."""
-    return set(statistics(as_traced(graph).graph, state_of(graph).modules))
+    return set(statistics(as_traced(graph).graph, state_in_parts(graph).modules))
 
 
 def ranks_of(given: Mapping[str, torch.Tensor], graph: TracedGraphModule) -> dict[str, set[int]]:
     """Return the ranks of the adapters in a state dict, as far as its factors are beside branches of the graph."""
-    state = state_of(graph).tensors
+    state = state_in_parts(graph).tensors
     known = {}
     for adapter in adapters(graph):
         for _, branch in branches_of(graph, adapter).values():

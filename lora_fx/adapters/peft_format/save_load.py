@@ -47,7 +47,7 @@ from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, st
 from lora_fx.graph.info import RuledBranches, info_of
 from lora_fx.graph.joined_graphs import Graphs, through, whole
 from lora_fx.graph.records import BranchSpec
-from lora_fx.graph.sharded import gathered
+from lora_fx.graph.sharded import from_first_process, on_first_process
 from lora_fx.graph.state import State
 from lora_fx.numerics.lowrank_merge import with_all_rows
 from lora_fx.rules.peft_config.config import CONFIG_NAME
@@ -223,7 +223,7 @@ def save_adapter(
 
     Args:
         graph_module: with the adapter; not changed. Or the graphs of an encoder-decoder model with a cache. Every process calls this with
-            a graph that FSDP shards, and the first writes.
+            a graph that FSDP shards, and the first writes; where it cannot, all raise.
         directory: to be made.
         adapter: its name, which does not appear in the files.
         format: ``"diffusers"`` writes ``pytorch_lora_weights.safetensors`` for ``load_lora_weights`` of the pipeline that the model
@@ -240,22 +240,24 @@ def save_adapter(
     if format not in get_args(foreign_file.Form) and format != "peft":
         raise AdapterError("format", [f"expected 'peft', 'diffusers' or 'kohya', got {shown(format)}"])
     target = Target(Path(directory), overwrite, kind=_ADAPTER)
-    target.check()
-    collected = gathered(as_traced(whole(graph_module)))
-    if collected is None:  # another process writes
-        return
-    graph_module = _traced(collected)
-    content = to_peft(graph_module, adapter)
-    foreign = None if format == "peft" else _in_form(graph_module, content, format)
-    _warn_of_statistics(graph_module, content)
-    with replacing(target) as beside:
-        beside.mkdir()
-        if foreign is None:
-            _write(graph_module, adapter, content, beside / FILE_NAME)
-        else:
-            tensors, said = foreign
-            said = {**metadata(origin_of(graph_module, adapter), _base_of(graph_module)), **said}
-            write_tensors(beside / foreign_file.FILE_NAME, tensors, said)
+
+    def write(graph_module: TracedGraphModule) -> None:
+        graph_module = _traced(graph_module)
+        content = to_peft(graph_module, adapter)
+        foreign = None if format == "peft" else _in_form(graph_module, content, format)
+        _warn_of_statistics(graph_module, content)
+        with replacing(target) as beside:
+            beside.mkdir()
+            if foreign is None:
+                _write(graph_module, adapter, content, beside / FILE_NAME)
+            else:
+                tensors, said = foreign
+                said = {**metadata(origin_of(graph_module, adapter), _base_of(graph_module)), **said}
+                write_tensors(beside / foreign_file.FILE_NAME, tensors, said)
+
+    graph = as_traced(whole(graph_module))
+    from_first_process(graph, target.check)
+    on_first_process(graph, write)
 
 
 def _in_form(

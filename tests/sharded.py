@@ -1,0 +1,191 @@
+"""Trains small graphs that FSDP shards over two processes, which ``torch.distributed.run`` starts::
+
+    python -m torch.distributed.run --standalone --nproc_per_node 2 tests/sharded.py DIRECTORY CHECK…
+
+where ``DIRECTORY`` has traces, ``<architecture>.trace``. What a check finds is left there, as ``<check>-<rank>.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from architectures import ARCHITECTURES, VOCABULARY, inputs
+from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW, Optimizer
+
+import lora_fx
+
+BATCH, STEPS, STOPPED = 4, 20, 12
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def graph_of(directory: Path, name: str, **settings: Any) -> lora_fx.TracedGraphModule:
+    """Return a rewrite of a trace in ``directory``, in train mode. Every process makes an equal one."""
+    trace = torch.load(directory / f"{name}.trace", weights_only=False)
+    rules = ARCHITECTURES[name].rules if name in ARCHITECTURES else "auto"
+    return lora_fx.rewrite(trace, rules, **{"rank": 4, "alpha": 8, "dropout": 0.0, "seed": 0, **settings}).train()
+
+
+def batch_of(name: str, step: int, rank: int = 0, world: int = 1) -> dict[str, torch.Tensor]:
+    """Return the part of a batch that is for one of several processes."""
+    if name in ARCHITECTURES:
+        whole = inputs(name, BATCH, 5 + step % 3, seed=step)
+    else:
+        ids = torch.randint(VOCABULARY, (BATCH, 5 + step % 3), generator=torch.Generator().manual_seed(step))
+        whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {key: value.chunk(world)[rank] for key, value in whole.items()}
+
+
+def optimizer_of(graph: nn.Module) -> Optimizer:
+    return AdamW([each for each in graph.parameters() if each.requires_grad], lr=1e-2)
+
+
+def train(
+    name: str, graph: nn.Module, optimizer: Optimizer, steps: range, rank: int = 0, world: int = 1
+) -> list[float]:
+    """Train a graph, and return the losses over whole batches."""
+    losses = []
+    for step in steps:
+        loss = graph(**batch_of(name, step, rank, world))[0].square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach()
+        if world > 1:
+            distributed.all_reduce(mean)
+        losses.append(mean.item() / world)
+    return losses
+
+
+def part_of(graph: nn.Module) -> float:
+    """Return what part of the elements of the frozen parameters is in this process."""
+    base = [each for each in graph.parameters() if not each.requires_grad]
+    assert all(isinstance(each, DTensor) for each in graph.parameters())
+    return sum(each.to_local().numel() for each in base) / sum(each.numel() for each in base)  # type: ignore[attr-defined]
+
+
+def curve(name: str, directory: Path, rank: int) -> dict[str, Any]:
+    """Train, stop in between, and go on in a new graph; the merged weights and the adapter are left in ``directory``."""
+    graph = graph_of(directory, name)
+    graph.activation_checkpointing_enable()
+    lora_fx.parallel.fully_shard(graph)
+    optimizer = optimizer_of(graph)
+    losses = train(name, graph, optimizer, range(STOPPED), rank, 2)
+    lora_fx.save_adapter(graph, directory / f"{name}-stopped")
+    state = get_optimizer_state_dict(graph, optimizer, options=WHOLE)
+
+    again = lora_fx.load_adapter(graph_of(directory, name, seed=1), directory / f"{name}-stopped")
+    lora_fx.parallel.fully_shard(again)
+    optimizer = optimizer_of(again)
+    if rank:
+        state = {}  # the first process has it whole
+    set_optimizer_state_dict(
+        again, optimizer, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    )
+    losses += train(name, again, optimizer, range(STOPPED, STEPS), rank, 2)
+    lora_fx.save_adapter(again, directory / f"{name}-sharded")
+
+    def fold(whole: lora_fx.TracedGraphModule) -> int:
+        torch.save(lora_fx.fold(whole).state_dict(), directory / f"{name}-merged.pt")
+        return len(list(whole.parameters()))
+
+    return {"losses": losses, "part": part_of(again), "folded": lora_fx.parallel.on_first_process(again, fold)}
+
+
+def said(function: Callable[[], Any]) -> str:
+    """Return what is said where a function is refused."""
+    try:
+        function()
+    except lora_fx.LoraFxError as error:
+        return str(error)
+    return "nothing"
+
+
+def refusals(directory: Path, rank: int) -> dict[str, Any]:
+    """Return what every process says where one refuses or all do; none waits for another forever."""
+    graph = graph_of(directory, "llama")
+    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    nested = lora_fx.nest(graph)
+    found = {
+        "policy": said(lambda: lora_fx.parallel.fully_shard(graph, mp_policy=low)),
+        "policy of torch": said(lambda: fully_shard(nested.get_submodule("model.layers.0"), mp_policy=low)),
+        "policy of torch for all": said(lambda: fully_shard(nested, mp_policy=low)),
+    }
+    lora_fx.parallel.fully_shard(graph)
+    (directory / "full").mkdir(exist_ok=True)
+    (directory / "full" / "file").touch()
+
+    def fail(_: Any) -> None:
+        raise ValueError("no disk")
+
+    found |= {
+        "target": said(lambda: lora_fx.save_adapter(graph, directory / "full", overwrite=True)),
+        "adapter": said(lambda: lora_fx.save_adapter(graph, directory / "new", "other")),
+        "fold": said(lambda: lora_fx.fold(graph)),
+        "fuse": said(lambda: lora_fx.fuse(graph)),
+    }
+    try:
+        lora_fx.parallel.on_first_process(graph, fail)
+    except Exception as error:  # the first process raises what the function does
+        found["function"] = f"{type(error).__name__}: {error}"
+    assert train("llama", graph, optimizer_of(graph), range(1), rank, 2)  # the group of processes goes on
+    return found
+
+
+def accelerated(name: str, efficient: bool, directory: Path, rank: int) -> dict[str, Any]:
+    """Train as :func:`curve` does, sharded by what accelerate calls for FSDP2."""
+    graph = lora_fx.nest(graph_of(directory, name))
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=efficient
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision="no",
+        is_main_process=rank == 0,
+        device=torch.device("cpu"),
+    )
+    fsdp2_prepare_model(accelerator, graph)
+    units = [path for path, module in graph.named_modules() if isinstance(module, FSDPModule)]
+    losses = train(name, graph, optimizer_of(graph), range(3), rank, 2)
+    lora_fx.save_adapter(graph, directory / f"{name}-accelerated-{efficient}")
+    return {"losses": losses, "part": part_of(graph), "units": units}
+
+
+def checks() -> dict[str, Callable[[Path, int], dict[str, Any]]]:
+    """Return the checks by their names."""
+    found: dict[str, Callable[[Path, int], dict[str, Any]]] = {"refusals": refusals}
+    for name in ("llama", "t5", "gpt2", "mixtral"):
+        found[name] = lambda directory, rank, name=name: curve(name, directory, rank)
+        for efficient in (False, True):
+            key = f"{name}-accelerated-{efficient}"
+            found[key] = lambda directory, rank, name=name, e=efficient: accelerated(name, e, directory, rank)
+    return found
+
+
+def main(directory: Path, names: list[str]) -> None:
+    """Run checks, and leave what they find."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    for name in names:
+        (directory / f"{name}-{rank}.json").write_text(json.dumps(checks()[name](directory, rank)))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,150 @@
+"""FSDP2: two processes that hold half a graph each train, save, stop, go on and fold as one process does."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import sharded
+import torch
+from architectures import ARCHITECTURES, traced, without_dropout
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import lora_fx
+
+pytestmark = [pytest.mark.xdist_group("sharded"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+SCRIPT = Path(__file__).parent / "sharded.py"
+FIRST = ("refusals", "llama", "llama-accelerated-True")
+MORE = tuple(name for name in sharded.checks() if name not in FIRST)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[Any]]]:
+    """Return a function of a check, which returns the directory of the traces, and what each of two processes found."""
+
+    @functools.cache
+    def launched(checks: Collection[str]) -> Path:
+        directory = tmp_path_factory.mktemp("sharded")
+        for name in {check.partition("-")[0] for check in checks} - {"refusals"}:
+            trace = copy.deepcopy(traced(name)) if name in ARCHITECTURES else lora_fx.trace(families.build(name))
+            torch.save(without_dropout(trace), directory / f"{name}.trace")
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
+        # A process that waits for another forever would end here.
+        done = subprocess.run([*launch, directory, *checks], capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        return directory
+
+    def of(check: str) -> tuple[Path, list[Any]]:
+        directory = launched(FIRST if check in FIRST else MORE)
+        return directory, [json.loads((directory / f"{check}-{rank}.json").read_text()) for rank in range(2)]
+
+    return of
+
+
+def also(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.matrix) for name in names]
+
+
+def whole(name: str, directory: Path, steps: int) -> tuple[lora_fx.TracedGraphModule, list[float]]:
+    """Return a graph that one process trained, and its losses."""
+    graph = sharded.graph_of(directory, name)
+    return graph, sharded.train(name, graph, sharded.optimizer_of(graph), range(steps))
+
+
+@pytest.mark.parametrize("name", ["llama", *also("t5", "gpt2", "mixtral")])
+def test_two_processes_that_hold_half_a_graph_each_train_stop_and_go_on_as_one_does(
+    name: str, found: Callable[[str], tuple[Path, list[Any]]], tmp_path: Path
+) -> None:
+    directory, both = found(name)
+    graph, losses = whole(name, directory, sharded.STEPS)
+    assert losses[-1] < 0.97 * losses[0]
+    for each in both:
+        assert each["losses"] == pytest.approx(losses, abs=1e-6)
+        assert 0.475 <= each["part"] <= 0.525
+    lora_fx.save_adapter(graph, tmp_path / "one")
+    mine, theirs = directory / f"{name}-sharded", tmp_path / "one"
+    tensors, expected = (load_file(folder / "adapter_model.safetensors") for folder in (mine, theirs))
+    assert list(tensors) == list(expected)
+    # Adam divides by the size of a gradient, however small that is: of factors the tolerance is wider.
+    for key, value in expected.items():
+        assert torch.allclose(tensors[key], value, rtol=0, atol=1e-5), key
+    for read in (
+        lambda folder: (folder / "adapter_config.json").read_text(),
+        lambda folder: safe_open(folder / "adapter_model.safetensors", "pt").metadata(),  # with digests of the base
+    ):
+        assert read(mine) == read(theirs)
+    assert [each["folded"] for each in both] == [len(list(graph.parameters())), None]
+    merged = torch.load(directory / f"{name}-merged.pt")
+    for key, value in lora_fx.fold(lora_fx.load_adapter(graph, mine)).state_dict().items():
+        assert torch.equal(merged[key], value), key
+
+
+@pytest.mark.parametrize(
+    ("name", "efficient", "units"),
+    [
+        ("llama", True, ["", "model.layers.0", "model.layers.1"]),
+        *(
+            pytest.param(name, efficient, units, marks=pytest.mark.matrix)
+            for name, units in (
+                ("llama", ["", "model.layers.0", "model.layers.1"]),
+                ("t5", ["", *(f"{stack}.block.{n}" for stack in ("encoder", "decoder") for n in range(2))]),
+                ("gpt2", ["", "transformer.h.0", "transformer.h.1"]),
+                ("mixtral", ["", "model.layers.0", "model.layers.1", "model.layers.2"]),
+            )
+            for efficient in (False, True)
+            if (name, efficient) != ("llama", True)
+        ),
+    ],
+)
+def test_what_accelerate_calls_for_fsdp_shards_a_nested_graph_by_its_layers(
+    name: str, efficient: bool, units: list[str], found: Callable[[str], tuple[Path, list[Any]]], tmp_path: Path
+) -> None:
+    directory, both = found(f"{name}-accelerated-{efficient}")
+    graph, losses = whole(name, directory, 3)
+    for each in both:
+        assert each["losses"] == pytest.approx(losses, abs=1e-6)
+        assert 0.475 <= each["part"] <= 0.525
+        assert each["units"] == units
+    lora_fx.save_adapter(graph, tmp_path / "one")
+    tensors, expected = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (directory / f"{name}-accelerated-{efficient}", tmp_path / "one")
+    )
+    for key, value in expected.items():
+        assert torch.allclose(tensors[key], value, rtol=0, atol=1e-5), key
+
+
+def test_all_processes_refuse_where_one_does_and_none_waits(found: Callable[[str], tuple[Path, list[Any]]]) -> None:
+    _, (first, second) = found("refusals")
+    for policy in ("policy", "policy of torch", "policy of torch for all"):
+        assert first[policy] == second[policy]
+        assert first[policy].startswith("expected a MixedPrecisionPolicy with a reduce_dtype alone, got Mixed")
+    for refused in ("fold", "fuse"):
+        assert first[refused] == second[refused]
+        assert "is sharded over several devices (FSDP), and lora_fx reads whole tensors" in first[refused]
+    assert first["target"].endswith("Nothing was touched: move that away, or choose another name.")
+    assert first["adapter"] == "the graph has no adapter 'other'; it has: default."
+    assert first["function"] == "ValueError: no disk"
+    for refused, kind in (("target", "WriteError: "), ("adapter", "PlanError: ")):
+        assert second[refused] == f"the first process refused: {kind}{first[refused]}"
+    assert second["function"] == "LoraFxError: the first process refused: ValueError: no disk"
+
+
+def test_a_nested_graph_has_no_embedding_modules_and_says_why() -> None:
+    graph = lora_fx.nest(traced("llama"))
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        assert not hasattr(graph, name)
+        assert name not in dir(graph)
+        with pytest.raises(AttributeError, match=f"a nested graph has no {name}: FSDP would shard such a module"):
+            getattr(graph, name)
+        assert hasattr(lora_fx.flatten(graph), name)
