@@ -1,4 +1,4 @@
-"""Small models that transformers loads quantised, by bitsandbytes and torchao, beside PEFT's wrapping of the same."""
+"""Small models that are quantised by bitsandbytes, torchao, HQQ and quanto, beside PEFT's wrapping of the same."""
 
 from __future__ import annotations
 
@@ -107,6 +107,8 @@ def quantisation(scheme: str, dtype: torch.dtype) -> Any:
             bnb_4bit_use_double_quant=more == "double",
             bnb_4bit_compute_dtype=dtype,
         )
+    if kind == "quanto":
+        return transformers.QuantoConfig(weights="int8")
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
     from torchao.quantization.granularity import PerGroup
 
@@ -117,6 +119,8 @@ def quantisation(scheme: str, dtype: torch.dtype) -> Any:
 
 def loaded(name: str, directory: Path, scheme: str, dtype: torch.dtype, computed: torch.dtype | None = None) -> Any:
     """Load a model as transformers quantises it, in train mode: bitsandbytes repacks weights that are called in eval mode."""
+    if scheme.startswith("hqq"):  # which transformers 5 does not load
+        return _hqq(type(MODELS[name][0]()).from_pretrained(directory, dtype=dtype), int(scheme[3:]), dtype).train()
     return (
         type(MODELS[name][0]())
         .from_pretrained(
@@ -124,6 +128,17 @@ def loaded(name: str, directory: Path, scheme: str, dtype: torch.dtype, computed
         )
         .train()
     )
+
+
+def _hqq(model: Any, bits: int, dtype: torch.dtype) -> Any:
+    """Put layers of HQQ in the place of the linear layers of a model, but for its head."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    config = BaseQuantizeConfig(nbits=bits, group_size=64)
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and path != "lm_head":
+            model.set_submodule(path, HQQLinear(module, config, compute_dtype=dtype, device="cpu"))
+    return model
 
 
 def wrapped(name: str, model: nn.Module, dropout: float = 0.0) -> Any:

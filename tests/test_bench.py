@@ -267,6 +267,8 @@ def test_all_rows_that_were_found_make_the_table_and_a_failure_is_told(
     with pytest.raises(typer.BadParameter, match="C0"):
         every.main(["C0"], out=tmp_path)
     assert {(ROOT / "tools" / "bench" / tool).is_file() for tool, *_ in (every.ROWS | every.MORE).values()} == {True}
+    guide = (ROOT / "tools" / "bench" / "README.md").read_text(encoding="utf-8")
+    assert [row for row, (tool, *_) in every.MORE.items() if f"<!-- made by tools/bench/{tool} -->" not in guide] == []
 
 
 def test_a_table_is_put_between_its_markers_alone(tmp_path: Path) -> None:

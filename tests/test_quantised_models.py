@@ -39,6 +39,16 @@ EACH = [
     for dtype in ("float32", "bfloat16")
     if name not in ("llama", "llama-1") or (name == "llama-1") == (scheme == "int8")
 ]
+OTHERS = (
+    *(
+        f"{name} hqq{bits} {dtype}"
+        for name, bits in (("llama", 4), ("llama", 3), ("mixtral", 4))
+        for dtype in ("float32", "bfloat16")
+    ),
+    *(f"{name} quanto float32" for name in ("llama", "t5", "mixtral")),
+    "llama-1 quanto bfloat16",
+)
+"""Those of libraries whose layers cannot be quantised again: HQQ's by more than the weight, and quanto's are not by PEFT. HQQ takes no T5."""
 ONE = "llama nf4:double bfloat16"
 REPRESENTATIVES = (ONE, "gpt2 fp4 float32")
 
@@ -58,7 +68,7 @@ def made(row: str) -> tuple[Any, lora_fx.TracedGraphModule]:
     return theirs, mine
 
 
-@pytest.fixture(params=rows(EACH, REPRESENTATIVES))
+@pytest.fixture(params=rows([*EACH, *OTHERS], REPRESENTATIVES))
 def row(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -79,13 +89,18 @@ def quantised_names(graph: lora_fx.TracedGraphModule) -> list[str]:
     return [name for name, parameter in graph.named_parameters() if isinstance(parameter, QuantisedWeight)]
 
 
-def near(expected: torch.Tensor, found: torch.Tensor, row: str) -> bool:
-    """Compare bits; of torchao's int8 up to the rounding of a float32, or bfloat16, sum in each of one layer's linears.
+def scales_after(row: str) -> bool:
+    """Tell whether the library computes ``(x · codes) · scale``, with the scales after the product.
 
-    Its kernel computes ``(x · codes) · scale``, with the scales after the product, and the graph, as everywhere, ``x · (codes · scale)``:
-    the same number, rounded in another place.
+    So do torchao's int8, and quanto in bfloat16. The graph has, as everywhere, ``x · (codes · scale)``: the same number, rounded in another
+    place.
     """
-    if " int8 " not in row:
+    return " int8 " in row or "quanto bfloat16" in row
+
+
+def near(expected: torch.Tensor, found: torch.Tensor, row: str) -> bool:
+    """Compare bits; of kernels that scale after the product up to the rounding of a float32, or bfloat16, sum in each of one layer's linears."""
+    if not scales_after(row):
         return torch.equal(expected, found)
     allowed = 1e-6 if "float32" in row else 3e-2
     return float((expected - found).abs().max()) <= allowed * float(expected.abs().max())
@@ -95,9 +110,16 @@ def in_float64(name: str, mine: lora_fx.TracedGraphModule, directory: Path) -> A
     """Return PEFT's wrapping of the dense values of a quantised graph, computing in float64, with equal factors."""
     model = type(MODELS[name][0]()).from_pretrained(saved(name, torch.float32, directory))
     model.load_state_dict(lora_fx.dequantise(lora_fx.unload(mine)).state_dict(), strict=False)
+    if name == "mixtral":  # torch's grouped product takes no float64
+        model.set_experts_implementation("eager")
     exact = wrapped(name, model)
     set_factors(exact)
     return exact.double()
+
+
+def apart(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    """Return the largest difference of a tensor, as a part of its largest element."""
+    return max(float((found[key] - exact[key]).abs().max() / exact[key].abs().max()) for key in exact)
 
 
 def test_logits_and_gradients_equal_those_of_peft(row: str, tmp_path: Path) -> None:
@@ -115,30 +137,46 @@ def test_logits_and_gradients_equal_those_of_peft(row: str, tmp_path: Path) -> N
         model = in_float64("t5", mine, tmp_path)
         exact = model(**inputs).logits
         truth = {"logits": exact, **gradients(model, exact)}
-        theirs_off, mine_off = (
-            max(float((each[key] - truth[key]).abs().max() / truth[key].abs().max()) for key in truth)
-            for each in ({"logits": expected, **wanted}, {"logits": found, **given})
-        )
-        assert mine_off <= theirs_off, (mine_off, theirs_off)
+        assert apart({"logits": found, **given}, truth) <= apart({"logits": expected, **wanted}, truth)
         return
     assert near(expected, found, row)
     assert [key for key in wanted if not near(wanted[key], given[key], row)] == []
 
 
-def test_thirty_steps_of_training_end_in_the_factors_of_peft(row: str) -> None:
-    inputs, ends = batch(row.split()[0]), []
-    for module in map(copy.deepcopy, made(row)):
-        factors = [parameter for name, parameter in module.named_parameters() if ".lora_" in name]
-        optimizer = torch.optim.AdamW(factors, lr=1e-2)
-        for _ in range(30):
-            optimizer.zero_grad()
-            module(**inputs).logits.float().logsumexp(-1).mean().backward()
-            optimizer.step()
-        ends.append(factors)
-    if " int8 " in row:  # of which Adam makes more than a rounding
-        assert all(torch.allclose(*pair, rtol=0, atol=0.1) for pair in zip(*ends, strict=True))
-    else:
-        assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+def trained(module: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return by how much 30 steps change the factors of a module, one after another; it gets the old ones back."""
+    factors = [parameter for name, parameter in sorted(module.named_parameters()) if ".lora_" in name]
+    before = [parameter.detach().clone() for parameter in factors]
+    optimizer = torch.optim.AdamW(factors, lr=1e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        logits = module(**inputs).logits
+        (logits if logits.dtype == torch.float64 else logits.float()).logsumexp(-1).mean().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    changes = [(parameter.detach() - old).double().flatten() for parameter, old in zip(factors, before, strict=True)]
+    with torch.no_grad():
+        for parameter, old in zip(factors, before, strict=True):
+            parameter.copy_(old)
+    return torch.cat(changes)
+
+
+def test_thirty_steps_of_training_end_in_the_factors_of_peft(row: str, tmp_path: Path) -> None:
+    """Bits. Where a library scales after the product, roundings are others, of which Adam makes more than a rounding.
+
+    There the graph ends as near to float64 as PEFT's model, up to chance. Of T5 in bfloat16, which Adam takes far, PEFT's is off by 0.156
+    of all changes, the graph by 0.129, and they are apart by 0.202, as two independent roundings are.
+    """
+    theirs, mine = made(row)
+    inputs = batch(row.split()[0])
+    expected, found = trained(theirs, inputs), trained(mine, inputs)
+    if not scales_after(row):
+        assert torch.equal(expected, found)
+        return
+    exact = trained(in_float64(row.split()[0], mine, tmp_path), inputs)
+    mine_off, theirs_off = (float((each - exact).norm() / exact.norm()) for each in (found, expected))
+    assert mine_off <= 1.25 * theirs_off, (mine_off, theirs_off)
+    assert mine_off <= (0.2 if "bfloat16" in row else 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +206,7 @@ def test_layers_that_compute_in_another_dtype_equal_those_of_peft(case: str, tmp
     lora_fx.verify(mine, lora_fx.fold(mine), batch("gpt2"))
 
 
+@pytest.mark.parametrize("row", rows(EACH, REPRESENTATIVES))
 def test_requantised_codes_equal_those_of_pefts_merge(row: str) -> None:
     theirs, mine = made(row)
     merged = quantised_layers(copy.deepcopy(theirs).merge_and_unload()).weights
@@ -406,41 +445,74 @@ class Int8Tensor(torch.Tensor):
 
 
 class HQQLinear(nn.Module):
-    """As HQQ's: codes, scales and zero points in a mapping."""
+    """As HQQ's: codes, scales and zero points in a mapping, and a bias that is no parameter."""
 
     compute_dtype = torch.float32
 
     def __init__(self, codes: torch.Tensor, meta: dict[str, Any], bias: torch.Tensor) -> None:
         super().__init__()
-        self.W_q, self.bias, self.meta = nn.Parameter(codes, requires_grad=False), nn.Parameter(bias), meta
+        self.W_q, self.bias, self.meta = nn.Parameter(codes, requires_grad=False), bias, meta
 
-    def unpack(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.W_q.to(dtype).reshape(-1, self.meta["group_size"])
+    def unpack(self, reshape: bool = False, dtype: torch.dtype | None = None) -> torch.Tensor:
+        assert not reshape
+        return self.W_q.to(dtype or self.compute_dtype).reshape(-1, self.meta["group_size"])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dense = (self.unpack(torch.float32) - self.meta["zero"]) * self.meta["scale"]
-        return nn.functional.linear(x, dense.reshape(self.meta["shape"]), self.bias)
+        groups = self.meta["shape"][0] * self.meta["shape"][1] // self.meta["group_size"]
+        dense = (self.unpack()[:groups] - self.meta["zero"]) * self.meta["scale"]
+        out = x @ dense.reshape(self.meta["shape"]).t()
+        out += self.bias
+        return out
+
+
+class WeightQBytesTensor(Int8Tensor):
+    """As quanto's: codes and scales under other names."""
+
+    axis, qtype = 0, "qint8"
+
+    def __init__(self, qdata: torch.Tensor, scale: torch.Tensor, *_: object) -> None:
+        super().__init__(qdata, scale)
+        self._data, self._scale = qdata, scale
+
+
+class QLinear(nn.Linear):
+    """As quanto's."""
+
+    activation_qtype = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.weight._scale * self.weight._data).t() + self.bias  # type: ignore[operator]
 
 
 def test_layers_of_other_libraries_are_read_by_their_classes() -> None:
     scheme = UniformScheme(8)
-    first = nn.Linear(24, 16)
+    first, third = nn.Linear(24, 16), QLinear(12, 10)
     codes = scheme.quantise(first.weight)
     first.weight = nn.Parameter(Int8Tensor(codes["codes"], codes["scale"]), requires_grad=False)
-    meta = {"nbits": 4, "group_size": 8, "axis": 1, "shape": (12, 16)}
-    meta |= {"scale": torch.rand(24, 1) + 0.1, "zero": torch.rand(24, 1) * 15}
-    second = HQQLinear(torch.randint(0, 16, (24, 8), dtype=torch.uint8), meta, torch.randn(12))
-    model = nn.Sequential(first, nn.Tanh(), second)
+    meta = {"nbits": 3, "group_size": 8, "axis": 1, "shape": (12, 16), "packing": "3bit_32", "view_as_float": False}
+    meta |= {"scale": torch.rand(24, 1) + 0.1, "zero": torch.rand(24, 1) * 7, "quant_scale": False, "quant_zero": False}
+    packed = torch.randint(0, 8, (30, 8), dtype=torch.uint8)  # with six groups of filling
+    second = HQQLinear(packed, meta, torch.randn(12))
+    codes = scheme.quantise(third.weight)
+    third.weight = nn.Parameter(WeightQBytesTensor(codes["codes"], codes["scale"]), requires_grad=False)
+    model = nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), third)
     x = torch.randn(5, 24)
-    graph = lora_fx.rewrite(model, ["0", "2"], rank=3, example_inputs=(x,))
+    graph = lora_fx.rewrite(model, ["0", "2", "4"], rank=3, example_inputs=(x,))
     torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(graph.get_parameter("2.bias"), second.bias)
     schemes = {name: str(graph.get_parameter(name)) for name in quantised_names(graph)}
     assert "in int8 " in schemes["0.weight"]
-    assert "in hqq-int4:8:asymmetric " in schemes["2.weight"]
+    assert "in hqq-int3:8:asymmetric " in schemes["2.weight"]
+    assert "in int8:rows " in schemes["4.weight"]
     with pytest.raises(
-        lora_fx.FoldError, match=r"'2.weight' cannot be quantised again: hqq-int4:8:asymmetric: hqq chooses"
+        lora_fx.FoldError, match=r"'2.weight' cannot be quantised again: hqq-int3:8:asymmetric: hqq chooses"
     ):
         lora_fx.fold(graph, quantised="requantise")
+    meta["nbits"] = 1
+    with pytest.raises(
+        lora_fx.TraceError, match=r"'2' is a HQQLinear with 1 bits, packing '3bit_32' .* expected 2 to 8 bits"
+    ):
+        lora_fx.trace(model, (x,))
 
 
 def test_layers_that_quantise_their_input_or_are_not_known_are_refused_by_name() -> None:

@@ -121,8 +121,5 @@ def minor_factors(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.
 
 
 def casts_first(weight: torch.Tensor) -> bool:
-    """Tell whether PEFT casts an update before the sum: its layers for 4 bits do, all others add in the wider dtype."""
-    if not isinstance(weight, QuantisedWeight):
-        return False
-    scheme = weight.scheme
-    return isinstance(scheme, CodebookScheme) or scheme.method != "rounding"
+    """Tell whether PEFT casts an update before the sum: its layers for bitsandbytes do, all others add in the wider dtype."""
+    return isinstance(weight, QuantisedWeight) and isinstance(weight.scheme, CodebookScheme)

@@ -42,6 +42,15 @@ class CastingLinear(nn.Linear):
         return nn.functional.linear(input.to(dtype), self.weight, bias).to(input.dtype)
 
 
+class AddingLinear(nn.Linear):
+    """A linear layer that adds its bias to the rounded product, as HQQ and quanto do."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return ``x W^T``, plus the bias."""
+        product = nn.functional.linear(input, self.weight)
+        return product if self.bias is None else product + self.bias
+
+
 @dataclass(frozen=True)
 class QuantisedLayers:
     """The quantised layers of a model.
@@ -177,9 +186,14 @@ def _of_hqq(module: Any) -> QuantisedWeight:
     meta = module.meta
     if meta.get("quant_scale") or meta.get("quant_zero") or meta["axis"] != 1:
         raise _Unreadable(f" with axis {meta['axis']} or quantised scales, expected axis 1 and plain scales")
+    if meta.get("view_as_float") or not meta.get("packing") or not 2 <= meta["nbits"] <= 8:
+        raise _Unreadable(
+            f" with {meta['nbits']} bits, packing {meta.get('packing')!r} and view_as_float {bool(meta.get('view_as_float'))}, expected 2 to 8 "
+            "bits, a packing and view_as_float False"
+        )
     rows, columns = meta["shape"]
     group = meta["group_size"] or columns
-    codes = module.unpack(dtype=torch.uint8).reshape(rows, columns)
+    codes = module.unpack(dtype=torch.uint8).reshape(-1)[: rows * columns].reshape(rows, columns)  # 3 bits end in zeros
     scale, zero = (meta[name].reshape(rows, -1) for name in ("scale", "zero"))
     scheme = UniformScheme(
         meta["nbits"], group if group != columns else None, symmetric=False, scales="weight", method="hqq"
@@ -245,6 +259,9 @@ _READERS: Mapping[str, Callable[[Any], QuantisedWeight]] = {
     "QLinear": _of_quanto,
 }
 """Readers of layers, by the names of their classes."""
+
+_ADDING = frozenset({"HQQLinear", "QLinear"})
+"""Layers that add their bias to the rounded product."""
 
 _TENSOR_READERS: Mapping[str, Callable[[Any], QuantisedWeight]] = {
     "Int8Tensor": _of_int8_tensor,
@@ -348,8 +365,11 @@ def checked_beside_library(
 
 
 def _linear(module: nn.Module, weight: QuantisedWeight) -> nn.Linear:
-    bias = module._parameters.get("bias")
-    linear = CastingLinear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    bias = getattr(module, "bias", None)
+    if bias is not None and not isinstance(bias, nn.Parameter):  # HQQ's is a tensor
+        bias = nn.Parameter(bias, requires_grad=False)
+    kind = AddingLinear if type(module).__name__ in _ADDING else CastingLinear
+    linear = kind(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.register_parameter("bias", bias)
     linear.train(module.training)
