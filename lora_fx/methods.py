@@ -20,6 +20,7 @@ from lora_fx.adapters.activate import activate, tell_waiting
 from lora_fx.adapters.peft_format.opening import read_adapter
 from lora_fx.adapters.peft_format.save_load import with_adapter, write_adapter_files
 from lora_fx.adapters.recorded import free_names, with_training
+from lora_fx.adapters.row_selection import activate_by_row
 from lora_fx.branches.lower import is_fused
 from lora_fx.branches.remove import plain_graph
 from lora_fx.branches.tied_copies import untied_copies
@@ -27,6 +28,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.folding.fold import folded_state
 from lora_fx.generation import generator
 from lora_fx.graph.adapter_names import adapters, original_name
+from lora_fx.graph.adapter_rows import ADAPTER_NAMES
 from lora_fx.graph.cached_graphs import has_cache
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import CHECKPOINTING_SPELLING, EMBEDDINGS, PEFT_SPELLING, known_info, with_info
@@ -70,7 +72,8 @@ def can_generate(graph_module: TracedGraphModule) -> bool:
 def generate(graph_module: TracedGraphModule, *args: Any, **options: Any) -> Any:
     """Generate tokens by the model's own ``generate``, with the weights as they are folded at the start of the call.
 
-    A graph that was traced with ``cache=True`` computes them itself: see :func:`lora_fx.generation.generator`.
+    A graph that was traced with ``cache=True`` computes them itself: see :func:`lora_fx.generation.generator`. It takes ``adapter_names``
+    too, the adapter of each row.
 
     A model of the traced class is made for the call, in evaluation mode. It shares the weights that no adapter changes; the others
     are in memory twice until the call returns, and nothing is kept. The graph may have labels.
@@ -84,8 +87,15 @@ def generate(graph_module: TracedGraphModule, *args: Any, **options: Any) -> Any
         LoraFxError: the class of the model is code of a hub, or its config makes another model.
         FoldError: the branches cannot be folded.
     """
+    named = options.get(ADAPTER_NAMES) is not None
     if has_cache(graph_module):
-        return generator(graph_module).generate(*args, **options)
+        by_row = named and not known_info(graph_module).by_row
+        return generator(activate_by_row(graph_module) if by_row else graph_module).generate(*args, **options)
+    if named or known_info(graph_module).by_row:
+        raise LoraFxError(
+            f"{ADAPTER_NAMES}: expected a graph with a key-value cache, got one without, whose weights would be folded for all rows alike. "
+            "Rewrite the model or load the adapters with cache=True."
+        )
     model: Any = double_over(graph_module, folded_state(graph_module, unshare=True), _turned(graph_module)).eval()
     return model.generate(*args, **options)
 

@@ -11,13 +11,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from architectures import ARCHITECTURES, inputs, model, rows, traced
+from architectures import ARCHITECTURES, build, inputs, model, rows, traced
 from conftest import unchanged
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_fx
 from lora_fx.graph.adapter_names import is_of_adapter
+from lora_fx.graph.cached_graphs import CachedGraphs
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -55,9 +56,7 @@ IDS = torch.tensor([[3, 0, 10, 4, 1], [2, 2, 9, 7, 5], [8, 1, 0, 0, 6], [5, 5, 5
 IMAGES = torch.linspace(-1, 1, 5 * 3 * 6 * 8).reshape(5, 3, 6, 8)
 
 
-def both(
-    base: nn.Module, onto: Any, configs: Mapping[str, Mapping[str, Any]], **more: Any
-) -> tuple[Any, lora_fx.TracedGraphModule]:
+def both(base: nn.Module, onto: Any, configs: Mapping[str, Mapping[str, Any]], **more: Any) -> tuple[Any, Any]:
     """Return PEFT's model and a graph with these adapters, of equal random factors."""
     graph, wrapped = onto, None
     for adapter, settings in configs.items():
@@ -74,11 +73,12 @@ def both(
         for name, p in wrapped.named_parameters()
     }
     torch.manual_seed(3)
-    for name, parameter in graph.named_parameters():
+    whole = graph.first if isinstance(graph, CachedGraphs) else graph
+    for name, parameter in whole.named_parameters():
         if is_of_adapter(name):
             parameter.data.normal_(std=0.3)
             theirs[name].data.copy_(parameter.data)
-    return wrapped.eval(), graph.eval()
+    return wrapped.eval(), graph if isinstance(graph, CachedGraphs) else graph.eval()
 
 
 def settings(first: Sequence[str], second: Sequence[str], **more: Any) -> dict[str, dict[str, Any]]:
@@ -175,3 +175,29 @@ def test_passes_that_change_adapters_take_the_graph_from_which_it_was_made(two: 
             refused(by_row)  # type: ignore[operator]
     with pytest.raises(lora_fx.PlanError, match=expected):
         lora_fx.activate(by_row, {"a": 1.0})
+
+
+@pytest.mark.parametrize("name", rows(("llama", "t5"), ("llama",)))
+def test_rows_generate_pefts_tokens_with_beams_and_without(name: str) -> None:
+    base, first = build(name, layers=1).eval(), ARCHITECTURES[name].target_modules
+    wrapped, graph = both(base, lora_fx.trace(base, cache=True), settings(first, first[:1]))
+    ids = torch.randint(3, 90, (4, 6))
+    names, given = NAMES[:4], {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False}
+    given |= {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0}
+    given |= {"decoder_start_token_id": 0} if name == "t5" else {}
+    by_row = lora_fx.generation.generator(lora_fx.activate_by_row(graph))
+    for more in ({}, {"num_beams": 3}):
+        expected = wrapped.generate(**given, **more, adapter_names=names)
+        assert torch.equal(by_row.generate(**given, **more, adapter_names=names), expected)
+        assert not torch.equal(wrapped.generate(**given, **more, adapter_names=["a"] * 4), expected)
+    for wrong, message in (
+        (names[:2], "expected 4 names, one for each row of 'input_ids', got 2"),
+        ("abab", "expected one of 'a', 'b', '__base__' for each row, got 'abab'"),
+    ):
+        with pytest.raises(lora_fx.InputError, match=message):
+            by_row.generate(**given, adapter_names=wrong)
+    if name == "llama":
+        assert torch.equal(graph.generate(**given, adapter_names=names), by_row.generate(**given, adapter_names=names))
+        flat, _ = both(base, lora_fx.trace(base, inference=True), settings(first, first[:1]))[::-1]
+        with pytest.raises(lora_fx.LoraFxError, match="adapter_names: expected a graph with a key-value cache"):
+            flat.generate(**given, adapter_names=names)

@@ -12,23 +12,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import overload
 
 import torch
 from torch import fx
 
 from lora_fx.adapters.activate import at_rest
 from lora_fx.adapters.branch_nodes import Rows, write_branches
-from lora_fx.adapters.recorded import record_of, recorded_plan, trained_of
+from lora_fx.adapters.recorded import plan_branches, record_of, recorded_plan, trained_of
 from lora_fx.errors import PlanError
 from lora_fx.graph.adapter_rows import AdapterRows, RowCheck
 from lora_fx.graph.adapter_states import adapters_as_added
-from lora_fx.graph.cached_graphs import check_whole
+from lora_fx.graph.cached_graphs import CachedGraphs, check_whole
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
 from lora_fx.graph.info import info_of
 from lora_fx.graph.invariants import PLAIN, checked_by
+from lora_fx.graph.joined_graphs import apart, joined
 from lora_fx.graph.records import BranchSpec
 from lora_fx.graph.signature import let_choose_rows
-from lora_fx.planning.plan import Plan
+from lora_fx.planning.plan import Plan, owners_of
+from lora_fx.sites.call_sites import sites
 from lora_fx.sites.weight_ops import weight_op
 
 aten = torch.ops.aten
@@ -38,7 +41,17 @@ _CHECK = "input_checks.rows"
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
 
 
-def activate_by_row(graph_module: fx.GraphModule, adapters: Sequence[str] | None = None) -> TracedGraphModule:
+@overload
+def activate_by_row(graph_module: CachedGraphs, adapters: Sequence[str] | None = None) -> CachedGraphs: ...
+
+
+@overload
+def activate_by_row(graph_module: fx.GraphModule, adapters: Sequence[str] | None = None) -> TracedGraphModule: ...
+
+
+def activate_by_row(
+    graph_module: fx.GraphModule | CachedGraphs, adapters: Sequence[str] | None = None
+) -> TracedGraphModule | CachedGraphs:
     """Return a new graph that takes ``adapter_names``: for each row of the batch the adapter that acts there.
 
     ``graph(**batch, adapter_names=["style", "facts", "__base__"])`` computes the first row with ``style``, the second with ``facts``,
@@ -47,7 +60,7 @@ def activate_by_row(graph_module: fx.GraphModule, adapters: Sequence[str] | None
     the graph from which it was made. The parameters are shared with ``graph_module``, which is not changed.
 
     Args:
-        graph_module: made by lora_fx, with adapters.
+        graph_module: made by lora_fx, with adapters; or the graphs of an encoder-decoder model with a cache.
         adapters: that rows may have; by default all that the graph has.
 
     Raises:
@@ -55,29 +68,29 @@ def activate_by_row(graph_module: fx.GraphModule, adapters: Sequence[str] | None
             that of the batch.
         FoldError: a branch cannot be taken out without changing something else.
     """
+    if isinstance(graph_module, CachedGraphs):
+        rest = apart(at_rest(joined(graph_module)), graph_module)
+        return CachedGraphs(**{part: _by_row(each, adapters) for part, each in rest.parts.items()}).sharing()
     check_whole(graph_module)
-    base = at_rest(graph_module)
+    return _by_row(at_rest(graph_module), adapters)
+
+
+def _by_row(base: TracedGraphModule, adapters: Sequence[str] | None) -> TracedGraphModule:
     names = adapters_as_added(base) if adapters is None else tuple(dict.fromkeys(adapters))
     if not names:
         raise PlanError("expected a graph with adapters, got one without. Add them with lora_fx.load_adapter.")
-    plans = {name: recorded_plan(base, name, base, strength=1.0) for name in names}
     for name in names:
         _check_is_lora(base, name)
+    plans = {name: _plan(base, name) for name in names}
     graph, _ = copy_graph(base.graph)
     source, size = _batch(graph)
     merged = _merged(graph, plans, size)
-    state = state_of(base)
     numbers = let_choose_rows(graph, AdapterRows(names))
-    state = state.with_modules({_CHECK: RowCheck(str(source.target), names)})
-    behind = [node for node in graph.nodes if node.op == "placeholder"][-1].next
-    found: dict[str, Rows] = {}
-    with graph.inserting_before(behind):
+    state = state_of(base).with_modules({_CHECK: RowCheck(str(source.target), names)})
+    with graph.inserting_before(numbers.next):
         graph.call_module(_CHECK, (numbers, source))
         batch = graph.call_function(aten.sym_size.int, (numbers, 0))
-        for number, name in enumerate(names):
-            mine = graph.call_function(aten.eq.Scalar, (numbers, number))
-            indices = graph.call_function(aten.nonzero.default, (mine,))
-            found[name] = Rows(graph.call_function(aten.squeeze.dim, (indices, 1)), batch, merged)
+        found = {name: Rows(_indices(graph, numbers, number), batch, merged) for number, name in enumerate(names)}
     ends: dict[str, fx.Node] = {}
     for name, plan in plans.items():
         write_branches(graph, plan, state, name, ends, found[name])
@@ -85,6 +98,22 @@ def activate_by_row(graph_module: fx.GraphModule, adapters: Sequence[str] | None
     info = replace(info_of(base), by_row=names)
     made = rebuilt(base, graph, state=state, info=info, training=False, trainable=frozenset())
     return checked_by(made, "by row", PLAIN)
+
+
+def _plan(base: TracedGraphModule, adapter: str) -> Plan:
+    """Return the plan of an adapter; for a part of a model, of its branches there."""
+    if not info_of(base).part:
+        return recorded_plan(base, adapter, base, strength=1.0)
+    record = record_of(base, adapter)
+    here = {owner for site in sites(base) for owner in owners_of(site)}
+    branches = {key: each for key, each in record.branches.items() if each[1].owner in here}
+    return plan_branches(base, adapter, branches, (), origin=record.origin)
+
+
+def _indices(graph: fx.Graph, numbers: fx.Node, number: int) -> fx.Node:
+    """Write the indices of the rows that have a number."""
+    mine = graph.call_function(aten.eq.Scalar, (numbers, number))
+    return graph.call_function(aten.squeeze.dim, (graph.call_function(aten.nonzero.default, (mine,)), 1))
 
 
 def _check_is_lora(graph_module: TracedGraphModule, adapter: str) -> None:

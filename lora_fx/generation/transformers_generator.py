@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
 from lora_fx.errors import InputError
+from lora_fx.graph.adapter_rows import ADAPTER_NAMES, check_count
 from lora_fx.graph.cached_graphs import (
     PAST,
     PRESENT,
@@ -24,6 +25,38 @@ from lora_fx.graph.cached_graphs import (
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.graph.info import info_of
 from lora_fx.graph.signature import signature_of
+
+
+class _RowNames:
+    """The adapters of the rows of the batch that a call of ``generate`` is given; nothing where it names none."""
+
+    def __init__(self) -> None:
+        self.names: Any = None
+
+    def take(self, names: Any, rows: Any, name: str, adapters: Sequence[str]) -> None:
+        """Take the names of a call.
+
+        Args:
+            names: for each row; None for all calls that name none.
+            rows: the input whose rows are meant.
+            name: of that input.
+            adapters: that the graph has for rows.
+
+        Raises:
+            InputError: there are more names than rows, or fewer, or no such input.
+        """
+        if names is not None and not isinstance(rows, torch.Tensor):
+            raise InputError(f"{ADAPTER_NAMES} was given without '{name}', whose rows have these adapters. Pass it.")
+        if isinstance(names, list | tuple):
+            check_count(len(names), rows.size(0), name, adapters)
+        self.names = names
+
+    def of(self, value: torch.Tensor) -> dict[str, Any]:
+        """Return them for a value whose rows are beams, or several sequences, of the rows of that batch."""
+        if not isinstance(self.names, list | tuple):  # none, or what the graph refuses
+            return {} if self.names is None else {ADAPTER_NAMES: self.names}
+        repeats = value.size(0) // max(1, len(self.names))
+        return {ADAPTER_NAMES: [name for name in self.names for _ in range(repeats)]}
 
 
 class Generator(nn.Module, GenerationMixin):
@@ -46,6 +79,7 @@ class Generator(nn.Module, GenerationMixin):
         self._graphs = tuple(graphs)
         self.config = graphs[0].config
         self.generation_config = generation_settings(graphs[0])
+        self._rows = _RowNames()
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +104,8 @@ class Generator(nn.Module, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as transformers' ``GenerationMixin.generate`` does, with a cache that grows; without gradients.
 
-        Whether the settings say ``use_cache`` is of no matter: a graph with a cache has no other way.
+        Whether the settings say ``use_cache`` is of no matter: a graph with a cache has no other way. Graphs of
+        :func:`~lora_fx.activate_by_row` take ``adapter_names``, a name for each row that is given; beams of a row have its adapter.
 
         Raises:
             InputError: attentions or hidden states are asked for, or a cache is given that does not keep all positions.
@@ -80,18 +115,23 @@ class Generator(nn.Module, GenerationMixin):
                 raise InputError(
                     f"{asked} was asked for, and a graph returns its logits and cache alone. Ask the model itself."
                 )
+        names = kwargs.pop(ADAPTER_NAMES, None)
         if kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = self.empty_cache()
         _check_grows(kwargs["past_key_values"])
         # With use_cache=False, transformers gives all tokens at every step, which the graph would take for new ones behind its past.
         kwargs |= {"use_cache": True, "cache_implementation": None}
         modes = {module: module.training for graph in self._graphs for module in graph.modules()}
+        given = next((kwargs[key] for key in ("inputs", self.main_input_name) if kwargs.get(key) is not None), None)
+        by_row = info_of(self._graphs[0]).by_row
+        self._rows.take(names, args[0] if args else given, self.main_input_name, by_row)
         try:
             for graph in self._graphs:
                 graph.eval()
             model: Any = self  # with what generate needs of a PreTrainedModel
             return GenerationMixin.generate(model, *args, **kwargs)
         finally:
+            self._rows.names = None
             for module, training in modes.items():
                 module.training = training
 
@@ -132,7 +172,7 @@ class CausalGenerator(Generator):
         if takes_positions(self.graph):
             counted = (mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.size(1) :]
             inputs["position_ids"] = counted if position_ids is None else position_ids
-        outputs = self.graph(**inputs)
+        outputs = self.graph(**inputs, **self._rows.of(input_ids))
         _put(cache, outputs[PRESENT])
         return CausalLMOutputWithPast(logits=outputs["logits"], past_key_values=cache)
 
@@ -148,7 +188,7 @@ class EncoderDecoderGenerator(Generator):
         super().__init__(tuple(graphs.parts.values()))
         self.graphs = graphs
         self.main_input_name = info_of(graphs.encoder).main_input
-        self.encoder = _Encoder(graphs.encoder, self.main_input_name)
+        self.encoder = _Encoder(graphs.encoder, self.main_input_name, self._rows)
         self._masked = "encoder_attention_mask" in signature_of(graphs.first.graph).inputs
 
     def empty_cache(self) -> Cache:
@@ -188,7 +228,7 @@ class EncoderDecoderGenerator(Generator):
         cache: Any = self.empty_cache() if past_key_values is None else past_key_values
         _check_grows(cache)
         hidden: Any = encoder_outputs.last_hidden_state
-        inputs: dict[str, Any] = {"input_ids": decoder_input_ids}
+        inputs: dict[str, Any] = {"input_ids": decoder_input_ids, **self._rows.of(decoder_input_ids)}
         if self._masked:
             ones = decoder_input_ids.new_ones(hidden.shape[:2])
             inputs["encoder_attention_mask"] = ones if attention_mask is None else attention_mask
@@ -206,8 +246,9 @@ class EncoderDecoderGenerator(Generator):
 class _Encoder(nn.Module):
     """An encoder as ``generate`` calls one: with its inputs by keyword."""
 
-    def __init__(self, graph: TracedGraphModule, main_input_name: str) -> None:
+    def __init__(self, graph: TracedGraphModule, main_input_name: str, rows: _RowNames) -> None:
         super().__init__()
+        self._rows = rows
         self.main_input_name = main_input_name
         self._graph = graph
         self._inputs = signature_of(graph.graph).inputs
@@ -221,7 +262,8 @@ class _Encoder(nn.Module):
     ) -> BaseModelOutput:
         mask = attention_mask if input_ids is None or attention_mask is not None else torch.ones_like(input_ids)
         given = {"input_ids": input_ids, "attention_mask": mask, "input_features": input_features}
-        return BaseModelOutput(**self._graph(**{name: given[name] for name in self._inputs}))
+        inputs: dict[str, Any] = {name: given[name] for name in self._inputs if name != ADAPTER_NAMES}
+        return BaseModelOutput(**self._graph(**inputs, **self._rows.of(inputs[self.main_input_name])))
 
 
 def _check_grows(cache: Cache) -> None:

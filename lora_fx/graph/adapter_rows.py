@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,6 +55,15 @@ class AdapterRows:
         return f"input '{ADAPTER_NAMES}': expected one of {', '.join(map(repr, (*self.adapters, BASE)))}"
 
 
+def check_count(names: int, rows: int, name: str, adapters: Sequence[str]) -> None:
+    """Raise :class:`InputError` unless there are as many names as an input of this name has rows."""
+    if names != rows:
+        raise InputError(
+            f"input '{ADAPTER_NAMES}': expected {rows} names, one for each row of '{name}', got {names}. The adapters are "
+            f"{listed(list(map(repr, adapters)), 20)}, and '{BASE}' for none."
+        )
+
+
 class RowCheck(nn.Module):
     """Raise :class:`InputError` unless there is an adapter for each row of an input, and the graph is in evaluation mode."""
 
@@ -71,11 +80,7 @@ class RowCheck(nn.Module):
             raise InputError(
                 f"{ADAPTER_NAMES} is for inference, and the graph is in training mode: call graph.eval(), or train one adapter at a time."
             )
-        if numbers.size(0) != value.size(0):
-            raise InputError(
-                f"input '{ADAPTER_NAMES}': expected {value.size(0)} names, one for each row of '{self.name}', got {numbers.size(0)}. The "
-                f"adapters are {listed(list(map(repr, self.adapters)), 20)}, and '{BASE}' for none."
-            )
+        check_count(numbers.size(0), value.size(0), self.name, self.adapters)
 
     def extra_repr(self) -> str:
         """Return the adapters, for the printed module."""
