@@ -19,6 +19,7 @@ from lora_fx.export.deliver import Exported, Options, deliver
 from lora_fx.export.onnx_input_checks import add_checks
 from lora_fx.export.onnx_names import Names, name_values, with_names
 from lora_fx.export.onnx_ops import attention, grouped_mm, onnx_package
+from lora_fx.export.onnx_opset import DEFAULT_OPSET, TRANSLATED, check_opset, set_opset
 from lora_fx.export.onnx_quantised import Product, products_of, store_quantised
 from lora_fx.export.onnx_slots import Slots
 from lora_fx.export.onnx_weights import store_transposed
@@ -48,6 +49,7 @@ def onnx(
     input_names: Names | None = None,
     output_names: Names | None = None,
     slots: bool = False,
+    opset: int = DEFAULT_OPSET,
     transpose_weights: bool = True,
     quantised: bool = False,
 ) -> Exported:
@@ -73,6 +75,7 @@ def onnx(
             themselves are not written. Without an adapter, the model computes the bits of the base; up to rounding where a slot
             stands between two operators that onnxruntime fuses at its higher optimisation levels (a product and the GELU or the
             layer norm behind it). It is compared without an adapter, and with a made-up one.
+        opset: version of ONNX's operators, 17 or later. By default the newest that releases of onnxruntime and TensorRT of the last year take.
         transpose_weights: store a matrix that a product alone reads, transposed, as the initializer ``<key>.T``, for tools that
             quantise or fuse products: they skip those behind a Transpose. The model's metadata maps the names to the keys
             (``lora_fx.transposed_weights``, a JSON object). False stores each weight under its key, as it is.
@@ -92,6 +95,7 @@ def onnx(
     for name in ("onnx", "onnx_ir", "onnxscript", *(["onnxruntime"] if verify else [])):
         onnx_package(name)
     Target(Path(path), overwrite).check()
+    check_opset(opset)
     previous = _data_beside(Path(path))
     products: Mapping[str, Product] = {}
     if quantised:
@@ -99,7 +103,7 @@ def onnx(
     with_slots = Slots.of(graph_module) if slots else None
     options = Options(overwrite, verify, tolerance, example_inputs)
     written = with_slots.probe if with_slots else graph_module
-    format = _Onnx(with_slots, options, transpose_weights, products, input_names, output_names)
+    format = _Onnx(with_slots, options, transpose_weights, products, input_names, output_names, opset)
     exported = deliver(format, written, path, options)
     _remove_unnamed(previous, exported.path)
     return exported
@@ -113,6 +117,7 @@ class _Onnx:
     products: Mapping[str, Product]
     input_names: Names | None
     output_names: Names | None
+    opset: int
     name = "ONNX"
 
     def prepared(self, exportable: Exportable) -> Exportable:
@@ -124,7 +129,7 @@ class _Onnx:
         step("exporting")
         program = export_plain(written)
         step("translating")
-        model = _translate(written, program)
+        model = _translate(written, program, max(self.opset, TRANSLATED))
         step("cleaning up")
         _clean_up(model)
         if self.products:
@@ -132,6 +137,7 @@ class _Onnx:
         if self.transpose_weights:
             store_transposed(model)
         add_checks(model, exportable.constraints, exportable.file_names)
+        set_opset(model, self.opset)
         name_values(model, exportable)
         if self.slots is not None:
             self.slots.register(model)
@@ -167,7 +173,7 @@ class _Onnx:
         return lambda inputs: run({**inputs, **values})
 
 
-def _translate(exportable: Exportable, program: torch.export.ExportedProgram) -> Any:
+def _translate(exportable: Exportable, program: torch.export.ExportedProgram, opset: int) -> Any:
     table: dict[Any, Callable[..., Any]] = {torch.ops.aten.scaled_dot_product_attention.default: attention}
     table |= {node.target: grouped_mm for node in grouped_products(program.graph)}
     try:
@@ -179,6 +185,7 @@ def _translate(exportable: Exportable, program: torch.export.ExportedProgram) ->
                 # Its optimiser loses the names of weights: it folds transposes, merges equal tensors, drops zeros.
                 optimize=False,
                 output_names=list(exportable.outputs),
+                opset_version=opset,
                 custom_translation_table=table,
             )
     except Exception as error:
