@@ -229,7 +229,7 @@ def test_what_is_not_drawn_leaves_what_out_names_as_it_was(directory: Path, tmp_
 def test_errors_are_one_message_and_a_status(directory: Path, tmp_path: Path) -> None:
     assert "did you mean 'llama'" in refused(directory, "--rules", "lama")
     assert "graph.pdf: a picture is a file, and one of .dot, .html," in refused(
-        directory, "--out", tmp_path / "graph.pdf", code=5
+        directory, "--out", tmp_path / "graph.pdf", code=2
     )
     assert "Nothing is downloaded" in refused("meta-llama/Llama-3")
     assert "Nothing is downloaded" in refused(tmp_path)

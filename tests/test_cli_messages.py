@@ -50,8 +50,32 @@ def lora(*arguments: object, code: int = 0) -> str:
         (2, ["plan", "llama", "--rnk", "4"], "No such option"),
         (2, ["fold", "llama", "adapter"], "name the base, one adapter or more"),
         (2, ["fold", "llama", "adapter", "adapter"], "Was OUT_DIR forgotten?"),
+        (2, ["draw", "llama", "--out", "x.foo"], "x.foo: a picture is a file, and one of .dot"),
+        (
+            2,
+            ["export", "llama", "x.pt", "--slots"],
+            "x.pt: --slots writes ONNX, and the name says torchscript: call it .onnx",
+        ),
         (3, ["plan", "nowhere"], "expected a model directory"),
         (3, ["plan", "llama", "--rules", "lama"], "there are no rules of this name"),
+        (
+            3,
+            ["plan", "llama", "--rules", "q_proj"],
+            'of this name; names of modules stand in a .toml file: [[select]] target = ["q_proj"]. For any',
+        ),
+        (
+            3,
+            ["plan", "llama", "--rules", "adapter"],
+            "--rules adapter: there are no rules of this name, and the directory is no .toml",
+        ),
+        (3, ["rules", "mine.toml"], "expected a name of rules, got the path of some"),
+        (
+            3,
+            ["inspect", "adapter/adapter_config.json"],
+            "adapter_config.json: expected a directory with adapter_config.json, or a safetensors file",
+        ),
+        (3, ["inspect", "cut.safetensors"], "error: cut.safetensors: is cut off, or no safetensors file"),
+        (3, ["export-adapter", "adapter", "taken.svg", "out"], "taken.svg"),
         (3, ["inspect", "llama"], "expected a PEFT adapter"),
         (3, ["fold", "llama", "adapter", "out"], "the adapter was trained on T5"),
         (3, ["draw", "llama", "--module", "model.layers.7"], "no module 'model.layers.7'"),
@@ -65,6 +89,7 @@ def test_exit_codes_tell_a_script_what_to_look_at(
 ) -> None:
     monkeypatch.chdir(root)
     (root / "taken.svg").touch()
+    (root / "cut.safetensors").touch()
     if "bert" in arguments:
         build("bert", layers=1).save_pretrained(root / "bert")
     assert said in " ".join(lora(*arguments, code=code).replace("│", " ").split())

@@ -14,7 +14,7 @@ import typer
 from lora_fx.cli.console import errors, help_end, reported
 from lora_fx.cli.options import ExampleInputsFile, Overwrite, Rank, Rules, RulesDirectories, inputs
 from lora_fx.cli.printing import remark, shown
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import ExportError, LoraFxError
 
 HELP_END = help_end(
     "lora-fx draw config.json",
@@ -69,11 +69,11 @@ def draw(
 
     html is a page to look around in, which needs no network. text shows which projections of which layers get a branch.
     """
-    from lora_fx.drawing.draw import FORMATS, describe_model, format_of, in_words, save, within
+    from lora_fx.drawing.draw import FORMATS, describe_model, in_words, save, within
     from lora_fx.files.target import Target
 
     with reported():
-        name = format.value if format is not None else "text" if out is None else format_of(out)
+        name = format.value if format is not None else "text" if out is None else _format_named(out)
         if out is None and name in ("html", "svg", "png"):
             raise typer.BadParameter(f"--out names the file that the {name} is written to")
         if out is not None:
@@ -101,6 +101,18 @@ def draw(
         print(_escaped(name, content))
     else:
         remark(f"{out}: {in_words(description)}")
+
+
+def _format_named(out: Path) -> str:
+    """Return the format that a path names; a name without one is an error of usage, as for exports."""
+    from lora_fx.drawing.draw import format_of
+
+    try:
+        return format_of(out)
+    except ExportError as error:
+        if out.is_dir():
+            raise
+        raise typer.BadParameter(str(error)) from error
 
 
 def _escaped(format_name: str, content: str) -> str:

@@ -26,7 +26,7 @@ from lora_fx.cli.options import (
     strengths_of,
 )
 from lora_fx.cli.printing import remark
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import ExportError, LoraFxError
 
 if TYPE_CHECKING:  # torch and transformers are slow to import, and `--help` needs neither
     from lora_fx.adapters.peft_format.opening import AdapterFiles
@@ -235,10 +235,15 @@ def export_adapter(
     pairs = list(zip(adapters, strengths_of(adapters, strength), strict=True))
 
     import lora_fx
+    from lora_fx.export.onnx_adapter_file import read_slots
 
     with reported():
         if not model.is_file():
             raise LoraFxError(f"{model}: expected an ONNX model with slots, which lora-fx export --slots writes.")
+        try:
+            read_slots(model)
+        except ExportError as error:  # of an input, where an export has one of its output
+            raise LoraFxError(str(error)) from error
         exported = lora_fx.export.onnx_adapter_from_peft(
             pairs, model, out, strict=strict, ignore_config_keys=ignore_config_key or (), overwrite=overwrite
         )
@@ -283,18 +288,24 @@ def _is_encoder_decoder(model: Path) -> bool:
 _NO_SLOTS = "--slots writes ONNX, without any adapter: leave out --format, --branched and --strength"
 
 
+_FORMATS = {".onnx": ExportFormat.onnx, ".pt": ExportFormat.torchscript, ".pt2": ExportFormat.pt2}
+
+
 def _export_format(format: ExportFormat | None, out: Path, *, slots: bool) -> ExportFormat:
+    named = _FORMATS.get(out.suffix)
     if slots:
         if format not in (None, ExportFormat.onnx):
             raise typer.BadParameter(_NO_SLOTS)
-        return ExportFormat.onnx
-    if format is None:
-        named = {".onnx": ExportFormat.onnx, ".pt": ExportFormat.torchscript, ".pt2": ExportFormat.pt2}.get(out.suffix)
-        if named is None:
+        if format is None and named is not None and named is not ExportFormat.onnx:
             raise typer.BadParameter(
-                f"{out}: its name says no format (.onnx, .pt for TorchScript, .pt2): name a format by --format, torchscript, onnx or pt2"
+                f"{out}: --slots writes ONNX, and the name says {named.value}: call it .onnx, or give --format onnx"
             )
-        return named
+        return ExportFormat.onnx
+    chosen = format or named
+    if chosen is None:
+        raise typer.BadParameter(
+            f"{out}: its name says no format (.onnx, .pt for TorchScript, .pt2): name a format by --format, torchscript, onnx or pt2"
+        )
     if format is ExportFormat.pt2 and out.suffix != ".pt2":
         raise typer.BadParameter(f"{out}: torch.export loads files whose names end in .pt2")
-    return format
+    return chosen

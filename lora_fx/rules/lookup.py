@@ -129,6 +129,8 @@ def file_of(name: str, directories: Sequence[str | Path] = ()) -> Path:
     """
     if name in ("auto", "all-linear", "all-conv"):
         raise RuleError(_named(name), ["these follow from the model, and have no file"])
+    if name.endswith((".toml", ".json")):
+        raise RuleError(_named(name), ["expected a name of rules, got the path of some"])
     found = _find(name, folders := _folders(directories))
     return Path(found.source) if found is not None else _unknown(name, folders)
 
@@ -176,6 +178,14 @@ def _unknown(name: str, folders: Sequence[Path]) -> NoReturn:
     near = did_you_mean(name, {"auto", "all-linear", "all-conv", *(n for known in names.values() for n in known)})
     built_in = ", ".join(names.pop(directory()))
     further = "".join(f"; in {folder}: {', '.join(known)}" for folder, known in names.items())
+    if Path(name).exists():
+        what = "directory" if Path(name).is_dir() else "file"
+        raise RuleError(_named(name), [f"there are no rules of this name, and the {what} is no .toml or .json file"])
+    listing = option(
+        f"names of modules are a list, [{name!r}]",
+        f'names of modules stand in a .toml file: [[select]] target = ["{name}"]',
+    )
+    near = near or f"; {listing}"
     problem = (
         f"there are no rules of this name{near}. For any model: auto, all-linear, all-conv, or a path (.toml, or .json of PEFT); "
         f"built in: {built_in}{further}"

@@ -88,7 +88,7 @@ def stored(path: Path) -> tuple[Mapping[str, str], dict[str, AdapterTensor]]:
     try:
         file = TensorFile.open(path)
     except LoraFxError as error:
-        raise AdapterError(str(path.parent), [str(error)]) from error
+        raise AdapterError(str(path), [str(error).removeprefix(f"{path} ")]) from error
     entries = {
         key: AdapterTensor(entry.dtype, entry.shape, partial(file.read, key)) for key, entry in file.entries.items()
     }

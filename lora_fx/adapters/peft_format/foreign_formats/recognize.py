@@ -40,7 +40,13 @@ def read_foreign(path: Path, ignored: Collection[str] = ()) -> ForeignFile | Non
 
 
 def _read(path: Path, ignored: Collection[str]) -> ForeignFile:
-    metadata, entries = stored(path)
+    try:
+        metadata, entries = stored(path)
+    except AdapterError as error:
+        if path.suffix == ".safetensors":
+            raise
+        problem = f"expected a directory with {CONFIG_NAME}, or a safetensors file in diffusers' or kohya's form"
+        raise AdapterError(str(path), [problem]) from error
     if not entries:
         raise AdapterError(str(path), ["expected the factors of an adapter, got a file without tensors"])
     if any(key.startswith(PREFIX) for key in entries):
