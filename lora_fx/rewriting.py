@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 from torch import nn
@@ -12,11 +13,12 @@ from lora_fx.adapters.attach import attach
 from lora_fx.adapters.starts import GivenStart
 from lora_fx.graph.cached_graphs import CachedGraphs
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
+from lora_fx.graph.info import info_of
 from lora_fx.graph.joined_graphs import through
 from lora_fx.planning.cautions import warn_of_fresh_head, warn_of_lower_ranks, warn_of_untying
 from lora_fx.planning.planner import plan_graph
 from lora_fx.progress import shown, step
-from lora_fx.rules.lookup import RulesLike, load, model_type_of
+from lora_fx.rules.lookup import RulesLike, has_prefix, load, model_type_of
 from lora_fx.rules.peft_config.argument_names import refusing_peft_names
 from lora_fx.rules.peft_config.rules import layers_of
 from lora_fx.tracing.model_state import unwrapped
@@ -149,7 +151,13 @@ def rewrite(
         warn_of_lower_ranks(plan)
         warn_of_untying(plan.trained, state_of(graph_module).names(), f"rules {plan.rules.name!r}")
         warn_of_fresh_head(plan, graph_module)
-        result = attach(graph_module, plan, adapter=adapter, seed=seed, start=start)
+        both = plan.prefix is not None and bool(getattr(ruleset, "select", ()))
+        result = attach(
+            graph_module, replace(plan, prefix=None) if both else plan, adapter=adapter, seed=seed, start=start
+        )
+        if both:
+            acts = info_of(result).adapters[adapter].acts
+            result = attach(result, plan.of_prefix, adapter=f"{adapter}-prefix", seed=seed, acts=acts)
         tell_waiting(result, adapter)
         return result
 
@@ -165,6 +173,8 @@ def rewrite(
                 labels=labels,
                 inference=inference,
                 cache=cache,
+                prefix=has_prefix(ruleset)
+                and not isinstance(given, TracedGraphModule),  # the plan refuses a graph by its rules
             ),
             attached,
         )

@@ -21,9 +21,9 @@ from hypothesis import HealthCheck, settings
 
 from lora_fx.errors import RuleError
 from lora_fx.rules.lookup import builtin, directory, load
-from lora_fx.rules.rule_file import FOREIGN_KEYS, Bounds, RuleSet, Selection, Setting
+from lora_fx.rules.rule_file import Bounds, RuleSet, Selection, Setting
 from lora_fx.rules.toml_lines import FILE_BYTES, toml_lines
-from lora_fx.rules.vocabulary import ROLES
+from lora_fx.rules.vocabulary import FOREIGN_KEYS, ROLES
 
 ROOT = Path(__file__).parent.parent
 FUZZED = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -15,9 +15,9 @@ from test_ruleset import VALIDATOR, paths
 
 from lora_fx.errors import RuleError
 from lora_fx.rules.lookup import directory, load
-from lora_fx.rules.rule_file import FOREIGN_KEYS, RuleSet, Selection
+from lora_fx.rules.rule_file import RuleSet, Selection
 from lora_fx.rules.toml_lines import toml_lines
-from lora_fx.rules.vocabulary import OPS, PARTS, ROLES
+from lora_fx.rules.vocabulary import FOREIGN_KEYS, OPS, PARTS, ROLES
 
 FUZZED = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

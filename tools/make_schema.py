@@ -37,6 +37,8 @@ def schema() -> str:
     """Return the schema as the text of a file."""
     made = RuleFile.model_json_schema(schema_generator=_OfToml)
     made["$defs"]["Selection"]["anyOf"] = [{"required": [key]} for key in PREDICATES]
+    made["properties"]["prefix"]["maxItems"] = 1
+    made["anyOf"] = [{"required": [key], "properties": {key: {"minItems": 1}}} for key in ("select", "prefix")]
     head = {"$schema": GenerateJsonSchema.schema_dialect, "title": "lora_fx rules"}
     return json.dumps(head | made | {"title": head["title"]}, indent=2, ensure_ascii=False) + "\n"
 

@@ -21,6 +21,7 @@ from torch import fx, nn
 from lora_fx.adapters.branch_nodes import write_branches
 from lora_fx.adapters.dora import check_dora_alone, dropout_modules, initial_magnitude
 from lora_fx.adapters.fake_values import FakeValues
+from lora_fx.adapters.prefix import check_one_prefix, prefix_values, write_prefix
 from lora_fx.adapters.starts import (
     GivenStart,
     check_alone,
@@ -52,7 +53,7 @@ from lora_fx.graph.process_state import forked_random_state, uncollected
 from lora_fx.graph.records import BranchSpec, Origin
 from lora_fx.graph.state import State
 from lora_fx.numerics.factor_init import adapter_dtype, initial_factors
-from lora_fx.planning.plan import Chosen, Plan, Skipped, factor_shapes
+from lora_fx.planning.plan import Chosen, Plan, factor_shapes
 from lora_fx.planning.planner import check_attachable
 
 aten = torch.ops.aten
@@ -103,11 +104,12 @@ def attach(
     factors = _new_factors(ordered, state, adapter, seed, pairs) if values is None else _given(ordered, adapter, values)
     copies = _copies(plan, state, adapter, values)
     rows = token_values(plan.tokens, state.tensors, adapter, values)
-    new = {**factors, **copies, **rows, **_statistics(graph_module.graph, plan, state, adapter, values)}
+    ahead = prefix_values(plan.prefix, next(iter(state.tensors.values())).device, adapter, values, seed)
+    new = {**factors, **copies, **rows, **ahead, **_statistics(graph_module.graph, plan, state, adapter, values)}
     state = state.with_tensors(new)
     trains = frozenset(name for name, parameter in new.items() if parameter.requires_grad)
     origin, untied = plan.origin or Origin.of(plan.rules), frozenset(each.name for each in plan.trained if each.untied)
-    record = AdapterRecord(_branches(plan), origin, _reasons(plan), False, trains, untied, plan.tokens)
+    record = AdapterRecord(_branches(plan), origin, plan.reasons, False, trains, untied, plan.tokens, plan.prefix)
     if not info_of(graph_module).adapters if acts is None else acts:
         return _with_nodes(graph_module, state, plan, adapter, record)
     return checked(rebuilt(graph_module, state=state, info=_with_record(graph_module, adapter, record)), "branched")
@@ -136,6 +138,7 @@ def _with_nodes(
     """Return a graph with the nodes of an adapter, whose parameters are in ``state``."""
     others = {name: each for name, each in info_of(graph_module).adapters.items() if each.acts}
     check_alone(adapter, replace(record, branches=_branches(plan)), others)
+    check_one_prefix(adapter, record, others)
     copies = {name for name in state.tensors if original_name(name) is not None and adapter_of(name) == adapter}
     check_copied_once(graph_module, adapter, copies, record.untied)
     check_written_once(graph_module.graph, adapter, record.tokens, copies, state)
@@ -154,6 +157,7 @@ def _with_nodes(
     for names in state.names().values():
         untie(graph, names, {name: copy_name(name, adapter) for name in names if name in record.untied})
     write_rows(graph, state, FakeValues(state), adapter, record.tokens)
+    state = state.with_modules(write_prefix(graph, state, adapter, record.prefix, info_of(graph_module).prefix_slot))
     graph.lint()
     info = _with_record(graph_module, adapter, replace(record, branches=_branches(plan), acts=True))
     trainable = trainable_names(graph_module) | (frozenset() if info.inference else record.trains)
@@ -292,10 +296,6 @@ def _own_weight(chosen: Chosen, state: State) -> str:
 
 def _branches(plan: Plan) -> RuledBranches:
     return {branch.key: (chosen.rule, branch) for chosen in plan.chosen for branch in chosen.branches}
-
-
-def _reasons(plan: Plan) -> dict[str, str]:
-    return {decision.site.name: decision.reason for decision in plan if isinstance(decision, Skipped)}
 
 
 def _with_record(graph_module: TracedGraphModule, adapter: str, record: AdapterRecord) -> GraphInfo:

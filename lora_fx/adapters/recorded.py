@@ -14,7 +14,7 @@ from lora_fx.graph.adapter_states import trained_names
 from lora_fx.graph.batch_norms import statistics
 from lora_fx.graph.graph_module import TracedGraphModule, rebuilt, state_of, trainable_names
 from lora_fx.graph.info import AdapterRecord, info_of, known_info
-from lora_fx.graph.records import BranchSpec, Origin, TokenRows, Trained
+from lora_fx.graph.records import BranchSpec, Origin, PrefixSpec, TokenRows, Trained
 from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, owners_of
 from lora_fx.rules.rule_file import RuleSet, Selection
 from lora_fx.sites.call_sites import sites
@@ -38,7 +38,9 @@ def recorded_plan(
     if strength is not None:
         record = record.at_strength(strength)
     trained = trained_of(graph_module, adapter)
-    return plan_branches(onto, adapter, record.branches, trained, origin=record.origin, tokens=record.tokens)
+    return plan_branches(
+        onto, adapter, record.branches, trained, origin=record.origin, tokens=record.tokens, prefix=record.prefix
+    )
 
 
 def plan_branches(
@@ -49,6 +51,7 @@ def plan_branches(
     *,
     origin: Origin,
     tokens: tuple[TokenRows, ...] = (),
+    prefix: PrefixSpec | None = None,
 ) -> Plan:
     """Return a plan for branches that are already known.
 
@@ -59,6 +62,7 @@ def plan_branches(
         trained: parameters of the model that train.
         origin: of the adapter.
         tokens: rows of embeddings that train.
+        prefix: of the adapter.
 
     Raises:
         PlanError: the graph has not all of the sites.
@@ -81,7 +85,7 @@ def plan_branches(
         else:
             decisions.append(Skipped(site, f"adapter {adapter!r} has no branch here"))
     rules = RuleSet(name=adapter, select=(Selection(regex=".*"),))
-    return Plan(rules, tuple(decisions), tuple(trained), origin, tokens)
+    return Plan(rules, tuple(decisions), tuple(trained), origin, tokens, prefix)
 
 
 def record_of(graph_module: fx.GraphModule, adapter: str) -> AdapterRecord:

@@ -123,6 +123,7 @@ def _check_is_lora(graph_module: TracedGraphModule, adapter: str) -> None:
     copies = [each.name for each in trained_of(graph_module, adapter)]
     more = next(iter((*_kinds(branches), *(f"a trained copy of {name!r}" for name in copies))), None)
     more = f"rows of {record.tokens[0].weight!r}" if record.tokens else more
+    more = "a prefix" if record.prefix is not None else more
     if more is not None:
         raise PlanError(
             f"adapter {adapter!r} cannot act by row: expected branches of LoRA alone, got {more}. Leave it out, "

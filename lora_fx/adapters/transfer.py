@@ -30,7 +30,7 @@ from lora_fx.graph.compare import described
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, state_of
 from lora_fx.graph.info import RuledBranches, info_of
 from lora_fx.graph.joined_graphs import Graphs, through, whole
-from lora_fx.graph.records import BranchSpec, TokenRows, Trained
+from lora_fx.graph.records import BranchSpec, PrefixSpec, TokenRows, Trained
 from lora_fx.planning.plan import owners_of
 from lora_fx.sites.call_sites import sites
 
@@ -96,6 +96,7 @@ def _transferred(graph_module: TracedGraphModule, onto: TracedGraphModule) -> Tr
             mine, theirs = (record_of(each, adapter).at_strength(1.0).branches for each in (given, result))
             unlike += differences(mine, theirs) or _copy_differences(given, result, adapter)
             unlike += row_differences(record_of(given, adapter).tokens, record_of(result, adapter).tokens)
+            unlike += prefix_differences(record_of(given, adapter).prefix, record_of(result, adapter).prefix)
             tensors |= {
                 **parameters_of(given, adapter),
                 **statistics_of(given, adapter),
@@ -183,6 +184,27 @@ def row_differences(mine: Sequence[TokenRows], theirs: Sequence[TokenRows]) -> l
     one, other = ({each.weight: each.rows for each in tokens} for tokens in (mine, theirs))
     weights = sorted(weight for weight in one.keys() | other.keys() if one.get(weight) != other.get(weight))
     return [f"{weight}: rows {list(one.get(weight, ()))} against {list(other.get(weight, ()))}" for weight in weights]
+
+
+def prefix_differences(mine: PrefixSpec | None, theirs: PrefixSpec | None) -> list[str]:
+    """Return how the prefixes of an adapter differ in two graphs."""
+    told = [None if each is None else replace(each, rule="") for each in (mine, theirs)]
+    if told[0] == told[1]:
+        return []
+    if (
+        mine is not None
+        and theirs is not None
+        and mine.hidden is not None
+        and replace(mine, hidden=None, rule="") == told[1]
+    ):
+        return ["prefix: it has a projection here, and a file has what that computes: load it under another name"]
+    shown = [
+        "no prefix"
+        if each is None
+        else f"{each.tokens} tokens of {each.layers} layers, {each.heads} heads of {each.size}"
+        for each in (mine, theirs)
+    ]
+    return [f"prefix: {shown[0]} against {shown[1]}"]
 
 
 def _function_text(entry: tuple[str, BranchSpec] | None) -> str:

@@ -21,6 +21,7 @@ from lora_fx.graph.erasing import erase_unread
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
 from lora_fx.graph.info import held_graphs, known_info
 from lora_fx.graph.joined_graphs import apart, joined
+from lora_fx.graph.prefix_slot import emptied
 from lora_fx.graph.provenance import source_line
 from lora_fx.graph.state import State
 from lora_fx.sites.stored_weight import is_transparent, written_rows
@@ -113,6 +114,7 @@ def without_branches(
         node.replace_all_uses_with(node.all_input_nodes[0])
         erase_unread(graph, node)
     _check_nothing_left(graph, nominate)
+    state = state.with_modules(emptied(graph, known_info(graph_module).prefix_slot))
     graph.lint()
     aliases, read = (
         state.aliases(),

@@ -165,7 +165,8 @@ def export(
             pairs = zip(adapters, layouts, strict=True)
             opened = [read_adapter(directory, layout, ignore_config_key or ()) for directory, layout in pairs]
             choice = base_class(model, opened, model_class)
-            graph, model_type = _loaded_graph(model, dtype, choice, example_inputs, with_cache, status.update)
+            prefix = any(files.prefix is not None for files in opened)
+            graph, model_type = _loaded_graph(model, dtype, choice, example_inputs, with_cache, prefix, status.update)
             graph = through(graph, partial(_with_adapters, opened=opened, strict=strict, step=status.update))
             if slots and (rules or not adapters):
                 graph = lora_fx.rewrite(graph, load(rules or "auto", model_type, rules_dir or ()))
@@ -199,6 +200,7 @@ def _loaded_graph(
     choice: ModelChoice | None,
     example_inputs: Path | None,
     with_cache: bool,
+    prefix: bool,
     step: Callable[[str], object],
 ) -> tuple[Any, str | None]:
     """Return the graph of the model in a directory, or the graphs of one with an encoder, a decoder and a cache; and its model type."""
@@ -211,7 +213,8 @@ def _loaded_graph(
     loaded = load_model(model, None if dtype is Dtype.auto else getattr(torch, dtype.value), choice)
     step(f"tracing {type(loaded).__name__}")
     inputs = None if example_inputs is None else read_example_inputs(example_inputs, loaded)
-    return lora_fx.trace(loaded, inputs, inference=True, cache=with_cache), getattr(loaded.config, "model_type", None)
+    graph = lora_fx.trace(loaded, inputs, inference=True, cache=with_cache, prefix=prefix)
+    return graph, getattr(loaded.config, "model_type", None)
 
 
 def export_adapter(

@@ -135,6 +135,10 @@ def onnx_adapter_from_peft(
         if strength is None:
             raise ExportError(f"{directory}: expected a finite number as strength, got {given!r}.")
         files = read_adapter(Path(directory), ignore_config_keys=ignore_config_keys)
+        if files.prefix is not None:
+            raise ExportError(
+                f"{directory}: a prefix is no product of A and B, which slots take. Export the graph with it."
+            )
         check_base(files, table.base, strict=strict)
         for site, product in _PeftReader(files, table).products().items():
             products.setdefault(site, []).append(replace(product, scale=product.scale * strength))

@@ -19,7 +19,7 @@ from torch import nn
 from lora_fx.adapters.activate import check_whole_strength, tell_whole_copies
 from lora_fx.adapters.attach import attach
 from lora_fx.adapters.peft_format.base_class import base_class
-from lora_fx.adapters.peft_format.opening import AdapterFiles, read_adapter
+from lora_fx.adapters.peft_format.opening import AdapterFiles, foldable, read_adapter
 from lora_fx.adapters.peft_format.own_tensors import (
     another_value,
     equal_as_saved,
@@ -270,7 +270,7 @@ def _opened(
             f"stacks: expected a layout or None for each of {len(directories)} adapters, got {len(stacks)}."
         )
     pairs = zip(directories, stacks or [None] * len(directories), strict=True)
-    return [read_adapter(directory, layout, ignore_config_keys) for directory, layout in pairs]
+    return [foldable(read_adapter(directory, layout, ignore_config_keys)) for directory, layout in pairs]
 
 
 def _strength(directory: str | Path, given: float) -> float:

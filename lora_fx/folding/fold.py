@@ -31,6 +31,7 @@ from lora_fx.graph.cached_graphs import CachedGraphs, check_whole
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import known_info, with_info
 from lora_fx.graph.joined_graphs import apart, joined, whole
+from lora_fx.graph.prefix_slot import NO_WEIGHTS_HOLD
 from lora_fx.graph.state import State
 from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, merge_into, surely_finite
 from lora_fx.numerics.quantised_weight import QuantisedWeight
@@ -149,7 +150,18 @@ def folded_state(
 def _plain_acting(graph_module: fx.GraphModule, strengths: Mapping[str, float] | None) -> fx.GraphModule:
     """Return the plain graph in which these adapters act; without strengths those that do."""
     check_whole(graph_module)
-    return plain_graph(graph_module if strengths is None else activate(graph_module, strengths))
+    acting = graph_module if strengths is None else activate(graph_module, strengths)
+    check_no_prefix(acting)
+    return plain_graph(acting)
+
+
+def check_no_prefix(graph_module: fx.GraphModule) -> None:
+    """Raise :class:`FoldError` if an adapter with a prefix acts."""
+    for name, record in known_info(graph_module).adapters.items():
+        if record.acts and record.prefix is not None:
+            raise FoldError(
+                f"adapter {name!r} cannot be folded: {NO_WEIGHTS_HOLD}. Let it not act (lora_fx.activate), or export the graph as it is."
+            )
 
 
 def _folded(

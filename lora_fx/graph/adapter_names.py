@@ -29,6 +29,7 @@ _OF_OTHER_METHODS = re.compile(
 _PLACES = re.compile(r".+\.lora_places\.(?P<adapter>[^.]+)\.[^.]+")
 _START = re.compile(r"(.+\.)?lora_start_[AB]\.(?P<adapter>[^.]+)")
 _TOKENS = re.compile(r"(.+\.)?token_adapter\.(?P<kind>trainable_tokens_delta|token_indices)\.(?P<adapter>[^.]+)")
+_PREFIX = re.compile(r"prompt_encoder\.(?P<adapter>[^.]+)\.(embedding|transform\.[02])\.(weight|bias)")
 _NOMINATING = (_FACTOR, _EMBEDDING_FACTOR, _FACTOR_BIAS, _MAGNITUDE, _OF_OTHER_METHODS)
 
 
@@ -186,9 +187,20 @@ def is_of_start(name: str) -> bool:
     return _START.fullmatch(name) is not None or (original_name(name) is not None and ".lora_rest." in f".{name}")
 
 
+def prefix_name(adapter: str, part: str = "embedding.weight") -> str:
+    """Return the name of a parameter of an adapter's prefix, as PEFT has it."""
+    return f"prompt_encoder.{adapter}.{part}"
+
+
+def is_of_prefix(name: str) -> bool:
+    """Tell whether a parameter name is that of a prefix."""
+    return _PREFIX.fullmatch(name) is not None
+
+
 def is_of_adapter(name: str) -> bool:
     """Tell whether a tensor of this name belongs to an adapter."""
-    return is_of_branch(name) or is_placement(name) or is_of_start(name) or original_name(name) is not None
+    other = is_placement(name) or is_of_start(name) or is_of_prefix(name)
+    return is_of_branch(name) or other or original_name(name) is not None
 
 
 def adapter_of(name: str) -> str | None:
@@ -199,6 +211,7 @@ def adapter_of(name: str) -> str | None:
         _PLACES,
         _START,
         _TOKENS,
+        _PREFIX,
     )  # a copy of the weight of a module called lora_A is no factor
     match = next((match for pattern in patterns if (match := pattern.fullmatch(name))), None)
     return match["adapter"] if match else None

@@ -15,7 +15,8 @@ from torch import fx, nn
 from lora_fx.errors import PlanError
 from lora_fx.graph.example_sizes import Examples
 from lora_fx.graph.layers import Checkpointing
-from lora_fx.graph.records import BranchSpec, Origin, ParameterModule, TaskHead, TokenRows
+from lora_fx.graph.prefix_slot import PrefixSlot
+from lora_fx.graph.records import BranchSpec, Origin, ParameterModule, PrefixSpec, TaskHead, TokenRows
 from lora_fx.numerics.lowrank_merge import Merge
 from lora_fx.rules.peft_config.config import LayerMap
 
@@ -70,6 +71,7 @@ class AdapterRecord:
             themselves tell, by ``requires_grad``.
         untied: names of tied parameters of which it has a trained copy for the module of that name alone.
         tokens: rows of embeddings for which it has values of its own.
+        prefix: learned keys and values in front of those of attentions.
     """
 
     branches: RuledBranches
@@ -79,6 +81,7 @@ class AdapterRecord:
     trains: frozenset[str] = frozenset()
     untied: frozenset[str] = frozenset()
     tokens: tuple[TokenRows, ...] = ()
+    prefix: PrefixSpec | None = None
 
     @property
     def strength(self) -> float:
@@ -124,6 +127,7 @@ class GraphInfo:
         folded: the merges of the fold that made the graph.
         merged: names of all parameters that folds changed, also earlier ones.
         consumed: folded in place, so that its weights hold its branches already.
+        prefix_slot: of a graph that can take prefixes.
         nested: whether the code is in layers.
         by_row: the adapters among which a call chooses for each row of the batch; empty where all rows have the same.
         checkpointing: how layers of a nested graph are computed again in the backward pass; None where none are.
@@ -153,6 +157,7 @@ class GraphInfo:
     folded: tuple[Merge, ...] = ()
     merged: tuple[str, ...] = ()
     consumed: bool = False
+    prefix_slot: PrefixSlot | None = None
     nested: bool = False
     by_row: tuple[str, ...] = ()
     checkpointing: Checkpointing | None = None

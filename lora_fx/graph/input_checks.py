@@ -173,9 +173,21 @@ def add_checks(graph: fx.Graph, constraints: Constraints) -> dict[str, nn.Module
             target = f"{PREFIX}.input_{index}"  # the name of the input may be that of another attribute
             modules[target] = InputCheck(name, constraints.dtypes[name], ranges)
             graph.call_module(target, (placeholders[name],))
-        emitter = _RelationEmitter(graph, placeholders)
-        for index, relation in enumerate(constraints.relations):
-            target = f"{PREFIX}.relation_{index}"
+    return modules | add_relation_checks(graph, constraints.relations, f"{PREFIX}.relation")
+
+
+def add_relation_checks(graph: fx.Graph, relations: Sequence[Relation], path: str) -> dict[str, nn.Module]:
+    """Insert checks of relations behind the placeholders of ``graph`` (in place) and return the modules to register, by numbered paths.
+
+    Raises:
+        TraceError: a relation uses an operator that has no counterpart in a graph.
+    """
+    placeholders = dict(zip(signature_of(graph).inputs, graph.find_nodes(op="placeholder"), strict=True))
+    modules: dict[str, nn.Module] = {}
+    emitter = _RelationEmitter(graph, placeholders)
+    with graph.inserting_before(_behind_checks(graph)):
+        for index, relation in enumerate(relations):
+            target = f"{path}_{index}"
             modules[target] = RelationCheck(relation.text)
             sizes = [emitter.size(*reference) for reference in relation.ordered_references]
             graph.call_module(target, (emitter.emit(relation), sizes))
@@ -229,6 +241,16 @@ class _RelationEmitter:
 def _intersect(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
     highs = [high for _, high in (a, b) if high != UNBOUNDED]
     return max(a[0], b[0]), min(highs, default=UNBOUNDED)
+
+
+def _behind_checks(graph: fx.Graph) -> fx.Node:
+    """Return the first computation that is no check."""
+    first: fx.Node = next(
+        node
+        for node in graph.nodes
+        if node.op not in ("placeholder", "get_attr") and not str(node.target).startswith(f"{PREFIX}.")
+    )
+    return first
 
 
 def _first_computation(graph: fx.Graph) -> fx.Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -153,6 +154,53 @@ class TokenRows:
     def elements(self) -> int:
         """How many elements train."""
         return len(self.rows) * self.width
+
+
+@dataclass(frozen=True)
+class PrefixSpec:
+    """Learned keys and values in front of those of attentions: a prefix of so many tokens.
+
+    Attributes:
+        tokens: their number.
+        layers: for which the parameters have keys and values, PEFT's ``num_layers``.
+        heads: of keys and values.
+        size: of a head.
+        rule: the rule that says so.
+        hidden: width between the two layers of a projection; None where the keys and values themselves are the parameters.
+        pairs: for each layer of the model the pair of keys and values that it gets, if it is not the one of its own number.
+    """
+
+    tokens: int
+    layers: int
+    heads: int
+    size: int
+    rule: str
+    hidden: int | None = None
+    pairs: tuple[int, ...] | None = None
+
+    @property
+    def width(self) -> int:
+        """Features of the keys, or of the values, of one layer: PEFT's ``token_dim``."""
+        return self.heads * self.size
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters, by the ends of their names."""
+        whole = self.layers * 2 * self.width
+        if self.hidden is None:
+            return {"embedding.weight": (self.tokens, whole)}
+        return {
+            "embedding.weight": (self.tokens, self.width),
+            "transform.0.weight": (self.hidden, self.width),
+            "transform.0.bias": (self.hidden,),
+            "transform.2.weight": (whole, self.hidden),
+            "transform.2.bias": (whole,),
+        }
+
+    @property
+    def elements(self) -> int:
+        """How many elements train."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_fx.rules.rule_file import Selection, layer_of
+from lora_fx.rules.dotted_names import layer_of
+from lora_fx.rules.rule_file import Selection
 from lora_fx.rules.validation import Bounds
 from lora_fx.rules.vocabulary import RoleName, role_is
 from lora_fx.sites.call_sites import Site

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rich.table import Table
 
-from lora_fx.graph.records import BranchSpec, Origin, TokenRows, Trained
+from lora_fx.graph.records import BranchSpec, Origin, PrefixSpec, TokenRows, Trained
 from lora_fx.rules.lookup import Rules
 from lora_fx.sites.call_sites import Site, is_bare
 from lora_fx.sites.roles import Purpose
@@ -120,6 +120,7 @@ class Plan:
         trained: parameters of the model that train too.
         origin: where the adapter comes from, if that is not these rules.
         tokens: rows of embeddings that train.
+        prefix: learned keys and values in front of those of attentions.
     """
 
     rules: Rules
@@ -127,6 +128,7 @@ class Plan:
     trained: tuple[Trained, ...] = ()
     origin: Origin | None = None
     tokens: tuple[TokenRows, ...] = ()
+    prefix: PrefixSpec | None = None
 
     def __iter__(self) -> Iterator[Decision]:
         return iter(self.decisions)
@@ -135,6 +137,17 @@ class Plan:
     def chosen(self) -> tuple[Chosen, ...]:
         """The sites that get a branch."""
         return tuple(decision for decision in self.decisions if isinstance(decision, Chosen))
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """The reason of each site that gets no branch, by its name."""
+        return {decision.site.name: decision.reason for decision in self if isinstance(decision, Skipped)}
+
+    @property
+    def of_prefix(self) -> Plan:
+        """The plan for the prefix alone."""
+        skipped = tuple(Skipped(each.site, "the prefix is an adapter of its own", each.purpose) for each in self)
+        return replace(self, decisions=skipped, trained=(), tokens=())
 
     @property
     def parameters(self) -> int:
@@ -193,6 +206,8 @@ def totals(plan: Plan) -> str:
         line += ", ".join(trained.name for trained in plan.trained)
     for each in plan.tokens:
         line += f"; {len(each.rows)} rows of {each.weight} train, {each.elements} parameters"
+    if plan.prefix:
+        line += f"; a prefix of {plan.prefix.tokens} tokens, {plan.prefix.elements} parameters"
     return line
 
 
@@ -205,7 +220,14 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "sites": [_site(decision) for decision in plan],
         "trained": [{"name": each.name, "rule": each.rule, "elements": each.elements} for each in plan.trained],
         "tokens": [{"weight": each.weight, "rule": each.rule, "rows": list(each.rows)} for each in plan.tokens],
+        "prefix": _prefix(plan.prefix),
     }
+
+
+def _prefix(prefix: PrefixSpec | None) -> dict[str, Any] | None:
+    if prefix is None:
+        return None
+    return {"tokens": prefix.tokens, "rule": prefix.rule, "layers": prefix.layers, "parameters": prefix.elements}
 
 
 def _site(decision: Decision) -> dict[str, Any]:

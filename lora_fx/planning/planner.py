@@ -26,7 +26,8 @@ from lora_fx.planning.matching import Refusal, refusal, trains
 from lora_fx.planning.peft_plan import plan_peft_sites
 from lora_fx.planning.peft_tokens import Vocabulary
 from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, outputs_of, owners_of, why_no_variant
-from lora_fx.rules.lookup import Rules, RulesLike, load, model_type_of
+from lora_fx.planning.prefix_plan import prefix_of
+from lora_fx.rules.lookup import Rules, RulesLike, has_prefix, load, model_type_of
 from lora_fx.rules.peft_config.argument_names import refusing_peft_names
 from lora_fx.rules.peft_config.name_matching import modules_of
 from lora_fx.rules.peft_config.rules import PeftRules, layers_of
@@ -72,7 +73,10 @@ def plan(
     given = unwrapped(whole(model))
     model_type = model_type_of(getattr(given, "config", None))
     ruleset = load(rules, model_type).with_overrides(rank, alpha, dropout, task_type)
-    made = plan_graph(trace_with_layers(given, layers_of(ruleset), example_inputs, inference=True), ruleset)
+    prefix = has_prefix(ruleset) and not isinstance(given, fx.GraphModule)
+    made = plan_graph(
+        trace_with_layers(given, layers_of(ruleset), example_inputs, inference=True, prefix=prefix), ruleset
+    )
     warn_of_lower_ranks(made)
     return made
 
@@ -106,7 +110,8 @@ def plan_graph(graph_module: fx.GraphModule, rules: Rules) -> Plan:
             raise RuleError(rules.source, [problem])
         vocabulary = Vocabulary.of(known)
         return plan_peft_sites(found, rules, purpose_of, own, known.linears, known.parameter_modules, vocabulary)
-    return plan_sites(found, rules, purpose_of, own, head)
+    prefix = prefix_of(rules, known_info(graph_module).prefix_slot)
+    return replace(plan_sites(found, rules, purpose_of, own, head), prefix=prefix)
 
 
 def plan_sites(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lora_fx.errors import RuleError, did_you_mean, option
-from lora_fx.rules.peft_config.rules import ConfigObject, PeftRules, peft_rules, read_peft_rules
+from lora_fx.rules.peft_config.rules import ConfigObject, PeftRules, peft_rules, prefix_document, read_peft_rules
 from lora_fx.rules.rule_file import FileDefaults, RuleFile, RuleSet, Selection
 from lora_fx.rules.toml_lines import KeyPath, read_toml
 from lora_fx.rules.validation import Bounds, validated
@@ -53,6 +53,8 @@ def load(rules: RulesLike, model_type: str | None = None, directories: Sequence[
     if rules is None:
         return load("auto", model_type, directories)
     if isinstance(rules, ConfigObject) or (isinstance(rules, Mapping) and "peft_type" in rules):
+        if (ahead := prefix_document(rules)) is not None:
+            return _rule_set(ahead, "peft", "rules", {})
         return _with_default_targets(peft_rules(rules), model_type)
     if isinstance(rules, Mapping):
         _check_not_of_peft(rules)
@@ -79,6 +81,11 @@ def load(rules: RulesLike, model_type: str | None = None, directories: Sequence[
         _log.info("%s: rules 'auto' select the query and value projections of attention by their role", why)
         return _made(rules, Selection(role=("attention.query", "attention.value")))
     return found or _unknown(rules, folders)
+
+
+def has_prefix(rules: Rules) -> bool:
+    """Tell whether rules ask for a prefix, which graphs are traced for."""
+    return isinstance(rules, RuleSet) and bool(rules.prefix)
 
 
 def model_type_of(config: object) -> str | None:

@@ -20,11 +20,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
@@ -33,8 +30,9 @@ from pydantic import (
     SkipValidation,
 )
 
-from lora_fx.errors import RuleError
-from lora_fx.rules.safe_regex import matched, problem_of
+from lora_fx.rules.dotted_names import admits, ends_in, matches
+from lora_fx.rules.prefix_table import Prefix
+from lora_fx.rules.safe_regex import problem_of
 from lora_fx.rules.toml_lines import KeyPath
 from lora_fx.rules.validation import (
     Bounds,
@@ -52,22 +50,19 @@ from lora_fx.rules.validation import (
     validated,
     wrong,
 )
-from lora_fx.rules.vocabulary import NITER, Init, Op, Part, RoleName, Scaling, Start, TaskType, Variant, splits_weight
-
-# How other tools spell our keys: an unknown key is an error, and these get a better hint than spelling distance can give.
-FOREIGN_KEYS = {
-    "r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "use_rslora": "scaling",
-    "init_lora_weights": "init",
-    "target_modules": "target",
-    "exclude_modules": "exclude",
-    "layers_to_transform": "layers",
-    "modules_to_save": "trainable",
-    "use_dora": "variant",
-    "lora_bias": "bias",
-}
+from lora_fx.rules.vocabulary import (
+    FOREIGN_KEYS,
+    NITER,
+    Init,
+    Op,
+    Part,
+    RoleName,
+    Scaling,
+    Start,
+    TaskType,
+    Variant,
+    splits_weight,
+)
 
 
 def _check_regex(pattern: str) -> str:
@@ -270,52 +265,21 @@ class Selection(_Table):
         Raises:
             RuleError: as :meth:`matches_name` does.
         """
-        return (self.target is None or _ends_in(name, self.target)) and (
-            self.regex is None or _matches(self.regex, name, where)
+        return (self.target is None or ends_in(name, self.target)) and (
+            self.regex is None or matches(self.regex, name, where)
         )
 
     def admits_layer(self, name: str) -> bool:
         """Tell whether layers admit a dotted name."""
-        return self.layers is None or any(_admits(layers, name) for layers in self.layers)
+        return self.layers is None or any(admits(layers, name) for layers in self.layers)
 
     def excludes(self, name: str) -> bool:
         """Tell whether exclude has a dotted name."""
-        return _ends_in(name, self.exclude or ())
+        return ends_in(name, self.exclude or ())
 
     def excluding(self, name: str) -> str:
         """Return the first pattern of exclude that a dotted name has."""
-        return next(pattern for pattern in self.exclude or () if _ends_in(name, [pattern]))
-
-
-def _ends_in(name: str, patterns: Sequence[str]) -> bool:
-    parts = name.split(".")
-    wanted = map(_ends, patterns)
-    return any(len(ends) <= len(parts) and all(map(fnmatchcase, parts[-len(ends) :], ends)) for ends in wanted)
-
-
-@lru_cache(1024)  # asked for every name
-def _ends(pattern: str) -> list[str]:
-    return re.sub(r"[?\[]", r"[\g<0>]", pattern).split(".")  # of fnmatch, * alone is ours
-
-
-def layer_of(name: str) -> int | None:
-    """Return the first number among the parts of a dotted name."""
-    return next((int(part) for part in name.split(".") if part.isascii() and part.isdecimal()), None)
-
-
-def _admits(layers: int | str, name: str) -> bool:
-    index = layer_of(name)
-    if index is None or isinstance(layers, int):
-        return index == layers
-    first, _, last = layers.partition("-")
-    return int(first) <= index and (not last or index <= int(last))
-
-
-def _matches(pattern: str, name: str, where: str) -> bool:
-    try:
-        return matched(pattern, name) is not None
-    except TimeoutError as error:
-        raise RuleError(where, [str(error)]) from error
+        return next(pattern for pattern in self.exclude or () if ends_in(name, [pattern]))
 
 
 _ELSEWHERE = {
@@ -334,8 +298,19 @@ class RuleFile(_Table):
     defaults: FileDefaults = FileDefaults()
     """Settings of branches, where a selection has none of its own, and the task."""
 
-    select: Annotated[tuple[Selection, ...], Items("tables under [[select]]", distinct=False)]
-    """Which call sites."""
+    select: Annotated[tuple[Selection, ...], Items("tables under [[select]]", least=0, distinct=False)] = ()
+    """Which call sites. At least one, unless there is a prefix."""
+
+    prefix: Annotated[tuple[Prefix, ...], Items("one table under [[prefix]]", least=0, distinct=False)] = ()
+    """Learned keys and values in front of those of attentions, one table at most."""
+
+    @classmethod
+    def as_a_whole(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Tell whether there is something to add, and one prefix at most."""
+        if not given.get("select", ()) and not given.get("prefix"):
+            yield "select", "at least one is required, found []" if "select" in given else "required, and missing"
+        if isinstance(prefix := given.get("prefix"), list | tuple) and len(prefix) > 1:
+            yield "prefix", f"expected one table at most, found {len(prefix)}"
 
     @classmethod
     def unknown(cls, key: str) -> str:
@@ -411,12 +386,18 @@ class RuleSet(RuleFile):
         return isinstance(other, RuleSet) and all(getattr(self, key) == getattr(other, key) for key in said)
 
     def __hash__(self) -> int:
-        return hash((self.name, self.model_types, self.defaults, self.select))
+        return hash((self.name, self.model_types, self.defaults, self.select, self.prefix))
 
     @property
     def digest(self) -> str:
         """SHA-256 of what the rules say, as hexadecimal digits; the same for files that say the same."""
-        said = self.model_dump_json(include={"model_types", "defaults", "select"}, exclude_none=True)
+        told = {
+            "model_types",
+            "defaults",
+            "select",
+            *(["prefix"] if self.prefix else []),
+        }  # earlier digests had no prefix
+        said = self.model_dump_json(include=told, exclude_none=True)
         return hashlib.sha256(said.encode()).hexdigest()
 
     def where(self, index: int) -> str:

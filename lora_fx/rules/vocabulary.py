@@ -73,6 +73,13 @@ def splits_weight(start: Start) -> bool:
 Variant = Literal["lora", "dora"]
 """Kind of a branch: LoRA (arXiv 2106.09685), or DoRA (arXiv 2402.09353), which has a magnitude for each output feature besides."""
 
+PrefixRole = Literal["self_attention", "peft"]
+"""Which learned keys and values an attention gets: layer i those numbered 2i and 2i + 1, or those that PEFT's file means.
+
+They differ in encoder-decoder models: of the 2L that PEFT's file has, L the number of layers of the encoder, layer i of the decoder
+reads 4i and 4i + 1 modulo 2L, since PEFT throws those for cross-attention away.
+"""
+
 TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 """A task, as PEFT names it."""
 
@@ -82,6 +89,21 @@ TASK_HEADS: Mapping[TaskType, tuple[str, ...]] = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 """The tasks for which PEFT trains a head, and the ends of the names of the modules that it takes for one."""
+
+# How other tools spell our keys: an unknown key is an error, and these get a better hint than spelling distance can give.
+FOREIGN_KEYS: Mapping[str, str] = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "scaling",
+    "init_lora_weights": "init",
+    "target_modules": "target",
+    "exclude_modules": "exclude",
+    "layers_to_transform": "layers",
+    "modules_to_save": "trainable",
+    "use_dora": "variant",
+    "lora_bias": "bias",
+}
 
 OPS: tuple[Op, ...] = get_args(Op)
 ROLES: tuple[Role, ...] = get_args(Role)

@@ -205,7 +205,7 @@ class _StepCall:
     def __init__(self, model: nn.Module, inputs: ExampleInputs) -> None:
         self.inputs = inputs
         self._original = model.forward
-        self._cache = _Both(TensorCache(()), TensorCache(()), from_encoder=False)
+        self._cache = BothCaches(TensorCache(()), TensorCache(()), from_encoder=False)
 
     def begin(self, path: str) -> list[torch.Tensor]:
         """Return past keys and values of a layer, over the decoder and over the encoder."""
@@ -247,7 +247,7 @@ class FirstCall(_StepCall):
 
     def _call(self, ids: Any, mask: Any, hidden: Any) -> dict[str, Any]:
         empty = [None] * self._layers
-        self._cache = _Both(TensorCache(empty), TensorCache(empty), from_encoder=False)
+        self._cache = BothCaches(TensorCache(empty), TensorCache(empty), from_encoder=False)
         logits = self._step(ids, mask, hidden)
         own, cross = (cache.present() for cache in self._cache.both)
         pairs = zip(own, cross, strict=True)
@@ -288,7 +288,7 @@ class LaterCall(_StepCall):
             if any(each.size(0) != ids.size(0) or each.size(2) != past[0][of]["key"].size(2) for each in tensors):
                 raise ValueError(f"the past of all layers over the {of} has one batch and length")
         own, cross = ([layer[of] for layer in past] for of in ("decoder", "encoder"))
-        self._cache = _Both(TensorCache(own), TensorCache(cross), from_encoder=True)
+        self._cache = BothCaches(TensorCache(own), TensorCache(cross), from_encoder=True)
         unread = key.new_zeros((key.size(0), key.size(2), self._width))  # the model asks for its size alone
         logits = self._step(ids, mask, unread)
         return {"logits": logits, PRESENT: [{"decoder": pair} for pair in self._cache.both[0].present()]}
@@ -310,7 +310,7 @@ def _check_sizes(ids: torch.Tensor, mask: torch.Tensor | None, encoded: torch.Te
         )
 
 
-class _Both(EncoderDecoderCache):
+class BothCaches(EncoderDecoderCache):
     """The two caches of a decoder. Whether that over the encoder is there is a constant, and no question by the number of a layer."""
 
     def __init__(self, own: TensorCache, cross: TensorCache, *, from_encoder: bool) -> None:

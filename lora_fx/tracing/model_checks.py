@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,11 +39,24 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def check_taken_as_traced(graph_module: TracedGraphModule, *, cache: bool, labels: bool) -> None:
-    """Raise :class:`TraceError` where a trace of a graph, which is that graph, is asked for what it was traced without."""
-    if (cache and not has_cache(graph_module)) or (labels and not info_of(graph_module).labels):
+def check_cached(given: Any, *, cache: bool, dynamic: bool, labels: bool, prefix: bool) -> None:
+    """Raise :class:`TraceError` for arguments of a trace that do not go with a cache."""
+    if cache and (labels or given is not None or dynamic):
         raise TraceError(
-            "a graph is taken as it was traced, and this one was traced without what cache=True or labels=True ask for: pass the model. "
+            "cache=True makes its own example_inputs, and has no labels: leave out example_inputs, dynamic and labels."
+        )
+    if cache and prefix:
+        raise TraceError(
+            "cache=True and prefix=True do not go together: with a cache a prefix is the past of the first call. Trace without prefix=True."
+        )
+
+
+def check_taken_as_traced(graph_module: TracedGraphModule, *, cache: bool, labels: bool, prefix: bool) -> None:
+    """Raise :class:`TraceError` where a trace of a graph, which is that graph, is asked for what it was traced without."""
+    lacks = prefix and info_of(graph_module).prefix_slot is None
+    if lacks or (cache and not has_cache(graph_module)) or (labels and not info_of(graph_module).labels):
+        raise TraceError(
+            "a graph is taken as it was traced, and this one was traced without what cache=True, labels=True or prefix=True ask for: pass the model. "
             "Adapters of this graph go along by lora_fx.transfer(graph, onto=lora_fx.trace(model, …))."
         )
 

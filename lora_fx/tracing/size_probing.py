@@ -18,6 +18,7 @@ import torch
 
 from lora_fx.graph.example_sizes import Dimension, Examples, cut_or_repeated, other_values
 from lora_fx.graph.input_checks import Constraints
+from lora_fx.graph.prefix_slot import AXIS as PREFIX_AXIS
 from lora_fx.graph.size_relations import UNBOUNDED, Relation
 from lora_fx.torch_internals import pytree
 from lora_fx.tracing.example_inputs import ExampleInputs
@@ -86,11 +87,32 @@ class _Prober:
         if not all(self._agree(dict.fromkeys(axes, 1)) for axes in joint):
             return constraints
         lows = dict.fromkeys(together, 1)
-        for empty in {added[0] for added in sums.values()} & agreed.keys():
+        for empty in {PREFIX_AXIS, *(added[0] for added in sums.values())} & agreed.keys():
             lows |= self._empty(agreed[empty], [axis for name, axis in agreed.items() if name != empty])
         lows = self.examples.with_sums(lows)
         ranges = {
             name: tuple((lows.get((name, dim), low), high) for dim, (low, high) in enumerate(ranges))
+            for name, ranges in constraints.ranges.items()
+        }
+        constraints = replace(constraints, ranges=ranges)
+        prefix = agreed.get(PREFIX_AXIS, set())
+        return self._beside_empty(constraints, prefix) if prefix and not any(map(lows.get, prefix)) else constraints
+
+    def _beside_empty(self, constraints: Constraints, prefix: set[Dimension]) -> Constraints:
+        """Raise upper bounds by 2 where model and graph agree there beside an empty prefix: torch.export left room for one of 2 tokens."""
+        bounded = {
+            (name, dim)
+            for name, ranges in constraints.ranges.items()
+            for dim, (low, high) in enumerate(ranges)
+            if low < high and (name, dim) not in prefix
+        }
+        highs: dict[Dimension, int] = {}
+        for axis in self.examples.together(bounded).values():
+            raised = max(constraints.ranges[name][dim][1] for name, dim in axis) + 2
+            if raised <= MAX_SIZE and self._agree({**dict.fromkeys(prefix, 0), **dict.fromkeys(axis, raised)}):
+                highs |= dict.fromkeys(axis, raised)
+        ranges = {
+            name: tuple((low, highs.get((name, dim), high)) for dim, (low, high) in enumerate(ranges))
             for name, ranges in constraints.ranges.items()
         }
         return replace(constraints, ranges=ranges)

@@ -18,8 +18,9 @@ from lora_fx.graph.process_state import quiet
 from lora_fx.graph.signature import key_parts
 from lora_fx.progress import step
 from lora_fx.torch_internals import dynamo_config, export_trace, parse_to, pytree, use_lazy_graph_module
-from lora_fx.tracing.example_inputs import ExampleInputs
+from lora_fx.tracing.example_inputs import ExampleInputs, example_inputs
 from lora_fx.tracing.fake_results import FakeResults
+from lora_fx.tracing.parity import map_tensors
 from lora_fx.tracing.random_settings import advice_on_random_settings
 
 Dynamic = Mapping[str, Sequence[int]]
@@ -86,6 +87,27 @@ def tie(model: nn.Module) -> None:
                 if tensor is not None and tensor.numel() and not tensor.is_meta:
                     place = type(tensor), tensor.dtype, tensor.data_ptr(), tensor.shape, tensor.stride()
                     held[name] = first.setdefault(place, tensor)
+
+
+def inputs_of(model: nn.Module, given: Mapping[str, Any] | tuple[Any, ...] | ExampleInputs | None) -> ExampleInputs:
+    """Return the inputs to trace ``model`` with, each a tensor of its own.
+
+    Raises:
+        TraceError: none are given, and none can be made; or those are of another kind.
+    """
+    if given is not None and not isinstance(given, Mapping | tuple | ExampleInputs):
+        raise TraceError(
+            f"example_inputs: expected a mapping of keyword inputs, or a tuple of positional ones, got a {type(given).__name__}."
+        )
+    seen: set[torch.Tensor] = set()
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor in seen or tensor.is_inference():  # torch.export would take it for another input, or could not use it
+            return tensor.clone()
+        seen.add(tensor)
+        return tensor
+
+    return map_tensors(own, example_inputs(model, given))
 
 
 def check_inputs(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | None) -> None:

@@ -20,6 +20,7 @@ from lora_fx.graph.graph_module import TracedGraphModule, assemble, check_names,
 from lora_fx.graph.info import GraphInfo, with_info
 from lora_fx.graph.input_checks import Constraints, add_checks
 from lora_fx.graph.invariants import checked_base
+from lora_fx.graph.prefix_slot import open_slot
 from lora_fx.graph.process_state import uncollected
 from lora_fx.graph.signature import fill_in, signature_of
 from lora_fx.graph.state import State
@@ -47,7 +48,6 @@ from lora_fx.tracing.example_inputs import (
     varied,
     with_labels,
 )
-from lora_fx.tracing.example_inputs import example_inputs as make_inputs
 from lora_fx.tracing.fake_results import FakeResults
 from lora_fx.tracing.item_count import (
     follow_item_count,
@@ -58,6 +58,7 @@ from lora_fx.tracing.item_count import (
 )
 from lora_fx.tracing.model_checks import (
     advice_on_writes,
+    check_cached,
     check_loss,
     check_model,
     check_taken_as_traced,
@@ -75,7 +76,8 @@ from lora_fx.tracing.model_state import (
 )
 from lora_fx.tracing.module_kinds import linear_modules, parameter_modules, task_head, vocabulary_modules
 from lora_fx.tracing.omitted_inputs import fills_of, flags_of
-from lora_fx.tracing.parity import OnCopies, called, check_evaluation, check_outputs, check_training, map_tensors
+from lora_fx.tracing.parity import OnCopies, called, check_evaluation, check_outputs, check_training
+from lora_fx.tracing.prefixed_forward import PrefixedCall, with_empty_slot
 from lora_fx.tracing.quantised_models import QuantisedLayers, checked_beside_library, linear_layers, without_codes
 from lora_fx.tracing.repeated_layers.call_values import FirstLayerDiffers, LayersDiffer, reason_of
 from lora_fx.tracing.repeated_layers.expand import expand
@@ -88,7 +90,7 @@ from lora_fx.tracing.repeated_layers.layer_classes import (
 )
 from lora_fx.tracing.repeated_layers.stubs import stubbed
 from lora_fx.tracing.size_probing import examples_of, without_artefacts
-from lora_fx.tracing.torch_export import Dynamic, check_inputs, export, in_order, tie
+from lora_fx.tracing.torch_export import Dynamic, check_inputs, export, in_order, inputs_of, tie
 from lora_fx.tracing.train_eval import CUMULATIVE, check_constants, remove_inactive_dropout, unite_modes
 
 _logger = logging.getLogger("lora_fx.tracing")
@@ -103,6 +105,7 @@ def trace(
     labels: bool = False,
     inference: bool = False,
     cache: Literal[False] = False,
+    prefix: bool = False,
 ) -> TracedGraphModule: ...
 
 
@@ -115,6 +118,7 @@ def trace(
     labels: bool = False,
     inference: bool = False,
     cache: bool,
+    prefix: bool = False,
 ) -> TracedGraphModule | CachedGraphs: ...
 
 
@@ -126,6 +130,7 @@ def trace(
     labels: bool = False,
     inference: bool = False,
     cache: bool = False,
+    prefix: bool = False,
 ) -> TracedGraphModule | CachedGraphs:
     """Trace a model into one plain ``torch.fx.GraphModule`` of ATen operators.
 
@@ -156,6 +161,8 @@ def trace(
             the prompt and every further token: ``(input_ids (batch, sequence), attention_mask (batch, past_sequence + sequence)[,
             position_ids (batch, sequence)], past_key_values)`` → ``{"logits", "present"}``, where ``past_key_values`` and ``present``
             are lists with ``{"key", "value"}`` of each layer, ``(batch, heads, length, size of a head)``. The past may be empty.
+        prefix: trace a transformers model so that its graph can take prefixes (``[[prefix]]`` in rules). Without one it computes what
+            the model computes.
 
     Returns:
         A graph in the mode (train or eval) of the model; in eval mode for an exported program. It is nested
@@ -167,25 +174,25 @@ def trace(
     """
     model = inner_model(model)
     if isinstance(model, TracedGraphModule):
-        check_taken_as_traced(model, cache=cache, labels=labels)
+        check_taken_as_traced(model, cache=cache, labels=labels, prefix=prefix)
         return rebuilt(model)
     if isinstance(model, torch.export.ExportedProgram):
         if example_inputs is None and model.example_inputs is not None:
             example_inputs = ExampleInputs(*model.example_inputs)
         model = model.module()
     check_model(model)
-    if cache and (labels or example_inputs is not None or dynamic is not None):
-        raise TraceError(
-            "cache=True makes its own example_inputs, and has no labels: leave out example_inputs, dynamic and labels."
-        )
+    check_cached(example_inputs, cache=cache, dynamic=dynamic is not None, labels=labels, prefix=prefix)
     with shown(f"tracing {type(model).__name__}"), uncollected(), preserved(model), linear_layers(model) as quantised:
         checkpointing = None if inference or cache else taken_checkpointing(model)
         if cache and is_encoder_decoder(model):
             return _encoder_decoder(model, quantised)
-        with replaced_forward(model, CausalCall(model)) if cache else nullcontext() as cached:
-            inputs = _inputs_of(model, cached.inputs if cached else example_inputs)
-            if labels:
-                inputs = with_item_count(model, with_labels(model, inputs))
+        inputs = None if cache else inputs_of(model, example_inputs)
+        if labels and inputs is not None:
+            inputs = with_item_count(model, with_labels(model, inputs))
+        call = CausalCall(model) if inputs is None else PrefixedCall(model, inputs) if prefix else None
+        with nullcontext() if call is None else replaced_forward(model, call) as cached:
+            inputs = inputs if cached is None else inputs_of(model, cached.inputs)
+            assert inputs is not None
             check_inputs(model, inputs, dynamic)
             inputs = varied(in_order(model, inputs), dynamic)
             mode = mode_of(model, inference=inference)
@@ -205,7 +212,7 @@ def _encoder_decoder(model: nn.Module, quantised: QuantisedLayers) -> CachedGrap
     sizes, parts = sizes_of(model), dict[str, TracedGraphModule]()
     for part, call in CALLS.items():
         with replaced_forward(model, call(model, sizes)) as cached:
-            inputs = in_order(model, _inputs_of(model, cached.inputs))
+            inputs = in_order(model, inputs_of(model, cached.inputs))
             task = _Task(model, inputs, None, labels=False, inference=True, mode=mode, cached=cached, part=part)
             traced = checked_beside_library(model, _trace_equal_layers_once(task), inputs, quantised)
             parts[part] = checked_base(traced.train(mode.training))
@@ -270,22 +277,6 @@ class _Trace:
     functions: Set[Any] = frozenset()
 
 
-def _inputs_of(model: nn.Module, given: Mapping[str, Any] | tuple[Any, ...] | ExampleInputs | None) -> ExampleInputs:
-    if given is not None and not isinstance(given, Mapping | tuple | ExampleInputs):
-        raise TraceError(
-            f"example_inputs: expected a mapping of keyword inputs, or a tuple of positional ones, got a {type(given).__name__}."
-        )
-    seen: set[torch.Tensor] = set()
-
-    def own(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor in seen or tensor.is_inference():  # torch.export would take it for another input, or could not use it
-            return tensor.clone()
-        seen.add(tensor)
-        return tensor
-
-    return map_tensors(own, make_inputs(model, given))
-
-
 def _trace_equal_layers_once(task: _Task) -> TracedGraphModule:
     """Trace with stamped layers where that gives the graph of a full trace, and otherwise in full, which also reports errors."""
     name = type(task.model).__name__
@@ -328,12 +319,15 @@ def _trace_all(task: _Task) -> TracedGraphModule:
     state = replace(state, non_persistent=state.non_persistent | set(united.constants))
     check_names(united.modules)
     measured = {name: state.tensors[name].clone() for name in statistics(united.graph, united.modules)}
-    meta = with_info({}, replace(task.info, examples=examples_of(task.inputs, united.constraints), statistics=measured))
-    constraints = _verified(task, state, meta, united)
+    info = replace(task.info, examples=examples_of(task.inputs, united.constraints), statistics=measured)
+    constraints = _verified(task, state, with_info({}, info), united)
+    if isinstance(task.cached, PrefixedCall):
+        slot, constraints = open_slot(united.graph, constraints, task.cached.slot, type(task.model).__name__)
+        state, info = with_empty_slot(state, info, slot)
     graph = numbered(united.graph)
-    checks = add_checks(graph, constraints)
+    state = state.with_modules(add_checks(graph, constraints))
     graph.lint()
-    return assemble(graph, state.with_modules(checks), meta=meta, training=False, trainable=frozenset())
+    return assemble(graph, state, meta=with_info({}, info), training=False, trainable=frozenset())
 
 
 def _trace_both(task: _Task) -> _Trace:

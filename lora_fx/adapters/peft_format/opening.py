@@ -10,10 +10,13 @@ from lora_fx.adapters.peft_format.fingerprint import differences, recorded, reco
 from lora_fx.adapters.peft_format.foreign_formats.foreign_file import ForeignFile, Sizes
 from lora_fx.adapters.peft_format.foreign_formats.recognize import read_foreign
 from lora_fx.adapters.peft_format.keys import base_name, beside_factors
+from lora_fx.adapters.peft_format.prefix_files import PrefixFile, apart
 from lora_fx.adapters.peft_format.stacks import LAYOUTS, StackLayout
 from lora_fx.adapters.peft_format.tensors import AdapterTensors, open_tensors
-from lora_fx.errors import AdapterError, listed, option, shortened, warn
+from lora_fx.errors import AdapterError, FoldError, listed, option, shortened, warn
+from lora_fx.graph.prefix_slot import NO_WEIGHTS_HOLD
 from lora_fx.rules.peft_config.config import CONFIG_NAME, AdapterConfig, read_config
+from lora_fx.rules.peft_config.prefix_config import read_prefix_config
 from lora_fx.rules.validation import shown
 
 
@@ -27,6 +30,7 @@ class AdapterFiles:
         file: its tensors; values for rows of embeddings have the keys of a LoRA's file also where nothing else is adapted.
         stacks: the layout of the factors of stacked experts, if it was given.
         foreign: the file in a form of other tools, while config and tensors have the names that it has for modules.
+        prefix: of prefix tuning; config and tensors are then of what trains beside it.
     """
 
     directory: Path
@@ -34,6 +38,7 @@ class AdapterFiles:
     file: AdapterTensors
     stacks: StackLayout | None = None
     foreign: ForeignFile | None = None
+    prefix: PrefixFile | None = None
 
     def placed(self, modules: Sizes) -> AdapterFiles:
         """Return the adapter by the names of a graph's modules, which a form of other tools has to be fitted to.
@@ -79,11 +84,21 @@ def read_adapter(
             raise AdapterError(str(directory), [problem])
     if (foreign := read_foreign(directory, ignore_config_keys)) is not None:
         return AdapterFiles(directory, *foreign.as_written(), stacks, foreign)
+    if (of_prefix := read_prefix_config(directory, ignore_config_keys)) is not None:
+        prefix, file = apart(open_tensors(directory), of_prefix)
+        return AdapterFiles(directory, of_prefix.beside, file, stacks, prefix=prefix)
     config = read_config(directory, ignore_config_keys)
     file = open_tensors(directory)
     if config.has_rows_alone:
         file = replace(file, entries={beside_factors(key): entry for key, entry in file.entries.items()})
     return AdapterFiles(directory, config, file, stacks)
+
+
+def foldable(files: AdapterFiles) -> AdapterFiles:
+    """Return an adapter that weights can hold; raise :class:`FoldError` for a prefix."""
+    if files.prefix is not None:
+        raise FoldError(f"{files.directory}: {NO_WEIGHTS_HOLD}. Run it with PEFT, or export a graph with it.")
+    return files
 
 
 def check_base(files: AdapterFiles, found: Mapping[str, str | None], *, strict: bool) -> None:

@@ -33,17 +33,18 @@ from lora_fx.adapters.peft_format.own_tensors import (
     warn_of_embeddings,
     warn_of_rounding,
 )
+from lora_fx.adapters.peft_format.prefix_files import fitted_prefix
 from lora_fx.adapters.peft_format.renaming import fitted
 from lora_fx.adapters.peft_format.split_starts import no_weight, splits_of
 from lora_fx.adapters.peft_format.stacks import LAYOUTS, Stack, Writer, is_transposed, stack_layouts
 from lora_fx.adapters.starts import frozen_values
 from lora_fx.errors import AdapterError, warn
-from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name, token_names
+from lora_fx.graph.adapter_names import copy_name, is_of_adapter, original_name, prefix_name, token_names
 from lora_fx.graph.batch_norms import whole_norms
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.info import known_info
 from lora_fx.graph.provenance import called_modules
-from lora_fx.graph.records import BranchSpec, Origin, TokenRows, Trained
+from lora_fx.graph.records import BranchSpec, Origin, PrefixSpec, TokenRows, Trained
 from lora_fx.numerics.factor_init import Split, adapter_dtype
 from lora_fx.numerics.lowrank_merge import rounded
 from lora_fx.planning.cautions import warn_of_untying
@@ -70,6 +71,7 @@ class AdapterContents:
         splits: of branches that split their weight, by their keys: the site, and the parts of the weight as they started.
         echoes: what the file has of the model's own tensors, which a graph on the meta device could not be compared with: the
             key of each, by its name in the graph.
+        prefix: keys and values in front of those of attentions, with their values.
     """
 
     branches: Mapping[str, tuple[str, BranchSpec]]
@@ -83,6 +85,7 @@ class AdapterContents:
     tokens: tuple[TokenRows, ...] = ()
     rows: Mapping[str, torch.Tensor] = field(default_factory=dict)
     splits: Mapping[str, tuple[Site, Split]] = field(default_factory=dict)
+    prefix: tuple[PrefixSpec, torch.Tensor] | None = None
 
     def values_of(self, adapter: str, *, trainable: bool) -> dict[str, torch.Tensor]:
         """Return the tensors by the names that they have in a graph; parameters that are to train require a gradient."""
@@ -98,7 +101,8 @@ class AdapterContents:
             values |= frozen_values(site, self.branches[key][1], adapter, found)
         copies = {copy_name(name, adapter): nn.Parameter(value, trainable) for name, value in self.copies.items()}
         rows = {token_names(m, adapter)[0]: nn.Parameter(value, trainable) for m, value in self.rows.items()}
-        return values | copies | rows
+        ahead = {} if self.prefix is None else {prefix_name(adapter): nn.Parameter(self.prefix[1], trainable)}
+        return values | copies | rows | ahead
 
 
 def read_contents(
@@ -116,7 +120,8 @@ def read_contents(
     """
     if problem := files.config.problem_of_layers(known_info(graph_module).layers):
         raise AdapterError(str(files.directory), [problem])
-    return _Reader(fitted(files, graph_module), graph_module, weights or no_weight).contents()
+    contents = _Reader(fitted(files, graph_module), graph_module, weights or no_weight).contents()
+    return contents if files.prefix is None else replace(contents, prefix=fitted_prefix(files.prefix, graph_module))
 
 
 class _Reader:

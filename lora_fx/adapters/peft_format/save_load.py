@@ -33,7 +33,7 @@ from lora_fx.adapters.recorded import (
     trained_of,
     with_training,
 )
-from lora_fx.adapters.transfer import differences, row_differences
+from lora_fx.adapters.transfer import differences, prefix_differences, row_differences
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import lower
 from lora_fx.errors import AdapterError, PlanError, listed, warn
@@ -51,6 +51,7 @@ from lora_fx.graph.sharded import from_first_process, on_first_process
 from lora_fx.graph.state import State
 from lora_fx.numerics.lowrank_merge import with_all_rows
 from lora_fx.rules.peft_config.config import CONFIG_NAME
+from lora_fx.rules.peft_config.prefix_config import PrefixConfig
 from lora_fx.rules.validation import shown
 from lora_fx.tracing.model_state import unwrapped
 from lora_fx.tracing.replicated_layers import trace_with_layers
@@ -134,8 +135,8 @@ def from_adapter(
     loading = _loading(files, adapter, trainable, strict)
     if isinstance(given, CachedGraphs):
         return through(given, loading)
-    layers = files.config.layer_replication
-    graphs = trace_with_layers(given, layers, example_inputs, dynamic=dynamic, inference=inference, cache=cache)
+    settings: dict[str, Any] = {"dynamic": dynamic, "inference": inference, "prefix": files.prefix is not None}
+    graphs = trace_with_layers(given, files.config.layer_replication, example_inputs, cache=cache, **settings)
     return through(graphs, loading)
 
 
@@ -200,7 +201,13 @@ def with_adapter(
     if adapter not in adapters(graph_module):
         values = contents.values_of(adapter, trainable=bool(trainable))
         plan = plan_branches(
-            graph_module, adapter, contents.branches, contents.trained, origin=contents.origin, tokens=contents.tokens
+            graph_module,
+            adapter,
+            contents.branches,
+            contents.trained,
+            origin=contents.origin,
+            tokens=contents.tokens,
+            prefix=contents.prefix and contents.prefix[0],
         )
         return attach(graph_module, plan, adapter=adapter, values=values)
     return _with_values(graph_module, adapter, contents, trainable)
@@ -264,6 +271,10 @@ def _in_form(
     graph_module: TracedGraphModule, content: PeftAdapter, form: foreign_file.Form
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return the tensors and the metadata of an adapter in a form of other tools."""
+    if isinstance(content.config, PrefixConfig):
+        raise AdapterError(
+            f"format {form!r}", ["has factors of layers alone, and the adapter is a prefix: write it for PEFT"]
+        )
     model_class = info_of(graph_module).model_class
     if form == "diffusers":
         return to_diffusers(content.config, content.tensors, model_class)
@@ -354,6 +365,7 @@ def _with_values(
     )
     unlike += row_differences(record_of(graph_module, adapter).tokens, contents.tokens)
     unlike += [f"{name}: trains in one of them only" for name in sorted({name for name, _ in own ^ given})]
+    unlike += prefix_differences(record_of(graph_module, adapter).prefix, contents.prefix and contents.prefix[0])
     if unlike:
         problem = f"the graph's adapter {adapter!r} is another than the directory's; load it under another name, or with from_adapter"
         raise AdapterError(problem, unlike)

@@ -18,6 +18,7 @@ from lora_fx.adapters.peft_format.keys import (
     token_key,
     without_factors,
 )
+from lora_fx.adapters.peft_format.prefix_files import beside_prefix, in_peft_words
 from lora_fx.adapters.peft_format.stacks import StackLayout, is_transposed, written_layout
 from lora_fx.adapters.recorded import (
     branches_of,
@@ -38,6 +39,7 @@ from lora_fx.planning.peft_tokens import Vocabulary
 from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import AdapterConfig, trains_bias
 from lora_fx.rules.peft_config.name_matching import modules_of
+from lora_fx.rules.peft_config.prefix_config import PrefixConfig
 from lora_fx.rules.peft_config.target_names import TrainedParts, alpha_of, patterns, targets, trained_parts
 from lora_fx.rules.vocabulary import Start, splits_weight
 from lora_fx.sites.call_sites import Site, is_bare, parameter_of, sites
@@ -52,7 +54,7 @@ class PeftAdapter:
         tensors: by PEFT's keys.
     """
 
-    config: AdapterConfig
+    config: AdapterConfig | PrefixConfig
     tensors: Mapping[str, torch.Tensor]
 
 
@@ -124,7 +126,14 @@ class _PeftWriter:
             and not trained
         ):
             return self._rows_alone(config, rows)
-        return PeftAdapter(config, {**tensors, **self._copies(config, adapted), **rows})
+        copies, prefix = self._copies(config, adapted), record_of(self._graph_module, self._adapter).prefix
+        if prefix is None:
+            return PeftAdapter(config, {**tensors, **copies, **rows})
+        if tensors or rows or config.bias != "none":
+            problem = "beside a prefix it has branches, rows of embeddings or biases that train: PEFT has modules alone"
+            raise AdapterError(f"adapter {self._adapter!r} cannot be written for PEFT", [problem])
+        said = in_peft_words(config, prefix, info_of(self._graph_module), self._adapter, self._state.tensors)
+        return PeftAdapter(said[0], {**beside_prefix(copies), **said[1]})
 
     def _rows_alone(self, config: AdapterConfig, rows: Mapping[str, torch.Tensor]) -> PeftAdapter:
         """Return an adapter of rows of embeddings as one of trainable tokens alone, whose file has them for each module that they are of."""

@@ -125,6 +125,33 @@ def peft_rules(given: ConfigObject | Mapping[str, Any]) -> PeftRules:
     return PeftRules(_checked(document, source), "peft", source)
 
 
+def prefix_document(given: ConfigObject | Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return a configuration of prefix tuning as the document of a rule file; None for one of another method.
+
+    Sizes that it names are those of the model, or PEFT fails.
+
+    Raises:
+        RuleError: it asks for what rules cannot say.
+    """
+    document = _as_json(given if isinstance(given, Mapping) else given.to_dict())
+    if document.get("peft_type") != "PREFIX_TUNING":
+        return None
+    for key in ("init_weights", "modules_to_save"):
+        if document.get(key):
+            raise RuleError(
+                "rules", [f"{key}: not supported with a prefix: found {shown(document[key])}. Train with PEFT"]
+            )
+    table = {
+        "tokens": document.get("num_virtual_tokens"),
+        "role": "peft",
+        "projection": document.get("prefix_projection"),
+    }
+    if table["projection"]:
+        table["hidden"] = document.get("encoder_hidden_size")
+    said = {"task_type": document.get("task_type")}
+    return {"defaults": said, "prefix": [{key: value for key, value in table.items() if value is not None}]}
+
+
 def _as_json(value: Any) -> Any:
     """Return a value of a configuration as its JSON file has it."""
     match value:

@@ -1,0 +1,120 @@
+"""Prefixes of adapters: learned keys and values in front of those of every self-attention (arXiv 2101.00190), as PEFT has them.
+
+    embedding → [linear → tanh → linear] → [pairs in the order of the layers] → [cast] → slot of the graph
+
+What the graph does with them is in its trace: see :mod:`lora_fx.tracing.prefixed_forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lora_fx.adapters.fake_values import FakeValues
+from lora_fx.errors import PlanError
+from lora_fx.graph.adapter_names import prefix_name
+from lora_fx.graph.info import AdapterRecord
+from lora_fx.graph.prefix_slot import PrefixSlot, put, slot_node, wanted_slot
+from lora_fx.graph.process_state import forked_random_state
+from lora_fx.graph.provenance import write_stamp
+from lora_fx.graph.records import PrefixSpec
+from lora_fx.graph.state import State
+
+aten = torch.ops.aten
+
+
+def prefix_values(
+    prefix: PrefixSpec | None,
+    device: torch.device,
+    adapter: str,
+    given: Mapping[str, torch.Tensor] | None = None,
+    seed: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """Return new parameters of a prefix, by their names: with given values, or drawn as PEFT draws them.
+
+    Args:
+        prefix: None for an adapter without one.
+        device: for the parameters.
+        adapter: that they belong to.
+        given: values by their names.
+        seed: of the draws.
+    """
+    if prefix is None:
+        return {}
+    if given is not None:
+        values = {prefix_name(adapter, part): given[prefix_name(adapter, part)] for part in prefix.shapes}
+        return {name: nn.Parameter(value.detach(), value.requires_grad) for name, value in values.items()}
+    with forked_random_state(seed=seed), device:
+        features = prefix.shapes["embedding.weight"][1]
+        modules: dict[str, nn.Module] = {"embedding": nn.Embedding(prefix.tokens, features)}
+        if prefix.hidden is not None:
+            whole = prefix.layers * 2 * prefix.width
+            modules["transform.0"] = nn.Linear(prefix.width, prefix.hidden)
+            modules["transform.2"] = nn.Linear(prefix.hidden, whole)
+    return {
+        prefix_name(adapter, f"{path}.{name}"): parameter
+        for path, module in modules.items()
+        for name, parameter in module.named_parameters()
+    }
+
+
+def check_one_prefix(adapter: str, record: AdapterRecord, others: Mapping[str, AdapterRecord]) -> None:
+    """Raise :class:`PlanError` where an adapter with a prefix is to act beside another one with a prefix."""
+    rival = next((name for name, other in others.items() if other.prefix is not None), None)
+    if record.prefix is not None and rival is not None:
+        raise PlanError(
+            f"adapter {adapter!r} and {rival!r}, which acts, have a prefix each: a graph computes with one, as PEFT does. Let one of them "
+            f'act at a time: lora_fx.activate(graph, {{"{adapter}": 1.0}}).'
+        )
+
+
+def write_prefix(
+    graph: fx.Graph, state: State, adapter: str, prefix: PrefixSpec | None, slot: PrefixSlot | None
+) -> dict[str, nn.Module]:
+    """Put the prefix of an adapter into the slot of a graph (in place), and return the modules that check its conditions.
+
+    Args:
+        graph: with an empty slot, if there is a prefix.
+        state: with the parameters.
+        adapter: that they belong to.
+        prefix: of the adapter.
+        slot: of the graph.
+
+    Raises:
+        PlanError: the graph can take no prefix, or none of so many tokens.
+    """
+    if prefix is None:
+        return {}
+    slot = wanted_slot(slot, f"adapter {adapter!r}")
+    taken, fakes = slot_node(graph), FakeValues(state)
+    assert taken is not None
+
+    def record(node: fx.Node, part: str = "prefix") -> fx.Node:
+        write_stamp(node, {"rule": prefix.rule, "site": "prefix", "adapter": adapter, "part": part})
+        fakes.record(node, taken)
+        return node
+
+    def named(part: str) -> fx.Node:
+        return record(graph.create_node("get_attr", prefix_name(adapter, part)))
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        return record(graph.call_function(target, args))
+
+    with graph.inserting_before(taken):
+        value = named("embedding.weight")
+        if prefix.hidden is not None:
+            first = named("transform.0.weight"), named("transform.0.bias")
+            second = named("transform.2.weight"), named("transform.2.bias")
+            value = call(aten.linear.default, value, *first)
+            value = call(aten.tanh.default, value)
+            value = call(aten.linear.default, value, *second)
+        if prefix.pairs is not None:
+            width = 2 * prefix.width
+            own = [call(aten.slice.Tensor, value, 1, pair * width, (pair + 1) * width) for pair in prefix.pairs]
+            value = call(aten.cat.default, own, 1)
+        if slot.dtype != torch.float32:
+            value = call(aten.to.dtype, value, slot.dtype)
+    return put(graph, slot, value, prefix.tokens)

@@ -1,0 +1,47 @@
+"""The prefix of a rule set for a graph: its sizes are those of the keys and values in the graph, which no rule says."""
+
+from __future__ import annotations
+
+from lora_fx.errors import PlanError
+from lora_fx.graph.prefix_slot import PrefixSlot, wanted_slot
+from lora_fx.graph.records import PrefixSpec
+from lora_fx.rules.rule_file import RuleSet
+
+
+def prefix_of(rules: RuleSet, slot: PrefixSlot | None) -> PrefixSpec | None:
+    """Return the prefix that rules ask for, if they do.
+
+    Args:
+        rules: of which one table at most is for a prefix.
+        slot: of the graph.
+
+    Raises:
+        PlanError: the graph can take no prefix, or PEFT has none for such a model.
+    """
+    for each in rules.prefix:
+        rule = f"{rules.name}:prefix"
+        slot = wanted_slot(slot, f"{rules.name!r}: [[prefix]]")
+        layers, pairs = (slot.layers, None) if each.role != "peft" else peft_pairs(slot)
+        width = slot.heads * slot.size
+        hidden = (each.hidden or width) if each.projection else None
+        return PrefixSpec(each.tokens, layers, slot.heads, slot.size, rule, hidden, pairs)
+    return None
+
+
+def peft_pairs(slot: PrefixSlot) -> tuple[int, tuple[int, ...] | None]:
+    """Return the number of layers that PEFT's file has keys and values for, and which of them each layer of a model reads.
+
+    In an encoder-decoder model PEFT repeats the L pairs of its file, takes two at a time for each layer of the decoder, and throws the
+    second, for cross-attention, away (0.21.2): layer i reads pair 2i modulo L. L is the number of layers of the encoder.
+
+    Raises:
+        PlanError: the decoder has more layers than that, where PEFT fails.
+    """
+    if not slot.decodes:
+        return slot.layers, None
+    if slot.layers > slot.counted:
+        raise PlanError(
+            f'role = "peft": the decoder has {slot.layers} layers, and PEFT has keys and values for the {slot.counted} of the encoder alone, '
+            'and fails. Say role = "self_attention".'
+        )
+    return slot.counted, tuple(2 * layer % slot.counted for layer in range(slot.layers))

@@ -1,0 +1,391 @@
+"""Prefix tuning beside PEFT's: the same bits, steps and files."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+import lora_fx
+from lora_fx.errors import AdapterError, FoldError, PlanError, RuleError, TraceError
+from lora_fx.folding.checkpoint_plan import fold_checkpoint
+from tests.architectures import rows
+
+EMBEDDING = "prompt_encoder.default.embedding.weight"
+TOKENS = 6
+
+
+def llama() -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=90, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def mistral() -> Any:
+    config = transformers.MistralConfig(
+        vocab_size=90, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+        sliding_window=7,
+    )  # fmt: skip
+    return transformers.MistralForCausalLM(config)
+
+
+def gpt2() -> Any:
+    config = transformers.GPT2Config(vocab_size=90, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def bloom() -> Any:
+    return transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=90, hidden_size=32, n_layer=2, n_head=4))
+
+
+def opt() -> Any:
+    config = transformers.OPTConfig(
+        vocab_size=90, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=32,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    return transformers.OPTForCausalLM(config)
+
+
+def bert() -> Any:
+    config = transformers.BertConfig(
+        vocab_size=90, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=24,
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config)
+
+
+def t5(encoder: int = 3, decoder: int = 2, d_kv: int = 8) -> Any:
+    config = transformers.T5Config(
+        vocab_size=90, d_model=32, d_kv=d_kv, d_ff=48, num_layers=encoder, num_decoder_layers=decoder, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def bart(encoder: int = 3, decoder: int = 3) -> Any:
+    config = transformers.BartConfig(
+        vocab_size=90, d_model=32, encoder_layers=encoder, decoder_layers=decoder, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64,
+    )  # fmt: skip
+    return transformers.BartForConditionalGeneration(config)
+
+
+MODELS: Mapping[str, tuple[Callable[[], Any], str]] = {
+    "llama": (llama, "CAUSAL_LM"),
+    "mistral": (mistral, "CAUSAL_LM"),
+    "gpt2": (gpt2, "CAUSAL_LM"),
+    "bloom": (bloom, "CAUSAL_LM"),
+    "opt": (opt, "CAUSAL_LM"),
+    "bert": (bert, "SEQ_CLS"),
+    "t5": (t5, "SEQ_2_SEQ_LM"),
+    "bart": (bart, "SEQ_2_SEQ_LM"),
+}
+
+
+def made(build: Callable[[], Any]) -> Any:
+    """Return a frozen model in evaluation mode, since torch's attention may choose another kernel for one that trains."""
+    torch.manual_seed(0)
+    return build().eval().requires_grad_(False)
+
+
+def inputs(model: Any, batch: int, length: int, target: int = 5) -> dict[str, torch.Tensor]:
+    """Return token ids and a mask that hides the beginning of the first row."""
+    torch.manual_seed(batch)
+    ids = torch.randint(3, 90, (batch, length))
+    mask = torch.ones_like(ids)
+    mask[0, : length // 3] = 0
+    more = {"decoder_input_ids": torch.randint(3, 90, (batch, target))} if model.config.is_encoder_decoder else {}
+    return {"input_ids": ids, "attention_mask": mask, **more}
+
+
+def peft_model(model: Any, task: str, **settings: Any) -> Any:
+    torch.manual_seed(3)
+    config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=TOKENS, **settings)
+    return peft.get_peft_model(copy.deepcopy(model), config)
+
+
+def given(theirs: Any, mine: lora_fx.TracedGraphModule) -> None:
+    """Give a graph the prefix and the head of PEFT's model."""
+    own = dict(mine.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            found = name.removeprefix("base_model.").replace("modules_to_save", "trained_copy")
+            own.pop(found).data.copy_(parameter)
+    assert not any(parameter.requires_grad for parameter in own.values())
+
+
+def trained(module: Any, batch: Mapping[str, torch.Tensor]) -> list[float]:
+    """Take ten steps."""
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.5)
+    losses = []
+    for _ in range(10):
+        logits = module(**batch).logits.flatten(0, -2)
+        loss = torch.nn.functional.cross_entropy(logits, torch.arange(len(logits)) % logits.size(-1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def same_as_peft(
+    model: Any, task: str, rules: Any, *, inference: bool = False, **settings: Any
+) -> tuple[lora_fx.TracedGraphModule, Any]:
+    """Return a graph and PEFT's model with one prefix, whose logits are equal at several sizes."""
+    mine = lora_fx.rewrite(model, rules, task_type=task, inference=inference)
+    theirs = peft_model(model, task, **settings)
+    given(theirs, mine)
+    mine.eval(), theirs.eval()
+    with torch.no_grad():
+        for sizes in ((3, 9), (1, 4), (2, 13)):
+            batch = inputs(model, *sizes)
+            found = mine(**batch).logits
+            assert torch.equal(found, theirs(**batch).logits), sizes
+            assert not torch.allclose(found, model(**batch).logits, atol=1e-4)
+            assert torch.equal(lora_fx.activate(mine, {})(**batch).logits, model(**batch).logits)
+    return mine, theirs
+
+
+@pytest.mark.parametrize("name", rows(MODELS, ("bert",)))
+def test_logits_steps_and_files_are_those_of_peft(name: str, tmp_path: Path) -> None:
+    build, task = MODELS[name]
+    model = made(build)
+    mine, theirs = same_as_peft(model, task, {"prefix": [{"tokens": TOKENS, "role": "peft"}]})
+    batch = inputs(model, 3, 9)
+    assert trained(mine, batch) == pytest.approx(trained(theirs, batch), rel=1e-5)
+    ours, _ = mine.get_parameter(EMBEDDING), theirs.save_pretrained(tmp_path / "theirs")
+    torch.testing.assert_close(ours, theirs.prompt_encoder.default.embedding.weight, rtol=0, atol=1e-5)
+    lora_fx.save_adapter(mine, tmp_path / "mine")
+    with torch.no_grad():
+        read = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "mine").eval()
+        assert torch.equal(read(**batch).logits, mine(**batch).logits)
+        loaded = lora_fx.load_adapter(lora_fx.activate(mine, {}), tmp_path / "theirs", "other")
+        assert torch.equal(lora_fx.activate(loaded, {"other": 1})(**batch).logits, theirs(**batch).logits)
+        assert torch.equal(lora_fx.load_adapter(mine, tmp_path / "theirs")(**batch).logits, theirs(**batch).logits)
+    written, known = (json.loads((tmp_path / each / "adapter_config.json").read_text()) for each in ("mine", "theirs"))
+    known["modules_to_save"] = known["modules_to_save"] and ["classifier"]
+    assert {**written, "encoder_hidden_size": None} == {**known, "encoder_hidden_size": None}
+
+
+@pytest.mark.parametrize("name", rows(MODELS, ()))
+def test_a_projection_is_that_of_peft(name: str, tmp_path: Path) -> None:
+    build, task = MODELS[name]
+    model = made(build)
+    rules = {"prefix": [{"tokens": TOKENS, "role": "peft", "projection": True, "hidden": 12}]}
+    mine, theirs = same_as_peft(model, task, rules, prefix_projection=True, encoder_hidden_size=12)
+    assert projected_files_agree(model, mine, theirs, tmp_path)
+
+
+def projected_files_agree(model: Any, mine: lora_fx.TracedGraphModule, theirs: Any, directory: Path) -> bool:
+    """Tell whether the files of a projection, which have what it computes, give the same logits to both readers."""
+    theirs.save_pretrained(directory / "theirs")
+    lora_fx.save_adapter(mine, directory / "mine")
+    batch = inputs(model, 3, 9)
+    with torch.no_grad():
+        expected = mine(**batch).logits, theirs.eval()(**batch).logits
+        read = peft.PeftModel.from_pretrained(copy.deepcopy(model), directory / "mine").eval()
+        loaded = lora_fx.load_adapter(lora_fx.activate(mine, {}), directory / "theirs", "other")
+        found = read(**batch).logits, lora_fx.activate(loaded, {"other": 1})(**batch).logits
+    with pytest.raises(AdapterError, match="it has a projection here, and a file has what that computes"):
+        lora_fx.load_adapter(mine, directory / "theirs")
+    return all(map(torch.equal, found, expected))
+
+
+SIZES = {f"{name}-{encoder}-{decoder}": (name, encoder, decoder) for name, encoder, decoder in (
+    ("bart", 3, 2), ("t5", 2, 2), ("t5", 3, 3), ("t5", 3, 2), ("bart", 4, 4),
+)}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", rows(SIZES, ("bart-3-2",)))
+def test_a_decoder_reads_the_rows_that_peft_reads(case: str) -> None:
+    name, encoder, decoder = SIZES[case]
+    model = made(lambda: MODELS[name][0](encoder, decoder))  # type: ignore[call-arg]
+    rules = {"prefix": [{"tokens": TOKENS, "role": "peft"}]}
+    mine, _ = same_as_peft(model, "SEQ_2_SEQ_LM", rules, inference=True)
+    assert mine.get_parameter(EMBEDDING).shape == (TOKENS, encoder * 2 * 32)
+    own = lora_fx.rewrite(lora_fx.unload(mine), {"prefix": [{"tokens": TOKENS}]})
+    assert own.get_parameter(EMBEDDING).shape == (TOKENS, decoder * 2 * 32)
+    with torch.no_grad():  # of the pairs of rows, layer i has 2 i modulo the layers of the encoder
+        pairs = mine.get_parameter(EMBEDDING).view(TOKENS, encoder, 64)
+        own.get_parameter(EMBEDDING).copy_(torch.cat([pairs[:, 2 * i % encoder] for i in range(decoder)], 1))
+        batch = inputs(model, 3, 9)
+        assert torch.equal(own(**batch).logits, mine(**batch).logits)
+    with pytest.raises(AdapterError, match='say role = "peft"'):
+        lora_fx.save_adapter(own, "unwritten")
+
+
+@pytest.mark.parametrize("case", rows(("t5",), ()))
+def test_a_decoder_with_more_layers_than_the_encoder_has_no_rows_in_peft(case: str) -> None:
+    graph = lora_fx.trace(made(lambda: MODELS[case][0](2, 3)), prefix=True, inference=True)  # type: ignore[call-arg]
+    with pytest.raises(PlanError, match="the decoder has 3 layers, and PEFT has keys and values for the 2"):
+        lora_fx.rewrite(graph, {"prefix": [{"tokens": 4, "role": "peft"}]})
+    lora_fx.rewrite(graph, {"prefix": [{"tokens": 4}]})
+
+
+@pytest.mark.parametrize("case", rows(("t5",), ()))
+def test_heads_of_another_width_than_the_model_need_no_setting(case: str) -> None:
+    model = made(lambda: MODELS[case][0](d_kv=5))  # type: ignore[call-arg]
+    rules = {"prefix": [{"tokens": TOKENS, "role": "peft"}]}
+    same_as_peft(model, "SEQ_2_SEQ_LM", rules, inference=True, token_dim=20)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return made(llama)
+
+
+@pytest.fixture(scope="module")
+def base(model: Any) -> lora_fx.TracedGraphModule:
+    return lora_fx.trace(model, prefix=True)
+
+
+@pytest.fixture(scope="module")
+def graph(base: lora_fx.TracedGraphModule) -> lora_fx.TracedGraphModule:
+    return lora_fx.rewrite(base, {"prefix": [{"tokens": TOKENS}]}, seed=1)
+
+
+@pytest.fixture(scope="module")
+def both(base: lora_fx.TracedGraphModule) -> lora_fx.TracedGraphModule:
+    rules = {"select": [{"role": ["attention.query"]}], "prefix": [{"tokens": TOKENS}]}
+    found = lora_fx.rewrite(base, rules, rank=3, seed=1)
+    torch.manual_seed(2)
+    for name, parameter in found.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.normal_(std=0.3)
+    return found
+
+
+def test_a_projection_on_a_shared_trace_is_that_of_peft(
+    model: Any, base: lora_fx.TracedGraphModule, tmp_path: Path
+) -> None:
+    rules = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=TOKENS, prefix_projection=True, encoder_hidden_size=12
+    )
+    mine = lora_fx.rewrite(base, rules)
+    theirs = peft_model(model, "CAUSAL_LM", prefix_projection=True, encoder_hidden_size=12).eval()
+    given(theirs, mine)
+    batch = inputs(model, 3, 9)
+    assert torch.equal(mine(**batch).logits, theirs(**batch).logits)
+    assert trained(mine, batch) == pytest.approx(trained(theirs, batch), rel=1e-5)
+    assert projected_files_agree(model, mine, theirs, tmp_path)
+
+
+def test_a_graph_without_a_prefix_is_that_of_the_model(
+    model: Any, base: lora_fx.TracedGraphModule, graph: lora_fx.TracedGraphModule
+) -> None:
+    batch = inputs(model, 3, 9)
+    for each in (base, lora_fx.unload(graph), lora_fx.activate(graph, {})):
+        assert torch.equal(each(**batch).logits, model(**batch).logits)
+    assert str(lora_fx.unload(graph).graph) == str(base.graph)
+    assert set(lora_fx.unload(graph).state_dict()) == set(base.state_dict()) == set(model.state_dict())
+
+
+def test_only_the_prefix_trains_and_its_size_is_that_of_all_keys_and_values(graph: lora_fx.TracedGraphModule) -> None:
+    shapes = {name: tuple(p.shape) for name, p in graph.named_parameters() if p.requires_grad}
+    assert shapes == {EMBEDDING: (TOKENS, 2 * 2 * 2 * 8)}
+    assert lora_fx.parameter_summary(graph).trainable == TOKENS * 64
+    assert "a prefix of 6 tokens" in repr(graph)
+
+
+def test_two_adapters_come_of_rules_with_both_and_each_has_its_directory(
+    model: Any, both: lora_fx.TracedGraphModule, tmp_path: Path
+) -> None:
+    batch = inputs(model, 3, 9)
+    assert [str(each) for each in both.adapters] == ["default (acts, trains)", "default-prefix (acts, trains)"]
+    for name in ("default", "default-prefix"):
+        lora_fx.save_adapter(both, tmp_path / name, name)
+        alone = lora_fx.activate(both, {name: 1})
+        read = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / name).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(read(**batch).logits, alone(**batch).logits, rtol=0, atol=1e-6)
+    for each in (copy.deepcopy(both), lora_fx.transfer(both, onto=lora_fx.unload(both))):
+        assert torch.equal(each(**batch).logits, both(**batch).logits)
+
+
+def checkpoint(directory: Path) -> Path:
+    made(llama).save_pretrained(directory / "base")
+    return directory / "base"
+
+
+def test_a_prefix_cannot_be_folded_combined_or_doubled(
+    both: lora_fx.TracedGraphModule, graph: lora_fx.TracedGraphModule, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        FoldError, match="adapter 'default-prefix' cannot be folded: a prefix is keys and values in front"
+    ):
+        lora_fx.fold(both)
+    with pytest.raises(FoldError, match="cannot be folded"):
+        lora_fx.recipe(graph)
+    with pytest.raises(PlanError, match="it has a prefix, and those of two adapters have no sum"):
+        lora_fx.combine(both, {"default": 1, "default-prefix": 1}, adapter="sum")
+    lora_fx.save_adapter(graph, tmp_path / "a")
+    second = lora_fx.load_adapter(graph, tmp_path / "a", "second")
+    with pytest.raises(PlanError, match="'second' and 'default', which acts, have a prefix each"):
+        lora_fx.activate(second, {"default": 1, "second": 1})
+    with pytest.raises(FoldError, match="which no weights can hold"):
+        fold_checkpoint(checkpoint(tmp_path), [(tmp_path / "a", 1.0)], tmp_path / "out")
+    lora_only = lora_fx.activate(both, {"default": 1})
+    assert EMBEDDING.replace("default", "default-prefix") not in lora_fx.fold(lora_only).state_dict()
+
+
+def test_what_a_prefix_cannot_be_is_refused_in_one_line(
+    model: Any, base: lora_fx.TracedGraphModule, tmp_path: Path
+) -> None:
+    def refused(error: type[Exception], match: str, call: Callable[[], object]) -> None:
+        with pytest.raises(error, match=match):
+            call()
+
+    for key, value, told in (
+        ("layers", [1], "layers: unknown key; a prefix is the past of the model"),
+        ("dropout", 0.1, "dropout: unknown key; a prefix has no dropout"),
+        ("positions", "unchanged", "positions: unknown key; the text stands behind the prefix"),
+        ("role", "encoder", "role: expected 'self_attention' or 'peft', found 'encoder'"),
+        ("hidden", 4, "hidden: expected none without projection = true"),
+    ):
+        refused(RuleError, told, lambda table={"tokens": 3, key: value}: lora_fx.rewrite(base, {"prefix": [table]}))  # type: ignore[misc]
+    refused(RuleError, "prefix: expected one table at most", lambda: lora_fx.rewrite(base, {"prefix": [{}, {}]}))
+    refused(RuleError, "select: required, and missing", lambda: lora_fx.rewrite(base, {"defaults": {}}))
+    plain = torch.fx.symbolic_trace(torch.nn.Linear(3, 2))
+    refused(TraceError, "takes no past_key_values", lambda: lora_fx.trace(plain, (torch.ones(1, 3),), prefix=True))
+    other = lora_fx.trace(model, inference=True)
+    refused(PlanError, "traced without", lambda: lora_fx.rewrite(other, {"prefix": [{"tokens": 3}]}))
+    refused(TraceError, "prefix=True ask for", lambda: lora_fx.trace(other, prefix=True))
+    with torch.device("meta"):
+        empty = llama()
+    refused(TraceError, "expected a model with weights", lambda: lora_fx.trace(empty, prefix=True))
+
+
+def test_a_directory_of_another_model_is_refused_with_all_that_differs(
+    base: lora_fx.TracedGraphModule, graph: lora_fx.TracedGraphModule, tmp_path: Path
+) -> None:
+    lora_fx.save_adapter(graph, tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "num_layers": 3, "num_attention_heads": 4}))
+    with pytest.raises(AdapterError) as caught:
+        lora_fx.load_adapter(base, tmp_path / "a")
+    assert "num_attention_heads: expected 2 as in the model, found 4" in str(caught.value)
+    assert "num_layers: expected 2 as in the model, found 3" in str(caught.value)
+    assert "prompt_embeddings: expected shape (6, 96) by adapter_config.json, found (6, 64)" in str(caught.value)
+    path.write_text(json.dumps({**document, "later_option": True}))
+    with pytest.raises(AdapterError, match="later_option: unknown key"):
+        lora_fx.load_adapter(base, tmp_path / "a")
+
+
+def test_positions_that_the_model_has_not_are_refused_with_the_prefix_counted() -> None:
+    model = made(bert)
+    graph = lora_fx.rewrite(model, {"prefix": [{"tokens": TOKENS}]}, inference=True)
+    graph(**inputs(model, 2, 24 - TOKENS))
+    with pytest.raises(lora_fx.InputError, match=r"attention_mask.size\(1\) \+ 6 <= 24"):
+        graph(**inputs(model, 2, 25 - TOKENS))
+    with pytest.raises(PlanError, match="this one has 30 tokens"):
+        lora_fx.rewrite(lora_fx.unload(graph), {"prefix": [{"tokens": 30}]})
+    lora_fx.activate(graph, {})(**inputs(model, 2, 24))
