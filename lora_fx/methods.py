@@ -33,6 +33,7 @@ from lora_fx.graph.cached_graphs import has_cache
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import CHECKPOINTING_SPELLING, EMBEDDINGS, PEFT_SPELLING, known_info, with_info
 from lora_fx.graph.layers import layers
+from lora_fx.graph.sharded import mesh_of, on_first_process
 from lora_fx.graph.take_over import take_over
 from lora_fx.sites.call_sites import sites
 from lora_fx.tracing.transformers_models import double_over, empty_double
@@ -233,7 +234,7 @@ def save_pretrained(
         save_directory: made where it is missing.
         safe_serialization: True; adapters are written as safetensors alone.
         selected_adapters: by default all that the graph has.
-        is_main_process: whether to write at all.
+        is_main_process: whether to write at all; of a graph that FSDP shards the first process does, and every process calls this.
 
     Raises:
         PlanError: the graph has no adapter of that name.
@@ -242,10 +243,14 @@ def save_pretrained(
     """
     if not safe_serialization:
         raise LoraFxError("adapters are written as safetensors alone: expected safe_serialization=True, got False.")
-    if is_main_process:
-        directory = Path(save_directory)
-        for adapter in adapters(graph_module) if selected_adapters is None else selected_adapters:
-            write_adapter_files(graph_module, directory if adapter == "default" else directory / adapter, adapter)
+    directory = Path(save_directory)
+
+    def write(whole: TracedGraphModule) -> None:
+        for adapter in adapters(whole) if selected_adapters is None else selected_adapters:
+            write_adapter_files(whole, directory if adapter == "default" else directory / adapter, adapter)
+
+    if is_main_process or mesh_of(graph_module) is not None:
+        on_first_process(graph_module, write)
 
 
 def get_nb_trainable_parameters(graph_module: TracedGraphModule) -> tuple[int, int]:

@@ -169,6 +169,7 @@ class AdapterCallback(TrainerCallback):
         _tell_of_saving(graph, "writes model.safetensors with the parameters that train")
 
     def _check(self, args: TrainingArguments, state: TrainerState, graph: TracedGraphModule) -> None:
+        _check_whole(args, graph)
         _check_traced(args, graph, keeps_labels=False)
         if state.is_hyper_param_search or state.trial_params is not None:
             raise LoraFxError(
@@ -205,6 +206,7 @@ class UnpreparedCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, *_event: Any, model: Any = None, **_context: Any) -> None:
         """Refuse what the trainer cannot do with the graph, before the first step."""
         if self._is_needed(model):
+            _check_whole(args, model)
             _check_traced(args, model, keeps_labels=False)
             tied, strategy = _tied(model), SaveStrategy(args.save_strategy)
             if tied and strategy is not SaveStrategy.NO:
@@ -270,6 +272,16 @@ def _tied(graph: TracedGraphModule) -> str:
     kept = graph.state_dict(keep_vars=True)
     names = ([name for name in every if name in kept] for every in state_in_parts(graph).names().values())
     return next((" and ".join(map(repr, each)) for each in names if len(each) > 1), "")
+
+
+def _check_whole(args: TrainingArguments, graph: TracedGraphModule) -> None:
+    """Raise where a trainer would write this process's parts of a graph, sharded by hand, as if they were whole."""
+    by_hand = getattr(graph, "is_distributed_loading_by_transformers", False)
+    if by_hand and args.save_strategy != "no":
+        raise LoraFxError(
+            "the graph was sharded before the trainer was made, which would write the parts that one process has as model.safetensors. Call "
+            'lora_fx.trainer.prepare(trainer), after which checkpoints hold whole adapters, or set save_strategy="no".'
+        )
 
 
 def _check_traced(args: TrainingArguments, graph: TracedGraphModule, *, keeps_labels: bool) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from architectures import ARCHITECTURES, VOCABULARY, inputs
@@ -29,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 import lora_fx
+import lora_fx.trainer
 
 BATCH, STEPS, STOPPED = 4, 20, 12
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -133,6 +136,7 @@ def refusals(directory: Path, rank: int) -> dict[str, Any]:
     def fail(_: Any) -> None:
         raise ValueError("no disk")
 
+    graph.save_pretrained(directory / "pretrained", is_main_process=rank == 0)
     found |= {
         "target": said(lambda: lora_fx.save_adapter(graph, directory / "full", overwrite=True)),
         "adapter": said(lambda: lora_fx.save_adapter(graph, directory / "new", "other")),
@@ -166,9 +170,55 @@ def accelerated(name: str, efficient: bool, directory: Path, rank: int) -> dict[
     return {"losses": losses, "part": part_of(graph), "units": units}
 
 
+def trainer(directory: Path, rank: int) -> dict[str, Any]:
+    """Train by transformers' ``Trainer``, and again where it turns FSDP into DDP, as it does on CPUs."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(VOCABULARY, (32, 9), generator=generator)
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
+
+    def made(run: str, **options: Any) -> tuple[lora_fx.TracedGraphModule, Any]:
+        graph = torch.load(directory / "trainer.graph", weights_only=False).train()
+        if "fsdp" not in options:
+            lora_fx.parallel.fully_shard(graph)
+        arguments = transformers.TrainingArguments(
+            str(directory / run),
+            **{
+                "max_steps": 4,
+                "learning_rate": 1e-2,
+                "per_device_train_batch_size": 2,
+                "logging_steps": 1,
+                "use_cpu": True,
+            },
+            **{"save_steps": 2, "save_only_model": True, "report_to": [], "disable_tqdm": True, **options},
+        )
+        return graph, transformers.Trainer(graph, arguments, train_dataset=rows)
+
+    def losses(trainer: Any) -> list[float]:
+        trainer.train()
+        return [each["loss"] for each in trainer.state.log_history if "loss" in each]
+
+    graph, prepared = made("prepared")
+    lora_fx.trainer.prepare(prepared)
+    found: dict[str, Any] = {"losses": losses(prepared), "part": part_of(graph)}
+    prepared.save_model(str(directory / "trainer-final"))
+    prepared._load_from_checkpoint(str(directory / "prepared" / "checkpoint-2"))
+    lora_fx.save_adapter(graph, directory / "trainer-again")
+    graph, bare = made("bare")
+    found["bare"] = said(bare.train)
+    bare.add_callback(lora_fx.trainer.AdapterCallback())
+    found["callback"] = said(bare.train)
+    event = bare.args, transformers.TrainerState(global_step=7, is_world_process_zero=rank == 0), None
+    lora_fx.trainer.AdapterCallback().on_save(*event, model=graph)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found["replicated"] = losses(made("ddp", save_strategy="no", fsdp=True, fsdp_config={"version": 2})[1])
+    found["warned"] = [str(each.message) for each in caught if "FSDP was asked for" in str(each.message)]
+    return found
+
+
 def checks() -> dict[str, Callable[[Path, int], dict[str, Any]]]:
     """Return the checks by their names."""
-    found: dict[str, Callable[[Path, int], dict[str, Any]]] = {"refusals": refusals}
+    found: dict[str, Callable[[Path, int], dict[str, Any]]] = {"refusals": refusals, "trainer": trainer}
     for name in ("llama", "t5", "gpt2", "mixtral"):
         found[name] = lambda directory, rank, name=name: curve(name, directory, rank)
         for efficient in (False, True):

@@ -15,7 +15,7 @@ import families
 import pytest
 import sharded
 import torch
-from architectures import ARCHITECTURES, traced, without_dropout
+from architectures import ARCHITECTURES, build, traced, without_dropout
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -35,7 +35,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
     @functools.cache
     def launched(checks: Collection[str]) -> Path:
         directory = tmp_path_factory.mktemp("sharded")
-        for name in {check.partition("-")[0] for check in checks} - {"refusals"}:
+        graph = (
+            lora_fx.rewrite(build("gpt2"), "gpt2", labels=True, rank=4, dropout=0.0, seed=0) if checks == MORE else None
+        )
+        torch.save(graph, directory / "trainer.graph")
+        for name in {check.partition("-")[0] for check in checks} - {"refusals", "trainer"}:
             trace = copy.deepcopy(traced(name)) if name in ARCHITECTURES else lora_fx.trace(families.build(name))
             torch.save(without_dropout(trace), directory / f"{name}.trace")
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
@@ -124,8 +128,37 @@ def test_what_accelerate_calls_for_fsdp_shards_a_nested_graph_by_its_layers(
         assert torch.allclose(tensors[key], value, rtol=0, atol=1e-5), key
 
 
+@pytest.mark.matrix
+def test_a_trainer_trains_a_sharded_graph_as_it_does_with_ddp_and_saves_whole_adapters(
+    found: Callable[[str], tuple[Path, list[Any]]],
+) -> None:
+    directory, both = found("trainer")
+    graph = torch.load(directory / "trainer.graph", weights_only=False)
+    for each in both:
+        assert each["losses"] == pytest.approx(each["replicated"], abs=1e-6)
+        assert 0.475 <= each["part"] <= 0.525
+        for refused in ("bare", "callback"):
+            assert each[refused].startswith("the graph was sharded before the trainer was made")
+    assert len(both[0]["warned"]) == 1
+    assert "accelerate makes DistributedDataParallel of it" in both[0]["warned"][0]
+    assert both[1]["warned"] == []
+    saved = (
+        "trainer-final",
+        "prepared/checkpoint-2",
+        "prepared/checkpoint-4",
+        "trainer-again",
+        "bare/checkpoint-7/default",
+    )
+    final, second, last, again, _ = (load_file(directory / each / "adapter_model.safetensors") for each in saved)
+    for one, other in ((final, last), (again, second)):
+        assert all(torch.equal(value, other[key]) for key, value in one.items())
+    assert not all(torch.equal(value, last[key]) for key, value in second.items())
+    lora_fx.load_adapter(graph, directory / "trainer-final")
+
+
 def test_all_processes_refuse_where_one_does_and_none_waits(found: Callable[[str], tuple[Path, list[Any]]]) -> None:
-    _, (first, second) = found("refusals")
+    directory, (first, second) = found("refusals")
+    assert lora_fx.load_adapter(traced("llama"), directory / "pretrained").adapters
     for policy in ("policy", "policy of torch", "policy of torch for all"):
         assert first[policy] == second[policy]
         assert first[policy].startswith("expected a MixedPrecisionPolicy with a reduce_dtype alone, got Mixed")

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 from lora_fx.errors import LoraFxError, PlanError, TraceError
+from lora_fx.graph.absent_attributes import SAID_ABSENT, say_absent
 from lora_fx.graph.adapter_states import AdapterState, adapter_states
 from lora_fx.graph.batch_norms import copied_leaf, statistics
 from lora_fx.graph.codegen import is_usable_part
-from lora_fx.graph.info import EMBEDDINGS, PEFT_SPELLING, GraphInfo, check_module, held_graphs, known_info, with_info
+from lora_fx.graph.info import PEFT_SPELLING, GraphInfo, check_module, held_graphs, known_info, with_info
 from lora_fx.graph.layers import NO_LAYERS, check_hook, check_pickles, check_unwrapped, nesting
 from lora_fx.graph.overview import overview_html, overview_text
 from lora_fx.graph.pickling import GraphRecord, record, restore
@@ -165,11 +166,8 @@ class TracedGraphModule(fx.GraphModule):
     def __getattr__(self, name: str) -> Any:
         if name in PEFT_SPELLING and (method := self._methods().get(name)) is not None:
             return method
-        if name in EMBEDDINGS and known_info(self).nested:
-            raise AttributeError(
-                f"a nested graph has no {name}: FSDP would shard such a module on its own, while the graph reads the weight outside of it. "
-                "lora_fx.flatten(graph) has it."
-            )
+        if name in SAID_ABSENT:
+            say_absent(name, known_info(self))
         return super().__getattr__(name)
 
     def __dir__(self) -> list[str]:

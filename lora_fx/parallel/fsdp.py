@@ -49,3 +49,5 @@ def fully_shard(graph_module: TracedGraphModule, mesh: DeviceMesh | None = None,
     for layer in layers(graph_module).values():
         torch_fully_shard(layer, mesh=mesh, **options)
     torch_fully_shard(graph_module, mesh=mesh, **options)
+    # By this name Trainer knows a model that it is not to move or wrap.
+    vars(graph_module)["is_distributed_loading_by_transformers"] = True
