@@ -220,11 +220,16 @@ def graph_with_adapter(root: Path, name: str, computed: torch.dtype) -> Any:
 
 def test_factors_at_a_parameter_that_lies_the_other_way_round_are_refused(tmp_path: Path) -> None:
     graph_with_adapter(tmp_path, "gpt2", torch.float32)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    named = {"target_modules": None, "target_parameters": ["attn.c_attn.weight"]}
+    config.write_text(json.dumps(json.loads(config.read_text()) | named))
     with pytest.raises(AdapterError, match=r"c_attn.weight.* was quantised as \(out, in\), and is stored \(in, out\)"):
         plan_checkpoint_fold(tmp_path / "base", [(tmp_path / "adapter", 1.0)], quantised="nf4", strict=False)
 
 
-@pytest.mark.parametrize(("name", "computed"), [("llama", torch.float32), ("gpt2", torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "computed"), [("llama", torch.float32), ("gpt2", torch.bfloat16), ("gpt2", torch.float32)], ids=str
+)
 def test_an_adapter_of_a_graph_is_folded_on_disk_whatever_its_base_computes_in(
     tmp_path: Path, name: str, computed: torch.dtype
 ) -> None:

@@ -179,30 +179,41 @@ def test_thirty_steps_of_training_end_in_the_factors_of_peft(row: str, tmp_path:
     assert mine_off <= (0.2 if "bfloat16" in row else 1e-4)
 
 
+@pytest.mark.parametrize("variant", rows(("lora", "dora"), ("lora",)))
 @pytest.mark.parametrize(
-    "case", rows(("float32 around bfloat16", "bfloat16 around float32"), ("float32 around bfloat16",))
+    "case",
+    rows(("float32 around bfloat16", "bfloat16 around float32", "bfloat16 of float32"), ("float32 around bfloat16",)),
 )
-def test_layers_that_compute_in_another_dtype_equal_those_of_peft(case: str, tmp_path: Path) -> None:
-    dtype = torch.bfloat16
-    computed = torch.bfloat16 if case.startswith("float32") else torch.float32
+def test_layers_that_compute_in_another_dtype_equal_those_of_peft(case: str, variant: str, tmp_path: Path) -> None:
+    """Bits, but where values of bfloat16 are computed with in float32.
+
+    Then bitsandbytes multiplies by float32 values in the forward pass, and by these rounded to bfloat16 in the backward pass; and PEFT's DoRA
+    has the norms of the rounded ones, and starts with magnitudes that are rounded to bfloat16.
+    """
+    dtype = torch.float32 if case.endswith("of float32") else torch.bfloat16
+    computed = torch.float32 if case.endswith("around float32") else torch.bfloat16
     path, models = saved("gpt2", dtype, tmp_path / "base"), []
     for _ in range(2):
         model = loaded("gpt2", path, "nf4", dtype, computed)
         if case.startswith("float32"):  # norms, embeddings and the stream between layers become float32
             model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False).train()
         models.append(model)
-    mine = lora_fx.rewrite(models[1], MODELS["gpt2"][1], rank=RANK, alpha=ALPHA, dropout=0.0)
-    theirs = wrapped("gpt2", models[0])
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=MODELS["gpt2"][1], use_dora=variant == "dora"
+    )
+    mine, theirs = lora_fx.rewrite(models[1], config), peft.get_peft_model(models[0], config).train()
     set_factors(theirs)
     set_factors(mine)
     expected, found = theirs(**batch("gpt2")).logits, mine(**batch("gpt2")).logits
     wanted, given = gradients(theirs, expected), gradients(mine, found)
-    assert torch.equal(expected, found)
-    for name in wanted:
-        if computed == dtype:
-            assert torch.equal(wanted[name], given[name])
-        else:  # bitsandbytes multiplies by float32 values in the forward pass, and by these rounded to bfloat16 in the backward pass
-            torch.testing.assert_close(wanted[name], given[name], rtol=0, atol=0.05 * float(wanted[name].abs().max()))
+    if computed != torch.float32:
+        assert torch.equal(expected, found)
+        assert all(torch.equal(wanted[name], given[name]) for name in wanted)
+    elif variant == "lora":
+        assert torch.equal(expected, found)
+        assert apart(given, wanted) <= 0.05
+    else:
+        assert apart({"logits": found, **given}, {"logits": expected, **wanted}) <= 0.05
     lora_fx.verify(mine, lora_fx.fold(mine), batch("gpt2"))
 
 
@@ -242,13 +253,38 @@ def test_a_graph_has_the_codes_of_its_model_and_equal_layers_are_traced_once(
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_dora_beside_a_layer_that_computes_in_another_dtype_is_refused_by_name(bias: bool) -> None:
-    layer = bitsandbytes.nn.Linear4bit(64, 32, bias=bias, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
-    rules = {"select": [{"target": ["0"], "rank": 3, "variant": "dora"}]}
-    with pytest.raises(
-        lora_fx.PlanError, match=r"site '0' can get no branch with DoRA.*bnb_4bit_compute_dtype=torch.float32"
-    ):
-        lora_fx.rewrite(nn.Sequential(layer, nn.Tanh()), rules, example_inputs=(torch.randn(5, 64),))
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_dora_beside_a_layer_that_computes_in_another_dtype_has_the_bits_of_peft(
+    stored: torch.dtype, bias: bool, tmp_path: Path
+) -> None:
+    layer = nn.Linear(64, 32, bias=bias).to(stored)
+    theirs = bitsandbytes.nn.Linear4bit(64, 32, bias=bias, compute_dtype=torch.bfloat16, quant_type="nf4")
+    theirs.load_state_dict(layer.state_dict())
+    theirs.weight.data = layer.weight.data
+    model = nn.Sequential(theirs.to("cpu"), nn.Tanh())
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # what PEFT goes by
+    x = torch.randn(5, 64, requires_grad=True)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["0"], use_dora=True)
+    mine = lora_fx.rewrite(copy.deepcopy(model).train(), config, example_inputs=(x.detach(),))
+    wrapped = peft.get_peft_model(model, config).train()
+    magnitudes = [
+        next(parameter for name, parameter in each.named_parameters() if "magnitude" in name)
+        for each in (wrapped, mine)
+    ]
+    assert torch.equal(*magnitudes)
+    set_factors(wrapped)
+    set_factors(mine)
+    expected, found = wrapped(x), mine(x)
+    assert torch.equal(expected, found)
+    wanted, given = (
+        torch.autograd.grad(out.square().sum(), [x, *(p for p in each.parameters() if p.requires_grad)])
+        for out, each in ((expected, wrapped), (found, mine))
+    )
+    assert all(torch.equal(*pair) for pair in zip(wanted, given, strict=True))
+    lora_fx.verify(mine, lora_fx.fold(mine), (x.detach(),))
+    lora_fx.save_adapter(mine, tmp_path / "adapter")
+    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (said["target_modules"], said["target_parameters"]) == (["0"], None)
 
 
 def test_copies_and_files_of_a_quantised_graph_compute_the_same(

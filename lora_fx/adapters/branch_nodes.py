@@ -14,13 +14,12 @@ from torch import fx
 
 from lora_fx.adapters.dora import DoraBranch
 from lora_fx.adapters.fake_values import FakeValues
-from lora_fx.errors import PlanError
 from lora_fx.graph.provenance import module_path, write_stamp
 from lora_fx.graph.records import BranchSpec
 from lora_fx.graph.state import State
 from lora_fx.numerics.factor_init import adapter_dtype, casts_first
 from lora_fx.planning.plan import Chosen, Plan
-from lora_fx.sites.call_sites import biased
+from lora_fx.sites.call_sites import biased, cast_back
 from lora_fx.sites.stored_weight import cast_of
 from lora_fx.sites.weight_ops import Emit, low_rank, weight_op
 
@@ -85,10 +84,10 @@ def write_branches(
     fakes = FakeValues(state)
     for chosen in plan.chosen:
         site = nodes[chosen.site.node]
-        cast_back = _cast_back(site, state.tensors[chosen.site.weight])
-        end = ends.get(site.name) or cast_back or _complete(site, state)
+        returned = cast_back(site, state.tensors[chosen.site.weight])
+        end = ends.get(site.name) or returned or _complete(site, state)
         for branch in chosen.branches:
-            behind = site if end in (site, biased(site), cast_back) else _added(end)
+            behind = site if end in (site, biased(site), returned) else _added(end)
             end = _BranchWriter(graph, state, named, fakes, chosen, branch, adapter, rows).write(site, end, behind)
         ends[site.name] = end
 
@@ -101,17 +100,6 @@ def _complete(site: fx.Node, state: State) -> fx.Node:
     bias = next(node for node in total.all_input_nodes if node is not site)
     dtype = parts.dtype or state.tensors[str(parts.weight.target)].dtype
     return total if state.tensors[str(bias.target)].dtype == dtype else site
-
-
-def _cast_back(site: fx.Node, weight: torch.Tensor) -> fx.Node | None:
-    """Return the cast of a product back to the dtype of the site's input, in a layer for 4 bits that computes in another one.
-
-    PEFT's branch reads the input as it is in front of such a layer, and is added behind it.
-    """
-    parts, users = weight_op(site), list(site.users)
-    if not casts_first(weight) or parts is None or len(users) != 1 or None in (cast_of(parts.input), cast_of(users[0])):
-        return None
-    return users[0] if module_path(parts.input) == module_path(site) == module_path(users[0]) else None
 
 
 def _added(end: fx.Node) -> fx.Node:
@@ -149,10 +137,10 @@ class _BranchWriter:
         parts = weight_op(base)
         assert parts is not None
         weight = self.state.tensors[self.chosen.site.weight]
-        cast_back = _cast_back(base, weight)
+        returned = cast_back(base, weight)
         x, narrow = parts.input, parts.dtype or weight.dtype
-        if cast_back is not None:
-            x, narrow = x.all_input_nodes[0], cast_of(cast_back) or narrow
+        if returned is not None:
+            x, narrow = x.all_input_nodes[0], cast_of(returned) or narrow
         wide = adapter_dtype(narrow)
         a = self._named(names.a, "factor A", parts.weight)
         b = self._named(names.b, "factor B", a)
@@ -191,11 +179,6 @@ class _BranchWriter:
     def _dora(self, base: fx.Node, end: fx.Node, x: fx.Node, nodes: tuple[fx.Node, fx.Node, fx.Node]) -> fx.Node:
         """Write what makes a branch DoRA's, given the nodes of A, B and ``B(A(x))``, and return its sum with the output of the site."""
         names, weight = self.branch.names(self.adapter), self.state.tensors[self.chosen.site.weight]
-        if (cast := _cast_back(base, weight)) is not None:
-            raise PlanError(
-                f"site {self.chosen.site.name!r} can get no branch with DoRA: expected a layer in 4 bits that computes in {cast_of(cast)}, as the "
-                f"model, got one that computes in {weight.dtype}. Load the model with bnb_4bit_compute_dtype={cast_of(cast)}."
-            )
         magnitude, module = self._named(names.magnitude, "magnitude", nodes[1]), names.training_product
         branch = DoraBranch.of(base, end, weight, (x, *nodes), magnitude, self.branch.setting)
 

@@ -229,9 +229,9 @@ class DoraBranch:
         product = weight_op(site)
         assert product is not None
         x, a, b, low_rank = nodes
-        narrow, bias = product.dtype or weight.dtype, product.addend
-        if end is not site:  # the sum with a bias
-            bias = next(node for node in end.all_input_nodes if node is not site)
+        narrow = product.dtype or weight.dtype
+        # The other summand of a sum with a bias; a cast of the product has none.
+        bias = next((node for node in end.all_input_nodes if end is not site and node is not site), product.addend)
         wide = adapter_dtype(narrow)
         return DoraBranch(
             product, tuple(weight.shape), product.layout == "in_out", end, bias, x, a, b, magnitude, low_rank,

@@ -194,8 +194,10 @@ class QuantisedWeight(torch.Tensor):
             return QuantisedWeight(self._tensors, scheme, shape, dtype, casts, not transposed)
         if func is aten._to_copy.default:
             cast = kwargs.get("dtype") or self.dtype
-            moved = self._with(lambda tensor: tensor.to(kwargs.get("device") or tensor.device, copy=True))
-            casts = casts if cast == self.dtype else (*casts, cast)
+            casts, copied = (
+                (casts, True) if cast == self.dtype else ((*casts, cast), False)
+            )  # another dtype is over the same codes
+            moved = self._with(lambda tensor: tensor.to(kwargs.get("device") or tensor.device, copy=copied))
             return QuantisedWeight(moved._tensors, scheme, shape, dtype, casts, transposed)
         return None
 

@@ -17,7 +17,9 @@ from torch import fx
 from lora_fx.graph.adapter_names import is_factor, original_name
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.provenance import module_path
+from lora_fx.numerics.factor_init import casts_first
 from lora_fx.rules.vocabulary import Layout, Op
+from lora_fx.sites.stored_weight import cast_of
 from lora_fx.sites.weight_ops import CONVOLUTIONS, WeightOp, weight_op
 from lora_fx.torch_internals import OpOverload
 
@@ -77,6 +79,17 @@ def biased(site: fx.Node) -> fx.Node | None:
         return None
     others = [node for node in user.all_input_nodes if node is not site]
     return user if len(others) == 1 and others[0].op == "get_attr" and not is_factor(str(others[0].target)) else None
+
+
+def cast_back(site: fx.Node, weight: torch.Tensor) -> fx.Node | None:
+    """Return the cast of a product back to the dtype of the site's input, in a layer for 4 bits that computes in another one.
+
+    PEFT's branch reads the input as it is in front of such a layer, and is added behind it.
+    """
+    parts, users = weight_op(site), list(site.users)
+    if not casts_first(weight) or parts is None or len(users) != 1 or None in (cast_of(parts.input), cast_of(users[0])):
+        return None
+    return users[0] if module_path(parts.input) == module_path(site) == module_path(users[0]) else None
 
 
 def sites(graph_module: fx.GraphModule) -> tuple[Site, ...]:

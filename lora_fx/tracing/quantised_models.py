@@ -31,15 +31,22 @@ _logger = logging.getLogger("lora_fx.tracing")
 
 
 class CastingLinear(nn.Linear):
-    """A linear layer that computes in the dtype of its weight, whatever that of its input and bias, and returns that of its input."""
+    """A linear layer that computes in a dtype of its own, whatever those of its input, weight and bias, and returns that of its input.
+
+    Attributes:
+        computed: that dtype; None: the weight's.
+    """
+
+    computed: torch.dtype | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return ``x W^T + bias``."""
-        dtype = self.weight.dtype
+        dtype = self.computed or self.weight.dtype
+        weight = self.weight if self.weight.dtype == dtype else self.weight.to(dtype)
         bias = self.bias if self.bias is None or self.bias.dtype == dtype else self.bias.to(dtype)
         if input.dtype == dtype:
-            return nn.functional.linear(input, self.weight, bias)
-        return nn.functional.linear(input.to(dtype), self.weight, bias).to(input.dtype)
+            return nn.functional.linear(input, weight, bias)
+        return nn.functional.linear(input.to(dtype), weight, bias).to(input.dtype)
 
 
 class AddingLinear(nn.Linear):
@@ -139,10 +146,10 @@ def _of_linear4bit(module: Any) -> QuantisedWeight:
     if state is None:
         raise _Unreadable(" that is not quantised yet: move the model to its device")
     codes, absmax, nested = module.weight.data, state.absmax, bool(state.nested)
-    dtype = module.compute_dtype or state.dtype
+    stored = state.dtype
     if _is_repacked(module):
         codes, absmax, nested = _unpacked(codes), absmax.T.reshape(-1).float(), False
-        dtype = module.compute_dtype or state.original_dtype
+        stored = state.original_dtype
     tensors = {"codes": codes.view(torch.uint8).reshape(-1, 1), "absmax": absmax}
     if nested:
         if state.state2.blocksize != 256:
@@ -150,6 +157,9 @@ def _of_linear4bit(module: Any) -> QuantisedWeight:
         outer = state.state2
         tensors |= {"nested_absmax": outer.absmax, "nested_map": outer.code, "offset": state.offset.reshape(())}
     scheme = CodebookScheme(state.quant_type, state.blocksize, nested)
+    computed = module.compute_dtype or stored
+    # The library casts to the dtype of the product what it has in the wider of the two. Norms of DoRA, and folds, are of the values before.
+    dtype = stored if torch.promote_types(computed, stored) == stored else computed
     return QuantisedWeight(tensors, scheme, tuple(state.shape), dtype)
 
 
@@ -370,6 +380,8 @@ def _linear(module: nn.Module, weight: QuantisedWeight) -> nn.Linear:
         bias = nn.Parameter(bias, requires_grad=False)
     kind = AddingLinear if type(module).__name__ in _ADDING else CastingLinear
     linear = kind(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    if isinstance(linear, CastingLinear) and getattr(module, "compute_dtype", None) not in (None, weight.dtype):
+        linear.computed = module.compute_dtype  # type: ignore[assignment]
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.register_parameter("bias", bias)
     linear.train(module.training)

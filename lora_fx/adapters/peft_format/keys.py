@@ -25,11 +25,12 @@ from torch import fx
 
 from lora_fx.adapters.peft_format.stacks import StackLayout
 from lora_fx.errors import did_you_mean
+from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.provenance import module_path, source_line, stamp_of
 from lora_fx.graph.records import BranchSpec
 from lora_fx.planning.plan import factor_shapes, magnitude_shape
 from lora_fx.rules.peft_config.config import CONFIG_NAME
-from lora_fx.sites.call_sites import Site, biased, is_bare, parameter_of, sites
+from lora_fx.sites.call_sites import Site, biased, cast_back, is_bare, parameter_of, sites
 from lora_fx.sites.weight_ops import readers, weight_op
 from lora_fx.torch_internals import OpOverload
 
@@ -217,7 +218,8 @@ def apart_from_calls(
             products = {nodes[each.node] for each in adapted if each.module == site.module}
             reason = _apart_from_parameter(parameter_of(site).rpartition(".")[0], node, products)
         else:
-            reason = _apart_from_module(site, node, frames)
+            returned = cast_back(node, state_of(graph_module).tensors[site.weight])
+            reason = _apart_from_module(site, node, returned, frames)
         if reason:
             found.setdefault(site.module, f"{site.module}: {reason}")
     return found
@@ -233,8 +235,10 @@ def _apart_from_parameter(owner: str, node: fx.Node, products: Collection[fx.Nod
     return f"its weight is read by {others[0].target} too{source_line(others[0])}{_IN_CALL}" if others else ""
 
 
-def _apart_from_module(site: Site, node: fx.Node, frames: Mapping[str, Collection[fx.Node]]) -> str:
-    """Return why the call of a module is not the product alone, given the nodes of each call."""
+def _apart_from_module(
+    site: Site, node: fx.Node, returned: fx.Node | None, frames: Mapping[str, Collection[fx.Node]]
+) -> str:
+    """Return why the call of a module is not the product alone, given its cast back, if any, and the nodes of each call."""
     frame, kind = _frame(node)
     if module_path(node) != site.module:
         return f"its weight is multiplied with outside of the module{source_line(node)}{_BESIDE}"
@@ -243,9 +247,9 @@ def _apart_from_module(site: Site, node: fx.Node, frames: Mapping[str, Collectio
         return f"its convolution has the dilation {product.geometry[2]}, and PEFT's branch has none{source_line(node)}"
     if site.op == "embedding" and kind.endswith("ScaledWordEmbedding"):
         return ""  # of transformers; PEFT knows of their scale
-    total = biased(node)
+    expected = {node, biased(node)} if returned is None else {node, returned, *node.all_input_nodes}
     own = [each for each in frames[frame] if each.op == "call_function" and not _depends_on_weights_alone(each)]
-    more = [each for each in own if each not in (node, total) and not _moves_values(each)]
+    more = [each for each in own if each not in expected and not _moves_values(each)]
     return f"its module computes more than the product, {more[0].target}{source_line(more[0])}{_BESIDE}" if more else ""
 
 
