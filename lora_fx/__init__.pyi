@@ -1,6 +1,7 @@
 from . import export, generation, huggingface, parallel
 from .adapters.activate import activate
 from .adapters.combine import combine
+from .adapters.explained_variance import EvaStart, eva
 from .adapters.materialize import materialize
 from .adapters.peft_format.save_load import from_adapter, load_adapter, save_adapter
 from .adapters.row_selection import activate_by_row
@@ -34,6 +35,7 @@ from .training.parameters import ParameterSummary, lora_plus_groups, parameter_s
 
 __all__ = [
     "AdapterError",
+    "EvaStart",
     "ExportError",
     "FoldError",
     "FoldReport",
@@ -52,6 +54,7 @@ __all__ = [
     "combine",
     "dequantise",
     "draw",
+    "eva",
     "export",
     "flatten",
     "fold",

@@ -130,7 +130,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a start": (
         {**Q, "init_lora_weights": "corda"},
         "init_lora_weights: expected true, false, 'gaussian', 'orthogonal', 'pissa', 'olora', 'mica' or 'pissa_niter_16', by which factors start "
-        "without data, found 'corda'. Pass start= to rewrite, leave it out",
+        "without data, found 'corda'. Pass start= to rewrite (lora_fx.eva makes that of EVA), leave it out",
     ),
     "a later key": (
         {**Q, "use_wonder": 2},

@@ -69,7 +69,8 @@ def start_values(
         found = split_at(site, branch, weight)
         a, b, frozen = found.a, found.b, frozen_values(site, branch, adapter, found)
     dtype = adapter_dtype(site.cast or weight.dtype)
-    a, b = (factor.to(weight.dtype).to(dtype).contiguous() for factor in (a, b))
+    rounded = weight.dtype if given is None or branch.splits else dtype  # B of EVA is zero, and its A is not rounded
+    a, b = (factor.to(rounded).to(dtype).contiguous() for factor in (a, b))
     return {names.a: nn.Parameter(a, setting.trains_a), names.b: nn.Parameter(b, setting.trains_b), **frozen}
 
 

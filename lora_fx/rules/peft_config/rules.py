@@ -206,7 +206,7 @@ def _problems(document: Mapping[str, Any], known: Mapping[str, Any], init: Any) 
     if not _starts(init):
         yield (
             f"init_lora_weights: expected true, false, {', '.join(map(repr, _INITS))} or 'pissa_niter_16', by which factors start without "
-            f"data, found {shown(init)}. Pass start= to rewrite, leave it out, or train with PEFT"
+            f"data, found {shown(init)}. Pass start= to rewrite (lora_fx.eva makes that of EVA), leave it out, or train with PEFT"
         )
     task = known.get("task_type")
     if task not in (None, *get_args(TaskType)):
