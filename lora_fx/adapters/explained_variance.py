@@ -114,7 +114,7 @@ def eva(
     check_whole(graph_module)
     base = lower(activate(graph_module, {}) if adapters(graph_module) else graph_module)
     plan = plan_graph(base, ruleset)
-    run = _Run.of(base, plan, rho)
+    run = _Decompositions.of(base, plan, rho)
     was = base.training
     base.eval()
     try:
@@ -134,7 +134,7 @@ def _usual_mask(batch: Mapping[str, Any]) -> torch.Tensor | None:
 
 
 @dataclass
-class _Input:
+class _SiteInput:
     """What the sites of some modules read, and its components so far.
 
     Attributes:
@@ -169,16 +169,16 @@ class _Input:
 
 
 @dataclass
-class _Run:
+class _Decompositions:
     """Decompositions of the inputs of a graph's branches, by the modules of these."""
 
     graph_module: fx.GraphModule
     branches: Mapping[str, BranchSpec]
-    inputs: Mapping[str, _Input]
+    inputs: Mapping[str, _SiteInput]
     ranks: dict[str, int]
 
     @classmethod
-    def of(cls, graph_module: fx.GraphModule, plan: Plan, rho: float) -> _Run:
+    def of(cls, graph_module: fx.GraphModule, plan: Plan, rho: float) -> _Decompositions:
         """Return a run for the branches of a plan that EVA can start."""
         position = {name: index for index, name in enumerate(state_of(graph_module).tensors)}  # PEFT's order
         nodes = {node.name: node for node in graph_module.graph.nodes}
@@ -199,10 +199,10 @@ class _Run:
         for module, read in reads.items():
             together.setdefault(read, []).append(module)
         most = {module: min(round(branch.setting.rank * rho), widths[module]) for module, branch in branches.items()}
-        inputs = dict[str, _Input]()
+        inputs = dict[str, _SiteInput]()
         for read, modules in together.items():
             number = max(most[module] for module in modules)
-            inputs |= dict.fromkeys(modules, _Input(read, number, number))
+            inputs |= dict.fromkeys(modules, _SiteInput(read, number, number))
         return cls(graph_module, branches, inputs, {module: branch.setting.rank for module, branch in branches.items()})
 
     def through(
@@ -298,17 +298,17 @@ def _run(
     graph_module: fx.GraphModule,
     batch: Mapping[str, Any],
     mask: torch.Tensor | None,
-    inputs: Iterable[_Input],
+    inputs: Iterable[_SiteInput],
     tau: float,
 ) -> int:
     """Run a batch through a graph, and hand what its nodes compute to the inputs; return the most rows that one has."""
-    readers: dict[str, list[_Input]] = {}
+    readers: dict[str, list[_SiteInput]] = {}
     for each in inputs:
         for name in each.nodes:
             readers.setdefault(name, []).append(each)
     counts = [0]
 
-    class Interpreter(fx.Interpreter):
+    class Reading(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
             for each in readers.get(n.name, ()):
@@ -321,7 +321,7 @@ def _run(
     signature = signature_of(graph_module.graph)
     taken = {key: value for key, value in batch.items() if key != "labels" or "labels" in signature.inputs}
     with torch.no_grad():
-        Interpreter(graph_module).run(*signature.tensors((), taken))
+        Reading(graph_module).run(*signature.tensors((), taken))
     return max(counts)
 
 
