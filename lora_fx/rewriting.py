@@ -15,6 +15,7 @@ from lora_fx.graph.cached_graphs import CachedGraphs
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import info_of
 from lora_fx.graph.joined_graphs import through
+from lora_fx.planning.attention_projections import warn_of_attentions
 from lora_fx.planning.cautions import warn_of_fresh_head, warn_of_lower_ranks, warn_of_untying
 from lora_fx.planning.planner import plan_graph
 from lora_fx.progress import shown, step
@@ -151,6 +152,7 @@ def rewrite(
         warn_of_lower_ranks(plan)
         warn_of_untying(plan.trained, state_of(graph_module).names(), f"rules {plan.rules.name!r}")
         warn_of_fresh_head(plan, graph_module)
+        warn_of_attentions(plan, graph_module)
         both = plan.prefix is not None and bool(getattr(ruleset, "select", ()))
         result = attach(
             graph_module, replace(plan, prefix=None) if both else plan, adapter=adapter, seed=seed, start=start

@@ -413,16 +413,6 @@ class Both(Around):
         return nn.functional.linear(self.lin(self.table(ids)), self.lin.weight)  # type: ignore[arg-type]
 
 
-class Attending(Around):
-    def __init__(self) -> None:
-        super().__init__(nn.Linear(6, 6))
-        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.lin(self.table(ids))
-        return self.attention(x, x, x, need_weights=False)[0]  # type: ignore[no-any-return]
-
-
 class Regularised(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) * self.weight.norm()
@@ -478,7 +468,6 @@ class Owner(nn.Module):
     [
         (Outside(nn.Linear(6, 6)), "lin", {}, r"lin: its weight is multiplied with outside of the module"),
         (Both(nn.Linear(6, 6)), "lin", {}, r"lin: its weight is multiplied with outside of the module"),
-        (Attending(), "out_proj", {}, r"attention\.out_proj: its weight is multiplied with outside of the module"),
         (
             Around(Regularised(6, 6)),
             "lin",

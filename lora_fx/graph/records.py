@@ -255,7 +255,7 @@ class TaskHead:
 
 @dataclass(frozen=True)
 class ParameterModule:
-    """What PEFT goes by at a module whose weights it adapts as parameters alone: stacks of matrices, and those of classes that it has no layer for.
+    """What PEFT goes by at a module whose weights it adapts as parameters: stacks, classes that it has no layer for, nn.MultiheadAttention.
 
     Attributes:
         classes: its class and those that it derives from, as ``module:qualified.name``.
@@ -264,3 +264,8 @@ class ParameterModule:
 
     classes: tuple[str, ...]
     transposed: bool
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether it is an ``nn.MultiheadAttention``, of which PEFT adapts ``in_proj_weight`` and ``out_proj`` together."""
+        return "torch.nn.modules.activation:MultiheadAttention" in self.classes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from lora_fx.errors import RuleError, did_you_mean, listed, shortened
 from lora_fx.graph.records import BranchSpec, ParameterModule, Trained
@@ -16,7 +17,7 @@ from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, owners_of
 from lora_fx.rules.peft_config.config import ALL_LINEAR, AdapterConfig, trains_bias
 from lora_fx.rules.peft_config.name_matching import is_named, layer_of, modules_of
 from lora_fx.rules.peft_config.rules import PeftRules
-from lora_fx.sites.call_sites import Site, is_bare, parameter_of
+from lora_fx.sites.call_sites import Site, attention_of, is_bare, is_idle, parameter_of
 from lora_fx.sites.roles import Purpose
 
 Parameters = Mapping[tuple[str, ...], int]
@@ -52,7 +53,9 @@ def plan_peft_sites(
         config = config.model_copy(update={"target_modules": tuple(linears)})
     try:
         tied = {} if every else _tied_modules(config, found, parameters)  # PEFT ties before it knows the linear layers
-        decisions = [_decision(site, config, rules, tied, purpose_of.get(site.name, Purpose())) for site in found]
+        decisions = [
+            _decision(site, config, rules, tied, purpose_of.get(site.name, Purpose()), modules) for site in found
+        ]
         chosen = [each.site for each in decisions if isinstance(each, Chosen)]
         trained = _trained(rules, config, parameters, {site.module for site in chosen if not is_bare(site)})
         problems = [*_unadaptable(config, found, parameters, modules), *_unlike(config, tied)]
@@ -60,7 +63,7 @@ def plan_peft_sites(
     except TimeoutError as error:
         raise RuleError(rules.source, [str(error)]) from error
     if not chosen and not trained and not tokens and not config.has_rows_alone:
-        problems.append(_nothing(rules.config, found))
+        problems.append(_nothing(rules.config, found, modules))
     if problems:
         raise RuleError(rules.source, shortened(problems, _MAX_NAMED, "problems"))
     return Plan(rules, tuple(decisions), trained, tokens=tokens)
@@ -70,10 +73,22 @@ _MAX_NAMED = 20
 
 
 def _decision(
-    site: Site, config: AdapterConfig, rules: PeftRules, tied: Mapping[str, str | None], purpose: Purpose
+    site: Site,
+    config: AdapterConfig,
+    rules: PeftRules,
+    tied: Mapping[str, str | None],
+    purpose: Purpose,
+    modules: Mapping[str, ParameterModule],
 ) -> Decision:
     """Return the branch of a site, or why it has none."""
-    parameter = parameter_of(site)
+    parameter, owner = parameter_of(site), attention_of(site, modules)
+    if owner is not None and config.selects(owner):
+        setting = replace(config.setting_of(owner), dropout=0.0)  # PEFT merges, and drops nothing
+        return Chosen(
+            site, f"{rules.name}:target_modules", (BranchSpec(owners_of(site)[0], setting, op=site.op),), purpose
+        )
+    if is_idle(site, modules) and config.selects(site.module):
+        return Skipped(site, "target_modules names it; an nn.MultiheadAttention never calls it", purpose)
     if config.selects_parameter(parameter):
         key, name = "target_parameters", parameter
     elif not is_bare(site) and (site.module in tied or config.selects(site.module)):
@@ -135,6 +150,21 @@ def _unadaptable(
                 f"target_modules: {module!r} is a {kind}, for which PEFT has no layer. Name its weight under target_parameters: {module}.weight"
             )
     known = {site.module for site in found}
+    attentions = {owner for site in found if (owner := attention_of(site, modules)) and config.selects(owner)}
+    for owner in sorted(attentions):
+        if f"{owner}.in_proj_weight" not in known:
+            yield (
+                f"target_modules: {owner!r} is an nn.MultiheadAttention whose query is another tensor than its key, so that its in_proj_weight is "
+                "no call site"
+            )
+        for key, said in (
+            ("use_dora", config.use_dora),
+            ("lora_bias", config.lora_bias),
+            ("bias", config.bias != "none"),
+        ):
+            if said:
+                yield f"{key}: expected none in an nn.MultiheadAttention, which {owner!r} is, found {json.dumps(getattr(config, key))}"
+    known |= attentions
     paths = dict.fromkeys(path for names in parameters for name in names for path in modules_of(name))
     for path in paths:
         if path not in known and config.selects(path):
@@ -169,7 +199,11 @@ def _unlike(config: AdapterConfig, tied: Mapping[str, str | None]) -> Iterator[s
             )
 
 
-def _nothing(config: AdapterConfig, found: Sequence[Site]) -> str:
+def _nothing(config: AdapterConfig, found: Sequence[Site], modules: Mapping[str, ParameterModule]) -> str:
+    idle = [site for site in found if is_idle(site, modules) and config.selects(site.module)]
+    if idle:
+        owner = attention_of(idle[0], modules)
+        return f"target_modules: {idle[0].module!r} is never called: name its nn.MultiheadAttention, {owner!r}"
     ends = sorted({site.module.rpartition(".")[2] for site in found})
     named = config.target_parameters if config.target_modules is None else config.target_modules
     key = "target_parameters" if config.target_modules is None else "target_modules"

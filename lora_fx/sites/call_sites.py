@@ -7,7 +7,7 @@ other. The layout of its weight is read off the operator and the transposes befo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
@@ -18,6 +18,7 @@ from lora_fx.graph.adapter_names import is_factor, original_name
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.provenance import module_path
 from lora_fx.numerics.factor_init import casts_first
+from lora_fx.graph.records import ParameterModule
 from lora_fx.rules.vocabulary import Layout, Op
 from lora_fx.sites.stored_weight import cast_of
 from lora_fx.sites.weight_ops import CONVOLUTIONS, WeightOp, weight_op
@@ -70,6 +71,24 @@ def is_bare(site: Site) -> bool:
 def parameter_of(site: Site) -> str:
     """Return what ``target_parameters`` calls the weight of a site."""
     return site.module if is_bare(site) else f"{site.module}.weight"
+
+
+def attention_of(site: Site, modules: Mapping[str, ParameterModule]) -> str | None:
+    """Return the path of the ``nn.MultiheadAttention`` whose ``in_proj_weight`` or ``out_proj`` a site is; None for any other site.
+
+    Args:
+        site: of a graph.
+        modules: what is known of the model's modules, by their paths.
+    """
+    owner, _, leaf = site.module.rpartition(".")
+    known = modules.get(owner)
+    is_projection = leaf == "out_proj" or (leaf == "in_proj_weight" and is_bare(site))
+    return owner if owner and is_projection and known is not None and known.is_attention else None
+
+
+def is_idle(site: Site, modules: Mapping[str, ParameterModule]) -> bool:
+    """Tell whether the module of a site is never called: an ``nn.MultiheadAttention`` multiplies with the weight of its ``out_proj``."""
+    return not is_bare(site) and attention_of(site, modules) is not None
 
 
 def biased(site: fx.Node) -> fx.Node | None:

@@ -48,13 +48,18 @@ def linear_modules(model: nn.Module) -> tuple[str, ...]:
 def parameter_modules(model: nn.Module) -> dict[str, ParameterModule]:
     """Return the modules whose weights PEFT adapts as parameters alone, by their paths.
 
-    They have a stack of matrices, or a weight in a class of their own, for which PEFT has no layer. The modules of a graph are left out:
-    it keeps the parameters of a module, but not its class and attributes.
+    They have a stack of matrices, or a weight in a class of their own, for which PEFT has no layer; or they are an ``nn.MultiheadAttention``,
+    for which it has one that adapts both. The modules of a graph are left out: it keeps the parameters of a module, but not its class and
+    attributes.
     """
     found = {}
     for path, module in model.named_modules(remove_duplicate=False):
         kinds = [kind for kind in type(module).__mro__ if issubclass(kind, nn.Module) and kind is not nn.Module]
-        if kinds and not isinstance(module, fx.GraphModule) and (_is_stack(module) or _is_own(module)):
+        if (
+            kinds
+            and not isinstance(module, fx.GraphModule)
+            and any(is_kind(module) for is_kind in (_is_stack, _is_own, _is_attention))
+        ):
             classes = tuple(f"{kind.__module__}:{kind.__qualname__}" for kind in kinds)
             found[path] = ParameterModule(classes, bool(getattr(module, "is_transposed", False)))
     return found
@@ -69,6 +74,10 @@ def _is_stack(module: nn.Module) -> bool:
 def _is_own(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention)
 
 
 def vocabulary_modules(model: nn.Module) -> tuple[str, ...]:

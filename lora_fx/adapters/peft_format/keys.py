@@ -8,6 +8,8 @@
     magnitudes of DoRA    base_model.model.<module>.lora_magnitude_vector    as here
     parameter             base_model.model.<parent>.lora_A.weight            of the last parameter of <parent> that is adapted
                           base_model.model.<parent>.base_layer.lora_A.weight of the one before, and so on
+    nn.MultiheadAttention base_model.model.<module>.lora_A.weight            of its in_proj_weight
+                          base_model.model.<module>.base_layer.out_proj.lora_A.weight
 
 A parameter is one that ``target_parameters`` names: a bare one, or the weight of a module, as of a router.
 
@@ -46,17 +48,27 @@ class Slot:
         name: what the config calls it: the path of a module, or the full name of a parameter.
         path: of the layer that PEFT puts there.
         layout: of the factors of a stack of matrices in the file.
+        in_attention: whether PEFT adapts it with the other projection of its ``nn.MultiheadAttention``.
     """
 
     site: Site
     name: str
     path: str
     layout: StackLayout = "exchanged"
+    in_attention: bool = False
+
+    @property
+    def times(self) -> int:
+        """How many times PEFT 0.21 adds the update to the weight.
+
+        Its layer of an ``nn.MultiheadAttention`` merges the factors of ``out_proj`` into the weight, and has the layer there merge them too.
+        """
+        return 2 if self.in_attention and not is_bare(self.site) else 1
 
     @property
     def is_parameter(self) -> bool:
         """Whether the config names it under ``target_parameters``: a bare parameter, or the weight of a module."""
-        return is_bare(self.site) or self.name != self.site.module
+        return not self.in_attention and (is_bare(self.site) or self.name != self.site.module)
 
     @property
     def is_stack(self) -> bool:
@@ -105,6 +117,7 @@ def slots(
     order: Iterable[str],
     weights: Collection[str] = (),
     layouts: Mapping[str, StackLayout] | None = None,
+    attentions: Mapping[str, str] | None = None,
 ) -> dict[str, Slot]:
     """Return the slot of each of these sites, by their modules; calls of one module share it.
 
@@ -113,9 +126,15 @@ def slots(
         order: the names of all parameters of the model, in its order.
         weights: modules whose weight ``target_parameters`` names.
         layouts: of the factors of stacks of matrices in the file, by the names of the stacks.
+        attentions: the sites that are adapted as parts of an ``nn.MultiheadAttention``, by their modules, with its path.
     """
+    owners = attentions or {}
     by_module = {site.module: site for site in chosen}
-    named = {parameter_of(site) for site in by_module.values() if is_bare(site) or site.module in weights}
+    named = {
+        parameter_of(site)
+        for module, site in by_module.items()
+        if module not in owners and (is_bare(site) or module in weights)
+    }
     depths: dict[str, int] = {}
     paths: dict[str, str] = {}
     for name in reversed([name for name in order if name in named]):
@@ -124,6 +143,10 @@ def slots(
         paths[name] = ".".join([parent] * bool(parent) + ["base_layer"] * depth)
     found = {}
     for module, site in by_module.items():
+        if (owner := owners.get(module)) is not None:
+            path = owner if is_bare(site) else f"{owner}.base_layer.out_proj"
+            found[module] = Slot(site, owner, path, in_attention=True)
+            continue
         name = parameter_of(site)
         layout = (layouts or {}).get(name, "exchanged")
         found[module] = Slot(site, name if name in paths else module, paths.get(name, module), layout)
@@ -191,7 +214,10 @@ def base_name(key: str, names: Collection[str]) -> str | None:
 
 
 def apart_from_calls(
-    graph_module: fx.GraphModule, modules: Collection[str], weights: Collection[str] = ()
+    graph_module: fx.GraphModule,
+    modules: Collection[str],
+    weights: Collection[str] = (),
+    attentions: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Return at which of these modules PEFT would compute something else than a branch beside the product, and why.
 
@@ -202,7 +228,9 @@ def apart_from_calls(
         graph_module: with the call sites.
         modules: of the sites in question; of a bare parameter, its name.
         weights: those modules whose weight ``target_parameters`` names.
+        attentions: see :func:`slots`; PEFT adds their updates for the length of the call of the ``nn.MultiheadAttention``.
     """
+    owners = attentions or {}
     frames: dict[str, list[fx.Node]] = {}
     nodes = {node.name: node for node in graph_module.graph.nodes}
     for node in graph_module.graph.nodes:
@@ -214,9 +242,10 @@ def apart_from_calls(
         node = nodes[site.node]
         if not node.meta.get("nn_module_stack"):
             continue
-        if is_bare(site) or site.module in weights:
+        if is_bare(site) or site.module in weights or site.module in owners:
             products = {nodes[each.node] for each in adapted if each.module == site.module}
-            reason = _apart_from_parameter(parameter_of(site).rpartition(".")[0], node, products)
+            owner = owners.get(site.module, parameter_of(site).rpartition(".")[0])
+            reason = _apart_from_parameter(owner, node, products)
         else:
             returned = cast_back(node, state_of(graph_module).tensors[site.weight])
             reason = _apart_from_module(site, node, returned, frames)

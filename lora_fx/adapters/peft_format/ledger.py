@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -10,10 +11,10 @@ from lora_fx.adapters.peft_format.keys import Slot, base_key, token_key
 from lora_fx.adapters.peft_format.opening import AdapterFiles
 from lora_fx.adapters.peft_format.tensors import AdapterTensor
 from lora_fx.errors import AdapterError
-from lora_fx.graph.records import TokenRows
+from lora_fx.graph.records import ParameterModule, TokenRows
 from lora_fx.rules.peft_config.config import ALL_LINEAR, CONFIG_NAME, AdapterConfig
 from lora_fx.rules.rule_file import Setting
-from lora_fx.sites.call_sites import Site, is_bare, parameter_of
+from lora_fx.sites.call_sites import Site, attention_of, is_bare, is_idle, parameter_of
 
 
 def is_selected(site: Site, config: AdapterConfig, keys: Collection[str]) -> bool:
@@ -54,6 +55,40 @@ class KeyLedger:
         except TimeoutError as error:
             self.problems.append(f"{CONFIG_NAME}: {error}")
             return False
+
+    def chosen(
+        self, found: Collection[Site], modules: Mapping[str, ParameterModule]
+    ) -> tuple[list[Site], dict[str, str]]:
+        """Return the sites that the adapter has factors beside, and which of their modules are parts of an ``nn.MultiheadAttention``, with its path.
+
+        Args:
+            found: the sites of a graph, one of each module.
+            modules: what is known of the model's modules, by their paths.
+        """
+        attentions = {}
+        for site in found:
+            owner = attention_of(site, modules)
+            if owner is not None and self._selects_module(owner):
+                attentions[site.module] = owner
+        others = [site for site in found if site.module not in attentions and not is_idle(site, modules)]
+        selected = {site.module for site in others if self.selects(site)} | attentions.keys()
+        return [site for site in found if site.module in selected], attentions
+
+    def _selects_module(self, module: str) -> bool:
+        try:
+            return self._config.selects(module)
+        except TimeoutError as error:
+            self.problems.append(f"{CONFIG_NAME}: {error}")
+            return False
+
+    def setting_in_attention(self, module: str, setting: Setting) -> Setting:
+        """Return the settings that PEFT follows in an ``nn.MultiheadAttention``, where it has no dropout; problems with what it has no way for."""
+        for kind, said in (("lora_bias", setting.bias), ("use_dora", setting.variant == "dora")):
+            if said:
+                self.problems.append(
+                    f"{CONFIG_NAME}: {kind}, and {module!r} is an nn.MultiheadAttention, where PEFT has none"
+                )
+        return replace(setting, dropout=0.0)
 
     def weights_of(self, chosen: Iterable[Site]) -> set[str]:
         """Return which of these sites' modules have a weight that ``target_parameters`` names; problems where PEFT adapts none."""

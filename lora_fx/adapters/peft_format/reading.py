@@ -51,7 +51,7 @@ from lora_fx.planning.cautions import warn_of_untying
 from lora_fx.planning.peft_tokens import Vocabulary, token_rows
 from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import CONFIG_NAME, trains_bias
-from lora_fx.sites.call_sites import Site, is_bare, sites
+from lora_fx.sites.call_sites import Site, is_bare, is_idle, sites
 
 
 @dataclass(frozen=True)
@@ -136,23 +136,24 @@ class _Reader:
         self._state = state_of(graph_module)
         self._first = self._state.aliases()
         self._sites = {site.module: site for site in sites(graph_module)}
-        self._graph_module = graph_module
+        self._graph_module, self._modules = graph_module, known_info(graph_module).parameter_modules
         self._untied: set[str] = set()  # names of tied parameters of which their modules have copies of their own
 
     def contents(self) -> AdapterContents:
-        chosen = [site for site in self._sites.values() if self._ledger.selects(site)]
+        chosen, attentions = self._ledger.chosen(self._sites.values(), self._modules)
         chosen += self._tied_to(chosen)
         weights = self._ledger.weights_of(chosen)
         self._ledger.stop_if_wrong()
-        apart = apart_from_calls(self._graph_module, {site.module for site in chosen}, weights)
+        apart = apart_from_calls(self._graph_module, {site.module for site in chosen}, weights, attentions)
         self._ledger.problems += apart.values()
         self._ledger.stop_if_wrong()
         own = {name: tensor for name, tensor in self._state.tensors.items() if not is_of_adapter(name)}
-        branches = {slot: self._branch(slot) for slot in slots(chosen, own, weights).values()}
+        branches = {slot: self._branch(slot) for slot in slots(chosen, own, weights, None, attentions).values()}
         self._ledger.stop_if_wrong()
         branches = self._with_layouts(branches)
         factors = {slot: self._factors(slot, branch) for slot, branch in branches.items()}
-        copies = self._copies(own, [slot.site.module for slot in branches if not is_bare(slot.site)])
+        adapted = [slot.site.module for slot in branches if not (is_bare(slot.site) or slot.in_attention)]
+        copies = self._copies(own, adapted)
         tokens = self._tokens(own)
         resized = self._resized_embeddings(own, copies, {self._first[slot.site.weight] for slot in branches})
         copies |= resized
@@ -228,7 +229,10 @@ class _Reader:
         return found
 
     def _branch(self, slot: Slot) -> BranchSpec:
-        return BranchSpec(owners_of(slot.site)[0], self._ledger.setting_of(slot.name), op=slot.site.op)
+        setting = self._ledger.setting_of(slot.name)
+        if slot.in_attention:
+            setting = self._ledger.setting_in_attention(slot.name, setting)
+        return BranchSpec(owners_of(slot.site)[0], setting, op=slot.site.op)
 
     def _with_layouts(self, branches: Mapping[Slot, BranchSpec]) -> dict[Slot, BranchSpec]:
         """Return the branches with the layouts that the file has at stacks of matrices."""
@@ -239,7 +243,7 @@ class _Reader:
         return {replace(slot, layout=layouts.get(slot.name, slot.layout)): each for slot, each in branches.items()}
 
     def _stack(self, slot: Slot, branch: BranchSpec) -> Stack:
-        module = known_info(self._graph_module).parameter_modules.get(slot.name.rpartition(".")[0])
+        module = self._modules.get(slot.name.rpartition(".")[0])
         entries = [self._ledger.unread.get(key) for key in slot.keys]
         found = None if None in entries else tuple(entry.shape for entry in entries if entry)
         fits = frozenset(layout for layout in LAYOUTS if replace(slot, layout=layout).shapes(branch) == found)
@@ -373,7 +377,10 @@ class _Reader:
     def _is_dead(self, module: str, own: Mapping[str, torch.Tensor]) -> bool:
         """Tell whether the config selects a module that the graph does not compute with."""
         weight = f"{module}.weight"
-        if weight not in own or module in self._sites or not self._config.selects(module):
+        site = self._sites.get(module)
+        if site is not None and is_idle(site, self._modules) and self._config.selects(module):
+            return True
+        if weight not in own or site is not None or not self._config.selects(module):
             return False
         nodes = self._graph_module.graph.find_nodes(op="get_attr")
         if self._first[weight] not in {original_name(str(node.target)) or str(node.target) for node in nodes}:
@@ -383,7 +390,8 @@ class _Reader:
 
     def _read_factors(self, slot: Slot, key_a: str, key_b: str) -> tuple[torch.Tensor, torch.Tensor]:
         like = self._like(slot)
-        return slot.converted(self._read(key_a, like), self._read(key_b, like))
+        a, b = slot.converted(self._read(key_a, like), self._read(key_b, like))
+        return a, b if slot.times == 1 else b * slot.times
 
     def _like(self, slot: Slot) -> torch.Tensor:
         """Return a tensor of the dtype and on the device of the factors beside a site."""

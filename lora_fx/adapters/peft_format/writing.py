@@ -35,6 +35,7 @@ from lora_fx.graph.info import info_of
 from lora_fx.graph.provenance import called_modules
 from lora_fx.graph.records import BranchSpec
 from lora_fx.numerics.lowrank_merge import concatenated, with_all_rows
+from lora_fx.planning.attention_projections import why_not_together
 from lora_fx.planning.peft_tokens import Vocabulary
 from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import AdapterConfig, trains_bias
@@ -42,7 +43,7 @@ from lora_fx.rules.peft_config.name_matching import modules_of
 from lora_fx.rules.peft_config.prefix_config import PrefixConfig
 from lora_fx.rules.peft_config.target_names import TrainedParts, alpha_of, patterns, targets, trained_parts
 from lora_fx.rules.vocabulary import Start, splits_weight
-from lora_fx.sites.call_sites import Site, is_bare, parameter_of, sites
+from lora_fx.sites.call_sites import Site, attention_of, is_bare, is_idle, parameter_of, sites
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,10 @@ class _PeftWriter:
     def peft_adapter(self) -> PeftAdapter:
         site_of = {owner: site for site in sites(self._graph_module) for owner in owners_of(site)}
         chosen = [site_of[owner] for owner in self._branches]
-        weights, apart = self._named_weights(chosen)
-        placed = slots(chosen, self._own, weights, self._layouts(chosen, weights))
+        attentions = self._attentions(chosen)
+        weights, apart = self._named_weights([site for site in chosen if site.module not in attentions])
+        apart |= apart_from_calls(self._graph_module, attentions, (), attentions)
+        placed = slots(chosen, self._own, weights, self._layouts(chosen, weights), attentions)
         tensors: dict[str, torch.Tensor] = {}
         settings: dict[str, tuple[int, float]] = {}
         for owner, branches in self._branches.items():
@@ -101,15 +104,20 @@ class _PeftWriter:
                     f"{owner}: a branch of one of several calls of a module, and PEFT has one branch for all of them"
                 )
                 continue
-            tensors |= dict(zip(slot.keys, slot.converted(*self._dense(branches, slot.site)), strict=True))
+            a, b = slot.converted(*self._dense(branches, slot.site))
+            tensors |= dict(zip(slot.keys, (a, b if slot.times == 1 else b / slot.times), strict=True))
             (first, *_) = branches
             vectors = [self._state.tensors[name].detach() for name in first.parameters(self._adapter)[2:]]
             tensors |= dict(zip(slot.vectors(first), vectors, strict=True))
             settings[slot.name] = (sum(branch.added.rank for branch in branches), self._scale(owner))
         self._problems += [*apart.values(), *_unlike_variants([b for each in self._branches.values() for b in each])]
         indices, rows = self._tokens(chosen)
-        adapted = [slot.site.module for slot in placed.values() if not is_bare(slot.site)]
+        adapted = [slot.site.module for slot in placed.values() if not (is_bare(slot.site) or slot.in_attention)]
         parts = self._trained(adapted)
+        if attentions and parts.bias == "all":
+            self._problems.append(
+                "all biases train, and PEFT has other keys for those of an nn.MultiheadAttention: not supported"
+            )
         if self._problems:
             raise AdapterError(f"adapter {self._adapter!r} cannot be written for PEFT", self._problems)
         branches = [branch for each in self._branches.values() for branch in each]
@@ -148,6 +156,22 @@ class _PeftWriter:
         named = targets(list(chosen), sorted(module_paths(self._graph_module) - chosen.keys()))
         said = {"peft_type": "TRAINABLE_TOKENS", "target_modules": named, "trainable_token_indices": tokens[0].rows}
         return PeftAdapter(config.model_copy(update=said), tensors)
+
+    def _attentions(self, chosen: Collection[Site]) -> dict[str, str]:
+        """Return the sites that PEFT adapts as parts of an ``nn.MultiheadAttention``, by their modules, with its path.
+
+        Its ``in_proj_weight`` alone is a parameter to PEFT, as any other.
+        """
+        modules = info_of(self._graph_module).parameter_modules
+        owners = {site.module: owner for site in chosen if (owner := attention_of(site, modules))}
+        outputs = {owners[site.module]: site for site in chosen if is_idle(site, modules)}
+        inputs = {owners[site.module]: site for site in chosen if site.module in owners and is_bare(site)}
+        for owner, output in outputs.items():
+            given = [self._branches[owners_of(each)[0]] if each else () for each in (inputs.get(owner), output)]
+            reason = why_not_together(*given)
+            if reason:
+                self._problems.append(f"{output.module}: {reason}")
+        return {module: owner for module, owner in owners.items() if owner in outputs}
 
     def _named_weights(self, chosen: Collection[Site]) -> tuple[set[str], dict[str, str]]:
         """Return the modules to adapt by their weights, and where PEFT cannot adapt.
@@ -282,8 +306,14 @@ def _config(
     ranks = {name: float(rank) for name, (rank, _) in settings.items()}
     alphas = {name: alpha_of(rank, scale, rslora=rslora) for name, (rank, scale) in settings.items()}
     rank, alpha = _most_common(ranks.values(), 8.0), _most_common(alphas.values(), 8.0)
-    dropouts = Counter(branch.setting.dropout for branch in branches)
-    modules = [slot.name for slot in placed.values() if not slot.is_parameter]
+    in_attention = {owners_of(slot.site)[0] for slot in placed.values() if slot.in_attention}
+    if any(branch.setting.dropout for branch in branches if branch.owner in in_attention):
+        warn(
+            f"adapter {adapter!r} trains with a dropout in an nn.MultiheadAttention, where PEFT has none. What the adapter computes in "
+            "evaluation is the same.",
+        )
+    dropouts = Counter(branch.setting.dropout for branch in branches if branch.owner not in in_attention)
+    modules = list(dict.fromkeys(slot.name for slot in placed.values() if not slot.is_parameter))
     parameters = tuple(slot.name for slot in placed.values() if slot.is_parameter)
     if len(dropouts) > 1 and not parameters:
         told = ", ".join(f"{dropout:g}" for dropout in sorted(dropouts))

@@ -251,6 +251,8 @@ def branches_in(config: AdapterConfig, tensors: Mapping[str, torch.Tensor], form
             problems.append(f"{module}: trains as a whole")
         elif kind not in ("A.weight", "B.weight"):
             problems.append(f"{module}: lora_{kind}, where a linear layer or a convolution has lora_A and lora_B")
+        elif kind == "A.weight" and ".base_layer." in module:
+            problems.append(f"{module.replace('.base_layer', '')}: a part of an nn.MultiheadAttention")
         elif kind == "A.weight":
             modules.append(module)
     problems += [f"{name}: an update of a parameter" for name in sorted(parameters)]
