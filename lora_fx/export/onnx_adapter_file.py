@@ -229,7 +229,7 @@ class _PeftReader:
         self._ledger.problems += filter(None, reasons)
         self._ledger.stop_if_wrong()
         placed = slots([_site(slot) for slot in chosen], self._table.base, weights)
-        settings = {slot.module: self._ledger.setting_of(placed[slot.module].name) for slot in chosen}
+        settings = {slot.module: self._ledger.setting_of(placed[slot.module]) for slot in chosen}
         self._ledger.problems += _split(settings)
         self._ledger.stop_if_wrong()
         products = {slot.site: self._product(placed[slot.module], settings[slot.module]) for slot in chosen}

@@ -17,8 +17,8 @@ from torch import fx
 from lora_fx.graph.adapter_names import is_factor, original_name
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.provenance import module_path
-from lora_fx.numerics.factor_init import casts_first
 from lora_fx.graph.records import ParameterModule
+from lora_fx.numerics.factor_init import casts_first
 from lora_fx.rules.vocabulary import Layout, Op
 from lora_fx.sites.stored_weight import cast_of
 from lora_fx.sites.weight_ops import CONVOLUTIONS, WeightOp, weight_op

@@ -102,6 +102,21 @@ class Slot:
         a, b = factor_shapes(branch, self.site)
         return ((a[0], b[0]), (a[1], b[1])) if self.swapped else (a, b)
 
+    @property
+    def is_module(self) -> bool:
+        """Whether PEFT has a layer of its own for the module of the site."""
+        return not (is_bare(self.site) or self.in_attention)
+
+    def of_graph(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the factors of a graph for those of a file, which PEFT may add several times."""
+        a, b = self.converted(a, b)
+        return (a, b) if self.times == 1 else (a, b * self.times)
+
+    def of_file(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the factors of a file for those of a graph: the inverse of :meth:`of_graph`, exact for a power of two."""
+        a, b = self.converted(a, b)
+        return (a, b) if self.times == 1 else (a, b / self.times)
+
     def converted(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return PEFT's factors for ours, or ours for PEFT's: where these differ, each is made of the other one."""
         if not self.swapped:

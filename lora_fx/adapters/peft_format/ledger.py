@@ -81,15 +81,6 @@ class KeyLedger:
             self.problems.append(f"{CONFIG_NAME}: {error}")
             return False
 
-    def setting_in_attention(self, module: str, setting: Setting) -> Setting:
-        """Return the settings that PEFT follows in an ``nn.MultiheadAttention``, where it has no dropout; problems with what it has no way for."""
-        for kind, said in (("lora_bias", setting.bias), ("use_dora", setting.variant == "dora")):
-            if said:
-                self.problems.append(
-                    f"{CONFIG_NAME}: {kind}, and {module!r} is an nn.MultiheadAttention, where PEFT has none"
-                )
-        return replace(setting, dropout=0.0)
-
     def weights_of(self, chosen: Iterable[Site]) -> set[str]:
         """Return which of these sites' modules have a weight that ``target_parameters`` names; problems where PEFT adapts none."""
         weights = {s.module: s for s in chosen if not is_bare(s) and self._config.selects_parameter(parameter_of(s))}
@@ -104,13 +95,24 @@ class KeyLedger:
                 self.problems.append(f"{where}, and target_modules selects its module: PEFT adapts one of the two")
         return set(weights)
 
-    def setting_of(self, module: str) -> Setting:
-        """Return the settings of the branch at a module or a parameter; the default ones with a problem."""
+    def setting_of(self, slot: Slot) -> Setting:
+        """Return the settings of the branch at a slot; the default ones with a problem.
+
+        In an ``nn.MultiheadAttention`` PEFT has no dropout, and what it has no way for is a problem.
+        """
         try:
-            return self._config.setting_of(module)
+            setting = self._config.setting_of(slot.name)
         except TimeoutError as error:
             self.problems.append(f"{CONFIG_NAME}: {error}")
-            return AdapterConfig(peft_type="LORA").setting_of(module)
+            return AdapterConfig(peft_type="LORA").setting_of(slot.name)
+        if not slot.in_attention:
+            return setting
+        self.problems += [
+            f"{CONFIG_NAME}: {kind}, and {slot.name!r} is an nn.MultiheadAttention, where PEFT has none"
+            for kind, said in (("lora_bias", setting.bias), ("use_dora", setting.variant == "dora"))
+            if said
+        ]
+        return replace(setting, dropout=0.0)
 
     def take(self, key: str, shape: tuple[int, ...], why: str, of: str) -> AdapterTensor | None:
         """Take a key from the unread ones, and return its entry; None with a problem.

@@ -51,7 +51,7 @@ from lora_fx.planning.cautions import warn_of_untying
 from lora_fx.planning.peft_tokens import Vocabulary, token_rows
 from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import CONFIG_NAME, trains_bias
-from lora_fx.sites.call_sites import Site, is_bare, is_idle, sites
+from lora_fx.sites.call_sites import Site, is_idle, sites
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,7 @@ class _Reader:
         self._ledger.stop_if_wrong()
         branches = self._with_layouts(branches)
         factors = {slot: self._factors(slot, branch) for slot, branch in branches.items()}
-        adapted = [slot.site.module for slot in branches if not (is_bare(slot.site) or slot.in_attention)]
-        copies = self._copies(own, adapted)
+        copies = self._copies(own, [slot.site.module for slot in branches if slot.is_module])
         tokens = self._tokens(own)
         resized = self._resized_embeddings(own, copies, {self._first[slot.site.weight] for slot in branches})
         copies |= resized
@@ -229,10 +228,7 @@ class _Reader:
         return found
 
     def _branch(self, slot: Slot) -> BranchSpec:
-        setting = self._ledger.setting_of(slot.name)
-        if slot.in_attention:
-            setting = self._ledger.setting_in_attention(slot.name, setting)
-        return BranchSpec(owners_of(slot.site)[0], setting, op=slot.site.op)
+        return BranchSpec(owners_of(slot.site)[0], self._ledger.setting_of(slot), op=slot.site.op)
 
     def _with_layouts(self, branches: Mapping[Slot, BranchSpec]) -> dict[Slot, BranchSpec]:
         """Return the branches with the layouts that the file has at stacks of matrices."""
@@ -377,10 +373,9 @@ class _Reader:
     def _is_dead(self, module: str, own: Mapping[str, torch.Tensor]) -> bool:
         """Tell whether the config selects a module that the graph does not compute with."""
         weight = f"{module}.weight"
-        site = self._sites.get(module)
-        if site is not None and is_idle(site, self._modules) and self._config.selects(module):
-            return True
-        if weight not in own or site is not None or not self._config.selects(module):
+        if (site := self._sites.get(module)) is not None:
+            return is_idle(site, self._modules) and self._config.selects(module)
+        if weight not in own or not self._config.selects(module):
             return False
         nodes = self._graph_module.graph.find_nodes(op="get_attr")
         if self._first[weight] not in {original_name(str(node.target)) or str(node.target) for node in nodes}:
@@ -390,8 +385,7 @@ class _Reader:
 
     def _read_factors(self, slot: Slot, key_a: str, key_b: str) -> tuple[torch.Tensor, torch.Tensor]:
         like = self._like(slot)
-        a, b = slot.converted(self._read(key_a, like), self._read(key_b, like))
-        return a, b if slot.times == 1 else b * slot.times
+        return slot.of_graph(self._read(key_a, like), self._read(key_b, like))
 
     def _like(self, slot: Slot) -> torch.Tensor:
         """Return a tensor of the dtype and on the device of the factors beside a site."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -104,15 +104,14 @@ class _PeftWriter:
                     f"{owner}: a branch of one of several calls of a module, and PEFT has one branch for all of them"
                 )
                 continue
-            a, b = slot.converted(*self._dense(branches, slot.site))
-            tensors |= dict(zip(slot.keys, (a, b if slot.times == 1 else b / slot.times), strict=True))
+            tensors |= dict(zip(slot.keys, slot.of_file(*self._dense(branches, slot.site)), strict=True))
             (first, *_) = branches
             vectors = [self._state.tensors[name].detach() for name in first.parameters(self._adapter)[2:]]
             tensors |= dict(zip(slot.vectors(first), vectors, strict=True))
             settings[slot.name] = (sum(branch.added.rank for branch in branches), self._scale(owner))
         self._problems += [*apart.values(), *_unlike_variants([b for each in self._branches.values() for b in each])]
         indices, rows = self._tokens(chosen)
-        adapted = [slot.site.module for slot in placed.values() if not (is_bare(slot.site) or slot.in_attention)]
+        adapted = [slot.site.module for slot in placed.values() if slot.is_module]
         parts = self._trained(adapted)
         if attentions and parts.bias == "all":
             self._problems.append(
@@ -306,13 +305,7 @@ def _config(
     ranks = {name: float(rank) for name, (rank, _) in settings.items()}
     alphas = {name: alpha_of(rank, scale, rslora=rslora) for name, (rank, scale) in settings.items()}
     rank, alpha = _most_common(ranks.values(), 8.0), _most_common(alphas.values(), 8.0)
-    in_attention = {owners_of(slot.site)[0] for slot in placed.values() if slot.in_attention}
-    if any(branch.setting.dropout for branch in branches if branch.owner in in_attention):
-        warn(
-            f"adapter {adapter!r} trains with a dropout in an nn.MultiheadAttention, where PEFT has none. What the adapter computes in "
-            "evaluation is the same.",
-        )
-    dropouts = Counter(branch.setting.dropout for branch in branches if branch.owner not in in_attention)
+    dropouts = _dropouts(adapter, branches, placed.values())
     modules = list(dict.fromkeys(slot.name for slot in placed.values() if not slot.is_parameter))
     parameters = tuple(slot.name for slot in placed.values() if slot.is_parameter)
     if len(dropouts) > 1 and not parameters:
@@ -356,6 +349,17 @@ def _config(
         revision=origin.revision,
         peft_version=PEFT_VERSION,
     )
+
+
+def _dropouts(adapter: str, branches: Collection[BranchSpec], placed: Iterable[Slot]) -> Counter[float]:
+    """Count the dropouts of branches, but for those in an ``nn.MultiheadAttention``, where PEFT has none; warn where one is there."""
+    in_attention = {owners_of(slot.site)[0] for slot in placed if slot.in_attention}
+    if any(branch.setting.dropout for branch in branches if branch.owner in in_attention):
+        warn(
+            f"adapter {adapter!r} trains with a dropout in an nn.MultiheadAttention, where PEFT has none. What the adapter computes in "
+            "evaluation is the same.",
+        )
+    return Counter(branch.setting.dropout for branch in branches if branch.owner not in in_attention)
 
 
 def _start_text(starts: Collection[Start]) -> bool | str:
