@@ -246,6 +246,65 @@ def test_positions_and_types_left_out_are_those_of_the_model() -> None:
         assert not torch.allclose(found, graph_module(ids)[0])
 
 
+def test_types_of_tokens_that_change_nothing_are_taken_as_a_tokenizer_gives_them() -> None:
+    model, ids = build("bert"), torch.randint(3, 97, (3, 5))
+    graph_module = pickle.loads(pickle.dumps(lora_fx.trace(model, inference=True)))
+    zeros, mask = torch.zeros_like(ids), torch.ones_like(ids)
+    mask[1, 3:] = 0
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask, token_type_ids=zeros)[0]
+        for types in (zeros, zeros.int()):
+            given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+            assert torch.equal(graph_module(**transformers.BatchEncoding(given))[0], expected)
+        assert torch.equal(graph_module(input_ids=ids, token_type_ids=zeros)[0], model(ids)[0])
+    for types in (zeros + 1, zeros[:, :4], zeros.to("meta")):
+        with pytest.raises(
+            lora_fx.InputError, match=r"expected zeros of shape \(3, 5\), as the model .*'token_type_ids': a tensor"
+        ):
+            graph_module(input_ids=ids, attention_mask=mask, token_type_ids=types)
+    llama = lora_fx.trace(build("llama", layers=1), inference=True)
+    with pytest.raises(
+        lora_fx.InputError, match=r"no input 'token_type_ids'\. Omit it: tokenizer\(…, return_token_type"
+    ):
+        llama(input_ids=ids, token_type_ids=zeros)
+
+
+class TypesMatter(transformers.BertModel):  # type: ignore[misc]
+    """A model for which types of zero are something else than none."""
+
+    def forward(  # type: ignore[no-untyped-def]
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+    ):
+        types = torch.ones_like(input_ids) if token_type_ids is None else token_type_ids
+        return super().forward(input_ids, attention_mask, types)
+
+
+def test_types_of_tokens_that_the_model_does_not_fill_in_so_are_refused() -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12
+    )
+    graph_module = lora_fx.trace(TypesMatter(config).eval(), inference=True)
+    ids = torch.randint(3, 50, (3, 5))
+    with pytest.raises(lora_fx.InputError, match=r"'token_type_ids' is a tensor .* the graph was traced without it"):
+        graph_module(ids, token_type_ids=torch.zeros_like(ids))
+
+
+def test_what_is_no_tensor_is_told_how_it_becomes_one() -> None:
+    (x,) = tensors(1)
+    graph_module = lora_fx.trace(with_gap(), {"x": x})
+    for given, said in (
+        (x.numpy(), r"a ndarray, expected a tensor as in the trace\. Convert it: torch\.as_tensor\(x\)\."),
+        (x.tolist(), r"a list, expected a tensor as in the trace\. Convert it: torch\.as_tensor\(x\)\."),
+        (transformers.BatchEncoding({"x": x}), r"'x' is a BatchEncoding, .* by their names: graph\(\*\*batch\)\."),
+    ):
+        with pytest.raises(lora_fx.InputError, match=said):
+            graph_module(given)
+
+
 def test_positions_that_the_model_counts_otherwise_are_not_filled_in() -> None:
     _, graph_module = of_positions("roberta")  # counts from the padding on
     with pytest.raises(lora_fx.InputError, match="input 'position_ids' is missing"):
@@ -261,7 +320,9 @@ def test_positions_that_the_model_counts_from_its_mask_are_not_filled_in() -> No
 
 
 def test_too_few_dimensions_are_told_where_a_mask_is_left_out() -> None:
-    with pytest.raises(lora_fx.InputError, match="input 'input_ids' has 1 dimensions, fewer than in the trace"):
+    with pytest.raises(
+        lora_fx.InputError, match=r"'input_ids' has shape \(3,\), expected 2 .* pass input_ids\.unsqueeze\(0\)"
+    ):
         lora_fx.trace(build("llama", layers=1), inference=True)(torch.tensor([3, 4, 5]))
 
 

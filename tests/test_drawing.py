@@ -372,6 +372,13 @@ def test_layers_that_alternate_are_one_by_their_period() -> None:
     assert named(describe_graph(other), "repeat") == ["layers.0–3 ×4 by 2"]
 
 
+def test_axes_of_ones_own_module_have_the_names_of_its_repr() -> None:
+    base = trace(Stack(Layer()))
+    inputs = [node["value"] for node in describe_graph(base)["nodes"] if node["kind"] == "input"]
+    assert "x (batch, x_1, 4), mask (batch, x_1, 6)" in repr(base)
+    assert inputs == ["float32 [batch, x_1, 4]", "float32 [batch, x_1, 6]"]
+
+
 class Handing(Layer):
     """A layer that may hand on what it made of the mask: the last that does has nobody to hand it to."""
 

@@ -237,6 +237,10 @@ def test_methods_are_there_where_they_mean_something_and_nowhere_else() -> None:
         assert name in dir(causal_graph), name
     assert causal_graph.can_generate()
     assert not hasattr(lora_fx.fold(causal_graph), "save_pretrained")
+    with pytest.raises(AttributeError, match=r"a graph has no disable_adapter: lora_fx\.activate\(gm, {}\) returns"):
+        causal_graph.disable_adapter()
+    with pytest.raises(AttributeError, match="no attribute 'nosuch'"):
+        causal_graph.nosuch  # noqa: B018
     bert = transformers.BertModel(
         transformers.BertConfig(
             vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4

@@ -1,4 +1,4 @@
-"""Attributes that a graph lacks, where others ask for them and then do something else in silence."""
+"""Attributes that a graph lacks, where others ask for them and then do something else in silence, or expect those of PEFT."""
 
 from __future__ import annotations
 
@@ -11,7 +11,22 @@ from lora_fx.graph.info import EMBEDDINGS, GraphInfo
 
 _OF_DDP = "_ddp_params_and_buffers_to_ignore"  # asked for by the constructor of DistributedDataParallel alone
 
-SAID_ABSENT = EMBEDDINGS | {_OF_DDP}
+_INSTEAD = {
+    "active_adapter": "gm.adapters says which act",
+    "active_adapters": "gm.adapters says which act",
+    "add_adapter": 'lora_fx.rewrite(gm, rules, adapter="b") returns a graph with one more',
+    "add_weighted_adapter": 'lora_fx.combine(gm, {"a": 1.0, "b": 0.5}, adapter="ab") returns a graph with their sum',
+    "disable_adapter": "lora_fx.activate(gm, {}) returns a graph in which none acts",
+    "disable_adapters": "lora_fx.activate(gm, {}) returns a graph in which none acts",
+    "get_base_model": "lora_fx.unload(gm) returns a graph without adapters",
+    "merge_adapter": "lora_fx.huggingface.folded(model, gm) lends the merged weights for a block",
+    "peft_config": "gm.adapters and print(gm) say what the adapters are",
+    "unload": "lora_fx.unload(gm) returns a graph without adapters",
+    "unmerge_adapter": "lora_fx.huggingface.folded(model, gm) lends the merged weights for a block",
+}
+"""Names of PEFT's methods that graphs lack, and what does the same."""
+
+SAID_ABSENT = EMBEDDINGS | {_OF_DDP} | _INSTEAD.keys()
 """Names of such attributes."""
 
 
@@ -23,8 +38,10 @@ def say_absent(name: str, info: GraphInfo) -> None:
         info: the record of the graph.
 
     Raises:
-        AttributeError: the graph lacks a method because it is nested.
+        AttributeError: the graph lacks a method because it is nested, or has something else in place of one of PEFT's.
     """
+    if name in _INSTEAD:
+        raise AttributeError(f"a graph has no {name}: {_INSTEAD[name]}.")
     if name in EMBEDDINGS and info.nested:
         raise AttributeError(
             f"a nested graph has no {name}: FSDP would shard such a module on its own, while the graph reads the weight outside of it. "

@@ -166,9 +166,12 @@ class TracedGraphModule(fx.GraphModule):
     def __getattr__(self, name: str) -> Any:
         if name in PEFT_SPELLING and (method := self._methods().get(name)) is not None:
             return method
-        if name in SAID_ABSENT:
-            say_absent(name, known_info(self))
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in SAID_ABSENT:
+                say_absent(name, known_info(self))
+            raise
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *self._methods()]  # type: ignore[no-untyped-call]

@@ -34,9 +34,15 @@ class Fill:
         Args:
             given: the other inputs by name.
         """
-        short = next((name for added in self.sizes for name, dim in added if given[name].dim() <= dim), None)
-        if short is not None:
-            raise InputError(f"input '{short}' has {given[short].dim()} dimensions, fewer than in the trace.")
+        least: dict[str, int] = {}
+        for name, dim in (place for added in self.sizes for place in added):
+            least[name] = max(least.get(name, 0), dim + 1)
+        for name, dimensions in least.items():
+            if given[name].dim() < dimensions:
+                raise InputError(
+                    f"input '{name}' has shape {tuple(given[name].shape)}, expected {dimensions} dimensions as in the trace, of which the "
+                    f"first is the batch. Of a single example, pass {name}.unsqueeze(0)."
+                )
         sizes = [[given[name].size(dim) for name, dim in added] for added in self.sizes]
         shape = [sum(added) for added in sizes]
         device = given[self.sizes[0][0][0]].device

@@ -37,7 +37,8 @@ def overview_html(graph_module: fx.GraphModule) -> str:
         f'<tr><td style="text-align:left">{html.escape(name)}</td><td style="text-align:left">{html.escape(text)}</td></tr>'
         for name, text in _rows(graph_module)
     )
-    return f"<table><caption>{html.escape(_heading(graph_module))}</caption>{cells}</table>"
+    heading = html.escape(_heading(graph_module))
+    return f'<table><caption style="text-align:left;white-space:nowrap">{heading}</caption>{cells}</table>'
 
 
 def _rows(graph_module: fx.GraphModule) -> list[tuple[str, str]]:

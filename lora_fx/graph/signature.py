@@ -48,7 +48,8 @@ class Argument:
         spec: the structure of its value.
         leaves: the values in that structure: ``TENSOR`` for a tensor, ``NUMBER`` for the whole value where it may be left out,
             otherwise the constant.
-        fill: of a tensor that may be omitted, its value then.
+        fill: of a tensor that may be omitted, its value then; of an argument without which the graph was traced, the one tensor that
+            changes nothing.
         rows: of the tensor that is given as a list of names, what they become.
     """
 
@@ -75,7 +76,9 @@ class Argument:
             return [self._number(value)]
         if self.rows is not None:
             return [self.rows.chosen(None if value is Leaf.ABSENT else value)]
-        if self.fill is not None:
+        if self.fill is not None and not self.traced and isinstance(value, torch.Tensor):
+            return []  # compared with the fill where the sizes of the others are known
+        if self.fill is not None and self.traced:
             if value is Leaf.ABSENT or value is None:
                 return [self.fill]
             value = self.fill.cast(value) if isinstance(value, torch.Tensor) else value
@@ -93,11 +96,19 @@ class Argument:
             elif isinstance(part, torch.Tensor):
                 found.append(part)
             else:
-                raise InputError(
-                    f"input '{label}' is {_shown(part)}, expected a tensor as in the trace. Pass a torch.Tensor, "
-                    "or trace again with example_inputs that have this value."
-                )
+                raise InputError(_no_tensor(label, part))
         return found
+
+    def check_fill(self, value: torch.Tensor, others: Mapping[str, torch.Tensor]) -> None:
+        """Raise :class:`InputError` unless a tensor is the one that changes nothing."""
+        assert self.fill is not None
+        expected = self.fill.value(others)
+        if value.shape != expected.shape or value.is_meta or not bool(value.eq(expected.to(value.device)).all()):
+            raise InputError(
+                f"input '{self.name}' is {_shown(value)}, expected {self.fill.kind} of shape {tuple(expected.shape)}, as the model "
+                f"takes them where they are omitted: the graph was traced without them. Omit them, or trace again with them"
+                f"{self._advice(self.name, value)}."
+            )
 
     def _number(self, value: Any) -> Any:
         if value is Leaf.ABSENT or value is None or isinstance(value, torch.Tensor | int | float):
@@ -200,15 +211,22 @@ class Signature:
                     "lora_fx.activate_by_row(graph) makes a graph that takes it."
                 )
             elif name not in self.flags:
-                raise InputError(f"there is no input '{name}'{did_you_mean(name, known)}. {self._traced_inputs()}")
+                omit = " Omit it: tokenizer(…, return_token_type_ids=False)." if name == "token_type_ids" else ""
+                raise InputError(
+                    f"there is no input '{name}'{did_you_mean(name, known)}.{omit} {self._traced_inputs()}"
+                )
         found = [
             tensor for argument in self.arguments for tensor in argument.tensors(given.get(argument.name, Leaf.ABSENT))
         ]
         later = Fill | AdapterRows
-        if any(isinstance(value, later) for value in found):
+        harmless = [argument for argument in self.arguments if argument.fill is not None and not argument.traced]
+        if harmless or any(isinstance(value, later) for value in found):
             tensors = {
                 name: value for name, value in zip(self.inputs, found, strict=True) if not isinstance(value, later)
             }
+            for argument in harmless:
+                if isinstance(value := given.get(argument.name), torch.Tensor):
+                    argument.check_fill(value, tensors)
             found = [value.value(tensors) if isinstance(value, later) else value for value in found]
         return found
 
@@ -368,6 +386,20 @@ def _is_same(given: Any, constant: Any) -> bool:
     if type(given) is not type(constant):
         return False
     return repr(given) == repr(constant) if isinstance(constant, float | complex) else bool(given == constant)
+
+
+def _no_tensor(label: str, given: Any) -> str:
+    """Return the message on a value that is no tensor, where the trace has one."""
+    if isinstance(given, Mapping):
+        what, do = f"a {type(given).__name__}", "Pass its entries by their names: graph(**batch)."
+    elif hasattr(given, "__array__") or isinstance(given, list):
+        what, do = (
+            f"{_shown(given)}, a {type(given).__name__}".replace("\n", ""),
+            f"Convert it: torch.as_tensor({label}).",
+        )
+    else:
+        what, do = _shown(given), "Pass a torch.Tensor, or trace again with example_inputs that have this value."
+    return f"input '{label}' is {what}, expected a tensor as in the trace. {do}"
 
 
 _SHORT = Repr()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,10 +40,11 @@ def flags_of(info: GraphInfo, *, cache: bool) -> dict[str, bool]:
 
 
 def fills_of(model: nn.Module, graph_module: TracedGraphModule, inputs: ExampleInputs) -> dict[str, Fill]:
-    """Return the inputs that a model fills in, with their values.
+    """Return the inputs that a model fills in, with their values; also the types of tokens that a graph without them may be given.
 
     For each the model is called without it, and the graph with the value: they have to agree, also where the token for padding
-    stands among the others, from which some models make a mask.
+    stands among the others, from which some models make a mask. Of an argument that the graph does not take, the model is
+    called with the value, and the graph without it.
 
     Args:
         model: in eval mode.
@@ -67,12 +68,17 @@ def _agrees(
     signature = signature_of(graph_module.graph)
     tensors = dict(zip(signature.inputs, signature.tensors((), values), strict=True))
 
-    def filled(**kwargs: Any) -> Any:
-        return graph_module(**kwargs, **{name: fill.value(tensors)})
+    value = fill.value(tensors)
 
+    def with_value(called: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda **kwargs: called(**kwargs, **{name: value})
+
+    eager = OnCopies(model)
+    run: Callable[..., Any] = eager if name in values else with_value(eager)
+    run_graph: Callable[..., Any] = with_value(graph_module) if name in values else graph_module
     try:
         with torch.no_grad(), quiet():
-            return difference(OnCopies(model), filled, ExampleInputs((), rest, inputs.axes)) is None
+            return difference(run, run_graph, ExampleInputs((), rest, inputs.axes)) is None
     except (ModelFailed, GraphFailed):
         return False
 
@@ -89,14 +95,19 @@ def _candidates(graph_module: TracedGraphModule, inputs: ExampleInputs) -> Itera
                     places.setdefault(axis, (name, dim))
     for argument in signature.arguments:
         kind, axes = FILLED.get(argument.name), inputs.axes.get(argument.name, ())
-        if kind is None or not argument.is_input or not axes:
+        if argument.name == "token_type_ids" and not argument.traced:
+            axes = inputs.axes.get("input_ids", ())
+        elif not argument.is_input:
+            continue
+        if kind is None or not axes:
             continue
         names = [() if axis is None else tuple(axis.split(SUM)) for axis in axes]
         if kind == "positions" and PAST_AXIS in places:
             names[-1] = (PAST_AXIS, *names[-1])
         if all(each and all(axis in places for axis in each) for each in names):
             sizes = tuple(tuple(places[axis] for axis in each) for each in names)
-            yield argument.name, Fill(kind, sizes, inputs.kwargs[argument.name].dtype)
+            value = inputs.kwargs.get(argument.name)
+            yield argument.name, Fill(kind, sizes, torch.int64 if value is None else value.dtype)
 
 
 def _with_padding(model: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:

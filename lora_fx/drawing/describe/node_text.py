@@ -235,16 +235,22 @@ def _is_one(level: tuple[Frame, ...]) -> bool:
 
 
 def _axes(graph_module: fx.GraphModule) -> dict[Any, Any]:
-    """Return for each symbol that is a dimension of an input the name of its axis."""
+    """Return for each symbol that is a dimension of an input the name of its axis, as the repr of the graph has it."""
     examples = known_info(graph_module).examples
-    axes: Mapping[str, tuple[str | None, ...]] = examples.axes if examples is not None else {}
-    named: dict[Any, Any] = {}
+    symbols: dict[tuple[str, int], Any] = {}
     for node in graph_module.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and str(node.target) in axes:
-            for size, axis in zip(value.shape, axes[str(node.target)], strict=False):
-                if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and axis:
-                    named.setdefault(size.node.expr, sympy.Symbol(axis, integer=True, positive=True))
+        if examples is None or not isinstance(value, torch.Tensor) or str(node.target) not in examples.tensors:
+            continue
+        for dim, size in enumerate(value.shape):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                symbols[str(node.target), dim] = size.node.expr
+    given = {axis for axes in (examples.axes.values() if examples is not None else ()) for axis in axes}
+    named: dict[Any, Any] = {}
+    for axis, places in (examples.together(symbols) if examples is not None else {}).items():
+        found = {symbols[place] for place in places}
+        if axis in given or len(found) == 1:  # sizes without names that vary apart keep their symbols
+            named = {**dict.fromkeys(found, sympy.Symbol(axis, integer=True, positive=True)), **named}
     return named
 
 
