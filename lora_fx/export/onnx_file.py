@@ -25,6 +25,7 @@ from lora_fx.export.onnx_slots import Slots
 from lora_fx.export.onnx_weights import store_transposed
 from lora_fx.export.portable_ops import grouped_products
 from lora_fx.export.prepare import Exportable, prepare
+from lora_fx.export.rewritten_ops import for_onnx
 from lora_fx.export.torch_program import export_plain
 from lora_fx.files.atomic import writable
 from lora_fx.files.target import Target
@@ -122,7 +123,7 @@ class _Onnx:
 
     def prepared(self, exportable: Exportable) -> Exportable:
         """Return the graph with names that ONNX takes."""
-        return with_names(exportable, self.input_names, self.output_names)
+        return with_names(for_onnx(exportable), self.input_names, self.output_names)
 
     def write(self, exportable: Exportable, path: Path) -> None:
         written = exportable if self.slots is None else self.slots.as_inputs(exportable)
@@ -190,8 +191,7 @@ def _translate(exportable: Exportable, program: torch.export.ExportedProgram, op
             )
     except Exception as error:
         raise ExportError(
-            f"torch.onnx does not take this graph: {_reasons(error)}{_where(error)} "
-            "Export it to TorchScript or pt2, or write that line of the model with other operators."
+            f"torch.onnx does not take this graph: {_reasons(error)}{_where(error)} Write that line of the model with other operators."
         ) from error
     assert translated is not None
     translated.rename_axes(_symbols(exportable, program))

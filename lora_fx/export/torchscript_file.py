@@ -20,6 +20,7 @@ from lora_fx.export.compare import Loaded
 from lora_fx.export.deliver import Exported, Options, deliver
 from lora_fx.export.portable_ops import use_torch_alone
 from lora_fx.export.prepare import Exportable, explain
+from lora_fx.export.rewritten_ops import value_checks
 from lora_fx.files.atomic import writable
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph
 from lora_fx.progress import step
@@ -69,6 +70,11 @@ def _choose(condition: bool, yes: int, no: int) -> int:
     return yes if condition else no
 
 
+def _require(holds: torch.Tensor, message: str) -> None:
+    if not bool(holds):
+        raise RuntimeError(message)
+
+
 _COUNTERPARTS: Mapping[object, Callable[..., Any]] = {
     torch.ops.aten.sym_size.int: torch.ops.aten.size,
     torch.sym_min: min,
@@ -90,6 +96,9 @@ class _TorchScript:
         step("compiling")
         graph, _ = copy_graph(exportable.plain.graph)
         use_torch_alone(graph)
+        for holds, message in value_checks(graph):
+            with graph.inserting_after(holds):
+                graph.call_function(_require, (holds, message))
         for node in graph.nodes:
             if node.op == "call_function":
                 node.target = _counterpart(node)
@@ -100,7 +109,7 @@ class _TorchScript:
                 reason = first_line(str(error), type(error).__name__).rstrip(".:")
                 raise ExportError(
                     f"TorchScript does not take this graph: {reason}.{explain(exportable, str(error))} "
-                    "Export it to ONNX or pt2, or write that line of the model with other operators."
+                    "Write that line of the model with other operators."
                 ) from error
             step("writing")
             with writable(path) as file:
