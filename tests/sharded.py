@@ -34,14 +34,15 @@ import lora_fx
 import lora_fx.trainer
 
 BATCH, STEPS, STOPPED = 4, 20, 12
+WITH_HEAD = {"rules": {"select": [{"target": ["q_proj", "down_proj"]}, {"target": ["lm_head"], "trainable": "all"}]}}
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def graph_of(directory: Path, name: str, **settings: Any) -> lora_fx.TracedGraphModule:
     """Return a rewrite of a trace in ``directory``, in train mode. Every process makes an equal one."""
     trace = torch.load(directory / f"{name}.trace", weights_only=False)
-    rules = ARCHITECTURES[name].rules if name in ARCHITECTURES else "auto"
-    return lora_fx.rewrite(trace, rules, **{"rank": 4, "alpha": 8, "dropout": 0.0, "seed": 0, **settings}).train()
+    given = {"rules": "auto", "rank": 4, "alpha": 8, "dropout": 0.0, "seed": 0}
+    return lora_fx.rewrite(trace, **{**given, **settings}).train()
 
 
 def batch_of(name: str, step: int, rank: int = 0, world: int = 1) -> dict[str, torch.Tensor]:
@@ -170,6 +171,21 @@ def accelerated(name: str, efficient: bool, directory: Path, rank: int) -> dict[
     return {"losses": losses, "part": part_of(graph), "units": units}
 
 
+def from_files(name: str, directory: Path, rank: int) -> dict[str, Any]:
+    """Train a graph that was traced on meta, from the files of a checkpoint, beside one that had its weights from the beginning."""
+    settings = WITH_HEAD if name == "llama" else {}
+    graph = graph_of(directory, f"{name}-meta", **settings)
+    expected = graph_of(directory, name, **settings)
+    missing = said(lambda: lora_fx.parallel.load_sharded(graph, directory / "nowhere"))
+    other = said(lambda: lora_fx.parallel.load_sharded(graph, directory / "other"))
+    lora_fx.parallel.load_sharded(graph, directory / f"{name}-checkpoint", seed=0)
+    lora_fx.parallel.fully_shard(expected)
+    before = {key: value.to_local() for key, value in expected.state_dict().items() if isinstance(value, DTensor)}
+    unlike = [key for key, value in graph.state_dict().items() if not torch.equal(value.to_local(), before[key])]
+    losses = [train(name, each, optimizer_of(each), range(3), rank, 2) for each in (graph, expected)]
+    return {"losses": losses, "unlike": unlike, "part": part_of(graph), "missing": missing, "other": other}
+
+
 def trainer(directory: Path, rank: int) -> dict[str, Any]:
     """Train by transformers' ``Trainer``, and again where it turns FSDP into DDP, as it does on CPUs."""
     generator = torch.Generator().manual_seed(0)
@@ -219,6 +235,8 @@ def trainer(directory: Path, rank: int) -> dict[str, Any]:
 def checks() -> dict[str, Callable[[Path, int], dict[str, Any]]]:
     """Return the checks by their names."""
     found: dict[str, Callable[[Path, int], dict[str, Any]]] = {"refusals": refusals, "trainer": trainer}
+    for name in ("llama", "t5", "gpt2"):
+        found[f"{name}-files"] = lambda directory, rank, name=name: from_files(name, directory, rank)
     for name in ("llama", "t5", "gpt2", "mixtral"):
         found[name] = lambda directory, rank, name=name: curve(name, directory, rank)
         for efficient in (False, True):

@@ -109,3 +109,30 @@ def test_a_graph_that_was_traced_on_meta_for_one_size_alone_is_compared_at_that_
         assert torch.equal(ready(**given)[0], model(**given, use_cache=False)[0])
     with pytest.raises(lora_fx.InputError):
         ready(**{name: torch.ones(sizes[0] + 1, sizes[1] + 1, dtype=torch.int64) for name in names})
+
+
+class Turned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = nn.Linear(5, 7)
+        self.register_buffer("angles", torch.linspace(0.1, 1.3, 7), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.turn(x) * self.angles
+
+
+def test_a_graph_in_bfloat16_gets_the_factors_and_buffers_of_one_with_weights() -> None:
+    model = Turned().bfloat16()
+    with torch.device("meta"):
+        without = Turned().bfloat16()
+    mine, theirs = (
+        lora_fx.rewrite(
+            each, ["turn"], rank=3, seed=4, example_inputs=(torch.ones(2, 5, dtype=torch.bfloat16, device=device),)
+        )
+        for each, device in ((without, "meta"), (model, "cpu"))
+    )
+    filled = lora_fx.materialize(mine, model.state_dict(), like=Turned(), seed=4)
+    expected = dict([*theirs.named_parameters(), *theirs.named_buffers()])
+    for name, value in (*filled.named_parameters(), *filled.named_buffers()):
+        assert value.dtype == expected[name].dtype, name
+        assert torch.equal(value, expected[name]), name

@@ -17,14 +17,14 @@ import sharded
 import torch
 from architectures import ARCHITECTURES, build, traced, without_dropout
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lora_fx
 
 pytestmark = [pytest.mark.xdist_group("sharded"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 SCRIPT = Path(__file__).parent / "sharded.py"
-FIRST = ("refusals", "llama", "llama-accelerated-True")
+FIRST = ("refusals", "llama", "llama-files", "llama-accelerated-True")
 MORE = tuple(name for name in sharded.checks() if name not in FIRST)
 
 
@@ -42,6 +42,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
         for name in {check.partition("-")[0] for check in checks} - {"refusals", "trainer"}:
             trace = copy.deepcopy(traced(name)) if name in ARCHITECTURES else lora_fx.trace(families.build(name))
             torch.save(without_dropout(trace), directory / f"{name}.trace")
+            if f"{name}-files" in checks:
+                with torch.device("meta"):
+                    empty = ARCHITECTURES[name].build()
+                torch.save(without_dropout(lora_fx.trace(empty)), directory / f"{name}-meta.trace")
+                build(name).save_pretrained(directory / f"{name}-checkpoint")
+                (directory / "other").mkdir(exist_ok=True)
+                save_file({"weight": torch.ones(2, 3)}, directory / "other" / "model.safetensors")
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
         # A process that waits for another forever would end here.
         done = subprocess.run([*launch, directory, *checks], capture_output=True, text=True, timeout=300, check=False)
@@ -126,6 +133,21 @@ def test_what_accelerate_calls_for_fsdp_shards_a_nested_graph_by_its_layers(
     )
     for key, value in expected.items():
         assert torch.allclose(tensors[key], value, rtol=0, atol=1e-5), key
+
+
+@pytest.mark.parametrize("name", ["llama", *also("t5", "gpt2")])
+def test_a_graph_traced_on_meta_gets_its_parts_from_files_and_trains_with_the_bits_of_one_with_weights(
+    name: str, found: Callable[[str], tuple[Path, list[Any]]]
+) -> None:
+    directory, both = found(f"{name}-files")
+    for each in both:
+        assert each["unlike"] == []
+        mine, theirs = each["losses"]
+        assert mine == theirs
+        assert 0.475 <= each["part"] <= 0.525
+        assert each["missing"].startswith(f"{directory / 'nowhere'} does not exist")
+        assert each["other"].startswith(f"{directory / 'other'} does not fit the graph: ")
+        assert each["other"].endswith(" is missing; 'weight' is unknown.") or " more." in each["other"]
 
 
 @pytest.mark.matrix

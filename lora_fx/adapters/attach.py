@@ -12,7 +12,7 @@ each output feature of the site then takes its own one, or the zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -26,7 +26,6 @@ from lora_fx.adapters.starts import (
     GivenStart,
     check_alone,
     frozen_names,
-    is_from_weight,
     model_weight,
     start_values,
     started,
@@ -250,43 +249,6 @@ def _places(ordered: Mapping[str, tuple[Chosen, BranchSpec]], state: State, adap
             # Real even where the weights are not: they follow from the plan.
             places[branch.names(adapter).places] = rows if weight.is_meta else rows.to(weight.device)
     return places
-
-
-def new_factors_like(
-    wanted: Mapping[str, torch.Tensor],
-    branches: Iterable[tuple[str, BranchSpec]],
-    device: torch.device,
-    seed: int | None,
-) -> dict[str, torch.Tensor]:
-    """Return initial values for pairs of factors that have none yet.
-
-    Args:
-        wanted: factors by name, in the order of the model's modules, A before B.
-        branches: adapter and branch, of every branch in the graph.
-        device: for the values.
-        seed: of the draws. Without one they come from torch's current random state, which is restored.
-    """
-    own = ((adapter, branch) for adapter, branch in branches if branch.mirrors is None)
-    by_name = {names.a: (branch, names.b, names.bias) for adapter, branch in own for names in (branch.names(adapter),)}
-    values: dict[str, torch.Tensor] = {}
-    with forked_random_state(seed=seed):
-        for name, a in wanted.items():
-            if name in by_name and by_name[name][1] in wanted:
-                branch, other, bias = by_name[name]
-                if is_from_weight(branch):
-                    raise PlanError(
-                        f"the branch at {branch.key!r} starts from the weight (init {branch.setting.init!r}), and there are no values for it. "
-                        "Rewrite the model with its weights, or load an adapter from a directory."
-                    )
-                like = torch.empty(0, dtype=a.dtype, device=device)
-                shapes = {each: wanted[each].shape for each in (name, other, bias) if each in wanted}
-                drawn = initial_factors(
-                    [*shapes.values()], branch.setting.rank, like, op=branch.op, init=branch.setting.init
-                )
-                values |= dict(zip(shapes, drawn, strict=True))
-                values[name].requires_grad_(branch.setting.trains_a)
-                values[other].requires_grad_(branch.setting.trains_b)
-    return values
 
 
 def _own_weight(chosen: Chosen, state: State) -> str:

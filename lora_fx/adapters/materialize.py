@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,22 +11,25 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lora_fx.adapters.attach import new_factors_like
 from lora_fx.adapters.dora import missing_magnitudes
-from lora_fx.adapters.starts import rests
+from lora_fx.adapters.starts import is_from_weight, model_weight, rests
 from lora_fx.adapters.tokens import token_values
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.remove import unload
-from lora_fx.errors import LoraFxError, TraceError, listed
+from lora_fx.errors import LoraFxError, PlanError, TraceError, listed
 from lora_fx.graph.adapter_names import is_of_adapter, is_of_start, is_placement, original_name
 from lora_fx.graph.compare import described
 from lora_fx.graph.example_sizes import cut_or_repeated
-from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
+from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_in_parts, state_of
 from lora_fx.graph.info import info_of
 from lora_fx.graph.input_checks import Constraints, InputCheck, RelationCheck, add_checks, remove_checks
 from lora_fx.graph.process_state import forked_random_state
+from lora_fx.graph.records import BranchSpec
 from lora_fx.graph.size_relations import UNBOUNDED
-from lora_fx.sites.call_sites import sites
+from lora_fx.graph.state import State
+from lora_fx.numerics.factor_init import initial_factors
+from lora_fx.planning.plan import owners_of
+from lora_fx.sites.call_sites import Site, sites
 from lora_fx.tracing.example_inputs import ExampleInputs, example_inputs, graph_inputs
 from lora_fx.tracing.parity import GraphFailed, ModelFailed, difference
 from lora_fx.tracing.size_probing import examples_of, without_artefacts
@@ -70,37 +74,123 @@ def materialize(
     missing = {name: tensor for name, tensor in wanted.items() if name not in given and tensor.is_meta}
     trained = {name: tensor for name, tensor in wanted.items() if name not in given and not tensor.is_meta}
     values |= {name: tensor for name, tensor in _on(trained, device).items() if is_of_adapter(name)}
+    values |= initial_values(graph_module, missing, {**state.tensors, **given, **values}, device, seed)
+    values |= {name: tensor.to(device) for name, tensor in state.tensors.items() if is_placement(name)}
+    like = like if like is not None else traced_class(graph_module)
+    values |= computed_buffers(state, like, device)
+    state = state.with_tensors(values)
+    check_filled(state.tensors)
+    info = info_of(graph_module)
+    info = replace(info, statistics={name: state.tensors[name].clone() for name in info.statistics})
+    ready = rebuilt(graph_module, state=state, info=info)
+    return checked(ready if like is None else _probed(ready, like), "branched" if info.adapters else "base")
+
+
+def initial_values(
+    graph_module: TracedGraphModule,
+    missing: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    device: torch.device,
+    seed: int | None,
+) -> dict[str, torch.Tensor]:
+    """Return the values with which the adapters of a graph start, as far as they follow from the weights and random draws.
+
+    Args:
+        graph_module: not changed.
+        missing: tensors of adapters that have no values, in the order of the graph's.
+        tensors: the weights, and what adapters have, by all names of the graph.
+        device: for the values.
+        seed: of the draws.
+    """
+    info = info_of(graph_module)
+    values: dict[str, torch.Tensor] = {}
+    known = ChainMap(values, tensors)  # type: ignore[arg-type]  # which is not written to
     for name in missing:
         original = original_name(name)
         if original is not None and not is_of_start(name):
-            value = given[original].detach().clone()
-            values[name] = nn.Parameter(value) if isinstance(state.tensors[name], nn.Parameter) else value
-    adapters = info_of(graph_module).adapters
-    for adapter, record in adapters.items():
-        rows = token_values(record.tokens, {**state.tensors, **values}, adapter)
+            value = tensors[original].detach().clone()
+            values[name] = nn.Parameter(value) if isinstance(missing[name], nn.Parameter) else value
+    for adapter, record in info.adapters.items():
+        rows = token_values(record.tokens, known, adapter) if record.tokens else {}
         values |= {name: value for name, value in rows.items() if name in missing}
-    branches = [(adapter, branch) for adapter, record in adapters.items() for _, branch in record.branches.values()]
-    values |= new_factors_like(missing, branches, device, seed)
+    branches = [
+        (adapter, branch) for adapter, record in info.adapters.items() for _, branch in record.branches.values()
+    ]
     found = sites(graph_module)
-    values |= missing_magnitudes(missing, branches, found, {**state.tensors, **given, **values})
-    left = rests(branches, found, {**state.tensors, **given, **values}) if any(map(is_of_start, missing)) else {}
-    values |= {name: value for name, value in left.items() if name in missing}
-    values |= {name: tensor.to(device) for name, tensor in state.tensors.items() if is_placement(name)}
-    like = like if like is not None else traced_class(graph_module)
-    buffers = {} if like is None else {name: b for name, b in like.named_buffers() if not b.is_meta}
-    values |= {name: value.to(device) for name, value in buffers.items() if name in state.non_persistent}
-    state = state.with_tensors(values)
-    empty = [name for name, tensor in state.tensors.items() if tensor.is_meta]
+    dtypes = {name: tensor.dtype for name, tensor in state_in_parts(graph_module).tensors.items()}
+    values |= _new_factors(missing, branches, found, dtypes, device, seed)
+    values |= missing_magnitudes(missing, branches, found, known)
+    left = rests(branches, found, known) if any(map(is_of_start, missing)) else {}
+    return {**values, **{name: value for name, value in left.items() if name in missing}}
+
+
+def _new_factors(
+    wanted: Mapping[str, torch.Tensor],
+    branches: Iterable[tuple[str, BranchSpec]],
+    found: Iterable[Site],
+    dtypes: Mapping[str, torch.dtype],
+    device: torch.device,
+    seed: int | None,
+) -> dict[str, torch.Tensor]:
+    """Return initial values for pairs of factors that have none yet, those that a rewrite of the model with weights would draw.
+
+    Args:
+        wanted: factors by name, in the order of the model's modules, A before B.
+        branches: adapter and branch, of every branch in the graph.
+        found: the sites of the graph.
+        dtypes: of its weights.
+        device: for the values.
+        seed: of the draws. Without one they come from torch's current random state, which is restored.
+    """
+    own = ((adapter, branch) for adapter, branch in branches if branch.mirrors is None)
+    by_name = {names.a: (branch, names.b, names.bias) for adapter, branch in own for names in (branch.names(adapter),)}
+    site_of = {owner: site for site in found for owner in owners_of(site)}
+    values: dict[str, torch.Tensor] = {}
+    with forked_random_state(seed=seed):
+        for name in wanted:
+            if name in by_name and by_name[name][1] in wanted:
+                branch, other, bias = by_name[name]
+                if is_from_weight(branch):
+                    raise PlanError(
+                        f"the branch at {branch.key!r} starts from the weight (init {branch.setting.init!r}), and there are no values for it. "
+                        "Rewrite the model with its weights, or load an adapter from a directory."
+                    )
+                site = site_of[branch.owner]
+                like = torch.empty(0, dtype=dtypes[model_weight(site)], device=device)
+                shapes = {each: wanted[each].shape for each in (name, other, bias) if each in wanted}
+                drawn = initial_factors(
+                    [*shapes.values()],
+                    branch.setting.rank,
+                    like,
+                    computed=site.cast,
+                    op=branch.op,
+                    init=branch.setting.init,
+                )
+                values |= dict(zip(shapes, drawn, strict=True))
+                values[name].requires_grad_(branch.setting.trains_a)
+                values[other].requires_grad_(branch.setting.trains_b)
+    return values
+
+
+def computed_buffers(state: State, like: nn.Module | None, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the buffers that no state dict has, in the dtypes that they have in a graph, from a module of the traced class."""
+    buffers = {} if like is None else {name: buffer for name, buffer in like.named_buffers() if not buffer.is_meta}
+    return {
+        name: value.to(device, state.tensors[name].dtype)
+        for name, value in buffers.items()
+        if name in state.non_persistent
+    }
+
+
+def check_filled(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise :class:`LoraFxError` where a tensor of a graph has no value."""
+    empty = [name for name, tensor in tensors.items() if tensor.is_meta]
     if torn := [name for name in empty if is_of_adapter(name)]:
         raise LoraFxError(
             f"{listed(torn, 10)}: expected values for all that a branch has, got some of them. Give these, too, in the state dict."
         )
     if empty:
         raise LoraFxError(f"{', '.join(empty)} have no values: pass like=, a module of the traced class that has them.")
-    info = info_of(graph_module)
-    info = replace(info, statistics={name: state.tensors[name].clone() for name in info.statistics})
-    ready = rebuilt(graph_module, state=state, info=info)
-    return checked(ready if like is None else _probed(ready, like), "branched" if adapters else "base")
 
 
 def _on(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Training where one memory ends: graphs over several processes, by torch's engines."""
 
 from lora_fx.graph.sharded import on_first_process
+from lora_fx.parallel.checkpoint_parts import load_sharded
 from lora_fx.parallel.fsdp import fully_shard
 
-__all__ = ["fully_shard", "on_first_process"]
+__all__ = ["fully_shard", "load_sharded", "on_first_process"]

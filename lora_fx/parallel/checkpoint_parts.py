@@ -1,0 +1,171 @@
+"""A base that no single memory holds: each process reads its parts of a graph, traced on meta, from a safetensors checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from lora_fx.adapters.materialize import check_filled, computed_buffers, initial_values
+from lora_fx.errors import LoraFxError, PlanError, listed
+from lora_fx.files.safetensors import TensorFile
+from lora_fx.folding.checkpoint import Checkpoint
+from lora_fx.graph.adapter_names import is_of_adapter, is_placement
+from lora_fx.graph.compare import described
+from lora_fx.graph.graph_module import TracedGraphModule, as_traced, install, state_in_parts, state_of
+from lora_fx.graph.info import info_of, with_info
+from lora_fx.graph.nested import flatten
+from lora_fx.graph.process_state import forked_random_state
+from lora_fx.graph.sharded import from_first_process, mesh_of
+from lora_fx.graph.state import State, part_of
+from lora_fx.parallel.fsdp import fully_shard
+from lora_fx.tracing.transformers_models import traced_class
+
+
+def load_sharded(
+    graph_module: TracedGraphModule,
+    directory: str | os.PathLike[str],
+    mesh: DeviceMesh | None = None,
+    *,
+    seed: int | None = None,
+    like: nn.Module | None = None,
+    **options: Any,
+) -> None:
+    """Shard a graph that was traced on the meta device, as :func:`fully_shard` does, and give it its weights (in place).
+
+    No process ever holds the base: each reads its parts of the tensors from the files. Factors are those that one process would draw, and
+    what else an adapter starts with follows from one gathered weight at a time. The result computes the bits of a graph that was made of
+    the model with its weights. Its checks of inputs are those of the trace on meta, which are stricter in some models::
+
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        graph = lora_fx.rewrite(model, rules="auto")
+        lora_fx.parallel.load_sharded(graph, "checkpoint", seed=0)
+
+    Args:
+        graph_module: is changed; all of its parameters are on the meta device.
+        directory: with ``model.safetensors``, or an index and its files, under the names that the model has.
+        mesh: as for :func:`fully_shard`.
+        seed: of the factors that are drawn; by default they follow from the random state of the first process.
+        like: a module of the traced class with values for the buffers that no checkpoint has; see :func:`lora_fx.materialize`.
+        options: of torch's ``fully_shard``.
+
+    Raises:
+        LoraFxError: the checkpoint does not fit the graph, with all problems, or see :func:`fully_shard`; the graph is as it was.
+        PlanError: the graph has weights already, or an adapter that starts from whole weights in a way that is not known here.
+    """
+    empty = flatten(as_traced(graph_module))
+    before = state_of(empty)
+    if any(not parameter.is_meta for parameter in empty.parameters()):
+        raise PlanError(
+            "expected a graph on the meta device, got one with weights: lora_fx.parallel.fully_shard shards these."
+        )
+    checkpoint = Checkpoint.open(Path(directory))
+    keys = _keys(before, checkpoint)
+    fully_shard(graph_module, mesh, **options)
+    sharded = state_in_parts(graph_module)
+    made_for = mesh_of(graph_module)
+    assert made_for is not None
+    device = torch.device(made_for.device_type)
+    values = {name: _empty_like(sharded.tensors[name], device) for name in keys}
+    load(
+        {key: values[name] for name, key in keys.items()},
+        storage_reader=HuggingFaceStorageReader(str(checkpoint.model)),
+    )
+    missing = {
+        name: tensor for name, tensor in before.tensors.items() if name not in before.non_persistent and tensor.is_meta
+    }
+    missing = {name: tensor for name, tensor in missing.items() if is_of_adapter(name)}
+    first = before.aliases()
+    by_name = {name: values[alias] for name, alias in first.items() if alias in values}
+    # The order in which tensors are asked for is that of the graph, and so the same in all processes.
+    whole = _Whole({**before.tensors, **by_name})
+    random = from_first_process(graph_module, torch.get_rng_state)
+    with forked_random_state(seed=seed):
+        if seed is None:
+            torch.set_rng_state(random)
+        started = initial_values(empty, missing, whole, device, None)
+    values |= {name: _part(value, sharded.tensors[name]) for name, value in started.items()}
+    graph_module.load_state_dict(values, strict=False, assign=True)
+    like = like if like is not None else traced_class(empty)
+    plain = computed_buffers(before, like, device)
+    plain |= {name: tensor.to(device) for name, tensor in before.tensors.items() if is_placement(name)}
+    install(graph_module, State(plain, before.non_persistent))
+    now = state_in_parts(graph_module)
+    check_filled(now.tensors)
+    info = info_of(graph_module)
+    info = replace(info, statistics={name: now.tensors[name].clone() for name in info.statistics})
+    graph_module.meta.update(with_info(graph_module.meta, info))
+
+
+class _Whole(Mapping[str, torch.Tensor]):
+    """Tensors by name, of which each is gathered when it is asked for, and not kept."""
+
+    def __init__(self, parts: Mapping[str, torch.Tensor]) -> None:
+        self._parts = parts
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        part = self._parts[name]
+        return part.full_tensor() if isinstance(part, DTensor) else part
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+def _empty_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if not isinstance(tensor, DTensor):
+        return torch.empty_like(tensor, device=device)
+    local = torch.empty_like(tensor.to_local(), device=device)
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def _part(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return part_of(value.detach(), like) if isinstance(like, DTensor) else value.detach()
+
+
+def _keys(state: State, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return for each tensor of the base, by its first name, the key that a checkpoint has it under.
+
+    Raises:
+        LoraFxError: the checkpoint lacks some, has others, or in another shape or dtype; or another file has one of them, too.
+    """
+    found: dict[str, str] = {}
+    problems = []
+    for first, names in state.names().items():
+        if first in state.non_persistent or is_of_adapter(first):
+            continue
+        key = next((name for name in names if name in checkpoint.tensors), None)
+        if key is None:
+            problems.append(f"{first!r} is missing")
+            continue
+        _, entry = checkpoint.tensors[key]
+        form = f"{entry.dtype} {tuple(entry.shape)}"
+        if form != described(state.tensors[first]):
+            problems.append(f"{key!r} is {form}, not {described(state.tensors[first])}")
+        found[first] = key
+    problems += [f"{key!r} is unknown" for key in checkpoint.tensors if key not in state.tensors]
+    if problems:
+        raise LoraFxError(f"{checkpoint.directory} does not fit the graph: {listed(problems, _MAX_NAMED, '; ')}.")
+    own = {file.path for file in checkpoint.files}
+    for path in sorted(checkpoint.model.glob("*.safetensors")):  # torch reads all that there are
+        also = [key for key in found.values() if path not in own and key in TensorFile.open(path).entries]
+        if also:
+            raise LoraFxError(f"{path} has {also[0]!r} too, beside the checkpoint's own files: move it away.")
+    return found
+
+
+_MAX_NAMED = 10
