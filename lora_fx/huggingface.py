@@ -28,6 +28,8 @@ from lora_fx.graph.joined_graphs import whole
 from lora_fx.graph.state import State
 from lora_fx.tracing.quantised_models import quantised_layers
 
+__all__ = ["folded", "save_pretrained", "write_back"]
+
 
 @contextmanager
 def folded(model: nn.Module, graph_module: TracedGraphModule | CachedGraphs) -> Iterator[nn.Module]:

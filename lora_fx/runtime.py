@@ -22,6 +22,8 @@ try:
 except ImportError as error:
     raise ImportError(f"lora_fx.runtime needs onnxruntime: pip install 'lora-fx[onnx]'. {error}") from error
 
+__all__ = ["OnnxSession"]
+
 Array = np.ndarray[Any, Any]
 
 

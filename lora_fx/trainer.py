@@ -35,6 +35,8 @@ from lora_fx.graph.sharded import from_first_process, gathered, mesh_of, on_firs
 from lora_fx.tracing.example_inputs import pad_token_of
 from lora_fx.tracing.item_count import loss_uses_count
 
+__all__ = ["AdapterCallback", "prepare"]
+
 PRIVATE_NAMES = ("_load_from_checkpoint", "_load_best_model")
 """Methods of transformers' ``Trainer`` that are no public names and that :func:`prepare` wraps: there it looks for PEFT's class."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import lora_fx
@@ -153,6 +154,23 @@ def test_what_is_compiled_or_quantised_inside_is_refused_by_its_path() -> None:
     quantised = torch.ao.quantization.quantize_dynamic(net(), {nn.Linear}, dtype=torch.qint8)
     with pytest.raises(lora_fx.PlanError, match=r"'q' is a Linear of torch.ao.quantization, whose weights are packed"):
         lora_fx.rewrite(quantised, ["q"], example_inputs=(X,))
+
+
+@pytest.mark.parametrize(
+    ("value", "advice"),
+    [
+        ("gpt2", r"a str: load it first, as by transformers\.AutoModelForCausalLM\.from_pretrained\('gpt2'\)\.$"),
+        (nn.Linear, r"a type: pass an instance of Linear\.$"),
+        (
+            transformers.GPT2Config(),
+            r"a GPT2Config: make its model, as by transformers\.AutoModelForCausalLM\.from_config\.$",
+        ),
+        (torch.ones(2), r"a Tensor: tensor\(\[1\., 1\.\]\)\.$"),
+    ],
+)
+def test_what_is_no_model_is_told_how_one_is_had(value: Any, advice: str) -> None:
+    with pytest.raises(lora_fx.TraceError, match="expected a torch.nn.Module in Python, got " + advice):
+        lora_fx.rewrite(value)
 
 
 def test_fsdp_is_refused_by_name() -> None:

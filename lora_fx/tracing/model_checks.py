@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_fx.errors import LoraFxError, TraceError, listed
@@ -24,12 +26,22 @@ from lora_fx.tracing.model_state import Mode
 from lora_fx.tracing.parity import OnCopies
 
 
+def _advice_on(value: object) -> str:
+    """Return what to do with something that is no module, behind its type."""
+    if isinstance(value, str | Path):
+        name = str(value)
+        return f": load it first, as by transformers.AutoModelForCausalLM.from_pretrained({name!r:.100})"
+    if isinstance(value, type):
+        return f": pass an instance of {value.__name__}"
+    if isinstance(value, PreTrainedConfig):
+        return ": make its model, as by transformers.AutoModelForCausalLM.from_config"
+    return f": {held_graphs(value) or format(repr(value).partition(chr(10))[0], '.100')}"
+
+
 def check_model(model: nn.Module) -> None:
     """Raise :class:`TraceError` for anything but a module in Python whose tensors can have gradients and have usable names."""
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise TraceError(
-            f"expected a torch.nn.Module in Python, got a {type(model).__name__}: {held_graphs(model) or repr(model)}."
-        )
+        raise TraceError(f"expected a torch.nn.Module in Python, got a {type(model).__name__}{_advice_on(model)}.")
     tensors = state_of(model).tensors
     check_names(tensors)
     if any(tensor.is_inference() for tensor in tensors.values()):
