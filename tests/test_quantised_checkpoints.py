@@ -17,6 +17,7 @@ import quantised
 import torch
 import transformers
 from bitsandbytes import functional as bitsandbytes
+from conftest import set_factors
 from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
@@ -204,6 +205,44 @@ def test_an_adapter_of_a_graph_says_how_its_base_was_quantised(one: Trained, tmp
         assert (way in str(caught.value)) == (told == way)
     assert_equal(fold(one.root / "base", adapter, tmp_path / "base", quantised=one.scheme), one.folded)
     assert_equal(fold(one.root / "4bit", adapter, tmp_path / "4bit"), one.folded)
+
+
+def test_codes_are_made_in_the_dtype_into_which_the_model_was_loaded(tmp_path: Path) -> None:
+    """A checkpoint in float32 was loaded in bfloat16, and norms and embeddings were made float32 again, as PEFT advises."""
+    llama(torch.float32).save_pretrained(tmp_path / "base")
+    settings = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=settings, device_map="cpu", dtype=torch.bfloat16
+    )
+    model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False).train()
+    graph = lora_fx.rewrite(model, ["q_proj", "down_proj"], rank=3, alpha=6)
+    set_factors(graph)
+    adapter, silent = tmp_path / "adapter", tmp_path / "silent"
+    lora_fx.save_adapter(graph, adapter)
+    shutil.copytree(adapter, silent)
+    save_file(load_file(adapter / "adapter_model.safetensors"), silent / "adapter_model.safetensors", {"format": "pt"})
+    found = fold(tmp_path / "base", adapter, tmp_path / "seen", quantised="nf4")
+    said = fold(tmp_path / "base", silent, tmp_path / "said", quantised="nf4", loaded_in="bfloat16")
+    other = fold(tmp_path / "base", silent, tmp_path / "other", quantised="nf4")
+    assert_equal(found, said)
+    for name in ("self_attn.q_proj", "mlp.down_proj"):
+        name = f"model.layers.0.{name}"
+        a, b = (graph.get_parameter(f"{name}.lora_{part}.default.weight") for part in "AB")
+        expected = graph.get_parameter(f"{name}.weight").quantised_matrix() + 2 * b @ a  # type: ignore[operator]
+        torch.testing.assert_close(found[f"{name}.weight"], expected, rtol=0, atol=1e-6)
+        assert (other[f"{name}.weight"] - expected).abs().max() > 1e-4  # so this test can fail
+    with pytest.raises(AdapterError, match=r"q_proj.weight: other values"):
+        plan_checkpoint_fold(tmp_path / "base", [(adapter, 1.0)], quantised="nf4", loaded_in="float32")
+    told = {
+        directory: plan_checkpoint_fold(tmp_path / "base", [(directory, 1.0)], quantised="nf4").quantised
+        for directory in (adapter, silent)
+    }
+    assert "(nf4) from bfloat16 and made dense again, as they were beside the adapter in training" in str(told[adapter])
+    assert "pass" not in str(told[adapter])
+    assert "(nf4) from float32" in str(told[silent])
+    assert "pass loaded_in='bfloat16', for example" in str(told[silent])
 
 
 def graph_with_adapter(root: Path, name: str, computed: torch.dtype) -> Any:
@@ -504,7 +543,8 @@ def test_the_command_line_says_what_becomes_of_quantised_weights(one: Trained, t
         "--report",
     )
     assert done.exit_code == 0, done.output
-    assert "7 weights are quantised (nf4:double) and made dense again" in done.output
+    assert "7 weights are quantised (nf4:double) from float32 and made dense again" in done.output
+    assert "pass --loaded-in bfloat16, for example" in done.output
     part = call(
         one.root / "base",
         adapter,
@@ -516,11 +556,28 @@ def test_the_command_line_says_what_becomes_of_quantised_weights(one: Trained, t
         "--not-quantised",
         "lm_head",
     )
-    assert "4 weights are quantised (nf4) and made dense again" not in part.output  # "mlp" is a name or the end of one
+    assert (
+        "4 weights are quantised (nf4) from float32 and made dense again" not in part.output
+    )  # "mlp" is a name or the end of one
     assert part.exit_code == 0, part.output
     refused = {
         ("base", "--quantised", "nf5"): "expected a way to quantise, nf4, nf4:double",
         ("base", "--not-quantised", "mlp"): "--not-quantised goes with --quantised",
+        ("base", "--loaded-in", "bfloat16"): "--loaded-in goes with --quantised",
+        (
+            "base",
+            "--quantised",
+            "nf4",
+            "--loaded-in",
+            "int8",
+        ): "loaded_in: expected float32, bfloat16, float16, got 'int8'",
+        (
+            "4bit",
+            "--quantised",
+            "nf4:double",
+            "--loaded-in",
+            "float32",
+        ): "so that its codes are known: leave out --loaded-in",
         ("base", "--quantised", "nf4", "--not-quantised", "("): "expected names or regular expressions",
         ("base", "--quantised", "nf4", "--not-quantised", ".*"): "no linear is left to quantise",
         ("base", "--quantised", "int4:48"): "expected input features in groups of 48, got 64",

@@ -57,6 +57,15 @@ NotQuantised = Annotated[
         help="Module that was not quantised, as llm_int8_skip_modules names it, in place of those that transformers skips. May be repeated.",
     ),
 ]
+LoadedIn = Annotated[
+    str | None,
+    typer.Option(
+        "--loaded-in",
+        metavar="DTYPE",
+        help="The dtype into which the model was loaded before it was quantised, bfloat16 for example: codes of rounded weights are others. "
+        "By default as the adapters' files say, or else BASE_DIR's own.",
+    ),
+]
 
 
 def fold(
@@ -81,6 +90,7 @@ def fold(
     model_class: ModelClass = None,
     quantised: Quantised = None,
     not_quantised: NotQuantised = None,
+    loaded_in: LoadedIn = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the changes without writing them.")] = False,
 ) -> None:
     """Merge adapters into a checkpoint on disk, one tensor in memory at a time.
@@ -118,6 +128,7 @@ def fold(
                 example_inputs=example_inputs,
                 quantised=quantised,
                 not_quantised=not_quantised,
+                loaded_in=loaded_in,
                 step=status.update,
             )
         if dry_run:

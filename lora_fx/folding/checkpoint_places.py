@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from lora_fx.adapters.peft_format.fingerprint import fingerprint_on_disk
+from lora_fx.adapters.peft_format.fingerprint import fingerprint_on_disk, in_recorded_dtypes
 from lora_fx.adapters.peft_format.opening import AdapterFiles
 from lora_fx.adapters.peft_format.reading import AdapterContents
 from lora_fx.errors import AdapterError, FoldError, listed
@@ -63,6 +63,17 @@ class Places:
         }
         told = fingerprint_on_disk({n: self.checkpoint.find(key) for n, key in found.items() if key is not None})
         return {name: told.get(name) for name in found}
+
+    def same_values(
+        self, trained_on: Mapping[str, str], found: Mapping[str, str | None], loaded_in: torch.dtype | None
+    ) -> dict[str, str]:
+        """Return the fingerprints of tensors with the same values in other dtypes, see :func:`in_recorded_dtypes`."""
+        stored = {
+            name: self.checkpoint.find(self.plain[name])
+            for name in trained_on
+            if name in self.plain and not self.checkpoint.find(self.plain[name])[0].is_computed(self.plain[name])
+        }
+        return in_recorded_dtypes(trained_on, found, stored, loaded_in)
 
     def start(self, names: Sequence[str]) -> torch.Tensor | None:
         """Return the weight with these names as an adapter started from it; None for one that is, or is to be, quantised."""

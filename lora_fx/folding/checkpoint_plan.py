@@ -42,7 +42,7 @@ from lora_fx.folding.checkpoint_write import CheckpointReport, write_merged
 from lora_fx.folding.dense_base import dense_base
 from lora_fx.folding.fold import recipe
 from lora_fx.folding.report import product_text
-from lora_fx.folding.trained_base import check_bases
+from lora_fx.folding.trained_base import check_bases, trained_on
 from lora_fx.graph.adapter_names import adapter_of, is_of_adapter, original_name
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.state import State
@@ -183,6 +183,7 @@ def plan_checkpoint_fold(
     example_inputs: Path | None = None,
     quantised: str | None = None,
     not_quantised: Collection[str] | None = None,
+    loaded_in: str | None = None,
     step: Callable[[str], None] = lambda _: None,
 ) -> CheckpointFold:
     """Plan the fold of adapters into a checkpoint, tensor by tensor. Read are only those that the config ties and the files have twice.
@@ -197,10 +198,10 @@ def plan_checkpoint_fold(
             checkpoint names, or, where the adapters have modules that this has not, the one of their task (``task_type``) or that they
             name (``auto_mapping``). Trained modules that the checkpoint lacks, such as the head of a classifier, are added to it.
         example_inputs: a safetensors file of the inputs to trace with, by name; by default they are made from the config.
-        quantised: how the base was quantised where the adapters were trained, ``"nf4"``, ``"nf4:double"``, ``"fp4"``, ``"int8"``, ``"int4:64"``, …:
-            then they are added to what its weights become when they are quantised so, and are dense again. None: as the files are. A
-            checkpoint of bitsandbytes, GPTQ or AWQ is made dense in either case.
+        quantised: how the base was quantised where the adapters were trained, ``"nf4"``, ``"nf4:double"``, ``"int8"``, ``"int4:64"``, …: they are
+            added to what its weights become then. None: as the files are; those of bitsandbytes, GPTQ or AWQ are made dense in either case.
         not_quantised: modules that were not, as ``llm_int8_skip_modules`` names them; None for those that transformers skips by itself.
+        loaded_in: dtype into which the model was loaded before it was quantised; None: as the adapters' files say, or else the checkpoint's.
         step: called with the name of each step, for a display.
 
     Raises:
@@ -219,7 +220,7 @@ def plan_checkpoint_fold(
     step("reading the config")
     choice = base_class(checkpoint.model, opened, model_class)
     model = empty_model(checkpoint.model, choice)
-    dense, places = dense_base(checkpoint, model, quantised, not_quantised)
+    dense, places = dense_base(checkpoint, model, quantised, not_quantised, loaded_in, trained_on(opened))
     checkpoint = dense.checkpoint
     check_weights_named(model, checkpoint)
     untied = untie_as_loaded(model, places.plain, partial(places.equal, dtype=getattr(model.config, "dtype", None)))
@@ -304,6 +305,7 @@ def fold_checkpoint(
     example_inputs: Path | None = None,
     quantised: str | None = None,
     not_quantised: Collection[str] | None = None,
+    loaded_in: str | None = None,
     overwrite: bool = False,
     verify: bool = False,
     report: bool = False,
@@ -319,6 +321,7 @@ def fold_checkpoint(
         example_inputs=example_inputs,
         quantised=quantised,
         not_quantised=not_quantised,
+        loaded_in=loaded_in,
     )
     return planned.write(out, overwrite=overwrite, verify=verify, report=report)
 

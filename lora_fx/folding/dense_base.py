@@ -6,8 +6,9 @@ added to is that, and not W. Either way the base is seen as a checkpoint of dens
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from lora_fx.errors import FoldError, listed
+from lora_fx.adapters.peft_format.fingerprint import matches
+from lora_fx.errors import FoldError, listed, option, printable
 from lora_fx.files.computed_file import Computed, ComputedFile
 from lora_fx.files.quantised_checkpoints import QuantisedTensor, quantised_tensors
 from lora_fx.files.safetensors import TensorFile
@@ -38,11 +40,15 @@ class DenseBase:
         checkpoint: of dense tensors.
         schemes: text of the scheme by the keys of the weights that are, or were, quantised.
         stored: whether the checkpoint itself is quantised, and its config says so.
+        loaded_in: the dtype into which the weights were loaded before they were quantised, if that is not theirs.
+        loading_known: whether that was said, or is seen by what an adapter was trained beside.
     """
 
     checkpoint: Checkpoint
     schemes: Mapping[str, str]
     stored: bool
+    loaded_in: torch.dtype | None = None
+    loading_known: bool = False
 
     @property
     def dropped_config(self) -> tuple[str, ...]:
@@ -61,14 +67,28 @@ class DenseBase:
                 f"{len(self.schemes)} quantised weights ({kinds}) become dense ones in {' and '.join(sorted(dtypes))}; config.json has no "
                 "quantization_config then"
             )
-        return f"{len(self.schemes)} weights are quantised ({kinds}) and made dense again, as they were beside the adapter in training"
+        own = {self.checkpoint.find(key)[1].dtype for key in self.schemes}
+        of = {self.loaded_in} if self.loaded_in is not None else own
+        dtypes = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in of))
+        line = f"{len(self.schemes)} weights are quantised ({kinds}) from {dtypes} and made dense again, as they were beside the adapter in training"
+        if self.loading_known or own != {torch.float32}:
+            return line
+        narrow = option("loaded_in='bfloat16'", "--loaded-in bfloat16")
+        return (
+            f"{line}. If the model was loaded in another dtype there, its codes are others: pass {narrow}, for example"
+        )
 
 
 _MAX_NAMED = 5
 
 
 def dense_base(
-    checkpoint: Checkpoint, model: Any, quantised: str | None, not_quantised: Collection[str] | None
+    checkpoint: Checkpoint,
+    model: Any,
+    quantised: str | None,
+    not_quantised: Collection[str] | None,
+    loaded_in: str | None = None,
+    trained_on: Sequence[Mapping[str, str]] = (),
 ) -> tuple[DenseBase, Places]:
     """Return a base of dense weights, and where the tensors of a model are in it.
 
@@ -77,12 +97,25 @@ def dense_base(
         model: without weights, of its config; ``quantization_config`` is taken out of that.
         quantised: text of the scheme by which the checkpoint was quantised in training; None if it was not, or is.
         not_quantised: see :func:`quantised_as_trained`.
+        loaded_in: name of the dtype into which the model was loaded there; None: as ``trained_on`` tells, or that of the checkpoint.
+        trained_on: fingerprints of the bases of the adapters, as far as they are known.
+
+    Raises:
+        FoldError: the checkpoint is quantised already, or cannot be quantised so, or the dtype is none.
     """
+    if loaded_in is not None and quantised is None:
+        told = option("loaded_in", "--loaded-in")
+        raise FoldError(f"{told} goes with {option('quantised', '--quantised')}: name the scheme too.")
+    if loaded_in is not None and loaded_in not in _LOADED:
+        raise FoldError(f"loaded_in: expected {', '.join(_LOADED)}, got {printable(repr(loaded_in))}.")
     base = stored_dense(checkpoint, model)
     places = Places.of(model, base.checkpoint)
     if quantised is not None:
-        base = quantised_as_trained(base, places, model, parse_scheme(quantised), not_quantised)
+        base = quantised_as_trained(base, places, model, parse_scheme(quantised), not_quantised, loaded_in, trained_on)
     return base, replace(places, checkpoint=base.checkpoint)
+
+
+_LOADED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 # A checkpoint that is quantised.
@@ -225,7 +258,13 @@ def _zero_points(tensor: QuantisedTensor, bits: int, words: torch.Tensor) -> tor
 
 
 def quantised_as_trained(
-    base: DenseBase, places: Places, model: Any, scheme: Scheme, skipped: Collection[str] | None = None
+    base: DenseBase,
+    places: Places,
+    model: Any,
+    scheme: Scheme,
+    skipped: Collection[str] | None = None,
+    loaded_in: str | None = None,
+    trained_on: Sequence[Mapping[str, str]] = (),
 ) -> DenseBase:
     """Return a dense base in which each linear that transformers quantises on loading has the values that its codes stand for.
 
@@ -236,6 +275,8 @@ def quantised_as_trained(
         scheme: of the quantisation.
         skipped: modules that stay as they are, as ``llm_int8_skip_modules`` of ``BitsAndBytesConfig`` names them; None for those that
             transformers skips by itself: output embeddings, tied ones and the last module.
+        loaded_in: see :func:`dense_base`.
+        trained_on: see :func:`dense_base`.
 
     Raises:
         FoldError: the checkpoint is quantised in another way already, no linear is left, or one is not stored as the model has it.
@@ -246,6 +287,11 @@ def quantised_as_trained(
             raise FoldError(
                 f"{base.checkpoint.model} is quantised already ({listed(list(dict.fromkeys(base.schemes.values())), _MAX_NAMED)}), got {text} to "
                 "quantise it with. Leave that out, or give the checkpoint that it was made of."
+            )
+        if loaded_in is not None:
+            raise FoldError(
+                f"{base.checkpoint.model} is quantised already, so that its codes are known: leave out "
+                f"{option('loaded_in', '--loaded-in')}."
             )
         return base
     transposed = {
@@ -259,8 +305,34 @@ def quantised_as_trained(
     if problems:
         told = listed(problems, _MAX_NAMED, "; ")
         raise FoldError(f"{base.checkpoint.model} cannot be quantised as {text}: {told}.")
-    files = tuple(_quantised_file(file, transposed, scheme) for file in base.checkpoint.files)
-    return DenseBase(replace(base.checkpoint, files=files), dict.fromkeys(transposed, text), False)
+    given = None if loaded_in is None else _LOADED[loaded_in]
+    loaded, is_known = (given, True) if given else _loaded_in(places, transposed, scheme, trained_on)
+    files = tuple(_quantised_file(file, transposed, scheme, loaded) for file in base.checkpoint.files)
+    return DenseBase(
+        replace(base.checkpoint, files=files), dict.fromkeys(transposed, text), False, loaded, loading_known=is_known
+    )
+
+
+def _loaded_in(
+    places: Places, transposed: Mapping[str, bool], scheme: Scheme, trained_on: Sequence[Mapping[str, str]]
+) -> tuple[torch.dtype | None, bool]:
+    """Return the dtype into which weights were loaded, None if none or as they are stored, and whether that is known.
+
+    It is the one in which the smallest of the weights has the codes that an adapter was trained beside.
+    """
+    own = {name: key for name, key in places.plain.items() if key in transposed}
+    for told in trained_on:
+        known = [name for name in own if told.get(name, "").startswith(f"{scheme_text(scheme)} ")]
+        if not known:
+            continue
+        name = min(known, key=lambda name: math.prod(places.checkpoint.find(own[name])[1].shape))
+        key = own[name]
+        file, entry = places.checkpoint.find(key)
+        for dtype in dict.fromkeys((entry.dtype, *_LOADED.values())):
+            matrix = _as_trained(file, key, scheme, transposed[key], dtype, torch.float32)
+            if matches(told[name], scheme_text(scheme), matrix):
+                return (None if dtype == entry.dtype else dtype), True
+    return None, False
 
 
 def _problems(checkpoint: Checkpoint, key: str, transposed: bool, scheme: Scheme) -> Iterator[str]:
@@ -272,14 +344,16 @@ def _problems(checkpoint: Checkpoint, key: str, transposed: bool, scheme: Scheme
         yield f"{key}: expected input features in groups of {scheme.group}, got {entry.shape[not transposed]}"
 
 
-def _quantised_file(file: TensorFile, transposed: Mapping[str, bool], scheme: Scheme) -> TensorFile:
+def _quantised_file(
+    file: TensorFile, transposed: Mapping[str, bool], scheme: Scheme, loaded_in: torch.dtype | None
+) -> TensorFile:
     own = {
         key: Computed(
             entry.dtype,
             entry.shape,
             scheme_text(scheme),
             transposed[key],
-            partial(_as_trained, file, key, scheme, transposed[key]),
+            partial(_as_trained, file, key, scheme, transposed[key], loaded_in or entry.dtype),
         )
         for key, entry in file.entries.items()
         if key in transposed
@@ -287,9 +361,11 @@ def _quantised_file(file: TensorFile, transposed: Mapping[str, bool], scheme: Sc
     return ComputedFile.of(file, (), own) if own else file
 
 
-def _as_trained(file: TensorFile, key: str, scheme: Scheme, transposed: bool, dtype: torch.dtype) -> torch.Tensor:
+def _as_trained(
+    file: TensorFile, key: str, scheme: Scheme, transposed: bool, loaded_in: torch.dtype, dtype: torch.dtype
+) -> torch.Tensor:
     """Return the matrix ``(out, in)`` of a weight as its codes have it; the input features are along the rows as they are quantised."""
-    dense = file.read(key)
+    dense = file.read(key).to(loaded_in)
     matrix = dense.T.contiguous() if transposed else dense
     shape, tensors = matrix.shape, scheme.quantise(matrix)
     del dense, matrix  # so that no two of them are in memory

@@ -20,6 +20,11 @@ from lora_fx.folding.dense_base import DenseBase
 from lora_fx.graph.state import State
 
 
+def trained_on(opened: Sequence[AdapterFiles]) -> list[dict[str, str]]:
+    """Return the fingerprints of the bases that adapters were trained on; an empty one for those that do not say."""
+    return [recorded(files.file.metadata)[0] for files in opened]
+
+
 def check_bases(
     opened: Sequence[AdapterFiles], dense: DenseBase, places: Places, state: State, *, strict: bool
 ) -> None:
@@ -30,12 +35,12 @@ def check_bases(
     Raises:
         AdapterError: they differ, and ``strict`` asks for equal ones; or factors are for a weight that lies the other way round.
     """
-    told = any(recorded(files.file.metadata)[0] for files in opened)
-    found = places.fingerprint(state) if told else {}
-    for files in opened:
-        check_base(files, found, strict=strict)
+    told = trained_on(opened)
+    found = places.fingerprint(state) if any(told) else {}
+    for files, base in zip(opened, told, strict=True):
+        check_base(files, found | places.same_values(base, found, dense.loaded_in), strict=strict)
         _check_way_round(files, places)
-        if not dense.schemes and not recorded(files.file.metadata)[0]:
+        if not dense.schemes and not base:
             _warn_of_quantised_base(files)
 
 

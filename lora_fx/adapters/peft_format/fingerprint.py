@@ -57,9 +57,51 @@ def fingerprint_on_disk(tensors: Mapping[str, tuple[TensorFile, TensorEntry]]) -
     }
 
 
-def _of_file(entry: TensorEntry, content: np.memmap[Any, np.dtype[np.uint8]]) -> str:
+def _of_file(entry: TensorEntry, content: np.memmap[Any, np.dtype[np.uint8]], casts: Sequence[torch.dtype] = ()) -> str:
     elements = content[entry.start : entry.end].view(f"V{entry.dtype.itemsize}")
-    return _tensor_digest(_dtype_text(entry.dtype), entry.shape, elements[_samples(len(elements)).numpy()].tobytes())
+    chosen = elements[_samples(len(elements)).numpy()].tobytes()
+    if not chosen or not casts:
+        return _tensor_digest(_dtype_text(entry.dtype), entry.shape, chosen)
+    values = torch.frombuffer(bytearray(chosen), dtype=entry.dtype)
+    for dtype in casts:
+        values = values.to(dtype)
+    return _tensor_digest(_dtype_text(values.dtype), entry.shape, values.view(torch.uint8).numpy().tobytes())
+
+
+def in_recorded_dtypes(
+    trained_on: Mapping[str, str],
+    found: Mapping[str, str | None],
+    tensors: Mapping[str, tuple[TensorFile, TensorEntry]],
+    loaded_in: torch.dtype | None,
+) -> dict[str, str]:
+    """Return the fingerprints of tensors in files that have other dtypes than an adapter's base had, and the same values.
+
+    Values in a wider dtype are the same, and training often has norms in float32. Those in a narrower one are, if they were loaded in it.
+
+    Args:
+        trained_on: fingerprint of the base that the adapter was trained on.
+        found: that of the files.
+        tensors: by their names in the graph: the file of each, and its place there; none that is computed.
+        loaded_in: the dtype into which the model was loaded there, if that is known.
+    """
+    same: dict[str, str] = {}
+    for name, told in trained_on.items():
+        dtype = getattr(torch, told.partition(" ")[0], None)
+        text, place = found.get(name), tensors.get(name)
+        if text is None or text == told or place is None or not isinstance(dtype, torch.dtype):
+            continue
+        file, entry = place
+        loaded = entry.dtype if loaded_in is None else loaded_in
+        if dtype.is_floating_point and entry.dtype.is_floating_point and torch.promote_types(loaded, dtype) == dtype:
+            content = np.memmap(file.path, dtype=np.uint8, mode="r")
+            if _of_file(file.on_disk.entries[entry.name], content, (loaded, dtype)) == told:
+                same[name] = told
+    return same
+
+
+def matches(told: str, scheme: str, matrix: torch.Tensor) -> bool:
+    """Tell whether a fingerprint is that of a quantised matrix, given its float32 values as codes have them."""
+    return told == _of_matrix(scheme, matrix)
 
 
 def _of_tensor(tensor: torch.Tensor) -> str:
