@@ -487,8 +487,13 @@ def test_the_other_layout_of_gpt2_and_weights_in_8_bits_are_those_of_bitsandbyte
             assert len(dense.schemes) == 4
             read.append({key: dense.checkpoint.read(key) for key in dense.checkpoint.tensors})
             if scheme is not None:  # which torchao leaves as they are: it quantises nn.Linear alone
-                with pytest.raises(FoldError, match="no linear is left to quantise"):
+                with pytest.raises(FoldError, match=r"no linear is left to quantise \(torchao takes no Conv1D\)"):
                     dense_base(Checkpoint.open(tmp_path / base), empty, "int8", None)
+                with pytest.raises(
+                    FoldError,
+                    match=r"lm_head reads transformer.wte.weight, which .* stays dense.*not_quantised=\['lm_head'",
+                ):
+                    dense_base(Checkpoint.open(tmp_path / base), empty, scheme, ["mlp"])
         for found in read:
             assert found.keys() == {key for key in expected if key != "lm_head.weight"}
             for key, tensor in found.items():

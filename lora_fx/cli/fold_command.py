@@ -117,10 +117,9 @@ def fold(
             any_directory = DirectoryKind("a folded checkpoint", lambda _: True)  # what it holds is known later
             Target(out, overwrite, inputs(base, *adapters, example_inputs), any_directory).check()
         with errors.status("opening the checkpoint") as status:
-            pairs = list(zip(adapters, strengths, strict=True))
             planned = plan_checkpoint_fold(
                 base,
-                pairs,
+                list(zip(adapters, strengths, strict=True)),
                 strict=strict,
                 stacks=layouts,
                 ignore_config_keys=ignore_config_key or (),

@@ -230,9 +230,7 @@ def plan_checkpoint_fold(
     step("fitting the adapters")
     check_bases(opened, dense, places, state_of(graph_module), strict=strict)
     names = _all_names(state_of(graph_module))
-    factors: dict[str, torch.Tensor] = {}
-    copies: dict[str, torch.Tensor] = {}
-    added: dict[str, torch.Tensor] = {}
+    factors, copies, added = (dict[str, torch.Tensor]() for _ in range(3))
     trained_by: dict[str, int] = {}
     for index, (files, (_, strength)) in enumerate(zip(opened, pairs, strict=True)):
         contents = _contents(files, places, graph_module)

@@ -69,8 +69,8 @@ class DenseBase:
             )
         own = {self.checkpoint.find(key)[1].dtype for key in self.schemes}
         of = {self.loaded_in} if self.loaded_in is not None else own
-        dtypes = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in of))
-        line = f"{len(self.schemes)} weights are quantised ({kinds}) from {dtypes} and made dense again, as they were beside the adapter in training"
+        loaded = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in of))
+        line = f"{len(self.schemes)} weights are quantised ({kinds}) from {loaded} and made dense again, as they were beside the adapter in training"
         if self.loading_known or own != {torch.float32}:
             return line
         narrow = option("loaded_in='bfloat16'", "--loaded-in bfloat16")
@@ -294,14 +294,22 @@ def quantised_as_trained(
                 f"{option('loaded_in', '--loaded-in')}."
             )
         return base
-    transposed = {
-        key: is_conv1d
-        for name, is_conv1d in _quantised_linears(model, scheme, skipped).items()
-        for key in places.of_names((f"{name}.weight",))
-    }
+    linears = _quantised_linears(model, scheme, skipped)
+    shared = [pair for name in linears if (pair := _shared(model, places, name)) is not None]
+    if shared:
+        named = option(f"not_quantised=[{shared[0][0]!r}, …]", f"--not-quantised {shared[0][0]}")
+        told = listed([f"{name} reads {other}" for name, other in shared], _MAX_NAMED)
+        raise FoldError(
+            f"{base.checkpoint.model} cannot be quantised as {text}: {told}, which is stored once and stays dense, since it is an embedding too. "
+            f"transformers leaves such layers out by itself; among modules that you name, name them too: {named}."
+        )
+    transposed = {key: is_conv1d for name, is_conv1d in linears.items() for key in places.of_names((f"{name}.weight",))}
     problems = [problem for key in transposed for problem in _problems(base.checkpoint, key, transposed[key], scheme)]
     if not transposed:
-        problems.append("no linear is left to quantise")
+        conv1d = any(isinstance(module, Conv1D) for module in model.modules())
+        problems.append(
+            f"no linear is left to quantise{' (torchao takes no Conv1D)' if conv1d and not linears else ''}"
+        )
     if problems:
         told = listed(problems, _MAX_NAMED, "; ")
         raise FoldError(f"{base.checkpoint.model} cannot be quantised as {text}: {told}.")
@@ -311,6 +319,19 @@ def quantised_as_trained(
     return DenseBase(
         replace(base.checkpoint, files=files), dict.fromkeys(transposed, text), False, loaded, loading_known=is_known
     )
+
+
+def _shared(model: Any, places: Places, name: str) -> tuple[str, str] | None:
+    """Return a linear whose weight is stored under the name of another module's, and that name; None for any other linear."""
+    own, weight = f"{name}.weight", model.get_submodule(name).weight
+    if not places.lacks((own,)):
+        return None
+    tied = getattr(model, "all_tied_weights_keys", {})
+    others = [
+        other for other, each in model.named_parameters(remove_duplicate=False) if each is weight and other != own
+    ]
+    other = next((other for other in (*others, tied.get(own)) if other in places.plain), None)
+    return None if other is None else (name, other)
 
 
 def _loaded_in(
