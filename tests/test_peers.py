@@ -48,6 +48,23 @@ def test_a_model_that_ends_its_process_is_a_failed_row_and_the_others_go_on(
     ]
 
 
+def test_rows_that_are_written_anew_leave_the_others(
+    peers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    committed = peers.TABLE.read_text().splitlines()
+    monkeypatch.setattr(peers, "TABLE", tmp_path / "peers.md")
+    peers.TABLE.write_text("\n".join(committed))
+    made = {"cells": {"trace": "of today"}, "notes": {}, "seconds": 1}
+    monkeypatch.setattr(peers, "rows_of", lambda library, names: [(name, made) for name in names])
+    monkeypatch.setattr(peers, "version", lambda package: "1.0")
+    peers.main(["torchvision/resnet18"], write=True)
+    written = peers.TABLE.read_text().splitlines()
+    changed = [(old, new) for old, new in zip(committed, written, strict=True) if old != new]
+    assert changed[0][1] == "| torchvision | resnet18 |  | of today |  |  |  |  |  |  |  |"
+    assert changed[0][0].startswith("| torchvision | resnet18 |")
+    assert [new for _, new in changed[1:]] == [line for line in written if line.startswith("With torch 1.0,")]
+
+
 def test_the_committed_table_has_a_row_for_every_model(peers: Any) -> None:
     lines = (line.split("|") for line in peers.TABLE.read_text().splitlines() if line.startswith("| "))
     rows = {(library.strip(), name.strip()) for _, library, name, *_ in lines}

@@ -3,6 +3,7 @@
     make test-peers                                           # all rows, in an environment of their own; writes tests/peers.md
     .venv-peers/bin/python tests/peers timm/resnet10t         # these rows, printed
     .venv-peers/bin/python tests/peers diffusers              # all of a library
+    .venv-peers/bin/python tests/peers diffusers --write      # these rows anew, in tests/peers.md
 
 Each library has a process of its own. What fails is a row that says so; a process that ends is a failed row, and the next one goes on.
 The environment is that of the extra ``peers``: these libraries are large, and no part of `make test`.
@@ -34,7 +35,7 @@ PACKAGES = {"open_clip": "open_clip_torch"}
 """Libraries that the package index has under another name."""
 
 Row = Mapping[str, Any]
-"""What came of a model: ``cells`` and ``notes`` by column, or an ``error``; ``seconds`` of computing."""
+"""What came of a model: ``cells`` and ``notes`` by column, an ``error``, or its ``line`` of the table; ``seconds`` of computing."""
 
 
 def rows_of(library: str, names: Sequence[str]) -> Iterator[tuple[str, Row]]:
@@ -60,12 +61,23 @@ def table(found: Iterable[tuple[str, str, Row]]) -> str:
     notes: list[str] = []
     lines = [f"| library | model | {' | '.join(COLUMNS)} |", "|---" * (2 + len(COLUMNS)) + "|"]
     for library, name, row in found:
+        if "line" in row:
+            lines.append(row["line"])
+            continue
         if "error" in row:
             cells = [f"**failed** ({_noted(row['error'], notes)})", *[""] * (len(COLUMNS) - 1)]
         else:
             cells = [_cell(column, row, notes) for column in COLUMNS]
         lines.append(f"| {library} | {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(f"{number}. {note}" for number, note in enumerate(notes, 1))]).rstrip()
+
+
+def settled_lines() -> dict[str, str]:
+    """Return the lines of the table as it is, by library and model, but for those that refer to a note below it."""
+    cells = {
+        line: line.split(" | ") for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")
+    }
+    return {f"{first[2:]}/{name}": line for line, (first, name, *_) in cells.items() if "(" not in line}
 
 
 def _cell(column: str, row: Row, notes: list[str]) -> str:
@@ -104,9 +116,14 @@ do: torchvision multiplies with the weights of `qkv` and `out_proj` outside of t
 """
 
 
+def _parts(name: str) -> tuple[str, str]:
+    library, _, model = name.partition("/")
+    return library, model
+
+
 def main(
     rows: Annotated[list[str] | None, typer.Argument(help="LIBRARY or LIBRARY/MODEL; all by default.")] = None,
-    write: Annotated[bool, typer.Option("--write", help="Write tests/peers.md.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Write tests/peers.md, where other rows stay.")] = False,
 ) -> None:
     """Take models of other libraries the whole way, and print the table."""
     known = [f"{library}/{name}" for library, peers in models.PEERS.items() for name in peers]
@@ -114,13 +131,15 @@ def main(
     unknown = {*(rows or ())} - {*known, *models.PEERS}
     if unknown:
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: expected one of {', '.join((*models.PEERS, *known))}")
-    found = []
+    kept = {name: line for name, line in settled_lines().items() if name not in chosen} if rows and write else {}
+    chosen = [name for name in known if name not in kept] if rows and write else chosen
+    made: dict[str, Row] = {name: {"line": line} for name, line in kept.items()}
     for library in models.PEERS:
         names = [each.partition("/")[2] for each in chosen if each.startswith(f"{library}/")]
         for name, row in rows_of(library, names):
             print(f"{library}/{name}: {row['seconds']} s", file=sys.stderr, flush=True)
-            found.append((library, name, row))
-    text = table(found)
+            made[f"{library}/{name}"] = row
+    text = table((*_parts(name), made[name]) for name in known if name in made)
     print(text)
     if write:
         packages = ("torch", *(PACKAGES.get(library, library) for library in models.PEERS), "transformers", "peft")
