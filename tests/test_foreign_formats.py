@@ -482,7 +482,7 @@ MALFORMED: dict[str, tuple[dict[str, torch.Tensor], Any, str]] = {
     "metadata of DoRA": (
         GOOD,
         {"unet.peft_type": "LORA", "unet.r": 2, "unet.use_dora": True},
-        "lora_magnitude_vector: missing",
+        r"lora_adapter_metadata: unet\.use_dora: expected false, since this form has no magnitudes of DoRA here, got true",
     ),
     "metadata of another rank": (
         GOOD,
@@ -601,3 +601,74 @@ def test_rules_of_diffusers_models_are_found_by_their_class(rules: str, class_na
     layer = "down_blocks.0.attentions.{}.attn1.{}"
     assert chosen == [layer.format(i, leaf) for i in range(2) for leaf in ("to_q", "to_k", "to_v", "to_out.0")]
     assert [each.site for each in lora_fx.plan(traced, rules)] == [each.site for each in plan]
+
+
+class FluxBlock(nn.Module):
+    """The paths of FLUX's blocks, in small: of a joint one, or of a single one."""
+
+    def __init__(self, width: int, *, joint: bool) -> None:
+        super().__init__()
+        self.attn = nn.Module()
+        self.attn.to_q, self.attn.to_k, self.attn.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.joint = joint
+        if joint:
+            self.attn.to_out = nn.ModuleList([nn.Linear(width, width)])
+        else:
+            self.proj_mlp, self.proj_out = nn.Linear(width, 14), nn.Linear(width + 14, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        attn: Any = self.attn
+        y = nn.functional.scaled_dot_product_attention(attn.to_q(x), attn.to_k(x), attn.to_v(x))
+        return x + (attn.to_out[0](y) if self.joint else self.proj_out(torch.cat([y, self.proj_mlp(x)], dim=-1)))
+
+
+class Flux(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.x_embedder, self.proj_out = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.transformer_blocks = nn.ModuleList([FluxBlock(8, joint=True)])
+        self.single_transformer_blocks = nn.ModuleList([FluxBlock(8, joint=False) for _ in range(2)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.x_embedder(x)
+        for block in (*self.transformer_blocks, *self.single_transformer_blocks):
+            x = block(x)
+        return self.proj_out(x)  # type: ignore[no-any-return]
+
+
+PUBLISHED = {
+    "lora_unet_img_in": ["x_embedder"],
+    "lora_unet_double_blocks_0_img_attn_qkv": [f"transformer_blocks.0.attn.to_{each}" for each in "qkv"],
+    "lora_unet_double_blocks_0_img_attn_proj": ["transformer_blocks.0.attn.to_out.0"],
+    "lora_unet_single_blocks_1_linear1": [
+        *(f"single_transformer_blocks.1.attn.to_{each}" for each in "qkv"),
+        "single_transformer_blocks.1.proj_mlp",
+    ],
+    "lora_unet_single_blocks_1_linear2": ["single_transformer_blocks.1.proj_out"],
+    "lora_unet_final_layer_linear": ["proj_out"],
+}
+
+
+def test_fluxs_published_names_mean_the_modules_whose_outputs_they_stack(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    net, x, generator = Flux().eval(), torch.randn(2, 7, 5), torch.Generator().manual_seed(6)
+    tensors: dict[str, torch.Tensor] = {}
+    merged = {name: tensor.double() for name, tensor in net.state_dict().items()}
+    for rank, (name, paths) in enumerate(PUBLISHED.items(), 2):
+        sizes: list[Any] = [net.state_dict()[f"{path}.weight"].shape for path in paths]
+        a = torch.randn(rank, sizes[0][1], generator=generator)
+        b = 0.3 * torch.randn(sum(size[0] for size in sizes), rank, generator=generator)
+        tensors |= {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b, f"{name}.alpha": torch.tensor(3.0)}
+        for path, rows in zip(paths, b.split([size[0] for size in sizes]), strict=True):
+            merged[f"{path}.weight"] += 3 / rank * rows.double() @ a.double()
+    graph = lora_fx.from_adapter(net, saved(tmp_path / "flux", tensors), example_inputs=(x,))
+    expected = copy.deepcopy(net).double()
+    expected.load_state_dict(merged)
+    torch.testing.assert_close(graph(x).double(), expected(x.double()), rtol=1e-5, atol=1e-5)
+    folded = lora_fx.fold(graph).state_dict()
+    for name, weight in merged.items():
+        torch.testing.assert_close(folded[name].double(), weight, rtol=1e-6, atol=1e-6)
+    short = {key: each[:-1] if key.endswith("qkv.lora_up.weight") else each for key, each in tensors.items()}
+    told = r"double_blocks_0_img_attn_qkv: the graph has no such module.*; it is the projection of q, k and v in one"
+    with pytest.raises(lora_fx.AdapterError, match=told):
+        lora_fx.from_adapter(graph, saved(tmp_path / "short", short), "other")

@@ -165,7 +165,19 @@ def _configs(
     for key, value in document.items():
         prefix, name = _split(key)
         said.setdefault(prefix, {})[name] = value
-    return {prefix: config_in(said[prefix], source, ignored) for prefix in prefixes if prefix in said}
+    configs = {prefix: config_in(said[prefix], source, ignored) for prefix in prefixes if prefix in said}
+    variants = [
+        f"{prefix}{'.' if prefix else ''}{key}: expected false, since this form has no {what} here, got true"
+        for prefix, config in configs.items()
+        for key, what, on in (
+            ("use_dora", "magnitudes of DoRA", config.use_dora),
+            ("lora_bias", "biases of B", config.lora_bias),
+        )
+        if on
+    ]
+    if variants:
+        raise AdapterError(source, variants)
+    return configs
 
 
 def _settings(path: Path, config: AdapterConfig, modules: Collection[str]) -> dict[str, Setting]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,9 @@ Form = Literal["diffusers", "kohya"]
 
 Spelling = Callable[[Collection[str]], Mapping[str, Sequence[str]]]
 """From the paths of a graph's modules to these by what a file calls them; one that several have is ambiguous."""
+
+Fused = Callable[[Collection[str]], Mapping[str, Sequence[str]]]
+"""From the paths of a graph's modules to the names of a file that mean several of them, whose outputs lie behind one another."""
 
 Sizes = Mapping[str, tuple[int, int] | None]
 """The paths of a graph's modules, with the input and output features of those that multiply by a weight."""
@@ -52,6 +56,19 @@ class Factors:
         """Tell whether they fit a module with these input and output features, as far as those are known."""
         return features is None or (self.a.shape[1], self.b.shape[0]) == features
 
+    def rows(self, first: int, count: int) -> Factors:
+        """Return the factors of some of the output features: those rows of B."""
+        shape = (count, *self.b.shape[1:])
+        return replace(self, b=AdapterTensor(self.b.dtype, shape, partial(_rows, self.b, first, count)))
+
+
+def _rows(tensor: AdapterTensor, first: int, count: int) -> torch.Tensor:
+    return tensor.read()[first : first + count].clone()
+
+
+def _not_fused(_: Collection[str]) -> Mapping[str, Sequence[str]]:
+    return {}
+
 
 @dataclass(frozen=True)
 class ForeignFile:
@@ -64,6 +81,7 @@ class ForeignFile:
         components: by the prefix of their keys, which is empty where there is none: the factors by what the file calls a module.
         spelling: of the names of modules.
         joint: what stands between a prefix and the name of a module.
+        fused: names that mean several modules.
     """
 
     form: Form
@@ -72,6 +90,7 @@ class ForeignFile:
     components: Mapping[str, Mapping[str, Factors]]
     spelling: Spelling
     joint: str
+    fused: Fused = _not_fused
 
     def as_written(self) -> tuple[AdapterConfig, AdapterTensors]:
         """Return config and tensors of all components, by what the file calls the modules."""
@@ -84,7 +103,26 @@ class ForeignFile:
         Raises:
             AdapterError: no component has a module of the graph, several may be meant, or a name is unknown or ambiguous.
         """
-        known = self.spelling(modules)
+        return replace(self, components=self._split(modules), fused=_not_fused)._placed(modules)
+
+    def _split(self, modules: Sizes) -> dict[str, dict[str, Factors]]:
+        """Return the components with factors of each module in place of those of several; A of the several is that of each."""
+        fused = self.fused(modules)
+        components: dict[str, dict[str, Factors]] = {}
+        for prefix, component in self.components.items():
+            made = components.setdefault(prefix, {})
+            for name, factors in component.items():
+                paths = fused.get(name, ())
+                outputs = [sizes[1] for path in paths if (sizes := modules.get(path)) is not None]
+                if not paths or len(outputs) < len(paths) or sum(outputs) != factors.b.shape[0]:
+                    made[name] = factors
+                    continue
+                for place, path in enumerate(paths):
+                    made[path] = factors.rows(sum(outputs[:place]), outputs[place])
+        return components
+
+    def _placed(self, modules: Sizes) -> tuple[AdapterConfig, AdapterTensors]:
+        known = {**{path: [path] for path in modules}, **self.spelling(modules)}
         named = self._named()
         chosen = named if all(map(known.get, named)) else self._component(known, modules)
         placed: dict[str, Factors] = {}
@@ -93,7 +131,7 @@ class ForeignFile:
             paths = known.get(name, ())
             if not paths:
                 hint = did_you_mean(name, known) if len(problems) < MAX_NAMED else ""  # a search through all names
-                problems.append(f"{printable(name)}: the graph has no such module{hint}")
+                problems.append(f"{printable(name)}: the graph has no such module{hint}{_of_fused(name)}")
             elif len(paths) > 1:
                 problems.append(
                     f"{printable(name)}: expected the name of one module, got that of {' and '.join(paths)}"
@@ -148,6 +186,16 @@ class ForeignFile:
         for module, each in factors.items():
             entries |= {f"{PREFIX}{module}.lora_A.weight": each.a, f"{PREFIX}{module}.lora_B.weight": each.b}
         return AdapterTensors(self.path, self.metadata, entries)
+
+
+def _of_fused(name: str) -> str:
+    """Return what to do about the name of a projection of several, which other code than the graph's has."""
+    if not name.endswith("qkv"):
+        return ""
+    return (
+        "; it is the projection of q, k and v in one. Load the file into a pipeline of diffusers that has a converter for it, and save it from "
+        "there (save_lora_weights)"
+    )
 
 
 class _PlacedConfig(AdapterConfig):

@@ -6,7 +6,8 @@
 
 ``lora_te_``, ``lora_te1_`` and ``lora_te2_`` stand before the modules of text encoders, ``lora_transformer_`` before those of diffusers'
 transformers. A path cannot be told from such a name alone; the modules of the graph tell. A U-Net has two names for each module: by
-its path in diffusers, and by that in the code that SDXL was published with (``input_blocks_4_1_…``).
+its path in diffusers, and by that in the code that SDXL was published with (``input_blocks_4_1_…``). So has FLUX, and some of its names
+mean several modules (:mod:`.flux_names`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from lora_fx.adapters.peft_format.foreign_formats import flux_names
 from lora_fx.adapters.peft_format.foreign_formats.diffusers import component_of, published_path
 from lora_fx.adapters.peft_format.foreign_formats.foreign_file import MAX_NAMED, ForeignFile, branches_in, pairs
 from lora_fx.adapters.peft_format.keys import PREFIX
@@ -61,7 +63,7 @@ def read_kohya(path: Path, metadata: Mapping[str, str], entries: Mapping[str, Ad
     if problems:
         raise AdapterError(str(path), shortened(problems, MAX_NAMED, "keys"))
     components = {prefix: pairs(path, each, alphas.get(prefix, {}), {}) for prefix, each in factors.items()}
-    return ForeignFile("kohya", path, metadata, components, _spellings, "_")
+    return ForeignFile("kohya", path, metadata, components, _spellings, "_", _fused)
 
 
 def to_kohya(
@@ -120,12 +122,20 @@ def _flat(modules: Collection[str]) -> dict[str, list[str]]:
 def _spellings(modules: Collection[str]) -> dict[str, list[str]]:
     """Return the modules by their names in kohya's form, all of each."""
     others: dict[str, list[str]] = {}
+    for name, paths in flux_names.names(modules):
+        if len(paths) == 1:
+            others.setdefault(_flattened(name), []).extend(paths)
     layers = max((1 + int(each[1]) for path in modules if (each := _RESNET.match(path))), default=None)
     for path in sorted(modules):
         in_original_code = () if layers is None else _in_original_code(path, layers)
         for other in (f"text_model_{_flattened(path)}", *map(_flattened, in_original_code)):
             others.setdefault(other, []).append(path)
     return others | _flat(modules)
+
+
+def _fused(modules: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Return the names in kohya's form that mean several modules, whose outputs lie behind one another."""
+    return {_flattened(name): paths for name, paths in flux_names.names(modules) if len(paths) > 1}
 
 
 _RESNET = re.compile(r"down_blocks\.\d+\.resnets\.(\d+)")
