@@ -131,8 +131,15 @@ def test_every_key_of_every_release_is_applied_or_refused_or_without_effect(
             with pytest.raises(lora_fx.AdapterError, match=r"^[^\n]*Merge the adapter with PEFT") as caught:
                 lora_fx.load_adapter(base, directory, ignore_config_keys=ignored)
             told = ", and cannot be ignored, since the result depends on it" if ignored else ""
+            folds = key in (
+                "kasa_config",
+                "monteclora_config",
+                "use_qalora",
+                "velora_config",
+            )  # see test_affine_folding
+            way = ", or fold a trace of PEFT's model: lora_fx.fold(lora_fx.trace(peft_model, inference=True))" * folds
             assert caught.value.problems == (
-                f"{key}: {name} is not supported{told}: found {{'a': 1}}. Merge the adapter with PEFT, and use the result",
+                f"{key}: {name} is not supported{told}: found {{'a': 1}}. Merge the adapter with PEFT, and use the result{way}",
             )
 
 

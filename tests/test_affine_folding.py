@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from peft.tuners.lora.config import BdLoraConfig, MontecloraConfig, VeloraConfig
 from torch import fx, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -68,6 +69,29 @@ AFFINE: Mapping[str, Callable[[], Any]] = {
     "loha": lambda: peft.LoHaConfig(r=3, alpha=5, target_modules=LINEAR, init_weights=False),
     "lokr": lambda: peft.LoKrConfig(r=3, alpha=5, target_modules=LINEAR, init_weights=False),
     "randlora": lambda: peft.RandLoraConfig(r=3, target_modules=LINEAR, init_weights=False),
+    "adalora": lambda: peft.AdaLoraConfig(
+        init_r=4, target_r=3, lora_alpha=5, total_step=10, target_modules=LINEAR, init_lora_weights=False
+    ),
+    "adalora of a convolution": lambda: peft.AdaLoraConfig(
+        init_r=4, target_r=3, lora_alpha=5, total_step=10, target_modules=["wide"], init_lora_weights=False
+    ),
+    "delora": lambda: peft.DeloraConfig(r=3, delora_lambda=4, target_modules=LINEAR, init_weights=False),
+    "kasa": lambda: peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=LINEAR, kasa_config=peft.KasaConfig(), init_lora_weights=False
+    ),
+    "velora": lambda: peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=LINEAR, velora_config=VeloraConfig(num_groups=2), init_lora_weights=False
+    ),
+    "monteclora": lambda: peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=LINEAR,
+        monteclora_config=MontecloraConfig(num_samples=2),
+        init_lora_weights=False,
+    ),
+    "qa-lora": lambda: peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["q"], use_qalora=True, qalora_group_size=2, init_lora_weights=False
+    ),
     "trained tokens": lambda: peft.TrainableTokensConfig(
         target_modules=["emb"], token_indices=[4, 1], init_weights=False
     ),
@@ -85,7 +109,7 @@ AFFINE: Mapping[str, Callable[[], Any]] = {
         target_modules=["wide", "point"], feedforward_modules=[], init_ia3_weights=False
     ),
 }
-DENSE = {"loha", "lokr", "loha of a convolution", "trained tokens"}
+DENSE = {"adalora of a convolution", "loha", "lokr", "loha of a convolution", "trained tokens"}
 NOT_AFFINE: Mapping[str, tuple[Callable[[], Any], str]] = {
     "ia3 in front of a product": (
         lambda: peft.IA3Config(target_modules=LINEAR, feedforward_modules=["k"], init_ia3_weights=False),
@@ -93,6 +117,12 @@ NOT_AFFINE: Mapping[str, tuple[Callable[[], Any], str]] = {
     ),
     "oft": (
         lambda: peft.OFTConfig(oft_block_size=2, target_modules=["q"], init_weights=False),
+        "aten.einsum.default",
+    ),
+    "bd-lora": (
+        lambda: peft.LoraConfig(
+            r=2, target_modules=["q"], use_bdlora=BdLoraConfig(target_modules_bd_a=["q"], nblocks=2)
+        ),
         "aten.einsum.default",
     ),
     "boft": (
@@ -116,7 +146,11 @@ def close(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
     return torch.allclose(mine, theirs, rtol=0, atol=1e-6 * max(1.0, float(theirs.abs().max())))
 
 
-@pytest.fixture(scope="module", params=AFFINE)
+MATRIX = {"adalora of a convolution", "ia3 of a convolution", "velora", "monteclora", "qa-lora", "kasa"}
+ROWS = [pytest.param(name, marks=[pytest.mark.matrix] if name in MATRIX else []) for name in AFFINE]
+
+
+@pytest.fixture(scope="module", params=ROWS)
 def traced(request: pytest.FixtureRequest) -> tuple[str, Any, dict[str, torch.Tensor], fx.GraphModule]:
     model, inputs = wrapped(AFFINE[request.param](), "convolution" in request.param)
     return request.param, model, inputs, lora_fx.trace(model, inputs, inference=True)
@@ -223,9 +257,11 @@ NOMINATED = [
     "q.randlora_lambda.default",
     "q.oft_R.default.weight",
     "q.lora_E.default",
+    "q.ranknum.default",
     "emb.token_adapter.trainable_tokens_delta.default",
 ]
 NOT_NOMINATED = [
+    "q.ranknum",
     "q.lora_A.weight",
     "oft_R.weight",
     "q.ia3_l.bias",
@@ -325,7 +361,10 @@ class DrawnBranch:
         if self.draw.draw(st.booleans()):
             dense = self.call(aten.mul.Tensor, self.tensor(self.high, self.wide), self.tensor(1, self.wide))
             return self.call(aten.linear.default, self.x, dense)
-        down = self.call(aten.linear.default, self.x, self.tensor(rank, self.wide))
+        x = self.x
+        if self.draw.draw(st.booleans()):
+            x = self.call(aten.mul.Tensor, *self.draw.draw(st.permutations([x, self.tensor(self.wide)])))
+        down = self.call(aten.linear.default, x, self.tensor(rank, self.wide))
         if self.draw.draw(st.booleans()):
             down = self.call(aten.mul.Tensor, down, self.tensor(rank))
         return self.call(aten.linear.default, down, self.tensor(self.high, rank))
@@ -333,7 +372,7 @@ class DrawnBranch:
     def value(self, site: fx.Node, depth: int) -> fx.Node:
         """A value that depends on a factor, affine in the input of the site."""
         ways = ["delta", "scaled output", "shifted output"]
-        ways += ["sum", "difference", "scaled", "number", "shifted", "negated"] if depth else []
+        ways += ["sum", "difference", "scaled", "number", "shifted", "negated", "divided", "from zero"] if depth else []
         way = self.draw.draw(st.sampled_from(ways))
         match way:
             case "delta":
@@ -354,6 +393,17 @@ class DrawnBranch:
                 return self.call(
                     aten.mul.Tensor, self.value(site, depth - 1), self.draw.draw(st.sampled_from([2.0, -0.5]))
                 )
+            case "divided":
+                if self.kind != "conv1d" and self.draw.draw(st.booleans()):
+                    divisor = self.call(aten.mul.Tensor, self.tensor(1), self.tensor(1))
+                else:
+                    divisor = self.vector()
+                divisor = self.call(aten.exp.default, self.call(aten.tanh.default, divisor))
+                target = self.draw.draw(st.sampled_from([aten.div.Tensor, aten.mul.Tensor]))
+                return self.call(target, self.value(site, depth - 1), divisor)
+            case "from zero":
+                value = self.value(site, depth - 1)
+                return self.call(aten.add.Tensor, self.call(aten.zeros_like.default, value), value)
             case "shifted" if self.bias is not None:
                 return self.call(aten.sub.Tensor, self.value(site, depth - 1), self.vector())
             case _:

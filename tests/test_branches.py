@@ -947,7 +947,7 @@ _last(
     ),
     a_factor_times_the_input=lambda h: h.mul(h.x, h.get("lin.lora_A.m.weight", 6)),
     a_factor_times_positions=lambda h: h.mul(h.site, h.get("lin.lora_A.m.weight", 4, 1)),
-    a_site_divided_by_a_factor=lambda h: h(aten.div.Tensor, h.site, h.get("lin.lora_A.m.weight", 5)),
+    a_factor_divided_by_a_site=lambda h: h(aten.div.Tensor, h.get("lin.lora_A.m.weight", 5), h.site),
     residual=lambda h: h.add(h.x, h.linear(h.down, h.get(B, 6, 2))),
     activated_site=lambda h: h.add(h(aten.relu.default, h.site), h.delta),
     two_sites=lambda h: h.add(h.add(h.site, h.linear(h.x, h.get("o.weight", 5, 6))), h.delta),

@@ -8,15 +8,16 @@ one with that weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
 from lora_fx.branches.affine import Deltas
-from lora_fx.branches.dataflow import may_share
+from lora_fx.branches.dataflow import may_share, same_shapes
 from lora_fx.branches.delta import Addition
 from lora_fx.graph.aten_kinds import writes
 from lora_fx.graph.graph_module import copy_graph
@@ -58,9 +59,13 @@ def name_constants(
         nominate: tells the tensors that nominate a branch by their names.
     """
     found = _Constants(graph, tensors, nominate)
+    given = {node: node for node in graph.nodes}
+    if rewrites := list(_rewrites(graph, found)):
+        graph, given = _rewritten(graph, rewrites)
+        found = _Constants(graph, tensors, nominate)
     read = [node for node in graph.nodes if found.is_computed_factor(node)]
     if not read:
-        return NamedConstants(graph, {node: node for node in graph.nodes}, tensors, {}, {})
+        return NamedConstants(graph, given, tensors, {}, {})
     changed, copies = copy_graph(graph)
     originals = {copy: node for node, copy in copies.items()}
     computed: dict[str, Constant] = {}
@@ -85,7 +90,104 @@ def name_constants(
         if found.is_touched(node) and not copy.users:
             changed.erase_node(copy)
             del originals[copy]
+    originals = {node: given[original] for node, original in originals.items()}
     return NamedConstants(changed, originals, {**tensors, **values}, computed, weights)
+
+
+_Rewrite = Callable[[fx.Node], None]
+
+
+def _rewrites(graph: fx.Graph, found: _Constants) -> Iterator[tuple[fx.Node, _Rewrite]]:
+    """Yield the nodes that say in another way what products and sums of a branch do, each with what writes it so.
+
+    x / c                 x · (1 / c)        c computed from factors
+    x · c                 x · (c, c, …)      c with one element
+    linear(x · v, A)      linear(x, A · v)   v a vector over the features of x
+    zeros + y             y                  of the shape and dtype of the zeros
+    """
+    for node in graph.nodes:
+        if node.op != "call_function" or node.kwargs or found.is_constant(node):
+            continue
+        arguments = [each for each in node.args if isinstance(each, fx.Node)]
+        if node.target in (aten.div.Tensor, aten.mul.Tensor) and len(arguments) == 2:
+            yield from _by_vector(node, arguments, found)
+        elif node.target is aten.linear.default and len(arguments) == 2:
+            yield from _of_scaled_input(node, arguments, found)
+        elif node.target in (aten.add.Tensor, aten.add_.Tensor) and len(arguments) == 2:
+            zeros, value = arguments
+            if zeros.target is aten.zeros_like.default and len(zeros.users) == 1 and _is_alike(zeros, value):
+                yield node, _drop_zeros
+
+
+def _by_vector(node: fx.Node, arguments: Sequence[fx.Node], found: _Constants) -> Iterator[tuple[fx.Node, _Rewrite]]:
+    """Yield a quotient by a constant, or a product with a computed constant of one element, as a product with a vector."""
+    divides = node.target is aten.div.Tensor
+    place = 1 if divides or found.is_touched(arguments[1]) else 0
+    constant, seen = arguments[place], arguments[1 - place].meta.get("val")
+    if not found.is_touched(constant) or not isinstance(seen, torch.Tensor) or not seen.dim():
+        return
+    empty, width = found.empty(constant), seen.shape[-1]
+    expands = empty.numel() == 1 and empty.dim() <= 1 and isinstance(width, int)
+    if empty.is_floating_point() and (divides or (expands and found.is_computed_factor(constant))):
+        yield node, partial(_multiply, place=place, inverse=divides, width=width if expands else None)
+
+
+def _multiply(node: fx.Node, *, place: int, inverse: bool, width: int | None) -> None:
+    graph, vector, value = node.graph, node.args[place], node.args[1 - place]
+    with graph.inserting_before(node):
+        vector = graph.call_function(aten.reciprocal.default, (vector,)) if inverse else vector
+        vector = vector if width is None else graph.call_function(aten.expand.default, (vector, [width]))
+    node.target, node.args = aten.mul.Tensor, (value, vector)
+
+
+def _of_scaled_input(
+    node: fx.Node, arguments: Sequence[fx.Node], found: _Constants
+) -> Iterator[tuple[fx.Node, _Rewrite]]:
+    """Yield a product of a factor with an input whose features a vector scales, as a product with that factor scaled."""
+    scaled, factor = arguments
+    if scaled.target is not aten.mul.Tensor or scaled.kwargs or len(scaled.users) > 1 or factor.op != "get_attr":
+        return
+    parts = [each for each in scaled.args if isinstance(each, fx.Node)]
+    vectors = [each for each in parts if found.is_touched(each)]
+    if len(parts) != 2 or len(vectors) != 1 or not found.is_touched(factor):
+        return
+    if found.empty(vectors[0]).shape == found.empty(factor).shape[-1:]:
+        yield node, partial(_scale_factor, place=parts.index(vectors[0]))
+
+
+def _scale_factor(node: fx.Node, *, place: int) -> None:
+    scaled: Any = node.args[0]
+    with node.graph.inserting_before(node):
+        factor = node.graph.call_function(aten.mul.Tensor, (node.args[1], scaled.args[place]))
+    node.args = (scaled.args[1 - place], factor)
+    node.graph.erase_node(scaled)
+
+
+def _drop_zeros(node: fx.Node) -> None:
+    zeros: Any = node.args[0]
+    value: Any = node.args[1]
+    node.replace_all_uses_with(value)
+    node.graph.erase_node(node)
+    node.graph.erase_node(zeros)
+
+
+def _rewritten(
+    graph: fx.Graph, rewrites: Sequence[tuple[fx.Node, _Rewrite]]
+) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """Return a copy of a graph with nodes written in another way, and its nodes → those of the graph."""
+    changed, copies = copy_graph(graph)
+    originals = {copy: node for node, copy in copies.items()}
+    for node, rewrite in rewrites:
+        before = set(changed.nodes)
+        rewrite(copies[node])
+        originals |= {made: node for made in changed.nodes if made not in before}
+    return changed, {node: originals[node] for node in changed.nodes}
+
+
+def _is_alike(one: fx.Node, other: fx.Node) -> bool:
+    """Tell whether two values have the same shape, at all sizes, and dtype."""
+    mine, theirs = one.meta.get("val"), other.meta.get("val")
+    return same_shapes(one, other) and mine.dtype == theirs.dtype  # type: ignore[union-attr]
 
 
 class _Constants:

@@ -22,7 +22,7 @@ _COPY = re.compile(r"(?P<module>(.+\.)?)(trained_copy|lora_rest)\.(?P<adapter>[^
 _FACTOR_BIAS = re.compile(r"(.+\.)?lora_[AB]\.(?P<adapter>[^.]+)\.bias")
 _MAGNITUDE = re.compile(r"(.+\.)?lora_magnitude_vector\.(?P<adapter>[^.]+)\.weight")
 _OF_OTHER_METHODS = re.compile(
-    r"(.+\.)?(lora_(A|B|E|diag)|(?:adamss|beft|boft|bone|c3a|deft|delora|fourierft|frod|glora|gralora|hada|hira|hra|ia3|lily"
+    r"(.+\.)?(lora_(A|B|E|diag)|ranknum|(?:adamss|beft|boft|bone|c3a|deft|delora|fourierft|frod|glora|gralora|hada|hira|hra|ia3|lily"
     r"|ln_tuning|lokr|miss|oft|osf|peanut|poly|psoft|pvera|randlora|road|shira|supertuning|tinylora|trainable_tokens|unilora"
     r"|vblora|vera|waveft)_\w+)\.(?P<adapter>(?!(?:weight|bias)$)[^.]+)(\.[^.]+)?"
 )  # <module>.<parameter>.<adapter>, as PEFT names them

@@ -35,7 +35,7 @@ UNUSED: Mapping[str, Any] = {
 
 VARIANTS: Mapping[str, str] = {
     "use_qalora": "QA-LoRA",
-    "use_bdlora": "block-diagonal LoRA",
+    "use_bdlora": "BD-LoRA, whose factors are block-diagonal,",
     "alora_invocation_tokens": "activated LoRA (aLoRA)",
     "megatron_config": "Megatron's parallel layers",
     "arrow_config": "Arrow routing",
@@ -45,6 +45,9 @@ VARIANTS: Mapping[str, str] = {
     "enable_lora": "LoRA on parts of a fused projection in the form of PEFT 0.1 and 0.2",
 }
 """Options that lora_fx cannot apply, by their names for people."""
+
+_FOLDABLE = frozenset({"kasa_config", "monteclora_config", "use_qalora", "velora_config"})
+"""Of these, the ones that are affine in evaluation, so that a trace of PEFT's model folds."""
 
 WITHOUT_EFFECT = frozenset(
     {
@@ -72,6 +75,12 @@ def is_without_effect(key: str, value: Any) -> bool:
     return is_off(value) or key in WITHOUT_EFFECT
 
 
+def way_of(key: str) -> str:
+    """Return advice to fold a trace of PEFT's model with a variant, where that works."""
+    fold = "lora_fx.fold(lora_fx.trace(peft_model, inference=True))"
+    return f", or fold a trace of PEFT's model: {fold}" if key in _FOLDABLE else ""
+
+
 def problem_of_key(key: str, value: Any, ignored: Collection[str]) -> str | None:
     """Return why a key that lora_fx does not apply is refused, or None.
 
@@ -85,7 +94,7 @@ def problem_of_key(key: str, value: Any, ignored: Collection[str]) -> str | None
     merge = "Merge the adapter with PEFT, and use the result"
     if key in VARIANTS:
         told = ", and cannot be ignored, since the result depends on it" if key in ignored else ""
-        return f"{plain(key)}: {VARIANTS[key]} is not supported{told}: found {shown(value)}. {merge}"
+        return f"{plain(key)}: {VARIANTS[key]} is not supported{told}: found {shown(value)}. {merge}{way_of(key)}"
     if key in ignored:
         return None
     name = plain(key)

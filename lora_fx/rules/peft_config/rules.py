@@ -20,7 +20,7 @@ from lora_fx.rules.peft_config.config import (
     read_document,
     validated_config,
 )
-from lora_fx.rules.peft_config.other_keys import VARIANTS, is_without_effect
+from lora_fx.rules.peft_config.other_keys import VARIANTS, is_without_effect, way_of
 from lora_fx.rules.validation import plain, shown
 from lora_fx.rules.vocabulary import TASK_HEADS, Init, TaskType, splits_weight
 
@@ -200,7 +200,7 @@ def _problems(document: Mapping[str, Any], known: Mapping[str, Any], init: Any) 
         if is_without_effect(key, value):
             continue
         if key in VARIANTS:
-            yield f"{plain(key)}: {VARIANTS[key]} is not supported: found {shown(value)}. Leave it out, or train with PEFT"
+            yield f"{plain(key)}: {VARIANTS[key]} is not supported: found {shown(value)}. Leave it out, or train with PEFT{way_of(key)}"
         else:
             yield f"{plain(key)}: unknown key: found {shown(value)}. Leave it out if the result does not depend on it"
     if not _starts(init):
