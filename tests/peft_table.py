@@ -311,7 +311,7 @@ def _trainable(case: Case) -> lora_fx.TracedGraphModule:
     if info_of(graph).inference:  # says why it cannot be traced for training
         graph = lora_fx.trace(model(case.row.model), inputs(case.row.model))
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", ".*training changes them apart")
+        warnings.filterwarnings("error", ".*trains with the gradient of one")
         return lora_fx.from_adapter(graph, case.directory, **more)
 
 

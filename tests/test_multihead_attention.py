@@ -63,6 +63,8 @@ def test_an_adapter_of_pefts_computes_what_peft_computes(
         torch.testing.assert_close(mine(x), theirs(x))
         assert not torch.allclose(mine(x), model(x), atol=1e-2)
     torch.testing.assert_close(lora_fx.fold(mine)(MORE), theirs.merge_and_unload()(MORE))
+    with pytest.warns(UserWarning, match=TWICE):
+        lora_fx.from_adapter(graph, tmp_path, trainable=True)
 
 
 def test_an_adapter_that_was_trained_in_a_graph_is_pefts(

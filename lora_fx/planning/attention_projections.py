@@ -48,8 +48,16 @@ def warn_of_attentions(plan: Plan, graph_module: fx.GraphModule) -> None:
             f"save_adapter has no form for the branches at {listed(list(reasons), 4)}, which fold and the exports take: "
             f"{next(iter(reasons.values()))}. Give both such branches, or none to out_proj.",
         )
-    elif outputs and isinstance(plan.rules, PeftRules):
+    elif isinstance(plan.rules, PeftRules):
+        warn_of_double_updates(plan, graph_module)
+
+
+def warn_of_double_updates(plan: Plan, graph_module: fx.GraphModule) -> None:
+    """Warn once of branches at ``out_proj`` of ``nn.MultiheadAttention``, which train otherwise in PEFT."""
+    modules = known_info(graph_module).parameter_modules
+    outputs = [chosen.site.module for chosen in plan.chosen if is_idle(chosen.site, modules)]
+    if outputs:
         warn(
-            f"PEFT 0.21 adds the update at {listed(list(outputs), 4)} twice, and trains with the gradient of one; the graph has it once, and "
+            f"PEFT 0.21 adds the update at {listed(outputs, 4)} twice, and trains with the gradient of one; the graph has it once, and "
             "save_adapter writes half of it, so that PEFT computes what the graph computes.",
         )

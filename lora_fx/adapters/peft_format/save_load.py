@@ -50,6 +50,7 @@ from lora_fx.graph.records import BranchSpec
 from lora_fx.graph.sharded import from_first_process, on_first_process
 from lora_fx.graph.state import State
 from lora_fx.numerics.lowrank_merge import with_all_rows
+from lora_fx.planning.attention_projections import warn_of_double_updates
 from lora_fx.rules.peft_config.config import CONFIG_NAME
 from lora_fx.rules.peft_config.prefix_config import PrefixConfig
 from lora_fx.rules.validation import shown
@@ -209,6 +210,8 @@ def with_adapter(
             tokens=contents.tokens,
             prefix=contents.prefix and contents.prefix[0],
         )
+        if trainable:
+            warn_of_double_updates(plan, graph_module)
         return attach(graph_module, plan, adapter=adapter, values=values)
     return _with_values(graph_module, adapter, contents, trainable)
 
