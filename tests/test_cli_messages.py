@@ -60,14 +60,16 @@ def lora(*arguments: object, code: int = 0) -> str:
         (3, ["plan", "llama", "--rules", "lama"], "there are no rules of this name"),
         (
             3,
-            ["plan", "llama", "--rules", "q_proj"],
-            'of this name; names of modules stand in a .toml file: [[select]] target = ["q_proj"]. For any',
+            ["plan", "llama", "--rules", "q_proj,v_proj"],
+            'of this name; names of modules stand in a .toml file: [[select]] target = ["q_proj", "v_proj"]. For any',
         ),
         (
             3,
             ["plan", "llama", "--rules", "adapter"],
             "--rules adapter: there are no rules of this name, and the directory is no .toml",
         ),
+        (3, ["plan", "llama", "--rules", "x" * 5000], "there are no rules of this name"),
+        (3, ["export", "cut", "out.pt"], "cut/model.safetensors is cut off, or no safetensors file"),
         (3, ["rules", "mine.toml"], "expected a name of rules, got the path of some"),
         (
             3,
@@ -90,6 +92,9 @@ def test_exit_codes_tell_a_script_what_to_look_at(
     monkeypatch.chdir(root)
     (root / "taken.svg").touch()
     (root / "cut.safetensors").touch()
+    if "cut" in arguments:
+        shutil.copytree(root / "llama", root / "cut")
+        (root / "cut" / "model.safetensors").write_bytes(b"cut")
     if "bert" in arguments:
         build("bert", layers=1).save_pretrained(root / "bert")
     assert said in " ".join(lora(*arguments, code=code).replace("│", " ").split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -185,12 +186,13 @@ def _unknown(name: str, folders: Sequence[Path]) -> NoReturn:
     near = did_you_mean(name, {"auto", "all-linear", "all-conv", *(n for known in names.values() for n in known)})
     built_in = ", ".join(names.pop(directory()))
     further = "".join(f"; in {folder}: {', '.join(known)}" for folder, known in names.items())
-    if Path(name).exists():
+    if os.path.exists(name):  # noqa: PTH110 -- False for a name that no path can have, where Path.exists raises
         what = "directory" if Path(name).is_dir() else "file"
         raise RuleError(_named(name), [f"there are no rules of this name, and the {what} is no .toml or .json file"])
+    modules = json.dumps([part.strip() for part in name.split(",")])
     listing = option(
-        f"names of modules are a list, [{name!r}]",
-        f'names of modules stand in a .toml file: [[select]] target = ["{name}"]',
+        f"names of modules are a list, {modules}",
+        f"names of modules stand in a .toml file: [[select]] target = {modules}",
     )
     near = near or f"; {listing}"
     problem = (

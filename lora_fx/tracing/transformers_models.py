@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from lora_fx.errors import LoraFxError, hub_hint, listed, option
+from lora_fx.files.safetensors import TensorFile
 from lora_fx.graph.compare import described
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import info_of
@@ -166,6 +167,10 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, choice: Model
             **options,
         )
     except Exception as error:  # the files are a stranger's, and transformers raises whatever it meets
+        for file in sorted(path.glob("*.safetensors")):
+            TensorFile.open(file)  # says which file is cut off or cannot be read
+        for file in sorted(path.glob("*.safetensors")):
+            TensorFile.open(file)  # says which file is cut off or cannot be read
         raise LoraFxError(
             f"{path}: transformers {transformers.__version__} cannot load this model: {type(error).__name__}: {error}"
         ) from error
