@@ -30,6 +30,7 @@ from lora_fx.files.safetensors import TensorEntry
 from lora_fx.folding.checkpoint import Checkpoint
 from lora_fx.folding.checkpoint_plan import fold_checkpoint, plan_checkpoint_fold
 from lora_fx.folding.dense_base import dense_base, stored_dense
+from lora_fx.numerics.schemes import CodebookScheme
 from lora_fx.tracing.trace import trace
 
 Tensors = dict[str, torch.Tensor]
@@ -205,6 +206,26 @@ def test_an_adapter_of_a_graph_says_how_its_base_was_quantised(one: Trained, tmp
         assert (way in str(caught.value)) == (told == way)
     assert_equal(fold(one.root / "base", adapter, tmp_path / "base", quantised=one.scheme), one.folded)
     assert_equal(fold(one.root / "4bit", adapter, tmp_path / "4bit"), one.folded)
+
+
+@pytest.mark.parametrize(("base", "scheme"), [("base", "nf4:double"), ("4bit", None)])
+def test_a_plan_compares_with_the_base_of_an_adapter_without_making_a_weight_dense(
+    one: Trained, monkeypatch: pytest.MonkeyPatch, base: str, scheme: str | None
+) -> None:
+    sizes = []
+    dequantise = CodebookScheme.dequantise
+
+    def counted(self: CodebookScheme, tensors: Any, shape: Any, dtype: torch.dtype) -> torch.Tensor:
+        sizes.append(tuple(shape))
+        return dequantise(self, tensors, shape, dtype)
+
+    monkeypatch.setattr(CodebookScheme, "dequantise", counted)
+    monkeypatch.setattr("lora_fx.adapters.peft_format.fingerprint.SAMPLES", 5)
+    adapter = one.root / "graph adapter"
+    with pytest.raises(AdapterError, match="other values"):  # the adapter's fingerprint is of 4096 elements
+        plan_checkpoint_fold(one.root / base, [(adapter, 1.0)], quantised=scheme)
+    assert sizes
+    assert set(sizes) <= {(blocks, 64) for blocks in range(1, 6)}
 
 
 def test_codes_are_made_in_the_dtype_into_which_the_model_was_loaded(tmp_path: Path) -> None:

@@ -74,6 +74,17 @@ def test_sizes_that_no_block_divides_come_back(shape):
         assert dense.numel() == 0 or ((back - dense).abs() <= 0.35 * dense.abs().max()).all()
 
 
+@pytest.mark.parametrize("text", ["nf4", "nf4:double", "fp4:128", "nf4:double:32"])
+@pytest.mark.parametrize("shape", [(3, 5), (67, 65), (300, 256)])
+def test_some_elements_have_the_bits_of_the_whole(text, shape):
+    dense, scheme = torch.randn(shape, dtype=torch.bfloat16), parse_scheme(text)
+    tensors = scheme.quantise(dense)
+    whole = scheme.dequantise(tensors, shape, torch.float32).view(-1)
+    positions = torch.tensor([0, 2, len(whole) // 2, 2, len(whole) - 1])
+    assert torch.equal(scheme.elements(tensors, positions), whole[positions])
+    assert torch.equal(scheme.elements_quantised(dense, positions), whole[positions])
+
+
 def test_more_than_one_part_is_the_same_as_one(monkeypatch):
     dense, scheme = torch.randn(130, 96), CodebookScheme("nf4", nested=True)
     whole = scheme.quantise(dense)

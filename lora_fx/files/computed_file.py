@@ -23,6 +23,7 @@ class Computed:
         scheme: text of the scheme of the matrix.
         transposed: whether the tensor is the transpose of the matrix that is quantised.
         matrix: computes that matrix in a dtype, in memory of its own; called once for each time that it is read.
+        elements: computes elements of it in float32, by their positions one after another, at less cost; None where there is no such way.
     """
 
     dtype: torch.dtype
@@ -30,6 +31,7 @@ class Computed:
     scheme: str
     transposed: bool
     matrix: Callable[[torch.dtype], torch.Tensor]
+    elements: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def value(self) -> torch.Tensor:
         """Return the tensor."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from lora_fx.adapters.peft_format.fingerprint import matches
 from lora_fx.errors import FoldError, listed, option, printable
 from lora_fx.files.computed_file import Computed, ComputedFile
 from lora_fx.files.quantised_checkpoints import QuantisedTensor, quantised_tensors
-from lora_fx.files.safetensors import TensorFile
+from lora_fx.files.safetensors import TensorEntry, TensorFile
 from lora_fx.folding.checkpoint import Checkpoint
 from lora_fx.folding.checkpoint_places import Places
 from lora_fx.numerics.lowrank_merge import FOLDABLE
@@ -155,7 +155,10 @@ def stored_dense(checkpoint: Checkpoint, model: Any) -> DenseBase:
         if name in state and converter is None and tuple(state[name].shape) != shape:
             problems.append(f"{each.key}: expected {list(state[name].shape)} as in the model, got {list(shape)}")
         dtype = own if own in FOLDABLE else each.dtype
-        computed[each.key] = Computed(dtype, shape, each.scheme, is_conv1d, partial(_stored_matrix, checkpoint, each))
+        scheme = parse_scheme(each.scheme)
+        elements = partial(_stored_elements, checkpoint, each, scheme) if isinstance(scheme, CodebookScheme) else None
+        matrix = partial(_stored_matrix, checkpoint, each)
+        computed[each.key] = Computed(dtype, shape, each.scheme, is_conv1d, matrix, elements)
     if problems:
         raise FoldError(f"{checkpoint.model}: {listed(problems, _MAX_NAMED, '; ')}. Download it again.")
     dropped = {part for each in found for part in each.parts.values()}
@@ -183,6 +186,17 @@ def _settings(config: Any) -> Mapping[str, Any] | None:
 
 def _stored_matrix(checkpoint: Checkpoint, tensor: QuantisedTensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the dense matrix ``(out, in)`` that a quantised tensor stands for."""
+    return parse_scheme(tensor.scheme).dequantise(_stored_tensors(checkpoint, tensor), tensor.shape, dtype)
+
+
+def _stored_elements(
+    checkpoint: Checkpoint, tensor: QuantisedTensor, scheme: CodebookScheme, positions: torch.Tensor
+) -> torch.Tensor:
+    return scheme.elements(_stored_tensors(checkpoint, tensor), positions)
+
+
+def _stored_tensors(checkpoint: Checkpoint, tensor: QuantisedTensor) -> dict[str, torch.Tensor]:
+    """Return the tensors of the scheme of a quantised tensor."""
     scheme = parse_scheme(tensor.scheme)
     parts = {name: checkpoint.read(key) for name, key in tensor.parts.items()}
     match tensor.packing:
@@ -203,7 +217,7 @@ def _stored_matrix(checkpoint: Checkpoint, tensor: QuantisedTensor, dtype: torch
                     f"{listed(list(map(str, tensors['zero'].unique().tolist())), _MAX_NAMED)} in the format {tensor.packing}. Correct sym or "
                     "checkpoint_format in config.json."
                 )
-    return scheme.dequantise(tensors, tensor.shape, dtype)
+    return tensors
 
 
 def _blocks(tensor: QuantisedTensor, scheme: Scheme, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -350,8 +364,7 @@ def _loaded_in(
         key = own[name]
         file, entry = places.checkpoint.find(key)
         for dtype in dict.fromkeys((entry.dtype, *_LOADED.values())):
-            matrix = _as_trained(file, key, scheme, transposed[key], dtype, torch.float32)
-            if matches(told[name], scheme_text(scheme), matrix):
+            if matches(told[name], _quantised(file, entry, transposed[key], scheme, dtype)):
                 return (None if dtype == entry.dtype else dtype), True
     return None, False
 
@@ -369,28 +382,41 @@ def _quantised_file(
     file: TensorFile, transposed: Mapping[str, bool], scheme: Scheme, loaded_in: torch.dtype | None
 ) -> TensorFile:
     own = {
-        key: Computed(
-            entry.dtype,
-            entry.shape,
-            scheme_text(scheme),
-            transposed[key],
-            partial(_as_trained, file, key, scheme, transposed[key], loaded_in or entry.dtype),
-        )
+        key: _quantised(file, entry, transposed[key], scheme, loaded_in or entry.dtype)
         for key, entry in file.entries.items()
         if key in transposed
     }
     return ComputedFile.of(file, (), own) if own else file
 
 
-def _as_trained(
-    file: TensorFile, key: str, scheme: Scheme, transposed: bool, loaded_in: torch.dtype, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return the matrix ``(out, in)`` of a weight as its codes have it; the input features are along the rows as they are quantised."""
+def _quantised(
+    file: TensorFile, entry: TensorEntry, transposed: bool, scheme: Scheme, loaded_in: torch.dtype
+) -> Computed:
+    """Return a weight as its codes have it, computed when it is read."""
+    read = partial(_loaded_matrix, file, entry.name, transposed, loaded_in)
+    elements = partial(_elements_as_trained, read, scheme) if isinstance(scheme, CodebookScheme) else None
+    matrix = partial(_as_trained, read, scheme)
+    return Computed(entry.dtype, entry.shape, scheme_text(scheme), transposed, matrix, elements)
+
+
+def _loaded_matrix(file: TensorFile, key: str, transposed: bool, loaded_in: torch.dtype) -> torch.Tensor:
+    """Return the matrix ``(out, in)`` of a weight; the input features are along the rows as they are quantised."""
     dense = file.read(key).to(loaded_in)
-    matrix = dense.T.contiguous() if transposed else dense
+    return dense.T.contiguous() if transposed else dense
+
+
+def _as_trained(read: Callable[[], torch.Tensor], scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
+    """Return a matrix as its codes have it."""
+    matrix = read()
     shape, tensors = matrix.shape, scheme.quantise(matrix)
-    del dense, matrix  # so that no two of them are in memory
+    del matrix  # so that no two of them are in memory
     return scheme.dequantise(tensors, shape, dtype)
+
+
+def _elements_as_trained(
+    read: Callable[[], torch.Tensor], scheme: CodebookScheme, positions: torch.Tensor
+) -> torch.Tensor:
+    return scheme.elements_quantised(read(), positions)
 
 
 def _quantised_linears(model: Any, scheme: Scheme, skipped: Collection[str] | None) -> dict[str, bool]:

@@ -101,6 +101,17 @@ class QuantisedWeight(torch.Tensor):
         scheme, shape, *_ = self._form
         return scheme.dequantise(self._tensors, shape, torch.float32)
 
+    def elements_of_matrix(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return some elements of :meth:`quantised_matrix`, by their positions one after another."""
+        if isinstance(self.scheme, CodebookScheme):
+            return self.scheme.elements(self._tensors, positions.to(self.device))
+        return self.quantised_matrix().reshape(-1)[positions.to(self.device)]
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """The shape of the matrix that was quantised."""
+        return self._form[1]
+
     def requires_grad_(self, requires_grad: bool = True) -> QuantisedWeight:
         """Refuse to train.
 

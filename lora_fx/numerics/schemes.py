@@ -139,6 +139,32 @@ class CodebookScheme:
                 values.copy_(blocks.view(-1)[: len(values)])
         return dense.view(tuple(shape))
 
+    def elements(self, tensors: Mapping[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+        """Return some elements, in float32, of the weight that codes and scales stand for; only their blocks are computed.
+
+        Args:
+            tensors: codes and scales.
+            positions: of the elements, one after another, int64.
+        """
+        blocks, inverse = (positions // self.blocksize).unique(return_inverse=True)
+        codes = _in_blocks(tensors["codes"].reshape(-1), self.blocksize // 2)[blocks]
+        plain = CodebookScheme(self.codebook, self.blocksize)
+        own = {"codes": codes, "absmax": self.absmax(tensors)[blocks]}
+        values = plain.dequantise(own, (len(blocks), self.blocksize), torch.float32)
+        return values.view(-1)[inverse * self.blocksize + positions % self.blocksize]
+
+    def elements_quantised(self, dense: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return :meth:`elements` of what a weight becomes when it is quantised; only their blocks are, and the scales of all where nested."""
+        rows = _in_blocks(dense.detach().reshape(-1), self.blocksize)
+        blocks, inverse = (positions // self.blocksize).unique(return_inverse=True)
+        plain = CodebookScheme(self.codebook, self.blocksize)
+        tensors = plain.quantise(rows[blocks])
+        if self.nested:
+            scales = torch.cat([part.abs().amax(1).float() for part in rows.split(_PART // self.blocksize)])
+            tensors["absmax"] = self.absmax(_nested(scales))[blocks]
+        values = plain.dequantise(tensors, (len(blocks), self.blocksize), torch.float32)
+        return values.view(-1)[inverse * self.blocksize + positions % self.blocksize]
+
 
 @dataclass(frozen=True)
 class UniformScheme:

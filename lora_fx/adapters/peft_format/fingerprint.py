@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -11,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_fx.files.computed_file import ComputedFile
+from lora_fx.files.computed_file import Computed, ComputedFile
 from lora_fx.files.safetensors import TensorEntry, TensorFile
 from lora_fx.graph.adapter_names import is_of_adapter
 from lora_fx.graph.records import Origin
 from lora_fx.graph.state import State
 from lora_fx.numerics.quantised_weight import QuantisedWeight
-from lora_fx.numerics.schemes import scheme_text
+from lora_fx.numerics.schemes import CodebookScheme, scheme_text
 
 SAMPLES = 4096
 """How many elements of a tensor its fingerprint is made of, at most."""
@@ -50,7 +51,7 @@ def fingerprint_on_disk(tensors: Mapping[str, tuple[TensorFile, TensorEntry]]) -
     """
     opened = {file.path: np.memmap(file.path, dtype=np.uint8, mode="r") for file, _ in tensors.values()}
     return {
-        name: _of_matrix(file.computed[entry.name].scheme, file.computed[entry.name].matrix(torch.float32))
+        name: _of_computed(file.computed[entry.name])
         if isinstance(file, ComputedFile) and file.is_computed(entry.name)
         else _of_file(file.on_disk.entries[entry.name], opened[file.path])
         for name, (file, entry) in tensors.items()
@@ -99,21 +100,41 @@ def in_recorded_dtypes(
     return same
 
 
-def matches(told: str, scheme: str, matrix: torch.Tensor) -> bool:
-    """Tell whether a fingerprint is that of a quantised matrix, given its float32 values as codes have them."""
-    return told == _of_matrix(scheme, matrix)
+def matches(told: str, computed: Computed) -> bool:
+    """Tell whether a fingerprint is that of a quantised matrix."""
+    return told == _of_computed(computed)
+
+
+def _of_computed(computed: Computed) -> str:
+    if computed.elements is None:
+        return _of_matrix(computed.scheme, computed.matrix(torch.float32))
+    shape = computed.shape[::-1] if computed.transposed else computed.shape
+    return _of_elements(computed.scheme, shape, computed.elements(_samples(math.prod(shape))))
 
 
 def _of_tensor(tensor: torch.Tensor) -> str:
     if isinstance(tensor, QuantisedWeight):
-        return _of_matrix(scheme_text(tensor.scheme), tensor.quantised_matrix())
+        return _of_elements(scheme_text(tensor.scheme), tensor.matrix_shape, _sampled(tensor))
     return _of_matrix(_dtype_text(tensor.dtype), tensor)
 
 
 def _of_matrix(kind: str, tensor: torch.Tensor) -> str:
     flat = tensor.detach().reshape(-1)
-    chosen = flat[_samples(flat.numel()).to(flat.device)].cpu()
-    return _tensor_digest(kind, tensor.shape, chosen.view(torch.uint8).numpy().tobytes())
+    return _of_elements(kind, tensor.shape, flat[_samples(flat.numel()).to(flat.device)])
+
+
+def _sampled(weight: QuantisedWeight) -> torch.Tensor:
+    return weight.elements_of_matrix(_samples(math.prod(weight.matrix_shape)))
+
+
+def _of_dense(weight: QuantisedWeight) -> str:
+    if isinstance(weight.scheme, CodebookScheme) and not weight.is_cast and not weight.is_transposed:
+        return _of_elements(_dtype_text(weight.dtype), weight.shape, _sampled(weight).to(weight.dtype))
+    return _of_matrix(_dtype_text(weight.dtype), weight.dequantize())
+
+
+def _of_elements(kind: str, shape: Sequence[int], chosen: torch.Tensor) -> str:
+    return _tensor_digest(kind, shape, chosen.cpu().view(torch.uint8).numpy().tobytes())
 
 
 def _samples(elements: int) -> torch.Tensor:
@@ -150,9 +171,11 @@ def metadata(origin: Origin, state: State) -> dict[str, str]:
     said: dict[str, Mapping[str, str]] = {"base": fingerprint(state), "rules": rules, "versions": versions}
     if schemes := schemes_of(state):
         said["quantised"] = schemes
-        weights = {name: state.tensors[name] for name in schemes if not state.tensors[name].is_meta}
+        weights = {name: state.tensors[name] for name in schemes}
         said["dense"] = {
-            name: _of_matrix(_dtype_text(weight.dtype), weight.dequantize()) for name, weight in weights.items()
+            name: _of_dense(weight)
+            for name, weight in weights.items()
+            if isinstance(weight, QuantisedWeight) and not weight.is_meta
         }
     return {"format": "pt", _KEY: json.dumps(said, sort_keys=True)}
 
