@@ -118,6 +118,10 @@ def save_pretrained(
             written weights.
         FoldError: the branches cannot be folded.
     """
+    if isinstance(model, TracedGraphModule):
+        raise LoraFxError(
+            "expected the transformers model that was traced, and then the graph, got a graph first: save_pretrained(model, graph, directory)."
+        )
     if not isinstance(model, transformers.PreTrainedModel):
         raise LoraFxError(
             f"expected a transformers model, got a {type(model).__name__}. Pass the PreTrainedModel that was traced; of "

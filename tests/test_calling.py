@@ -364,6 +364,14 @@ def test_flags_of_the_config_may_be_repeated_and_others_say_how_they_are_traced(
         assert len(lora_fx.trace(model, every, inference=True)(ids, output_hidden_states=True).hidden_states) == 3
 
 
+def test_labels_that_were_not_traced_are_told_before_inputs_that_were_omitted_for_them() -> None:
+    ids = torch.randint(3, 97, (2, 7))
+    with pytest.raises(
+        lora_fx.InputError, match=r"input 'labels' is a tensor .* rewrite\(…, labels=True\) makes a graph"
+    ):
+        lora_fx.trace(build("t5"), inference=True)(input_ids=ids, labels=ids)
+
+
 def test_sizes_that_do_not_fit_are_told() -> None:
     graph_module = lora_fx.trace(build("llama"), inference=True)
     with pytest.raises(lora_fx.InputError) as refused:

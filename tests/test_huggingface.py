@@ -550,6 +550,8 @@ def test_a_dtype_that_is_none_of_weights_and_a_model_that_is_none_of_transformer
         huggingface.save_pretrained(written_model("gpt2"), folded_of("gpt2"), tmp_path / "out", dtype=torch.int8)
     with pytest.raises(lora_fx.LoraFxError, match="expected a transformers model, got a Linear"):
         huggingface.save_pretrained(nn.Linear(2, 3), folded_of("gpt2"), tmp_path / "out")
+    with pytest.raises(lora_fx.LoraFxError, match=r"got a graph first: save_pretrained\(model, graph, directory\)"):
+        huggingface.save_pretrained(folded_of("gpt2"), written_model("gpt2"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -70,6 +70,8 @@ def test_a_state_dict_that_does_not_fit_is_refused_with_all_problems() -> None:
         "'pooler.dense.weight' is torch.float16 (48, 48), not torch.float32 (48, 48)",
     ):
         assert problem in str(caught.value)
+    with pytest.raises(lora_fx.LoraFxError, match=r"expected a mapping .*, got a BertModel: pass its state_dict\(\)"):
+        lora_fx.materialize(without, build("bert"))  # type: ignore[arg-type]
 
 
 class Scaled(nn.Module):

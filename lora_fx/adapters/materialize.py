@@ -57,6 +57,10 @@ def materialize(
         PlanError: there are no values for a branch of MiCA's, which does not start with random ones.
         LoraFxError: weights are missing, unknown, or have another shape or dtype; or buffers remain without a value.
     """
+    if not isinstance(state_dict, Mapping):
+        found = type(state_dict).__name__
+        advice = ": pass its state_dict()" if isinstance(state_dict, nn.Module) else ""
+        raise LoraFxError(f"state_dict: expected a mapping of names to tensors, got a {found}{advice}.")
     state = state_of(graph_module)
     wanted = {name: tensor for name, tensor in state.tensors.items() if name not in state.non_persistent}
     given = {

@@ -215,8 +215,16 @@ class Signature:
                 raise InputError(
                     f"there is no input '{name}'{did_you_mean(name, known)}.{omit} {self._traced_inputs()}"
                 )
+        for (
+            argument
+        ) in self.arguments:  # labels that were not traced are told before decoder_input_ids that were omitted for them
+            if not argument.traced:
+                argument.tensors(given.get(argument.name, Leaf.ABSENT))
         found = [
-            tensor for argument in self.arguments for tensor in argument.tensors(given.get(argument.name, Leaf.ABSENT))
+            tensor
+            for argument in self.arguments
+            if argument.traced
+            for tensor in argument.tensors(given.get(argument.name, Leaf.ABSENT))
         ]
         later = Fill | AdapterRows
         harmless = [argument for argument in self.arguments if argument.fill is not None and not argument.traced]
