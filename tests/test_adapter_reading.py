@@ -177,7 +177,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "another rank": ({"rank_pattern": {"layer.1.attention.self.query": 7}}, ("expected shape (7, 24)",)),
     "no module at all": ({"target_modules": ["nothing"]}, (f"does not select '{QUERY}'",)),
     "DoRA": ({"use_dora": True}, (f"{KEY}.lora_magnitude_vector: missing in adapter_model.safetensors",)),
-    "aLoRA": ({"alora_invocation_tokens": [1, 2]}, ("activated LoRA (aLoRA) is not supported",)),
+    "aLoRA": ({"alora_invocation_tokens": [1, -2]}, ("alora_invocation_tokens: expected a list of integers ≥ 0, found [1, -2]",)),
     "lora_bias": ({"lora_bias": True}, (f"{KEY}.lora_B.bias: missing in adapter_model.safetensors",)),
     "replication": ({"layer_replication": [[0, 1]]}, ("layer_replication: expected a graph with the layers [[0, 1]]",)),
     "QA-LoRA": ({"use_qalora": True}, ("QA-LoRA is not supported",)),

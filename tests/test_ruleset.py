@@ -163,9 +163,9 @@ Q = "[[select]]\ntarget = ['q']\n"
 SOME = "target, regex, role, op, layers, in_features, out_features, groups"
 WORDS = {
     "{SOME}": SOME,
-    "{SELECT}": "alpha, alternatives, bias, calls, dropout, exclude, exclude_role, features, freeze, groups, in_features, init, layers, op, "
-    "optional, out_features, override, rank, regex, role, scaling, target, trainable, variant",
-    "{DEFAULTS}": "alpha, bias, dropout, freeze, init, rank, scaling, task_type, variant",
+    "{SELECT}": "alpha, alternatives, bias, calls, dropout, exclude, exclude_role, features, freeze, groups, in_features, init, "
+    "invocation_tokens, layers, op, optional, out_features, override, rank, regex, role, scaling, target, trainable, variant",
+    "{DEFAULTS}": "alpha, bias, dropout, freeze, init, invocation_tokens, rank, scaling, task_type, variant",
     "{FILE}": "defaults, model_types, prefix, select",
     "{ROLES}": ", ".join(map(repr, [*ROLES, *(f"attention.{end}" for end in ("query", "key", "value"))]))
     + " or 'attention.output'",
@@ -371,7 +371,7 @@ def test_all_problems_of_a_file_are_named_at_once_in_the_order_of_its_lines(tmp_
         "line 2: select[0].dropout: expected a number ≥ 0 and < 1, found 2",
         "line 5: select[1].rank: expected an integer ≥ 1, found 0",
         "line 6: select[1].in_features: expected min ≤ max, found 3 and 2",
-        "line 8: defaults.r: unknown key (did you mean 'rank'?); known here: alpha, bias, dropout, freeze, init, rank, scaling, task_type, variant",
+        f"line 8: defaults.r: unknown key (did you mean 'rank'?); known here: {WORDS['{DEFAULTS}']}",
     )
     assert str(caught.value).count("\n  ") == 5
 

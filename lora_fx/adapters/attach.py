@@ -21,6 +21,7 @@ from torch import fx, nn
 from lora_fx.adapters.branch_nodes import write_branches
 from lora_fx.adapters.dora import check_dora_alone, dropout_modules, initial_magnitude
 from lora_fx.adapters.fake_values import FakeValues
+from lora_fx.adapters.invocation import check_invocable
 from lora_fx.adapters.prefix import check_one_prefix, prefix_values, write_prefix
 from lora_fx.adapters.starts import (
     GivenStart,
@@ -95,6 +96,7 @@ def attach(
         )
     graph_module = lower(graph_module)
     check_attachable(plan, graph_module)
+    check_invocable(graph_module, plan, adapter)
     state = state_of(graph_module)
     plan, pairs = (plan, {}) if values is not None else started(plan, graph_module.graph, state, start)
     if pairs:
@@ -127,6 +129,7 @@ def act(graph_module: TracedGraphModule, plan: Plan, adapter: str) -> TracedGrap
         PlanError: another adapter that acts has a trained copy of the same parameter.
     """
     graph_module = lower(graph_module)
+    check_invocable(graph_module, plan, adapter)
     record = info_of(graph_module).adapters[adapter]
     return _with_nodes(graph_module, state_of(graph_module), plan, adapter, record)
 

@@ -14,6 +14,7 @@ from torch import fx
 
 from lora_fx.adapters.dora import DoraBranch
 from lora_fx.adapters.fake_values import FakeValues
+from lora_fx.adapters.invocation import Invocations, Tokens
 from lora_fx.graph.provenance import module_path, write_stamp
 from lora_fx.graph.records import BranchSpec
 from lora_fx.graph.state import State
@@ -33,31 +34,30 @@ class Rows:
     Attributes:
         indices: the node with their numbers ``(rows,)``.
         batch: the node with the size of the batch.
-        merged: the sites whose first dimension is that of the batch and others in one, by the names of their nodes.
+        merged: the sites at which the first dimension is the batch and others in one, and their inputs, by the names of the nodes.
     """
 
     indices: fx.Node
     batch: fx.Node
     merged: frozenset[str]
 
-    def of(self, emit: Emit, site: fx.Node, value: fx.Node, like: fx.Node) -> fx.Node:
+    def of(self, emit: Emit, value: fx.Node, like: fx.Node) -> fx.Node:
         """Write the selection of these rows of a value, and return it.
 
         Args:
             emit: appends a node.
-            site: that reads or makes the value.
             value: with the rows of the whole batch.
-            like: has its sizes.
+            like: the site, or its input: whichever has the sizes of the value.
         """
-        return emit("rows", aten.index_select.default, self._apart(emit, site, value, like), 0, self.indices)
+        return emit("rows", aten.index_select.default, self._apart(emit, value, like), 0, self.indices)
 
-    def put(self, emit: Emit, site: fx.Node, whole: fx.Node, value: fx.Node) -> fx.Node:
+    def put(self, emit: Emit, whole: fx.Node, value: fx.Node, site: fx.Node) -> fx.Node:
         """Write a value over these rows of the output of a site, and return that."""
-        done = emit("rows", aten.index_copy.default, self._apart(emit, site, whole, site), 0, self.indices, value)
+        done = emit("rows", aten.index_copy.default, self._apart(emit, whole, site), 0, self.indices, value)
         return emit("rows", aten.reshape.default, done, [-1, *_sizes(site)]) if site.name in self.merged else done
 
-    def _apart(self, emit: Emit, site: fx.Node, value: fx.Node, like: fx.Node) -> fx.Node:
-        if site.name not in self.merged:
+    def _apart(self, emit: Emit, value: fx.Node, like: fx.Node) -> fx.Node:
+        if like.name not in self.merged:
             return value
         return emit("rows", aten.reshape.default, value, [self.batch, -1, *_sizes(like)])
 
@@ -79,7 +79,7 @@ def write_branches(
         ends: the ends of the branches so far, by the names of their sites' nodes; grows.
         rows: for which they act; by default for all.
     """
-    nodes = {node.name: node for node in graph.nodes}
+    nodes, invocations = {node.name: node for node in graph.nodes}, Invocations(graph)
     named = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
     fakes = FakeValues(state)
     for chosen in plan.chosen:
@@ -88,7 +88,9 @@ def write_branches(
         end = ends.get(site.name) or returned or _complete(site, state)
         for branch in chosen.branches:
             behind = site if end in (site, biased(site), returned) else _added(end)
-            end = _BranchWriter(graph, state, named, fakes, chosen, branch, adapter, rows).write(site, end, behind)
+            end = _BranchWriter(graph, state, named, fakes, chosen, branch, adapter, rows, invocations).write(
+                site, end, behind
+            )
         ends[site.name] = end
 
 
@@ -104,7 +106,7 @@ def _complete(site: fx.Node, state: State) -> fx.Node:
 
 def _added(end: fx.Node) -> fx.Node:
     """Return the output of the last branch at a site: the second summand of its sum, which may be cast back or put in rows."""
-    end = end.args[0] if end.target is aten.reshape.default else end  # type: ignore[assignment]
+    end = end.args[0] if end.target in (aten.reshape.default, aten.view_as.default) else end  # type: ignore[assignment]
     end = end.args[3] if end.target is aten.index_copy.default else end  # type: ignore[assignment]
     total = end if end.target is aten.add.Tensor else end.args[0]
     added = total.args[1] if isinstance(total, fx.Node) and total.target is aten.add.Tensor else None
@@ -123,6 +125,7 @@ class _BranchWriter:
     branch: BranchSpec
     adapter: str
     rows: Rows | None
+    invocations: Invocations
 
     def write(self, base: fx.Node, end: fx.Node, behind: fx.Node) -> fx.Node:
         """Write the branch of a site, and return the node that the rest of the graph reads from now on.
@@ -132,7 +135,8 @@ class _BranchWriter:
             end: the node to which the branch is added: the site itself, its sum with a bias, or its last branch so far.
             behind: the node behind which the branch reads the site's input, which may be overwritten later.
         """
-        setting, names, rows = self.branch.setting, self.branch.names(self.adapter), self.rows
+        setting, names = self.branch.setting, self.branch.names(self.adapter)
+        acts: Rows | Tokens | None = self.rows
         emit = partial(self._call, base)
         parts = weight_op(base)
         assert parts is not None
@@ -147,7 +151,9 @@ class _BranchWriter:
         places = None if self.branch.features is None else self._named(names.places, "places", b)
         users, following = list(end.users), behind.next
         with self.graph.inserting_before(following):
-            value = x if rows is None else rows.of(emit, base, x, parts.input)
+            if setting.invocation_tokens:
+                acts = self.invocations.tokens(emit, base, setting.invocation_tokens)
+            value = x if acts is None else acts.of(emit, x, parts.input)
             if wide != narrow and parts.op != "embedding":
                 value = self._call(base, "cast", aten.to.dtype, value, wide)
             if names.dropout in self.state.modules:
@@ -161,17 +167,19 @@ class _BranchWriter:
             if places is not None:
                 value = self._call(base, "pad", aten.constant_pad_nd.default, value, [0, 1])
                 value = self._call(base, "place", aten.index_select.default, value, -1, places)
-            in_narrow = casts_first(weight) or (rows is not None and parts.op != "embedding")  # as PEFT
+            in_narrow = casts_first(weight) if acts is None else isinstance(acts, Rows) and parts.op != "embedding"
             cast_first = wide != narrow and setting.variant == "lora" and in_narrow
             if cast_first:
                 value = self._call(base, "cast", aten.to.dtype, value, narrow)
         with self.graph.inserting_before(following if behind is end else end.next):
             added = self._dora(base, end, x, (a, b, value)) if setting.variant == "dora" else None
-            to = end if rows is None else rows.of(emit, base, end, base)
+            to = end if acts is None else acts.of(emit, end, base)
             value = added or self._call(base, "add", aten.add.Tensor, to, value)
             if wide != narrow and not cast_first:
                 value = self._call(base, "cast", aten.to.dtype, value, narrow)
-            value = value if rows is None else rows.put(emit, base, end, value)
+            if acts is not None:
+                value = acts.put(emit, end, value, base)
+                value.meta |= {"val": end.meta["val"]} if "val" in end.meta else {}
         for user in users:
             user.replace_input_with(end, value)
         return value

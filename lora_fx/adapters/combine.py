@@ -165,6 +165,8 @@ def _check_products(graph_module: fx.GraphModule, chosen: Iterable[str]) -> None
                 if branch.setting.variant == "dora"
                 else "one whose B has a bias"
                 if branch.setting.bias
+                else "one with invocation tokens"
+                if branch.setting.invocation_tokens
                 else ""
             )
             if more:

@@ -35,6 +35,8 @@ class FakeValues:
         mode, target = fake.fake_mode, node.target
         if node.op == "get_attr":
             node.meta["val"] = self._of_tensor(node, fake)
+        elif target is torch.ops.aten.nonzero.default:
+            return  # its size is a value
         elif all("val" in argument.meta for argument in node.all_input_nodes):
             # Of a tensor, a value of the mode: where graphs were joined, several modes read it.
             arguments: Any = fx.map_arg(

@@ -10,7 +10,7 @@ So rows of different adapters cost what they cost apart, and the products are th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import overload
 
@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from lora_fx.adapters.activate import at_rest
+from lora_fx.adapters.batch_dimension import batch_first, size_of_batch
 from lora_fx.adapters.branch_nodes import Rows, write_branches
 from lora_fx.adapters.recorded import plan_branches, record_of, recorded_plan, trained_of
 from lora_fx.errors import PlanError
@@ -26,6 +27,7 @@ from lora_fx.graph.adapter_states import adapters_as_added
 from lora_fx.graph.cached_graphs import CachedGraphs, check_whole
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
 from lora_fx.graph.info import info_of
+from lora_fx.graph.input_checks import PREFIX
 from lora_fx.graph.invariants import PLAIN, checked_by
 from lora_fx.graph.joined_graphs import apart, joined
 from lora_fx.graph.records import BranchSpec
@@ -36,9 +38,7 @@ from lora_fx.sites.weight_ops import weight_op
 
 aten = torch.ops.aten
 
-_CHECK = "input_checks.rows"
-
-_RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
+_CHECKS = f"{PREFIX}.rows"
 
 
 @overload
@@ -83,12 +83,13 @@ def _by_row(base: TracedGraphModule, adapters: Sequence[str] | None) -> TracedGr
         _check_is_lora(base, name)
     plans = {name: _plan(base, name) for name in names}
     graph, _ = copy_graph(base.graph)
-    source, size = _batch(graph)
-    merged = _merged(graph, plans, size)
+    sources, merged = _places(graph, plans)
     numbers = let_choose_rows(graph, AdapterRows(names))
-    state = state_of(base).with_modules({_CHECK: RowCheck(str(source.target), names)})
+    checks = {f"{_CHECKS}.{node.name}": RowCheck(str(node.target), names) for node in sources}
+    state = state_of(base).with_modules(checks)
     with graph.inserting_before(numbers.next):
-        graph.call_module(_CHECK, (numbers, source))
+        for check, source in zip(checks, sources, strict=True):
+            graph.call_module(check, (numbers, source))
         batch = graph.call_function(aten.sym_size.int, (numbers, 0))
         found = {name: Rows(_indices(graph, numbers, number), batch, merged) for number, name in enumerate(names)}
     ends: dict[str, fx.Node] = {}
@@ -124,6 +125,7 @@ def _check_is_lora(graph_module: TracedGraphModule, adapter: str) -> None:
     more = next(iter((*_kinds(branches), *(f"a trained copy of {name!r}" for name in copies))), None)
     more = f"rows of {record.tokens[0].weight!r}" if record.tokens else more
     more = "a prefix" if record.prefix is not None else more
+    more = "a prefix" if record.prefix is not None else more
     if more is not None:
         raise PlanError(
             f"adapter {adapter!r} cannot act by row: expected branches of LoRA alone, got {more}. Leave it out, "
@@ -135,65 +137,52 @@ def _kinds(branches: Iterable[BranchSpec]) -> Iterable[str]:
     for branch in branches:
         if branch.setting.variant != "lora":
             yield f"a branch of {branch.setting.variant!r} at {branch.owner!r}"
+        elif branch.setting.invocation_tokens:
+            yield f"a branch with invocation tokens (aLoRA) at {branch.owner!r}"
         elif branch.splits:
             yield f"a branch at {branch.owner!r} whose start split the weight"
 
 
-def _batch(graph: fx.Graph) -> tuple[fx.Node, object]:
-    """Return the first input whose first dimension varies, and that size."""
-    for node in graph.find_nodes(op="placeholder"):
-        value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.dim() and isinstance(value.shape[0], torch.SymInt):
-            return node, value.shape[0].node.expr
-    raise PlanError(
-        "expected a graph whose batch may have any size, as a trace makes it, got one of fixed sizes. A graph that was pickled has lost "
-        "them: choose adapters by row first, and pickle the result."
-    )
+def _batches(graph: fx.Graph) -> dict[object, fx.Node]:
+    """Return the sizes of the first dimensions of inputs, as far as they vary, each with the first input that has it.
+
+    Raises:
+        PlanError: none varies.
+    """
+    inputs = graph.find_nodes(op="placeholder")
+    sizes = {size_of_batch(node): node for node in reversed(inputs)}
+    found = {size: node for size, node in sizes.items() if size is not None and not isinstance(size, int)}
+    if not found:
+        raise PlanError(
+            "expected a graph whose batch may have any size, as a trace makes it, got one of fixed sizes. A graph that was pickled has lost "
+            "them: choose adapters by row first, and pickle the result."
+        )
+    return found
 
 
-def _merged(graph: fx.Graph, plans: dict[str, Plan], size: object) -> frozenset[str]:
-    """Return the sites with branches at which the batch and other dimensions are one.
+def _places(graph: fx.Graph, plans: Mapping[str, Plan]) -> tuple[list[fx.Node], frozenset[str]]:
+    """Return the inputs whose rows are meant, and the sites at which the batch and other dimensions are one, with their inputs.
 
     Raises:
         PlanError: the first dimension of a site has nothing of the batch.
     """
-    nodes, found = {node.name: node for node in graph.nodes}, set[str]()
+    batches, nodes = _batches(graph), {node.name: node for node in graph.nodes}
+    sources, merged = list[fx.Node](), set[str]()
     for adapter, plan in plans.items():
         for chosen in plan.chosen:
             parts = weight_op(nodes[chosen.site.node])
             assert parts is not None
-            kind = None if parts.op == "expert" else _first_dimension(parts.input, size)
-            if kind is None:
+            known = {} if parts.op == "expert" else batches
+            tried = ((source, batch_first(parts.input, size)) for size, source in known.items())
+            source, place = next(((source, place) for source, place in tried if place is not None), (None, None))
+            if source is None or place is None:
                 value = parts.input.meta.get("val")
                 shape = "unknown sizes" if value is None else tuple(value.shape)
                 raise PlanError(
-                    f"adapter {adapter!r} cannot act by row at {chosen.site.name!r}: expected an input whose first dimension is the batch "
-                    f"{size}, got {shape}. Leave that site out, or activate one adapter for the whole batch."
+                    f"adapter {adapter!r} cannot act by row at {chosen.site.name!r}: expected an input whose first dimension is that of "
+                    f"{' or '.join(f'{node.target} {size}' for size, node in batches.items())}, got {shape}. Leave that site out, or activate "
+                    "one adapter for the whole batch."
                 )
-            if kind == "merged":
-                found.add(chosen.site.node)
-    return frozenset(found)
-
-
-def _first_dimension(node: fx.Node, batch: object) -> str | None:
-    """Tell whether the first dimension of a value is the batch, the batch merged with what follows it, or neither."""
-    if _starts_with(node, batch):
-        return "batch"
-    source = node
-    while source.target in _RESHAPES and isinstance(source.args[0], fx.Node):
-        source = source.args[0]
-        if _starts_with(source, batch):  # a reshape keeps the order: all of one row stays together
-            value = node.meta["val"]
-            rest = [size for size in value.shape[1:] if isinstance(size, torch.SymInt)]
-            first = value.shape[0]
-            whole = isinstance(first, torch.SymInt) and (first.node.expr / batch).is_integer
-            return "merged" if whole and not rest else None
-    return None
-
-
-def _starts_with(node: fx.Node, batch: object) -> bool:
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or not value.dim():
-        return False
-    first = value.shape[0]
-    return isinstance(first, torch.SymInt) and first.node.expr == batch
+            sources += [source] if source not in sources else []
+            merged |= {chosen.site.node, parts.input.name} if place.merged else set()
+    return sources, frozenset(merged)

@@ -213,6 +213,8 @@ def _function_text(entry: tuple[str, BranchSpec] | None) -> str:
     _, branch = entry
     tied = f", factors of {branch.mirrors}" if branch.mirrors is not None else ""
     kind = "DoRA, " * (branch.setting.variant == "dora") + "a bias in B, " * branch.setting.bias
+    tokens = branch.setting.invocation_tokens
+    kind += f"invocation tokens {list(tokens)}, " * bool(tokens)
     part = f" for features {branch.features}" if branch.features is not None else ""
     tied += f", beside what {branch.setting.init} left of the weight" if branch.splits else ""
     return f"{kind}rank {branch.setting.rank}, scale {branch.setting.scale:g}, dropout {branch.setting.dropout:g}{part}{tied}"

@@ -27,6 +27,7 @@ from lora_fx.branches.constants import NamedConstants, name_constants
 from lora_fx.branches.dataflow import Flow, keeps_last_dim, same_shapes
 from lora_fx.branches.delta import Addition, Delta, SiteOutput, Term, summed
 from lora_fx.branches.found import FoundBias, FoundBranch, unexpected, unread_nodes
+from lora_fx.branches.selected import unselected
 from lora_fx.errors import FoldError
 from lora_fx.graph.adapter_names import is_of_branch
 from lora_fx.graph.graph_module import state_of
@@ -116,9 +117,14 @@ class _BranchFinder:
                 f"{', '.join(loose)}: read as a factor, and neither a parameter nor a buffer of the graph. Register it: register_buffer."
             )
         self.has_factors = bool(factors)
+        plain = unselected(graph_module.graph) if factors else None
         self._holders = {prefix for name in factors for prefix in modules_of(name)}
-        named = NamedConstants(graph_module.graph, {}, tensors, {}, {})
-        self._named = name_constants(graph_module.graph, tensors, nominate) if factors else named
+        self._named, self._partial = NamedConstants(graph_module.graph, {}, tensors, {}, {}), set[fx.Node]()
+        if plain is not None:
+            named = name_constants(plain.graph, tensors, nominate)
+            originals = {copy: plain.originals[node] for copy, node in named.originals.items()}
+            self._partial = {copy for copy, node in named.originals.items() if node in plain.partial}
+            self._named = replace(named, originals=originals)
         self._modules, self._tensors, self.graph = graph_module, self._named.tensors, self._named.graph
         self._deltas = Deltas(self._tensors, self._named.computed, self._named.weights, self._passed)
         self._flow = Flow(graph_module, self._deltas.is_product, self.graph)
@@ -154,6 +160,8 @@ class _BranchFinder:
                 self._check_branch(node, value)
                 weight, bias = value.weight, self._bias(node, value)
                 found = FoundBranch(value.site, value.base, node, value.terms, weight.node, weight.view, bias)
+                if any(self._sums[each].site is value.site for each in self._partial if each in self._sums):
+                    found = replace(found, partial=True)
                 branches[value.site] = found
         for named, constant in self._named.weights.items():
             for site, _ in readers(named):
@@ -180,7 +188,7 @@ class _BranchFinder:
         weight, computed = by_name[str(found.weight.target)], found.computed
         return FoundBranch(
             of[found.site], of[found.base], of[found.end], terms, weight, found.view, bias,
-            None if computed is None else of[computed],
+            None if computed is None else of[computed], found.partial,
         )  # fmt: skip
 
     def _step(self, node: fx.Node) -> _Joined | None:

@@ -42,6 +42,7 @@ class FoundBranch:
         view: the view of the weight in which the updates are.
         bias: the updates of the site's bias.
         computed: the node of a weight that is computed from this one, and that the site reads in its place.
+        partial: whether they act for a part of the tokens, which depends on the input.
     """
 
     site: fx.Node
@@ -52,6 +53,7 @@ class FoundBranch:
     view: View
     bias: FoundBias | None = None
     computed: fx.Node | None = None
+    partial: bool = False
 
     @property
     def updates(self) -> tuple[Update, ...]:

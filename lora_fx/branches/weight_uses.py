@@ -21,11 +21,13 @@ from torch import fx
 
 from lora_fx.branches.affine import COLUMN
 from lora_fx.branches.found import FoundBranch, replaced_nodes, unexpected
+from lora_fx.branches.selected import not_always
 from lora_fx.errors import FoldError
-from lora_fx.graph.adapter_names import original_name
+from lora_fx.graph.adapter_names import adapter_of, is_factor, original_name
 from lora_fx.graph.aten_kinds import flattened
 from lora_fx.graph.erasing import erase_unread
 from lora_fx.graph.graph_module import state_of
+from lora_fx.graph.info import known_info
 from lora_fx.graph.provenance import module_path
 from lora_fx.graph.state import State
 from lora_fx.numerics.lowrank_merge import Merge, RowWrite
@@ -101,11 +103,23 @@ def values_of(graph_module: fx.GraphModule, found: Sequence[FoundBranch], *, uns
     """Return the values of every weight that has a branch at one of its uses, or rows that an adapter writes over.
 
     Raises:
-        FoldError: branches add a constant to the output of a site without a bias; or uses of a weight need different values, and
-            ``unshare`` is not set, or it is not known which name belongs to which value. The message names all such weights.
+        FoldError: a branch acts for a part of the tokens; branches add a constant to the output of a site without a bias; or uses of a
+            weight need different values, and ``unshare`` is not set, or it is not known which name belongs to which value. The message
+            names all such weights.
     """
     state = state_of(graph_module)
     names, aliases = state.names(), state.aliases()
+    partial = next((each for each in found if each.partial), None)
+    if partial is not None:
+        factors = [name for update in partial.updates for name in update.names if is_factor(name)]
+        acting = sorted({str(adapter_of(name)) for name in factors})
+        records = known_info(graph_module).adapters
+        told = [
+            name
+            for name in acting
+            if name in records and any(b.setting.invocation_tokens for _, b in records[name].branches.values())
+        ]
+        raise not_always(" and ".join(map(repr, told or acting)), factors[0].partition(".lora_")[0])
     lacking = next((each.bias for each in found if each.bias is not None and each.bias.node is None), None)
     if lacking is not None:
         raise unexpected(lacking.reader, "it adds a constant to the output of a site that has no bias to hold it")

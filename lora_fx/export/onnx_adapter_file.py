@@ -281,6 +281,8 @@ def _unslotted(config: AdapterConfig) -> Iterator[str]:
         yield f"{CONFIG_NAME}: trainable_token_indices: rows of an embedding that train {advice.replace('has no', 'have no')}"
     if config.layer_replication:
         yield f"{CONFIG_NAME}: layer_replication: slots do not say which layers they are of. Fold the adapter in memory"
+    if config.alora_invocation_tokens:
+        yield f"{CONFIG_NAME}: alora_invocation_tokens: a branch that acts from its invocation tokens on (aLoRA) has no slot. Train without them"
     if config.use_dora or config.lora_bias:
         kind = "use_dora: DoRA" if config.use_dora else "lora_bias: a bias in B"
         yield f"{CONFIG_NAME}: {kind} {advice}"

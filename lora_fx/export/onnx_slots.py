@@ -173,6 +173,8 @@ def _problems(graph_module: TracedGraphModule, names: Sequence[str]) -> Iterator
         for rows in record_of(graph_module, name).tokens:
             yield f"adapter {name!r} has trained rows of {rows.weight!r}. Fold it (lora_fx.fold), or train without"
         for _, branch in branches_of(graph_module, name).values():
+            if branch.setting.invocation_tokens:
+                yield f"adapter {name!r} acts from its invocation tokens on (aLoRA) at {branch.owner!r}. Train without them"
             if branch.setting.variant == "dora" or branch.setting.bias:
                 kind = "DoRA" if branch.setting.variant == "dora" else "a bias in B"
                 yield f"adapter {name!r} has {kind} at {branch.owner!r}. Fold it (lora_fx.fold), or train without"

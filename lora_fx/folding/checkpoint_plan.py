@@ -18,6 +18,7 @@ from torch import nn
 
 from lora_fx.adapters.activate import check_whole_strength, tell_whole_copies
 from lora_fx.adapters.attach import attach
+from lora_fx.adapters.invocation import check_always_acts
 from lora_fx.adapters.peft_format.base_class import base_class
 from lora_fx.adapters.peft_format.opening import AdapterFiles, foldable, read_adapter
 from lora_fx.adapters.peft_format.own_tensors import (
@@ -235,6 +236,7 @@ def plan_checkpoint_fold(
     for index, (files, (_, strength)) in enumerate(zip(opened, pairs, strict=True)):
         contents = _contents(files, places, graph_module)
         check_whole_strength(str(files.directory), contents.branches, strength)
+        check_always_acts(str(files.directory), contents.branches)
         own = _copies_of(files, contents, strength, copies)
         name = f"adapter_{index}"
         values = contents.values_of(name, trainable=False)

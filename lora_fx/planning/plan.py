@@ -37,18 +37,20 @@ def magnitude_shape(site: Site) -> tuple[int, ...]:
 
 
 def why_no_variant(branch: BranchSpec, site: Site, which: str) -> str:
-    """Return why a branch beside a site cannot be DoRA's, or have a bias; nothing if it can."""
+    """Return why a branch beside a site cannot be DoRA's, have a bias, or have invocation tokens; nothing if it can."""
     setting = branch.setting
     reasons = {
         "it is a part of the output features alone": branch.features is not None,
         "it multiplies by a stack of matrices": site.op == "expert",
         "its weight is a parameter of its own": is_bare(site),
         "its factors are those of a tied embedding": branch.mirrors is not None,
-        "it starts from the weight": which == "DoRA" and (setting.splits or setting.init == "mica"),
+        "it starts from the weight": (which == "DoRA" and (setting.splits or setting.init == "mica"))
+        or (which == "invocation tokens" and setting.splits),
         "its convolution has groups": which == "DoRA" and site.matrices > 1 and site.op != "expert",
         "PEFT has none beside an embedding": which != "DoRA" and site.op == "embedding",
+        f"it is {site.op}": which == "invocation tokens" and site.op not in ("linear", "expert", "embedding"),
         "DoRA has none": which != "DoRA" and setting.variant == "dora",
-        f"it starts as {setting.init!r}, with which PEFT has none": which != "DoRA"
+        f"it starts as {setting.init!r}, with which PEFT has none": which == "a bias in B"
         and setting.init not in ("kaiming", "random", "given"),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
@@ -258,6 +260,7 @@ def _site(decision: Decision) -> dict[str, Any]:
                     "init": branch.setting.init,
                     "variant": branch.setting.variant,
                     "bias": branch.setting.bias,
+                    "invocation_tokens": list(branch.setting.invocation_tokens),
                 }
                 for branch in branches
             ]

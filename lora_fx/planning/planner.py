@@ -324,7 +324,12 @@ def _unfit(chosen: Chosen) -> Iterator[str]:
                 f"site {site.name!r} has {site.matrices} groups, each with a low-rank update of its own, and rank {rank} cannot be "
                 "divided among them"
             )
-        for which, fits in (("DoRA", branch.setting.variant == "dora"), ("a bias in B", branch.setting.bias)):
+        kinds = {
+            "DoRA": branch.setting.variant == "dora",
+            "a bias in B": branch.setting.bias,
+            "invocation tokens": bool(branch.setting.invocation_tokens),
+        }
+        for which, fits in kinds.items():
             if fits and (reason := why_no_variant(branch, site, which)):
                 yield f"site {site.name!r} can get no branch with {which}: {reason}"
         if site.operator == "_grouped_mm" and rank % 4:
@@ -392,6 +397,7 @@ def _setting_text(branch: BranchSpec) -> str:
     words += [setting.scaling] if setting.scaling != "standard" else []
     words += [f"init {setting.init}"] if setting.init != "kaiming" else []
     words += ["DoRA"] * (setting.variant == "dora") + ["a bias in B"] * setting.bias
+    words += [f"invocation tokens {list(setting.invocation_tokens)}"] if setting.invocation_tokens else []
     return ", ".join([*words, f"for {branch.part or 'all'} of {branch.owner!r}"])
 
 

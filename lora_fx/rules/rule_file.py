@@ -103,6 +103,9 @@ Layers = Annotated[
 BranchBias = Annotated[
     bool, Field(strict=True), expecting('true or false (of a bias in B; trainable = "bias" trains the model\'s own)')
 ]
+Invocation = Annotated[
+    tuple[Natural, ...], Items("[27, 91]", distinct=False), expecting("a list of tokens, which are integers ≥ 0")
+]
 Calls = Annotated[
     Literal["all", "each"] | Annotated[tuple[Positive, ...], Items("[1]")],
     expecting('"all", "each" or a list of different integers ≥ 1'),
@@ -155,6 +158,9 @@ class Defaults(_Table):
     bias: BranchBias | None = None
     """Whether the factor B has a bias, which trains with it."""
 
+    invocation_tokens: Invocation | None = None
+    """The tokens from whose last place in each row on the branch acts (aLoRA, arXiv 2504.12397); before them all is the base's."""
+
 
 class FileDefaults(Defaults):
     """Settings of every branch that its selection does not override, and the task."""
@@ -164,7 +170,10 @@ class FileDefaults(Defaults):
 
 
 PREDICATES = ("target", "regex", "role", "op", "layers", "in_features", "out_features", "groups")
-OF_BRANCHES = ("rank", "alpha", "dropout", "scaling", "init", "freeze", "variant", "bias", "features", "calls")
+OF_BRANCHES = (
+    *("rank", "alpha", "dropout", "scaling", "init", "freeze", "variant", "bias", "invocation_tokens", "features"),
+    "calls",
+)
 
 
 class Selection(_Table):
@@ -228,6 +237,9 @@ class Selection(_Table):
     """In place of the default."""
 
     bias: BranchBias | None = None
+    """In place of the default."""
+
+    invocation_tokens: Invocation | None = None
     """In place of the default."""
 
     trainable: Trainable | None = None
@@ -336,6 +348,7 @@ class Setting:
     freeze: tuple[str, ...] = ()
     variant: Variant = "lora"
     bias: bool = False
+    invocation_tokens: tuple[int, ...] = ()
 
     def lowered_to(self, width: int) -> Setting:
         """Return the settings with a rank of at most ``width``, and the same scale."""

@@ -103,6 +103,7 @@ FOREIGN_KEYS: Mapping[str, str] = {
     "modules_to_save": "trainable",
     "use_dora": "variant",
     "lora_bias": "bias",
+    "alora_invocation_tokens": "invocation_tokens",
 }
 
 OPS: tuple[Op, ...] = get_args(Op)

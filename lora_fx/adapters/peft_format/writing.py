@@ -288,6 +288,7 @@ def _unlike_variants(branches: Collection[BranchSpec]) -> Iterator[str]:
     for what, given in (
         ("DoRA", {branch.setting.variant == "dora" for branch in branches}),
         ("a bias in B", {branch.setting.bias for branch in branches}),
+        ("these invocation tokens", {branch.setting.invocation_tokens for branch in branches}),
     ):
         if len(given) > 1:
             yield f"some of its branches have {what} and others not, and PEFT has one kind for all. Make two adapters of it"
@@ -337,6 +338,7 @@ def _config(
         use_rslora=rslora,
         use_dora=any(branch.setting.variant == "dora" for branch in branches),
         lora_bias=any(branch.setting.bias for branch in branches),
+        alora_invocation_tokens=next((b.setting.invocation_tokens for b in branches), ()) or None,
         lora_dropout=dropout,
         target_modules=targets(modules, others) if modules or not parameters else None,
         target_parameters=parameters or None,

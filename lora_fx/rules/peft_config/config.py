@@ -101,6 +101,9 @@ class AdapterConfig(Table):
     lora_bias: Flag = False
     """Whether the factors B have biases."""
 
+    alora_invocation_tokens: Annotated[tuple[Natural, ...] | None, expecting("a list of integers ≥ 0")] = None
+    """The tokens from whose last place in each row on the branches act."""
+
     lora_dropout: Dropout = 0.0
     """Probability with which an element of a branch's input is dropped in training."""
 
@@ -221,7 +224,16 @@ class AdapterConfig(Table):
         start = _STARTS.get(self.init_lora_weights) or str(self.init_lora_weights)
         scaling: Scaling = "rslora" if self.use_rslora else "standard"
         variant: Variant = "dora" if self.use_dora else "lora"
-        return Setting(rank, alpha, self.lora_dropout, scaling, start, variant=variant, bias=self.lora_bias)
+        return Setting(
+            rank,
+            alpha,
+            self.lora_dropout,
+            scaling,
+            start,
+            variant=variant,
+            bias=self.lora_bias,
+            invocation_tokens=self.alora_invocation_tokens or (),
+        )
 
     def problem_of_layers(self, layers: LayerMap) -> str | None:
         """Return why an adapter is none for a graph whose model has these ranges of layers; None if it is.

@@ -14,7 +14,6 @@ from lora_fx.rules.validation import plain, shown
 UNUSED: Mapping[str, Any] = {
     **dict.fromkeys(
         (
-            "alora_invocation_tokens",
             "arrow_config",
             "corda_config",
             "eva_config",
@@ -36,7 +35,6 @@ UNUSED: Mapping[str, Any] = {
 VARIANTS: Mapping[str, str] = {
     "use_qalora": "QA-LoRA",
     "use_bdlora": "BD-LoRA, whose factors are block-diagonal,",
-    "alora_invocation_tokens": "activated LoRA (aLoRA)",
     "megatron_config": "Megatron's parallel layers",
     "arrow_config": "Arrow routing",
     "kasa_config": "KaSA, which changes the base weights,",

@@ -53,7 +53,7 @@ class PeftRules:
     def digest(self) -> str:
         """SHA-256 of what the configuration says, as hexadecimal digits."""
         later = {
-            key for key in ("use_dora", "lora_bias") if not getattr(self.config, key)
+            key for key in ("use_dora", "lora_bias", "alora_invocation_tokens") if not getattr(self.config, key)
         }  # earlier digests had them not
         return hashlib.sha256(self.config.model_dump_json(exclude_none=True, exclude=later).encode()).hexdigest()
 

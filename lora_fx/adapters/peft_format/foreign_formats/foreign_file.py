@@ -303,6 +303,8 @@ def branches_in(config: AdapterConfig, tensors: Mapping[str, torch.Tensor], form
             problems.append(f"{module.replace('.base_layer', '')}: a part of an nn.MultiheadAttention")
         elif kind == "A.weight":
             modules.append(module)
+    if config.alora_invocation_tokens:
+        problems.append("invocation tokens, from which the branches act on (aLoRA)")
     problems += [f"{name}: an update of a parameter" for name in sorted(parameters)]
     if problems:
         raise AdapterError(f"{form}'s form has factors of linear layers and convolutions alone", problems)

@@ -1,0 +1,233 @@
+"""Activated LoRA: branches that act from their invocation tokens on, with PEFT's bits; folds refuse them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from architectures import ARCHITECTURES, model, rows, traced
+from conftest import unchanged
+from graph_diff import first_difference
+from torch import nn
+
+import lora_fx
+from lora_fx.adapters.peft_format.opening import read_adapter
+from lora_fx.export import torchscript
+from lora_fx.graph.adapter_names import is_of_adapter
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+
+TOKENS = (1, 2, 1)
+CAUSAL = ("llama", "gpt2", "bloom", "opt", "gptj", "mistral", "qwen2", "phi3", "falcon", "gpt-neox", "mixtral")
+
+
+def config(name: str, **more: Any) -> peft.LoraConfig:
+    architecture = ARCHITECTURES[name]
+    return peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=list(architecture.target_modules),
+        fan_in_fan_out=architecture.fan_in_fan_out,
+        alora_invocation_tokens=list(TOKENS),
+        task_type="CAUSAL_LM",
+        **more,
+    )
+
+
+def both(name: str, dtype: torch.dtype = torch.float32, **more: Any) -> tuple[Any, lora_fx.TracedGraphModule]:
+    """Return PEFT's model and a graph, of equal random factors."""
+    base = copy.deepcopy(model(name)).to(dtype)
+    wrapped = peft.get_peft_model(base, config(name, **more))
+    onto = traced(name) if dtype == torch.float32 else lora_fx.trace(copy.deepcopy(model(name)).to(dtype))
+    graph = lora_fx.rewrite(onto, rules=config(name, **more))
+    theirs = {name.removeprefix("base_model.model."): p for name, p in wrapped.named_parameters()}
+    torch.manual_seed(3)
+    for key, parameter in factors(graph).items():
+        parameter.data.normal_(std=0.3)
+        theirs[key].data.copy_(parameter.data)
+    return wrapped, graph
+
+
+def factors(module: nn.Module) -> dict[str, nn.Parameter]:
+    named = ((name.removeprefix("base_model.model."), p) for name, p in module.named_parameters())
+    return {name: p for name, p in named if is_of_adapter(name)}
+
+
+def batch(*given: list[int]) -> dict[str, torch.Tensor]:
+    ids = torch.tensor(given)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+BATCH = batch(
+    [9, 1, 2, 1, 8, 7, 6, 5, 4],  # in the middle
+    [1, 2, 1, 9, 9, 1, 2, 1, 3],  # twice: the last one counts
+    [5, 1, 2, 5, 2, 1, 8, 1, 2],  # parts of it alone, one cut off at the end
+    [1, 2, 1, 2, 1, 2, 1, 7, 7],  # overlapping
+    [4, 4, 4, 4, 4, 4, 1, 2, 1],  # at the end
+)
+
+
+def logits(module: Any, given: Mapping[str, torch.Tensor] = BATCH) -> torch.Tensor:
+    return module(**given, **({} if isinstance(module, lora_fx.TracedGraphModule) else {"use_cache": False})).logits  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def llama() -> tuple[Any, lora_fx.TracedGraphModule]:
+    return both("llama", lora_dropout=0.3)
+
+
+@pytest.mark.parametrize("name", rows((name for name in CAUSAL if name in ARCHITECTURES), ("gpt2",)))
+def test_logits_have_pefts_bits_on_this_architecture(name: str) -> None:
+    wrapped, graph = both(name)
+    with torch.no_grad():
+        found = logits(graph.eval())
+        assert torch.equal(found, logits(wrapped.eval()))
+        base = logits(lora_fx.activate(graph, {}).eval())
+    acts = (found != base).any(-1)
+    assert acts.sum(1).tolist() == [8, 4, 0, 5, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.matrix)], ids=str)
+def test_logits_and_gradients_have_pefts_bits_in_training_and_evaluation(dtype: torch.dtype, request: Any) -> None:
+    pair = request.getfixturevalue("llama") if dtype == torch.float32 else both("llama", dtype, lora_dropout=0.3)
+    for training in (True, False):
+        outputs = []
+        for module in pair:
+            module.train(training).zero_grad()
+            torch.manual_seed(4)
+            outputs.append(logits(module))
+            outputs[-1].float().square().mean().backward()
+        assert torch.equal(*outputs)
+        mine, theirs = factors(pair[1]), factors(pair[0])
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key].grad, theirs[key].grad) for key in mine)  # type: ignore[arg-type]
+
+
+def test_every_place_of_the_invocation_is_the_one_that_peft_finds(llama: tuple[Any, lora_fx.TracedGraphModule]) -> None:
+    torch.manual_seed(5)
+    for rows_of, length in ((40, 9), (3, 3), (4, 2), (2, 1), (1, 12)):
+        given = batch(*torch.randint(3, (rows_of, length)).tolist())
+        with torch.no_grad():
+            assert torch.equal(*(logits(module.eval(), given) for module in llama))
+
+
+def test_files_go_both_ways_and_the_config_says_the_tokens(
+    llama: tuple[Any, lora_fx.TracedGraphModule], tmp_path: Path
+) -> None:
+    wrapped, graph = (module.eval() for module in llama)
+    lora_fx.save_adapter(graph, tmp_path / "mine")
+    wrapped.save_pretrained(tmp_path / "theirs")
+    said = peft.LoraConfig.from_pretrained(tmp_path / "mine")
+    assert said.alora_invocation_tokens == list(TOKENS)
+    assert read_adapter(tmp_path / "theirs").config.alora_invocation_tokens == TOKENS
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model("llama")), tmp_path / "mine")
+    loaded.peft_config["default"].task_type = "CAUSAL_LM"
+    with torch.no_grad():
+        expected = logits(graph)
+        assert torch.equal(logits(loaded.eval()), expected)
+        assert torch.equal(logits(lora_fx.load_adapter(traced("llama"), tmp_path / "theirs").eval()), expected)
+
+
+def test_copies_and_passes_compute_the_same_and_unload_gives_the_trace_back(
+    llama: tuple[Any, lora_fx.TracedGraphModule],
+) -> None:
+    graph = llama[1].eval()
+    with torch.no_grad(), unchanged(graph):
+        expected = logits(graph)
+        rest = lora_fx.activate(graph, {})
+        made = {
+            "copied": copy.deepcopy(graph),
+            "pickled": pickle.loads(pickle.dumps(graph)),
+            "pickled at rest": lora_fx.activate(pickle.loads(pickle.dumps(rest)), {"default": 1.0}),
+            "nested": lora_fx.nest(graph),
+            "fused": lora_fx.fuse(graph),
+            "transferred": lora_fx.transfer(graph, onto=traced("llama")),
+        }
+        for what, module in made.items():
+            assert torch.equal(logits(module.eval()), expected), what
+        assert first_difference(traced("llama"), lora_fx.unload(graph)) is None
+        assert first_difference(lora_fx.activate(rest, {"default": 1.0}), graph) is None
+
+
+def test_another_adapter_beside_it_acts_on_all_tokens_and_folds_alone(
+    llama: tuple[Any, lora_fx.TracedGraphModule],
+) -> None:
+    graph = lora_fx.rewrite(llama[1], rules=["q_proj", "down_proj"], adapter="b", rank=4)
+    for key, parameter in factors(graph).items():
+        if ".b." in key:
+            parameter.data.normal_(std=0.3)
+    together, alone = (lora_fx.activate(graph, each).eval() for each in ({"default": 1.0, "b": 1.0}, {"b": 1.0}))
+    with torch.no_grad():
+        found, only = logits(together), logits(alone)
+        assert torch.equal(found[2], only[2])
+        assert not torch.allclose(found[0], only[0], atol=1e-3)
+        assert torch.allclose(logits(lora_fx.fold(graph, {"b": 1.0})), only, atol=1e-5)
+    with pytest.raises(lora_fx.FoldError, match=r"adapter 'default' cannot be folded: at 'model.layers.0.self_attn"):
+        lora_fx.fold(together)
+
+
+def test_what_cannot_hold_a_branch_that_depends_on_the_input_says_so(
+    llama: tuple[Any, lora_fx.TracedGraphModule], tmp_path: Path
+) -> None:
+    graph = llama[1].eval()
+    expected = r"a branch acts from its invocation tokens on \(aLoRA\), so that what it adds depends on the input"
+    for refused in (lora_fx.fold, lora_fx.recipe, lambda each: each.merge_and_unload(), lambda each: each.generate()):
+        with pytest.raises(lora_fx.FoldError, match=expected):
+            refused(graph)  # type: ignore[operator]
+    with pytest.raises(lora_fx.PlanError, match="cannot be combined: it is one with invocation tokens"):
+        lora_fx.combine(graph, {"default": 1.0}, adapter="z")
+    with pytest.raises(lora_fx.PlanError, match=r"cannot act by row: .* a branch with invocation tokens \(aLoRA\)"):
+        lora_fx.activate_by_row(graph)
+    for form in ("kohya", "diffusers"):
+        with pytest.raises(lora_fx.AdapterError, match="invocation tokens, from which the branches act on"):
+            lora_fx.save_adapter(graph, tmp_path / form, format=form)  # type: ignore[arg-type]
+
+
+def test_graphs_and_sites_without_tokens_to_find_are_refused() -> None:
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.q = nn.Embedding(11, 6), nn.Linear(6, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.q(self.emb(x))  # type: ignore[no-any-return]
+
+    class Named(Layers):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.q(self.emb(input_ids))  # type: ignore[no-any-return]
+
+    ids = torch.tensor([[3, 0, 1, 2, 1], [1, 2, 1, 7, 5]])
+    rules = {"defaults": {"invocation_tokens": TOKENS, "rank": 2}, "select": [{"target": ["q"]}]}
+    with pytest.raises(lora_fx.PlanError, match=r"expected a graph with the input 'input_ids' .* got one with x"):
+        lora_fx.rewrite(Layers(), rules=rules, example_inputs=(ids,))
+    graph = lora_fx.rewrite(Named(), rules=rules, example_inputs=(ids,))
+    for parameter in factors(graph).values():
+        parameter.data.normal_()
+    changed = (graph(ids) != lora_fx.activate(graph, {})(ids)).any(-1)
+    assert changed.tolist() == [[False, False, True, True, True], [True] * 5]
+    base = lora_fx.unload(graph)
+    for select, message in (
+        ({"target": ["emb"]}, "'emb' can get no branch with invocation tokens: PEFT has none beside an embedding"),
+        ({"target": ["q"], "variant": "dora"}, "'q' can get no branch with invocation tokens: DoRA has none"),
+        ({"target": ["q"], "init": "pissa"}, "'q' can get no branch with invocation tokens: it starts from the weight"),
+    ):
+        with pytest.raises(lora_fx.PlanError, match=message):
+            lora_fx.rewrite(base, rules={**rules, "select": [select]})
+    with pytest.raises(lora_fx.PlanError, match="expected the graph of a causal language model that takes all tokens"):
+        lora_fx.rewrite(model("llama"), rules=config("llama"), cache=True)
+
+
+def test_an_exported_file_finds_the_invocation(llama: tuple[Any, lora_fx.TracedGraphModule], tmp_path: Path) -> None:
+    graph = llama[1].eval()
+    torchscript(graph, tmp_path / "x.pt")
+    with torch.no_grad():
+        found = torch.jit.load(tmp_path / "x.pt")(*BATCH.values())  # type: ignore[no-untyped-call]
+        assert torch.equal(found["logits"], logits(graph))
