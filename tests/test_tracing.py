@@ -212,6 +212,27 @@ class RunsOverLength(nn.Module):
         return state
 
 
+def test_the_least_of_three_sizes_is_a_relation() -> None:
+    class Least(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            least = torch.sym_min(torch.sym_min(2 * x.size(1), 3 * y.size(1)), 8 * x.size(0) * x.size(1))
+            torch._check(least == 2 * x.size(1))
+            return self.lin(x) + y.sum()
+
+    model = Least().eval()
+    graph = lora_fx.trace(model, (torch.randn(2, 5, 4), torch.randn(3, 6)), inference=True)
+    x, y = torch.randn(3, 7, 4), torch.randn(2, 8)
+    assert torch.equal(graph(x, y), model(x, y))
+    with pytest.raises(
+        lora_fx.InputError, match=r"min\(2 \* x\.size\(1\), 3 \* y\.size\(1\), .*got x\.size\(1\) = 7, y\.size\(1\) = 4"
+    ):
+        graph(x, y[:, :4])
+
+
 def test_a_dimension_that_the_model_fixes_is_named_and_can_be_given_up() -> None:
     model, example = RunsOverLength(), {"x": torch.randn(2, 7, 6)}
     with pytest.raises(lora_fx.TraceError, match=r"fixes dimension 1 of 'x'.*dynamic=\{'x': \(0, 2\)\}"):

@@ -190,8 +190,10 @@ class Relation:
                     return apply(OPERATORS[type(op)], [value(operand)])
                 case ast.BoolOp(op=op, values=values):
                     return reduce(lambda left, right: apply(OPERATORS[type(op)], [left, right]), map(value, values))
-                case ast.Call(func=ast.Name(id=function), args=[left, right], keywords=[]) if function in FUNCTIONS:
-                    return apply(FUNCTIONS[function], [value(left), value(right)])
+                case ast.Call(func=ast.Name(id=function), args=[_, _, *_] as operands, keywords=[]) if (
+                    function in FUNCTIONS
+                ):
+                    return reduce(lambda left, right: apply(FUNCTIONS[function], [left, right]), map(value, operands))
             raise TraceError(
                 f"torch.export bound this trace by a condition that cannot be checked: {_cut(ast.unparse(tree))}. "
                 "Trace with dynamic= naming fewer dynamic dimensions."
@@ -248,7 +250,7 @@ def _is_known(tree: ast.AST) -> bool:
             return type(op) in OPERATORS
         case ast.Compare(ops=operations):
             return all(type(op) in OPERATORS for op in operations)
-        case ast.Call(func=ast.Name(id=function), args=[_, _], keywords=[]):
+        case ast.Call(func=ast.Name(id=function), args=[_, _, *_], keywords=[]):
             return function in FUNCTIONS
         case ast.Call():
             return _as_reference(tree) is not None
