@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from lora_fx.adapters.activate import activate, tell_waiting
 from lora_fx.adapters.peft_format.opening import read_adapter
 from lora_fx.adapters.peft_format.save_load import with_adapter, write_adapter_files
+from lora_fx.adapters.prefix import acting_prefix, keys_and_values
 from lora_fx.adapters.recorded import free_names, with_training
 from lora_fx.adapters.row_selection import activate_by_row
 from lora_fx.branches.lower import is_fused
@@ -27,6 +28,7 @@ from lora_fx.branches.tied_copies import untied_copies
 from lora_fx.errors import LoraFxError
 from lora_fx.folding.fold import folded_state
 from lora_fx.generation import generator
+from lora_fx.generation.prefixed_model import behind, check_options
 from lora_fx.graph.adapter_names import adapters, original_name
 from lora_fx.graph.adapter_rows import ADAPTER_NAMES
 from lora_fx.graph.cached_graphs import has_cache
@@ -77,7 +79,8 @@ def generate(graph_module: TracedGraphModule, *args: Any, **options: Any) -> Any
     too, the adapter of each row.
 
     A model of the traced class is made for the call, in evaluation mode. It shares the weights that no adapter changes; the others
-    are in memory twice until the call returns, and nothing is kept. The graph may have labels.
+    are in memory twice until the call returns, and nothing is kept. The graph may have labels. A prefix that acts is the beginning of
+    its cache.
 
     Args:
         graph_module: not changed.
@@ -97,8 +100,14 @@ def generate(graph_module: TracedGraphModule, *args: Any, **options: Any) -> Any
             f"{ADAPTER_NAMES}: expected a graph with a key-value cache, got one without, whose weights would be folded for all rows alike. "
             "Rewrite the model or load the adapters with cache=True."
         )
-    model: Any = double_over(graph_module, folded_state(graph_module, unshare=True), _turned(graph_module)).eval()
-    return model.generate(*args, **options)
+    adapter = acting_prefix(graph_module)
+    state = folded_state(graph_module, unshare=True, keep_prefix=True)
+    model: Any = double_over(graph_module, state, _turned(graph_module)).eval()
+    if adapter is None:
+        return model.generate(*args, **options)
+    check_options(options)
+    with behind(model, keys_and_values(graph_module, adapter)):
+        return model.generate(*args, **options)
 
 
 def load_adapter(

@@ -336,6 +336,99 @@ def test_a_prefix_cannot_be_folded_combined_or_doubled(
     assert EMBEDDING.replace("default", "default-prefix") not in lora_fx.fold(lora_only).state_dict()
 
 
+def test_a_fold_beside_a_prefix_keeps_it(
+    model: Any, both: lora_fx.TracedGraphModule, graph: lora_fx.TracedGraphModule, base: lora_fx.TracedGraphModule
+) -> None:
+    rules = {"select": [{"role": ["attention.query"]}], "prefix": [{"tokens": 3, "projection": True, "hidden": 5}]}
+    projected = lora_fx.rewrite(base, rules, rank=3, seed=1)
+    for each in (both, graph, projected):
+        merged = lora_fx.fold(each, keep_prefix=True)
+        assert [str(found) for found in merged.adapters] == [f"{each.adapters[-1].name} (acts, frozen)"]
+        assert not any(".lora_" in name for name in merged.state_dict())
+        assert lora_fx.verify(each, merged, inputs(model, 3, 9)).largest < 1e-5
+    batch = inputs(model, 2, 5)
+    assert torch.equal(lora_fx.fold(graph, keep_prefix=True)(**batch).logits, graph(**batch).logits)
+
+
+def test_a_mask_that_hides_the_text_leaves_attention_over_the_prefix_alone(
+    model: Any, graph: lora_fx.TracedGraphModule
+) -> None:
+    ids = inputs(model, 2, 7)["input_ids"]
+    pairs = graph.get_parameter(EMBEDDING).detach().view(TOKENS, 2, 2, 2, 8).permute(1, 2, 3, 0, 4)
+    with torch.no_grad():
+        hidden = model.model.embed_tokens(ids)
+        turned = model.model.rotary_emb(hidden, torch.arange(TOKENS, TOKENS + 7)[None])
+        for layer, (key, value) in zip(model.model.layers, pairs, strict=True):
+            query = layer.self_attn.q_proj(layer.input_layernorm(hidden)).unflatten(-1, (4, 8)).transpose(1, 2)
+            query, _ = transformers.models.llama.modeling_llama.apply_rotary_pos_emb(query, query, *turned)
+            weights = (query @ key.repeat_interleave(2, 0).mT / 8**0.5).softmax(-1)
+            attended = (weights @ value.repeat_interleave(2, 0)).transpose(1, 2).flatten(2)
+            hidden = hidden + layer.self_attn.o_proj(attended)
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        expected = model.lm_head(model.model.norm(hidden))
+        found = graph(input_ids=ids, attention_mask=torch.zeros_like(ids)).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def generated_as_peft(model: Any, mine: lora_fx.TracedGraphModule, theirs: Any) -> None:
+    given(theirs, mine)
+    batch = {name: value for name, value in inputs(model, 3, 8).items() if not name.startswith("decoder")}
+    for options in ({"num_beams": 2}, {}):
+        settings: dict[str, Any] = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, **options}
+        expected = theirs.generate(**batch, **settings)
+        assert torch.equal(mine.generate(**batch, **settings), expected), options
+    assert torch.equal(mine.generate(**batch, **settings, use_cache=False), expected)  # where PEFT fails
+    assert not torch.equal(lora_fx.activate(mine, {}).generate(**batch, **settings), expected)
+    with pytest.raises(lora_fx.InputError, match="prompt_lookup_num_tokens was given, and a prefix is in a cache"):
+        mine.generate(**batch, max_new_tokens=2, prompt_lookup_num_tokens=2)
+
+
+def test_tokens_that_are_generated_are_those_of_peft(model: Any, base: lora_fx.TracedGraphModule) -> None:
+    mine = lora_fx.rewrite(base, {"prefix": [{"tokens": TOKENS}]})
+    generated_as_peft(model, mine, peft_model(model, "CAUSAL_LM").eval())
+
+
+@pytest.mark.parametrize("name", rows([name for name in MODELS if name not in ("llama", "bert")], ()))
+def test_tokens_of_each_model_are_those_of_peft(name: str) -> None:
+    build, task = MODELS[name]
+    model = made(build)
+    mine = lora_fx.rewrite(model, {"prefix": [{"tokens": TOKENS, "role": "peft"}]}, inference=True)
+    generated_as_peft(model, mine, peft_model(model, task).eval())
+
+
+def test_a_prefix_nests_is_computed_again_and_fuses(model: Any, both: lora_fx.TracedGraphModule) -> None:
+    batch = inputs(model, 3, 9)
+    name = EMBEDDING.replace("default", "default-prefix")
+
+    def gradient(module: Any) -> torch.Tensor:
+        module.zero_grad()
+        module(**batch).logits.square().sum().backward()
+        return module.get_parameter(name).grad.clone()
+
+    expected, nested = gradient(copy.deepcopy(both)), lora_fx.nest(copy.deepcopy(both))
+    assert torch.equal(nested(**batch).logits, both(**batch).logits)
+    nested.train().gradient_checkpointing_enable()
+    torch.testing.assert_close(gradient(nested), expected)
+    torch.testing.assert_close(gradient(lora_fx.fuse(copy.deepcopy(both))), expected)
+
+
+def test_files_for_other_runtimes_have_the_prefix(graph: lora_fx.TracedGraphModule, model: Any, tmp_path: Path) -> None:
+    lora_fx.export.torchscript(graph, tmp_path / "m.ts")
+    batch = inputs(model, 3, 9)
+    found = torch.jit.load(tmp_path / "m.ts")(*batch.values())  # type: ignore[no-untyped-call]
+    assert torch.equal(found["logits"], graph(**batch).logits)
+    with pytest.raises(lora_fx.ExportError, match="has a prefix, which is no product of A and B"):
+        lora_fx.export.onnx(graph, tmp_path / "m.onnx", slots=True)
+
+
+@pytest.mark.parametrize("name", rows(MODELS, ()))
+def test_onnx_models_have_the_prefix(name: str, tmp_path: Path) -> None:
+    graph = lora_fx.rewrite(made(MODELS[name][0]), {"prefix": [{"tokens": TOKENS, "projection": True}]}, inference=True)
+    for each in (graph, lora_fx.activate(graph, {})):  # each is compared with its graph at several sizes
+        lora_fx.export.onnx(each, tmp_path / "m.onnx", overwrite=True)
+        lora_fx.export.torchscript(each, tmp_path / "m.ts", overwrite=True)
+
+
 def test_what_a_prefix_cannot_be_is_refused_in_one_line(
     model: Any, base: lora_fx.TracedGraphModule, tmp_path: Path
 ) -> None:

@@ -16,7 +16,8 @@ from torch import fx, nn
 from lora_fx.adapters.fake_values import FakeValues
 from lora_fx.errors import PlanError
 from lora_fx.graph.adapter_names import prefix_name
-from lora_fx.graph.info import AdapterRecord
+from lora_fx.graph.graph_module import state_of
+from lora_fx.graph.info import AdapterRecord, known_info
 from lora_fx.graph.prefix_slot import PrefixSlot, put, slot_node, wanted_slot
 from lora_fx.graph.process_state import forked_random_state
 from lora_fx.graph.provenance import write_stamp
@@ -101,7 +102,8 @@ def write_prefix(
         return record(graph.create_node("get_attr", prefix_name(adapter, part)))
 
     def call(target: Any, *args: Any) -> fx.Node:
-        return record(graph.call_function(target, args))
+        # By a name that does not count the nodes beside it: graphs with and without branches are compared by names.
+        return record(graph.create_node("call_function", target, args, name=f"prefix_{target.overloadpacket.__name__}"))
 
     with graph.inserting_before(taken):
         value = named("embedding.weight")
@@ -118,3 +120,31 @@ def write_prefix(
         if slot.dtype != torch.float32:
             value = call(aten.to.dtype, value, slot.dtype)
     return put(graph, slot, value, prefix.tokens)
+
+
+def resolved(prefix: PrefixSpec, adapter: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the keys and values of a prefix, ``(tokens, layers · 2 · heads · size)``: of a projection what it computes."""
+    own = {part: tensors[prefix_name(adapter, part)].detach() for part in prefix.shapes}
+    value = own["embedding.weight"]
+    if prefix.hidden is None:
+        return value
+    linear = torch.nn.functional.linear
+    inner = torch.tanh(linear(value, own["transform.0.weight"], own["transform.0.bias"]))
+    return linear(inner, own["transform.2.weight"], own["transform.2.bias"])
+
+
+def acting_prefix(graph_module: nn.Module) -> str | None:
+    """Return the adapter whose prefix acts in a graph, if one does."""
+    records = known_info(graph_module).adapters.items()
+    return next((name for name, record in records if record.acts and record.prefix is not None), None)
+
+
+def keys_and_values(graph_module: nn.Module, adapter: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the keys and values that the prefix of an adapter gives each layer, ``(heads, tokens, size)``, without a gradient."""
+    info = known_info(graph_module)
+    prefix, slot = info.adapters[adapter].prefix, wanted_slot(info.prefix_slot, f"adapter {adapter!r}")
+    assert prefix is not None
+    whole = resolved(prefix, adapter, state_of(graph_module).tensors).to(slot.dtype)
+    pairs = whole.view(prefix.tokens, prefix.layers, 2, prefix.heads, prefix.size).permute(1, 2, 3, 0, 4)
+    found = [pairs[number] for number in prefix.pairs or range(prefix.layers)]
+    return [(key, value) for key, value in found]

@@ -18,6 +18,8 @@ import torch
 from torch import fx, nn
 
 from lora_fx.adapters.activate import activate
+from lora_fx.adapters.kept_prefix import with_prefix_of
+from lora_fx.adapters.prefix import acting_prefix
 from lora_fx.branches.find import Nominate, find_branches
 from lora_fx.branches.remove import plain_graph, without_branches
 from lora_fx.branches.tied_copies import with_apart_parameters
@@ -49,6 +51,7 @@ def fold(
     unshare: bool = False,
     inplace: bool = False,
     quantised: Literal["dense", "requantise"] = "dense",
+    keep_prefix: bool = False,
 ) -> CachedGraphs: ...
 
 
@@ -61,6 +64,7 @@ def fold(
     unshare: bool = False,
     inplace: bool = False,
     quantised: Literal["dense", "requantise"] = "dense",
+    keep_prefix: bool = False,
 ) -> TracedGraphModule: ...
 
 
@@ -72,6 +76,7 @@ def fold(
     unshare: bool = False,
     inplace: bool = False,
     quantised: Literal["dense", "requantise"] = "dense",
+    keep_prefix: bool = False,
 ) -> TracedGraphModule | CachedGraphs:
     """Return the graph without its branches, with their product merged into the weights of their sites.
 
@@ -98,9 +103,11 @@ def fold(
         quantised: what becomes of adapted weights that are quantised. ``"dense"``: their dense values with the update, rounded once.
             ``"requantise"``: these, quantised in the same way again, with a warning where the rounding error is more than 0.25 of the size of
             an update. Other quantised weights stay as they are; :func:`~lora_fx.dequantise` makes them dense.
+        keep_prefix: leave a prefix that acts in the graph, frozen, and fold what is beside it. Without it a prefix is refused, which
+            no weights can hold.
 
     Raises:
-        FoldError: a branch is not linear, a weight would need different values at its uses, or would become non-finite, a tensor is on
+        FoldError: a prefix acts, a branch is not linear, a weight would need different values at its uses, or would become non-finite, a tensor is on
             the meta device, or ``inplace`` meets a quantised weight. Nothing was changed.
         PlanError: ``strengths`` names an adapter that the graph has not.
     """
@@ -111,11 +118,12 @@ def fold(
         for part in graph_module.parts.values() if inplace else ():
             _consume(part)
         return apart(merged, graph_module)
-    plain = _plain_acting(graph_module, strengths)
+    plain = _plain_acting(graph_module, strengths, keep_prefix=keep_prefix)
     if known_info(plain).labels:
         raise FoldError(WITH_LABELS)
     with shown("folding"):
         folded = _folded(plain, branches, unshare=unshare, inplace=inplace, quantised=quantised)
+        folded = with_prefix_of(plain, folded)
     if inplace:
         _consume(graph_module)
     tell_dropped(plain, logging.WARNING if strengths is None else logging.INFO)  # the latter was asked for
@@ -130,7 +138,11 @@ def tell_dropped(graph_module: fx.GraphModule, level: int) -> None:
 
 
 def folded_state(
-    graph_module: fx.GraphModule, strengths: Mapping[str, float] | None = None, *, unshare: bool = False
+    graph_module: fx.GraphModule,
+    strengths: Mapping[str, float] | None = None,
+    *,
+    unshare: bool = False,
+    keep_prefix: bool = False,
 ) -> State:
     """Return the state of the folded graph: the merged weights under the model's names, all dense. The graph may have labels.
 
@@ -138,30 +150,29 @@ def folded_state(
         graph_module: see :func:`fold`.
         strengths: see :func:`fold`.
         unshare: see :func:`fold`.
+        keep_prefix: whether a prefix may act, which is for the caller to compute with.
 
     Raises:
         FoldError: see :func:`fold`.
         PlanError: see :func:`fold`.
     """
-    plain = _plain_acting(graph_module, strengths)
+    plain = _plain_acting(graph_module, strengths, keep_prefix=keep_prefix)
     return state_of(dequantise(_folded(plain, is_of_branch, unshare=unshare)))
 
 
-def _plain_acting(graph_module: fx.GraphModule, strengths: Mapping[str, float] | None) -> fx.GraphModule:
+def _plain_acting(
+    graph_module: fx.GraphModule, strengths: Mapping[str, float] | None, *, keep_prefix: bool = False
+) -> fx.GraphModule:
     """Return the plain graph in which these adapters act; without strengths those that do."""
     check_whole(graph_module)
     acting = graph_module if strengths is None else activate(graph_module, strengths)
-    check_no_prefix(acting)
+    adapter = acting_prefix(acting)
+    if adapter is not None and not keep_prefix:
+        raise FoldError(
+            f"adapter {adapter!r} cannot be folded: {NO_WEIGHTS_HOLD}. Fold what is beside it, lora_fx.fold(graph, keep_prefix=True), let it "
+            "not act (lora_fx.activate), or export the graph as it is."
+        )
     return plain_graph(acting)
-
-
-def check_no_prefix(graph_module: fx.GraphModule) -> None:
-    """Raise :class:`FoldError` if an adapter with a prefix acts."""
-    for name, record in known_info(graph_module).adapters.items():
-        if record.acts and record.prefix is not None:
-            raise FoldError(
-                f"adapter {name!r} cannot be folded: {NO_WEIGHTS_HOLD}. Let it not act (lora_fx.activate), or export the graph as it is."
-            )
 
 
 def _folded(

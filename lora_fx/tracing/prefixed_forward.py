@@ -138,13 +138,22 @@ class PrefixedCall:
             own = self._past(prefix, batch)
             empty: list[None] = [None] * len(own)
             self._cache = BothCaches(own, TensorCache(empty), from_encoder=False) if self._decodes else own
-            return self._called(given, self._cache, lambda values: _shifted(values, prefix, batch, self._decodes))
+            return self._called(given, self._cache, lambda values: self._shifted(values, prefix.size(0), batch))
 
         named = [p for p in self._parameters.values() if p.kind is not p.VAR_KEYWORD]
         more = [p for p in self._parameters.values() if p.kind is p.VAR_KEYWORD]
         own = inspect.Parameter(INPUT, inspect.Parameter.KEYWORD_ONLY)
         forward.__signature__ = inspect.Signature([*named, own, *more])  # type: ignore[attr-defined]
         return forward
+
+    def _shifted(self, given: dict[str, Any], tokens: int, batch: int) -> dict[str, Any]:
+        kind = "decoder_" if self._decodes else ""
+        mask, text = given.get(f"{kind}attention_mask"), given.get(f"{kind}input_ids")
+        if isinstance(mask, torch.Tensor) and isinstance(text, torch.Tensor) and mask.shape != text.shape:
+            raise ValueError(
+                f"{kind}attention_mask has the sizes of the text"
+            )  # compared: so a trace knows it from the start
+        return behind_prefix(given, tokens, batch, decodes=self._decodes)
 
     def _past(self, prefix: torch.Tensor, batch: int) -> TensorCache:
         """Return a cache with the prefix of each layer, for every row of a batch, as PEFT lays them out."""
@@ -161,7 +170,7 @@ class PrefixedCall:
         """Call the model with a cache, given to the module that takes one, and the inputs of that changed."""
         holder, given = self._holder, {key: value for key, value in given.items() if key != PAST}
         if holder is None:
-            return _without_past(self._original(**change({**given, PAST: cache})))
+            return without_past(self._original(**change({**given, PAST: cache})))
         inner: Any = holder.forward
         names = inspect.signature(inner).parameters
 
@@ -176,7 +185,7 @@ class PrefixedCall:
             del holder.forward
 
 
-def _without_past(output: Any) -> Any:
+def without_past(output: Any) -> Any:
     """Return an output without the cache, as the model returns it when it keeps none."""
     if isinstance(output, Mapping):
         return type(output)(**{name: value for name, value in output.items() if name != PAST})
@@ -197,21 +206,26 @@ def with_empty_slot(state: State, info: GraphInfo, slot: PrefixSlot) -> tuple[St
     return state, replace(info, prefix_slot=slot, examples=Examples(tensors, axes))
 
 
-def _shifted(given: dict[str, Any], prefix: torch.Tensor, batch: int, decodes: bool) -> dict[str, Any]:
-    """Return inputs with a mask that admits the prefix, and positions behind it, as PEFT has them."""
-    kind = "decoder_" if decodes else ""
-    name, text = f"{kind}attention_mask", given.get(f"{kind}input_ids")
+def behind_prefix(given: dict[str, Any], tokens: int, batch: int, *, decodes: bool) -> dict[str, Any]:
+    """Return inputs of a model with a mask that admits a prefix, and positions behind it, as PEFT has them.
+
+    Args:
+        given: by their names.
+        tokens: of the prefix.
+        batch: rows.
+        decodes: whether the prefix is that of a decoder behind an encoder.
+
+    Raises:
+        TraceError: the mask is one for each pair of positions.
+    """
+    name = "decoder_attention_mask" if decodes else "attention_mask"
     mask, positions = given.get(name), given.get("position_ids")
-    if isinstance(mask, torch.Tensor) and isinstance(text, torch.Tensor) and mask.shape != text.shape:
-        raise ValueError(f"{name} has the sizes of the text")  # compared, by which a trace knows it from the start
     if isinstance(mask, torch.Tensor):
         if mask.dim() != 2:
-            raise TraceError(
-                f"prefix=True: expected {name} of shape (batch, sequence), which a prefix extends, got {tuple(mask.shape)}."
-            )
-        given = {**given, name: torch.cat([mask.new_ones(batch, prefix.size(0)), mask], 1)}
+            raise TraceError(f"a prefix extends {name} of shape (batch, sequence), got {tuple(mask.shape)}.")
+        given = {**given, name: torch.cat([mask.new_ones(batch, tokens), mask], 1)}
     if isinstance(positions, torch.Tensor):
-        given = {**given, "position_ids": positions + prefix.size(0)}
+        given = {**given, "position_ids": positions + tokens}
     return given
 
 

@@ -15,8 +15,8 @@ from torch import fx
 
 from lora_fx.adapters.peft_format.keys import PREFIX
 from lora_fx.adapters.peft_format.tensors import AdapterTensor, AdapterTensors
+from lora_fx.adapters.prefix import resolved
 from lora_fx.errors import AdapterError, PlanError
-from lora_fx.graph.adapter_names import prefix_name
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.info import GraphInfo, known_info
 from lora_fx.graph.prefix_slot import wanted_slot
@@ -145,17 +145,6 @@ def in_peft_words(
         auto_mapping=None,
     )
     return config, {KEY: resolved(prefix, adapter, tensors)}
-
-
-def resolved(prefix: PrefixSpec, adapter: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return the keys and values of a prefix, ``(tokens, layers · 2 · heads · size)``: of a projection what it computes."""
-    own = {part: tensors[prefix_name(adapter, part)].detach() for part in prefix.shapes}
-    value = own["embedding.weight"]
-    if prefix.hidden is None:
-        return value
-    linear = torch.nn.functional.linear
-    inner = torch.tanh(linear(value, own["transform.0.weight"], own["transform.0.bias"]))
-    return linear(inner, own["transform.2.weight"], own["transform.2.bias"])
 
 
 def _task(info: GraphInfo) -> str:

@@ -1,0 +1,67 @@
+"""Generation with a prefix by the model's own ``generate``: the prefix is put into each cache that has no past yet, as PEFT does it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from lora_fx.errors import InputError
+from lora_fx.tracing.prefixed_forward import behind_prefix, without_past
+
+_OTHER_WAYS = ("assistant_model", "prompt_lookup_num_tokens", "cache_implementation", "past_key_values")
+"""Options of ``generate`` by which a cache is cut, or is another than one that grows."""
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise :class:`InputError` for options of ``generate`` by which a prefix would be lost or cut."""
+    given = [name for name in _OTHER_WAYS if options.get(name) is not None]
+    if given:
+        raise InputError(
+            f"{given[0]} was given, and a prefix is in a cache that grows from the first step on. Leave it out."
+        )
+
+
+@contextmanager
+def behind(model: Any, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """Let a model of transformers compute with a prefix inside the block.
+
+    Args:
+        model: whose ``forward`` is replaced.
+        pairs: of each layer the keys and values of the prefix, ``(heads, tokens, size)``.
+    """
+    inner, tokens = model.forward, pairs[0][0].size(1)
+    names, decodes = inspect.signature(inner).parameters, bool(model.config.is_encoder_decoder)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        text = given.get("decoder_input_ids" if decodes else "input_ids")
+        if not isinstance(text, torch.Tensor):
+            raise InputError("expected input_ids: a prefix is put in front of tokens, got none.")
+        batch = text.size(0)
+        cache: Any = given.get("past_key_values")
+        kept = cache is not None
+        if not kept:  # every step has the whole text
+            cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if decodes else DynamicCache()
+        own = cache.self_attention_cache if decodes else cache
+        if not own.get_seq_length():
+            for index, (key, value) in enumerate(pairs):
+                own.update(key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1), index)
+        mask, length = given.get("attention_mask"), own.get_seq_length() + text.size(1)
+        if not decodes and isinstance(mask, torch.Tensor) and mask.size(-1) + tokens != length:
+            raise InputError(
+                f"expected a cache of {mask.size(-1) + tokens - text.size(1)} positions, got {length - text.size(1)}."
+            )
+        output = inner(**behind_prefix({**given, "past_key_values": cache}, tokens, batch, decodes=decodes))
+        return output if kept else without_past(output)
+
+    forward.__signature__ = inspect.signature(inner)  # type: ignore[attr-defined]
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
