@@ -175,8 +175,8 @@ def rewrite(
                 labels=labels,
                 inference=inference,
                 cache=cache,
-                prefix=has_prefix(ruleset)
-                and not isinstance(given, TracedGraphModule),  # the plan refuses a graph by its rules
+                # The plan refuses a graph by its rules.
+                prefix=has_prefix(ruleset) and not (cache or isinstance(given, TracedGraphModule)),
             ),
             attached,
         )

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import lora_fx
 from lora_fx.errors import AdapterError, FoldError, PlanError, RuleError, TraceError
@@ -394,6 +396,50 @@ def test_tokens_of_each_model_are_those_of_peft(name: str) -> None:
     model = made(build)
     mine = lora_fx.rewrite(model, {"prefix": [{"tokens": TOKENS, "role": "peft"}]}, inference=True)
     generated_as_peft(model, mine, peft_model(model, task).eval())
+
+
+@pytest.fixture(scope="module")
+def cached(model: Any) -> Any:
+    return lora_fx.trace(model, cache=True, inference=True)
+
+
+def test_with_a_cache_a_prefix_is_the_first_past(
+    model: Any, cached: Any, both: lora_fx.TracedGraphModule, graph: lora_fx.TracedGraphModule, tmp_path: Path
+) -> None:
+    batch = inputs(model, 3, 8)
+    settings: dict[str, Any] = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
+    lora_fx.save_adapter(graph, tmp_path / "a")
+    read = lora_fx.load_adapter(cached, tmp_path / "a")
+    merged = lora_fx.fold(lora_fx.transfer(both, onto=cached), keep_prefix=True)
+    for found, expected in ((read, graph), (lora_fx.transfer(both, onto=cached), both), (merged, both)):
+        tokens = expected.generate(**batch, **settings)
+        assert torch.equal(found.generate(**batch, **settings), tokens)
+        assert not torch.equal(lora_fx.unload(found).generate(**batch, **settings), tokens)
+    beams = {**settings, "num_beams": 2}
+    assert torch.equal(read.generate(**batch, **beams), graph.generate(**batch, **beams))
+    with pytest.raises(lora_fx.ExportError, match=r"lora_fx\.export\.generation writes it beside the model"):
+        lora_fx.export.torchscript(read, tmp_path / "m.ts")
+    with pytest.raises(PlanError, match="takes a prefix as the past of the first call, and trains none"):
+        lora_fx.rewrite(cached, {"prefix": [{"tokens": 3}]})
+
+
+@pytest.mark.parametrize("name", rows(("llama",), ()))
+def test_a_directory_for_generation_has_the_prefix_as_a_past(
+    name: str, model: Any, cached: Any, graph: lora_fx.TracedGraphModule, tmp_path: Path
+) -> None:
+    del name
+    lora_fx.export.generation(lora_fx.transfer(graph, onto=cached), tmp_path / "out")
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    batch = inputs(model, 3, 8)
+    past = {
+        name: value.expand(3, -1, -1, -1)
+        for name, value in load_file(tmp_path / "out" / "past_key_values.safetensors").items()
+    }
+    mask = torch.cat([torch.ones(3, TOKENS, dtype=torch.int64), batch["attention_mask"]], 1)
+    positions = torch.arange(TOKENS, TOKENS + 8).repeat(3, 1)
+    feed = {"input_ids": batch["input_ids"], "attention_mask": mask, "position_ids": positions, **past}
+    (found,) = session.run(["logits"], {name: value.numpy() for name, value in feed.items()})
+    torch.testing.assert_close(torch.from_numpy(found), graph(**batch).logits, rtol=0, atol=1e-5)
 
 
 def test_a_prefix_nests_is_computed_again_and_fuses(model: Any, both: lora_fx.TracedGraphModule) -> None:

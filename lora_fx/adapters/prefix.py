@@ -90,6 +90,8 @@ def write_prefix(
     if prefix is None:
         return {}
     slot = wanted_slot(slot, f"adapter {adapter!r}")
+    if slot.past:
+        return {}
     taken, fakes = slot_node(graph), FakeValues(state)
     assert taken is not None
 

@@ -165,7 +165,7 @@ def export(
             pairs = zip(adapters, layouts, strict=True)
             opened = [read_adapter(directory, layout, ignore_config_key or ()) for directory, layout in pairs]
             choice = base_class(model, opened, model_class)
-            prefix = any(files.prefix is not None for files in opened)
+            prefix = any(files.prefix is not None for files in opened) and not with_cache
             graph, model_type = _loaded_graph(model, dtype, choice, example_inputs, with_cache, prefix, status.update)
             graph = through(graph, partial(_with_adapters, opened=opened, strict=strict, step=status.update))
             if slots and (rules or not adapters):

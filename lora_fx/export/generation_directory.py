@@ -6,6 +6,8 @@
     config.json               of the transformers model; optimum reads sizes of the cache from it
     generation_config.json    defaults of generation
     genai_config.json         what onnxruntime-genai needs to know: names and sizes; of a causal model
+    past_key_values.safetensors   a prefix that acts, past_key_values.{i}.key (1, heads, tokens, size): the past of a first call, for each row of
+                              the batch; the mask has ones for it, and positions begin behind it
     tokenizer files           where a tokenizer is given
 
 The files are written beside their place, and moved there together once the model was compared with its graph.
@@ -22,13 +24,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 
+from lora_fx.adapters.activate import activate
+from lora_fx.adapters.prefix import acting_prefix, keys_and_values
 from lora_fx.errors import LoraFxError, first_line
 from lora_fx.export.deliver import Exported
 from lora_fx.export.onnx_file import onnx
 from lora_fx.files.atomic import replacing
+from lora_fx.files.safetensors import write_tensors
 from lora_fx.files.target import DirectoryKind, Target
+from lora_fx.graph.adapter_states import acting
 from lora_fx.graph.cached_graphs import (
     PAST,
     PRESENT,
@@ -49,6 +56,8 @@ PART_FILES = {
     "later": "decoder_with_past_model.onnx",
 }
 """File of each graph of an encoder-decoder model, as optimum calls them."""
+
+PAST_FILE = f"{PAST}.safetensors"
 
 
 def generation(
@@ -80,6 +89,7 @@ def generation(
         VerifyError: the written model does not compute what the graph computes.
     """
     graphs: dict[str, TracedGraphModule]
+    past: dict[str, torch.Tensor] = {}
     if isinstance(graph_module, CachedGraphs):
         graphs = {PART_FILES[part]: each for part, each in graph_module.parts.items()}
         if slots:
@@ -89,6 +99,7 @@ def generation(
             )
     else:
         check_cache(graph_module)
+        past, graph_module = _first_past(graph_module)
         graphs = {MODEL: graph_module}
     main = next(iter(graphs.values()))
     genai = genai_config(main) if MODEL in graphs else None
@@ -106,6 +117,8 @@ def generation(
         }
         main.config.save_pretrained(beside)
         settings.save_pretrained(beside)
+        if past:
+            write_tensors(beside / PAST_FILE, past, {"format": "pt"})
         if genai is not None:
             text = json.dumps(genai, indent=2)
             (beside / GENAI_CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -119,6 +132,29 @@ def generation(
             if path.is_file()
         }
     return replace(_together(written), path=directory, files=files)
+
+
+def _first_past(graph_module: TracedGraphModule) -> tuple[dict[str, torch.Tensor], TracedGraphModule]:
+    """Return the past that a prefix is, by the names of inputs, and the graph in which it does not act."""
+    adapter = acting_prefix(graph_module)
+    if adapter is None:
+        return {}, graph_module
+    _logger.warning(
+        "the prefix of adapter %r is in %s, for clients that take a first past; onnxruntime-genai and optimum begin without one.",
+        adapter,
+        PAST_FILE,
+    )
+    pairs = keys_and_values(graph_module, adapter)
+    named = (
+        (f"{PAST}.{index}.{part}", each)
+        for index, pair in enumerate(pairs)
+        for part, each in zip(_PARTS, pair, strict=True)
+    )
+    others = {name: strength for name, strength in acting(graph_module).items() if name != adapter}
+    return {name: each[None].cpu().contiguous() for name, each in named}, activate(graph_module, others)
+
+
+_PARTS = ("key", "value")
 
 
 def _check_tokenizer(tokenizer: Any, source: Path | None) -> None:
@@ -268,7 +304,7 @@ _TOKENIZER_FILES = (
 def _is_written(path: str) -> bool:
     models = (MODEL, *PART_FILES.values())
     return (
-        path in (*models, "config.json", "generation_config.json", GENAI_CONFIG)
+        path in (*models, PAST_FILE, "config.json", "generation_config.json", GENAI_CONFIG)
         or _is_tokenizer_file(path)
         or (path.startswith(tuple(f"{model}." for model in models)) and path.endswith(".data"))
     )

@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 from torch.fx.graph import CodeGen
 
+from lora_fx.adapters.prefix import acting_prefix
 from lora_fx.branches.lower import lower
 from lora_fx.errors import WITH_LABELS, ExportError
 from lora_fx.folding.dequantise import dequantise
@@ -117,6 +118,12 @@ def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.
         )
     if info_of(graph_module).labels:
         raise ExportError(WITH_LABELS)
+    slot, adapter = info_of(graph_module).prefix_slot, acting_prefix(graph_module)
+    if slot is not None and slot.past and adapter is not None:
+        raise ExportError(
+            f"adapter {adapter!r} has a prefix, which is the past of the first call of a graph with a cache, and no part of it: "
+            "lora_fx.export.generation writes it beside the model. For the model alone let it not act (lora_fx.activate)."
+        )
     empty = [name for name, tensor in state_of(graph_module).tensors.items() if tensor.is_meta]
     if empty:
         raise ExportError(

@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMix
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
+from lora_fx.adapters.prefix import acting_prefix, keys_and_values
 from lora_fx.errors import InputError
 from lora_fx.graph.adapter_rows import ADAPTER_NAMES, check_count
 from lora_fx.graph.cached_graphs import (
@@ -159,22 +160,32 @@ class CausalGenerator(Generator):
 
         Args:
             input_ids: ``(batch, sequence)``.
-            attention_mask: ``(batch, past_sequence + sequence)``; all ones by default.
+            attention_mask: ``(batch, past_sequence + sequence)``; all ones by default. A prefix, with which the past begins, is not counted.
             position_ids: ``(batch, sequence)``; counted over the mask by default.
             past_key_values: a cache, changed in place.
         """
         cache = DynamicCache() if past_key_values is None else past_key_values
         _check_grows(cache)
-        past = _pairs(cache) if cache.get_seq_length() else empty_past(self.graph, input_ids.size(0))
-        length = past[0]["key"].size(2) + input_ids.size(1)
+        first, tokens = self._first_past(input_ids.size(0))
+        past = _pairs(cache) if cache.get_seq_length() else first
+        length = past[0]["key"].size(2) + input_ids.size(1) - tokens
         mask = attention_mask if attention_mask is not None else input_ids.new_ones(input_ids.size(0), length)
-        inputs = {"input_ids": input_ids, "attention_mask": mask, PAST: past}
+        whole = torch.cat([mask.new_ones(mask.size(0), tokens), mask], 1) if tokens else mask
+        inputs = {"input_ids": input_ids, "attention_mask": whole, PAST: past}
         if takes_positions(self.graph):
             counted = (mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.size(1) :]
-            inputs["position_ids"] = counted if position_ids is None else position_ids
+            inputs["position_ids"] = (counted if position_ids is None else position_ids) + tokens
         outputs = self.graph(**inputs, **self._rows.of(input_ids))
         _put(cache, outputs[PRESENT])
         return CausalLMOutputWithPast(logits=outputs["logits"], past_key_values=cache)
+
+    def _first_past(self, batch: int) -> tuple[list[dict[str, torch.Tensor]], int]:
+        """Return the past before the first token, which is a prefix that acts, and its length."""
+        adapter = acting_prefix(self.graph)
+        if adapter is None:
+            return empty_past(self.graph, batch), 0
+        pairs = [[each.expand(batch, -1, -1, -1) for each in pair] for pair in keys_and_values(self.graph, adapter)]
+        return [{"key": key, "value": value} for key, value in pairs], pairs[0][0].size(2)
 
 
 class EncoderDecoderGenerator(Generator):

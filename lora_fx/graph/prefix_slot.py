@@ -44,7 +44,7 @@ _SHAPE = [-1, -1]  # of the expand that marks the slot: nothing else writes this
 
 @dataclass(frozen=True)
 class PrefixSlot:
-    """The slot of a graph, which was traced with ``prefix=True``.
+    """The slot of a graph, which was traced with ``prefix=True``, or with a cache.
 
     Attributes:
         layers: that take a prefix, each with keys and values in this order.
@@ -53,6 +53,7 @@ class PrefixSlot:
         dtype: of keys and values.
         counted: the number of layers that PEFT reads off the config of the model: of an encoder-decoder model those of the encoder.
         decodes: whether the layers are those of the decoder of an encoder-decoder model.
+        past: whether the graph has no node for it: it was traced with a cache, and takes the prefix as the past of the first call.
         conditions: on the number of tokens and the sizes of inputs.
     """
 
@@ -62,6 +63,7 @@ class PrefixSlot:
     dtype: torch.dtype
     counted: int
     decodes: bool = False
+    past: bool = False
     conditions: tuple[Relation, ...] = ()
 
     @property

@@ -21,6 +21,11 @@ def prefix_of(rules: RuleSet, slot: PrefixSlot | None) -> PrefixSpec | None:
     for each in rules.prefix:
         rule = f"{rules.name}:prefix"
         slot = wanted_slot(slot, f"{rules.name!r}: [[prefix]]")
+        if slot.past:
+            raise PlanError(
+                f"{rules.name!r}: [[prefix]]: a graph with a cache takes a prefix as the past of the first call, and trains none. Train it "
+                "without cache=True, and lora_fx.transfer(trained, onto=lora_fx.trace(model, cache=True)), or lora_fx.from_adapter(…, cache=True)."
+            )
         layers, pairs = (slot.layers, None) if each.role != "peft" else peft_pairs(slot)
         width = slot.heads * slot.size
         hidden = (each.hidden or width) if each.projection else None

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from lora_fx.errors import TraceError, listed, option
 from lora_fx.graph.cached_graphs import PAST, PRESENT, CacheLayer
 from lora_fx.graph.example_sizes import SUM
+from lora_fx.graph.prefix_slot import PrefixSlot
 from lora_fx.tracing.example_inputs import ExampleInputs
 from lora_fx.tracing.input_kinds import BATCH, random_tokens
 from lora_fx.tracing.repeated_layers.stubs import Carried
@@ -161,7 +162,8 @@ class CausalCall:
     forward: Callable[..., Any]
 
     def __init__(self, model: nn.Module) -> None:
-        self.inputs = _inputs(model, cache_layers(model))
+        layers = cache_layers(model)
+        self.inputs, self.slot = _inputs(model, layers), _slot(layers)
         self._original = model.forward
         self._cache = TensorCache(())
         self.forward = self._with_positions if _takes_positions(model) else self._without_positions
@@ -193,6 +195,14 @@ class CausalCall:
         self._cache = TensorCache(past)
         logits = self._original(**inputs, past_key_values=self._cache, use_cache=True).logits
         return {"logits": logits, PRESENT: self._cache.present()}
+
+
+def _slot(layers: Sequence[CacheLayer]) -> PrefixSlot | None:
+    """Return the sizes of a prefix, which is the past of a first call; None where keys and values have several sizes."""
+    first = layers[0]
+    if first.key_size != first.value_size or any(layer != first for layer in layers):
+        return None
+    return PrefixSlot(len(layers), first.heads, first.key_size, first.dtype, len(layers), past=True)
 
 
 def _check_lengths(past: Sequence[Mapping[str, torch.Tensor]], inputs: Mapping[str, torch.Tensor]) -> None:

@@ -246,6 +246,7 @@ class _Task:
         model, inputs = self.model, self.inputs
         return GraphInfo(
             inference=self.inference,
+            prefix_slot=self.cached.slot if isinstance(self.cached, CausalCall) else None,
             labels=self.labels,
             part=self.part,
             constants={name: value for name, value in inputs.kwargs.items() if not has_tensor(value)},

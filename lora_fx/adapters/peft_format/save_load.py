@@ -136,7 +136,11 @@ def from_adapter(
     loading = _loading(files, adapter, trainable, strict)
     if isinstance(given, CachedGraphs):
         return through(given, loading)
-    settings: dict[str, Any] = {"dynamic": dynamic, "inference": inference, "prefix": files.prefix is not None}
+    settings: dict[str, Any] = {
+        "dynamic": dynamic,
+        "inference": inference,
+        "prefix": files.prefix is not None and not cache,
+    }
     graphs = trace_with_layers(given, files.config.layer_replication, example_inputs, cache=cache, **settings)
     return through(graphs, loading)
 
