@@ -475,9 +475,7 @@ def test_onnx_models_have_the_prefix(name: str, tmp_path: Path) -> None:
         lora_fx.export.torchscript(each, tmp_path / "m.ts", overwrite=True)
 
 
-def test_what_a_prefix_cannot_be_is_refused_in_one_line(
-    model: Any, base: lora_fx.TracedGraphModule, tmp_path: Path
-) -> None:
+def test_what_a_prefix_cannot_be_is_refused_in_one_line(base: lora_fx.TracedGraphModule) -> None:
     def refused(error: type[Exception], match: str, call: Callable[[], object]) -> None:
         with pytest.raises(error, match=match):
             call()
@@ -494,7 +492,7 @@ def test_what_a_prefix_cannot_be_is_refused_in_one_line(
     refused(RuleError, "select: required, and missing", lambda: lora_fx.rewrite(base, {"defaults": {}}))
     plain = torch.fx.symbolic_trace(torch.nn.Linear(3, 2))
     refused(TraceError, "takes no past_key_values", lambda: lora_fx.trace(plain, (torch.ones(1, 3),), prefix=True))
-    other = lora_fx.trace(model, inference=True)
+    other = lora_fx.trace(torch.nn.Linear(3, 2), (torch.ones(2, 3),))
     refused(PlanError, "traced without", lambda: lora_fx.rewrite(other, {"prefix": [{"tokens": 3}]}))
     refused(TraceError, "prefix=True ask for", lambda: lora_fx.trace(other, prefix=True))
     with torch.device("meta"):

@@ -25,7 +25,7 @@ from lora_fx.graph.info import GraphInfo
 from lora_fx.graph.prefix_slot import AXIS, EMPTY, INPUT, PrefixSlot
 from lora_fx.graph.state import State
 from lora_fx.tracing.cached_encoder_decoder import BothCaches
-from lora_fx.tracing.cached_forward import TensorCache, number
+from lora_fx.tracing.cached_forward import CachedCall, TensorCache, number
 from lora_fx.tracing.example_inputs import ExampleInputs, is_pretrained
 
 _TOKENS = 7  # of the example: distinct from its batch and lengths
@@ -132,9 +132,12 @@ class PrefixedCall:
         """Return the call with the signature of ``model.forward``, and the prefix as one more argument."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            prefix = kwargs.pop(INPUT)
             given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-            batch = next(each for each in given.values() if isinstance(each, torch.Tensor)).size(0)
+            prefix = given.pop(INPUT, None)
+            text = next(each for each in given.values() if isinstance(each, torch.Tensor))
+            batch = text.size(0)
+            if prefix is None:
+                prefix = text.new_empty(0, self.slot.width, dtype=self.slot.dtype)
             own = self._past(prefix, batch)
             empty: list[None] = [None] * len(own)
             self._cache = BothCaches(own, TensorCache(empty), from_encoder=False) if self._decodes else own
@@ -142,7 +145,7 @@ class PrefixedCall:
 
         named = [p for p in self._parameters.values() if p.kind is not p.VAR_KEYWORD]
         more = [p for p in self._parameters.values() if p.kind is p.VAR_KEYWORD]
-        own = inspect.Parameter(INPUT, inspect.Parameter.KEYWORD_ONLY)
+        own = inspect.Parameter(INPUT, inspect.Parameter.KEYWORD_ONLY, default=None)
         forward.__signature__ = inspect.Signature([*named, own, *more])  # type: ignore[attr-defined]
         return forward
 
@@ -193,6 +196,16 @@ def without_past(output: Any) -> Any:
 
 
 _INSTEAD = "Use LoRA, which needs no past."
+
+
+def returns_cache(call: CachedCall | None) -> bool:
+    """Tell whether the graph of a call returns the cache."""
+    return not isinstance(call, PrefixedCall | None)
+
+
+def without_prefix(inputs: ExampleInputs) -> ExampleInputs:
+    """Return the inputs of a trace as those of its graph, which holds the prefix itself."""
+    return replace(inputs, kwargs={name: value for name, value in inputs.kwargs.items() if name != INPUT})
 
 
 def with_empty_slot(state: State, info: GraphInfo, slot: PrefixSlot) -> tuple[State, GraphInfo]:

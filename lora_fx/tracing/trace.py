@@ -77,7 +77,7 @@ from lora_fx.tracing.model_state import (
 from lora_fx.tracing.module_kinds import linear_modules, parameter_modules, task_head, vocabulary_modules
 from lora_fx.tracing.omitted_inputs import fills_of, flags_of
 from lora_fx.tracing.parity import OnCopies, called, check_evaluation, check_outputs, check_training
-from lora_fx.tracing.prefixed_forward import PrefixedCall, with_empty_slot
+from lora_fx.tracing.prefixed_forward import PrefixedCall, returns_cache, with_empty_slot, without_prefix
 from lora_fx.tracing.quantised_models import QuantisedLayers, checked_beside_library, linear_layers, without_codes
 from lora_fx.tracing.repeated_layers.call_values import FirstLayerDiffers, LayersDiffer, reason_of
 from lora_fx.tracing.repeated_layers.expand import expand
@@ -201,6 +201,7 @@ def trace(
             if is_exported(model):
                 tie(model)
             traced = _trace_equal_layers_once(_Task(model, inputs, dynamic, labels, inference, mode, cached))
+            inputs = without_prefix(inputs) if prefix else inputs
             traced = checked_beside_library(model, traced, inputs, quantised).train(mode.training)
             return checked_base(nest_as(model, traced, checkpointing))
 
@@ -425,7 +426,7 @@ def _verified(task: _Task, state: State, meta: dict[str, Any], traced: _Trace) -
         task.mode.set(model, True)
         check_functions(model, lambda: OnCopies(model)(*inputs.args, **inputs.kwargs), traced.functions)
     if on_meta:
-        fill_in(traced.graph, {}, flags_of(task.info, cache=task.cached is not None))
+        fill_in(traced.graph, {}, flags_of(task.info, cache=returns_cache(task.cached)))
         return traced.constraints
     graph_module = assemble(traced.graph, state, meta=meta, training=not inference, trainable=frozenset())
 
@@ -440,6 +441,6 @@ def _verified(task: _Task, state: State, meta: dict[str, Any], traced: _Trace) -
     if loss_uses_count(graph_module) and signature_of(traced.graph).omissible:
         check_outputs(model, graph_module, without_item_count(inputs), "evaluation")
     fills = fills_of(model, graph_module, inputs) if task.info.pretrained else {}
-    fill_in(traced.graph, fills, flags_of(task.info, cache=task.cached is not None))
+    fill_in(traced.graph, fills, flags_of(task.info, cache=returns_cache(task.cached)))
     modes = None if inference else set_training
     return without_artefacts(OnCopies(model), OnCopies(graph_module), inputs, traced.constraints, modes)
