@@ -16,6 +16,7 @@ import torch
 from lora_fx.errors import ExportError, option
 from lora_fx.export.compare import Loaded, compare
 from lora_fx.export.deliver import Exported, Options, deliver
+from lora_fx.export.onnx_dtype import check_dtype, convert_dtype
 from lora_fx.export.onnx_input_checks import add_checks
 from lora_fx.export.onnx_names import Names, name_values, with_names
 from lora_fx.export.onnx_ops import attention, grouped_mm, onnx_package
@@ -30,6 +31,7 @@ from lora_fx.export.torch_program import export_plain
 from lora_fx.files.atomic import writable
 from lora_fx.files.target import Target
 from lora_fx.folding.dequantise import dequantise
+from lora_fx.graph.compare import COARSE_TOLERANCE
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced
 from lora_fx.graph.process_state import quiet
 from lora_fx.graph.provenance import source_line
@@ -51,6 +53,7 @@ def onnx(
     output_names: Names | None = None,
     slots: bool = False,
     opset: int = DEFAULT_OPSET,
+    dtype: torch.dtype | None = None,
     transpose_weights: bool = True,
     quantised: bool = False,
 ) -> Exported:
@@ -77,6 +80,9 @@ def onnx(
             stands between two operators that onnxruntime fuses at its higher optimisation levels (a product and the GELU or the
             layer norm behind it). It is compared without an adapter, and with a made-up one.
         opset: version of ONNX's operators, 17 or later. By default the newest that releases of onnxruntime and TensorRT of the last year take.
+        dtype: ``torch.float16`` or ``torch.bfloat16``, written in the place of float32; the graph keeps its dtype. Inputs and outputs stay
+            float32. Norms, Softmax, powers and positions are computed in float32; the minimum of a mask becomes a number that the dtype holds.
+            The default ``tolerance`` is then 0.05. onnxruntime's CPU computes float16 with casts; of bfloat16 it has few kernels.
         transpose_weights: store a matrix that a product alone reads, transposed, as the initializer ``<key>.T``, for tools that
             quantise or fuse products: they skip those behind a Transpose. The model's metadata maps the names to the keys
             (``lora_fx.transposed_weights``, a JSON object). False stores each weight under its key, as it is.
@@ -97,6 +103,9 @@ def onnx(
         onnx_package(name)
     Target(Path(path), overwrite).check()
     check_opset(opset)
+    check_dtype(dtype, slots, quantised)
+    if dtype is not None and tolerance is None:
+        tolerance = COARSE_TOLERANCE
     previous = _data_beside(Path(path))
     products: Mapping[str, Product] = {}
     if quantised:
@@ -104,7 +113,7 @@ def onnx(
     with_slots = Slots.of(graph_module) if slots else None
     options = Options(overwrite, verify, tolerance, example_inputs)
     written = with_slots.probe if with_slots else graph_module
-    format = _Onnx(with_slots, options, transpose_weights, products, input_names, output_names, opset)
+    format = _Onnx(with_slots, options, transpose_weights, products, input_names, output_names, opset, dtype)
     exported = deliver(format, written, path, options)
     _remove_unnamed(previous, exported.path)
     return exported
@@ -119,6 +128,7 @@ class _Onnx:
     input_names: Names | None
     output_names: Names | None
     opset: int
+    dtype: torch.dtype | None
     name = "ONNX"
 
     def prepared(self, exportable: Exportable) -> Exportable:
@@ -137,6 +147,8 @@ class _Onnx:
             store_quantised(model, self.products)
         if self.transpose_weights:
             store_transposed(model)
+        if self.dtype is not None:
+            convert_dtype(model, self.dtype)
         add_checks(model, exportable.constraints, exportable.file_names)
         set_opset(model, self.opset)
         name_values(model, exportable)
