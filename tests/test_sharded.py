@@ -15,6 +15,9 @@ import families
 import pytest
 import sharded
 import torch
+import transformers
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.utils import DistributedType
 from architectures import ARCHITECTURES, build, traced, without_dropout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -23,6 +26,7 @@ import lora_fx
 
 pytestmark = [pytest.mark.xdist_group("sharded"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
+EXAMPLES = Path(__file__).parent.parent / "tools" / "examples"
 SCRIPT = Path(__file__).parent / "sharded.py"
 FIRST = ("refusals", "llama", "llama-files", "llama-accelerated-True")
 MORE = tuple(name for name in sharded.checks() if name not in FIRST)
@@ -203,3 +207,24 @@ def test_a_nested_graph_has_no_embedding_modules_and_says_why() -> None:
         with pytest.raises(AttributeError, match=f"a nested graph has no {name}: FSDP would shard such a module"):
             getattr(graph, name)
         assert hasattr(lora_fx.flatten(graph), name)
+
+
+@pytest.mark.matrix
+def test_the_example_of_fsdp_learns_and_its_adapter_fits_the_base(tmp_path: Path) -> None:
+    script = EXAMPLES / "finetune_fsdp.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    options = ["--steps", "8", "--out", tmp_path]
+    done = subprocess.run([*launch, *options], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.rpartition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert losses[-1] < losses[0] - 0.2
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    assert lora_fx.from_adapter(model, tmp_path / "adapter").adapters  # by the fingerprint in its file
+
+
+def test_the_config_for_accelerate_is_one_that_it_reads() -> None:
+    config = ClusterConfig.from_yaml_file(str(EXAMPLES / "accelerate_fsdp.yaml"))
+    assert config.distributed_type == DistributedType.FSDP
+    assert config.fsdp_config["fsdp_version"] == 2
+    assert not config.fsdp_config["fsdp_activation_checkpointing"]
+    assert config.mixed_precision == "no"

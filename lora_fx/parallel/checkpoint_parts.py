@@ -77,10 +77,11 @@ def load_sharded(
     assert made_for is not None
     device = torch.device(made_for.device_type)
     values = {name: _empty_like(sharded.tensors[name], device) for name in keys}
-    load(
-        {key: values[name] for name, key in keys.items()},
-        storage_reader=HuggingFaceStorageReader(str(checkpoint.model)),
-    )
+    for portion in _portions(keys, checkpoint):
+        load(
+            {keys[name]: values[name] for name in portion},
+            storage_reader=HuggingFaceStorageReader(str(checkpoint.model)),
+        )
     missing = {
         name: tensor for name, tensor in before.tensors.items() if name not in before.non_persistent and tensor.is_meta
     }
@@ -137,6 +138,18 @@ def _part(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return part_of(value.detach(), like) if isinstance(like, DTensor) else value.detach()
 
 
+def _portions(keys: Mapping[str, str], checkpoint: Checkpoint) -> list[list[str]]:
+    """Return the names of tensors in portions, since what is read of a file stays in memory until the file is closed."""
+    sizes = {name: checkpoint.tensors[key][1].size for name, key in keys.items()}
+    limit, portions, held = sum(sizes.values()) / PORTIONS, list[list[str]](), 0
+    for name, size in sizes.items():
+        if not portions or held + size > limit:
+            portions, held = [*portions, []], 0
+        portions[-1].append(name)
+        held += size
+    return portions
+
+
 def _keys(state: State, checkpoint: Checkpoint) -> dict[str, str]:
     """Return for each tensor of the base, by its first name, the key that a checkpoint has it under.
 
@@ -169,3 +182,5 @@ def _keys(state: State, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 _MAX_NAMED = 10
+PORTIONS = 20
+"""In about how many portions a checkpoint is read."""
