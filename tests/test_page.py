@@ -714,8 +714,12 @@ def test_a_model_of_twenty_thousand_operators_paints_at_once_and_opens_a_layer_a
 def test_the_side_panel_collapses_and_a_narrow_window_begins_without_it(show: Show) -> None:
     page = show("llama", viewport={"width": 800, "height": 600})
     assert page.locator("#panel").is_hidden()
+    from_middle = "viewer.state().view.x - document.getElementById('stage').clientWidth / 2"
+    before = page.evaluate(from_middle)
     page.click("#collapse")
     assert page.locator("#panel").is_visible()
+    settled(page)
+    assert page.evaluate(from_middle) == pytest.approx(before, abs=1)  # what is in the middle stays there
     assert page.evaluate("document.documentElement.scrollWidth") <= 800
     page.click("#collapse")
     assert page.locator("#panel").is_hidden()

@@ -1717,7 +1717,9 @@
     };
     for (const [id, act] of Object.entries(acts)) byId(id).addEventListener("click", act);
     new ResizeObserver(() => {
+      const middle = size.w / 2;
       measureStage();
+      view.x += size.w / 2 - middle; // what was in the middle stays there beside the panel
       showChange();
       redraw();
     }).observe(stage);
