@@ -174,6 +174,32 @@ def test_another_adapter_beside_it_acts_on_all_tokens_and_folds_alone(
         lora_fx.fold(together)
 
 
+def test_rows_of_a_mixed_batch_have_the_invocation_of_their_adapter_as_in_peft() -> None:
+    settings = {
+        "a": config("llama"),
+        "b": peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+        "c": peft.LoraConfig(r=2, target_modules=["q_proj"], alora_invocation_tokens=[9], task_type="CAUSAL_LM"),
+    }
+    graph = traced("llama")
+    wrapped: Any = None
+    for adapter, each in settings.items():
+        graph = lora_fx.rewrite(graph, rules=each, adapter=adapter)
+        if wrapped is None:
+            wrapped = peft.get_peft_model(copy.deepcopy(model("llama")), each, adapter)
+        else:
+            wrapped.add_adapter(adapter, each)
+    theirs = factors(wrapped)
+    torch.manual_seed(3)
+    for key, parameter in factors(graph).items():
+        parameter.data.normal_(std=0.3)
+        theirs[key].data.copy_(parameter.data)
+    by_row = lora_fx.activate_by_row(graph.eval())
+    with torch.no_grad():
+        for names in (["a", "c", "b", "a", "__base__"], ["c", "a", "a", "c", "b"], ["a"] * 5):
+            found = by_row(**BATCH, adapter_names=names).logits
+            assert torch.equal(found, wrapped.eval()(**BATCH, adapter_names=names, use_cache=False).logits)
+
+
 def test_what_cannot_hold_a_branch_that_depends_on_the_input_says_so(
     llama: tuple[Any, lora_fx.TracedGraphModule], tmp_path: Path
 ) -> None:
@@ -184,8 +210,6 @@ def test_what_cannot_hold_a_branch_that_depends_on_the_input_says_so(
             refused(graph)  # type: ignore[operator]
     with pytest.raises(lora_fx.PlanError, match="cannot be combined: it is one with invocation tokens"):
         lora_fx.combine(graph, {"default": 1.0}, adapter="z")
-    with pytest.raises(lora_fx.PlanError, match=r"cannot act by row: .* a branch with invocation tokens \(aLoRA\)"):
-        lora_fx.activate_by_row(graph)
     for form in ("kohya", "diffusers"):
         with pytest.raises(lora_fx.AdapterError, match="invocation tokens, from which the branches act on"):
             lora_fx.save_adapter(graph, tmp_path / form, format=form)  # type: ignore[arg-type]

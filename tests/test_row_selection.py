@@ -11,13 +11,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from architectures import ARCHITECTURES, build, inputs, model, rows, traced
 from conftest import unchanged
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_fx
-from lora_fx.graph.adapter_names import is_of_adapter
+from lora_fx.graph.adapter_names import adapter_of, is_of_adapter, original_name
 from lora_fx.graph.cached_graphs import CachedGraphs
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -75,7 +76,7 @@ def both(base: nn.Module, onto: Any, configs: Mapping[str, Mapping[str, Any]], *
     torch.manual_seed(3)
     whole = graph.first if isinstance(graph, CachedGraphs) else graph
     for name, parameter in whole.named_parameters():
-        if is_of_adapter(name):
+        if is_of_adapter(name) and original_name(name) is None:
             parameter.data.normal_(std=0.3)
             theirs[name].data.copy_(parameter.data)
     return wrapped.eval(), graph if isinstance(graph, CachedGraphs) else graph.eval()
@@ -137,6 +138,44 @@ def test_embeddings_conv1d_convolutions_and_biases_of_b_have_pefts_bits(kind: st
         assert torch.equal(found, wrapped(x, adapter_names=names))
         assert found.dtype == dtype
     assert torch.equal(by_row(x[:1], adapter_names=["a"]), wrapped(x[:1], adapter_names=["a"]))
+
+
+def test_each_row_has_the_head_of_its_adapter_as_in_peft() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
+    bert = transformers.BertForSequenceClassification(
+        transformers.BertConfig(vocab_size=50, max_position_embeddings=16, num_labels=3, **sizes)
+    )
+    configs = settings(["query", "value"], ["value"], task_type="SEQ_CLS")
+    wrapped, graph = both(bert.eval(), lora_fx.trace(bert.eval(), inference=True), configs)
+    for name, parameter in graph.named_parameters():
+        if original_name(name) is not None:
+            module, _, leaf = str(original_name(name)).rpartition(".")
+            saved = wrapped.get_submodule(f"base_model.model.{module}").modules_to_save[adapter_of(name)]
+            parameter.data.normal_()
+            saved.get_parameter(leaf).data.copy_(parameter.data)
+    batch = {"input_ids": torch.randint(50, (5, 7)), "attention_mask": torch.ones(5, 7, dtype=torch.long)}
+    batch["attention_mask"][1, 4:] = 0
+    with torch.no_grad():
+        for names in (NAMES, ["a"] * 5, ["__base__", "b", "b", "b", "b"]):
+            found = lora_fx.activate_by_row(graph)(**batch, adapter_names=names).logits
+            assert torch.equal(found, wrapped(**batch, adapter_names=names).logits)
+    alone = lora_fx.activate(graph, {"b": 1.0})(**batch).logits
+    assert torch.allclose(found[1:], alone[1:], atol=1e-6)
+
+
+def test_what_is_more_than_branches_and_modules_is_named(two: lora_fx.TracedGraphModule) -> None:
+    def refused(rules: Any) -> str:
+        with pytest.raises(lora_fx.PlanError) as caught:
+            lora_fx.activate_by_row(lora_fx.rewrite(two, rules=rules, adapter="c"))
+        assert str(caught.value).startswith("adapter 'c' cannot act by row: expected branches of LoRA and modules")
+        return str(caught.value)
+
+    q = {"target": ["q"], "rank": 2}
+    assert "got a branch of 'dora' at 'q'" in refused({"select": [{**q, "variant": "dora"}]})
+    assert "got a branch at 'q' whose start split the weight" in refused({"select": [{**q, "init": "pissa"}]})
+    assert "got rows of 'emb.weight'" in refused({"select": [{"target": ["emb"], "trainable": [1, 3]}]})
+    assert lora_fx.activate_by_row(two, "a").adapters[0].name == "a"
 
 
 @pytest.fixture(scope="module")

@@ -32,11 +32,13 @@ class Rows:
     """The rows of a batch for which branches act.
 
     Attributes:
+        mine: the node that tells of each row of the batch whether it is one ``(batch,)``.
         indices: the node with their numbers ``(rows,)``.
         batch: the node with the size of the batch.
         merged: the sites at which the first dimension is the batch and others in one, and their inputs, by the names of the nodes.
     """
 
+    mine: fx.Node
     indices: fx.Node
     batch: fx.Node
     merged: frozenset[str]
@@ -152,7 +154,8 @@ class _BranchWriter:
         users, following = list(end.users), behind.next
         with self.graph.inserting_before(following):
             if setting.invocation_tokens:
-                acts = self.invocations.tokens(emit, base, setting.invocation_tokens)
+                mine = None if self.rows is None else self.rows.mine
+                acts = self.invocations.tokens(emit, base, setting.invocation_tokens, mine)
             value = x if acts is None else acts.of(emit, x, parts.input)
             if wide != narrow and parts.op != "embedding":
                 value = self._call(base, "cast", aten.to.dtype, value, wide)

@@ -125,13 +125,14 @@ class Invocations:
     _starts: dict[tuple[int, ...], fx.Node] = field(default_factory=dict)
     _known: dict[tuple[tuple[int, ...], fx.Node], Tokens] = field(default_factory=dict)
 
-    def tokens(self, emit: Emit, site: fx.Node, invocation: tuple[int, ...]) -> Tokens:
+    def tokens(self, emit: Emit, site: fx.Node, invocation: tuple[int, ...], mine: fx.Node | None) -> Tokens:
         """Return the tokens of a site from the last invocation on.
 
         Args:
             emit: appends a node in front of the branch.
             site: whose input has the tokens.
             invocation: the tokens that invoke.
+            mine: tells of each row whether the branch may act there; None for all.
         """
         ids, product = _ids(self.graph), weight_op(site)
         assert ids is not None
@@ -140,13 +141,17 @@ class Invocations:
         assert place is not None
         key = invocation, place.source
         if key not in self._known:
-            self._known[key] = Tokens(self._indices(emit, ids, place.source, invocation))
+            self._known[key] = Tokens(self._indices(emit, ids, place.source, invocation, mine))
         return self._known[key]
 
-    def _indices(self, emit: Emit, ids: fx.Node, source: fx.Node, invocation: tuple[int, ...]) -> fx.Node:
+    def _indices(
+        self, emit: Emit, ids: fx.Node, source: fx.Node, invocation: tuple[int, ...], mine: fx.Node | None
+    ) -> fx.Node:
         """Write the places of the tokens from the invocation on, counted from the end of the sequence as PEFT does."""
         if invocation not in self._starts:
-            self._starts[invocation] = self._from_end(emit, ids, invocation)
+            count = self._from_end(emit, ids, invocation)
+            count = count if mine is None else emit("invocation", aten.mul.Tensor, count, mine)
+            self._starts[invocation] = count
         count = self._starts[invocation]
         width: Any = emit("tokens", aten.sym_size.int, source, 1) if source.meta["val"].dim() == 3 else 1
         place = emit("tokens", aten.cumsum.default, emit("tokens", aten.new_ones.default, count, [1, width]), 1)

@@ -21,8 +21,9 @@ from lora_fx.adapters.activate import at_rest
 from lora_fx.adapters.batch_dimension import batch_first, size_of_batch
 from lora_fx.adapters.branch_nodes import Rows, write_branches
 from lora_fx.adapters.recorded import plan_branches, record_of, recorded_plan, trained_of
+from lora_fx.adapters.row_modules import RowModule, row_modules, write_modules
 from lora_fx.errors import PlanError
-from lora_fx.graph.adapter_rows import AdapterRows, RowCheck
+from lora_fx.graph.adapter_rows import BASE, AdapterRows, RowCheck
 from lora_fx.graph.adapter_states import adapters_as_added
 from lora_fx.graph.cached_graphs import CachedGraphs, check_whole
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
@@ -76,14 +77,17 @@ def activate_by_row(
 
 
 def _by_row(base: TracedGraphModule, adapters: Sequence[str] | None) -> TracedGraphModule:
-    names = adapters_as_added(base) if adapters is None else tuple(dict.fromkeys(adapters))
+    given = [adapters] if isinstance(adapters, str) else adapters
+    names = adapters_as_added(base) if given is None else tuple(dict.fromkeys(given))
     if not names:
         raise PlanError("expected a graph with adapters, got one without. Add them with lora_fx.load_adapter.")
     for name in names:
         _check_is_lora(base, name)
     plans = {name: _plan(base, name) for name in names}
     graph, _ = copy_graph(base.graph)
-    sources, merged = _places(graph, plans)
+    copies = {name: {each.name for each in trained_of(base, name)} for name in names}
+    modules = _modules(base, graph, names)
+    sources, merged = _places(graph, plans, modules)
     numbers = let_choose_rows(graph, AdapterRows(names))
     checks = {f"{_CHECKS}.{node.name}": RowCheck(str(node.target), names) for node in sources}
     state = state_of(base).with_modules(checks)
@@ -91,10 +95,12 @@ def _by_row(base: TracedGraphModule, adapters: Sequence[str] | None) -> TracedGr
         for check, source in zip(checks, sources, strict=True):
             graph.call_module(check, (numbers, source))
         batch = graph.call_function(aten.sym_size.int, (numbers, 0))
-        found = {name: Rows(_indices(graph, numbers, number), batch, merged) for number, name in enumerate(names)}
+        chosen = (*names, BASE) if modules else names
+        found = {name: Rows(*_rows(graph, numbers, number), batch, merged) for number, name in enumerate(chosen)}
     ends: dict[str, fx.Node] = {}
     for name, plan in plans.items():
         write_branches(graph, plan, state, name, ends, found[name])
+    write_modules(graph, modules, found, copies)
     graph.lint()
     info = replace(info_of(base), by_row=names)
     made = rebuilt(base, graph, state=state, info=info, training=False, trainable=frozenset())
@@ -111,34 +117,50 @@ def _plan(base: TracedGraphModule, adapter: str) -> Plan:
     return plan_branches(base, adapter, branches, (), origin=record.origin)
 
 
-def _indices(graph: fx.Graph, numbers: fx.Node, number: int) -> fx.Node:
-    """Write the indices of the rows that have a number."""
+def _rows(graph: fx.Graph, numbers: fx.Node, number: int) -> tuple[fx.Node, fx.Node]:
+    """Write which rows have a number, and their indices."""
     mine = graph.call_function(aten.eq.Scalar, (numbers, number))
-    return graph.call_function(aten.squeeze.dim, (graph.call_function(aten.nonzero.default, (mine,)), 1))
+    return mine, graph.call_function(aten.squeeze.dim, (graph.call_function(aten.nonzero.default, (mine,)), 1))
+
+
+def _modules(graph_module: TracedGraphModule, graph: fx.Graph, adapters: Sequence[str]) -> dict[str, RowModule]:
+    """Return the modules that adapters train as a whole, in a copy of the graph.
+
+    Raises:
+        PlanError: one is more than a product.
+    """
+    found: dict[str, RowModule] = {}
+    for adapter in adapters:
+        modules = row_modules(graph, state_of(graph_module), trained_of(graph_module, adapter))
+        if isinstance(modules, str):
+            raise _cannot(adapter, f"a trained copy of {modules!r}, which is read elsewhere or in another way")
+        found |= modules
+    return found
 
 
 def _check_is_lora(graph_module: TracedGraphModule, adapter: str) -> None:
-    """Raise :class:`PlanError` for an adapter that changes more than it adds by branches of LoRA."""
+    """Raise :class:`PlanError` for an adapter that is more than branches of LoRA and modules."""
     record = record_of(graph_module, adapter)
     branches = [branch for _, branch in record.branches.values()]
-    copies = [each.name for each in trained_of(graph_module, adapter)]
-    more = next(iter((*_kinds(branches), *(f"a trained copy of {name!r}" for name in copies))), None)
+    more = next(iter(_kinds(branches)), None)
     more = f"rows of {record.tokens[0].weight!r}" if record.tokens else more
     more = "a prefix" if record.prefix is not None else more
-    more = "a prefix" if record.prefix is not None else more
     if more is not None:
-        raise PlanError(
-            f"adapter {adapter!r} cannot act by row: expected branches of LoRA alone, got {more}. Leave it out, "
-            f"lora_fx.activate_by_row(graph, [the others]), and compute its rows with lora_fx.activate(graph, {{{adapter!r}: 1.0}})."
-        )
+        raise _cannot(adapter, more)
+
+
+def _cannot(adapter: str, more: str) -> PlanError:
+    return PlanError(
+        f"adapter {adapter!r} cannot act by row: expected branches of LoRA and modules that train as a whole, each a linear, a convolution "
+        f"or an embedding, got {more}. Leave it out, lora_fx.activate_by_row(graph, [the others]), and compute its rows with "
+        f"lora_fx.activate(graph, {{{adapter!r}: 1.0}})."
+    )
 
 
 def _kinds(branches: Iterable[BranchSpec]) -> Iterable[str]:
     for branch in branches:
         if branch.setting.variant != "lora":
             yield f"a branch of {branch.setting.variant!r} at {branch.owner!r}"
-        elif branch.setting.invocation_tokens:
-            yield f"a branch with invocation tokens (aLoRA) at {branch.owner!r}"
         elif branch.splits:
             yield f"a branch at {branch.owner!r} whose start split the weight"
 
@@ -160,7 +182,9 @@ def _batches(graph: fx.Graph) -> dict[object, fx.Node]:
     return found
 
 
-def _places(graph: fx.Graph, plans: Mapping[str, Plan]) -> tuple[list[fx.Node], frozenset[str]]:
+def _places(
+    graph: fx.Graph, plans: Mapping[str, Plan], modules: Mapping[str, RowModule]
+) -> tuple[list[fx.Node], frozenset[str]]:
     """Return the inputs whose rows are meant, and the sites at which the batch and other dimensions are one, with their inputs.
 
     Raises:
@@ -168,21 +192,26 @@ def _places(graph: fx.Graph, plans: Mapping[str, Plan]) -> tuple[list[fx.Node], 
     """
     batches, nodes = _batches(graph), {node.name: node for node in graph.nodes}
     sources, merged = list[fx.Node](), set[str]()
-    for adapter, plan in plans.items():
-        for chosen in plan.chosen:
-            parts = weight_op(nodes[chosen.site.node])
-            assert parts is not None
-            known = {} if parts.op == "expert" else batches
-            tried = ((source, batch_first(parts.input, size)) for size, source in known.items())
-            source, place = next(((source, place) for source, place in tried if place is not None), (None, None))
-            if source is None or place is None:
-                value = parts.input.meta.get("val")
-                shape = "unknown sizes" if value is None else tuple(value.shape)
-                raise PlanError(
-                    f"adapter {adapter!r} cannot act by row at {chosen.site.name!r}: expected an input whose first dimension is that of "
-                    f"{' or '.join(f'{node.target} {size}' for size, node in batches.items())}, got {shape}. Leave that site out, or activate "
-                    "one adapter for the whole batch."
-                )
-            sources += [source] if source not in sources else []
-            merged |= {chosen.site.node, parts.input.name} if place.merged else set()
+    branched = [
+        (f"adapter {adapter!r} cannot act by row at {chosen.site.name!r}", nodes[chosen.site.node])
+        for adapter, plan in plans.items()
+        for chosen in plan.chosen
+    ]
+    whole = [(f"the module {path!r} cannot be chosen by row", module.node) for path, module in modules.items()]
+    for what, node in (*branched, *whole):
+        parts = weight_op(node)
+        assert parts is not None
+        known = {} if parts.op == "expert" else batches
+        tried = ((source, batch_first(parts.input, size)) for size, source in known.items())
+        source, place = next(((source, place) for source, place in tried if place is not None), (None, None))
+        if source is None or place is None:
+            value = parts.input.meta.get("val")
+            shape = "unknown sizes" if value is None else tuple(value.shape)
+            raise PlanError(
+                f"{what}: expected an input whose first dimension is that of "
+                f"{' or '.join(f'{each.target} {size}' for size, each in batches.items())}, got {shape}. Leave that site out, or activate "
+                "one adapter for the whole batch."
+            )
+        sources += [source] if source not in sources else []
+        merged |= {node.name, parts.input.name} if place.merged else set()
     return sources, frozenset(merged)
