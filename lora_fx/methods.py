@@ -26,6 +26,7 @@ from lora_fx.branches.lower import is_fused
 from lora_fx.branches.remove import plain_graph
 from lora_fx.branches.tied_copies import untied_copies
 from lora_fx.errors import LoraFxError
+from lora_fx.export.torchscript_file import scriptable as scriptable  # for torch.jit.script
 from lora_fx.folding.fold import folded_state
 from lora_fx.generation import generator
 from lora_fx.generation.prefixed_model import behind, check_options

@@ -19,7 +19,7 @@ from lora_fx.errors import ExportError, first_line, listed
 from lora_fx.export.compare import Loaded
 from lora_fx.export.deliver import Exported, Options, deliver
 from lora_fx.export.portable_ops import use_torch_alone
-from lora_fx.export.prepare import Exportable, explain
+from lora_fx.export.prepare import Exportable, explain, prepare
 from lora_fx.export.rewritten_ops import value_checks
 from lora_fx.files.atomic import writable
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph
@@ -94,17 +94,10 @@ class _TorchScript:
     def write(self, exportable: Exportable, path: Path) -> None:
         _check_names(exportable)
         step("compiling")
-        graph, _ = copy_graph(exportable.plain.graph)
-        use_torch_alone(graph)
-        for holds, message in value_checks(graph):
-            with graph.inserting_after(holds):
-                graph.call_function(_require, (holds, message))
-        for node in graph.nodes:
-            if node.op == "call_function":
-                node.target = _counterpart(node)
+        compilable = _compilable(exportable)
         with _undeprecated():
             try:
-                scripted = torch.jit.script(fx.GraphModule(exportable.plain, graph).eval())
+                scripted = torch.jit.script(compilable)
             except (RuntimeError, NotImplementedError, torch.jit.frontend.FrontendError) as error:
                 reason = first_line(str(error), type(error).__name__).rstrip(".:")
                 raise ExportError(
@@ -124,6 +117,29 @@ class _TorchScript:
             return found
 
         return run
+
+
+def scriptable(graph_module: TracedGraphModule) -> fx.GraphModule:
+    """Return the module that :func:`torchscript` compiles, over the same parameters, for ``torch.jit.script`` of a graph.
+
+    Raises:
+        ExportError: the graph cannot be exported.
+    """
+    exportable = prepare(graph_module)
+    _check_names(exportable)
+    return _compilable(exportable)
+
+
+def _compilable(exportable: Exportable) -> fx.GraphModule:
+    graph, _ = copy_graph(exportable.plain.graph)
+    use_torch_alone(graph)
+    for holds, message in value_checks(graph):
+        with graph.inserting_after(holds):
+            graph.call_function(_require, (holds, message))
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.target = _counterpart(node)
+    return fx.GraphModule(exportable.plain, graph).eval()
 
 
 def _check_names(exportable: Exportable) -> None:

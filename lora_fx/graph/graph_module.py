@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
-from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,7 +24,7 @@ from lora_fx.graph.adapter_states import AdapterState, adapter_states
 from lora_fx.graph.batch_norms import copied_leaf, statistics
 from lora_fx.graph.codegen import is_usable_part
 from lora_fx.graph.info import PEFT_SPELLING, GraphInfo, check_module, held_graphs, known_info, with_info
-from lora_fx.graph.layers import NO_LAYERS, check_hook, check_pickles, check_unwrapped, nesting
+from lora_fx.graph.layers import NO_LAYERS, check_pickles, check_unwrapped, nesting
 from lora_fx.graph.overview import overview_html, overview_text
 from lora_fx.graph.pickling import GraphRecord, record, restore
 from lora_fx.graph.signature import InputCodeGen
@@ -39,9 +38,10 @@ from lora_fx.graph.state import (
     taken_names,
     with_value,
 )
+from lora_fx.graph.torch_tools import TorchTools
 
 
-class TracedGraphModule(fx.GraphModule):
+class TracedGraphModule(TorchTools, fx.GraphModule):
     """A ``torch.fx.GraphModule`` with the call, the state dict and the modes of the model that it was traced from.
 
     Made by :func:`lora_fx.trace` and all functions that return a graph. It is called by position or keyword as the model is, and
@@ -129,16 +129,6 @@ class TracedGraphModule(fx.GraphModule):
 
     is_gradient_checkpointing = is_activation_checkpointing
 
-    def set_submodule(self, target: str, module: nn.Module, strict: bool = False) -> None:
-        """Set the module of a path, as torch's own method does, but no wrapper that computes it again."""
-        check_unwrapped([f"{target}.{name}." for name, _ in module.named_children()])
-        super().set_submodule(target, module, strict)
-
-    def register_forward_pre_hook(self, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
-        """Do as torch does, but take no hook with which FSDP casts parameters: the dtypes of a graph are constants in it."""
-        check_hook(hook)
-        return super().register_forward_pre_hook(hook, **options)
-
     if TYPE_CHECKING:  # functions of lora_fx.methods, most of them on graphs of transformers models alone
         activation_checkpointing_enable: Callable[..., None]
         activation_checkpointing_disable: Callable[[], None]
@@ -194,6 +184,12 @@ class TracedGraphModule(fx.GraphModule):
         if any("_wrapped_call" in vars(cls) for cls in own.__mro__[1:]):
             del own._wrapped_call, own.__call__
         return code
+
+    def __prepare_scriptable__(self) -> fx.GraphModule:
+        # torch.jit.script compiles what this returns: TorchScript has no counterpart of the signature of a model.
+        from lora_fx import methods
+
+        return methods.scriptable(self)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         # As the last of the hooks that may change the state dict. This method, other than load_state_dict, is also called

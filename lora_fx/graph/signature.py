@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.errors import InputError, did_you_mean
+from lora_fx.errors import InputError, TraceError, did_you_mean
 from lora_fx.graph.adapter_rows import ADAPTER_NAMES, AdapterRows
 from lora_fx.graph.codegen import ShortCode
 from lora_fx.graph.omitted import Fill, advice_on
@@ -191,6 +191,11 @@ class Signature:
         Raises:
             InputError: the arguments are not those of the trace.
         """
+        if isinstance(args, fx.Proxy):
+            raise TraceError(
+                "torch.fx.symbolic_trace: the module is a graph of torch.fx already. Read or change its nodes at graph.graph, of a copy that "
+                "copy.deepcopy(graph) makes; a graph of ATen operators that takes tensors by position is torch.export.export(graph, inputs).module()."
+            )
         positional = [argument.name for argument in self.arguments if argument.positional]
         if len(args) > len(positional):
             raise InputError(
