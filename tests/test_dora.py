@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import peft
 import pytest
 import torch
@@ -20,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 import lora_fx
 from lora_fx.adapters.peft_format.contents import overview_of
 from lora_fx.adapters.peft_format.opening import read_adapter
+from lora_fx.errors import PlanError
 from lora_fx.folding.checkpoint_plan import fold_checkpoint
 from lora_fx.graph.adapter_names import is_factor
 
@@ -237,6 +239,102 @@ def test_dora_is_drawn_and_exported(graph_module: lora_fx.TracedGraphModule, tmp
     lora_fx.export.torchscript(graph_module, tmp_path / "dora.pt")
     (written,) = torch.jit.load(str(tmp_path / "dora.pt"))(IDS).values()
     assert torch.allclose(written, graph_module(IDS), rtol=0, atol=1e-6)
+
+
+FORMS: Mapping[str, Callable[[Any, Path], Callable[[torch.Tensor], torch.Tensor]]] = {
+    "torchscript": lambda graph, path: _torchscript(graph, path.with_suffix(".pt")),
+    "pt2": lambda graph, path: _pt2(graph, path.with_suffix(".pt2")),
+    "onnx": lambda graph, path: _onnx(graph, path.with_suffix(".onnx")),
+}
+
+
+def _torchscript(graph: Any, path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    lora_fx.export.torchscript(graph, path)
+    return lambda x: next(iter(torch.jit.load(str(path))(x).values()))
+
+
+def _pt2(graph: Any, path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    lora_fx.export.pt2(graph, path)
+    module = torch.export.load(path).module()
+    return lambda x: next(iter(module(x=x).values()))
+
+
+def _onnx(graph: Any, path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    lora_fx.export.onnx(graph, path)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["dora, dropout", "bias"])
+def test_branched_and_folded_graphs_are_written_in_every_form(name: str, form: str, tmp_path: Path) -> None:
+    _, graph_module = both(CASES[name])
+    set_parameters(graph_module)
+    expected, more = graph_module.eval()(IDS), torch.tensor([[1, 9, 0]])
+    for kind, graph in (("branched", graph_module), ("folded", lora_fx.fold(graph_module))):
+        written = FORMS[form](graph, tmp_path / kind)
+        for x, wanted in ((IDS, expected), (more, graph_module(more))):
+            assert torch.allclose(written(x), wanted, rtol=0, atol=2e-6), kind
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("settings", [DORA, BIAS], ids=["dora", "bias"])
+def test_a_graph_with_a_cache_generates_what_peft_does(settings: dict[str, Any]) -> None:
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], **settings)
+    wrapped = peft.get_peft_model(copy.deepcopy(model("llama")), config).eval()
+    cached = lora_fx.rewrite(model("llama"), config, cache=True, inference=True)
+    for module in (wrapped, cached):
+        set_parameters_of(module)
+    ids = torch.tensor([[5, 9, 2, 11]])
+    theirs = wrapped.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(cached.generate(input_ids=ids, max_new_tokens=5, do_sample=False), theirs)
+
+
+def set_parameters_of(module: nn.Module) -> None:
+    """Give the adapter of a model or a graph other values, whether they train or not."""
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+    set_parameters(module)
+    module.requires_grad_(False)
+
+
+@pytest.fixture
+def biased() -> lora_fx.TracedGraphModule:
+    _, made = both(CASES["bias"])
+    set_parameters(made)
+    return made.eval()
+
+
+@pytest.mark.parametrize("name", ["fuse", "pickle", "activate", "transfer"])
+def test_a_pass_keeps_a_bias_of_b(name: str, biased: lora_fx.TracedGraphModule) -> None:
+    other = PASSES[name](biased).eval()
+    assert torch.equal(other(IDS), biased(IDS))
+    assert torch.equal(lora_fx.fold(other)(IDS), lora_fx.fold(biased)(IDS))
+
+
+def test_a_bias_of_b_is_scaled_with_its_branch_combined_and_has_no_slot(
+    biased: lora_fx.TracedGraphModule, tmp_path: Path
+) -> None:
+    half = lora_fx.activate(biased, {"default": 0.5})
+    assert torch.allclose(lora_fx.fold(half)(IDS), half(IDS), rtol=0, atol=1e-6)
+    plain = lora_fx.activate(biased, {})
+    assert not torch.allclose(half(IDS), plain(IDS))
+    two = lora_fx.rewrite(
+        biased, {"defaults": {"rank": 2}, "select": [{"target": ["q", "k"]}]}, adapter="other", seed=1
+    )
+    with pytest.raises(PlanError, match="cannot be combined: it is one whose B has a bias"):
+        lora_fx.combine(two, {"default": 1.0, "other": 0.5}, adapter="both")
+    together = lora_fx.activate(two, {"default": 1.0, "other": 0.5})
+    assert torch.allclose(lora_fx.fold(together)(IDS), together(IDS), rtol=0, atol=1e-6)
+    lora_fx.save_adapter(biased, tmp_path / "adapter")
+    lora_fx.export.onnx(
+        lora_fx.rewrite(Layers(), ["q", "c"], example_inputs=(IDS,)).eval(), tmp_path / "slots.onnx", slots=True
+    )
+    with pytest.raises(lora_fx.AdapterError, match=r"lora_bias: a bias in B has no slot"):
+        lora_fx.export.onnx_adapter_from_peft(
+            tmp_path / "adapter", tmp_path / "slots.onnx", tmp_path / "a.onnx_adapter"
+        )
 
 
 SHARED = {"select": [{"target": ["q", "r"], "calls": "each"}]}

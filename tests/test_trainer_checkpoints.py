@@ -193,6 +193,31 @@ def test_a_prepared_trainer_resumes_whoever_wrote_the_checkpoint(
     assert equal(factors(trainer.model), factors(runs["peft"].model))
 
 
+@pytest.mark.matrix
+@pytest.mark.parametrize("variant", ["use_dora", "lora_bias"])
+def test_a_variant_has_the_curve_and_the_checkpoints_of_peft_and_resumes(variant: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, lora_dropout=0.0, **{variant: True})
+
+    def both() -> tuple[Any, lora_fx.TracedGraphModule]:
+        model = copy.deepcopy(base(True))
+        torch.manual_seed(4)
+        model = peft.get_peft_model(model, config)
+        return model, lora_fx.rewrite(traced(True), config, seed=4)
+
+    model, own = both()
+    theirs, mine = trainer_of(model, tmp_path / "peft"), prepared(own, tmp_path / "mine")
+    for trainer in (theirs, mine):
+        trainer.train()
+    assert curve(mine) == curve(theirs)
+    saved = [load_file(tmp_path / who / "checkpoint-2" / "adapter_model.safetensors") for who in ("mine", "peft")]
+    assert equal(*saved)
+    for writer in ("mine", "peft"):
+        resumed = prepared(both()[1], tmp_path / f"from {writer}")
+        resumed.train(resume_from_checkpoint=str(tmp_path / writer / "checkpoint-2"))
+        assert curve(resumed) == curve(theirs)
+        assert equal(factors(resumed.model), factors(theirs.model))
+
+
 def test_peft_resumes_from_a_checkpoint_of_a_prepared_trainer(runs: dict[str, Any], tmp_path: Path) -> None:
     trainer = trainer_of(wrapped(runs["tied"]), tmp_path)
     set_factors(trainer.model.base_model.model, seed=5)
