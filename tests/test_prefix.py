@@ -332,6 +332,8 @@ def test_a_prefix_cannot_be_folded_combined_or_doubled(
     second = lora_fx.load_adapter(graph, tmp_path / "a", "second")
     with pytest.raises(PlanError, match="'second' and 'default', which acts, have a prefix each"):
         lora_fx.activate(second, {"default": 1, "second": 1})
+    with pytest.raises(PlanError, match=r"cannot have the strength 0\.5: it has a prefix"):
+        lora_fx.activate(graph, {"default": 0.5})
     with pytest.raises(FoldError, match="which no weights can hold"):
         fold_checkpoint(checkpoint(tmp_path), [(tmp_path / "a", 1.0)], tmp_path / "out")
     lora_only = lora_fx.activate(both, {"default": 1})

@@ -99,7 +99,9 @@ def tell_waiting(graph_module: TracedGraphModule, adapter: str, call: str = "") 
     if not call:
         strengths = ", ".join(f'"{name}": {strength:g}' for name, strength in {**others, adapter: 1.0}.items())
         call = f'lora_fx.activate(graph, {{"{adapter}": 1.0}})'
-        together = f", {{{strengths}}} together" if others else ""
+        records = info_of(graph_module).adapters
+        prefixes = [name for name in (*others, adapter) if name in records and records[name].prefix is not None]
+        together = f", {{{strengths}}} together" if others and len(prefixes) < 2 else ""
         call = f"{call} makes it act alone{together}"
     _advice.warning("adapter %r is in the graph%s and does not act yet: %s.", adapter, beside, call)
 
@@ -139,6 +141,10 @@ def ordered(graph_module: fx.GraphModule, strengths: Mapping[str, float]) -> dic
         if strength is None:
             raise PlanError(f"adapter {adapter!r} cannot have the strength {given!r}: give a finite number.")
         check_whole_strength(adapter, record_of(graph_module, adapter).branches, strength)
+        if strength != 1 and record_of(graph_module, adapter).prefix is not None:
+            raise PlanError(
+                f"adapter {adapter!r} cannot have the strength {strength:g}: it has a prefix, which acts or does not. Let it act at 1."
+            )
         found[adapter] = strength
         whole = [each.name for each in trained_of(graph_module, adapter)]
         whole += [f"rows of {each.weight}" for each in record_of(graph_module, adapter).tokens]

@@ -24,7 +24,7 @@ from lora_fx.branches.find import Nominate, find_branches
 from lora_fx.branches.remove import plain_graph, without_branches
 from lora_fx.branches.tied_copies import with_apart_parameters
 from lora_fx.branches.weight_uses import Value, values_of
-from lora_fx.errors import WITH_LABELS, FoldError, listed
+from lora_fx.errors import WITH_LABELS, FoldError, listed, option
 from lora_fx.folding.dequantise import dequantise, merged_dense, merged_quantised, warn_of_losses
 from lora_fx.folding.report import check_finite
 from lora_fx.graph.adapter_names import is_of_branch, is_of_start, original_name
@@ -169,10 +169,12 @@ def _plain_acting(
     adapter = acting_prefix(acting)
     if adapter is not None and not keep_prefix:
         raise FoldError(
-            f"adapter {adapter!r} cannot be folded: {NO_WEIGHTS_HOLD}. Fold what is beside it, lora_fx.fold(graph, keep_prefix=True), let it "
-            "not act (lora_fx.activate), or export the graph as it is."
+            f"adapter {adapter!r} cannot be folded: {NO_WEIGHTS_HOLD}. {option(_BESIDE, 'Export the graph with it: --branched.')}"
         )
     return plain_graph(acting)
+
+
+_BESIDE = "Fold what is beside it, lora_fx.fold(graph, keep_prefix=True), let it not act (lora_fx.activate), or export the graph as it is."
 
 
 def _folded(

@@ -52,8 +52,9 @@ def overview_of(files: AdapterFiles) -> AdapterOverview:
     whole = [key.removeprefix(PREFIX) for key, match in found.items() if match is None and not is_of_rows(key)]
     base, origin = recorded(files.file.metadata)
     mapping = config.auto_mapping or {}
-    elements = sum(prod(entry.shape) for entry in entries.values())
-    size = sum(prod(entry.shape) * entry.dtype.itemsize for entry in entries.values())
+    tensors = [*entries.values(), *([] if files.prefix is None else [files.prefix.tensor])]
+    elements = sum(prod(entry.shape) for entry in tensors)
+    size = sum(prod(entry.shape) * entry.dtype.itemsize for entry in tensors)
     data = {
         "form": files.foreign.form if files.foreign else None,
         "kind": _kind(files, [match["kind"] for match in found.values() if match is not None]),
@@ -69,10 +70,10 @@ def overview_of(files: AdapterFiles) -> AdapterOverview:
         "modules": [f"{name} ({count})" for name, count in Counter(_NUMBER.sub("*", name) for name in modules).items()],
         "rows of embeddings": [f"{module} ({', '.join(map(str, count))})" for module, count in rows.items()],
         "trained whole": whole,
-        "tensors": len(entries),
+        "tensors": len(tensors),
         "elements": elements,
         "bytes": size,
-        "dtype": sorted({str(entry.dtype).removeprefix("torch.") for entry in entries.values()}),
+        "dtype": sorted({str(entry.dtype).removeprefix("torch.") for entry in tensors}),
         "rules": origin.rules or None,
         "checks its base": bool(base),
     }
