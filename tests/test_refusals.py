@@ -181,11 +181,15 @@ def test_a_random_number_that_decides_nothing_is_no_reason_for_a_refusal(source:
     agrees(module(layers, layerdrop=0.0))
     states = random.getstate(), numpy.random.get_state()[1].tobytes()
     lora_fx.trace(module(layers, layerdrop=0.0), (X,))
-    message = f"draws random numbers from {source.__name__}"
-    refused(module(layers, layerdrop=1.0), message)  # the number 1 itself is one that may be drawn
-    refused(module(lambda self, x: self.lin(x) * source.random()), message)
-    refused(module(lambda self, x: self.lin(x) * (source.random() < 0.5)), message)
+    # The number 1 itself is one that may be drawn.
+    refused(module(layers, layerdrop=1.0), f"draws random numbers from {source.__name__}")
     assert (random.getstate(), numpy.random.get_state()[1].tobytes()) == states
+
+
+@pytest.mark.parametrize("use", [float, lambda drawn: drawn < 0.5, bool, lambda drawn: drawn == 0.5])
+def test_a_random_number_that_decides_something_is_refused(use: Callable[[Any], float]) -> None:
+    model = module(lambda self, x: self.lin(x) * (0.5 + use(random.random())))
+    refused(model, "draws random numbers from random", inference=True)
 
 
 def test_a_cache_holds_no_fake_tensor_after_a_trace() -> None:

@@ -141,7 +141,14 @@ EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
                 "backbone_config": {"model_type": "resnet", "out_features": ["stage3", "stage4"]},
             },
         ),
-        ("d_fine", {"backbone_config": {"model_type": "hgnet_v2", "out_features": ["stage2", "stage3", "stage4"]}}),
+        (
+            "rt_detr rt_detr_v2",
+            {"backbone_config": {"model_type": "rt_detr_resnet", "out_features": ["stage2", "stage3", "stage4"]}},
+        ),
+        (
+            "d_fine pp_doclayout_v3 pp_doclayout_v4",
+            {"backbone_config": {"model_type": "hgnet_v2", "out_features": ["stage2", "stage3", "stage4"]}},
+        ),
         # Sizes that have to fit each other.
         (
             "cosmos3_edge_text glm4v_text glm_image_text glm_ocr_text paddleocr_vl_text qwen2_vl_text qwen2_5_vl_text",

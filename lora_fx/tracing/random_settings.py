@@ -69,6 +69,14 @@ class Undrawn:
     def __ge__(self, other: object) -> bool:
         return self._compared(operator.ge, other)
 
+    def __eq__(self, other: object) -> bool:
+        return self._draw() == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __bool__(self) -> bool:
+        return bool(self._draw())
+
     def __float__(self) -> float:
         return self._draw()
 
