@@ -84,7 +84,7 @@ class CodebookScheme:
         order = table.argsort(stable=True)
         boundaries = _midpoints(table[order])
         order = order.to(torch.uint8)
-        for part in _parts(flat.numel(), self.blocksize):
+        for part in _parts(flat.numel(), self.blocksize, _part_of(flat)):
             blocks = _in_blocks(flat[part].float(), self.blocksize)
             scale = blocks.abs().amax(1)
             blocks = blocks * (1.0 / scale.clamp(min=1e-38))[:, None]
@@ -123,7 +123,7 @@ class CodebookScheme:
         table = codebook_values(self.codebook).to(codes.device)
         pairs = table[torch.stack((byte >> 4, byte & 15), 1)].view(torch.int64).view(-1)
         dense = torch.empty(math.prod(shape), dtype=dtype, device=codes.device)
-        most = _CACHED_PART if codes.device.type == "cpu" else _PART
+        most = _part_of(codes)
         numbers = torch.empty(min(most // 2, len(codes)), dtype=torch.int32, device=codes.device)
         for part in _parts(dense.numel(), self.blocksize, most):
             own, values = codes[part.start // 2 : -(-part.stop // 2)], dense[part]
@@ -317,7 +317,11 @@ _PART = 2**20  # elements in work at a time: of a whole weight, float32 and indi
 _CACHED_PART = 2**19  # few enough for all intermediate results to stay in the cache of a CPU
 
 
-def _parts(elements: int, blocksize: int, most: int = _PART) -> Iterator[slice]:
+def _part_of(tensor: torch.Tensor) -> int:
+    return _CACHED_PART if tensor.is_cpu else _PART
+
+
+def _parts(elements: int, blocksize: int, most: int) -> Iterator[slice]:
     """Yield slices of whole blocks."""
     step = max(1, most // blocksize) * blocksize
     for start in range(0, elements, step):
