@@ -19,6 +19,7 @@ from torch import nn
 import lora_fx
 from lora_fx.adapters.peft_format.opening import read_adapter
 from lora_fx.export import torchscript
+from lora_fx.folding.checkpoint_plan import fold_checkpoint
 from lora_fx.graph.adapter_names import is_of_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
@@ -208,6 +209,11 @@ def test_what_cannot_hold_a_branch_that_depends_on_the_input_says_so(
     for refused in (lora_fx.fold, lora_fx.recipe, lambda each: each.merge_and_unload(), lambda each: each.generate()):
         with pytest.raises(lora_fx.FoldError, match=expected):
             refused(graph)  # type: ignore[operator]
+    model("llama").save_pretrained(tmp_path / "base")
+    lora_fx.save_adapter(graph, tmp_path / "adapter")
+    with pytest.raises(lora_fx.FoldError, match=expected) as caught:
+        fold_checkpoint(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+    assert str(caught.value).endswith("Keep the graph as it is, or let other adapters act.")
     with pytest.raises(lora_fx.PlanError, match="cannot be combined: it is one with invocation tokens"):
         lora_fx.combine(graph, {"default": 1.0}, adapter="z")
     for form in ("kohya", "diffusers"):
@@ -245,8 +251,6 @@ def test_graphs_and_sites_without_tokens_to_find_are_refused() -> None:
     ):
         with pytest.raises(lora_fx.PlanError, match=message):
             lora_fx.rewrite(base, rules={**rules, "select": [select]})
-    with pytest.raises(lora_fx.PlanError, match="expected the graph of a causal language model that takes all tokens"):
-        lora_fx.rewrite(model("llama"), rules=config("llama"), cache=True)
 
 
 def test_an_exported_file_finds_the_invocation(llama: tuple[Any, lora_fx.TracedGraphModule], tmp_path: Path) -> None:

@@ -122,8 +122,15 @@ def test_every_row_has_the_bits_of_pefts_mixed_batch(name: str) -> None:
         assert float((alone[others] - found[others]).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["layers", "convolutions"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("layers", torch.float32),
+        ("layers", torch.bfloat16),
+        ("convolutions", torch.float32),
+        pytest.param("convolutions", torch.bfloat16, marks=pytest.mark.matrix),
+    ],
+)
 def test_embeddings_conv1d_convolutions_and_biases_of_b_have_pefts_bits(kind: str, dtype: torch.dtype) -> None:
     base, x = (Layers(), IDS) if kind == "layers" else (Convolved(), IMAGES.to(dtype))
     base, targets = base.to(dtype).eval(), ["wide", "point"]
@@ -205,6 +212,8 @@ def test_what_is_no_name_for_each_row_is_refused_with_the_names(two: lora_fx.Tra
     with pytest.raises(lora_fx.InputError, match="adapter_names is for inference, and the graph is in training mode"):
         copy.deepcopy(by_row).train()(IDS, adapter_names=["a"] * 5)
     only = lora_fx.activate_by_row(two, ["b"])
+    assert [*map(str, only.adapters)] == ["a (does not act, would train)", "b (acts by row, frozen)"]
+    assert "adapter_names" in repr(only)
     with pytest.raises(lora_fx.InputError, match="expected one of 'b', '__base__' for each row, got 'a'"):
         only(IDS, adapter_names=["a"] * 5)
     with pytest.raises(lora_fx.PlanError, match="the graph has no adapter 'c'; it has: a, b"):
@@ -244,6 +253,9 @@ def test_rows_generate_pefts_tokens_with_beams_and_without(name: str) -> None:
             by_row.generate(**given, adapter_names=wrong)
     if name == "llama":
         assert torch.equal(graph.generate(**given, adapter_names=names), by_row.generate(**given, adapter_names=names))
-        flat, _ = both(base, lora_fx.trace(base, inference=True), settings(first, first[:1]))[::-1]
+        flat = lora_fx.rewrite(traced(name), rules=list(first), adapter="a")
         with pytest.raises(lora_fx.LoraFxError, match="adapter_names: expected a graph with a key-value cache"):
             flat.generate(**given, adapter_names=names)
+        invoked = {"defaults": {"invocation_tokens": [3]}, "select": [{"target": list(first)}]}
+        with pytest.raises(lora_fx.PlanError, match="expected the graph of a causal language model that takes all"):
+            lora_fx.rewrite(graph, rules=invoked, adapter="c")

@@ -12,21 +12,25 @@ from lora_fx.graph.info import known_info
 
 @dataclass(frozen=True)
 class AdapterState:
-    """One adapter of a graph. ``str()`` is ``"style (acts at strength 0.5, trains)"``.
+    """One adapter of a graph. ``str()`` is ``"style (acts at strength 0.5, trains)"``, or ``"style (acts by row, frozen)"``.
 
     Attributes:
         name: of the adapter.
         acts: whether the graph computes with it.
         strength: the factor of its scaling.
         trains: whether parameters of it train; if it does not act, whether they would.
+        by_row: whether calls choose the rows in which it acts.
     """
 
     name: str
     acts: bool
     strength: float
     trains: bool
+    by_row: bool = False
 
     def __str__(self) -> str:
+        if self.by_row:
+            return f"{self.name} (acts by row, frozen)"
         if self.acts:
             strength = "" if self.strength == 1 else f" at strength {self.strength:g}"
             return f"{self.name} (acts{strength}, {'trains' if self.trains else 'frozen'})"
@@ -41,7 +45,8 @@ def adapters_as_added(module: nn.Module) -> tuple[str, ...]:
 
 def adapter_states(module: nn.Module) -> tuple[AdapterState, ...]:
     """Return the state of every adapter, in the order of :func:`adapters_as_added`. One without a record acts if a node reads it."""
-    known = known_info(module).adapters
+    info = known_info(module)
+    known = info.adapters
     nodes = module.graph.find_nodes(op="get_attr") if isinstance(module, fx.GraphModule) else ()
     read = {adapter_of(str(node.target)) for node in nodes}
     flags = {(adapter_of(name), p.requires_grad) for name, p in module.named_parameters()}
@@ -50,7 +55,7 @@ def adapter_states(module: nn.Module) -> tuple[AdapterState, ...]:
         record = known.get(name)
         acts = name in read if record is None else record.acts
         trains = (name, True) in flags if acts else bool(trained_names(module, name))
-        found.append(AdapterState(name, acts, 1.0 if record is None else record.strength, trains))
+        found.append(AdapterState(name, acts, 1.0 if record is None else record.strength, trains, name in info.by_row))
     return tuple(found)
 
 

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from lora_fx.errors import listed, shortened
 from lora_fx.graph.adapter_names import adapter_of, original_name
+from lora_fx.graph.adapter_rows import ADAPTER_NAMES
 from lora_fx.graph.adapter_states import AdapterState, adapter_states
 from lora_fx.graph.info import AdapterRecord, known_info
 from lora_fx.graph.input_checks import InputCheck
@@ -119,6 +120,7 @@ def _inputs(graph_module: fx.GraphModule) -> str:
         axes = {place: axis for axis, places in examples.together(varying).items() for place in places}
         names = {check.name: tuple(axes.get((check.name, dim)) for dim in range(check.rank)) for check in checks}
     shown = [f"{check.name} ({', '.join(_sizes(check, names[check.name]))})" for check in checks]
+    shown += [f"{ADAPTER_NAMES} (of each row)"] if shown and known_info(graph_module).by_row else []
     return listed(shown, MAX_INPUTS) if shown else listed(_placeholders(graph_module), MAX_INPUTS) or "none"
 
 
