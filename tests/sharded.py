@@ -20,6 +20,7 @@ import transformers
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from architectures import ARCHITECTURES, VOCABULARY, inputs
+from conftest import set_factors
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
@@ -34,6 +36,12 @@ import lora_fx
 import lora_fx.trainer
 
 BATCH, STEPS, STOPPED = 4, 20, 12
+SPLITS = {
+    "llama": "model.layers.1",
+    "t5": "decoder.block.0",
+    "gpt2": "transformer.h.1",
+    "gemma3_text": "model.layers.2",
+}
 WITH_HEAD = {"rules": {"select": [{"target": ["q_proj", "down_proj"]}, {"target": ["lm_head"], "trainable": "all"}]}}
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -186,6 +194,33 @@ def from_files(name: str, directory: Path, rank: int) -> dict[str, Any]:
     return {"losses": losses, "unlike": unlike, "part": part_of(graph), "missing": missing, "other": other}
 
 
+def pipelined(name: str, directory: Path, rank: int) -> dict[str, Any]:
+    """Return which gradients of the stages of a pipeline differ from those of one process, for two schedules."""
+    graph, expected = (graph_of(directory, name) for _ in range(2))
+    for each in (graph, expected):
+        set_factors(each)
+    module = lora_fx.parallel.stage_module(graph, [SPLITS[name]], rank)
+    batch, count = {key: value.repeat(2, 1) for key, value in batch_of(name, 0).items()}, 4
+    own = {key: batch[key] for key in lora_fx.parallel.inputs_of(module)}
+
+    def loss_of(output: Any, _target: Any = None) -> torch.Tensor:
+        return (output[0] if isinstance(output, tuple) else output).square().mean()
+
+    for number in range(count):
+        (loss_of(expected(**{key: value.chunk(count)[number] for key, value in batch.items()})[0]) / count).backward()
+    gradients = {key: parameter.grad for key, parameter in expected.named_parameters()}
+    found: dict[str, Any] = {}
+    for kind in (ScheduleGPipe, Schedule1F1B):
+        graph.zero_grad()
+        schedule = kind(PipelineStage(module, rank, 2, torch.device("cpu")), count, loss_fn=loss_of)
+        schedule.step(**own, **({"target": batch["input_ids"]} if rank else {}))
+        mine = {key: each.grad for key, each in graph.named_parameters() if each.grad is not None}
+        unlike = [key for key, value in mine.items() if not torch.equal(value, gradients[key])]
+        found[kind.__name__] = {"gradients": len(mine), "unlike": unlike}
+    found["all"] = sum(value is not None for value in gradients.values())
+    return found
+
+
 def trainer(directory: Path, rank: int) -> dict[str, Any]:
     """Train by transformers' ``Trainer``, and again where it turns FSDP into DDP, as it does on CPUs."""
     generator = torch.Generator().manual_seed(0)
@@ -235,6 +270,8 @@ def trainer(directory: Path, rank: int) -> dict[str, Any]:
 def checks() -> dict[str, Callable[[Path, int], dict[str, Any]]]:
     """Return the checks by their names."""
     found: dict[str, Callable[[Path, int], dict[str, Any]]] = {"refusals": refusals, "trainer": trainer}
+    for name in SPLITS:
+        found[f"{name}-pipelined"] = lambda directory, rank, name=name: pipelined(name, directory, rank)
     for name in ("llama", "t5", "gpt2"):
         found[f"{name}-files"] = lambda directory, rank, name=name: from_files(name, directory, rank)
     for name in ("llama", "t5", "gpt2", "mixtral"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Collection
@@ -28,7 +29,7 @@ pytestmark = [pytest.mark.xdist_group("sharded"), pytest.mark.filterwarnings("ig
 
 EXAMPLES = Path(__file__).parent.parent / "tools" / "examples"
 SCRIPT = Path(__file__).parent / "sharded.py"
-FIRST = ("refusals", "llama", "llama-files", "llama-accelerated-True")
+FIRST = ("refusals", "llama", "llama-files", "llama-pipelined", "llama-accelerated-True")
 MORE = tuple(name for name in sharded.checks() if name not in FIRST)
 
 
@@ -154,6 +155,17 @@ def test_a_graph_traced_on_meta_gets_its_parts_from_files_and_trains_with_the_bi
         assert each["other"].endswith(" is missing; 'weight' is unknown.") or " more." in each["other"]
 
 
+@pytest.mark.parametrize("name", ["llama", *also("t5", "gpt2", "gemma3_text")])
+def test_stages_of_a_pipeline_have_the_gradients_of_one_process(
+    name: str, found: Callable[[str], tuple[Path, list[Any]]]
+) -> None:
+    _, both = found(f"{name}-pipelined")
+    for schedule in ("ScheduleGPipe", "Schedule1F1B"):
+        assert [each[schedule]["unlike"] for each in both] == [[], []]
+        assert all(each[schedule]["gradients"] for each in both)
+        assert sum(each[schedule]["gradients"] for each in both) == both[0]["all"]
+
+
 @pytest.mark.matrix
 def test_a_trainer_trains_a_sharded_graph_as_it_does_with_ddp_and_saves_whole_adapters(
     found: Callable[[str], tuple[Path, list[Any]]],
@@ -210,15 +222,20 @@ def test_a_nested_graph_has_no_embedding_modules_and_says_why() -> None:
 
 
 @pytest.mark.matrix
-def test_the_example_of_fsdp_learns_and_its_adapter_fits_the_base(tmp_path: Path) -> None:
-    script = EXAMPLES / "finetune_fsdp.py"
+@pytest.mark.parametrize("name", ["finetune_fsdp.py", "finetune_pipeline.py"])
+def test_the_examples_learn_and_their_adapters_fit_the_base(name: str, tmp_path: Path) -> None:
+    script = EXAMPLES / name
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
     options = ["--steps", "8", "--out", tmp_path]
     done = subprocess.run([*launch, *options], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     losses = [float(line.rpartition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("step ")]
     assert losses[-1] < losses[0] - 0.2
-    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    sizes = runpy.run_path(str(script))["CONFIG"]
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=128, **sizes))
+    if name == "finetune_fsdp.py":
+        model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
     assert lora_fx.from_adapter(model, tmp_path / "adapter").adapters  # by the fingerprint in its file
 
 
@@ -228,3 +245,22 @@ def test_the_config_for_accelerate_is_one_that_it_reads() -> None:
     assert config.fsdp_config["fsdp_version"] == 2
     assert not config.fsdp_config["fsdp_activation_checkpointing"]
     assert config.mixed_precision == "no"
+
+
+def test_stages_that_a_graph_does_not_have_are_refused() -> None:
+    graph = lora_fx.rewrite(traced("gpt2"), "gpt2", rank=3)
+    stage = functools.partial(lora_fx.parallel.stage_module, graph)
+    with pytest.raises(
+        lora_fx.LoraFxError, match=r"expected paths of layers \(transformer\.h\.0, .*got 'transformer\.h'"
+    ):
+        stage(["transformer.h"], 0)
+    with pytest.raises(lora_fx.LoraFxError, match=r"in the order in which they are computed, got transformer\.h\.1, "):
+        stage(["transformer.h.1", "transformer.h.0"], 0)
+    with pytest.raises(lora_fx.LoraFxError, match="expected the index of one of 2 stages, got 2"):
+        stage(["transformer.h.1"], 2)
+    ids = torch.zeros(2, 7, dtype=torch.int64)
+    with pytest.raises(lora_fx.InputError, match=r"input_ids.size\(1\) == attention_mask.size\(1\)"):
+        stage(["transformer.h.1"], 0)(input_ids=ids, attention_mask=ids[:, :5])
+    graph.get_parameter("lm_head.weight").requires_grad_()  # the embedding too
+    with pytest.raises(lora_fx.LoraFxError, match=r"transformer\.wte\.weight: trains and is read in several stages"):
+        stage(["transformer.h.1"], 0)

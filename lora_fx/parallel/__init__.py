@@ -3,5 +3,6 @@
 from lora_fx.graph.sharded import on_first_process
 from lora_fx.parallel.checkpoint_parts import load_sharded
 from lora_fx.parallel.fsdp import fully_shard
+from lora_fx.parallel.pipeline import inputs_of, stage_module
 
-__all__ = ["fully_shard", "load_sharded", "on_first_process"]
+__all__ = ["fully_shard", "inputs_of", "load_sharded", "on_first_process", "stage_module"]
