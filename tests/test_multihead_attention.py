@@ -149,3 +149,8 @@ def test_what_cannot_be_saved_is_said_before_the_training(graph: lora_fx.TracedG
         lora_fx.RuleError, match=r"'attention' is an nn\.MultiheadAttention whose query is another tensor"
     ):
         lora_fx.rewrite(crossed, config(), example_inputs=(X,))
+    peft.get_peft_model(copy.deepcopy(crossed), config()).save_pretrained(str(tmp_path / "crossed"))
+    with pytest.raises(
+        lora_fx.AdapterError, match=r"attention\.lora_A\.weight: an nn\.MultiheadAttention whose query is"
+    ):
+        lora_fx.from_adapter(crossed, tmp_path / "crossed", example_inputs=(X,))

@@ -347,4 +347,6 @@ def why_left(key: str, chosen: Collection[str], known: Collection[str]) -> str:
         return "the branch has no such factor"
     if module in known:
         return f"{CONFIG_NAME} does not select {module!r}"
+    if f"{module}.out_proj" in known and f"{module}.in_proj_weight" not in known:
+        return "an nn.MultiheadAttention whose query is another tensor than its key has no call site at its in_proj_weight; this is not supported"
     return f"the graph has no call site {module!r}{did_you_mean(module, known)}"
