@@ -222,6 +222,8 @@ def _check_fit(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Ten
 
 def _probed(graph_module: TracedGraphModule, like: nn.Module) -> TracedGraphModule:
     """Return the graph with the checks that it would have, had it been traced with its weights."""
+    if info_of(graph_module).prefix_slot is not None:  # traced with weights, and checked for the prefix that it holds
+        return graph_module
     try:
         inputs = example_inputs(like, None, next(graph_module.parameters()).device)
     except TraceError:  # not a model whose inputs follow from its config: its checks stay as strict as they are
