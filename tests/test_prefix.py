@@ -377,12 +377,24 @@ def test_a_mask_that_hides_the_text_leaves_attention_over_the_prefix_alone(
 def generated_as_peft(model: Any, mine: lora_fx.TracedGraphModule, theirs: Any) -> None:
     given(theirs, mine)
     batch = {name: value for name, value in inputs(model, 3, 8).items() if not name.startswith("decoder")}
+    settings: dict[str, Any] = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
+
+    def generated(module: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        found = module.generate(**batch, **settings, return_dict_in_generate=True, output_logits=True, **options)
+        return found.sequences, torch.stack(found.logits)
+
     for options in ({"num_beams": 2}, {}):
-        settings: dict[str, Any] = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, **options}
-        expected = theirs.generate(**batch, **settings)
-        assert torch.equal(mine.generate(**batch, **settings), expected), options
-    assert torch.equal(mine.generate(**batch, **settings, use_cache=False), expected)  # where PEFT fails
-    assert not torch.equal(lora_fx.activate(mine, {}).generate(**batch, **settings), expected)
+        tokens, logits = generated(theirs, **options)
+        found = generated(mine, **options)
+        assert torch.equal(found[0], tokens), options
+        torch.testing.assert_close(found[1], logits, rtol=0, atol=1e-5)
+    uncached, without = (
+        generated(mine, use_cache=False),
+        generated(lora_fx.activate(mine, {})),
+    )  # PEFT fails without a cache
+    assert torch.equal(uncached[0], tokens)
+    torch.testing.assert_close(uncached[1], logits, rtol=0, atol=1e-5)
+    assert not torch.allclose(without[1][0], logits[0], atol=1e-3)
     with pytest.raises(lora_fx.InputError, match="prompt_lookup_num_tokens was given, and a prefix is in a cache"):
         mine.generate(**batch, max_new_tokens=2, prompt_lookup_num_tokens=2)
 
