@@ -52,7 +52,9 @@ def row_modules(graph: fx.Graph, state: State, trained: Sequence[Trained]) -> di
         node = next(iter(weight.users)) if weight is not None and len(weight.users) == 1 else None
         product = None if node is None else weight_op(node)
         tied = any(len(state.names()[state.aliases()[each]]) > 1 for each in own)
-        if node is None or product is None or product.weight is not weight or product.op == "expert" or tied:
+        if node is None or product is None or product.weight is not weight or node.kwargs:
+            return name
+        if product.op == "expert" or tied:
             return name
         parameters = {str(each.target): each for each in node.all_input_nodes if each.op == "get_attr"}
         if own - parameters.keys() or any(len(each.users) > 1 for each in parameters.values()):
