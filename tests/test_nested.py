@@ -312,6 +312,29 @@ class Normed(nn.Module):
         return x
 
 
+class Viewing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Identity(), nn.Linear(4, 4))])
+        self.layers[0][0].forward = lambda x: x + 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        y = self.layers[0](x)
+        x.diagonal().mul_(2.0)
+        return y + x  # type: ignore[no-any-return]
+
+
+class HalfNormed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[1](self.layers[0](x))  # type: ignore[no-any-return]
+
+
 class Writing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -326,6 +349,7 @@ class Writing(nn.Module):
     ("model", "why"),
     [
         (Normed, r"the running statistics of layers\.0\.1, layers\.1\.1 would count each batch twice"),
+        (Viewing, r"mul_\w* writes to what the layer of \w+ reads"),
         (Writing, r"relu_ writes to what the layer of relu_ reads"),
     ],
 )
@@ -335,6 +359,14 @@ def test_layers_that_would_compute_something_else_the_second_time_are_refused(mo
     with pytest.raises(lora_fx.LoraFxError, match=why):
         nested.activation_checkpointing_enable()
     assert not nested.is_activation_checkpointing
+
+
+def test_layers_that_are_not_computed_again_may_have_running_statistics() -> None:
+    graph = lora_fx.rewrite(HalfNormed().train(), "all-linear", rank=2, example_inputs=(torch.randn(3, 4),))
+    with pytest.raises(lora_fx.LoraFxError, match=r"running statistics of layers\.1\.1 would count"):
+        graph.activation_checkpointing_enable()
+    graph.activation_checkpointing_enable(every_n_layers=2)
+    assert [layer.gradient_checkpointing for layer in layers(graph).values()] == [True, False]
 
 
 @pytest.mark.parametrize(

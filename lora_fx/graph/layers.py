@@ -152,20 +152,27 @@ class Nesting:
     Attributes:
         outer: all nodes outside of layers, and the calls of these; None where there are none.
         classes: of the layers, by their paths.
-        nodes: of the calls of the layers.
+        nodes: of the calls of the layers, each with the path of its layer.
     """
 
     outer: fx.Graph | None
     classes: Mapping[str, type[Layer]]
-    nodes: Sequence[Sequence[fx.Node]] = ()
+    nodes: Sequence[tuple[str, Sequence[fx.Node]]] = ()
+
+    def computed_again(self, root: nn.Module, checkpointing: Checkpointing) -> list[Sequence[fx.Node]]:
+        """Return the nodes of the calls of layers that settings choose."""
+        chosen = set(self._order(root)[:: checkpointing.every_n_layers])
+        return [nodes for path, nodes in self.nodes if path in chosen]
+
+    def _order(self, root: nn.Module) -> list[str]:
+        return [path for path, _ in root.named_modules() if path in self.classes]
 
     def install(self, root: nn.Module, checkpointing: Checkpointing | None) -> None:
         """Make layers of the modules that hold their tensors (in place)."""
         # For accelerate, which makes a unit of FSDP of each module of these classes.
         vars(root)["_no_split_modules"] = sorted({kind.__name__ for kind in self.classes.values()})
         layers = {path: root.get_submodule(path) for path in self.classes}
-        order = [path for path, _ in root.named_modules() if path in layers]
-        for index, path in enumerate(order):
+        for index, path in enumerate(self._order(root)):
             layer = layers[path]
             if self.classes[path] not in type(layer).__mro__:  # FSDP derives a class of its own, and keeps it
                 layer.__class__ = self.classes[path]
@@ -254,7 +261,7 @@ def nesting(root: nn.Module, graph: fx.Graph) -> Nesting:
     outer.set_codegen(graph._codegen)
     kinds = {call.path: call.kind for call in members}
     classes = {path: _layer_class(kinds[path], tuple(code)) for path, code in codes.items()}
-    return Nesting(outer, classes, tuple(members.values()))
+    return Nesting(outer, classes, tuple((call.path, nodes) for call, nodes in members.items()))
 
 
 def _calls(graph: fx.Graph, held: Collection[str]) -> dict[fx.Node, _LayerCall]:

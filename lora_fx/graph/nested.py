@@ -49,7 +49,7 @@ def nest_in_place(graph_module: TracedGraphModule, checkpointing: Checkpointing 
     """Nest a graph (in place), with layers that are computed again if there are settings for it. Raises as :func:`nest` does."""
     layers = nesting(_nestable(graph_module), graph_module.graph)
     if checkpointing is not None:
-        check_computed_again(graph_module, layers.nodes)
+        check_computed_again(graph_module, layers.computed_again(graph_module, checkpointing))
     info = replace(info_of(graph_module), nested=True, checkpointing=checkpointing)
     graph_module.meta.update(with_info(graph_module.meta, info))
     graph_module.recompile()
