@@ -228,6 +228,35 @@ def test_a_scaled_output_keeps_its_positions_or_is_refused() -> None:
         lora_fx.fold(spread)
 
 
+class Scaled(nn.Embedding):
+    """An embedding whose module scales what it looked up, as Gemma's does."""
+
+    def __init__(self, by: Any) -> None:
+        super().__init__(11, 6)
+        self.register_buffer("by", by, persistent=False) if isinstance(by, torch.Tensor) else setattr(self, "by", by)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * self.by
+
+
+@pytest.mark.parametrize("by", [torch.tensor(2.5), 2.5], ids=["buffer", "number"])
+def test_a_scale_of_the_model_behind_a_scaled_output_stays_where_it_is(by: Any) -> None:
+    model = Net().eval()
+    model.emb = Scaled(by)
+    base = lora_fx.trace(model, (IDS,))
+    rules = {"defaults": {"variant": "dora", "rank": 2}, "select": [{"target": ["emb"]}]}
+    graph_module = lora_fx.rewrite(base, rules, seed=1)
+    for name, parameter in graph_module.named_parameters():
+        if "lora_" in name:
+            nn.init.uniform_(parameter, 0.5, 2.0)
+    assert torch.equal(lora_fx.unload(graph_module)(IDS), base(IDS))
+    again = lora_fx.activate(lora_fx.activate(graph_module, {}), {"default": 1.0})
+    assert torch.equal(again(IDS), graph_module(IDS))
+    folded = lora_fx.fold(graph_module)
+    assert close(folded(IDS), graph_module(IDS))
+    assert [n.format_node() for n in folded.graph.nodes] == [n.format_node() for n in base.graph.nodes]
+
+
 def test_a_fold_in_place_gives_the_same_bits() -> None:
     model, inputs = wrapped(AFFINE["dora"]())
     graph_module = lora_fx.trace(model, inputs, inference=True)

@@ -86,6 +86,24 @@ class Deltas:
         values = {source: self._values.get(source) for source in node.all_input_nodes}
         return {source: value for source, value in values.items() if value is not None and value.output is not None}
 
+    def last_change(self, node: fx.Node) -> tuple[fx.Node, Delta]:
+        """Return the last node up to a delta that a factor takes part in, cast back; scales of the model behind it are no deltas any more."""
+        chain = [node]
+        while chain[-1].target in _OWN_SCALES or cast_of(chain[-1]) is not None:
+            sources = [each for each in chain[-1].all_input_nodes if each in self._values]
+            factors = any(each in self._factors for each in chain[-1].all_input_nodes)
+            if factors or len(sources) != 1 or len(sources[0].users) > 1:
+                break
+            chain.append(sources[0])
+        values = [self._values[each] for each in chain]
+        while len(chain) > 1 and values[-1].output is not None and values[-1].dtype != values[-1].output.dtype:
+            if cast_of(chain[-2]) is None:
+                break
+            chain.pop(), values.pop()
+        for each in chain[:-1]:
+            self._values.pop(each)
+        return chain[-1], values[-1]
+
     def output_of(self, node: fx.Node) -> Delta | None:
         """Return the output of a site, with its bias or without, as a product with its own weight; None for other values."""
         if node in self._outputs:
@@ -379,6 +397,8 @@ _LINEAR: Mapping[object, Callable[[Deltas, fx.Node], Delta | Addition | None]] =
 }
 """Operator → the method that computes its value from deltas."""
 
+
+_OWN_SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default)
 
 VECTOR, COLUMN = View((Step("reshape", (-1,)),)), View((Step("reshape", (-1, 1)),))
 """Views of a tensor that is a vector among dimensions of size one."""

@@ -201,8 +201,9 @@ class _BranchFinder:
                 raise self._error(
                     node, "a branch must be linear in its site's input until it is added to its site's output"
                 )
-            for source, delta in outputs.items():
-                self._record(source, self._in_place_of_output(delta))
+            for source in outputs:
+                last, delta = self._deltas.last_change(source)
+                self._record(last, self._in_place_of_output(delta))
             return self._step(node) if self._deltas.touches(node) else self._cast_back(node)
         if not node.users:
             raise self._error(node, "nothing reads this part of a branch")
