@@ -146,7 +146,7 @@ ATTRIBUTES = (
     (
         "torch.ops.aten",
         torch.ops.aten,
-        ("_assert_scalar", "_assert_tensor_metadata", "_grouped_mm", "_to_copy", "_unsafe_view"),
+        ("_assert_scalar", "_assert_tensor_metadata", "_grouped_mm", "_is_all_true", "_to_copy", "_unsafe_view"),
         "operators in traces",
     ),
     ("ExportedProgram", _names_in(torch.export.ExportedProgram.__init__), ("_guards_code",), "conditions on sizes"),
