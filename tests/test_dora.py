@@ -465,3 +465,18 @@ def test_a_fold_on_disk_is_that_in_memory_and_inspect_says_the_kind(settings: di
         assert not (tmp_path / "half").exists()
     kind = {"use_dora": "LoRA with magnitudes (DoRA)", "lora_bias": "LoRA with biases in B"}[next(iter(settings))]
     assert overview_of(read_adapter(tmp_path / "adapter")).data["kind"] == kind
+
+
+@pytest.mark.parametrize("settings", [{"variant": "dora"}, {"bias": True}], ids=["dora", "bias"])
+def test_a_graph_that_was_pickled_takes_them_as_the_graph_does(settings: dict[str, Any]) -> None:
+    graph = lora_fx.trace(Layers(), (IDS,))
+    rules = {"defaults": {"rank": 3, "alpha": 5, **settings}, "select": [{"target": ["q", "c"]}]}
+    graphs = [lora_fx.rewrite(each, rules, seed=7) for each in (graph, pickle.loads(pickle.dumps(graph)))]
+    for each in graphs:
+        with torch.no_grad():
+            for index, (name, value) in enumerate(each.named_parameters()):
+                if is_factor(name):
+                    value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(index)) / 4)
+    assert torch.equal(graphs[0](IDS), graphs[1](IDS))
+    assert torch.equal(lora_fx.fold(graphs[0])(IDS), lora_fx.fold(graphs[1])(IDS))
+    assert not torch.equal(graphs[0](IDS), graph(IDS))

@@ -7,6 +7,7 @@ arguments of the same shapes is computed once.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -30,9 +31,9 @@ class FakeValues:
     def record(self, node: fx.Node, like: fx.Node) -> None:
         """Give a node its value, if the node ``like`` beside it and all inputs have one."""
         fake = like.meta.get("val")
-        if not isinstance(fake, FakeTensor):
+        if not isinstance(fake, torch.Tensor):
             return
-        mode, target = fake.fake_mode, node.target
+        mode, target = _mode_of(fake), node.target
         if node.op == "get_attr":
             node.meta["val"] = self._of_tensor(node, fake)
         elif target is torch.ops.aten.nonzero.default:
@@ -47,9 +48,9 @@ class FakeValues:
             else:  # the path of a dropout
                 node.meta["val"] = arguments[0]
 
-    def _of_tensor(self, node: fx.Node, fake: FakeTensor) -> Any:
+    def _of_tensor(self, node: fx.Node, fake: torch.Tensor) -> Any:
         # On the device of the trace, which the graph may have left since: for another one, or for weights after meta.
-        tensor, mode = self._state.tensors[str(node.target)], fake.fake_mode
+        tensor, mode = self._state.tensors[str(node.target)], _mode_of(fake)
         given = (tuple(tensor.shape), tensor.stride(), tensor.dtype, fake.device)
         return self._once(lambda: _empty(mode, *given), mode, *given)
 
@@ -61,13 +62,23 @@ class FakeValues:
         return self._known[key]
 
 
-def _run(mode: FakeTensorMode, target: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+_Mode = FakeTensorMode | nullcontext[None]
+
+_NO_MODE = nullcontext()
+
+
+def _mode_of(value: torch.Tensor) -> _Mode:
+    """Return the mode of a fake value; a graph that was pickled has tensors on meta, which need none."""
+    return value.fake_mode if isinstance(value, FakeTensor) else _NO_MODE
+
+
+def _run(mode: _Mode, target: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     with mode:
         return target(*arguments)
 
 
 def _empty(
-    mode: FakeTensorMode, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    mode: _Mode, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Any:
     with mode:
         return torch.empty_strided(shape, stride, dtype=dtype, device=device)
