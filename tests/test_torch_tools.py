@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import fx, nn
@@ -20,6 +22,15 @@ class Model(nn.Module):
         return self.last(self.dropout(self.first(x).relu()))
 
 
+class ByName(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x=x)
+
+
 @pytest.fixture(scope="module")
 def graph() -> lora_fx.TracedGraphModule:
     torch.manual_seed(2)
@@ -32,6 +43,15 @@ def test_torch_jit_script_compiles_what_the_export_writes(graph: lora_fx.TracedG
     assert torch.equal(script(x)["output"], graph(x))
     with pytest.raises(torch.jit.Error, match="has 3 dimensions, expected 2"):
         script(torch.randn(2, 7, 5))
+
+
+def test_torch_jit_script_of_a_graph_in_training_mode_says_to_call_eval_first(graph: lora_fx.TracedGraphModule) -> None:
+    training = copy.deepcopy(graph).train()
+    for module in (training, nn.Sequential(training)):
+        with pytest.raises(
+            lora_fx.ExportError, match=r"expected a graph in evaluation mode.*Call eval\(\) on it first\."
+        ):
+            torch.jit.script(module)
 
 
 def test_a_module_around_a_graph_is_scripted(graph: lora_fx.TracedGraphModule) -> None:
@@ -57,6 +77,9 @@ def test_symbolic_trace_is_told_that_it_is_a_graph_already(graph: lora_fx.Traced
         lora_fx.TraceError, match=r"is a graph of torch\.fx already.*copy\.deepcopy\(graph\).*torch\.export\.export"
     ):
         fx.symbolic_trace(graph)
+    for around in (nn.Sequential(graph, nn.Linear(3, 3)), ByName(graph)):
+        with pytest.raises(lora_fx.TraceError, match=r"is a graph of torch\.fx already"):
+            fx.symbolic_trace(around)
     x = torch.randn(7, 5)
     exported = torch.export.export(graph, (x,)).module()
     assert torch.equal(exported(x), graph(x))

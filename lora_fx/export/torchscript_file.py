@@ -123,8 +123,13 @@ def scriptable(graph_module: TracedGraphModule) -> fx.GraphModule:
     """Return the module that :func:`torchscript` compiles, over the same parameters, for ``torch.jit.script`` of a graph.
 
     Raises:
-        ExportError: the graph cannot be exported.
+        ExportError: the graph is in training mode, or cannot be exported.
     """
+    if graph_module.training:
+        raise ExportError(
+            "torch.jit.script: expected a graph in evaluation mode, the only one that its script computes in, got one in training mode. "
+            "Call eval() on it first."
+        )
     exportable = prepare(graph_module)
     _check_names(exportable)
     return _compilable(exportable)

@@ -191,7 +191,8 @@ class Signature:
         Raises:
             InputError: the arguments are not those of the trace.
         """
-        if isinstance(args, fx.Proxy):
+        # The graph itself is called with one proxy for all inputs by position; within another module, with a proxy for each.
+        if isinstance(args, fx.Proxy) or any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
             raise TraceError(
                 "torch.fx.symbolic_trace: the module is a graph of torch.fx already. Read or change its nodes at graph.graph, of a copy that "
                 "copy.deepcopy(graph) makes; a graph of ATen operators that takes tensors by position is torch.export.export(graph, inputs).module()."
