@@ -8,17 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import peft
 import pytest
 import torch
 from architectures import ARCHITECTURES, model, rows, traced
-from conftest import unchanged
+from conftest import set_factors, unchanged
 from graph_diff import first_difference
+from quantised import ALPHA, MODELS, RANK, gradients, loaded, saved
 from torch import nn
 
 import lora_fx
 from lora_fx.adapters.peft_format.opening import read_adapter
-from lora_fx.export import torchscript
+from lora_fx.export import onnx, pt2, torchscript
 from lora_fx.folding.checkpoint_plan import fold_checkpoint
 from lora_fx.graph.adapter_names import is_of_adapter
 
@@ -221,24 +223,28 @@ def test_what_cannot_hold_a_branch_that_depends_on_the_input_says_so(
             lora_fx.save_adapter(graph, tmp_path / form, format=form)  # type: ignore[arg-type]
 
 
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.q = nn.Embedding(11, 6), nn.Linear(6, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q(self.emb(x))  # type: ignore[no-any-return]
+
+
+class Named(Layers):
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.q(self.emb(input_ids))  # type: ignore[no-any-return]
+
+
+OF_LAYERS = {"defaults": {"invocation_tokens": TOKENS, "rank": 2}, "select": [{"target": ["q"]}]}
+
+
 def test_graphs_and_sites_without_tokens_to_find_are_refused() -> None:
-    class Layers(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.emb, self.q = nn.Embedding(11, 6), nn.Linear(6, 10)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.q(self.emb(x))  # type: ignore[no-any-return]
-
-    class Named(Layers):
-        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-            return self.q(self.emb(input_ids))  # type: ignore[no-any-return]
-
     ids = torch.tensor([[3, 0, 1, 2, 1], [1, 2, 1, 7, 5]])
-    rules = {"defaults": {"invocation_tokens": TOKENS, "rank": 2}, "select": [{"target": ["q"]}]}
     with pytest.raises(lora_fx.PlanError, match=r"expected a graph with the input 'input_ids' .* got one with x"):
-        lora_fx.rewrite(Layers(), rules=rules, example_inputs=(ids,))
-    graph = lora_fx.rewrite(Named(), rules=rules, example_inputs=(ids,))
+        lora_fx.rewrite(Layers(), rules=OF_LAYERS, example_inputs=(ids,))
+    graph = lora_fx.rewrite(Named(), rules=OF_LAYERS, example_inputs=(ids,))
     for parameter in factors(graph).values():
         parameter.data.normal_()
     changed = (graph(ids) != lora_fx.activate(graph, {})(ids)).any(-1)
@@ -250,12 +256,118 @@ def test_graphs_and_sites_without_tokens_to_find_are_refused() -> None:
         ({"target": ["q"], "init": "pissa"}, "'q' can get no branch with invocation tokens: it starts from the weight"),
     ):
         with pytest.raises(lora_fx.PlanError, match=message):
-            lora_fx.rewrite(base, rules={**rules, "select": [select]})
+            lora_fx.rewrite(base, rules={**OF_LAYERS, "select": [select]})
+
+
+@pytest.mark.parametrize(
+    "row",
+    rows(
+        (
+            "gpt2: float32 around bfloat16",
+            "llama-1: float32 around bfloat16",
+            "gpt2: bfloat16 of float32",
+            "gpt2: bfloat16 around float32",
+        ),
+        ("gpt2: float32 around bfloat16",),
+    ),
+)
+def test_layers_in_4_bits_that_compute_in_another_dtype_have_pefts_bits(row: str, tmp_path: Path) -> None:
+    """Gradients too, but where values of bfloat16 are computed with in float32: see test_quantised_models."""
+    name, case = row.split(": ")
+    dtype = torch.float32 if case == "bfloat16 of float32" else torch.bfloat16
+    computed = torch.float32 if case == "bfloat16 around float32" else torch.bfloat16
+    path, models = saved(name, dtype, tmp_path / "base"), []
+    for _ in range(2):
+        each = loaded(name, path, "nf4", dtype, computed)
+        if case == "float32 around bfloat16":
+            each = peft.prepare_model_for_kbit_training(each, use_gradient_checkpointing=False).train()
+        models.append(each)
+    settings = peft.LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=MODELS[name][1],
+        alora_invocation_tokens=list(TOKENS),
+        task_type="CAUSAL_LM",
+    )
+    wrapped, graph = peft.get_peft_model(models[0], settings).train(), lora_fx.rewrite(models[1], settings)
+    set_factors(wrapped)
+    set_factors(graph)
+    expected, found = logits(wrapped), logits(graph)
+    assert torch.equal(found, expected)
+    if computed == torch.bfloat16:
+        wanted, mine = gradients(wrapped, expected), gradients(graph, found)
+        assert wanted.keys() == mine.keys()
+        assert all(torch.equal(mine[key], wanted[key]) for key in wanted)
+    base = logits(lora_fx.activate(graph, {}))
+    assert (found != base).any(-1)[1:].sum(1).tolist() == [4, 0, 5, 3]
+    assert torch.equal(logits(lora_fx.unload(graph)), base)
+    with pytest.raises(lora_fx.FoldError, match="a branch acts from its invocation tokens on"):
+        lora_fx.fold(graph)
+
+
+def test_a_graph_that_was_pickled_gets_the_branches_that_the_graph_gets(
+    llama: tuple[Any, lora_fx.TracedGraphModule],
+) -> None:
+    late = lora_fx.rewrite(pickle.loads(pickle.dumps(traced("llama"))), rules=config("llama", lora_dropout=0.3))
+    assert first_difference(llama[1].train(), late.train()) is None
+    values = dict(llama[1].named_parameters())
+    for key, parameter in factors(late).items():
+        parameter.data.copy_(values[key])
+    with torch.no_grad():
+        assert torch.equal(logits(late.eval()), logits(llama[1].eval()))
+
+
+OTHER_SIZES = (
+    batch([5, 6, 7, 8], [3, 3, 3, 3]),  # none
+    batch([3, 1, 2, 1, 9, 1, 2, 1, 5, 4, 6]),  # several in one row
+    batch([4, 1, 2, 1], [1, 2, 1, 9], [1, 2, 2, 1]),  # at the end, at the beginning
+    batch([1, 2], [2, 1]),  # shorter than the invocation
+)
 
 
 def test_an_exported_file_finds_the_invocation(llama: tuple[Any, lora_fx.TracedGraphModule], tmp_path: Path) -> None:
     graph = llama[1].eval()
     torchscript(graph, tmp_path / "x.pt")
+    run = torch.jit.load(tmp_path / "x.pt")  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        found = torch.jit.load(tmp_path / "x.pt")(*BATCH.values())  # type: ignore[no-untyped-call]
-        assert torch.equal(found["logits"], logits(graph))
+        for given in (BATCH, *OTHER_SIZES):
+            assert torch.equal(run(*given.values())["logits"], logits(graph, given))
+
+
+@pytest.mark.matrix
+def test_a_torch_program_finds_the_invocation(llama: tuple[Any, lora_fx.TracedGraphModule], tmp_path: Path) -> None:
+    graph = llama[1].eval()
+    pt2(graph, tmp_path / "x.pt2")
+    run = torch.export.load(tmp_path / "x.pt2").module()
+    with torch.no_grad():
+        for given in (BATCH, *OTHER_SIZES):
+            assert torch.equal(run(**given)["logits"], logits(graph, given))
+
+
+def test_an_onnx_model_of_one_layer_finds_the_invocation(tmp_path: Path) -> None:
+    graph = lora_fx.rewrite(Named(), rules=OF_LAYERS, example_inputs=(BATCH["input_ids"],)).eval()
+    for parameter in factors(graph).values():
+        parameter.data.normal_()
+    onnx(graph, tmp_path / "x.onnx", verify=False)
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
+    with torch.no_grad():
+        for ids in (each["input_ids"] for each in (BATCH, *OTHER_SIZES)):
+            (found,) = session.run(None, {"input_ids": ids.numpy()})
+            torch.testing.assert_close(torch.from_numpy(found), graph(ids), rtol=0, atol=1e-5)
+    assert not torch.allclose(graph(BATCH["input_ids"]), lora_fx.activate(graph, {})(BATCH["input_ids"]), atol=1e-2)
+
+
+@pytest.mark.matrix
+def test_an_onnx_model_finds_the_invocation(llama: tuple[Any, lora_fx.TracedGraphModule], tmp_path: Path) -> None:
+    graph = llama[1].eval()
+    onnx(graph, tmp_path / "x.onnx", verify=False)
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
+    rest = lora_fx.activate(graph, {}).eval()
+    with torch.no_grad():
+        for given in (BATCH, *OTHER_SIZES):
+            (values,) = session.run(["logits"], {name: tensor.numpy() for name, tensor in given.items()})
+            found, expected, base = torch.from_numpy(values), logits(graph, given), logits(rest, given)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+            acts = (expected - base).abs().amax(-1) > 1e-3
+            assert torch.equal(acts, (found - base).abs().amax(-1) > 1e-3)
+            assert given is not BATCH or acts.any()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
+from graph_diff import first_difference
 from safetensors.torch import load_file
 
 import lora_fx
@@ -470,6 +472,15 @@ def test_a_prefix_nests_is_computed_again_and_fuses(model: Any, both: lora_fx.Tr
     nested.train().gradient_checkpointing_enable()
     torch.testing.assert_close(gradient(nested), expected)
     torch.testing.assert_close(gradient(lora_fx.fuse(copy.deepcopy(both))), expected)
+
+
+def test_a_graph_that_was_pickled_takes_a_prefix_as_the_graph_does(model: Any, base: lora_fx.TracedGraphModule) -> None:
+    rules = {"prefix": [{"tokens": TOKENS, "projection": True}]}
+    graph, late = (lora_fx.rewrite(each, rules, seed=1) for each in (base, pickle.loads(pickle.dumps(base))))
+    assert first_difference(graph, late) is None
+    batch = inputs(model, 3, 9)
+    assert torch.equal(late(**batch).logits, graph(**batch).logits)
+    assert not torch.equal(late(**batch).logits, base(**batch).logits)
 
 
 def test_files_for_other_runtimes_have_the_prefix(graph: lora_fx.TracedGraphModule, model: Any, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import peft
 import pytest
 import torch
 import transformers
+from conftest import set_factors
+from graph_diff import first_difference
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -235,6 +238,17 @@ def test_rows_are_carried_into_a_combination_and_onto_a_graph_from_meta(tagger: 
     value = ready.get_parameter("table.token_adapter.trainable_tokens_delta.default")
     assert value.requires_grad
     assert torch.equal(value, state["table.weight"][[2]])
+
+
+def test_a_graph_that_was_pickled_takes_rows_as_the_graph_does(tagger: lora_fx.TracedGraphModule) -> None:
+    graphs = [lora_fx.rewrite(each, BOTH, seed=4) for each in (tagger, pickle.loads(pickle.dumps(tagger)))]
+    for each in graphs:
+        set_factors(each)
+        each.get_parameter("table.token_adapter.trainable_tokens_delta.default").data.mul_(3)
+    assert first_difference(*graphs) is None
+    assert torch.equal(*(each(TAGS) for each in graphs))
+    assert not torch.equal(graphs[1](TAGS), tagger(TAGS))
+    assert torch.equal(*(lora_fx.fold(each, unshare=True)(TAGS) for each in graphs))
 
 
 def test_two_adapters_with_rows_of_one_embedding_act_one_at_a_time(tagger: lora_fx.TracedGraphModule) -> None:

@@ -54,6 +54,7 @@ def unselected(graph: fx.Graph) -> Unselected:
         assert isinstance(value, fx.Node)
         copy.replace_all_uses_with(value)
         erase_unread(changed, copy)
+        value.meta["val"] = end.meta.get("val")  # of the shape that its readers see
         originals[value] = end
         partial.add(value)
     for node in list(changed.find_nodes(op="call_function", target=aten.index_select.default)):

@@ -98,7 +98,8 @@ def _without_idle_squeezes(graph: fx.Graph) -> Iterator[fx.Node]:
     """
     for node in graph.find_nodes(op="call_function", target=aten.squeeze.dim):
         given = node.args[0]
-        if given.meta["val"].dim() == node.meta["val"].dim():
+        before, after = _value(given), _value(node)
+        if before is not None and after is not None and before.dim() == after.dim():
             node.replace_all_uses_with(given)
             with graph.inserting_before(node):
                 size = _call(graph, aten.sym_size.int, (given, node.args[1]), node)
@@ -116,15 +117,20 @@ def _compute_bfloat16_in_float32(graph: fx.Graph, exportable: Exportable) -> Non
     if any(tensor.dtype is torch.bfloat16 for tensor in exportable.plain.state_dict().values()):
         return
     for node in list(graph.nodes):
-        if node.target not in _ELEMENTWISE or node.meta["val"].dtype is not torch.bfloat16:
+        if node.target not in _ELEMENTWISE or not _is_bfloat16(node):
             continue
         with graph.inserting_before(node):
             for given in node.all_input_nodes:
-                rounded = given if given.meta["val"].dtype is torch.bfloat16 else _cast(graph, given, torch.bfloat16)
+                rounded = given if _is_bfloat16(given) else _cast(graph, given, torch.bfloat16)
                 node.replace_input_with(given, _cast(graph, rounded, torch.float32))
         with graph.inserting_after(node):
             result = _cast(graph, node, torch.bfloat16)
         node.replace_all_uses_with(result, delete_user_cb=lambda user, result=result: user is not result)
+
+
+def _is_bfloat16(node: fx.Node) -> bool:
+    value = _value(node)
+    return value is not None and value.dtype is torch.bfloat16
 
 
 _ELEMENTWISE = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor)
@@ -158,8 +164,14 @@ def _write_complex_as_pairs(graph: fx.Graph) -> None:
 
 
 def _is_complex(node: fx.Node) -> bool:
+    value = _value(node)
+    return value is not None and value.is_complex()
+
+
+def _value(node: fx.Node) -> torch.Tensor | None:
+    """Return the fake value of a tensor; None where the trace has none: its size depends on values."""
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_complex()
+    return value if isinstance(value, torch.Tensor) else None
 
 
 Pairs = Mapping[fx.Node, fx.Node]
