@@ -31,7 +31,7 @@ from lora_fx.folding.fold import folded_state
 from lora_fx.generation import generator
 from lora_fx.generation.prefixed_model import behind, check_options
 from lora_fx.graph.adapter_names import adapters, original_name
-from lora_fx.graph.adapter_rows import ADAPTER_NAMES
+from lora_fx.graph.adapter_rows import ADAPTER_NAMES, AdapterRows
 from lora_fx.graph.cached_graphs import has_cache
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import CHECKPOINTING_SPELLING, EMBEDDINGS, PEFT_SPELLING, known_info, with_info
@@ -77,7 +77,7 @@ def generate(graph_module: TracedGraphModule, *args: Any, **options: Any) -> Any
     """Generate tokens by the model's own ``generate``, with the weights as they are folded at the start of the call.
 
     A graph that was traced with ``cache=True`` computes them itself: see :func:`lora_fx.generation.generator`. It takes ``adapter_names``
-    too, the adapter of each row.
+    too, the adapter of each row; the others that it has may be of kinds that cannot act by row.
 
     A model of the traced class is made for the call, in evaluation mode. It shares the weights that no adapter changes; the others
     are in memory twice until the call returns, and nothing is kept. The graph may have labels. A prefix that acts is the beginning of
@@ -95,7 +95,8 @@ def generate(graph_module: TracedGraphModule, *args: Any, **options: Any) -> Any
     named = options.get(ADAPTER_NAMES) is not None
     if has_cache(graph_module):
         by_row = named and not known_info(graph_module).by_row
-        return generator(activate_by_row(graph_module) if by_row else graph_module).generate(*args, **options)
+        graph = _for_rows(graph_module, options[ADAPTER_NAMES]) if by_row else graph_module
+        return generator(graph).generate(*args, **options)
     if named or known_info(graph_module).by_row:
         raise LoraFxError(
             f"{ADAPTER_NAMES}: expected a graph with a key-value cache, got one without, whose weights would be folded for all rows alike. "
@@ -224,6 +225,14 @@ def _turned(graph_module: TracedGraphModule) -> set[str]:
     """Return the weights of linear layers that a graph stores as ``(out, in)``."""
     found = {site.weight for site in sites(plain_graph(graph_module)) if (site.op, site.layout) == ("linear", "out_in")}
     return {original_name(name) or name for name in found}
+
+
+def _for_rows(graph_module: TracedGraphModule, names: Any) -> TracedGraphModule:
+    """Return a graph that takes the adapters of these rows alone, of which others may be of any kind."""
+    present = adapters(graph_module)
+    chosen = set(AdapterRows(present).chosen(names).names)
+    named = [name for name in present if name in chosen]
+    return activate_by_row(graph_module, named) if named else activate(graph_module, {})
 
 
 def save_pretrained(

@@ -230,6 +230,9 @@ def test_passes_that_change_adapters_take_the_graph_from_which_it_was_made(two: 
             refused(by_row)  # type: ignore[operator]
     with pytest.raises(lora_fx.PlanError, match=expected):
         lora_fx.activate(by_row, {"a": 1.0})
+    for pair in ((two, by_row), (by_row, two)):
+        with pytest.raises(lora_fx.PlanError, match=expected):
+            lora_fx.verify(*pair, (IDS,))
 
 
 @pytest.mark.parametrize("name", rows(("llama", "t5"), ("llama",)))
@@ -253,6 +256,21 @@ def test_rows_generate_pefts_tokens_with_beams_and_without(name: str) -> None:
             by_row.generate(**given, adapter_names=wrong)
     if name == "llama":
         assert torch.equal(graph.generate(**given, adapter_names=names), by_row.generate(**given, adapter_names=names))
+        more = peft.LoraConfig(r=2, target_modules=list(first), use_dora=True, init_lora_weights=False)
+        wrapped.add_adapter("d", more)
+        beside = lora_fx.rewrite(graph, rules=more, adapter="d")
+        for rows_of in (["a", "__base__", "a", "a"], ["__base__"] * 4):
+            expected = wrapped.generate(**given, adapter_names=rows_of)
+            assert torch.equal(beside.generate(**given, adapter_names=rows_of), expected)
+        with pytest.raises(lora_fx.PlanError, match="adapter 'd' cannot act by row"):
+            beside.generate(**given, adapter_names=["a", "d", "a", "a"])
+        for wrong, message in (
+            (["__base__"] * 2, "expected 4 names, one for each row of 'input_ids', got 2"),
+            (["__base__", "z", "a", "a"], "expected one of 'a', 'b', 'd', '__base__' for each row, got 'z'"),
+            ("__base__", "expected one of .* for each row, got '__base__'"),
+        ):
+            with pytest.raises(lora_fx.InputError, match=message):
+                beside.generate(**given, adapter_names=wrong)
         flat = lora_fx.rewrite(traced(name), rules=list(first), adapter="a")
         with pytest.raises(lora_fx.LoraFxError, match="adapter_names: expected a graph with a key-value cache"):
             flat.generate(**given, adapter_names=names)

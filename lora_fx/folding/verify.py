@@ -24,7 +24,7 @@ from lora_fx.errors import InputError, LoraFxError, VerifyError
 from lora_fx.graph.adapter_names import is_of_branch
 from lora_fx.graph.compare import ValueDifference, compare_values, rounding_tolerance
 from lora_fx.graph.graph_module import state_of
-from lora_fx.graph.info import check_module
+from lora_fx.graph.info import check_module, check_same_for_all_rows
 from lora_fx.graph.process_state import forked_random_state
 from lora_fx.graph.provenance import module_path, source_line
 from lora_fx.graph.signature import InputCodeGen
@@ -80,10 +80,12 @@ def verify(
             node, and so does ``node`` of the error.
         InputError: the graphs do not take these inputs.
         FoldError: ``graph_module`` cannot be folded.
+        PlanError: one of the two takes the adapter of each row.
         LoraFxError: a tensor is on the meta device.
     """
     for each in (graph_module, merged):
         check_module(each)
+        check_same_for_all_rows(each)
     graph_module = lower(graph_module)
     _check_values(graph_module, merged)
     pairs = _pairs(graph_module, merged, branches)

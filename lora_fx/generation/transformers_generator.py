@@ -13,7 +13,9 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPas
 
 from lora_fx.adapters.prefix import acting_prefix, keys_and_values
 from lora_fx.errors import InputError
-from lora_fx.graph.adapter_rows import ADAPTER_NAMES, check_count
+from lora_fx.graph.adapter_names import adapters
+from lora_fx.graph.adapter_rows import ADAPTER_NAMES, BASE, check_count
+from lora_fx.graph.adapter_states import acting
 from lora_fx.graph.cached_graphs import (
     PAST,
     PRESENT,
@@ -124,8 +126,11 @@ class Generator(nn.Module, GenerationMixin):
         kwargs |= {"use_cache": True, "cache_implementation": None}
         modes = {module: module.training for graph in self._graphs for module in graph.modules()}
         given = next((kwargs[key] for key in ("inputs", self.main_input_name) if kwargs.get(key) is not None), None)
-        by_row = info_of(self._graphs[0]).by_row
-        self._rows.take(names, args[0] if args else given, self.main_input_name, by_row)
+        first = self._graphs[0]
+        by_row = info_of(first).by_row
+        self._rows.take(names, args[0] if args else given, self.main_input_name, by_row or adapters(first))
+        if not by_row and not acting(first) and isinstance(names, list | tuple) and {*names} == {BASE}:
+            self._rows.names = None  # all rows have the base anyway
         try:
             for graph in self._graphs:
                 graph.eval()
