@@ -61,3 +61,11 @@ def test_a_dot_in_a_name_is_refused_in_one_sentence_as_peft_refuses_it(net: Net)
     assert str(refused.value) == (
         "adapter='v1.2' cannot be part of a parameter's name: a dot would let 'lora_A.v1.2.weight' be read two ways. Say 'v1-2'."
     )
+
+
+def test_the_name_of_rows_without_an_adapter_is_no_adapters(net: Net) -> None:
+    with pytest.raises(lora_fx.PlanError) as refused:
+        lora_fx.rewrite(net, RULES, adapter="__base__", example_inputs=(torch.randn(4, 5),))
+    assert str(refused.value) == (
+        "adapter='__base__' is PEFT's name for rows without an adapter (adapter_names). Say 'base'."
+    )

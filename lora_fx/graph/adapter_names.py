@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_fx.errors import PlanError
+from lora_fx.graph.adapter_rows import BASE
 from lora_fx.graph.codegen import is_usable_part
 
 _FACTOR = re.compile(r"(.+\.)?lora_(?P<factor>[AB])\.(?P<adapter>[^.]+)(\.[^.]+)?\.weight")
@@ -105,6 +106,8 @@ def check_adapter_name(adapter: str) -> None:
             f"adapter={adapter!r} cannot be part of a parameter's name: a dot would let 'lora_A.{adapter}.weight' be read two ways. "
             f"Say {adapter.replace('.', '-').strip('-') or 'default'!r}."
         )
+    if adapter == BASE:
+        raise PlanError(f"adapter={adapter!r} is PEFT's name for rows without an adapter (adapter_names). Say 'base'.")
     usable = (
         isinstance(adapter, str) and bool(adapter) and is_usable_part(adapter) and not hasattr(nn.Module(), adapter)
     )
