@@ -560,6 +560,11 @@ def test_what_the_other_forms_cannot_say_is_refused_before_anything_is_written(t
             lora_fx.save_adapter(graph, tmp_path / "out", format=form)
         assert "words: lora_embedding_A" in str(error.value)
         assert "out.weight: trains as a whole" in str(error.value)
+    beside = {"select": [{"target": ["words"], "trainable": [2, 5]}, {"target": ["out"], "rank": 2}]}
+    for rows in (beside, peft.TrainableTokensConfig(token_indices=[2, 5], target_modules=["words"])):
+        graph = lora_fx.rewrite(Small().eval(), rules=rows, example_inputs=(torch.randint(9, (2, 3)),))
+        with pytest.raises(lora_fx.AdapterError, match=r"words: rows of an embedding that train$"):
+            lora_fx.save_adapter(graph, tmp_path / "out", format="kohya")
     with pytest.raises(lora_fx.AdapterError, match="expected 'peft', 'diffusers' or 'kohya', got 'comfy'"):
         lora_fx.save_adapter(graph, tmp_path / "out", format="comfy")
     assert not (tmp_path / "out").exists()

@@ -154,3 +154,33 @@ def test_what_cannot_be_saved_is_said_before_the_training(graph: lora_fx.TracedG
         lora_fx.AdapterError, match=r"attention\.lora_A\.weight: an nn\.MultiheadAttention whose query is"
     ):
         lora_fx.from_adapter(crossed, tmp_path / "crossed", example_inputs=(X,))
+
+
+def test_an_adapter_file_for_slots_is_written_from_a_graph_and_not_from_pefts_directory(
+    model: nn.Module, graph: lora_fx.TracedGraphModule, tmp_path: Path
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    theirs = peft.get_peft_model(copy.deepcopy(model), config()).eval()
+    set_factors(theirs, scale=0.3)
+    theirs.save_pretrained(str(tmp_path))
+    rules = {"select": [{"target": ["in_proj_weight", "out_proj", "lin"], "rank": 2}]}
+    lora_fx.export.onnx(lora_fx.rewrite(graph, rules).eval(), tmp_path / "slots.onnx", slots=True)
+    with pytest.raises(lora_fx.AdapterError) as refused:
+        lora_fx.export.onnx_adapter_from_peft(tmp_path, tmp_path / "slots.onnx", tmp_path / "adapter")
+    assert str(refused.value).partition(": ")[2] == (
+        "attention: factors of an nn.MultiheadAttention, which PEFT adds to both of its weights at once, are not read from a directory into "
+        "slots. Write them from a graph: lora_fx.export.onnx_adapter(lora_fx.from_adapter(model, directory), path)"
+    )
+    lora_fx.export.onnx_adapter(lora_fx.from_adapter(graph, tmp_path), tmp_path / "adapter")
+    alone = config(target_parameters=["attention.in_proj_weight"], target_modules=["lin"])
+    parameter = peft.get_peft_model(copy.deepcopy(model), alone).eval()
+    set_factors(parameter, scale=0.3)
+    parameter.save_pretrained(str(tmp_path / "alone"))
+    lora_fx.export.onnx_adapter_from_peft(tmp_path / "alone", tmp_path / "slots.onnx", tmp_path / "alone.adapter")
+    session = onnxruntime.InferenceSession(str(tmp_path / "slots.onnx"))
+    for path, wrapped in (("adapter", theirs), ("alone.adapter", parameter)):
+        options, adapter = onnxruntime.RunOptions(), onnxruntime.LoraAdapter()
+        adapter.Load(str(tmp_path / path))
+        options.add_active_adapter(adapter)
+        (found,) = session.run(None, {session.get_inputs()[0].name: MORE.numpy()}, options)
+        torch.testing.assert_close(torch.from_numpy(found), wrapped(MORE))

@@ -221,7 +221,7 @@ class _PeftReader:
 
     def products(self) -> dict[str, _ScaledPair]:
         """Return the product for each slot, by its site."""
-        self._ledger.problems += _unslotted(self._config)
+        self._ledger.problems += [*_unslotted(self._config), *self._attentions()]
         self._ledger.stop_if_wrong()
         chosen = [slot for slot in self._table.slots if self._ledger.selects(_site(slot))]
         weights = self._ledger.weights_of(map(_site, chosen))
@@ -238,6 +238,17 @@ class _PeftReader:
             self._ledger.problems.append(f"{CONFIG_NAME} selects no site at which the model has a slot")
         self._ledger.stop_if_wrong()
         return {site: product for site, product in products.items() if product is not None}
+
+    def _attentions(self) -> Iterator[str]:
+        """Yield for each ``nn.MultiheadAttention`` with factors in the file that they are not read into slots."""
+        modules = (key.removeprefix(PREFIX).partition(".lora_")[0] for key in self._ledger.unread if ".lora_" in key)
+        for module in dict.fromkeys(module.removesuffix(".base_layer.out_proj") for module in modules):
+            weight = f"{module}.in_proj_weight"
+            if weight in self._table.base and not self._config.selects_parameter(weight):
+                yield (
+                    f"{module}: factors of an nn.MultiheadAttention, which PEFT adds to both of its weights at once, are not read from a "
+                    "directory into slots. Write them from a graph: lora_fx.export.onnx_adapter(lora_fx.from_adapter(model, directory), path)"
+                )
 
     def _product(self, slot: Slot, setting: Setting) -> _ScaledPair | None:
         shapes = slot.shapes(BranchSpec(slot.site.name, setting))

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from lora_fx.adapters.peft_format.keys import PREFIX
+from lora_fx.adapters.peft_format.keys import PREFIX, beside_factors, is_of_rows, module_of_key
 from lora_fx.adapters.peft_format.tensors import AdapterTensor, AdapterTensors
 from lora_fx.errors import AdapterError, did_you_mean, listed, printable, shortened, warn
 from lora_fx.rules.peft_config.config import AdapterConfig
@@ -295,7 +295,9 @@ def branches_in(config: AdapterConfig, tensors: Mapping[str, torch.Tensor], form
     parameters = set(config.target_parameters or ())
     for key in tensors:
         module, found, kind = key.removeprefix(PREFIX).partition(".lora_")
-        if not found:
+        if is_of_rows(own := key if is_of_rows(key) else beside_factors(key)):
+            problems.append(f"{module_of_key(own)}: rows of an embedding that train")
+        elif not found:
             problems.append(f"{module}: trains as a whole")
         elif kind not in ("A.weight", "B.weight"):
             problems.append(f"{module}: lora_{kind}, where a linear layer or a convolution has lora_A and lora_B")
