@@ -215,7 +215,7 @@ def _check_traced_from(model: nn.Module, graph_module: TracedGraphModule, merged
     theirs, mine = model_state.tensors, graph_state.tensors
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     other = _parameters(merged).keys() ^ parameters
-    if other and info_of(graph_module).layers:
+    if info_of(graph_module).layers:  # whose names may be those of the model, in another order
         raise LoraFxError(
             f"the graph has replicated layers (layer_replication), which this {type(model).__name__} lacks: graph.merge_and_unload() makes a "
             "model that has them, with the merged weights."

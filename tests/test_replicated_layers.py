@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lora_fx
-from lora_fx.errors import AdapterError, FoldError, LoraFxError, RuleError, TraceError
+from lora_fx.errors import AdapterError, FoldError, LoraFxError, PlanError, RuleError, TraceError
 from lora_fx.folding.checkpoint_plan import fold_checkpoint
 from lora_fx.tracing.replicated_layers import replicated
 
@@ -117,6 +118,47 @@ def test_a_graph_of_other_layers_and_a_checkpoint_are_refused_by_the_key(
     with pytest.raises(AdapterError, match=r"layer_replication: expected .* and this has those of the model itself"):
         fold_checkpoint(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def swapped() -> lora_fx.TracedGraphModule:
+    """Return a graph whose layers are those of the model in another order, so that all names are in both."""
+    config = {"peft_type": "LORA", **SETTINGS, "layer_replication": [[1, 2], [0, 1]], "init_lora_weights": False}
+    return lora_fx.rewrite(llama(), config, seed=1).eval()
+
+
+def test_graphs_of_other_layers_exchange_no_adapters(swapped: lora_fx.TracedGraphModule, tmp_path: Path) -> None:
+    plain, bare = lora_fx.trace(llama(), inference=True), lora_fx.unload(swapped)
+    expected = "layer_replication: expected a graph with the"
+    of_model = rf"{expected} layers \[\[1, 2\], \[0, 1\]\], and this has those of the model itself\. Give"
+    with pytest.raises(PlanError, match=of_model):
+        lora_fx.transfer(swapped, onto=plain)
+    of_swapped = rf"{expected} layers of the model itself, and this has the layers \[\[1, 2\], \[0, 1\]\]\. Trace"
+    with pytest.raises(PlanError, match=of_swapped):
+        lora_fx.transfer(lora_fx.rewrite(plain, ["q_proj"]), onto=bare)
+    assert torch.equal(logits(lora_fx.transfer(swapped, onto=bare).eval()), logits(swapped))
+    for graph in (swapped, lora_fx.fold(swapped)):
+        with pytest.raises(LoraFxError, match="the graph has replicated layers"):
+            lora_fx.huggingface.write_back(llama(), graph)
+        with pytest.raises(LoraFxError, match="the graph has replicated layers"):
+            lora_fx.huggingface.save_pretrained(llama(), graph, tmp_path / "x")
+
+
+def test_weights_of_the_model_get_into_no_other_layers_by_their_names(
+    pair: tuple[Any, lora_fx.TracedGraphModule], swapped: lora_fx.TracedGraphModule, tmp_path: Path
+) -> None:
+    message = r"layer_replication: the graph has the layers \[\[1, 2\], \[0, 1\]\], so that weights of the model would get into other layers"
+    with pytest.raises(LoraFxError, match=message):
+        lora_fx.materialize(swapped, llama().state_dict())
+    llama().save_pretrained(tmp_path)
+    with pytest.raises(LoraFxError, match=message):
+        lora_fx.parallel.load_sharded(copy.deepcopy(swapped).to("meta"), tmp_path)
+    assert torch.equal(logits(lora_fx.materialize(swapped, swapped.state_dict())), logits(swapped))
+    _, mine = pair
+    weights = {name: value * 2 for name, value in llama().state_dict().items()}
+    model = replicated(llama(), ((0, 2), (1, 2)))
+    model.load_state_dict(weights, strict=False)
+    assert torch.equal(logits(lora_fx.unload(lora_fx.materialize(mine, weights))), logits(model, use_cache=False))
 
 
 class Plain(nn.Module):

@@ -55,7 +55,8 @@ def materialize(
 
     Raises:
         PlanError: there are no values for a branch of MiCA's, which does not start with random ones.
-        LoraFxError: weights are missing, unknown, or have another shape or dtype; or buffers remain without a value.
+        LoraFxError: weights are missing, unknown, or have another shape or dtype; or buffers remain without a value; or replicated layers
+            have other names than in the model.
     """
     if not isinstance(state_dict, Mapping):
         found = type(state_dict).__name__
@@ -67,6 +68,8 @@ def materialize(
         **{name: state_dict[first] for name, first in state.aliases().items() if first in state_dict},
         **state_dict,
     }
+    if not any(map(is_of_adapter, state_dict)):  # a model's; with adapters it is a graph's
+        check_layers_keep_names(graph_module)
     _check_fit(wanted, given)
     device = next((tensor.device for tensor in given.values()), torch.device("cpu"))
     owned: dict[str, nn.Parameter] = {}
@@ -184,6 +187,17 @@ def computed_buffers(state: State, like: nn.Module | None, device: torch.device)
         for name, value in buffers.items()
         if name in state.non_persistent
     }
+
+
+def check_layers_keep_names(graph_module: TracedGraphModule) -> None:
+    """Raise :class:`LoraFxError` if replicated layers have the names of other layers of the model, whose weights they would get by name."""
+    ranges = info_of(graph_module).layers
+    order = [layer for first, end in ranges for layer in range(first, end)]
+    if any(order.index(layer) != layer for layer in order):
+        raise LoraFxError(
+            f"layer_replication: the graph has the layers {[*map(list, ranges)]}, so that weights of the model would get into other layers by "
+            "their names. Rewrite the model with its weights, not on the meta device."
+        )
 
 
 def check_filled(tensors: Mapping[str, torch.Tensor]) -> None:

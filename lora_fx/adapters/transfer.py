@@ -32,6 +32,7 @@ from lora_fx.graph.info import RuledBranches, info_of
 from lora_fx.graph.joined_graphs import Graphs, through, whole
 from lora_fx.graph.records import BranchSpec, PrefixSpec, TokenRows, Trained
 from lora_fx.planning.plan import owners_of
+from lora_fx.rules.peft_config.config import problem_of_layers
 from lora_fx.sites.call_sites import sites
 
 _logger = logging.getLogger("lora_fx.adapters")
@@ -52,9 +53,9 @@ def transfer(graph_module: TracedGraphModule | CachedGraphs, *, onto: Graphs) ->
             with a cache, if it has an encoder and a decoder.
 
     Raises:
-        PlanError: one of the two is no graph of lora_fx; a site of an adapter is missing in ``onto``, or has other features or
-            another rank there; an adapter that acts is folded into the weights of ``onto``; or two that would act have trained
-            copies of one parameter.
+        PlanError: one of the two is no graph of lora_fx; their layers differ (``layer_replication``); a site of an adapter is missing in
+            ``onto``, or has other features or another rank there; an adapter that acts is folded into the weights of ``onto``; or two
+            that would act have trained copies of one parameter.
     """
     given = whole(graph_module)
     return through(onto, lambda graph: _transferred(given, as_traced(graph)))
@@ -71,6 +72,8 @@ def _transferred(graph_module: TracedGraphModule, onto: TracedGraphModule) -> Tr
         )
     for each in (given, onto):
         check_whole(each)
+    if problem := problem_of_layers(info_of(given).layers, info_of(onto).layers):
+        raise PlanError(f"{problem}.")
     strengths = {**{name: each for name, each in acting(onto).items() if name not in adapters(given)}, **acting(given)}
     within = _folded_into(onto) - _folded_into(given)
     twice = sorted(within & acting(given).keys())

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lora_fx.adapters.materialize import check_filled, computed_buffers, initial_values
+from lora_fx.adapters.materialize import check_filled, check_layers_keep_names, computed_buffers, initial_values
 from lora_fx.errors import LoraFxError, PlanError, listed
 from lora_fx.files.safetensors import TensorFile
 from lora_fx.folding.checkpoint import Checkpoint
@@ -69,6 +69,7 @@ def load_sharded(
         raise PlanError(
             "expected a graph on the meta device, got one with weights: lora_fx.parallel.fully_shard shards these."
         )
+    check_layers_keep_names(empty)
     checkpoint = Checkpoint.open(Path(directory))
     keys = _keys(before, checkpoint)
     fully_shard(graph_module, mesh, **options)

@@ -74,6 +74,23 @@ LayerMap = tuple[tuple[int, int], ...]
 """Ranges of layers, each from its first to past its last, that a model has one after the other."""
 
 
+def problem_of_layers(expected: LayerMap, found: LayerMap) -> str | None:
+    """Return why an adapter for a graph with ranges of layers is none for another graph; None if it is. No ranges are the model's own layers."""
+    if expected == found:
+        return None
+    wanted, has = (f"the layers {shown(list(map(list, each)))}" if each else "" for each in (expected, found))
+    advice = (
+        "Give the model to from_adapter or rewrite, which replicate them; graph.merge_and_unload() makes a model of that with weights of its "
+        "own in each layer"
+        if expected
+        else "Trace the model without layer_replication: lora_fx.trace(model)"
+    )
+    return (
+        f"layer_replication: expected a graph with {wanted or 'the layers of the model itself'}, and this has "
+        f"{has or 'those of the model itself'}. {advice}"
+    )
+
+
 class AdapterConfig(Table):
     """Modules that an adapter adapts, and how, in PEFT's words."""
 
@@ -240,14 +257,7 @@ class AdapterConfig(Table):
 
         One that says nothing of layers is for any: PEFT adds it to the model as it is.
         """
-        wanted = self.layer_replication
-        if wanted is None or wanted == layers:
-            return None
-        found = f"has the layers {shown(list(map(list, layers)))}" if layers else "has those of the model itself"
-        return (
-            f"layer_replication: expected a graph with the layers {shown(list(map(list, wanted)))}, and this {found}. Give the model to "
-            "from_adapter or rewrite, which replicate them; graph.merge_and_unload() makes a model of that with weights of its own in each layer"
-        )
+        return None if self.layer_replication is None else problem_of_layers(self.layer_replication, layers)
 
     def to_json(self) -> str:
         """Return the file, with all keys that PEFT 0.21 writes, in its form."""
