@@ -269,6 +269,26 @@ def test_types_of_tokens_that_change_nothing_are_taken_as_a_tokenizer_gives_them
         llama(input_ids=ids, token_type_ids=zeros)
 
 
+def test_types_of_tokens_that_a_row_of_zeros_hid_in_the_trace_are_refused() -> None:
+    model, ids = build("gpt2", layers=1), torch.randint(3, 97, (3, 5))
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        model.transformer.wte.weight[0] = 0  # of which GPT-2 adds types that are zeros
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    zeros = torch.zeros_like(ids)
+    without = lora_fx.trace(model, given, inference=True)
+    with_types = lora_fx.trace(model, {**given, "token_type_ids": zeros}, inference=True)
+    for graph_module in (without, with_types):
+        graph_module.load_state_dict(values)
+    with pytest.raises(lora_fx.InputError, match=r"'token_type_ids' is a tensor .* the graph was traced without it"):
+        without(**given, token_type_ids=zeros)
+    with pytest.raises(lora_fx.InputError, match="'token_type_ids' is missing, but the graph was traced with it"):
+        with_types(**given)
+    model.load_state_dict(values)
+    with torch.no_grad():
+        assert torch.equal(with_types(**given, token_type_ids=zeros)[0], model(**given, token_type_ids=zeros)[0])
+
+
 class TypesMatter(transformers.BertModel):  # type: ignore[misc]
     """A model for which types of zero are something else than none."""
 

@@ -44,7 +44,8 @@ def fills_of(model: nn.Module, graph_module: TracedGraphModule, inputs: ExampleI
 
     For each the model is called without it, and the graph with the value: they have to agree, also where the token for padding
     stands among the others, from which some models make a mask. Of an argument that the graph does not take, the model is
-    called with the value, and the graph without it.
+    called with the value, and the graph without it. Where the value is zeros, they choose the first rows of tables, and a row of
+    zeros would hide it: the model also has to agree with itself with other first rows.
 
     Args:
         model: in eval mode.
@@ -76,11 +77,33 @@ def _agrees(
     eager = OnCopies(model)
     run: Callable[..., Any] = eager if name in values else with_value(eager)
     run_graph: Callable[..., Any] = with_value(graph_module) if name in values else graph_module
+
+    def changed(**kwargs: Any) -> Any:
+        return OnCopies(model, _with_other_first_rows(model))(**kwargs)
+
+    others = ExampleInputs((), rest, inputs.axes)
     try:
         with torch.no_grad(), quiet():
-            return difference(run, run_graph, ExampleInputs((), rest, inputs.axes)) is None
+            agree = difference(run, run_graph, others) is None
+            if agree and fill.kind == "zeros":
+                agree = difference(changed, with_value(changed), others) is None
+            return agree
     except (ModelFailed, GraphFailed):
         return False
+
+
+def _with_other_first_rows(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights of embeddings, and others whose first row is zero, with another first row."""
+    made: dict[str, torch.Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    for path, module in model.named_modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.dim() < 2 or not weight.is_floating_point() or not len(weight):
+                continue
+            if isinstance(module, nn.Embedding) or not weight[0].any():
+                row = torch.randn(weight.shape[1:], generator=generator).to(weight)
+                made[f"{path}.{name}".removeprefix(".")] = torch.cat([row[None], weight[1:]])
+    return made
 
 
 def _candidates(graph_module: TracedGraphModule, inputs: ExampleInputs) -> Iterator[tuple[str, Fill]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -165,8 +166,9 @@ class OnCopies:
         buffers: of the last call, by their names.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, parameters: Mapping[str, torch.Tensor] = MappingProxyType({})) -> None:
+        """Call ``model``, with these values of some parameters."""
+        self._model, self._parameters = model, parameters
         self.buffers: dict[str, torch.Tensor] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -182,7 +184,8 @@ class OnCopies:
         args, kwargs = pytree.tree_map(
             lambda leaf: leaf, (args, kwargs)
         )  # sentence-transformers adds to what it is given
-        return torch.func.functional_call(self._model, self.buffers, args, kwargs, tie_weights=False)
+        values = {**self._parameters, **self.buffers}
+        return torch.func.functional_call(self._model, values, args, kwargs, tie_weights=False)
 
 
 @contextmanager
