@@ -1,17 +1,19 @@
-"""Half precision in an ONNX model: its float32 becomes float16 or bfloat16; the graph that it was written from keeps its dtype.
+"""Half precision in an ONNX model: its products are computed in float16 or bfloat16; the graph that it was written from keeps its dtype.
 
-    inputs, outputs             float32, with casts at the border
-    products, sums, weights     the dtype
-    norms, Softmax, powers, …   float32: their values do not fit into float16, or lose what the result needs
+    inputs, outputs                                     float32, with casts at the border
+    products with weights, and of what follows them     the dtype; so are the weights and tables that they read
+    sums, gates and copies between such products        the dtype, where all that they read has it
+    all else, known or not                              float32
 
-What leads to such operators alone stays in float32 too, back to a product (the mask that is added to scores, the variance of a norm,
-the angles of a rotary embedding): a row that is masked entirely has the same weights as in the graph. Where numbers that the dtype does
-not hold, such as the minimum of a mask, meet it nevertheless, they become three quarters of its largest number.
+So what half precision cannot hold is never given to it: masks and the scores that they are added to, norms with their small constants,
+positions, angles, buckets, sums over a dimension. Numbers beyond the dtype (the minimum of a mask) are followed to the operator that
+bounds them, such as a Softmax: products before it are float32, weights included. Where a quotient or a power meets a product, its finite
+values are clipped to the range of the dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,25 +25,29 @@ from lora_fx.export.onnx_ops import onnx_package
 DTYPES: Mapping[torch.dtype, str] = {torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
 """The dtypes of models, with ONNX's names."""
 
-_SINGLE = frozenset(
-    (
-        *("Pow", "Sqrt", "Reciprocal", "Exp", "Log", "Softmax", "LogSoftmax", "Sin", "Cos"),
-        *("CumSum", "Range", "Resize", "GridSample"),
-        *("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "IsInf", "IsNaN"),
-        *("LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization"),
-        "BatchNormalization",
-    )
-)
-"""Operators that are computed in float32, beside reductions, squares, and casts of integers."""
+_PRODUCTS = frozenset(("MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"))
 
 _BETWEEN = frozenset(
     (
-        *("Add", "Sub", "Mul", "Div", "Neg", "Abs", "Min", "Max", "Where", "Identity"),
-        *("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Concat", "Slice", "Gather", "Expand", "Split"),
+        *("Add", "Sub", "Mul", "Neg", "Relu", "LeakyRelu", "Gelu", "Sigmoid", "Tanh", "Erf", "HardSwish", "Where"),
+        *("Transpose", "Reshape", "Flatten", "Unsqueeze", "Squeeze", "Concat", "Slice", "Gather", "Expand", "Split"),
+        "Identity",
     )
 )
-"""Operators that are computed in float32 where their results are for those alone; so are products of two vectors, and rows of a table
-that is not a weight."""
+"""Operators that are computed in the dtype where all that they read has it, and a product reads them; so are products of two vectors."""
+
+_BOUNDED = frozenset(
+    (
+        *("Softmax", "LogSoftmax", "Sigmoid", "Tanh", "Erf", "Sin", "Cos"),
+        *("LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization"),
+    )
+)
+"""Operators whose results the dtype holds, whatever they read."""
+
+_UNBOUNDED = frozenset(
+    ("Div", "Reciprocal", "Exp", "Pow", "Sqrt", "CumSum", "ReduceSum", "ReduceSumSquare", "ReduceL2", "ReduceProd")
+)
+"""Operators whose results may be beyond the dtype where all that they read is within; so are squares."""
 
 
 def check_dtype(dtype: torch.dtype | None, slots: bool, quantised: bool) -> None:
@@ -60,12 +66,22 @@ def check_dtype(dtype: torch.dtype | None, slots: bool, quantised: bool) -> None
 
 
 def convert_dtype(model: Any, dtype: torch.dtype) -> None:
-    """Write the float32 of an ``onnx_ir`` model in another dtype (in place).
+    """Write the products of an ``onnx_ir`` model in float32 in another dtype (in place).
 
     Raises:
-        ExportError: a weight has values that the dtype does not hold, or an operator holds a graph.
+        ExportError: a weight or an input has another dtype than float32, or an operator holds a graph.
     """
     ir = onnx_package("onnx_ir")
+    others = [
+        f"{value.name} ({value.dtype.name.lower()})"
+        for value in (*model.graph.inputs, *model.graph.initializers.values())
+        if value.dtype is not None and value.dtype.is_floating_point() and value.dtype != ir.DataType.FLOAT
+    ]
+    if others:
+        raise ExportError(
+            f"dtype={dtype} is for graphs in float32, got {listed(others, 3)}: trace the model after `.float()`, or leave out dtype= "
+            "for a file in the dtype of the graph."
+        )
     if any(
         attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
         for node in model.graph
@@ -86,96 +102,109 @@ def convert_dtype(model: Any, dtype: torch.dtype) -> None:
 
 @dataclass
 class _Conversion:
+    """The conversion of one model.
+
+    Attributes:
+        ir: the package ``onnx_ir``.
+        model: converted in place.
+        half: the dtype.
+        range: the numbers of the dtype.
+        beyond: values that may have finite numbers of the model beyond the dtype.
+        unbounded: float32 values that may be computed to be beyond the dtype.
+        casts: values → the same in the other dtype.
+    """
+
     ir: Any
     model: Any
     half: Any
     range: torch.finfo
-    casts: dict[tuple[Any, Any], Any] = field(default_factory=dict)
-    clips: bool = False
+    beyond: set[Any] = field(default_factory=set)
+    unbounded: set[Any] = field(default_factory=set)
+    casts: dict[Any, Any] = field(default_factory=dict)
 
     def run(self) -> None:
-        single = self._single()
-        uses = [
-            (node, index)
-            for node in self.model.graph
-            for index in range(len(node.inputs))
-            if self._is_float(node.inputs[index])
-        ]
-        wanted = {use: self.ir.DataType.FLOAT if use[0] in single else self.half for use in uses}
-        kept = {value for value in self._constants() if all(use.node in single for use in value.uses())}
-        self._convert_weights()
-        for node in list(self.model.graph):
-            in_single = node in single or not kept.isdisjoint(node.outputs)
-            self._convert_node(node, self.ir.DataType.FLOAT if in_single else self.half)
-        self.clips = self._are_beyond(kept)
-        for (node, index), dtype in wanted.items():
-            if node.inputs[index].dtype != dtype:
-                node.replace_input_with(index, self._cast(node.inputs[index], dtype))
+        nodes = [node for node in self.model.graph if any(map(self._is_float, (*node.inputs, *node.outputs)))]
+        half = self._half(nodes)
+        for value in list(self.model.graph.initializers.values()):
+            if self._is_float(value) and any(use.node in half for use in value.uses()):
+                value.const_value, value.dtype = self._tensor(value.const_value, value.name), self.half
+        for node in half:
+            for value in filter(self._is_float, node.outputs):
+                value.dtype = self.half
+        for node in nodes:
+            other = self.ir.DataType.FLOAT if node in half else self.half
+            for index, value in enumerate(node.inputs):
+                if value is not None and value.dtype == other:
+                    node.replace_input_with(index, self._cast(value))
         for index, value in enumerate(self.model.graph.outputs):
             if value.dtype == self.half:
-                self.model.graph.outputs[index] = self._cast(value, self.ir.DataType.FLOAT)
+                self.model.graph.outputs[index] = self._cast(value)
 
     def _is_float(self, value: Any) -> bool:
         return value is not None and value.dtype == self.ir.DataType.FLOAT
 
-    def _constants(self) -> Iterable[Any]:
-        return [
-            node.outputs[0]
-            for node in self.model.graph
-            if node.op_type == "Constant" and self._is_float(node.outputs[0])
-        ]
-
-    def _single(self) -> set[Any]:
-        """Return the nodes that are computed in float32."""
-        nodes = [node for node in self.model.graph if any(map(self._is_float, (*node.inputs, *node.outputs)))]
-        chosen = {node for node in nodes if self._needs_single(node)}
-        behind, before = set(chosen), set(chosen)
+    def _half(self, nodes: list[Any]) -> set[Any]:
+        """Return the nodes that are computed in the dtype, and find the values that are beyond it."""
+        fitting, weighted, half = self._known(), set(self.model.graph.initializers.values()), set()
         for node in nodes:
-            given = [
-                value.producer() for value in node.inputs if self._is_float(value) and not self._is_constant(value)
-            ]
-            if self._may_be_between(node) and given and behind.issuperset(given):
-                behind.add(node)
-        for node in reversed(nodes):
-            users = [use.node for value in node.outputs for use in value.uses()]
-            is_output = any(value.is_graph_output() for value in node.outputs)
-            if self._may_be_between(node) and users and not is_output and before.issuperset(users):
-                before.add(node)
-        return {node for node in before if node in behind or node.op_type not in ("MatMul", "Gather")}
+            given, results = list(filter(self._is_float, node.inputs)), list(filter(self._is_float, node.outputs))
+            if not weighted.isdisjoint(given):
+                weighted.update(results)
+            if not given or not results:
+                continue
+            if self._is_product(node):
+                is_half = self.beyond.isdisjoint(given) and not weighted.isdisjoint(given)
+            else:
+                held = [value.producer() in half or value in fitting for value in given]
+                is_half = self._may_be_between(node) and all(held) and not all(map(self._is_constant, given))
+            if is_half:
+                half.add(node)
+            elif node.op_type not in _BOUNDED:
+                if not self.beyond.isdisjoint(given):
+                    self.beyond.update(results)
+                if self._is_unbounded(node) or not self.unbounded.isdisjoint(given):
+                    self.unbounded.update(results)
+        for node in reversed(nodes):  # what no product reads is float32, back to a product or a table
+            is_kept = self._is_product(node) or (node.op_type == "Gather" and node.inputs[0].is_initializer())
+            if not is_kept and half.isdisjoint(use.node for value in node.outputs for use in value.uses()):
+                half.discard(node)
+        return half
 
-    def _needs_single(self, node: Any) -> bool:
-        if node.op_type == "Cast":
-            return self._is_float(node.outputs[0]) and (
-                node.inputs[0].dtype is None or node.inputs[0].dtype.is_integer()
-            )
-        is_square = node.op_type == "Mul" and node.inputs[0] is node.inputs[1]
-        return node.op_type in _SINGLE or node.op_type.startswith("Reduce") or is_square
+    def _known(self) -> set[Any]:
+        """Return the weights and constants that the dtype holds; those with larger numbers are put into ``beyond``."""
+        fitting = set()
+        for value in (*self.model.graph.initializers.values(), *(v for node in self.model.graph for v in node.outputs)):
+            if not self._is_float(value) or not (value.is_initializer() or self._is_constant(value)):
+                continue
+            numbers = abs(self.ir.convenience.get_const_tensor(value).numpy())
+            numbers = numbers[(numbers > 0) & (numbers < float("inf"))]
+            if numbers.max(initial=0) > self.range.max:
+                self.beyond.add(value)
+            elif not numbers.size or numbers.max() >= self.range.smallest_normal:
+                fitting.add(value)
+        return fitting
+
+    def _is_product(self, node: Any) -> bool:
+        return node.op_type in _PRODUCTS and not self._is_of_vectors(node)
+
+    def _is_of_vectors(self, node: Any) -> bool:
+        shape = node.inputs[0].shape
+        return node.op_type == "MatMul" and shape is not None and len(shape) > 0 and shape[-1] == 1
 
     def _may_be_between(self, node: Any) -> bool:
-        if node.op_type == "MatMul":
-            shape = node.inputs[0].shape
-            return shape is not None and shape[-1] == 1
-        return node.op_type in _BETWEEN
+        return (node.op_type in _BETWEEN and not self._is_square(node)) or self._is_of_vectors(node)
+
+    def _is_square(self, node: Any) -> bool:
+        return node.op_type == "Mul" and node.inputs[0] is node.inputs[1]
+
+    def _is_unbounded(self, node: Any) -> bool:
+        if node.op_type == "Div" and self._is_constant(node.inputs[1]):
+            return False
+        return node.op_type in _UNBOUNDED or self._is_square(node)
 
     def _is_constant(self, value: Any) -> bool:
         producer = value.producer()
-        return value.is_initializer() or (producer is not None and producer.op_type == "Constant")
-
-    def _convert_weights(self) -> None:
-        problems = []
-        for value in self.model.graph.initializers.values():
-            if not self._is_float(value):
-                continue
-            array = value.const_value.numpy()
-            largest = float(abs(array[abs(array) < float("inf")]).max(initial=0))
-            if largest > self.range.max:
-                problems.append(f"{value.name} has {largest:.3g}")
-            value.const_value = self._tensor(value.const_value, value.name)
-            value.dtype = self.half
-        if problems:
-            raise ExportError(
-                f"expected weights within ±{self.range.max:.5g}, which {self.range.dtype} holds: {listed(problems, 5)}. Write bfloat16 or float32."
-            )
+        return producer is not None and producer.op_type == "Constant"
 
     def _tensor(self, tensor: Any, name: str | None = None) -> Any:
         numpy = self.half.numpy()
@@ -186,47 +215,20 @@ class _Conversion:
             name=name,
         )
 
-    def _are_beyond(self, constants: Iterable[Any]) -> bool:
-        tensors = (self.ir.convenience.get_const_tensor(value) for value in constants)
-        return any(bool(self._beyond(tensor.numpy()).any()) for tensor in tensors if tensor is not None)
+    def _cast(self, value: Any) -> Any:
+        """Return a value in the other dtype."""
+        if value not in self.casts:
+            self.casts[value] = self._new_cast(value)
+        return self.casts[value]
 
-    def _beyond(self, array: Any) -> Any:
-        """Return which numbers are finite, and larger than the half precision holds."""
-        return (abs(array) > self.range.max) & (abs(array) < float("inf"))
-
-    @property
-    def _bound(self) -> float:
-        return 0.75 * self.range.max
-
-    def _clamped(self, tensor: Any, dtype: Any) -> Any:
-        """Return numbers in a dtype, within its range."""
-        array = tensor.numpy().copy()
-        if dtype == self.half:
-            beyond = self._beyond(array)
-            array[beyond] = ((array[beyond] > 0) * 2.0 - 1.0) * self._bound
-        return self.ir.Tensor(array.astype(dtype.numpy()), dtype=dtype)
-
-    def _convert_node(self, node: Any, dtype: Any) -> None:
-        """Let a node compute in a dtype: its numbers, the dtypes that it names, and the types of its results."""
-        for name, attribute in list(node.attributes.items()):
-            if attribute.type == self.ir.AttributeType.TENSOR and attribute.value.dtype == self.ir.DataType.FLOAT:
-                node.attributes[name] = self.ir.AttrTensor(name, self._clamped(attribute.value, dtype))
-            elif name in ("to", "dtype", "output_dtype") and attribute.value == self.ir.DataType.FLOAT:
-                node.attributes[name] = self.ir.AttrInt64(name, int(dtype))
-        for value in node.outputs:
-            if self._is_float(value):
-                value.dtype = dtype
-
-    def _cast(self, value: Any, dtype: Any) -> Any:
-        key = value, dtype
-        if key not in self.casts:
-            producer = value.producer()
-            clips = dtype == self.half and self.clips and producer is not None and producer.op_type in _BETWEEN
-            self.casts[key] = self._plain_cast(self._clipped(value) if clips else value, dtype)
-        return self.casts[key]
-
-    def _plain_cast(self, value: Any, dtype: Any) -> Any:
-        node = self.ir.node("Cast", [value], attributes={"to": self.ir.AttrInt64("to", int(dtype))})
+    def _new_cast(self, value: Any) -> Any:
+        dtype = self.ir.DataType.FLOAT if value.dtype == self.half else self.half
+        if self._is_constant(value):
+            tensor = self._tensor(self.ir.convenience.get_const_tensor(value))
+            node = self.ir.node("Constant", [], attributes={"value": self.ir.AttrTensor("value", tensor)})
+        else:
+            value = self._clipped(value) if value in self.unbounded else value
+            node = self.ir.node("Cast", [value], attributes={"to": self.ir.AttrInt64("to", int(dtype))})
         result, producer = node.outputs[0], value.producer()
         result.dtype, result.shape = dtype, value.shape
         if producer is None:
@@ -236,9 +238,9 @@ class _Conversion:
         return result
 
     def _clipped(self, value: Any) -> Any:
-        """Return a float32 value within the range of the half precision, in which infinities stay what they are."""
+        """Return a float32 value within the range of the dtype, in which infinities stay what they are."""
         bounds = [
-            self.ir.node("Constant", [], attributes={"value": self._number(sign * self._bound)}) for sign in (-1, 1)
+            self.ir.node("Constant", [], attributes={"value": self._number(sign * self.range.max)}) for sign in (-1, 1)
         ]
         node = self.ir.node("Clip", [value, *(bound.outputs[0] for bound in bounds)])
         infinite = self.ir.node("IsInf", [value])

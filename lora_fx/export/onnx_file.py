@@ -80,9 +80,10 @@ def onnx(
             stands between two operators that onnxruntime fuses at its higher optimisation levels (a product and the GELU or the
             layer norm behind it). It is compared without an adapter, and with a made-up one.
         opset: version of ONNX's operators, 17 or later. By default the newest that releases of onnxruntime and TensorRT of the last year take.
-        dtype: ``torch.float16`` or ``torch.bfloat16``, written in the place of float32; the graph keeps its dtype. Inputs and outputs stay
-            float32. Norms, Softmax, powers and positions are computed in float32; the minimum of a mask becomes a number that the dtype holds.
-            The default ``tolerance`` is then 0.05. onnxruntime's CPU computes float16 with casts; of bfloat16 it has few kernels.
+        dtype: ``torch.float16`` or ``torch.bfloat16``, for a graph in float32, which keeps its dtype: products, the weights and tables that
+            they read, and sums and gates between them have it in the file. Inputs, outputs and all else stay float32 (norms, Softmax, masks,
+            positions, residual sums), so do products of numbers that the dtype does not hold. The default ``tolerance`` is then 0.05.
+            onnxruntime's CPU computes float16 with casts; of bfloat16 it has few kernels.
         transpose_weights: store a matrix that a product alone reads, transposed, as the initializer ``<key>.T``, for tools that
             quantise or fuse products: they skip those behind a Transpose. The model's metadata maps the names to the keys
             (``lora_fx.transposed_weights``, a JSON object). False stores each weight under its key, as it is.
@@ -95,7 +96,8 @@ def onnx(
 
     Raises:
         ExportError: ONNX does not take the graph; the message names the operator and the model's line. Or it has a branch
-            that no slot takes, or a quantised weight for whose product there is no kernel.
+            that no slot takes, a quantised weight for whose product there is no kernel, or, with ``dtype``, weights or inputs that are
+            not float32, or an operator that holds a graph (If, Loop, Scan).
         VerifyError: the written file does not compute the same, or onnxruntime does not run it.
         WriteError: the path exists or cannot be written.
     """
