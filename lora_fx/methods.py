@@ -107,7 +107,7 @@ def generate(graph_module: TracedGraphModule, *args: Any, **options: Any) -> Any
     model: Any = double_over(graph_module, state, _turned(graph_module)).eval()
     if adapter is None:
         return model.generate(*args, **options)
-    check_options(options)
+    check_options(model, options)
     with behind(model, keys_and_values(graph_module, adapter)):
         return model.generate(*args, **options)
 

@@ -142,3 +142,15 @@ def test_a_program_that_was_saved_and_loaded_folds_to_the_same_weights(name: str
     folded = lora_fx.fold(loaded)
     same_weights(loaded, folded, graph_module, expected)
     assert torch.allclose(folded(**batch)[0], run(name, graph_module, 3, 11, 5)[0], rtol=0, atol=1e-5)
+
+
+def test_a_memory_format_in_a_graph_is_saved() -> None:
+    class Copied(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+    x = torch.randn(2, 3, 4)
+    graph_module = lora_fx.trace(Copied(), (x,))
+    for copied in (saved(graph_module), pickled(graph_module)):
+        assert torch.equal(copied(x), x.transpose(1, 2))
+        assert copied(x).is_contiguous()

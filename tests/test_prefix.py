@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import pickle
 from collections.abc import Callable, Mapping
@@ -14,13 +15,13 @@ import peft
 import pytest
 import torch
 import transformers
+from architectures import rows
 from graph_diff import first_difference
 from safetensors.torch import load_file
 
 import lora_fx
 from lora_fx.errors import AdapterError, FoldError, PlanError, RuleError, TraceError
 from lora_fx.folding.checkpoint_plan import fold_checkpoint
-from tests.architectures import rows
 
 EMBEDDING = "prompt_encoder.default.embedding.weight"
 TOKENS = 6
@@ -299,6 +300,22 @@ def test_only_the_prefix_trains_and_its_size_is_that_of_all_keys_and_values(grap
     assert "a prefix of 6 tokens" in repr(graph)
 
 
+def test_a_trace_for_the_sizes_of_its_example_alone_takes_prefixes_of_any_length(
+    model: Any, graph: lora_fx.TracedGraphModule
+) -> None:
+    batch = inputs(model, 3, 9)
+    fixed = lora_fx.trace(model, batch, prefix=True, inference=True, dynamic={})
+    for tokens in (TOKENS, TOKENS - 2):
+        mine = lora_fx.rewrite(fixed, {"prefix": [{"tokens": tokens}]}, seed=1)
+        other = lora_fx.rewrite(graph, {"prefix": [{"tokens": tokens}]}, adapter="other", seed=1)
+        assert torch.equal(mine(**batch).logits, lora_fx.activate(other, {"other": 1})(**batch).logits)
+
+
+def test_a_prefix_is_read_by_all_stages_of_a_pipeline_and_refused(both: lora_fx.TracedGraphModule) -> None:
+    with pytest.raises(lora_fx.LoraFxError, match="the prefix of adapter 'default-prefix' acts, which all stages read"):
+        lora_fx.parallel.stage_module(copy.deepcopy(both), ["model.layers.1"], 0)
+
+
 def test_two_adapters_come_of_rules_with_both_and_each_has_its_directory(
     model: Any, both: lora_fx.TracedGraphModule, tmp_path: Path
 ) -> None:
@@ -310,7 +327,11 @@ def test_two_adapters_come_of_rules_with_both_and_each_has_its_directory(
         read = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / name).eval()
         with torch.no_grad():
             torch.testing.assert_close(read(**batch).logits, alone(**batch).logits, rtol=0, atol=1e-6)
-    for each in (copy.deepcopy(both), lora_fx.transfer(both, onto=lora_fx.unload(both))):
+    buffer = io.BytesIO()
+    torch.save(both, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    for each in (copy.deepcopy(both), loaded, lora_fx.transfer(both, onto=lora_fx.unload(both))):
         assert torch.equal(each(**batch).logits, both(**batch).logits)
 
 
@@ -399,6 +420,10 @@ def generated_as_peft(model: Any, mine: lora_fx.TracedGraphModule, theirs: Any) 
     assert not torch.allclose(without[1][0], logits[0], atol=1e-3)
     with pytest.raises(lora_fx.InputError, match="prompt_lookup_num_tokens was given, and a prefix is in a cache"):
         mine.generate(**batch, max_new_tokens=2, prompt_lookup_num_tokens=2)
+    with pytest.raises(lora_fx.InputError, match="cache_implementation was given, and a prefix is in a cache"):
+        mine.generate(
+            **batch, generation_config=transformers.GenerationConfig(cache_implementation="static", max_length=20)
+        )
 
 
 def test_tokens_that_are_generated_are_those_of_peft(model: Any, base: lora_fx.TracedGraphModule) -> None:

@@ -17,9 +17,11 @@ _OTHER_WAYS = ("assistant_model", "prompt_lookup_num_tokens", "cache_implementat
 """Options of ``generate`` by which a cache is cut, or is another than one that grows."""
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raise :class:`InputError` for options of ``generate`` by which a prefix would be lost or cut."""
-    given = [name for name in _OTHER_WAYS if options.get(name) is not None]
+def check_options(model: Any, options: Mapping[str, Any]) -> None:
+    """Raise :class:`InputError` for options of ``generate``, or of its configuration, by which a prefix would be lost or cut."""
+    config = options.get("generation_config") or model.generation_config
+    settings = {name: getattr(config, name, None) for name in _OTHER_WAYS} | dict(options)
+    given = [name for name in _OTHER_WAYS if settings.get(name) is not None]
     if given:
         raise InputError(
             f"{given[0]} was given, and a prefix is in a cache that grows from the first step on. Leave it out."

@@ -42,6 +42,13 @@ class Operator:
 
 
 @dataclass(frozen=True)
+class MemoryFormat:
+    """Stands for a ``torch.memory_format``, which does not pickle in the protocol of ``torch.save``: ``contiguous_format``."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Shape:
     """Stands for the fake value of a node: its dtype, and the sizes that it had in the trace."""
 
@@ -114,12 +121,14 @@ def _plain(value: Any) -> Any:
         return tuple(_plain(item) for item in value)
     if isinstance(value, slice):
         return slice(_plain(value.start), _plain(value.stop), _plain(value.step))
-    return value
+    return MemoryFormat(str(value).removeprefix("torch.")) if isinstance(value, torch.memory_format) else value
 
 
 def _map(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
     if isinstance(value, Reference):
         return nodes[value.name]
+    if isinstance(value, MemoryFormat):
+        return getattr(torch, value.name)
     if isinstance(value, dict):
         return {key: _map(item, nodes) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

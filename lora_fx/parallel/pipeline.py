@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from lora_fx.adapters.prefix import acting_prefix
 from lora_fx.errors import LoraFxError, did_you_mean, listed
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, state_of, trainable_names
 from lora_fx.graph.info import info_of
@@ -36,10 +37,15 @@ def stage_module(graph_module: TracedGraphModule, splits: Sequence[str], index: 
 
     Raises:
         LoraFxError: the graph cannot be nested, a path is that of no layer, the order is another, or a parameter that trains is read in
-            several stages, in each of which it would get a part of its gradient.
+            several stages, in each of which it would get a part of its gradient; a prefix acts.
         PlanError: the argument is no graph of lora_fx.
     """
     parts = nesting(as_traced(graph_module), graph_module.graph)
+    if (adapter := acting_prefix(graph_module)) is not None:
+        raise LoraFxError(
+            f"the prefix of adapter {adapter!r} acts, which all stages read, and each would get a part of its gradient. Train it in one process, "
+            "or sharded (torch.distributed.fsdp.fully_shard)."
+        )
     if not info_of(graph_module).nested:
         nest_in_place(graph_module, info_of(graph_module).checkpointing)
     assert parts.outer is not None

@@ -152,7 +152,12 @@ class PrefixedCall:
     def _shifted(self, given: dict[str, Any], tokens: int, batch: int) -> dict[str, Any]:
         kind = "decoder_" if self._decodes else ""
         mask, text = given.get(f"{kind}attention_mask"), given.get(f"{kind}input_ids")
-        if isinstance(mask, torch.Tensor) and isinstance(text, torch.Tensor) and mask.shape != text.shape:
+        if (
+            isinstance(mask, torch.Tensor)
+            and isinstance(text, torch.Tensor)
+            and mask.dim() == 2
+            and mask.shape != text.shape
+        ):
             raise ValueError(
                 f"{kind}attention_mask has the sizes of the text"
             )  # compared: so a trace knows it from the start

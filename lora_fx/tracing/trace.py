@@ -20,6 +20,7 @@ from lora_fx.graph.graph_module import TracedGraphModule, assemble, check_names,
 from lora_fx.graph.info import GraphInfo, with_info
 from lora_fx.graph.input_checks import Constraints, add_checks
 from lora_fx.graph.invariants import checked_base
+from lora_fx.graph.prefix_slot import INPUT as PREFIX
 from lora_fx.graph.prefix_slot import open_slot
 from lora_fx.graph.process_state import uncollected
 from lora_fx.graph.signature import fill_in, signature_of
@@ -194,6 +195,8 @@ def trace(
             inputs = inputs if cached is None else inputs_of(model, cached.inputs)
             assert inputs is not None
             check_inputs(model, inputs, dynamic)
+            if dynamic is not None and prefix:
+                dynamic = {**dynamic, PREFIX: (0,)}  # a prefix has any number of tokens, whatever the inputs have
             inputs = varied(in_order(model, inputs), dynamic)
             mode = mode_of(model, inference=inference)
             if labels:
