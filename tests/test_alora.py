@@ -21,6 +21,8 @@ from torch import nn
 import lora_fx
 from lora_fx.adapters.peft_format.opening import read_adapter
 from lora_fx.export import onnx, pt2, torchscript
+from lora_fx.export.compare import compare
+from lora_fx.export.prepare import prepare
 from lora_fx.folding.checkpoint_plan import fold_checkpoint
 from lora_fx.graph.adapter_names import is_of_adapter
 
@@ -342,6 +344,18 @@ def test_a_torch_program_finds_the_invocation(llama: tuple[Any, lora_fx.TracedGr
     with torch.no_grad():
         for given in (BATCH, *OTHER_SIZES):
             assert torch.equal(run(**given)["logits"], logits(graph, given))
+
+
+def test_a_file_is_compared_with_its_graph_where_the_branches_act_too() -> None:
+    ids = torch.tensor([[3, 0, 7, 4, 9], [5, 2, 8, 7, 5]])  # without the invocation
+    graph = lora_fx.rewrite(Named(), rules=OF_LAYERS, example_inputs=(ids,)).eval()
+    for parameter in factors(graph).values():
+        parameter.data.normal_()
+    own, base = (prepare(each, None) for each in (graph, lora_fx.activate(graph, {})))
+    with torch.no_grad():
+        assert len(compare(own, own.run, None)) == len(compare(base, base.run, None)) + 1
+        with pytest.raises(lora_fx.VerifyError, match="differs from the graph at"):
+            compare(own, base.run, None)
 
 
 def test_an_onnx_model_of_one_layer_finds_the_invocation(tmp_path: Path) -> None:

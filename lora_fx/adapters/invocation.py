@@ -28,7 +28,8 @@ from lora_fx.sites.weight_ops import Emit, weight_op
 
 aten = torch.ops.aten
 
-_IDS = "input_ids"
+IDS = "input_ids"
+"""The input in which a graph finds invocation tokens."""
 
 
 def check_invocable(graph_module: TracedGraphModule, plan: Plan, adapter: str) -> None:
@@ -46,13 +47,13 @@ def check_invocable(graph_module: TracedGraphModule, plan: Plan, adapter: str) -
     if ids is None or not isinstance(value, torch.Tensor) or value.dim() != 2 or value.is_floating_point():
         inputs = [str(node.target) for node in graph_module.graph.find_nodes(op="placeholder")]
         raise PlanError(
-            f"adapter {adapter!r} acts from its invocation tokens on (aLoRA): expected a graph with the input {_IDS!r} (batch, sequence), got "
-            f"one with {listed(inputs, 8)}. Trace the model with {_IDS}, or leave the invocation tokens out."
+            f"adapter {adapter!r} acts from its invocation tokens on (aLoRA): expected a graph with the input {IDS!r} (batch, sequence), got "
+            f"one with {listed(inputs, 8)}. Trace the model with {IDS}, or leave the invocation tokens out."
         )
     info = known_info(graph_module)
     if has_cache(graph_module) or info.part or getattr(info.config, "is_encoder_decoder", False):
         raise PlanError(
-            f"adapter {adapter!r} acts from its invocation tokens on (aLoRA), which a graph finds in {_IDS!r}: expected the graph of a causal "
+            f"adapter {adapter!r} acts from its invocation tokens on (aLoRA), which a graph finds in {IDS!r}: expected the graph of a causal "
             "language model that takes all tokens, got one with a cache or an encoder, whose later calls do not have them. Trace without "
             "cache=True, or generate with PEFT."
         )
@@ -78,8 +79,17 @@ def check_always_acts(adapter: str, branches: RuledBranches) -> None:
         raise not_always(adapter, partial.owner)
 
 
+def acting_invocations(graph_module: TracedGraphModule) -> tuple[tuple[int, ...], ...]:
+    """Return the invocation tokens of the branches that act in a graph, each once."""
+    records = known_info(graph_module).adapters.values()
+    branches = [branch for record in records if record.acts for _, branch in record.branches.values()]
+    return tuple(
+        dict.fromkeys(branch.setting.invocation_tokens for branch in branches if branch.setting.invocation_tokens)
+    )
+
+
 def _ids(graph: fx.Graph) -> fx.Node | None:
-    return next((node for node in graph.find_nodes(op="placeholder") if node.target == _IDS), None)
+    return next((node for node in graph.find_nodes(op="placeholder") if node.target == IDS), None)
 
 
 def _shape(node: fx.Node) -> tuple[Any, ...] | str:

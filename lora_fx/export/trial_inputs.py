@@ -9,6 +9,7 @@ from itertools import islice, product
 
 import torch
 
+from lora_fx.adapters.invocation import IDS, acting_invocations
 from lora_fx.errors import ExportError, InputError, option
 from lora_fx.export.prepare import Exportable
 from lora_fx.graph.example_sizes import Dimension, cut_or_repeated, other_values
@@ -35,10 +36,15 @@ class Trial:
 def trials(exportable: Exportable) -> Iterator[Trial]:
     """Yield the examples, inputs of other sizes along every axis, of size 1 along each and along all, and of size 0 along a past.
 
-    Where a mask is all ones in the examples, some rows of it are not at other sizes.
+    Where a mask is all ones in the examples, some rows of it are not at other sizes. Invocation tokens of branches that act are written
+    into the examples once more: without these, the branches add nothing.
     """
     axes = _Axes(exportable)
     yield Trial(axes.traced, exportable.examples.tensors, exportable.run(exportable.examples.tensors))
+    for inputs in _invoked(exportable):
+        expected = _answer(exportable, inputs)
+        if expected is not None:
+            yield Trial(axes.traced, inputs, expected)
     others = axes.others()
     wanted = [] if others is None else [others]
     wanted += [{**axes.traced, axis: 1} for axis in axes.traced]
@@ -130,6 +136,17 @@ class _Axes:
     def _by_dimension(self, sizes: Sizes) -> dict[Dimension, int]:
         groups = ((axis, group) for axis, group in self.dimensions.items() if axis in sizes)
         return self.exportable.examples.with_sums({each: sizes[axis] for axis, group in groups for each in group})
+
+
+def _invoked(exportable: Exportable) -> Iterator[Mapping[str, torch.Tensor]]:
+    """Yield, for the tokens of each invocation that acts, the examples with these in the middle of all rows that are long enough."""
+    given = exportable.examples.tensors
+    for tokens in acting_invocations(exportable.graph_module):
+        ids = given[IDS].clone()
+        start = (ids.size(1) - len(tokens)) // 2
+        if start >= 0:
+            ids[:, start : start + len(tokens)] = ids.new_tensor(tokens)
+            yield {**given, IDS: ids}
 
 
 def _masked(tensor: torch.Tensor) -> torch.Tensor:
