@@ -192,6 +192,64 @@ def test_a_recipe_of_any_affine_method_is_data_and_of_low_rank_where_the_method_
     assert ("as large as these, and of no low rank" in report) == (name in DENSE)
 
 
+class InPlace(nn.Module):
+    """A linear and GPT-2's Conv1D, in the dtype of a model whose adapters PEFT keeps in float32."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.c = nn.Linear(6, 10), Conv1D(9, 10)
+        nn.init.normal_(self.c.bias)
+        self.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(torch.tanh(self.q(x)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["adalora", "delora"])
+def test_sums_in_place_have_the_dtype_of_what_they_are_written_to_also_through_a_view(
+    method: str, dtype: torch.dtype
+) -> None:
+    adalora = peft.AdaLoraConfig(
+        init_r=4, target_r=3, lora_alpha=5, total_step=10, target_modules=["q", "c"], init_lora_weights=False
+    )
+    delora = peft.DeloraConfig(r=3, delora_lambda=4, target_modules=["q"], init_weights=False)
+    model = peft.get_peft_model(InPlace(dtype), adalora if method == "adalora" else delora).eval()
+    x = torch.randn(2, 5, 6, dtype=dtype)
+    folded = lora_fx.fold(lora_fx.trace(model, (x,), inference=True))
+    merged, expected = copy.deepcopy(model).merge_and_unload(), model(x)
+    assert folded(x).dtype == expected.dtype == dtype
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-8  # one rounding of PEFT's merge, one of the fold
+    for name in ("q", "c")[: 2 if method == "adalora" else 1]:
+        mine = folded.get_parameter(f"base_model.model.{name}.base_layer.weight")
+        theirs = merged.get_submodule(name).weight
+        assert not torch.equal(theirs, model.get_submodule(f"base_model.model.{name}").base_layer.weight)
+        torch.testing.assert_close(mine.float(), theirs.float(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(folded(x).float(), expected.float(), rtol=10 * tolerance, atol=10 * tolerance)
+
+
+class SharedView(nn.Module):
+    """A branch is added in place to a view of a linear's output, which is read once more behind that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(8, 6)
+        self.lora_A, self.lora_B = (nn.ModuleDict({"own": nn.Linear(*n, bias=False)}) for n in ((8, 2), (2, 6)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = self.q(x)
+        view = output.view(1, *x.shape[:-1], 6)
+        view += self.lora_B["own"](self.lora_A["own"](x))
+        return view + output  # type: ignore[no-any-return]
+
+
+def test_a_sum_in_place_into_a_view_of_what_others_read_is_refused() -> None:
+    graph_module = lora_fx.trace(SharedView().eval(), (torch.randn(3, 4, 8),), dynamic={}, inference=True)
+    with pytest.raises(lora_fx.FoldError, match=r"The node is %add_ : .*aten\.add_\.Tensor"):
+        lora_fx.fold(graph_module)
+
+
 @pytest.mark.parametrize("name", NOT_AFFINE)
 def test_a_method_that_is_not_affine_is_refused_by_its_node(name: str) -> None:
     make, operator = NOT_AFFINE[name]

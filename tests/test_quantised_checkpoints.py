@@ -57,7 +57,8 @@ def _traced_once() -> Iterator[None]:
     graphs: dict[tuple[Any, ...], Any] = {}
 
     def traced(model: Any, inputs: None, *, inference: bool) -> Any:
-        key = (type(model), model.config.num_hidden_layers, model.config.dtype)
+        config = model.config
+        key = (type(model), config.num_hidden_layers, config.hidden_size, config.dtype)
         if key not in graphs:
             graphs[key] = trace(model, inputs, inference=inference)
         return graphs[key]
@@ -266,16 +267,57 @@ def test_codes_are_made_in_the_dtype_into_which_the_model_was_loaded(tmp_path: P
     assert "pass loaded_in='bfloat16', for example" in str(told[silent])
 
 
-def graph_with_adapter(root: Path, name: str, computed: torch.dtype) -> Any:
-    """Return a graph of a model in bfloat16 that is quantised as it is loaded, and write its base and its adapter."""
+def graph_with_adapter(root: Path, name: str, computed: torch.dtype, loaded: torch.dtype = torch.bfloat16) -> Any:
+    """Return a graph of a model that is quantised as it is loaded, and write its base, in bfloat16, and its adapter."""
     base = quantised.saved(name, torch.bfloat16, root / "base")
-    model = quantised.loaded(name, base, "nf4", torch.bfloat16, computed)
+    model = quantised.loaded(name, base, "nf4", loaded, computed)
     graph = lora_fx.rewrite(model, quantised.MODELS[name][1], rank=3, dropout=0.0)
     for parameter_name, parameter in graph.named_parameters():
         if "lora_B" in parameter_name:
             nn.init.normal_(parameter, std=0.05)
     lora_fx.save_adapter(graph, root / "adapter")
     return graph
+
+
+def test_dense_weights_tell_the_dtype_where_codes_are_the_same_in_several(tmp_path: Path) -> None:
+    """float16 has room for nearly every value of bfloat16, and so the same codes."""
+    graph = graph_with_adapter(tmp_path, "llama-1", torch.float16, torch.float16)
+    pair = [(tmp_path / "adapter", 1.0)]
+    planned = plan_checkpoint_fold(tmp_path / "base", pair, quantised="nf4")
+    assert "(nf4) from float16 and made dense again" in str(planned.quantised)
+    found = fold(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", quantised="nf4")
+    name = "model.layers.0.self_attn.q_proj"
+    a, b = (graph.get_parameter(f"{name}.lora_{part}.default.weight").float() for part in "AB")
+    matrix = graph.get_parameter(f"{name}.weight").quantised_matrix().bfloat16().float()  # type: ignore[operator]
+    scaling = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["lora_alpha"] / 3
+    torch.testing.assert_close(found[f"{name}.weight"].float(), matrix + scaling * b @ a, rtol=2**-8, atol=1e-6)
+    with pytest.raises(AdapterError, match=r"others were in float16: .* loaded_in='float16'"):
+        plan_checkpoint_fold(tmp_path / "base", pair, quantised="nf4", loaded_in="bfloat16")
+
+
+def test_further_weights_tell_the_dtype_where_the_smallest_have_the_same_codes_in_several(tmp_path: Path) -> None:
+    llama(torch.float32).save_pretrained(tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    small = {name: value.bfloat16().float() for name, value in weights.items() if "k_proj" in name or "v_proj" in name}
+    save_file(weights | small, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    settings = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=settings, device_map="cpu", dtype=torch.bfloat16
+    )
+    graph = lora_fx.rewrite(model, ["q_proj"], rank=3)
+    lora_fx.save_adapter(graph, tmp_path / "adapter")
+    planned = plan_checkpoint_fold(tmp_path / "base", [(tmp_path / "adapter", 1.0)], quantised="nf4")
+    assert "(nf4) from bfloat16 and made dense again" in str(planned.quantised)
+
+
+def test_a_dense_base_in_another_dtype_is_refused_with_the_way_to_cast_it(tmp_path: Path) -> None:
+    llama(torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float16)
+    lora_fx.save_adapter(lora_fx.rewrite(model, ["q_proj"], rank=3), tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"this one loaded in float16, for a fold on disk written so with save_pret"):
+        plan_checkpoint_fold(tmp_path / "base", [(tmp_path / "adapter", 1.0)])
 
 
 def test_factors_at_a_parameter_that_lies_the_other_way_round_are_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.branches.dataflow import COPIES, keeps_last_dim, may_share
+from lora_fx.branches.dataflow import COPIES, is_read_once, keeps_last_dim
 from lora_fx.branches.delta import Addition, Delta, SiteOutput, Term, summed
 from lora_fx.graph.adapter_names import is_places
 from lora_fx.numerics.constant import Constant
@@ -335,16 +335,22 @@ class Deltas:
         """Add or subtract: ``left ± alpha · right``; in place only if nothing else sees ``left``."""
         left, right = node.args[:2]
         in_place = node.target in (aten.add_.Tensor, aten.sub_.Tensor)
-        if in_place and (not isinstance(left, fx.Node) or len(left.users) > 1 or may_share(left)):
+        if in_place and not (isinstance(left, fx.Node) and is_read_once(left)):
             return None
         alpha = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
         alpha = -alpha if node.target in (aten.sub.Tensor, aten.sub_.Tensor) else alpha
         mine, theirs = self._values.get(left), self._values.get(right)  # type: ignore[arg-type]
         if isinstance(theirs, Delta):
-            return self._sum(left, theirs.scaled(alpha))
-        if isinstance(mine, Delta):
-            return self._sum(right, mine) if alpha == 1 else self._shifted(mine, right, alpha)
-        return self._with_vector(node)
+            made = self._sum(left, theirs.scaled(alpha))
+        elif isinstance(mine, Delta):
+            made = self._sum(right, mine) if alpha == 1 else self._shifted(mine, right, alpha)
+        else:
+            return self._with_vector(node)
+        if not in_place or made is None:
+            return made
+        if isinstance(made, Addition):
+            return replace(made, written=left)  # type: ignore[arg-type]
+        return replace(made, dtype=mine.dtype) if mine is not None else None
 
     def _sum(self, base: Any, delta: Delta) -> Delta | Addition | None:
         """Return the sum of a delta with another delta, or with any other value."""

@@ -103,7 +103,7 @@ def _rewrites(graph: fx.Graph, found: _Constants) -> Iterator[tuple[fx.Node, _Re
     x / c                 x · (1 / c)        c computed from factors
     x · c                 x · (c, c, …)      c with one element
     linear(x · v, A)      linear(x, A · v)   v a vector over the features of x
-    zeros + y             y                  of the shape and dtype of the zeros
+    zeros + y             y                  of the shape of the zeros, cast to the dtype of the sum
     """
     for node in graph.nodes:
         if node.op != "call_function" or node.kwargs or found.is_constant(node):
@@ -116,7 +116,7 @@ def _rewrites(graph: fx.Graph, found: _Constants) -> Iterator[tuple[fx.Node, _Re
         elif node.target in (aten.add.Tensor, aten.add_.Tensor) and len(arguments) == 2:
             zeros, value = arguments
             if zeros.target is aten.zeros_like.default and len(zeros.users) == 1 and _is_alike(zeros, value):
-                yield node, _drop_zeros
+                yield node, partial(_drop_zeros, dtype=_sum_dtype(node, zeros, value))
 
 
 def _by_vector(node: fx.Node, arguments: Sequence[fx.Node], found: _Constants) -> Iterator[tuple[fx.Node, _Rewrite]]:
@@ -163,9 +163,13 @@ def _scale_factor(node: fx.Node, *, place: int) -> None:
     node.graph.erase_node(scaled)
 
 
-def _drop_zeros(node: fx.Node) -> None:
+def _drop_zeros(node: fx.Node, *, dtype: torch.dtype | None) -> None:
     zeros: Any = node.args[0]
     value: Any = node.args[1]
+    if dtype is not None:
+        with node.graph.inserting_before(node):
+            value = node.graph.call_function(aten.to.dtype, (value, dtype))
+        value.meta.update(node.meta)
     node.replace_all_uses_with(value)
     node.graph.erase_node(node)
     node.graph.erase_node(zeros)
@@ -185,9 +189,18 @@ def _rewritten(
 
 
 def _is_alike(one: fx.Node, other: fx.Node) -> bool:
-    """Tell whether two values have the same shape, at all sizes, and dtype."""
-    mine, theirs = one.meta.get("val"), other.meta.get("val")
-    return same_shapes(one, other) and mine.dtype == theirs.dtype  # type: ignore[union-attr]
+    """Tell whether two values have the same shape, at all sizes, and dtypes of which a cast makes one of the other."""
+    if not same_shapes(one, other):
+        return False
+    mine, theirs = one.meta["val"].dtype, other.meta["val"].dtype
+    return bool(mine == theirs or (mine.is_floating_point and theirs.is_floating_point))
+
+
+def _sum_dtype(node: fx.Node, zeros: fx.Node, value: fx.Node) -> torch.dtype | None:
+    """Return the dtype of zeros plus a value: in place that of the zeros; None if the value has it."""
+    mine, theirs = zeros.meta["val"].dtype, value.meta["val"].dtype
+    dtype = mine if node.target is aten.add_.Tensor else torch.promote_types(mine, theirs)
+    return None if dtype == theirs else dtype
 
 
 class _Constants:

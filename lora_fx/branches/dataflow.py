@@ -152,6 +152,13 @@ def may_share(node: fx.Node) -> bool:
     return not computed or name_of(node) in VIEW or is_view(node) or copies or node.target is aten.dropout.default
 
 
+def is_read_once(node: fx.Node) -> bool:
+    """Tell whether one node alone reads a computed value, itself or through reshapes: no other one sees what it writes there."""
+    while len(node.users) < 2 and may_share(node) and keeps_last_dim(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return len(node.users) < 2 and not may_share(node)
+
+
 def keeps_last_dim(node: fx.Node) -> bool:
     """Tell whether a node is a reshape that keeps the last dimension: positions keep their order in memory."""
     if node.target not in _RESHAPES or not isinstance(node.args[0], fx.Node):

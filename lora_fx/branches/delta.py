@@ -127,7 +127,20 @@ def _by_rows(factor: Factor, scale: Factor) -> Factor:
 
 @dataclass(frozen=True)
 class Addition:
-    """The sum of a delta and a value that is no delta."""
+    """The sum of a delta and a value that is no delta.
+
+    Attributes:
+        base: that value.
+        delta: the delta.
+        written: the one of the two to which a sum in place is written, and whose dtype it has; None for other sums.
+    """
 
     base: fx.Node
     delta: Delta
+    written: fx.Node | None = None
+
+    def dtype(self, base: torch.dtype) -> torch.dtype:
+        """Return the dtype of the sum, given that of the base."""
+        if self.written is not None:
+            return base if self.written is self.base else self.delta.dtype
+        return torch.promote_types(base, self.delta.dtype)

@@ -85,11 +85,12 @@ class _Joined:
     def is_weight(self) -> bool:
         return self.base is self.weight.node
 
-    def plus(self, delta: Delta) -> _Joined:
+    def plus(self, addition: Addition) -> _Joined:
+        delta = addition.delta
         return replace(
             self,
             terms=self.terms + delta.terms,
-            dtype=torch.promote_types(self.dtype, delta.dtype),
+            dtype=addition.dtype(self.dtype),
             reshaped=self.reshaped or delta.reshaped,
             offsets=summed((*self.offsets, *delta.offsets)),
         )
@@ -283,12 +284,12 @@ class _BranchFinder:
         base, delta = addition.base, addition.delta
         joined = self._sums.get(base)
         if joined is not None:
-            return replace(joined.plus(delta), previous=base) if joined.takes(delta) else None
+            return replace(joined.plus(addition), previous=base) if joined.takes(delta) else None
         if delta.is_weight:
             if base.op != "get_attr" or self._deltas.is_factor(base):
                 return None
             narrow = self._tensors[str(base.target)].dtype
-            return _Joined(node, base, base, (), narrow, narrow, Stored(base)).plus(delta)
+            return _Joined(node, base, base, (), narrow, narrow, Stored(base)).plus(addition)
         site = self._site_of(base)
         if site is None:
             return None
@@ -303,7 +304,7 @@ class _BranchFinder:
         reshaped = base is not site and base is not total
         weight = Stored(product.weight, product.view)
         joined = _Joined(site, base, base, (), narrow, narrow, weight, reshaped)
-        return joined.plus(delta) if joined.takes(delta) else None
+        return joined.plus(addition) if joined.takes(delta) else None
 
     def _site_of(self, base: fx.Node) -> fx.Node | None:
         """Return the site with this output, with its bias or without, through a cast and reshapes that nothing else reads."""

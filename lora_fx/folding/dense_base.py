@@ -353,20 +353,29 @@ def _loaded_in(
 ) -> tuple[torch.dtype | None, bool]:
     """Return the dtype into which weights were loaded, None if none or as they are stored, and whether that is known.
 
-    It is the one in which the smallest of the weights has the codes that an adapter was trained beside.
+    It is the one in which weights have the codes that an adapter was trained beside, the smallest of them first. Where some have the same
+    codes in several dtypes, it is the one of these in which most of the dense weights have the values that they had there.
     """
     own = {name: key for name, key in places.plain.items() if key in transposed}
     for told in trained_on:
         known = [name for name in own if told.get(name, "").startswith(f"{scheme_text(scheme)} ")]
-        if not known:
-            continue
-        name = min(known, key=lambda name: math.prod(places.checkpoint.find(own[name])[1].shape))
-        key = own[name]
-        file, entry = places.checkpoint.find(key)
-        for dtype in dict.fromkeys((entry.dtype, *_LOADED.values())):
-            if matches(told[name], _quantised(file, entry, transposed[key], scheme, dtype)):
-                return (None if dtype == entry.dtype else dtype), True
+        found = {name: places.checkpoint.find(own[name]) for name in known}
+        left: list[torch.dtype] = []
+        for name in sorted(known, key=lambda name: math.prod(found[name][1].shape))[:_MAX_TRIED]:
+            file, entry = found[name]
+            tried = left or dict.fromkeys((entry.dtype, *_LOADED.values()))
+            of = {dtype: _quantised(file, entry, transposed[own[name]], scheme, dtype) for dtype in tried}
+            left = [dtype for dtype, computed in of.items() if matches(told[name], computed)] or left
+            if len(left) < 2:
+                break
+        if left:
+            one = max(left, key=lambda dtype: len(places.same_values(told, dict.fromkeys(told, ""), dtype)))
+            return (None if {entry.dtype for _, entry in found.values()} == {one} else one), True
     return None, False
+
+
+_MAX_TRIED = 16
+"""How many weights are quantised in several dtypes, at most, to see in which of these they have their codes."""
 
 
 def _problems(checkpoint: Checkpoint, key: str, transposed: bool, scheme: Scheme) -> Iterator[str]:

@@ -144,13 +144,20 @@ def _remedy(files: AdapterFiles, found: Mapping[str, str | None]) -> str:
     """
     quantised = recorded_schemes(files.file.metadata)
     schemes = sorted(set(quantised.values()))
+    dtype = _other_dtype(recorded(files.file.metadata)[0], found)
     if not schemes:
-        return "pass that model"
+        loaded = f", or this one loaded in {dtype}, for a fold on disk written so with save_pretrained"
+        return f"pass that model{loaded if dtype else ''}"
     told = f"its weights were quantised ({' and '.join(schemes)})"
     kinds = {name: text.partition(" ")[0] for name, text in found.items() if text is not None}
     if any(kinds.get(name) == scheme for name, scheme in quantised.items()):
         dense = [name for name, scheme in quantised.items() if kinds.get(name, scheme) != scheme]
         more = [name for name, kind in kinds.items() if kind in schemes and name not in quantised]
+        if not dense and not more and dtype:
+            way = option(
+                f"load it in {dtype}, or pass loaded_in={dtype!r} to a fold on disk", f"say --loaded-in {dtype}"
+            )
+            return f"{told} as in this base, and others were in {dtype}: {way}"
         if not dense and not more:
             return f"{told} as in this base, but other weights: pass that model"
         unlike = [f"{listed(dense, 3)} is not here"] * bool(dense) + [f"{listed(more, 3)} was not"] * bool(more)
@@ -160,6 +167,17 @@ def _remedy(files: AdapterFiles, found: Mapping[str, str | None]) -> str:
     way = f"--quantised {schemes[0]}"
     pass_model = f"pass the model quantised in that way, or fold into its checkpoint with lora-fx fold {way}"
     return f"{told}: {option(pass_model, f'say {way}')}"
+
+
+def _other_dtype(trained_on: Mapping[str, str], found: Mapping[str, str | None]) -> str | None:
+    """Return the narrow dtype that all tensors with another one than in this base had where an adapter was trained, if there is one.
+
+    Those that had float32 may have been made wide after they were loaded.
+    """
+    pairs = [(told.split(" "), (found.get(name) or "").split(" ")) for name, told in trained_on.items()]
+    unlike = {was[0] for was, now in pairs if was[1:2] == now[1:2] and was[0] != now[0]}
+    dtype = unlike.pop() if len(unlike) == 1 else ""
+    return dtype if dtype in ("bfloat16", "float16") else None
 
 
 _REPEATABLE = ("nf4", "fp4", "int")
