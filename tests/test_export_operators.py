@@ -40,6 +40,50 @@ class Rounded(nn.Module):
         return ((rounded + 0.1 * rounded.abs()) / 3).float()
 
 
+class OneNumber(nn.Module):
+    """Sums and products of bfloat16 with one number, which torch rounds or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(7.12345))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        a, scale = x.bfloat16(), self.scale
+        sums = (a + scale, scale + a, a - scale, scale - a, a + 7.12345, a - 7.12345, a + x.int())
+        products = (a * scale, scale * a, a / scale, scale / a, 7.12345 * a, a / 7.12345, a * scale.double())
+        return tuple(result.float() for result in (*sums, *products))
+
+
+class Scaled(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.add(x.bfloat16(), y.bfloat16(), alpha=3).float()
+
+
+class ComplexNumbers(nn.Module):
+    """Products with complex numbers of Python: of real tensors, integers and complex ones."""
+
+    def forward(self, x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        turns = (x * (0.5 + 2j)) * (n * 1j)
+        return torch.view_as_real(turns * (3 - 1j))
+
+
+class RealPart(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.polar(x.abs(), x).to(torch.float32)
+
+
+class FromReal(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.view_as_real(torch.polar(x.abs(), x) * x.to(torch.complex64))
+
+
+class Reversed(nn.Module):
+    """A mask of integers the other way round, as XLNet's."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return x * (1.0 - mask)[..., None] + torch.rsub(mask, 2.5, alpha=3)[..., None]
+
+
 class Squeezed(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (x * 2).squeeze(1)
@@ -61,6 +105,46 @@ def test_products_of_complex_numbers_are_written_with_pairs_in_onnx(tmp_path: Pa
 def test_products_of_bfloat16_keep_their_bits_in_onnx(tmp_path: Path) -> None:
     graph = lora_fx.trace(Rounded(), (torch.randint(0, 5000, (3, 1, 7)),), inference=True)
     assert lora_fx.export.onnx(graph, tmp_path / "model.onnx").largest == 0
+
+
+def test_single_numbers_beside_bfloat16_are_rounded_in_onnx_where_torch_rounds_them(tmp_path: Path) -> None:
+    graph = lora_fx.trace(OneNumber(), (torch.randn(64, 5) * 3,), inference=True)
+    assert lora_fx.export.onnx(graph, tmp_path / "model.onnx").largest == 0
+
+
+def test_a_scaled_sum_of_bfloat16_is_left_to_the_runtime(tmp_path: Path) -> None:
+    graph = lora_fx.trace(Scaled(), (torch.randn(3, 5), torch.randn(3, 5)), inference=True)
+    with pytest.raises(lora_fx.ExportError, match=r"does not load the written file.*Its CPU kernels want float32"):
+        lora_fx.export.onnx(graph, tmp_path / "model.onnx")
+
+
+def test_products_with_complex_numbers_of_python_are_written_in_onnx(tmp_path: Path) -> None:
+    batch = {"x": torch.randn(2, 7), "n": torch.randint(1, 5, (2, 7))}
+    report = lora_fx.export.onnx(lora_fx.trace(ComplexNumbers(), batch, inference=True), tmp_path / "model.onnx")
+    assert report.largest is not None
+    assert report.largest < 1e-6
+
+
+def test_the_cast_of_complex_numbers_to_their_real_parts_is_refused_in_onnx(tmp_path: Path) -> None:
+    graph = lora_fx.trace(RealPart(), (torch.randn(2, 7),), inference=True)
+    with pytest.raises(lora_fx.ExportError, match="complex"):
+        lora_fx.export.onnx(graph, tmp_path / "model.onnx", verify=False)
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_real_numbers_become_complex_ones_in_onnx(tmp_path: Path) -> None:
+    graph = lora_fx.trace(FromReal(), (torch.randn(2, 7),), inference=True)
+    report = lora_fx.export.onnx(graph, tmp_path / "model.onnx")
+    assert report.largest is not None
+    assert report.largest < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
+def test_a_number_minus_integers_is_written_in_onnx(dtype: torch.dtype | None, tmp_path: Path) -> None:
+    batch = {"x": torch.randn(3, 7, 5), "mask": torch.randint(0, 2, (3, 7))}
+    report = lora_fx.export.onnx(lora_fx.trace(Reversed(), batch, inference=True), tmp_path / "m.onnx", dtype=dtype)
+    assert report.largest is not None
+    assert report.largest < (2e-3 if dtype else 1e-6)
 
 
 def test_a_squeeze_of_another_size_than_1_does_nothing_in_onnx(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ aten = torch.ops.aten
 def for_onnx(exportable: Exportable) -> Exportable:
     """Return the graph in operators that torch.onnx translates and onnxruntime's CPU computes."""
     graph, _ = copy_graph(exportable.plain.graph)
+    _subtract_in_dtype_of_result(graph)
     for holds in _without_idle_squeezes(graph):
         _multiply_result_by_check(graph, holds)
     _write_complex_as_pairs(graph)
@@ -109,20 +110,31 @@ def _without_idle_squeezes(graph: fx.Graph) -> Iterator[fx.Node]:
             yield holds
 
 
+def _subtract_in_dtype_of_result(graph: fx.Graph) -> None:
+    """Cast what a number minus integers subtracts to the dtype of the result, as torch does (in place); torch.onnx does not."""
+    for node in graph.find_nodes(op="call_function", target=aten.rsub.Scalar):
+        given = node.args[0]
+        value, result = _value(given), _value(node)
+        if value is not None and result is not None and value.dtype is not result.dtype:
+            with graph.inserting_before(node):
+                node.replace_input_with(given, _cast(graph, given, result.dtype))
+
+
 def _compute_bfloat16_in_float32(graph: fx.Graph, exportable: Exportable) -> None:
-    """Compute sums and products of bfloat16 in float32 and round them, which gives the same bits (in place).
+    """Compute sums and products of bfloat16 in float32 and round them, which gives the bits of torch's CPU (in place).
 
     Only where no weight is bfloat16: onnxruntime's CPU has no kernels for it, and a model in bfloat16 is for another runtime.
+    A sum with ``alpha`` stays: whether torch rounds the product depends on how the tensors lie in memory.
     """
     if any(tensor.dtype is torch.bfloat16 for tensor in exportable.plain.state_dict().values()):
         return
     for node in list(graph.nodes):
-        if node.target not in _ELEMENTWISE or not _is_bfloat16(node):
+        if node.target not in _ELEMENTWISE or "alpha" in node.kwargs or not _is_bfloat16(node):
+            continue
+        if any(_value(given) is None for given in node.all_input_nodes):  # a size, or of a size that depends on values
             continue
         with graph.inserting_before(node):
-            for given in node.all_input_nodes:
-                rounded = given if _is_bfloat16(given) else _cast(graph, given, torch.bfloat16)
-                node.replace_input_with(given, _cast(graph, rounded, torch.float32))
+            node.args = tuple(_operand_in_float32(graph, node, place) for place in (0, 1))
         with graph.inserting_after(node):
             result = _cast(graph, node, torch.bfloat16)
         node.replace_all_uses_with(result, delete_user_cb=lambda user, result=result: user is not result)
@@ -131,6 +143,22 @@ def _compute_bfloat16_in_float32(graph: fx.Graph, exportable: Exportable) -> Non
 def _is_bfloat16(node: fx.Node) -> bool:
     value = _value(node)
     return value is not None and value.dtype is torch.bfloat16
+
+
+def _operand_in_float32(graph: fx.Graph, node: fx.Node, place: int) -> Any:
+    """Return an operand of a sum or product of bfloat16 as torch's CPU computes with it: rounded to bfloat16, but for one number.
+
+    A number by which tensors are multiplied or divided is not rounded; nor is a tensor of one number in the second place.
+    """
+    given: Any = node.args[place]
+    is_product = node.target in (aten.mul.Tensor, aten.div.Tensor)
+    if not isinstance(given, fx.Node):
+        return given if is_product else float(torch.tensor(given, dtype=torch.bfloat16))
+    value = _value(given)
+    is_number = value is not None and value.dim() == 0
+    if not _is_bfloat16(given) and not (is_product and place == 1 and is_number):
+        given = _cast(graph, given, torch.bfloat16)
+    return _cast(graph, given, torch.float32)
 
 
 _ELEMENTWISE = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor)
@@ -151,7 +179,7 @@ def _write_complex_as_pairs(graph: fx.Graph) -> None:
     """Write complex values as pairs of real and imaginary part in a last dimension (in place), if all operators on them are known."""
     nodes = [node for node in graph.nodes if _is_complex(node) or any(map(_is_complex, node.all_input_nodes))]
     results = list(graph.output_node().args[0].values())  # type: ignore[union-attr]
-    if any(node.target not in _PAIRS for node in nodes) or any(map(_is_complex, results)):
+    if any(node.target not in _PAIRS or _casts_parts(node) for node in nodes) or any(map(_is_complex, results)):
         return
     pairs: dict[fx.Node, fx.Node] = {}
     for node in nodes:
@@ -172,6 +200,14 @@ def _value(node: fx.Node) -> torch.Tensor | None:
     """Return the fake value of a tensor; None where the trace has none: its size depends on values."""
     value = node.meta.get("val")
     return value if isinstance(value, torch.Tensor) else None
+
+
+def _casts_parts(node: fx.Node) -> bool:
+    """Tell whether a cast changes the dtype of complex numbers, or makes them of real ones, or the reverse."""
+    if node.target not in (aten.to.dtype, aten.to.device, aten.to.dtype_layout):
+        return False
+    value, given = _value(node), _value(node.all_input_nodes[0])
+    return value is None or given is None or value.dtype is not given.dtype
 
 
 Pairs = Mapping[fx.Node, fx.Node]
@@ -196,20 +232,24 @@ def _unchanged(_: fx.Graph, node: fx.Node, pairs: Pairs) -> fx.Node:
 
 
 def _product(graph: fx.Graph, node: fx.Node, pairs: Pairs) -> fx.Node:
-    factors: list[Any] = list(node.args)
-    both = [isinstance(factor, fx.Node) and _is_complex(factor) for factor in factors]
-    if not all(both):
-        pair, other = pairs[factors[both.index(True)]], factors[both.index(False)]
-        if isinstance(other, fx.Node):
-            other = _call(graph, aten.unsqueeze.default, (other, -1), node)
-        return _call(graph, aten.mul.Tensor, (pair, other), node)
-    (a, b), (c, d) = (
-        [_call(graph, aten.select.int, (pairs[factor], -1, part), node) for part in (0, 1)] for factor in factors
-    )
+    def parts(factor: Any) -> list[Any]:
+        if isinstance(factor, complex):
+            return [factor.real, factor.imag]
+        return [_call(graph, aten.select.int, (pairs[factor], -1, part), node) for part in (0, 1)]
 
-    def times(x: fx.Node, y: fx.Node) -> fx.Node:
-        return _call(graph, aten.mul.Tensor, (x, y), node)
+    def times(x: Any, y: Any) -> fx.Node:
+        tensor, factor = (x, y) if isinstance(x, fx.Node) else (y, x)
+        return _call(graph, aten.mul.Tensor, (tensor, factor), node)
 
+    def is_complex(factor: Any) -> bool:
+        return _is_complex(factor) if isinstance(factor, fx.Node) else isinstance(factor, complex)
+
+    first, second = node.args
+    if not (is_complex(first) and is_complex(second)):
+        numbers, factor = (first, second) if is_complex(first) else (second, first)
+        a, b = parts(numbers)
+        return _joined(graph, times(a, factor), times(b, factor), node)
+    (a, b), (c, d) = parts(first), parts(second)
     real = _call(graph, aten.sub.Tensor, (times(a, c), times(b, d)), node)
     return _joined(graph, real, _call(graph, aten.add.Tensor, (times(a, d), times(b, c)), node), node)
 
