@@ -228,6 +228,24 @@ def test_other_dtypes_and_options_are_refused(
         lora_fx.export.onnx(block, tmp_path / "model.onnx", **options)
 
 
+class Cast(nn.Module):
+    """A product in bfloat16, as under autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        low = torch.bfloat16
+        return nn.functional.linear(x.to(low), self.layer.weight.to(low), self.layer.bias.to(low))
+
+
+def test_a_graph_with_results_in_half_precision_is_refused(tmp_path: Path) -> None:
+    graph = lora_fx.trace(Cast(), (torch.randn(3, 6),), inference=True)
+    with pytest.raises(lora_fx.ExportError, match=r"got .*bfloat16.* without autocast"):
+        lora_fx.export.onnx(graph, tmp_path / "model.onnx", dtype=torch.bfloat16, verify=False)
+
+
 @pytest.mark.parametrize("name", rows(("bert", "llama", "t5", "gpt2", "mixtral", "deberta-v2", "blip-2"), ()))
 def test_architectures_in_float16_are_near_their_graphs(name: str, tmp_path: Path) -> None:
     report = lora_fx.export.onnx(traced(name), tmp_path / "model.onnx", dtype=torch.float16)

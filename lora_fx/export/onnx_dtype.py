@@ -69,7 +69,7 @@ def convert_dtype(model: Any, dtype: torch.dtype) -> None:
     """Write the products of an ``onnx_ir`` model in float32 in another dtype (in place).
 
     Raises:
-        ExportError: a weight or an input has another dtype than float32, or an operator holds a graph.
+        ExportError: a weight or an input has another dtype than float32, or a result is in half precision, or an operator holds a graph.
     """
     ir = onnx_package("onnx_ir")
     others = [
@@ -77,10 +77,17 @@ def convert_dtype(model: Any, dtype: torch.dtype) -> None:
         for value in (*model.graph.inputs, *model.graph.initializers.values())
         if value.dtype is not None and value.dtype.is_floating_point() and value.dtype != ir.DataType.FLOAT
     ]
+    halves = {ir.DataType[name] for name in DTYPES.values()}
+    others += [
+        f"{value.name} ({value.dtype.name.lower()})"
+        for node in model.graph
+        for value in node.outputs
+        if value.dtype in halves
+    ]
     if others:
         raise ExportError(
-            f"dtype={dtype} is for graphs in float32, got {listed(others, 3)}: trace the model after `.float()`, or leave out dtype= "
-            "for a file in the dtype of the graph."
+            f"dtype={dtype} is for graphs in float32, got {listed(others, 3)}: trace the model after `.float()`, without autocast, or leave out "
+            "dtype= for a file in the dtype of the graph."
         )
     if any(
         attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
