@@ -246,7 +246,7 @@ def test_a_graph_with_results_in_half_precision_is_refused(tmp_path: Path) -> No
         lora_fx.export.onnx(graph, tmp_path / "model.onnx", dtype=torch.bfloat16, verify=False)
 
 
-@pytest.mark.parametrize("name", rows(("bert", "llama", "t5", "gpt2", "mixtral", "deberta-v2", "blip-2"), ()))
+@pytest.mark.parametrize("name", rows(("bert", "llama", "t5", "gpt2", "deberta-v2", "blip-2"), ()))
 def test_architectures_in_float16_are_near_their_graphs(name: str, tmp_path: Path) -> None:
     report = lora_fx.export.onnx(traced(name), tmp_path / "model.onnx", dtype=torch.float16)
     assert report.largest is not None
