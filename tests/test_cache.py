@@ -223,7 +223,7 @@ def test_an_adapter_of_a_directory_comes_with_a_cache(tmp_path: Path, monkeypatc
         asked.append(options["cache"])
         return bare
 
-    monkeypatch.setattr("lora_fx.adapters.peft_format.save_load.trace", traced)
+    monkeypatch.setattr("lora_fx.tracing.replicated_layers.trace", traced)
     graph = lora_fx.from_adapter(model("llama"), tmp_path / "adapter", cache=True)
     ids, mask = prompts()["left-padded"]
     found, expected = (generated(generator(each), ids, mask) for each in (graph, branched("llama")))

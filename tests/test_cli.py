@@ -77,6 +77,7 @@ def test_json_says_the_same_and_more(directory: Path) -> None:
             "init": "kaiming",
             "variant": "lora",
             "bias": False,
+            "invocation_tokens": [],
         }
     ]
     assert data["parameters"] == sum(site["parameters"] for site in data["sites"] if site["chosen"])

@@ -74,7 +74,9 @@ def same_bits(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray])
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with all that is installed, except transformers and lora_fx, and what tells Python where they are."""
     directory = tmp_path_factory.mktemp("packages")
-    for installed in (path for each in site.getsitepackages() for path in sorted(Path(each).iterdir())):
+    for installed in (
+        path for each in site.getsitepackages() if Path(each).is_dir() for path in sorted(Path(each).iterdir())
+    ):
         kept = not installed.name.startswith(("transformers", "lora_fx")) and installed.suffix != ".pth"
         if kept and not (directory / installed.name).exists():
             (directory / installed.name).symlink_to(installed)
