@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -601,9 +602,9 @@ for format in {FORMATS}:
     print("wrote", format, flush=True)
     print("wrote", format, file=sys.stderr, flush=True)
 """
-    run = subprocess.run(
-        [sys.executable, "-W", "default", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    env = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # a bar of its own appears where an export takes seconds
+    command = [sys.executable, "-W", "default", "-c", code]
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == run.stderr.splitlines() == [f"wrote {format}" for format in FORMATS]
 
 

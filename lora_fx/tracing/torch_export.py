@@ -266,7 +266,7 @@ def _dynamic_shapes(model: nn.Module, inputs: ExampleInputs, dynamic: Dynamic | 
             return dims(name, path, value)
         parts = [shape(name, child, (*path, *key)) for key, child in children]
         # torch.export wants a list for what others registered, such as a ModelOutput of transformers
-        return pytree.tree_unflatten(parts, context) if type(value) in pytree.BUILTIN_TYPES else parts
+        return pytree.tree_unflatten(parts, context) if context.type in pytree.BUILTIN_TYPES else parts
 
     bound = signature.bind(*inputs.args, **inputs.kwargs).arguments
     return {
