@@ -8,9 +8,9 @@ option that is switched on and that nobody says to have no effect.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, Field
 
@@ -70,6 +70,7 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False), expecting("a 
 Names = Annotated[tuple[Text, ...], expecting("a list of names")]
 Bias = Literal["none", "all", "lora_only"]
 Method = Literal["LORA", "TRAINABLE_TOKENS"]
+Config = TypeVar("Config", bound=Table)
 LayerMap = tuple[tuple[int, int], ...]
 """Ranges of layers, each from its first to past its last, that a model has one after the other."""
 
@@ -91,7 +92,32 @@ def problem_of_layers(expected: LayerMap, found: LayerMap) -> str | None:
     )
 
 
-class AdapterConfig(Table):
+class SharedKeys(Table):
+    """What the configs of all methods say in the same words."""
+
+    modules_to_save: Names | None = None
+    """Modules that train as a whole, by the ends of their names."""
+
+    inference_mode: Flag = False
+    """Whether the adapter is frozen once loaded."""
+
+    task_type: Text | None = None
+    """The task that PEFT wraps the model for."""
+
+    auto_mapping: Annotated[dict[str, Any] | None, expecting("an object")] = None
+    """The class of the model, where there is no task."""
+
+    base_model_name_or_path: Text | None = None
+    """The model that the adapter was trained on."""
+
+    revision: Text | None = None
+    """Of that model."""
+
+    peft_version: Text | None = None
+    """By which the file was written."""
+
+
+class AdapterConfig(SharedKeys):
     """Modules that an adapter adapts, and how, in PEFT's words."""
 
     peft_type: Annotated[Method, one_of(Method)]
@@ -144,9 +170,6 @@ class AdapterConfig(Table):
     bias: Annotated[Bias, one_of(Bias)] = "none"
     """Which biases train as well."""
 
-    modules_to_save: Names | None = None
-    """Modules that train as a whole, by the ends of their names."""
-
     trainable_token_indices: Annotated[
         tuple[Natural, ...] | dict[str, tuple[Natural, ...]] | None,
         expecting("a list of integers ≥ 0, or an object with such lists by names of modules"),
@@ -169,24 +192,6 @@ class AdapterConfig(Table):
 
     fan_in_fan_out: Flag = False
     """Whether weights are stored (in, out). Not to be trusted: the operator tells."""
-
-    inference_mode: Flag = False
-    """Whether the factors are frozen once loaded."""
-
-    task_type: Text | None = None
-    """The task that PEFT wraps the model for."""
-
-    auto_mapping: Annotated[dict[str, Any] | None, expecting("an object")] = None
-    """The class of the model, where there is no task."""
-
-    base_model_name_or_path: Text | None = None
-    """The model that the adapter was trained on."""
-
-    revision: Text | None = None
-    """Of that model."""
-
-    peft_version: Text | None = None
-    """By which the file was written."""
 
     @property
     def has_rows_alone(self) -> bool:
@@ -336,11 +341,32 @@ def config_in(document: Mapping[str, Any], source: str, ignored: Collection[str]
     """
     _check_method(document, source)
     given = known_keys(document)
-    others = other_keys(document, given)
+    return beside_other_keys(given, other_keys(document, given), validated_config, source, ignored)
+
+
+def beside_other_keys(
+    given: Mapping[str, Any],
+    others: Mapping[str, Any],
+    make: Callable[[Mapping[str, Any], str], Config],
+    source: str,
+    ignored: Collection[str],
+) -> Config:
+    """Return the config that known keys make, if no other key has an effect on the result.
+
+    Args:
+        given: what a document says by the keys that are applied.
+        others: what it says by others.
+        make: returns the config of the known keys, or raises a :class:`RuleError`.
+        source: where the document is, for messages.
+        ignored: see :func:`read_config`.
+
+    Raises:
+        AdapterError: it is malformed, or asks for what lora_fx cannot apply; all problems are named.
+    """
     problems = [f"{key}: is applied, and cannot be ignored" for key in given if key in ignored]
     problems += [problem for key, value in others.items() if (problem := problem_of_key(key, value, ignored))]
     try:
-        config = validated_config(given, source)
+        config = make(given, source)
     except RuleError as error:
         raise AdapterError(source, [*problems, *error.problems]) from None
     if problems:

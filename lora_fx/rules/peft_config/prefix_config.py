@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from lora_fx.errors import AdapterError, RuleError, option, warn
-from lora_fx.rules.peft_config.config import CONFIG_NAME, DUMMY, AdapterConfig, Names, read_document
-from lora_fx.rules.peft_config.other_keys import is_off, problem_of_key
-from lora_fx.rules.validation import Flag, Positive, Table, Text, expecting, plain, validated
+from lora_fx.errors import AdapterError
+from lora_fx.rules.peft_config.config import (
+    CONFIG_NAME,
+    DUMMY,
+    AdapterConfig,
+    SharedKeys,
+    beside_other_keys,
+    read_document,
+)
+from lora_fx.rules.validation import Flag, Positive, Text, validated
 
 METHOD = "PREFIX_TUNING"
 
 
-class PrefixConfig(Table):
+class PrefixConfig(SharedKeys):
     """A prefix, and what trains beside it, in PEFT's words."""
 
     peft_type: Literal["PREFIX_TUNING"]
@@ -45,52 +52,22 @@ class PrefixConfig(Table):
     init_weights: Text | None = None
     """How the prefix began."""
 
-    modules_to_save: Names | None = None
-    """Modules that train as a whole, by the ends of their names."""
-
-    inference_mode: Flag = False
-    """Whether the prefix is frozen once loaded."""
-
-    task_type: Text | None = None
-    """The task that PEFT wraps the model for."""
-
-    auto_mapping: Annotated[dict[str, Any] | None, expecting("an object")] = None
-    """The class of the model, where there is no task."""
-
-    base_model_name_or_path: Text | None = None
-    """The model that the adapter was trained on."""
-
-    revision: Text | None = None
-    """Of that model."""
-
-    peft_version: Text | None = None
-    """By which the file was written."""
-
     @property
     def beside(self) -> AdapterConfig:
         """The configuration of an adapter that trains the same of the model's own, and adapts no module."""
-        shared = {key: getattr(self, key) for key in _SHARED}
+        shared = {key: getattr(self, key) for key in SharedKeys.model_fields}
         return AdapterConfig(peft_type="LORA", target_modules=DUMMY, **shared)
 
     @staticmethod
     def of(beside: AdapterConfig, **said: Any) -> PrefixConfig:
         """Return the configuration of a prefix beside what another adapter trains of the model's own."""
-        return PrefixConfig(peft_type="PREFIX_TUNING", **{key: getattr(beside, key) for key in _SHARED} | said)
+        return PrefixConfig(
+            peft_type="PREFIX_TUNING", **{key: getattr(beside, key) for key in SharedKeys.model_fields} | said
+        )
 
     def to_json(self) -> str:
         """Return the file, with all keys that PEFT 0.21 writes, in its form."""
         return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True)
-
-
-_SHARED = (
-    "modules_to_save",
-    "inference_mode",
-    "task_type",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "revision",
-    "peft_version",
-)
 
 
 def read_prefix_config(directory: Path, ignored: Collection[str] = ()) -> PrefixConfig | None:
@@ -109,14 +86,4 @@ def read_prefix_config(directory: Path, ignored: Collection[str] = ()) -> Prefix
         return None
     given: Mapping[str, Any] = {key: value for key, value in document.items() if key in PrefixConfig.model_fields}
     others = {key: value for key, value in document.items() if key not in given}
-    problems = [problem for key, value in others.items() if (problem := problem_of_key(key, value, ignored))]
-    try:
-        config = validated(PrefixConfig, given, str(path))
-    except RuleError as error:
-        raise AdapterError(str(path), [*problems, *error.problems]) from None
-    if problems:
-        raise AdapterError(str(path), problems)
-    passed = [plain(key) for key, value in others.items() if key in ignored and not is_off(value)]
-    if passed:
-        warn(f"{path}: {', '.join(passed)} ignored, as {option('ignore_config_keys', '--ignore-config-key')} says.")
-    return config
+    return beside_other_keys(given, others, partial(validated, PrefixConfig), str(path), ignored)
