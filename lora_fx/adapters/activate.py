@@ -136,17 +136,17 @@ def ordered(graph_module: fx.GraphModule, strengths: Mapping[str, float]) -> dic
         raise PlanError(f'expected strengths by the names of adapters, as {{"a": 1.0, "b": 0.5}}, got {strengths!r}.')
     found: dict[str, float] = {}
     for adapter, given in strengths.items():
-        record_of(graph_module, adapter)
+        record = record_of(graph_module, adapter)
         strength = finite_number(given)
         if strength is None:
             raise PlanError(f"adapter {adapter!r} cannot have the strength {given!r}: give a finite number.")
-        check_whole_strength(adapter, record_of(graph_module, adapter).branches, strength)
-        if strength != 1 and record_of(graph_module, adapter).prefix is not None:
+        check_whole_strength(adapter, record.branches, strength)
+        if strength != 1 and record.prefix is not None:
             raise PlanError(
                 f"adapter {adapter!r} cannot have the strength {strength:g}: it has a prefix, which acts or does not. Let it act at 1."
             )
         found[adapter] = strength
         whole = [each.name for each in trained_of(graph_module, adapter)]
-        whole += [f"rows of {each.weight}" for each in record_of(graph_module, adapter).tokens]
+        whole += [f"rows of {each.weight}" for each in record.tokens]
         tell_whole_copies(adapter, strength, whole)
     return {adapter: found[adapter] for adapter in adapters_as_added(graph_module) if adapter in found}

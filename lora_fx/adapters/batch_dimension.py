@@ -26,6 +26,12 @@ class BatchFirst:
     merged: bool
 
 
+def shown_shape(node: fx.Node) -> tuple[Any, ...] | str:
+    """Return the shape of a value in the trace, for messages."""
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else "unknown sizes"
+
+
 def size_of_batch(node: fx.Node) -> Any:
     """Return the first size of a value in the trace, an expression where it varies; None if it has none."""
     value = node.meta.get("val")

@@ -15,6 +15,7 @@ from torch import fx
 from lora_fx.adapters.dora import DoraBranch
 from lora_fx.adapters.fake_values import FakeValues
 from lora_fx.adapters.invocation import Invocations, Tokens
+from lora_fx.branches.lower import describe
 from lora_fx.graph.provenance import module_path, write_stamp
 from lora_fx.graph.records import BranchSpec
 from lora_fx.graph.state import State
@@ -210,9 +211,7 @@ class _BranchWriter:
         return self._record(base, part, self.graph.call_function(target, args))
 
     def _record(self, base: fx.Node, part: str, node: fx.Node) -> fx.Node:
-        for key in ("nn_module_stack", "stack_trace"):
-            if key in base.meta:
-                node.meta[key] = base.meta[key]
+        describe(node, base, None)
         stamp = {"rule": self.chosen.rule, "site": self.chosen.site.name, "adapter": self.adapter, "part": part}
         write_stamp(node, stamp)
         self.fakes.record(node, base)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.adapters.batch_dimension import batch_first, size_of_batch
+from lora_fx.adapters.batch_dimension import batch_first, shown_shape, size_of_batch
 from lora_fx.branches.selected import not_always
 from lora_fx.errors import PlanError, listed
 from lora_fx.graph.cached_graphs import has_cache
@@ -60,7 +60,7 @@ def check_invocable(graph_module: TracedGraphModule, plan: Plan, adapter: str) -
     nodes, batch = {node.name: node for node in graph_module.graph.nodes}, size_of_batch(ids)
     problems = list(
         dict.fromkeys(
-            f"{site.name} reads {_shape(weight_op(nodes[site.node]).input)}"  # type: ignore[union-attr]
+            f"{site.name} reads {shown_shape(weight_op(nodes[site.node]).input)}"  # type: ignore[union-attr]
             for site, branch in branches
             if branch.setting.invocation_tokens and not _has_tokens(nodes[site.node], batch)
         )
@@ -90,11 +90,6 @@ def acting_invocations(graph_module: TracedGraphModule) -> tuple[tuple[int, ...]
 
 def _ids(graph: fx.Graph) -> fx.Node | None:
     return next((node for node in graph.find_nodes(op="placeholder") if node.target == IDS), None)
-
-
-def _shape(node: fx.Node) -> tuple[Any, ...] | str:
-    value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else "unknown sizes"
 
 
 def _has_tokens(site: fx.Node, batch: object) -> bool:

@@ -118,7 +118,7 @@ def initial_values(
             value = tensors[original].detach().clone()
             values[name] = nn.Parameter(value) if isinstance(missing[name], nn.Parameter) else value
     for adapter, record in info.adapters.items():
-        rows = token_values(record.tokens, known, adapter) if record.tokens else {}
+        rows = token_values(record.tokens, known, adapter)
         values |= {name: value for name, value in rows.items() if name in missing}
     branches = [
         (adapter, branch) for adapter, record in info.adapters.items() for _, branch in record.branches.values()

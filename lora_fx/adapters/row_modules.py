@@ -16,6 +16,7 @@ from typing import Any
 from torch import fx
 
 from lora_fx.adapters.branch_nodes import Rows
+from lora_fx.branches.lower import describe
 from lora_fx.graph.adapter_names import copy_name
 from lora_fx.graph.records import Trained
 from lora_fx.graph.state import State
@@ -98,5 +99,5 @@ def write_modules(
 
 def _emit(graph: fx.Graph, like: fx.Node, _part: str, target: Any, *args: Any) -> fx.Node:
     node = graph.call_function(target, args)
-    node.meta |= {key: like.meta[key] for key in ("nn_module_stack", "stack_trace") if key in like.meta}
+    describe(node, like, None)
     return node

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from lora_fx.adapters.activate import at_rest
-from lora_fx.adapters.batch_dimension import batch_first, size_of_batch
+from lora_fx.adapters.batch_dimension import batch_first, shown_shape, size_of_batch
 from lora_fx.adapters.branch_nodes import Rows, write_branches
 from lora_fx.adapters.recorded import plan_branches, record_of, recorded_plan, trained_of
 from lora_fx.adapters.row_modules import RowModule, row_modules, write_modules
@@ -205,12 +205,10 @@ def _places(
         tried = ((source, batch_first(parts.input, size)) for size, source in known.items())
         source, place = next(((source, place) for source, place in tried if place is not None), (None, None))
         if source is None or place is None:
-            value = parts.input.meta.get("val")
-            shape = "unknown sizes" if value is None else tuple(value.shape)
             raise PlanError(
                 f"{what}: expected an input whose first dimension is that of "
-                f"{' or '.join(f'{each.target} {size}' for size, each in batches.items())}, got {shape}. Leave that site out, or activate "
-                "one adapter for the whole batch."
+                f"{' or '.join(f'{each.target} {size}' for size, each in batches.items())}, got {shown_shape(parts.input)}. Leave that "
+                "site out, or activate one adapter for the whole batch."
             )
         sources += [source] if source not in sources else []
         merged |= {node.name, parts.input.name} if place.merged else set()

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.adapters.fake_values import FakeValues
+from lora_fx.branches.lower import describe
 from lora_fx.errors import PlanError, listed
 from lora_fx.graph.adapter_names import original_name, token_names
 from lora_fx.graph.erasing import erase_unread
@@ -125,7 +126,7 @@ def _write(graph: fx.Graph, state: State, fakes: FakeValues, adapter: str, token
     casts = state.tensors[values_name].dtype != dtype
 
     def record(node: fx.Node) -> fx.Node:
-        node.meta.update({key: weight.meta[key] for key in ("nn_module_stack", "stack_trace") if key in weight.meta})
+        describe(node, weight, None)
         write_stamp(node, {"rule": tokens.rule, "site": tokens.module, "adapter": adapter, "part": "rows"})
         fakes.record(node, weight)
         return node

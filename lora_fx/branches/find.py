@@ -155,15 +155,15 @@ class _BranchFinder:
         branches: dict[fx.Node, FoundBranch] = {}
         ends = self._sums.keys() - self._extended
         dead = unread_nodes(self.graph, ends, {value.base for value in self._sums.values()})
+        partial = {self._sums[each].site for each in self._partial if each in self._sums}
         for node, value in self._sums.items():
             self._check_readers(node, value, dead)
             if node in ends:
                 self._check_branch(node, value)
-                weight, bias = value.weight, self._bias(node, value)
-                found = FoundBranch(value.site, value.base, node, value.terms, weight.node, weight.view, bias)
-                if any(self._sums[each].site is value.site for each in self._partial if each in self._sums):
-                    found = replace(found, partial=True)
-                branches[value.site] = found
+                site, weight, bias = value.site, value.weight, self._bias(node, value)
+                branches[site] = FoundBranch(
+                    site, value.base, node, value.terms, weight.node, weight.view, bias, partial=site in partial
+                )
         for named, constant in self._named.weights.items():
             for site, _ in readers(named):
                 product = weight_op(site)

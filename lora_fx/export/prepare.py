@@ -312,7 +312,7 @@ def _examples(
         raise ExportError(
             f"{problem} {named}. Pass example_inputs: a mapping from {', '.join(constraints.ranges)} to tensors."
         )
-    device = next((tensor.device for tensor in state_of(graph_module).tensors.values()), torch.device("cpu"))
+    device = state_of(graph_module).device
     placed = {name: tensors[name].detach().to(device) for name in constraints.ranges}
     axes = {names.get(name, name): axes for name, axes in (found.axes if found is not None else {}).items()}
     axes = {name: dims for name, dims in axes.items() if len(dims) == placed[name].dim()}

@@ -113,6 +113,13 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
     return {**defaults, **dict(zip(defaults, node.args, strict=False)), **node.kwargs}
 
 
+@cache
+def is_view(operator: Any) -> bool:
+    """Tell whether the result of an operator shares memory with what it reads, as its schema says: ``diagonal``, ``unfold``."""
+    schema = getattr(operator, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+
+
 @cache  # torch makes new Python objects of a schema at every access
 def _defaults(operator: Any) -> Mapping[str, Any]:
     return {argument.name: argument.default_value for argument in operator._schema.arguments}

@@ -119,11 +119,10 @@ def open_slot(graph: fx.Graph, constraints: Constraints, slot: PrefixSlot, name:
     rest = [each for each in constraints.relations if each not in own]
     slot = replace(slot, conditions=(*bounds, *own))
     given = next(node for node in graph.find_nodes(op="placeholder") if node.target == INPUT)
-    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
-        empty = graph.create_node("get_attr", EMPTY)
+    empty = _empty_source(graph, given)
     with graph.inserting_after(empty):
         taken = graph.call_function(torch.ops.aten.expand.default, (empty, list(_SHAPE)))
-    empty.meta, taken.meta = dict(given.meta), dict(given.meta)
+    taken.meta = dict(given.meta)
     given.replace_all_uses_with(taken)
     graph.erase_node(given)
     codegen = graph._codegen
@@ -186,10 +185,15 @@ def emptied(graph: fx.Graph, slot: PrefixSlot | None) -> dict[str, nn.Module]:
     taken = None if slot is None else slot_node(graph)
     if slot is None or taken is None or taken.all_input_nodes[0].target == EMPTY:
         return {}
-    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):  # where the trace has it
+    return put(graph, slot, _empty_source(graph, taken), 0)
+
+
+def _empty_source(graph: fx.Graph, like: fx.Node) -> fx.Node:
+    """Write the empty prefix behind the inputs, with the metadata of another node."""
+    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
         empty = graph.create_node("get_attr", EMPTY)
-    empty.meta = dict(taken.meta)
-    return put(graph, slot, empty, 0)
+    empty.meta = dict(like.meta)
+    return empty
 
 
 def wanted_slot(slot: PrefixSlot | None, expected: str) -> PrefixSlot:

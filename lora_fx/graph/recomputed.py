@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import fx, nn
 
 from lora_fx.errors import LoraFxError, listed
-from lora_fx.graph.aten_kinds import POINTWISE, VIEW, name_of, tensor_inputs, writes
+from lora_fx.graph.aten_kinds import POINTWISE, VIEW, is_view, name_of, tensor_inputs, writes
 from lora_fx.graph.batch_norms import GivenBatchNorm
 from lora_fx.graph.provenance import source_line
 from lora_fx.graph.training_only import TrainingOnly
@@ -58,18 +58,14 @@ def _targets(graph_module: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     return [target] if isinstance(target, fx.Node) else []
 
 
-def _is_view(node: fx.Node) -> bool:
-    """Tell whether the result of an operator shares memory with what it reads, as its schema says: ``diagonal``, ``unfold``."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(result.alias_info is not None for result in schema.returns)
-
-
 def _memory(graph_module: fx.GraphModule) -> dict[fx.Node, fx.Node]:
     """Return for each value that may be another one, or a view of it, the first such."""
     found: dict[fx.Node, fx.Node] = {}
     for node in graph_module.graph.nodes:
         targets = _targets(graph_module, node)
         source = next(iter(targets or tensor_inputs(node)), None)
-        if source is not None and (targets or node.op == "call_module" or name_of(node) in _SHARING or _is_view(node)):
+        if source is not None and (
+            targets or node.op == "call_module" or name_of(node) in _SHARING or is_view(node.target)
+        ):
             found[node] = found.get(source, source)
     return found

@@ -221,9 +221,8 @@ class Signature:
                 raise InputError(
                     f"there is no input '{name}'{did_you_mean(name, known)}.{omit} {self._traced_inputs()}"
                 )
-        for (
-            argument
-        ) in self.arguments:  # labels that were not traced are told before decoder_input_ids that were omitted for them
+        # Labels that were not traced are told before decoder_input_ids that were omitted for them.
+        for argument in self.arguments:
             if not argument.traced:
                 argument.tensors(given.get(argument.name, Leaf.ABSENT))
         found = [

@@ -25,6 +25,11 @@ class State:
     non_persistent: frozenset[str] = frozenset()
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the first tensor; without tensors the CPU."""
+        return next((tensor.device for tensor in self.tensors.values()), torch.device("cpu"))
+
     def with_tensors(self, tensors: Mapping[str, torch.Tensor]) -> State:
         """Return the state with these tensors added or replaced."""
         return replace(self, tensors={**self.tensors, **tensors})

@@ -162,8 +162,7 @@ class CodebookScheme:
         if self.nested:
             scales = torch.cat([part.abs().amax(1).float() for part in rows.split(_PART // self.blocksize)])
             tensors["absmax"] = self.absmax(_nested(scales))[blocks]
-        values = plain.dequantise(tensors, (len(blocks), self.blocksize), torch.float32)
-        return values.view(-1)[inverse * self.blocksize + positions % self.blocksize]
+        return plain.elements(tensors, inverse * self.blocksize + positions % self.blocksize)
 
 
 @dataclass(frozen=True)

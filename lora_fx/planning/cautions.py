@@ -72,7 +72,7 @@ def warn_of_fresh_head(plan: Plan, graph_module: fx.GraphModule) -> None:
     if not left:
         return
     kind = info.model_class.rpartition(":")[2]
-    task = next((task for suffix, task in _TASKS.items() if kind.endswith(suffix)), None)
+    task = next((task for suffix, task in TASKS.items() if kind.endswith(suffix)), None)
     selection = f'{{"target": {[path.rpartition(".")[2] for path in left]}, "trainable": "all"}}'
     advice = (
         f"Say task_type={task!r} to train it" if task else f"To train it, add the selection {selection} to the rules"
@@ -83,7 +83,7 @@ def warn_of_fresh_head(plan: Plan, graph_module: fx.GraphModule) -> None:
     )
 
 
-_TASKS: dict[str, TaskType] = {
+TASKS: dict[str, TaskType] = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",

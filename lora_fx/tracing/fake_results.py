@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from lora_fx.graph.aten_kinds import is_view
 from lora_fx.graph.process_state import exclusive
 from lora_fx.torch_internals import FakeTensor, FakeTensorMode, OpOverload, in_kernel_invocation_manager
 
@@ -61,7 +62,7 @@ class FakeResults:
                 known = len(mode.shape_env.guards)
                 result = original(mode, func, types, args, kwargs)
                 conditions = tuple((each.expr, each.size_oblivious) for each in mode.shape_env.guards[known:])
-                self.recipes[key] = _recipe(call, result, conditions, is_view=_is_view(func))
+                self.recipes[key] = _recipe(call, result, conditions, is_view=is_view(func))
                 held.add(key)
                 return result
             recipe = self.recipes[key]
@@ -90,11 +91,6 @@ def _is_determined(func: Any) -> bool:
         return False
     returned = [result for result in func._schema.returns if result.alias_info is not None]
     return len(func._schema.returns) > 0 and (not returned or len(func._schema.returns) == 1)
-
-
-@functools.cache
-def _is_view(func: OpOverload) -> bool:
-    return any(result.alias_info is not None for result in func._schema.returns)
 
 
 class _Call:

@@ -24,7 +24,7 @@ from lora_fx.graph.example_sizes import Examples
 from lora_fx.graph.info import GraphInfo
 from lora_fx.graph.prefix_slot import AXIS, EMPTY, INPUT, PrefixSlot
 from lora_fx.graph.state import State
-from lora_fx.tracing.cached_encoder_decoder import BothCaches
+from lora_fx.tracing.cached_encoder_decoder import BothCaches, is_encoder_decoder
 from lora_fx.tracing.cached_forward import CachedCall, TensorCache, number
 from lora_fx.tracing.example_inputs import ExampleInputs, is_pretrained
 
@@ -64,7 +64,7 @@ class PrefixedCall:
         self._original = model.forward
         self._parameters = inspect.signature(model.forward).parameters
         self._holder = _taking_past(model)
-        self._decodes = bool(getattr(model.config, "is_encoder_decoder", False))
+        self._decodes = is_encoder_decoder(model)
         self._layers = _layers_path(model) if self._decodes else ""
         self._cache: TensorCache | BothCaches = TensorCache(())
         given = {**dict(zip(self._parameters, inputs.args, strict=False)), **inputs.kwargs}
@@ -258,8 +258,8 @@ def _taking_past(model: Any) -> nn.Module | None:
         if PAST in inspect.signature(model.forward).parameters:
             return None
         base = getattr(model, model.base_model_prefix, None)
-        decodes = getattr(model.config, "is_encoder_decoder", False)
-        if isinstance(base, nn.Module) and PAST in inspect.signature(base.forward).parameters and not decodes:
+        takes = isinstance(base, nn.Module) and PAST in inspect.signature(base.forward).parameters
+        if takes and not is_encoder_decoder(model):
             return base
     raise TraceError(
         f"prefix=True: {name} takes no {PAST}, and is no model of transformers whose base model does. {_INSTEAD}"

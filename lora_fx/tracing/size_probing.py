@@ -90,11 +90,7 @@ class _Prober:
         for empty in {PREFIX_AXIS, *(added[0] for added in sums.values())} & agreed.keys():
             lows |= self._empty(agreed[empty], [axis for name, axis in agreed.items() if name != empty])
         lows = self.examples.with_sums(lows)
-        ranges = {
-            name: tuple((lows.get((name, dim), low), high) for dim, (low, high) in enumerate(ranges))
-            for name, ranges in constraints.ranges.items()
-        }
-        constraints = replace(constraints, ranges=ranges)
+        constraints = _with_bounds(constraints, lows, {})
         prefix = agreed.get(PREFIX_AXIS, set())
         return self._beside_empty(constraints, prefix) if prefix and not any(map(lows.get, prefix)) else constraints
 
@@ -111,11 +107,7 @@ class _Prober:
             raised = max(constraints.ranges[name][dim][1] for name, dim in axis) + 2
             if raised <= MAX_SIZE and self._agree({**dict.fromkeys(prefix, 0), **dict.fromkeys(axis, raised)}):
                 highs |= dict.fromkeys(axis, raised)
-        ranges = {
-            name: tuple((low, highs.get((name, dim), high)) for dim, (low, high) in enumerate(ranges))
-            for name, ranges in constraints.ranges.items()
-        }
-        return replace(constraints, ranges=ranges)
+        return _with_bounds(constraints, {}, highs)
 
     def _empty(self, axis: set[Dimension], others: Sequence[set[Dimension]]) -> dict[Dimension, int]:
         """Return the lower bound 0 for an axis without which model and graph agree: alone, with each other axis of size 1, and with all."""
@@ -194,3 +186,14 @@ class _Prober:
             return values(tensor, torch.Size(sizes.get((name, dim), size) for dim, size in enumerate(tensor.shape)))
 
         return map_tensors(resize, self.inputs)
+
+
+def _with_bounds(
+    constraints: Constraints, lows: Mapping[Dimension, int], highs: Mapping[Dimension, int]
+) -> Constraints:
+    """Return constraints with other bounds for some dimensions."""
+    ranges = {
+        name: tuple((lows.get((name, dim), low), highs.get((name, dim), high)) for dim, (low, high) in enumerate(dims))
+        for name, dims in constraints.ranges.items()
+    }
+    return replace(constraints, ranges=ranges)

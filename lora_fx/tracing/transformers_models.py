@@ -169,8 +169,6 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, choice: Model
     except Exception as error:  # the files are a stranger's, and transformers raises whatever it meets
         for file in sorted(path.glob("*.safetensors")):
             TensorFile.open(file)  # says which file is cut off or cannot be read
-        for file in sorted(path.glob("*.safetensors")):
-            TensorFile.open(file)  # says which file is cut off or cannot be read
         raise LoraFxError(
             f"{path}: transformers {transformers.__version__} cannot load this model: {type(error).__name__}: {error}"
         ) from error

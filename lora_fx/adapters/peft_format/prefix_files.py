@@ -21,6 +21,7 @@ from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.info import GraphInfo, known_info
 from lora_fx.graph.prefix_slot import wanted_slot
 from lora_fx.graph.records import PrefixSpec
+from lora_fx.planning.cautions import TASKS
 from lora_fx.planning.prefix_plan import peft_pairs
 from lora_fx.rules.peft_config.config import CONFIG_NAME, AdapterConfig
 from lora_fx.rules.peft_config.prefix_config import PrefixConfig
@@ -106,8 +107,7 @@ def fitted_prefix(file: PrefixFile, graph_module: fx.GraphModule) -> tuple[Prefi
     spec = PrefixSpec(
         config.num_virtual_tokens, config.num_layers, slot.heads, slot.size, CONFIG_NAME, hidden=None, pairs=pairs
     )
-    device = next(iter(state_of(graph_module).tensors.values())).device
-    return spec, held.to(device)
+    return spec, held.to(state_of(graph_module).device)
 
 
 def in_peft_words(
@@ -153,11 +153,4 @@ def _task(info: GraphInfo) -> str:
         return "SEQ_2_SEQ_LM"
     if info.generation_config is not None:
         return "CAUSAL_LM"
-    return next((task for end, task in _TASKS.items() if info.class_name.endswith(end)), "FEATURE_EXTRACTION")
-
-
-_TASKS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
+    return next((task for end, task in TASKS.items() if info.class_name.endswith(end)), "FEATURE_EXTRACTION")

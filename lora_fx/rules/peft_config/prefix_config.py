@@ -19,7 +19,7 @@ from lora_fx.rules.peft_config.config import (
 )
 from lora_fx.rules.validation import Flag, Positive, Text, validated
 
-METHOD = "PREFIX_TUNING"
+METHOD: Literal["PREFIX_TUNING"] = "PREFIX_TUNING"
 
 
 class PrefixConfig(SharedKeys):
@@ -61,9 +61,7 @@ class PrefixConfig(SharedKeys):
     @staticmethod
     def of(beside: AdapterConfig, **said: Any) -> PrefixConfig:
         """Return the configuration of a prefix beside what another adapter trains of the model's own."""
-        return PrefixConfig(
-            peft_type="PREFIX_TUNING", **{key: getattr(beside, key) for key in SharedKeys.model_fields} | said
-        )
+        return PrefixConfig(peft_type=METHOD, **{key: getattr(beside, key) for key in SharedKeys.model_fields} | said)
 
     def to_json(self) -> str:
         """Return the file, with all keys that PEFT 0.21 writes, in its form."""
