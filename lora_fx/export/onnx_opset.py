@@ -37,7 +37,7 @@ def set_opset(model: Any, opset: int) -> None:
         ExportError: an operator of the model needs a later opset; all such are named.
     """
     if opset == OLDEST:
-        problems = {node: problem for node in list(model.graph) if (problem := _lowered(model, node)) is not None}
+        problems = {node: problem for node in list(model.graph) if (problem := _lowered(node)) is not None}
         if problems:
             told = [f"{node.op_type} ({node.name}): {problem}" for node, problem in problems.items()]
             lines = "\n  ".join(shortened(told, _MAX_NAMED, "operators"))
@@ -54,7 +54,7 @@ _MAX_NAMED = 10
 _OLDEST_FORMAT = 8  # initializers that are no inputs, and all that is written here, are in it
 
 
-def _lowered(model: Any, node: Any) -> str | None:
+def _lowered(node: Any) -> str | None:
     """Write an operator of opset 18 in opset 17 (in place); return why it cannot be."""
     defs = onnx_package("onnx").defs
     if node.domain not in ("", "ai.onnx"):
@@ -65,10 +65,10 @@ def _lowered(model: Any, node: Any) -> str | None:
     if defs.get_schema(node.op_type, TRANSLATED).since_version <= OLDEST:
         return None
     lower = _LOWERED.get(node.op_type, _axes_as_attribute if node.op_type.startswith("Reduce") else _same)
-    return lower(model, node)
+    return lower(node)
 
 
-def _same(_model: Any, node: Any) -> str | None:
+def _same(node: Any) -> str | None:
     schema = onnx_package("onnx").defs.get_schema(node.op_type, OLDEST)
     new = [name for name in node.attributes if name not in schema.attributes]
     new += [
@@ -77,7 +77,7 @@ def _same(_model: Any, node: Any) -> str | None:
     return f"{', '.join(new)} needs opset {TRANSLATED}" if new else None
 
 
-def _axes_as_attribute(_model: Any, node: Any) -> str | None:
+def _axes_as_attribute(node: Any) -> str | None:
     """Give a reduction its axes as an attribute; since 18 they are an input."""
     ir = onnx_package("onnx_ir")
     axes = node.inputs[1] if len(node.inputs) > 1 else None
@@ -91,7 +91,7 @@ def _axes_as_attribute(_model: Any, node: Any) -> str | None:
     return None
 
 
-def _split_evenly(model: Any, node: Any) -> str | None:
+def _split_evenly(node: Any) -> str | None:
     """Give a split its sizes, where they are unequal; since 18 the number of parts is enough."""
     ir = onnx_package("onnx_ir")
     number = node.attributes.pop("num_outputs", None)
@@ -105,10 +105,10 @@ def _split_evenly(model: Any, node: Any) -> str | None:
         size = -(-shape[axis] // parts)
         sizes = [size] * (parts - 1) + [shape[axis] - size * (parts - 1)]
         constant = ir.node("Constant", [], attributes={"value": ir.tensor(sizes)})
-        model.graph.insert_before(node, constant)
+        node.graph.insert_before(node, constant)
         node.resize_inputs(2)
         node.replace_input_with(1, constant.outputs[0])
     return None
 
 
-_LOWERED: Mapping[str, Callable[[Any, Any], str | None]] = {"Split": _split_evenly}
+_LOWERED: Mapping[str, Callable[[Any], str | None]] = {"Split": _split_evenly}

@@ -170,7 +170,7 @@ def _blocks(
     states = [other for other in entries if other.startswith(f"{key}{_STATE}")]
     state = _state(entries[states[0]], read) if len(states) == 1 else {}
     kind, blocksize, shape = state.get("quant_type"), state.get("blocksize"), state.get("shape")
-    dtype = _DTYPES.get(str(state.get("dtype")))
+    dtype = DTYPES.get(str(state.get("dtype")))
     if kind not in ("nf4", "fp4") or not states[0].endswith(f"__{kind}") or dtype is None:
         raise _UnfitError(
             f"expected one quant_state of nf4 or fp4 with a dtype, got {_shown(states)} with {_shown(state)}"
@@ -201,7 +201,8 @@ def _blocks(
 
 _NESTED = 256
 _LARGEST = torch.finfo(torch.float32).max
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Dtypes of weights that are quantised, by the names that files have for them."""
 
 
 def _state(entry: TensorEntry, read: Callable[[str], torch.Tensor]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from lora_fx.adapters.peft_format.fingerprint import matches
 from lora_fx.errors import FoldError, listed, option, printable
 from lora_fx.files.computed_file import Computed, ComputedFile
-from lora_fx.files.quantised_checkpoints import QuantisedTensor, quantised_tensors
+from lora_fx.files.quantised_checkpoints import DTYPES, QuantisedTensor, quantised_tensors
 from lora_fx.files.safetensors import TensorEntry, TensorFile
 from lora_fx.folding.checkpoint import Checkpoint
 from lora_fx.folding.checkpoint_places import Places
@@ -106,16 +106,13 @@ def dense_base(
     if loaded_in is not None and quantised is None:
         told = option("loaded_in", "--loaded-in")
         raise FoldError(f"{told} goes with {option('quantised', '--quantised')}: name the scheme too.")
-    if loaded_in is not None and loaded_in not in _LOADED:
-        raise FoldError(f"loaded_in: expected {', '.join(_LOADED)}, got {printable(repr(loaded_in))}.")
+    if loaded_in is not None and loaded_in not in DTYPES:
+        raise FoldError(f"loaded_in: expected {', '.join(DTYPES)}, got {printable(repr(loaded_in))}.")
     base = stored_dense(checkpoint, model)
     places = Places.of(model, base.checkpoint)
     if quantised is not None:
         base = quantised_as_trained(base, places, model, parse_scheme(quantised), not_quantised, loaded_in, trained_on)
     return base, replace(places, checkpoint=base.checkpoint)
-
-
-_LOADED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 # A checkpoint that is quantised.
@@ -157,7 +154,7 @@ def stored_dense(checkpoint: Checkpoint, model: Any) -> DenseBase:
         dtype = own if own in FOLDABLE else each.dtype
         scheme = parse_scheme(each.scheme)
         elements = partial(_stored_elements, checkpoint, each, scheme) if isinstance(scheme, CodebookScheme) else None
-        matrix = partial(_stored_matrix, checkpoint, each)
+        matrix = partial(_stored_matrix, checkpoint, each, scheme)
         computed[each.key] = Computed(dtype, shape, each.scheme, is_conv1d, matrix, elements)
     if problems:
         raise FoldError(f"{checkpoint.model}: {listed(problems, _MAX_NAMED, '; ')}. Download it again.")
@@ -184,20 +181,19 @@ def _settings(config: Any) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) else {}
 
 
-def _stored_matrix(checkpoint: Checkpoint, tensor: QuantisedTensor, dtype: torch.dtype) -> torch.Tensor:
+def _stored_matrix(checkpoint: Checkpoint, tensor: QuantisedTensor, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
     """Return the dense matrix ``(out, in)`` that a quantised tensor stands for."""
-    return parse_scheme(tensor.scheme).dequantise(_stored_tensors(checkpoint, tensor), tensor.shape, dtype)
+    return scheme.dequantise(_stored_tensors(checkpoint, tensor, scheme), tensor.shape, dtype)
 
 
 def _stored_elements(
     checkpoint: Checkpoint, tensor: QuantisedTensor, scheme: CodebookScheme, positions: torch.Tensor
 ) -> torch.Tensor:
-    return scheme.elements(_stored_tensors(checkpoint, tensor), positions)
+    return scheme.elements(_stored_tensors(checkpoint, tensor, scheme), positions)
 
 
-def _stored_tensors(checkpoint: Checkpoint, tensor: QuantisedTensor) -> dict[str, torch.Tensor]:
+def _stored_tensors(checkpoint: Checkpoint, tensor: QuantisedTensor, scheme: Scheme) -> dict[str, torch.Tensor]:
     """Return the tensors of the scheme of a quantised tensor."""
-    scheme = parse_scheme(tensor.scheme)
     parts = {name: checkpoint.read(key) for name, key in tensor.parts.items()}
     match tensor.packing:
         case "blocks":
@@ -327,7 +323,7 @@ def quantised_as_trained(
     if problems:
         told = listed(problems, _MAX_NAMED, "; ")
         raise FoldError(f"{base.checkpoint.model} cannot be quantised as {text}: {told}.")
-    given = None if loaded_in is None else _LOADED[loaded_in]
+    given = None if loaded_in is None else DTYPES[loaded_in]
     loaded, is_known = (given, True) if given else _loaded_in(places, transposed, scheme, trained_on)
     files = tuple(_quantised_file(file, transposed, scheme, loaded) for file in base.checkpoint.files)
     return DenseBase(
@@ -363,13 +359,15 @@ def _loaded_in(
         left: list[torch.dtype] = []
         for name in sorted(known, key=lambda name: math.prod(found[name][1].shape))[:_MAX_TRIED]:
             file, entry = found[name]
-            tried = left or dict.fromkeys((entry.dtype, *_LOADED.values()))
+            tried = left or dict.fromkeys((entry.dtype, *DTYPES.values()))
             of = {dtype: _quantised(file, entry, transposed[own[name]], scheme, dtype) for dtype in tried}
             left = [dtype for dtype, computed in of.items() if matches(told[name], computed)] or left
             if len(left) < 2:
                 break
         if left:
-            one = max(left, key=lambda dtype: len(places.same_values(told, dict.fromkeys(told, ""), dtype)))
+            one = left[0]
+            if len(left) > 1:
+                one = max(left, key=lambda dtype: len(places.same_values(told, dict.fromkeys(told, ""), dtype)))
             return (None if {entry.dtype for _, entry in found.values()} == {one} else one), True
     return None, False
 

@@ -171,8 +171,10 @@ class CausalGenerator(Generator):
         """
         cache = DynamicCache() if past_key_values is None else past_key_values
         _check_grows(cache)
-        first, tokens = self._first_past(input_ids.size(0))
-        past = _pairs(cache) if cache.get_seq_length() else first
+        adapter = acting_prefix(self.graph)
+        prefix = None if adapter is None else info_of(self.graph).adapters[adapter].prefix
+        tokens = 0 if prefix is None else prefix.tokens
+        past = _pairs(cache) if cache.get_seq_length() else self._first_past(adapter, input_ids.size(0))
         length = past[0]["key"].size(2) + input_ids.size(1) - tokens
         mask = attention_mask if attention_mask is not None else input_ids.new_ones(input_ids.size(0), length)
         whole = torch.cat([mask.new_ones(mask.size(0), tokens), mask], 1) if tokens else mask
@@ -184,13 +186,12 @@ class CausalGenerator(Generator):
         _put(cache, outputs[PRESENT])
         return CausalLMOutputWithPast(logits=outputs["logits"], past_key_values=cache)
 
-    def _first_past(self, batch: int) -> tuple[list[dict[str, torch.Tensor]], int]:
-        """Return the past before the first token, which is a prefix that acts, and its length."""
-        adapter = acting_prefix(self.graph)
+    def _first_past(self, adapter: str | None, batch: int) -> list[dict[str, torch.Tensor]]:
+        """Return the past before the first token, which is the prefix of an adapter if one acts."""
         if adapter is None:
-            return empty_past(self.graph, batch), 0
+            return empty_past(self.graph, batch)
         pairs = [[each.expand(batch, -1, -1, -1) for each in pair] for pair in keys_and_values(self.graph, adapter)]
-        return [{"key": key, "value": value} for key, value in pairs], pairs[0][0].size(2)
+        return [{"key": key, "value": value} for key, value in pairs]
 
 
 class EncoderDecoderGenerator(Generator):

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from measuring import alternating
 from results import Conditions
 
 import lora_fx
@@ -59,13 +60,8 @@ def exports(model: Any, directory: Path) -> dict[str, Callable[[], object]]:
 
 def seconds(runs: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
     """Return the median processor time of each."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repetitions + 1):
-        for name, run in runs.items():
-            start = time.process_time()
-            run()
-            times[name].append(time.process_time() - start)
-    return {name: statistics.median(found[1:]) for name, found in times.items()}
+    times = alternating(runs, repetitions, warm_up=1, clock=lambda _: time.process_time())
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def main(

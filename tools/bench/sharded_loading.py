@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from measuring import status
 from torch import distributed
 
 import lora_fx
@@ -49,12 +50,6 @@ def graph_of(config: transformers.LlamaConfig) -> lora_fx.TracedGraphModule:
     return lora_fx.rewrite(model, "all-linear", rank=8).train()
 
 
-def resident() -> int:
-    """Return the bytes of this process that are in memory."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize()
-
-
 def peak() -> int:
     """Return the most bytes of this process that were ever in memory."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -75,7 +70,7 @@ def process(directory: Path) -> None:
     lora_fx.parallel.load_sharded(graph, directory / "warm", seed=0)
     step(graph)
     del graph
-    before = resident()
+    before = status("VmRSS")
     graph = graph_of(config)
     lora_fx.parallel.load_sharded(graph, directory, seed=0)
     loaded = peak()
