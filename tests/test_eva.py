@@ -136,6 +136,18 @@ def test_a_rule_file_keeps_its_settings_and_what_it_trains(graph: lora_fx.Traced
     assert again.ranks == found.ranks
 
 
+def test_invocation_tokens_of_a_selection_stay_in_the_rules(graph: lora_fx.TracedGraphModule) -> None:
+    rules = {
+        "select": [{"target": ["q_proj"], "rank": 2, "invocation_tokens": [3, 5]}, {"target": ["v_proj"], "rank": 2}]
+    }
+    found = lora_fx.eva(graph, batches(), rules, tau=0.9)
+    branches = branches_of(lora_fx.rewrite(graph, found.rules, start=found), "default").values()
+    assert {branch.owner.rpartition(".")[2]: branch.setting.invocation_tokens for _, branch in branches} == {
+        "q_proj": (3, 5),
+        "v_proj": (),
+    }
+
+
 def test_what_eva_cannot_start_is_told(graph: lora_fx.TracedGraphModule) -> None:
     rules = {"select": [{"target": ["q_proj"], "rank": 40}]}
     with pytest.raises(PlanError, match=r"asks for 64 directions at model.* and no batch has more than 53 positions"):

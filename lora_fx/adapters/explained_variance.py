@@ -30,7 +30,7 @@ from lora_fx.rules.lookup import Rules, RulesLike, load, model_type_of
 from lora_fx.rules.peft_config.argument_names import refusing_peft_names
 from lora_fx.rules.peft_config.rules import PeftRules, layers_of
 from lora_fx.rules.peft_config.target_names import patterns
-from lora_fx.rules.rule_file import Selection
+from lora_fx.rules.rule_file import Defaults, Selection
 from lora_fx.sites.call_sites import Site, is_bare
 from lora_fx.sites.weight_ops import weight_op
 from lora_fx.tracing.model_state import unwrapped
@@ -349,5 +349,5 @@ def _with_ranks(rules: Rules, branches: Mapping[str, BranchSpec]) -> Rules:
 
 def _said_of(setting: Any) -> dict[str, Any]:
     """Return a setting by the keys of a selection."""
-    keys = ("rank", "alpha", "dropout", "scaling", "init", "freeze", "variant", "bias")
+    keys = [key for key in Defaults.model_fields if key != "invocation_tokens" or setting.invocation_tokens]
     return {key: getattr(setting, key) for key in keys}
