@@ -15,8 +15,8 @@ import torch
 from architectures import ARCHITECTURES, model, rows, run, traced
 from conftest import unchanged
 from graph_diff import first_difference
+from made import Convolved, Layers
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 import lora_fx
 from lora_fx.adapters.peft_format.contents import overview_of
@@ -26,34 +26,6 @@ from lora_fx.folding.checkpoint_plan import fold_checkpoint
 from lora_fx.graph.adapter_names import is_factor
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-
-
-class Layers(nn.Module):
-    """An embedding, linears with a bias and without one, and GPT-2's Conv1D."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.emb, self.q = nn.Embedding(11, 6), nn.Linear(6, 10)
-            self.k, self.c = nn.Linear(10, 7, bias=False), Conv1D(9, 7)
-            nn.init.normal_(self.c.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c(torch.tanh(self.k(torch.tanh(self.q(self.emb(x))))))  # type: ignore[no-any-return]
-
-
-class Convolved(nn.Module):
-    """Convolutions of some number of dimensions, with a bias and without one."""
-
-    def __init__(self, dims: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
-        self.wide, self.point = kind(3, 8, 3, stride=2, padding=1), kind(8, 5, 1, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.point(torch.tanh(self.wide(x)))  # type: ignore[no-any-return]
 
 
 IDS = torch.tensor([[3, 0, 10, 4, 1], [2, 2, 9, 7, 5]])

@@ -14,8 +14,8 @@ import torch
 import transformers
 from architectures import ARCHITECTURES, build, inputs, model, rows, traced
 from conftest import unchanged
+from made import Convolved, Layers
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 import lora_fx
 from lora_fx.graph.adapter_names import adapter_of, is_of_adapter, original_name
@@ -25,32 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 
 NAMES = ["b", "a", "__base__", "a", "b"]
 SIZE = (len(NAMES), 11, 4)
-
-
-class Layers(nn.Module):
-    """An embedding, linears with a bias and without one, and GPT-2's Conv1D."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.emb, self.q = nn.Embedding(11, 6), nn.Linear(6, 10)
-        self.k, self.c = nn.Linear(10, 7, bias=False), Conv1D(9, 7)
-        nn.init.normal_(self.c.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c(torch.tanh(self.k(torch.tanh(self.q(self.emb(x))))))  # type: ignore[no-any-return]
-
-
-class Convolved(nn.Module):
-    """Convolutions, with a bias and without one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.wide, self.point = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 5, 1, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.point(torch.tanh(self.wide(x)))  # type: ignore[no-any-return]
 
 
 IDS = torch.tensor([[3, 0, 10, 4, 1], [2, 2, 9, 7, 5], [8, 1, 0, 0, 6], [5, 5, 5, 1, 2], [9, 10, 3, 7, 4]])
@@ -132,7 +106,7 @@ def test_every_row_has_the_bits_of_pefts_mixed_batch(name: str) -> None:
     ],
 )
 def test_embeddings_conv1d_convolutions_and_biases_of_b_have_pefts_bits(kind: str, dtype: torch.dtype) -> None:
-    base, x = (Layers(), IDS) if kind == "layers" else (Convolved(), IMAGES.to(dtype))
+    base, x = (Layers(), IDS) if kind == "layers" else (Convolved(2), IMAGES.to(dtype))
     base, targets = base.to(dtype).eval(), ["wide", "point"]
     configs = settings(targets, targets[:1])
     if kind == "layers":

@@ -237,19 +237,19 @@ def export_adapter(
     *adapters, model, out = paths
     pairs = list(zip(adapters, strengths_of(adapters, strength), strict=True))
 
-    import lora_fx
-    from lora_fx.export.onnx_adapter_file import read_slots
+    from lora_fx.export.onnx_adapter_file import from_peft, read_slots
+    from lora_fx.files.target import Target
 
     with reported():
         if not model.is_file():
             raise LoraFxError(f"{model}: expected an ONNX model with slots, which lora-fx export --slots writes.")
         try:
-            read_slots(model)
+            table = read_slots(model)
         except ExportError as error:  # of an input, where an export has one of its output
             raise LoraFxError(str(error)) from error
-        exported = lora_fx.export.onnx_adapter_from_peft(
-            pairs, model, out, strict=strict, ignore_config_keys=ignore_config_key or (), overwrite=overwrite
-        )
+        target = Target(out, overwrite, (model, *adapters))
+        target.check()
+        exported = from_peft(pairs, table, target, strict=strict, ignore_config_keys=ignore_config_key or ())
     remark(str(exported))
 
 

@@ -128,7 +128,18 @@ def onnx_adapter_from_peft(
     target.check()
     if not pairs:
         raise ExportError("expected at least one adapter, with its strength, got none.")
-    table = read_slots(Path(model))
+    return from_peft(pairs, read_slots(Path(model)), target, strict=strict, ignore_config_keys=ignore_config_keys)
+
+
+def from_peft(
+    pairs: Sequence[tuple[str | Path, float]],
+    table: SlotTable,
+    target: Target,
+    *,
+    strict: bool,
+    ignore_config_keys: Collection[str],
+) -> ExportedAdapter:
+    """Write an adapter of PEFT's for slots that were read: see :func:`onnx_adapter_from_peft`."""
     products: dict[str, list[_ScaledPair]] = {}
     for directory, given in pairs:
         strength = finite_number(given)
