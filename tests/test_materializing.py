@@ -117,7 +117,8 @@ class Turned(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.turn = nn.Linear(5, 7)
-        self.register_buffer("angles", torch.linspace(0.1, 1.3, 7), persistent=False)
+        # After a model of transformers was loaded in this process, torch.device("meta") no longer reaches torch.linspace.
+        self.register_buffer("angles", torch.linspace(0.1, 1.3, 7, device=self.turn.weight.device), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.turn(x) * self.angles
