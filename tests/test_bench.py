@@ -23,12 +23,15 @@ sys.path += [str(ROOT / "tools"), str(ROOT / "tools" / "bench")]
 
 import checkpoint_fold  # noqa: E402
 import checkpointing  # noqa: E402
+import compiling  # noqa: E402
 import contenders  # noqa: E402
 import folds  # noqa: E402
 import generation  # noqa: E402
 import gpu  # noqa: E402
 import guides  # noqa: E402
 import inference  # noqa: E402
+import large_graph  # noqa: E402
+import loading  # noqa: E402
 import measuring  # noqa: E402
 import tracing  # noqa: E402
 import training  # noqa: E402
@@ -125,14 +128,38 @@ def test_more_memory_and_fewer_tokens_hold_more_layers(gigabytes: int) -> None:
 def test_tracing_is_measured_in_full_and_stamped_which_give_the_same_graph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(function: Callable[..., Any], argument: Any) -> Any:
-        both_modes = function is tracing.seconds and not argument.inference  # which take twice as long
-        return 1.5 if both_modes else function(argument)
+    def run(function: Callable[..., Any], *arguments: Any) -> Any:
+        times = function is tracing.seconds and not arguments[0].inference  # of both modes, which take twice as long
+        compared = function is tracing.unlike and arguments[1]
+        return 1.5 if times else None if compared else function(*arguments)
 
     monkeypatch.setattr(tracing, "apart", run)
-    result = tracing.measured(1, tracing.LLAMA_8B.tiny(4), tracing.LLAMA_70B.tiny(5))
-    check(result, tmp_path / "row.json", "C8")
+    for row, goals in {"C8": 2, "W3": 1}.items():
+        result = tracing.measured(row, 1, tracing.LLAMA_8B.tiny(4), tracing.LLAMA_70B.tiny(5))
+        check(result, tmp_path / "row.json", row)
+        assert len(result.asked()) == len(result.goals) == goals
+
+
+@pytest.mark.matrix
+def test_the_first_compiled_step_is_timed_and_computes_what_pefts_does(tmp_path: Path) -> None:
+    result = compiling.measured(compiling.ROW.tiny(), backend="eager")
+    check(result, tmp_path / "row.json", "W7")
     assert len(result.asked()) == len(result.goals) == 3
+    assert result[compiling.NESTED].difference == 0
+
+
+def test_loads_of_adapters_are_measured_beside_those_of_peft_with_equal_logits(tmp_path: Path) -> None:
+    result = loading.measured(loading.MODEL.tiny(), 3, 2)
+    check(result, tmp_path / "row.json", "W9")
+    assert len(result.asked()) == len(result.goals) == 2
+    assert [len(each.seconds) for each in result.contenders] == [3, 3, 2, 2, 2]
+    assert result[loading.LOADS].difference == 0
+
+
+def test_the_passes_over_a_large_graph_are_a_row(tmp_path: Path) -> None:
+    result = large_graph.measured(600)
+    check(result, tmp_path / "row.json", "W10")
+    assert len(result.asked()) == len(result.goals) == len(result.contenders) == 5
 
 
 @pytest.mark.parametrize("row", inference.ROWS, ids=lambda row: row.name)
@@ -145,7 +172,11 @@ def test_folded_inference_is_measured_beside_the_model(row: inference.Row, tmp_p
 def test_folds_are_rows_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_fold, "apart", in_this_process)
     check(folds.in_memory(0.02, 1), tmp_path / "memory.json", "C6")
-    check(folds.on_disk(0.02, 1, peft=False, directory=tmp_path), tmp_path / "disk.json", "C7")
+    for result in folds.beside_bounds(0.02, 1):
+        check(result, tmp_path / "memory.json", result.row)
+    result = folds.on_disk(0.02, 1, peft=False, directory=tmp_path)
+    check(result, tmp_path / "disk.json", "W6")
+    assert len(result.asked()) == len(result.goals) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk.json", "memory.json"]
 
 

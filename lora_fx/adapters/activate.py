@@ -26,6 +26,7 @@ from lora_fx.graph.cached_graphs import CachedGraphs, check_whole
 from lora_fx.graph.graph_module import TracedGraphModule, rebuilt, trainable_names
 from lora_fx.graph.info import RuledBranches, info_of
 from lora_fx.graph.joined_graphs import apart, joined
+from lora_fx.graph.late_code import without_code
 from lora_fx.rules.plain_numbers import finite_number
 
 _logger = logging.getLogger("lora_fx.adapters")
@@ -63,7 +64,10 @@ def activate(
     if isinstance(graph_module, CachedGraphs):
         return apart(activate(joined(graph_module), strengths), graph_module)
     check_whole(graph_module)
-    return let_act(at_rest(graph_module), ordered(graph_module, strengths))
+    with without_code():
+        result = let_act(at_rest(graph_module), ordered(graph_module, strengths))
+    result.recompile()
+    return result
 
 
 def at_rest(graph_module: fx.GraphModule) -> TracedGraphModule:
@@ -77,8 +81,10 @@ def at_rest(graph_module: fx.GraphModule) -> TracedGraphModule:
     found = (own(graph_module, adapter) for adapter in records for own in (parameters_of, statistics_of))
     tensors = {name: tensor for each in found for name, tensor in each.items()}
     own = frozenset(name for name in trainable_names(graph_module) if not is_of_adapter(name))
-    base = unload(graph_module)
-    return rebuilt(base, tensors=tensors, info=replace(info_of(graph_module), adapters=records), trainable=own)
+    base = unload(graph_module)  # new, so that its graph need not be copied
+    return rebuilt(
+        base, base.graph, tensors=tensors, info=replace(info_of(graph_module), adapters=records), trainable=own
+    )
 
 
 def let_act(graph_module: TracedGraphModule, strengths: Mapping[str, float]) -> TracedGraphModule:

@@ -156,7 +156,7 @@ def _with_nodes(
         for own in (copy_name(str(node.target), adapter), rest_name(str(node.target), adapter)):
             if node.target not in record.untied and own in copies:
                 node.target = own
-    for names in state.names().values():
+    for names in state.names().values() if record.untied else ():
         untie(graph, names, {name: copy_name(name, adapter) for name in names if name in record.untied})
     write_rows(graph, state, FakeValues(state), adapter, record.tokens)
     state = state.with_modules(write_prefix(graph, state, adapter, record.prefix, info_of(graph_module).prefix_slot))

@@ -30,6 +30,7 @@ from lora_fx.graph.compare import described
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, state_of
 from lora_fx.graph.info import RuledBranches, info_of
 from lora_fx.graph.joined_graphs import Graphs, through, whole
+from lora_fx.graph.late_code import without_code
 from lora_fx.graph.records import BranchSpec, PrefixSpec, TokenRows, Trained
 from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import problem_of_layers
@@ -58,7 +59,14 @@ def transfer(graph_module: TracedGraphModule | CachedGraphs, *, onto: Graphs) ->
             that would act have trained copies of one parameter.
     """
     given = whole(graph_module)
-    return through(onto, lambda graph: _transferred(given, as_traced(graph)))
+
+    def transferred(graph: TracedGraphModule) -> TracedGraphModule:
+        with without_code():
+            result = _transferred(given, as_traced(graph))
+        result.recompile()
+        return result
+
+    return through(onto, transferred)
 
 
 def _transferred(graph_module: TracedGraphModule, onto: TracedGraphModule) -> TracedGraphModule:
@@ -118,7 +126,7 @@ def _transferred(graph_module: TracedGraphModule, onto: TracedGraphModule) -> Tr
     carried = {name: resting_record_of(given, name) for name in adapters(given)}
     records = {name: carried.get(name, record) for name, record in info_of(result).adapters.items()}
     info = replace(info_of(result), adapters=records)
-    return let_act(rebuilt(result, tensors=tensors, info=info), strengths)
+    return let_act(rebuilt(result, result.graph, tensors=tensors, info=info), strengths)
 
 
 def _rests(given: TracedGraphModule, onto: TracedGraphModule, adapter: str) -> dict[str, torch.Tensor]:

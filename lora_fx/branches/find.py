@@ -15,7 +15,7 @@ nothing that merely looks like a branch is taken for one: without a nominated fa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -173,14 +173,14 @@ class _BranchFinder:
                 terms = tuple(Term(product.input, product.op, product.geometry, (), site, update) for update in updates)
                 found = branches.get(site) or FoundBranch(site, site, site, (), named, product.view)
                 branches[site] = replace(found, terms=(*found.terms, *terms), computed=named)
-        return tuple(map(self._original, branches.values()))
+        by_name = {str(node.target): node for node in self._named.originals.values() if node.op == "get_attr"}
+        return tuple(self._original(each, by_name) for each in branches.values())
 
-    def _original(self, found: FoundBranch) -> FoundBranch:
-        """Return a branch with the nodes of the graph that was given."""
+    def _original(self, found: FoundBranch, by_name: Mapping[str, fx.Node]) -> FoundBranch:
+        """Return a branch with the nodes of the graph that was given, of which those that read tensors are known by their names."""
         of = self._named.originals
         if not of:
             return found
-        by_name = {str(node.target): node for node in of.values() if node.op == "get_attr"}
         terms = tuple(replace(each, source=of[each.source], product=of[each.product]) for each in found.terms)
         bias = found.bias
         bias = (

@@ -51,6 +51,8 @@ def untie(graph: fx.Graph, names: Collection[str], copies: Mapping[str, str]) ->
         names: all names of the parameter.
         copies: by one of these names, the tensor that its module is to read.
     """
+    if not copies:
+        return
     for node in [node for node in graph.find_nodes(op="get_attr") if node.target in names]:
         moved = {name: list(_paths_inside(node, name)) for name in copies}
         if sum(map(len, moved.values())) == sum(1 for _ in readers(node)):  # the node itself serves the first of them

@@ -35,6 +35,7 @@ from lora_fx.graph.info import known_info, with_info
 from lora_fx.graph.joined_graphs import apart, joined, whole
 from lora_fx.graph.prefix_slot import NO_WEIGHTS_HOLD
 from lora_fx.graph.state import State
+from lora_fx.numerics.large_pages import empty_like
 from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, merge_into, surely_finite
 from lora_fx.numerics.quantised_weight import QuantisedWeight
 from lora_fx.progress import shown, step
@@ -226,7 +227,7 @@ def _merged(merges: Sequence[Merge], state: State, copied: Collection[str], quan
             non_finite[merge.weight], lost[merge.weight] = result.non_finite, result.lost
             merged.update(dict.fromkeys(merge.names, result.tensor))
         elif merge.weight in copied:
-            out = torch.empty_like(weight)
+            out = empty_like(weight)
             non_finite[merge.weight] = merge_into(weight, merge, state.tensors, out)
             tensor = nn.Parameter(out) if isinstance(weight, nn.Parameter) else out
             merged.update(dict.fromkeys(merge.names, tensor))

@@ -24,6 +24,7 @@ from lora_fx.graph.adapter_states import AdapterState, adapter_states
 from lora_fx.graph.batch_norms import copied_leaf, statistics
 from lora_fx.graph.codegen import is_usable_part
 from lora_fx.graph.info import PEFT_SPELLING, GraphInfo, check_module, held_graphs, known_info, with_info
+from lora_fx.graph.late_code import is_without_code
 from lora_fx.graph.layers import NO_LAYERS, check_pickles, check_unwrapped, nesting
 from lora_fx.graph.overview import overview_html, overview_text
 from lora_fx.graph.pickling import GraphRecord, record, restore
@@ -170,9 +171,9 @@ class TracedGraphModule(TorchTools, fx.GraphModule):
         """Generate the code anew from the graph, with the signature of the model; of a nested graph, in layers."""
         vars(self).pop("_below_head", None)
         info, graph = known_info(self), self._graph
-        parts = nesting(self, graph) if info.nested else NO_LAYERS
+        parts = nesting(self, graph) if info.nested and not is_without_code() else NO_LAYERS
         parts.install(self, info.checkpointing)
-        self._graph = parts.outer or graph
+        self._graph = fx.Graph() if is_without_code() else parts.outer or graph
         try:
             code = super().recompile()
         finally:

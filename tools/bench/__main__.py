@@ -36,11 +36,16 @@ ROWS: dict[str, tuple[str, ...]] = {
     "C4": ("training.py", "C4"),
     "C5": ("training.py", "C5"),
     "C6": ("folds.py", "C6"),
-    "C7": ("folds.py", "C7"),
-    "C8": ("tracing.py",),
+    "C8": ("tracing.py", "C8"),
     "C9": ("inference.py",),
     "W1": ("rewriting.py", "W1"),
     "W2": ("rewriting.py", "W2"),
+    "W3": ("tracing.py", "W3"),
+    "W4": ("folds.py", "W4"),
+    "W6": ("folds.py", "W6"),
+    "W7": ("compiling.py",),
+    "W9": ("loading.py",),
+    "W10": ("large_graph.py",),
 }
 """What each row of ``make bench`` runs."""
 

@@ -147,6 +147,11 @@ class Measured:
     memory: int
 
 
+def planning(base: Path, adapter: Path) -> Measured:
+    """Plan the fold alone."""
+    return measured(lambda: plan_checkpoint_fold(base, [(adapter, 1.0)]))
+
+
 def fold(base: Path, adapter: Path, out: Path) -> Measured:
     """Fold as lora_fx does; memory counts from when the model was traced."""
     start = time.perf_counter()
@@ -228,6 +233,14 @@ def warmed(base: Path) -> None:
             while file.read(2**24):
                 pass
     os.sync()
+
+
+def cooled(base: Path) -> None:
+    """Drop the checkpoint from the page cache, as far as the system does when it is asked."""
+    os.sync()
+    for path in base.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def misrounded(base: Path, adapter: Path, out: Path, keys: list[str]) -> float:

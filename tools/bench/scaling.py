@@ -16,7 +16,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,11 +59,32 @@ def of_size(graph_module: lora_fx.TracedGraphModule, nodes: int) -> lora_fx.Trac
     return lengthened(graph_module, TINY.layers, TINY.layers + max(1, round(missing / layer)))
 
 
-def times_of(graph: lora_fx.TracedGraphModule, repetitions: int, status: Callable[[str], None]) -> dict[str, float]:
-    """Return the seconds that each pass takes on a graph."""
+PASSES = (
+    "plan, rules by name",
+    "plan, rules by role",
+    "rewrite (attach)",
+    "unload",
+    "fold",
+    "verify",
+    "transfer",
+    "draw (describe)",
+)
+NEEDED = ("plan, rules by name", "rewrite (attach)", "fold")
+"""What other passes need the results of."""
+
+
+def times_of(
+    graph: lora_fx.TracedGraphModule,
+    repetitions: int,
+    status: Callable[[str], None],
+    passes: Collection[str] = PASSES,
+) -> dict[str, float]:
+    """Return the seconds that each of some passes takes on a graph."""
     times: dict[str, float] = {}
 
     def timed(name: str, function: Callable[[], Any]) -> Any:
+        if name not in passes and name not in NEEDED:
+            return None
         status(name)
         result, times[name] = seconds(function, repetitions)
         return result

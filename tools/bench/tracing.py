@@ -1,7 +1,7 @@
-"""Row C8: tracing and rewriting Llamas of real widths on the meta device, with equal layers traced once and in full.
+"""Rows C8 and W3: tracing and rewriting Llamas of real widths on the meta device, with equal layers traced once and in full.
 
-    python tools/bench/tracing.py                      # a table; four minutes
-    python tools/bench/tracing.py --repetitions 1 --json found.json
+    python tools/bench/tracing.py C8                   # in train and eval mode; four minutes
+    python tools/bench/tracing.py W3 --json found.json # with inference=True
 
 Every run is in a process of its own, with what is imported and made on first use. Times are of the processor: one thread of Python
 does it all, so that other work on the machine counts for little. The graphs of both ways are compared node by node.
@@ -54,15 +54,12 @@ class Way:
         return f"{self.model.layers} layers{modes}{', in full' if self.full else ''}"
 
 
-def ways(repetitions: int, small: Llama = LLAMA_8B, large: Llama = LLAMA_70B) -> list[Way]:
+def ways(row: str, repetitions: int, small: Llama = LLAMA_8B, large: Llama = LLAMA_70B) -> list[Way]:
     """Return what is measured; full traces, which take long, once."""
-    pairs = [
-        way
-        for inference in (False, True)
-        for full in (Way(small, True, inference, "", 1),)
-        for way in (full, Way(small, False, inference, full.name, repetitions))
-    ]
-    return [*pairs, Way(large, False, False, "", repetitions)]
+    inference = row == "W3"
+    full = Way(small, True, inference, "", 1)
+    largest = [] if inference else [Way(large, False, False, "", repetitions)]
+    return [full, Way(small, False, inference, full.name, repetitions), *largest]
 
 
 def in_full() -> AbstractContextManager[object]:
@@ -90,22 +87,23 @@ def seconds(way: Way) -> float:
         return time.process_time() - start
 
 
-def unlike(model: Llama) -> str | None:
+def unlike(model: Llama, inference: bool) -> str | None:
     """Return what first differs between the graphs of both ways."""
-    full, stamped = (rewritten(Way(model, full, False, "", 1)) for full in (True, False))
+    full, stamped = (rewritten(Way(model, full, inference, "", 1)) for full in (True, False))
     return first_difference(full, stamped)
 
 
 def measured(
+    row: str,
     repetitions: int,
     small: Llama = LLAMA_8B,
     large: Llama = LLAMA_70B,
 ) -> Result:
-    """Measure the row."""
-    every = ways(repetitions, small, large)
+    """Measure a row."""
+    every = ways(row, repetitions, small, large)
     times: dict[str, list[float]] = {way.name: [] for way in every}
-    with tqdm(total=sum(way.repetitions for way in every) + 1, desc="C8", leave=False, disable=None) as bar:
-        difference = apart(unlike, small)
+    with tqdm(total=sum(way.repetitions for way in every) + 1, desc=row, leave=False, disable=None) as bar:
+        difference = apart(unlike, small, row == "W3")
         bar.update()
         for number in range(repetitions):
             for way in every:
@@ -114,36 +112,37 @@ def measured(
                     bar.update()
     if difference is not None:
         raise SystemExit(f"stamped and in full are not the same graph: {difference}")
-    goals = (
-        Goal(f"{small.layers} layers", "speed", 9.0, f"{small.layers} layers, in full"),
-        Goal(f"{small.layers} layers, inference=True", "speed", 9.0, f"{small.layers} layers, inference=True, in full"),
-        Goal(f"{large.layers} layers", "seconds", 5.0),
-    )
+    full, stamped, *largest = every
+    goals = (Goal(stamped.name, "speed", 9.0, full.name), *(Goal(way.name, "seconds", 5.0) for way in largest))
     notes = (
         "In full means every layer; both ways give the same graph, node by node",
         f"Processor time, medians of {repetitions} processes, full traces once",
     )
     found = [Measured(way.name, tuple(times[way.name]), against=way.against) for way in every]
-    shape = (
-        f"Trace and rewrite (q and v) of Llama on the meta device, in train and eval mode: width {small.width} with {small.layers} "
-        f"layers, width {large.width} with {large.layers}"
+    modes = "with inference=True" if row == "W3" else "in train and eval mode"
+    sizes = ", ".join(
+        f"width {each.width} with {each.layers} layers" for each in ([small] if row == "W3" else [small, large])
     )
-    return Result("C8", shape, tuple(found), goals, Conditions.present(), notes)
+    shape = f"Trace and rewrite (q and v) of Llama on the meta device, {modes}: {sizes}"
+    return Result(row, shape, tuple(found), goals, Conditions.present(), notes)
 
 
 def main(
+    row: Annotated[str, typer.Argument(help="C8 or W3.")],
     repetitions: Annotated[int, typer.Option(min=1, help="Processes for each way; full traces are made once.")] = 3,
     tiny: Annotated[bool, typer.Option("--tiny", help="With sizes that take little time, and show nothing.")] = False,
     json: Annotated[Path | None, typer.Option(help="Also write what was found here.")] = None,
 ) -> None:
     """Measure tracing and rewriting."""
+    if row not in ("C8", "W3"):
+        raise typer.BadParameter(f"{row}: the rows here are C8 and W3.")
     torch.set_num_threads(1)
     shapes = (LLAMA_8B.tiny(5), LLAMA_70B.tiny(6)) if tiny else (LLAMA_8B, LLAMA_70B)
-    found = measured(repetitions, *shapes)
+    found = measured(row, repetitions, *shapes)
     report([found], json)
 
 
-EXAMPLES = "Example:  python tools/bench/tracing.py --repetitions 1 --json found.json"
+EXAMPLES = "Example:  python tools/bench/tracing.py C8 --repetitions 1 --json found.json"
 
 if __name__ == "__main__":
     run_script(main, epilog=EXAMPLES)

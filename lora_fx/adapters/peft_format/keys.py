@@ -252,6 +252,7 @@ def apart_from_calls(
         if not stamp_of(node):
             frames.setdefault(_frame(node)[0], []).append(node)
     found: dict[str, str] = {}
+    tensors = state_of(graph_module).tensors
     adapted = [site for site in sites(graph_module) if site.module in modules]
     for site in adapted:
         node = nodes[site.node]
@@ -262,7 +263,7 @@ def apart_from_calls(
             owner = owners.get(site.module, parameter_of(site).rpartition(".")[0])
             reason = _apart_from_parameter(owner, node, products)
         else:
-            returned = cast_back(node, state_of(graph_module).tensors[site.weight])
+            returned = cast_back(node, tensors[site.weight])
             reason = _apart_from_module(site, node, returned, frames)
         if reason:
             found.setdefault(site.module, f"{site.module}: {reason}")
