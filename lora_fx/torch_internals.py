@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch._C import _disabled_torch_function_impl as disabled_torch_function_impl
     from torch._C._nn import _parse_to as parse_to
     from torch._dynamo import config as dynamo_config
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+    from torch._inductor import config as inductor_config
     from torch._ops import HigherOrderOperator, OpOverload
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
     from torch.export import _trace as export_trace
@@ -54,11 +56,14 @@ __all__ = [
     "PyTreeInfo",
     "TorchDispatchMode",
     "ValueRanges",
+    "aoti_compile_and_package",
+    "aoti_load_package",
     "disabled_torch_function_impl",
     "dynamo_config",
     "export_trace",
     "forward_from_src",
     "in_kernel_invocation_manager",
+    "inductor_config",
     "make_wrapper_subclass",
     "parse_to",
     "pytree",
@@ -93,6 +98,8 @@ NAMES = {
     "PyTreeInfo": Private("torch.fx.graph", "_PyTreeInfo", "inputs and outputs of graphs"),
     "TorchDispatchMode": Private("torch.utils._python_dispatch", "TorchDispatchMode", "comparisons with the model"),
     "ValueRanges": Private("torch.utils._sympy.value_ranges", "ValueRanges", "bounds of sizes in exported programs"),
+    "aoti_compile_and_package": Private("torch._inductor", "aoti_compile_and_package", "packages of AOTInductor"),
+    "aoti_load_package": Private("torch._inductor", "aoti_load_package", "packages of AOTInductor"),
     "disabled_torch_function_impl": Private("torch._C", "_disabled_torch_function_impl", "quantised weights"),
     "dynamo_config": Private("torch._dynamo.config", "", "torch.export's settings"),
     "export_trace": Private("torch.export._trace", "", "torch.export's settings"),
@@ -102,6 +109,7 @@ NAMES = {
     "in_kernel_invocation_manager": Private(
         "torch._subclasses.fake_tensor", "in_kernel_invocation_manager", "results of repeated calls in a trace"
     ),
+    "inductor_config": Private("torch._inductor.config", "", "the C++ compiler that torch looks for"),
     "make_wrapper_subclass": Private("torch", "Tensor._make_wrapper_subclass", "quantised weights"),
     "parse_to": Private("torch._C._nn", "_parse_to", "arguments of Module.to in a model's forward"),
     "pytree": Private("torch.utils._pytree", "", "nested inputs and outputs"),

@@ -129,6 +129,7 @@ def test_an_export_of_something_else_is_told_apart(base: Path, tmp_path: Path) -
     out = tmp_path / "model.pt2"
     assert "--branched leaves adapters" in export(base / "base", out, "-f", "pt2", "--branched", code=2)
     assert "end in .pt2" in export(base / "base", tmp_path / "model.pt", "-f", "pt2", code=2)
+    assert "end in .pt2" in export(base / "base", tmp_path / "model.so", "-f", "aoti", code=2)
     assert "give one for each, or none" in export(base / "base", out, "-f", "pt2", "--strength", 1, code=2)
     assert "greater than or equal to 0" in export(base / "base", out, "-f", "pt2", "--tolerance", "nan", code=2)
     assert "expected a model directory with a config.json" in export(tmp_path, out, "-f", "pt2", code=3)

@@ -53,6 +53,7 @@ class ExportFormat(StrEnum):
     torchscript = "torchscript"
     onnx = "onnx"
     pt2 = "pt2"
+    aoti = "aoti"
 
 
 class Dtype(StrEnum):
@@ -69,7 +70,8 @@ ExportFormatOption = Annotated[
     typer.Option(
         "--format",
         "-f",
-        help="What to write. By default as OUT ends: .onnx, .pt (TorchScript), .pt2; with --slots, onnx.",
+        help="What to write. By default as OUT ends: .onnx, .pt (TorchScript), .pt2; with --slots, onnx. aoti, "
+        "whose names end in .pt2 too, is never the default: machine code that torch compiles for this processor.",
     ),
 ]
 ExportAdapters = Annotated[
@@ -140,7 +142,7 @@ def export(
     ignore_config_key: IgnoredConfigKeys = None,
     model_class: ModelClass = None,
 ) -> None:
-    """Write a model for another runtime: TorchScript, ONNX, or torch.export's pt2, with dynamic batch and sequence.
+    """Write a model for another runtime: TorchScript, ONNX, torch.export's pt2, or AOTInductor, with dynamic batch and sequence.
 
     The written file is run at the sizes of the trace and at others, and the largest difference is printed.
     """
@@ -307,8 +309,8 @@ def _export_format(format: ExportFormat | None, out: Path, *, slots: bool) -> Ex
     chosen = format or named
     if chosen is None:
         raise typer.BadParameter(
-            f"{out}: its name says no format (.onnx, .pt for TorchScript, .pt2): name a format by --format, torchscript, onnx or pt2"
+            f"{out}: its name says no format (.onnx, .pt for TorchScript, .pt2): name a format by --format, torchscript, onnx, pt2 or aoti"
         )
-    if format is ExportFormat.pt2 and out.suffix != ".pt2":
-        raise typer.BadParameter(f"{out}: torch.export loads files whose names end in .pt2")
+    if format in (ExportFormat.pt2, ExportFormat.aoti) and out.suffix != ".pt2":
+        raise typer.BadParameter(f"{out}: torch loads files of {format.value} whose names end in .pt2")
     return chosen

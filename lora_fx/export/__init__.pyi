@@ -1,3 +1,4 @@
+from .aoti_package import aoti
 from .deliver import Exported
 from .generation_directory import generation
 from .onnx_adapter_file import ExportedAdapter, onnx_adapter, onnx_adapter_from_peft
@@ -8,6 +9,7 @@ from .torchscript_file import torchscript
 __all__ = [
     "Exported",
     "ExportedAdapter",
+    "aoti",
     "generation",
     "onnx",
     "onnx_adapter",
