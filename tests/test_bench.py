@@ -174,7 +174,7 @@ def test_folds_are_rows_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     check(folds.in_memory(0.02, 1), tmp_path / "memory.json", "C6")
     for result in folds.beside_bounds(0.02, 1):
         check(result, tmp_path / "memory.json", result.row)
-    result = folds.on_disk(0.02, 1, peft=False, directory=tmp_path)
+    result = folds.on_disk(0.02, 1, directory=tmp_path)
     check(result, tmp_path / "disk.json", "W6")
     assert len(result.asked()) == len(result.goals) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk.json", "memory.json"]

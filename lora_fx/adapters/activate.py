@@ -11,11 +11,10 @@ from torch import fx
 
 from lora_fx.adapters.attach import act
 from lora_fx.adapters.recorded import (
-    parameters_of,
     record_of,
     recorded_plan,
-    resting_record_of,
-    statistics_of,
+    resting_records,
+    tensors_of,
     trained_of,
 )
 from lora_fx.branches.remove import unload
@@ -77,9 +76,8 @@ def at_rest(graph_module: fx.GraphModule) -> TracedGraphModule:
         PlanError: it has an adapter without a record.
         FoldError: a branch cannot be taken out without changing something else.
     """
-    records = {name: resting_record_of(graph_module, name) for name in adapters_as_added(graph_module)}
-    found = (own(graph_module, adapter) for adapter in records for own in (parameters_of, statistics_of))
-    tensors = {name: tensor for each in found for name, tensor in each.items()}
+    records = resting_records(graph_module)
+    tensors = tensors_of(graph_module, records)
     own = frozenset(name for name in trainable_names(graph_module) if not is_of_adapter(name))
     base = unload(graph_module)  # new, so that its graph need not be copied
     return rebuilt(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from lora_fx.errors import PlanError, did_you_mean
 from lora_fx.graph.adapter_names import adapter_of, adapters, copy_name, is_of_start, original_name
-from lora_fx.graph.adapter_states import trained_names
+from lora_fx.graph.adapter_states import adapters_as_added, trained_names
 from lora_fx.graph.batch_norms import statistics
 from lora_fx.graph.graph_module import TracedGraphModule, rebuilt, state_of, trainable_names
 from lora_fx.graph.info import AdapterRecord, info_of, known_info
@@ -112,14 +112,37 @@ def record_of(graph_module: fx.GraphModule, adapter: str) -> AdapterRecord:
     return known[adapter]
 
 
-def resting_record_of(graph_module: fx.GraphModule, adapter: str) -> AdapterRecord:
-    """Return the record of an adapter as one that does not act: at strength 1, with what trains once it acts.
+def resting_records(graph_module: fx.GraphModule) -> dict[str, AdapterRecord]:
+    """Return the record of every adapter as one that does not act: at strength 1, with what trains once it acts.
+
+    They come in the order in which they were added.
 
     Raises:
         PlanError: see :func:`record_of`.
     """
-    record = record_of(graph_module, adapter).at_strength(1.0)
-    return replace(record, acts=False, trains=trained_names(graph_module, adapter))
+    info, flagged = info_of(graph_module), dict[str | None, set[str]]()
+    for name, parameter in graph_module.named_parameters():
+        if parameter.requires_grad:
+            flagged.setdefault(adapter_of(name), set()).add(name)
+    found = {}
+    for adapter in adapters_as_added(graph_module):
+        record = info.adapters.get(adapter) or record_of(graph_module, adapter)
+        own = frozenset(flagged.get(adapter, ()))
+        trains = own if record.acts and not info.inference else record.trains | own
+        found[adapter] = replace(record.at_strength(1.0), acts=False, trains=trains)
+    return found
+
+
+def tensors_of(graph_module: nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
+    """Return the parameters and running statistics of these adapters, one adapter after the other."""
+    found: dict[str, dict[str, torch.Tensor]] = {adapter: {} for adapter in names}
+    for name, parameter in graph_module.named_parameters():
+        if (adapter := adapter_of(name)) in found:
+            found[adapter][name] = parameter
+    for name, buffer in graph_module.named_buffers():
+        if (adapter := adapter_of(name)) in found and original_name(name) is not None:
+            found[adapter][name] = buffer
+    return {name: tensor for own in found.values() for name, tensor in own.items()}
 
 
 def branches_of(graph_module: fx.GraphModule, adapter: str) -> dict[str, tuple[str, BranchSpec]]:

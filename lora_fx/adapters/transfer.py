@@ -16,7 +16,7 @@ from lora_fx.adapters.recorded import (
     parameters_of,
     record_of,
     recorded_plan,
-    resting_record_of,
+    resting_records,
     statistics_of,
     trained_of,
     values_of,
@@ -123,7 +123,7 @@ def _transferred(graph_module: TracedGraphModule, onto: TracedGraphModule) -> Tr
         raise PlanError(
             f"the adapters do not fit the graph they are transferred onto: {'; '.join(unlike)}. Use the same model and rules."
         )
-    carried = {name: resting_record_of(given, name) for name in adapters(given)}
+    carried = resting_records(given)
     records = {name: carried.get(name, record) for name, record in info_of(result).adapters.items()}
     info = replace(info_of(result), adapters=records)
     return let_act(rebuilt(result, result.graph, tensors=tensors, info=info), strengths)

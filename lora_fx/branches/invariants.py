@@ -35,7 +35,7 @@ def checked(graph_module: TracedGraphModule, state: GraphState) -> TracedGraphMo
 
 def _factors_are_in_branches(graph_module: TracedGraphModule, state: State) -> Iterator[str]:
     """The branches can be found, and no factor of an adapter that acts is outside of them."""
-    aliases, resting = state.aliases(), waiting(graph_module)
+    aliases, resting = state.aliases(), frozenset(waiting(graph_module))
     used = {
         aliases[name]
         for found in find_branches(lower(graph_module))
@@ -55,7 +55,7 @@ def _factors_are_in_branches(graph_module: TracedGraphModule, state: State) -> I
 
 def _what_rests_is_unread(graph_module: TracedGraphModule, state: State) -> Iterator[str]:
     """No node reads a tensor of an adapter that does not act, and none of its parameters trains."""
-    resting = waiting(graph_module)
+    resting = frozenset(waiting(graph_module))
     for node in graph_module.graph.find_nodes(op="get_attr"):
         if adapter_of(str(node.target)) in resting:
             yield f"{node.name} reads {node.target!r}, of an adapter that does not act"

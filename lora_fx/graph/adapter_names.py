@@ -6,6 +6,7 @@ have trained copies of the model's own parameters, and values of its own for sin
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -206,6 +207,7 @@ def is_of_adapter(name: str) -> bool:
     return is_of_branch(name) or other or original_name(name) is not None
 
 
+@functools.lru_cache(maxsize=2**17)  # passes ask for every name of a graph, many times over
 def adapter_of(name: str) -> str | None:
     """Return the adapter that a tensor of this name belongs to, or None if it belongs to none."""
     patterns = (

@@ -49,12 +49,12 @@ def adapter_states(module: nn.Module) -> tuple[AdapterState, ...]:
     known = info.adapters
     nodes = module.graph.find_nodes(op="get_attr") if isinstance(module, fx.GraphModule) else ()
     read = {adapter_of(str(node.target)) for node in nodes}
-    flags = {(adapter_of(name), p.requires_grad) for name, p in module.named_parameters()}
+    trained = {adapter_of(name) for name, p in module.named_parameters() if p.requires_grad}
     found = []
     for name in adapters_as_added(module):
         record = known.get(name)
         acts = name in read if record is None else record.acts
-        trains = (name, True) in flags if acts else bool(trained_names(module, name))
+        trains = name in trained or (record is not None and not acts and bool(record.trains))
         found.append(AdapterState(name, acts, 1.0 if record is None else record.strength, trains, name in info.by_row))
     return tuple(found)
 

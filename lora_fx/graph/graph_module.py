@@ -441,5 +441,7 @@ def _parent(module: nn.Module, name: str, modules: Mapping[str, nn.Module]) -> t
             if hasattr(module, part):
                 raise LoraFxError(f"{name!r} cannot be a name in a graph: {part!r} is something else in it.")
             module.add_module(part, modules.get(".".join(path[:count]), nn.Module()))
-        module = module.get_submodule(part)
+        child = module._modules[part]
+        assert child is not None
+        module = child
     return module, leaf

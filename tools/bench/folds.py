@@ -1,7 +1,7 @@
 """Rows C6, W4, W5 and W6: folds in memory and of a checkpoint on disk, as rows of the table.
 
     python tools/bench/folds.py C6 W4 W6               # W5 comes with W4
-    python tools/bench/folds.py W6 --gigabytes 2
+    python tools/bench/folds.py W6 --gigabytes 2 --peft
 
 What is run and timed is in folding.py and in checkpoint_fold.py, which print more of it.
 """
@@ -68,8 +68,8 @@ def _shape(size: int) -> str:
     return f"Fold in memory of {size / 1e9:.2f} GB of bfloat16 weights, r=16; copy and product are what no fold can be faster than"
 
 
-def on_disk(gigabytes: float, repetitions: int, *, peft: bool = True, directory: Path | None = None) -> Result:
-    """Measure a fold on disk, with the checkpoint in the page cache and not; that of PEFT, which takes long, once."""
+def on_disk(gigabytes: float, repetitions: int, *, peft: bool = False, directory: Path | None = None) -> Result:
+    """Measure a fold on disk, with the checkpoint in the page cache and not; that of PEFT, which takes long, once if at all."""
     with checkpoint_fold.place(directory) as where:
         base, adapter, out = where / "base", where / "adapter", where / "out"
         checkpoint_fold.make(base, adapter, gigabytes)
@@ -105,7 +105,7 @@ def on_disk(gigabytes: float, repetitions: int, *, peft: bool = True, directory:
         f"Fold of a checkpoint of {gigabytes:g} GB on disk, bfloat16, all-linear, r=16, page cache warm and cold; planning reads the headers, "
         "and traces the config on the meta device"
     )
-    notes = (f"Time of the clock, medians of {repetitions} repetitions, PEFT once",)
+    notes = (f"Time of the clock, medians of {repetitions} repetitions{', PEFT once' * peft}",)
     return Result("W6", shape, tuple(every), goals, Conditions.present(), notes)
 
 
@@ -119,6 +119,7 @@ def main(
         float | None, typer.Option(min=0.01, help="Of weights; by default 1 for C6, 0.6 for W4, 4 for W6.")
     ] = None,
     repetitions: Annotated[int | None, typer.Option(min=1, help="Of each; by default 3, and 2 for W6.")] = None,
+    peft: Annotated[bool, typer.Option("--peft", help="In W6 PEFT folds too, once.")] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="With sizes that take no time, and show nothing.")] = False,
     json: Annotated[Path | None, typer.Option(help="Also write what was found here.")] = None,
 ) -> None:
@@ -136,7 +137,7 @@ def main(
         elif row == "W4":
             found += beside_bounds(size, times)
         else:
-            found.append(on_disk(size, times, peft=not tiny))
+            found.append(on_disk(size, times, peft=peft))
     report(found, json)
 
 

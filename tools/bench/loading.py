@@ -1,7 +1,7 @@
 """Row W9: many adapters loaded onto a graph of 32 layers, and one of them activated, beside PEFT.
 
     python tools/bench/loading.py                      # a table
-    python tools/bench/loading.py --adapters 50 --json found.json
+    python tools/bench/loading.py --adapters 200 --json found.json
 
 Every adapter is loaded from a directory of its own, as :func:`lora_fx.save_adapter` writes it, and with all checks; PEFT loads the same
 directories into the model. Times are of the processor: of each load, so that the growth with the number of adapters shows, and of making
@@ -129,7 +129,7 @@ def measured(model_shape: Llama, adapters: int, calls: int) -> Result:
 
 
 def main(
-    adapters: Annotated[int, typer.Option(min=2, help="How many are loaded.")] = 200,
+    adapters: Annotated[int, typer.Option(min=2, help="How many are loaded.")] = 50,
     tiny: Annotated[bool, typer.Option("--tiny", help="With sizes that take little time, and show nothing.")] = False,
     json: Annotated[Path | None, typer.Option(help="Also write what was found here.")] = None,
 ) -> None:
