@@ -120,8 +120,11 @@ def test_combinations_with_a_cache_that_mean_nothing_are_refused(base: Path, tmp
 
 def test_branches_stay_where_they_are_asked_for(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "model.onnx"
-    export(base / "base", out, "-f", "onnx", "--adapter", base / "adapter", "--branched", "--no-verify")
-    names = [tensor.name for tensor in onnx.load(out).graph.initializer]
+    options = ("--adapter", base / "adapter", "--branched", "--no-verify", "--opset", 17)
+    export(base / "base", out, "-f", "onnx", *options)
+    model = onnx.load(out)
+    assert [entry.version for entry in model.opset_import] == [17]
+    names = [tensor.name for tensor in model.graph.initializer]
     assert "model.layers.0.self_attn.q_proj.lora_A.adapter_0.weight.T" in names
 
 
@@ -132,6 +135,7 @@ def test_an_export_of_something_else_is_told_apart(base: Path, tmp_path: Path) -
     assert "end in .pt2" in export(base / "base", tmp_path / "model.so", "-f", "aoti", code=2)
     assert "give one for each, or none" in export(base / "base", out, "-f", "pt2", "--strength", 1, code=2)
     assert "greater than or equal to 0" in export(base / "base", out, "-f", "pt2", "--tolerance", "nan", code=2)
+    assert "--opset is the version of ONNX's" in export(base / "base", out, "-f", "pt2", "--opset", 21, code=2)
     assert "expected a model directory with a config.json" in export(tmp_path, out, "-f", "pt2", code=3)
     assert not out.exists()
 

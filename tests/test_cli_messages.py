@@ -211,7 +211,7 @@ def test_reasons_name_the_selection_that_comes_nearest_and_its_predicate_that_re
 
 
 ARGUMENT = re.compile(
-    r"\b(overwrite|strict|verify|tolerance|example_inputs|stacks|ignore_config_keys|model_class|slots|rank|rules|directories)="
+    r"\b(overwrite|strict|verify|tolerance|example_inputs|stacks|opset|ignore_config_keys|model_class|slots|rank|rules|directories)="
 )
 PYTHON_ALONE = {  # no command reaches these: training, graphs in hand, and directories that huggingface writes
     "trainer.py", "methods.py", "huggingface.py", "rewriting.py", "demo.py", "training/parameters.py", "folding/transformers_directory.py",

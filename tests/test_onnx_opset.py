@@ -69,7 +69,7 @@ def test_operators_that_need_a_later_opset_are_named(tmp_path: Path) -> None:
     with pytest.raises(lora_fx.ExportError) as caught:
         lora_fx.export.onnx(graph, tmp_path / "model.onnx", opset=17)
     lines = str(caught.value).splitlines()
-    assert lines[0] == "opset=17 lacks operators of this graph:"
+    assert lines[0] == "opset 17 lacks operators of this graph:"
     assert any(line.startswith("  BitwiseAnd (") and line.endswith("): needs opset 18") for line in lines)
     assert any(line.startswith("  BitwiseOr (") for line in lines)
     assert lines[-1] == "Write it with opset=18 or later."

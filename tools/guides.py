@@ -14,6 +14,13 @@ GUIDES = (
 )
 
 
+def made(tool: str, paths: Sequence[Path] = GUIDES) -> str:
+    """Return the text that a tool made before, from the first guide with its marker; see :func:`write`."""
+    block = re.compile(rf"<!-- made by {re.escape(tool)} -->\n(.*?)\n<!-- end -->", flags=re.DOTALL)
+    found = (block.search(path.read_text(encoding="utf-8")) for path in paths)
+    return next(each[1] for each in found if each is not None)
+
+
 def write(tool: str, text: str, paths: Sequence[Path] = GUIDES) -> None:
     """Replace the text that a tool made before.
 

@@ -118,6 +118,13 @@ Tolerance = Annotated[
     ),
 ]
 
+Opset = Annotated[
+    int | None,
+    typer.Option(
+        min=17, help="With ONNX: version of its operators. By default the newest that runtimes of the last year take."
+    ),
+]
+
 
 def export(
     model: Annotated[
@@ -141,6 +148,7 @@ def export(
     stacks: Stacks = None,
     ignore_config_key: IgnoredConfigKeys = None,
     model_class: ModelClass = None,
+    opset: Opset = None,
 ) -> None:
     """Write a model for another runtime: TorchScript, ONNX, torch.export's pt2, or AOTInductor, with dynamic batch and sequence.
 
@@ -149,7 +157,7 @@ def export(
     adapters = adapter or []
     strengths, layouts = strengths_of(adapters, strength), stacks_of(adapters, stacks)
     _check_options(model, adapters, strength, rules, example_inputs, branched, slots, with_cache)
-    chosen_format = _export_format(format, out, slots=slots)
+    chosen_format = _export_format(format, out, slots=slots, opset=opset)
     is_directory = with_cache and chosen_format is ExportFormat.onnx
 
     import lora_fx
@@ -178,7 +186,7 @@ def export(
                 graph = lora_fx.activate(graph, chosen) if branched else lora_fx.fold(graph, chosen)
         write = getattr(lora_fx.export, "generation" if is_directory else chosen_format.value)
         more: dict[str, Any] = {"slots": True} if slots else {}  # options of some formats only
-        more |= {"tokenizer": model} if is_directory else {}
+        more |= ({"tokenizer": model} if is_directory else {}) | ({} if opset is None else {"opset": opset})
         with errors.status(f"writing {out}"):
             exported = write(graph, out, overwrite=overwrite, verify=verify, tolerance=tolerance, **more)
     remark(str(exported))
@@ -296,7 +304,7 @@ _NO_SLOTS = "--slots writes ONNX, without any adapter: leave out --format, --bra
 _FORMATS = {".onnx": ExportFormat.onnx, ".pt": ExportFormat.torchscript, ".pt2": ExportFormat.pt2}
 
 
-def _export_format(format: ExportFormat | None, out: Path, *, slots: bool) -> ExportFormat:
+def _export_format(format: ExportFormat | None, out: Path, *, slots: bool, opset: int | None) -> ExportFormat:
     named = _FORMATS.get(out.suffix)
     if slots:
         if format not in (None, ExportFormat.onnx):
@@ -311,6 +319,8 @@ def _export_format(format: ExportFormat | None, out: Path, *, slots: bool) -> Ex
         raise typer.BadParameter(
             f"{out}: its name says no format (.onnx, .pt for TorchScript, .pt2): name a format by --format, torchscript, onnx, pt2 or aoti"
         )
+    if opset is not None and chosen is not ExportFormat.onnx:
+        raise typer.BadParameter(f"--opset is the version of ONNX's operators, and OUT is to be {chosen.value}")
     if format in (ExportFormat.pt2, ExportFormat.aoti) and out.suffix != ".pt2":
         raise typer.BadParameter(f"{out}: torch loads files of {format.value} whose names end in .pt2")
     return chosen

@@ -32,6 +32,7 @@ from lora_fx.adapters.prefix import acting_prefix, keys_and_values
 from lora_fx.errors import LoraFxError, first_line
 from lora_fx.export.deliver import Exported
 from lora_fx.export.onnx_file import onnx
+from lora_fx.export.onnx_opset import DEFAULT_OPSET
 from lora_fx.files.atomic import replacing
 from lora_fx.files.safetensors import write_tensors
 from lora_fx.files.target import DirectoryKind, Target
@@ -69,6 +70,7 @@ def generation(
     overwrite: bool = False,
     verify: bool = True,
     tolerance: float | None = None,
+    opset: int = DEFAULT_OPSET,
 ) -> Exported:
     """Write the directory that onnxruntime-genai and optimum generate with.
 
@@ -82,6 +84,7 @@ def generation(
         overwrite: replace a directory that holds nothing but such files.
         verify: see :func:`lora_fx.export.onnx`.
         tolerance: see :func:`lora_fx.export.onnx`.
+        opset: see :func:`lora_fx.export.onnx`.
 
     Raises:
         LoraFxError: the graph has no cache, or the directory exists or cannot be written.
@@ -112,7 +115,7 @@ def generation(
     with replacing(Target(directory, overwrite, reads, KIND)) as beside:
         beside.mkdir()
         written = {
-            name: onnx(each, beside / name, slots=slots, verify=verify, tolerance=tolerance)
+            name: onnx(each, beside / name, slots=slots, verify=verify, tolerance=tolerance, opset=opset)
             for name, each in graphs.items()
         }
         main.config.save_pretrained(beside)

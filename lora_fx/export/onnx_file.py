@@ -172,7 +172,8 @@ class _Onnx:
         except Exception as error:
             raise ExportError(
                 f"onnxruntime {runtime.__version__} does not load the written file: {error} "
-                f"Its CPU kernels want float32{option('', ' (--dtype float32)')}, and those for random numbers opset=21 at most; "
+                f"Its CPU kernels want float32{option('', ' (--dtype float32)')}, "
+                f"and those for random numbers {option('opset=21', '--opset 21')} at most; "
                 f"for another runtime: {option('verify=False', '--no-verify')}."
             ) from error
         names = [output.name for output in session.get_outputs()]

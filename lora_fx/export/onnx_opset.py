@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lora_fx.errors import ExportError, shortened
+from lora_fx.errors import ExportError, option, shortened
 from lora_fx.export.onnx_ops import onnx_package
 
 OLDEST, TRANSLATED = 17, 18
@@ -23,7 +23,7 @@ def check_opset(opset: int) -> None:
     newest = onnx_package("onnxscript.version_converter._version_converter").SUPPORTED_MAX_ONNX_OPSET
     newest = min(newest, onnx_package("onnx").defs.onnx_opset_version())
     if isinstance(opset, bool) or not isinstance(opset, int) or not OLDEST <= opset <= newest:
-        raise ExportError(f"opset: expected a number from {OLDEST} to {newest}, got {opset!r}.")
+        raise ExportError(f"{option('opset', '--opset')}: expected a number from {OLDEST} to {newest}, got {opset!r}.")
 
 
 def set_opset(model: Any, opset: int) -> None:
@@ -42,7 +42,8 @@ def set_opset(model: Any, opset: int) -> None:
             told = [f"{node.op_type} ({node.name}): {problem}" for node, problem in problems.items()]
             lines = "\n  ".join(shortened(told, _MAX_NAMED, "operators"))
             raise ExportError(
-                f"opset={opset} lacks operators of this graph:\n  {lines}\nWrite it with opset={TRANSLATED} or later."
+                f"opset {opset} lacks operators of this graph:\n  {lines}\n"
+                f"Write it with {option(f'opset={TRANSLATED}', f'--opset {TRANSLATED}')} or later."
             )
         model.graph.opset_imports[""] = opset
     onnx = onnx_package("onnx")
