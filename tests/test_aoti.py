@@ -17,8 +17,8 @@ import lora_fx
 from lora_fx.errors import ExportError
 from lora_fx.torch_internals import aoti_load_package, inductor_config
 
-LARGEST = {"bert": 1e-6, "llama": 1e-6, "t5": 5e-5}
-"""Differences to the graph; T5 does not scale its attention scores, and rounds them more."""
+LARGEST = {"bert": 1e-6, "llama": 1e-6, "t5": 2e-5}
+"""Differences to the graph. The compiled T5 is the less exact one: its graph is within 4e-7 of float64."""
 
 
 class Positions(nn.Module):
