@@ -16,7 +16,7 @@ from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import info_of
 from lora_fx.graph.joined_graphs import through
 from lora_fx.planning.attention_projections import warn_of_attentions
-from lora_fx.planning.cautions import warn_of_fresh_head, warn_of_lower_ranks, warn_of_untying
+from lora_fx.planning.cautions import warn_of_fresh_head, warn_of_lower_ranks, warn_of_prefix, warn_of_untying
 from lora_fx.planning.planner import plan_graph
 from lora_fx.progress import shown, step
 from lora_fx.rules.lookup import RulesLike, has_prefix, load, model_type_of
@@ -153,6 +153,7 @@ def rewrite(
         warn_of_untying(plan.trained, state_of(graph_module).names(), f"rules {plan.rules.name!r}")
         warn_of_fresh_head(plan, graph_module)
         warn_of_attentions(plan, graph_module)
+        warn_of_prefix(plan)
         both = plan.prefix is not None and bool(getattr(ruleset, "select", ()))
         result = attach(
             graph_module, replace(plan, prefix=None) if both else plan, adapter=adapter, seed=seed, start=start

@@ -75,6 +75,14 @@ def t5(encoder: int = 3, decoder: int = 2, d_kv: int = 8) -> Any:
     return transformers.T5ForConditionalGeneration(config)
 
 
+def mt5(encoder: int = 3, decoder: int = 2, d_kv: int = 8) -> Any:
+    config = transformers.MT5Config(
+        vocab_size=90, d_model=32, d_kv=d_kv, d_ff=48, num_layers=encoder, num_decoder_layers=decoder, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return transformers.MT5ForConditionalGeneration(config)
+
+
 def bart(encoder: int = 3, decoder: int = 3) -> Any:
     config = transformers.BartConfig(
         vocab_size=90, d_model=32, encoder_layers=encoder, decoder_layers=decoder, encoder_attention_heads=4,
@@ -235,10 +243,12 @@ def test_a_decoder_with_more_layers_than_the_encoder_has_no_rows_in_peft(case: s
     lora_fx.rewrite(graph, {"prefix": [{"tokens": 4}]})
 
 
-@pytest.mark.parametrize("case", rows(("t5",), ()))
+@pytest.mark.parametrize("case", rows(("t5", "mt5"), ()))
 def test_heads_of_another_width_than_the_model_need_no_setting(case: str) -> None:
-    model = made(lambda: MODELS[case][0](d_kv=5))  # type: ignore[call-arg]
+    model = made(lambda: {"t5": t5, "mt5": mt5}[case](d_kv=5))
     rules = {"prefix": [{"tokens": TOKENS, "role": "peft"}]}
+    with pytest.raises(RuntimeError, match=r"shape|size"):  # of PEFT, which takes d_model
+        peft_model(model, "SEQ_2_SEQ_LM")(**inputs(model, 2, 5))
     same_as_peft(model, "SEQ_2_SEQ_LM", rules, inference=True, token_dim=20)
 
 
@@ -266,6 +276,115 @@ def both(base: lora_fx.TracedGraphModule) -> lora_fx.TracedGraphModule:
         if ".lora_B." in name:
             parameter.data.normal_(std=0.3)
     return found
+
+
+def hiding(theirs: Any, layer: int) -> Any:
+    """Return PEFT's model with the prefix hidden from a layer, by its mask."""
+
+    def hidden(_module: Any, args: Any, kwargs: Any) -> Any:
+        def masked(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or value.dim() != 4 or value.size(-1) != value.size(-2) + TOKENS:
+                return value
+            if value.size(1) != 1:  # T5's biases of positions, which the layer hands on to the next one
+                return value
+            columns = torch.arange(value.size(-1)) < TOKENS
+            return value.masked_fill(columns, False if value.dtype == torch.bool else -torch.inf)
+
+        return tuple(map(masked, args)), {name: masked(value) for name, value in kwargs.items()}
+
+    base = theirs.get_base_model()
+    of = base.get_decoder() if base.config.is_encoder_decoder else base
+    ends = tuple(f"{name}.{layer}" for name in ("layers", "h", "encoder.layer", "block"))
+    module = next(module for path, module in of.named_modules() if path.endswith(ends))
+    module.register_forward_pre_hook(hidden, with_kwargs=True)
+    return theirs
+
+
+def middle_layer_hidden_as_by_a_mask(model: Any, task: str, graph: lora_fx.TracedGraphModule) -> None:
+    """Compare a graph of layers without a prefix in the second one with PEFT's model whose mask hides it there."""
+    decodes = model.config.is_encoder_decoder
+    with pytest.warns(UserWarning, match="PEFT's file has one for all: save_adapter refuses it"):
+        mine = lora_fx.rewrite(graph, {"prefix": [{"tokens": TOKENS, "layers": [0, "2-"] if decodes else [0]}]}).eval()
+    theirs = hiding(peft_model(model, task), 1).eval()
+    if task == "SEQ_CLS":
+        theirs.base_model.classifier.load_state_dict(model.classifier.state_dict(), strict=False)
+    chosen = [0, 2] if decodes else [0]
+    width = mine.get_parameter(EMBEDDING).size(1) // len(chosen)
+    rows = theirs.prompt_encoder.default.embedding.weight.view(TOKENS, -1, width)
+    assert (rows.size(1) - len(chosen)) == 1
+    of_peft = [2 * layer % rows.size(1) for layer in chosen] if decodes else chosen
+    mine.get_parameter(EMBEDDING).data.copy_(rows[:, of_peft].flatten(1))
+    for sizes in ((3, 9), (1, 4), (2, 13)):
+        batch = inputs(model, *sizes)
+        found, expected = mine(**batch).logits, theirs(**batch).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+    if not mine.get_parameter(EMBEDDING).requires_grad:
+        return
+    found.square().mean().backward(), expected.square().mean().backward()
+    gradient = theirs.prompt_encoder.default.embedding.weight.grad.view(TOKENS, -1, width)[:, of_peft].flatten(1)
+    torch.testing.assert_close(mine.get_parameter(EMBEDDING).grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", rows([name for name in MODELS if name != "llama"], ()))
+def test_a_layer_without_a_prefix_is_one_whose_mask_hides_it(name: str) -> None:
+    build, task = MODELS[name]
+    model = made((lambda: t5(3, 3)) if name == "t5" else build)
+    middle_layer_hidden_as_by_a_mask(model, task, lora_fx.trace(model, prefix=True))
+
+
+def test_layers_without_a_prefix_attend_to_the_text_alone(
+    model: Any, base: lora_fx.TracedGraphModule, cached: Any, tmp_path: Path
+) -> None:
+    middle_layer_hidden_as_by_a_mask(model, "CAUSAL_LM", base)
+    rules = {"prefix": [{"tokens": TOKENS, "layers": [1], "dropout": 0.4}]}
+    with pytest.warns(UserWarning, match="PEFT's file has one for all"):
+        mine = lora_fx.rewrite(base, rules, seed=1).eval()
+    batch = inputs(model, 3, 9)
+    expected = mine(**batch).logits
+    assert first_difference(lora_fx.unload(mine), base) is None
+    for each in (
+        pickle.loads(pickle.dumps(mine)), lora_fx.nest(mine), lora_fx.transfer(mine, onto=base),
+        lora_fx.activate(lora_fx.activate(mine, {}), {"default": 1}), lora_fx.fold(mine, keep_prefix=True),
+    ):  # fmt: skip
+        assert torch.equal(each.eval()(**batch).logits, expected)
+    with pytest.raises(AdapterError, match="for some layers alone, none for 0, and PEFT's file has one for all"):
+        lora_fx.save_adapter(mine, tmp_path / "a")
+    for call in (lambda: mine.generate(**batch), lambda: lora_fx.transfer(mine, onto=cached)):
+        with pytest.raises(PlanError, match="for some layers alone, which is no past"):
+            call()
+    with pytest.raises(PlanError, match=r"layers: expected some of 0 to 1, as the model has, found 2\."):
+        lora_fx.rewrite(base, {"prefix": [{"layers": [0, 2]}]})
+
+
+def test_dropout_of_a_prefix_is_drawn_in_training_alone(model: Any, base: lora_fx.TracedGraphModule) -> None:
+    mine = lora_fx.rewrite(base, {"prefix": [{"tokens": TOKENS, "dropout": 0.4}]})
+    theirs = peft_model(model, "CAUSAL_LM")
+    given(theirs, mine)
+    batch = inputs(model, 3, 9)
+    assert torch.equal(mine.eval()(**batch).logits, theirs.eval()(**batch).logits)
+
+    def dropped(_module: Any, _args: Any, found: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(found[:1], 0.4).expand_as(found)
+
+    theirs.train().prompt_encoder.default.register_forward_hook(dropped)
+    logits = []
+    for each in (mine.train(), theirs):
+        torch.manual_seed(5)
+        logits.append(each(**batch).logits)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-6)
+    assert not torch.allclose(mine(**batch).logits, logits[0], atol=1e-4)  # drawn anew
+    mine.eval()
+
+
+def test_bert_without_a_mask_takes_a_prefix_as_peft_does() -> None:
+    model = made(bert)
+    ids = {"input_ids": inputs(model, 3, 9)["input_ids"]}
+    mine = lora_fx.rewrite(model, {"prefix": [{"tokens": TOKENS}]}, task_type="SEQ_CLS", example_inputs=ids)
+    theirs = peft_model(model, "SEQ_CLS").eval()
+    given(theirs, mine)
+    with torch.no_grad():
+        torch.testing.assert_close(mine(**ids).logits, theirs(**ids).logits, rtol=0, atol=1e-6)
+        torch.testing.assert_close(lora_fx.activate(mine, {})(**ids).logits, model(**ids).logits, rtol=0, atol=1e-6)
 
 
 def test_a_projection_on_a_shared_trace_is_that_of_peft(
@@ -531,8 +650,8 @@ def test_what_a_prefix_cannot_be_is_refused_in_one_line(base: lora_fx.TracedGrap
             call()
 
     for key, value, told in (
-        ("layers", [1], "layers: unknown key; a prefix is the past of the model"),
-        ("dropout", 0.1, "dropout: unknown key; a prefix has no dropout"),
+        ("layers", ["3-1"], "layers.0.: expected the first layer before the last"),
+        ("dropout", 1.0, "dropout: expected a number ≥ 0 and < 1"),
         ("positions", "unchanged", "positions: unknown key; the text stands behind the prefix"),
         ("role", "encoder", "role: expected 'self_attention' or 'peft', found 'encoder'"),
         ("hidden", 4, "hidden: expected none without projection = true"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx, nn
 
 from lora_fx.adapters.attach import attach
@@ -20,7 +22,8 @@ def with_prefix_of(graph_module: fx.GraphModule, folded: TracedGraphModule) -> T
     if adapter is None:
         return folded
     record = record_of(graph_module, adapter)
-    plan = plan_branches(folded, adapter, {}, (), origin=record.origin, prefix=record.prefix)
+    prefix = None if record.prefix is None else replace(record.prefix, dropout=0.0)  # it trains no more
+    plan = plan_branches(folded, adapter, {}, (), origin=record.origin, prefix=prefix)
     own = {name: p for name, p in parameters_of(graph_module, adapter).items() if is_of_prefix(name)}
     values = {name: nn.Parameter(parameter.detach(), False) for name, parameter in own.items()}
     return attach(folded, plan, adapter=adapter, values=values, acts=True)

@@ -1,6 +1,8 @@
 """Prefixes of adapters: learned keys and values in front of those of every self-attention (arXiv 2101.00190), as PEFT has them.
 
-    embedding → [linear → tanh → linear] → [pairs in the order of the layers] → [cast] → slot of the graph
+    embedding → [linear → tanh → linear] → [dropout] → [pairs in the order of the layers] → [cast] → slot of the graph
+
+The dropout is one draw for all rows of a batch.
 
 What the graph does with them is in its trace: see :mod:`lora_fx.tracing.prefixed_forward`.
 """
@@ -14,8 +16,9 @@ import torch
 from torch import fx, nn
 
 from lora_fx.adapters.fake_values import FakeValues
-from lora_fx.errors import PlanError
-from lora_fx.graph.adapter_names import prefix_name
+from lora_fx.adapters.hidden_prefix import hide
+from lora_fx.errors import PlanError, listed
+from lora_fx.graph.adapter_names import prefix_dropout, prefix_name
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.info import AdapterRecord, known_info
 from lora_fx.graph.prefix_slot import PrefixSlot, put, slot_node, wanted_slot
@@ -85,14 +88,15 @@ def write_prefix(
         slot: of the graph.
 
     Raises:
-        PlanError: the graph can take no prefix, or none of so many tokens.
+        PlanError: the graph can take no prefix, or none of so many tokens, or none for some layers alone.
     """
     if prefix is None:
         return {}
     slot = wanted_slot(slot, f"adapter {adapter!r}")
     if slot.past:
+        check_of_all_layers(prefix, adapter)
         return {}
-    taken, fakes = slot_node(graph), FakeValues(state)
+    taken, fakes, modules = slot_node(graph), FakeValues(state), dict[str, nn.Module]()
     assert taken is not None
 
     def record(node: fx.Node, part: str = "prefix") -> fx.Node:
@@ -115,13 +119,27 @@ def write_prefix(
             value = call(aten.linear.default, value, *first)
             value = call(aten.tanh.default, value)
             value = call(aten.linear.default, value, *second)
+        if prefix.dropout:
+            modules[prefix_dropout(adapter)] = nn.Dropout(prefix.dropout)
+            value = record(graph.call_module(prefix_dropout(adapter), (value,)))
         if prefix.pairs is not None:
-            width = 2 * prefix.width
-            own = [call(aten.slice.Tensor, value, 1, pair * width, (pair + 1) * width) for pair in prefix.pairs]
+            width, numbers = 2 * prefix.width, [pair or 0 for pair in prefix.pairs]
+            own = [call(aten.slice.Tensor, value, 1, pair * width, (pair + 1) * width) for pair in numbers]
             value = call(aten.cat.default, own, 1)
         if slot.dtype != torch.float32:
             value = call(aten.to.dtype, value, slot.dtype)
-    return put(graph, slot, value, prefix.tokens)
+    modules |= put(graph, slot, value, prefix.tokens)
+    hide(graph, prefix, adapter, fakes)
+    return modules
+
+
+def check_of_all_layers(prefix: PrefixSpec, adapter: str) -> None:
+    """Raise :class:`PlanError` for a prefix that some layers have not: a past, with which generation begins, has one length for all."""
+    if prefix.without:
+        raise PlanError(
+            f"adapter {adapter!r} has a prefix for some layers alone, which is no past that a cache can begin with: layers "
+            f"{listed([*map(str, prefix.without)], 8)} would have one of their own length. Compute with it without a cache, by calling the graph."
+        )
 
 
 def resolved(prefix: PrefixSpec, adapter: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -142,11 +160,16 @@ def acting_prefix(graph_module: nn.Module) -> str | None:
 
 
 def keys_and_values(graph_module: nn.Module, adapter: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return the keys and values that the prefix of an adapter gives each layer, ``(heads, tokens, size)``, without a gradient."""
+    """Return the keys and values that the prefix of an adapter gives each layer, ``(heads, tokens, size)``, without a gradient.
+
+    Raises:
+        PlanError: some layers have none.
+    """
     info = known_info(graph_module)
     prefix, slot = info.adapters[adapter].prefix, wanted_slot(info.prefix_slot, f"adapter {adapter!r}")
     assert prefix is not None
+    check_of_all_layers(prefix, adapter)
     whole = resolved(prefix, adapter, state_of(graph_module).tensors).to(slot.dtype)
     pairs = whole.view(prefix.tokens, prefix.layers, 2, prefix.heads, prefix.size).permute(1, 2, 3, 0, 4)
-    found = [pairs[number] for number in prefix.pairs or range(prefix.layers)]
+    found = [pairs[number] for number in prefix.pairs or range(prefix.layers) if number is not None]
     return [(key, value) for key, value in found]

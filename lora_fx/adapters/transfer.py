@@ -199,14 +199,14 @@ def row_differences(mine: Sequence[TokenRows], theirs: Sequence[TokenRows]) -> l
 
 def prefix_differences(mine: PrefixSpec | None, theirs: PrefixSpec | None) -> list[str]:
     """Return how the prefixes of an adapter differ in two graphs."""
-    told = [None if each is None else replace(each, rule="") for each in (mine, theirs)]
+    told = [None if each is None else replace(each, rule="", dropout=0.0) for each in (mine, theirs)]
     if told[0] == told[1]:
         return []
     if (
         mine is not None
         and theirs is not None
         and mine.hidden is not None
-        and replace(mine, hidden=None, rule="") == told[1]
+        and replace(mine, hidden=None, rule="", dropout=0.0) == told[1]
     ):
         return ["prefix: it has a projection here, and a file has what that computes: load it under another name"]
     shown = [

@@ -196,6 +196,11 @@ def prefix_name(adapter: str, part: str = "embedding.weight") -> str:
     return f"prompt_encoder.{adapter}.{part}"
 
 
+def prefix_dropout(adapter: str) -> str:
+    """Return the path of the module that drops elements of an adapter's prefix."""
+    return f"prompt_encoder.{adapter}.dropout"
+
+
 def is_of_prefix(name: str) -> bool:
     """Tell whether a parameter name is that of a prefix."""
     return _PREFIX.fullmatch(name) is not None

@@ -23,6 +23,7 @@ from lora_fx.graph.adapter_names import is_of_prefix
 from lora_fx.graph.erasing import erase_unread
 from lora_fx.graph.input_checks import PREFIX as CHECKS
 from lora_fx.graph.input_checks import Constraints, add_relation_checks
+from lora_fx.graph.provenance import stamp_of
 from lora_fx.graph.signature import InputCodeGen, signature_of
 from lora_fx.graph.size_relations import UNBOUNDED, Relation
 
@@ -36,6 +37,9 @@ EMPTY = "empty_prefix"
 """Name of the buffer that a slot holds when no prefix acts."""
 
 NO_WEIGHTS_HOLD = "a prefix is keys and values in front of those of the text, which no weights can hold"
+
+HIDDEN = "hidden prefix"
+"""Part of nodes that hide a prefix from a layer: each reads what the layer reads without it."""
 
 _CHECK = f"{CHECKS}.prefix"
 _SIZE = re.compile(rf"\b{INPUT}\.size\(0\)")
@@ -168,6 +172,10 @@ def put(graph: fx.Graph, slot: PrefixSlot, prefix: fx.Node, tokens: int) -> dict
     Raises:
         PlanError: the trace does not hold for this number of tokens.
     """
+    for node in reversed(list(graph.nodes)):
+        if stamp_of(node).get("part") == HIDDEN:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.erase_node(node)
     taken = slot_node(graph)
     assert taken is not None
     before = taken.all_input_nodes[0]
@@ -204,7 +212,8 @@ def wanted_slot(slot: PrefixSlot | None, expected: str) -> PrefixSlot:
     """
     if slot is None:
         raise PlanError(
-            f"{expected} needs a graph that can take a prefix, and this one was traced without: pass the model, or the graph that "
+            f"{expected} needs a graph that can take a prefix, and this one was traced without (with a cache, graphs of encoder-decoder "
+            "models have no place for one): pass the model, or the graph that "
             "lora_fx.trace(model, prefix=True) returns."
         )
     return slot

@@ -167,7 +167,9 @@ class PrefixSpec:
         size: of a head.
         rule: the rule that says so.
         hidden: width between the two layers of a projection; None where the keys and values themselves are the parameters.
-        pairs: for each layer of the model the pair of keys and values that it gets, if it is not the one of its own number.
+        pairs: for each layer of the model the pair of keys and values that it gets, if it is not the one of its own number; None for a
+            layer without.
+        dropout: rate at which elements are dropped in training.
     """
 
     tokens: int
@@ -176,7 +178,13 @@ class PrefixSpec:
     size: int
     rule: str
     hidden: int | None = None
-    pairs: tuple[int, ...] | None = None
+    pairs: tuple[int | None, ...] | None = None
+    dropout: float = 0.0
+
+    @property
+    def without(self) -> tuple[int, ...]:
+        """The layers of the model that have no keys and values in front of their own."""
+        return tuple(layer for layer, pair in enumerate(self.pairs or ()) if pair is None)
 
     @property
     def width(self) -> int:

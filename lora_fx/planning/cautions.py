@@ -28,6 +28,15 @@ def warn_of_lower_ranks(plan: Plan) -> None:
         )
 
 
+def warn_of_prefix(plan: Plan) -> None:
+    """Warn once, as of the caller's caller, of a prefix that PEFT's file cannot hold."""
+    if plan.prefix is not None and plan.prefix.without:
+        warn(
+            f"rules {plan.rules.name!r} give a prefix to some layers alone, and PEFT's file has one for all: save_adapter refuses it, and "
+            "torch.save takes the graph.",
+        )
+
+
 def warn_of_untying(trained: Sequence[Trained], names: Mapping[str, Sequence[str]], source: str) -> None:
     """Warn once of parameters that the model ties, and of which modules have trained copies of their own.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from lora_fx.errors import PlanError
 from lora_fx.graph.prefix_slot import PrefixSlot, wanted_slot
 from lora_fx.graph.records import PrefixSpec
+from lora_fx.rules.dotted_names import has_layer
+from lora_fx.rules.prefix_table import Prefix
 from lora_fx.rules.rule_file import RuleSet
 
 
@@ -16,7 +18,7 @@ def prefix_of(rules: RuleSet, slot: PrefixSlot | None) -> PrefixSpec | None:
         slot: of the graph.
 
     Raises:
-        PlanError: the graph can take no prefix, or PEFT has none for such a model.
+        PlanError: the graph can take no prefix, or has no such layer, or PEFT has none for such a model.
     """
     for each in rules.prefix:
         rule = f"{rules.name}:prefix"
@@ -26,11 +28,24 @@ def prefix_of(rules: RuleSet, slot: PrefixSlot | None) -> PrefixSpec | None:
                 f"{rules.name!r}: [[prefix]]: a graph with a cache takes a prefix as the past of the first call, and trains none. Train it "
                 "without cache=True, and lora_fx.transfer(trained, onto=lora_fx.trace(model, cache=True)), or lora_fx.from_adapter(…, cache=True)."
             )
-        layers, pairs = (slot.layers, None) if each.role != "peft" else peft_pairs(slot)
+        layers, pairs = peft_pairs(slot) if each.role == "peft" else _chosen(each, slot.layers, rule)
         width = slot.heads * slot.size
         hidden = (each.hidden or width) if each.projection else None
-        return PrefixSpec(each.tokens, layers, slot.heads, slot.size, rule, hidden, pairs)
+        return PrefixSpec(each.tokens, layers, slot.heads, slot.size, rule, hidden, pairs, each.dropout or 0.0)
     return None
+
+
+def _chosen(prefix: Prefix, count: int, rule: str) -> tuple[int, tuple[int | None, ...] | None]:
+    """Return for how many layers there are keys and values, and which of them each layer has."""
+    if prefix.layers is None:
+        return count, None
+    for each in prefix.layers:
+        if not any(has_layer(each, layer) for layer in range(count)):
+            raise PlanError(f"{rule}: layers: expected some of 0 to {count - 1}, as the model has, found {each!r}.")
+    chosen = [layer for layer in range(count) if any(has_layer(each, layer) for each in prefix.layers)]
+    if len(chosen) == count:
+        return count, None
+    return len(chosen), tuple(chosen.index(layer) if layer in chosen else None for layer in range(count))
 
 
 def peft_pairs(slot: PrefixSlot) -> tuple[int, tuple[int, ...] | None]:

@@ -31,7 +31,12 @@ def layer_of(name: str) -> int | None:
 def admits(layers: int | str, name: str) -> bool:
     """Tell whether a name is in a layer, or in a range of them such as ``"4-7"``."""
     index = layer_of(name)
-    if index is None or isinstance(layers, int):
+    return index is not None and has_layer(layers, index)
+
+
+def has_layer(layers: int | str, index: int) -> bool:
+    """Tell whether a layer is this one, or in a range such as ``"4-7"``."""
+    if isinstance(layers, int):
         return index == layers
     first, _, last = layers.partition("-")
     return int(first) <= index and (not last or index <= int(last))

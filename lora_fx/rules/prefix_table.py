@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
-from lora_fx.rules.validation import Flag, Positive, Table, one_of, shown
+from lora_fx.rules.validation import Dropout, Flag, Items, Layers, Positive, Table, one_of, shown
 from lora_fx.rules.vocabulary import PrefixRole
 
 
@@ -24,11 +24,22 @@ class Prefix(Table):
     hidden: Positive | None = None
     """Width between these two layers; that of an embedding unless said."""
 
+    layers: Annotated[tuple[Layers, ...], Items('[0, "4-7"]')] | None = None
+    """Numbers of the layers that have them, counted from 0, or ranges of these, each with both ends; all layers unless said."""
+
+    dropout: Dropout | None = None
+    """Rate at which their elements are dropped in training; none unless said."""
+
     @classmethod
     def as_a_whole(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """Tell whether there is a width without a projection."""
         if "hidden" in given and given.get("projection") is not True:
             yield "hidden", f"expected none without projection = true, found {shown(given['hidden'])}"
+        if given.get("role") == "peft" and given.get("layers") is not None:
+            yield (
+                "layers",
+                f'expected none with role = "peft", whose file is for all layers, found {shown(given["layers"])}',
+            )
 
     @classmethod
     def unknown(cls, key: str) -> str:
@@ -37,8 +48,6 @@ class Prefix(Table):
 
 
 _OF_PREFIX = {
-    "layers": "unknown key; a prefix is the past of the model, which all layers have",
-    "dropout": "unknown key; a prefix has no dropout, as in PEFT",
-    "positions": "unknown key; the text stands behind the prefix, and its positions are shifted, as in PEFT",
+    "positions": "unknown key; the text stands behind the prefix as behind a past, and the model's own code shifts its positions, as in PEFT",
 }
 """Keys that ``[[prefix]]`` might be expected to have, and the reason for which it has none."""

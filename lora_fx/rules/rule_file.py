@@ -36,8 +36,10 @@ from lora_fx.rules.safe_regex import problem_of
 from lora_fx.rules.toml_lines import KeyPath
 from lora_fx.rules.validation import (
     Bounds,
+    Dropout,
     Flag,
     Items,
+    Layers,
     Natural,
     Plain,
     Positive,
@@ -72,14 +74,6 @@ def _check_regex(pattern: str) -> str:
     return pattern
 
 
-def _check_layers(layers: int | str) -> int | str:
-    if isinstance(layers, str):
-        first, _, last = layers.partition("-")
-        if last and int(last) < int(first):
-            raise wrong(f"expected the first layer before the last, found {layers!r}")
-    return layers
-
-
 def _check_frozen(frozen: tuple[str, ...]) -> tuple[str, ...]:
     if len(frozen) > 1:
         raise wrong("expected one factor at most, since none would train, found A and B")
@@ -87,7 +81,6 @@ def _check_frozen(frozen: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Alpha = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), Plain, expecting("a finite number > 0")]
-Dropout = Annotated[float, Field(strict=True, ge=0, lt=1), Plain, expecting("a number ≥ 0 and < 1")]
 Pattern = Annotated[
     str,
     Field(strict=True, pattern=r"^[^.\s]+(\.[^.\s]+)*$"),
@@ -95,11 +88,6 @@ Pattern = Annotated[
 ]
 Patterns = Annotated[tuple[Pattern, ...], Items('["q"]')]
 Regex = Annotated[Text, AfterValidator(_check_regex), Field(json_schema_extra={"format": "regex"})]
-Layers = Annotated[
-    Natural | Annotated[str, Field(strict=True, pattern=r"^[0-9]{1,9}-([0-9]{1,9})?$")],
-    expecting('an integer ≥ 0 or a range such as "4-7" or "4-"'),
-    AfterValidator(_check_layers),
-]
 BranchBias = Annotated[
     bool, Field(strict=True), expecting('true or false (of a bias in B; trainable = "bias" trains the model\'s own)')
 ]

@@ -13,6 +13,7 @@ from datetime import date, time
 from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -98,6 +99,22 @@ Natural = Annotated[int, Field(strict=True, ge=0, lt=INTEGERS_END), Plain, expec
 Positive = Annotated[int, Field(strict=True, ge=1, lt=INTEGERS_END), Plain, expecting("an integer ≥ 1")]
 Flag = Annotated[bool, Field(strict=True), expecting("true or false")]
 Text = Annotated[str, Field(strict=True), expecting("a string")]
+Dropout = Annotated[float, Field(strict=True, ge=0, lt=1), Plain, expecting("a number ≥ 0 and < 1")]
+
+
+def _check_layers(layers: int | str) -> int | str:
+    if isinstance(layers, str):
+        first, _, last = layers.partition("-")
+        if last and int(last) < int(first):
+            raise wrong(f"expected the first layer before the last, found {layers!r}")
+    return layers
+
+
+Layers = Annotated[
+    Natural | Annotated[str, Field(strict=True, pattern=r"^[0-9]{1,9}-([0-9]{1,9})?$")],
+    expecting('an integer ≥ 0 or a range such as "4-7" or "4-"'),
+    AfterValidator(_check_layers),
+]
 
 
 def beside(problems: Sequence[tuple[KeyPath, str]], handler: Callable[[Any], Made], value: Any) -> Made:

@@ -66,6 +66,8 @@ class PrefixedCall:
         self._holder = _taking_past(model)
         self._decodes = is_encoder_decoder(model)
         self._layers = _layers_path(model) if self._decodes else ""
+        # Without a mask, attentions that look both ways make one of the text's length, when they are traced.
+        self._masks = not self._decodes and any(getattr(each, "is_causal", None) is False for each in model.modules())
         self._cache: TensorCache | BothCaches = TensorCache(())
         given = {**dict(zip(self._parameters, inputs.args, strict=False)), **inputs.kwargs}
         self.slot = self._measured(model, given)
@@ -161,6 +163,8 @@ class PrefixedCall:
             raise ValueError(
                 f"{kind}attention_mask has the sizes of the text"
             )  # compared: so a trace knows it from the start
+        if mask is None and self._masks and isinstance(text, torch.Tensor):
+            given = {**given, "attention_mask": torch.ones_like(text)}
         return behind_prefix(given, tokens, batch, decodes=self._decodes)
 
     def _past(self, prefix: torch.Tensor, batch: int) -> TensorCache:

@@ -16,7 +16,7 @@ from torch import fx
 from lora_fx.adapters.peft_format.keys import PREFIX
 from lora_fx.adapters.peft_format.tensors import AdapterTensor, AdapterTensors
 from lora_fx.adapters.prefix import resolved
-from lora_fx.errors import AdapterError, PlanError
+from lora_fx.errors import AdapterError, PlanError, listed
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.info import GraphInfo, known_info
 from lora_fx.graph.prefix_slot import wanted_slot
@@ -126,6 +126,9 @@ def in_peft_words(
         AdapterError: PEFT's file cannot hold it.
     """
     slot = wanted_slot(info.prefix_slot, f"adapter {adapter!r}")
+    if prefix.without:
+        problem = f"its prefix is for some layers alone, none for {listed([*map(str, prefix.without)], 8)}, and PEFT's file has one for all"
+        raise AdapterError(f"adapter {adapter!r} cannot be written for PEFT", [problem])
     if slot.decodes and prefix.pairs is None:
         problem = (
             "its layers have the keys and values of their own numbers, and those of an encoder-decoder model read others of PEFT's file: "

@@ -18,8 +18,9 @@ from lora_fx.errors import AdapterError, RuleError, hub_hint, option, warn
 from lora_fx.rules.peft_config.name_matching import admits_layer, is_bias, is_named, modules_of, value_of_pattern
 from lora_fx.rules.peft_config.other_keys import UNUSED, is_off, problem_of_key
 from lora_fx.rules.peft_config.other_methods import why_not_applied
-from lora_fx.rules.rule_file import Dropout, Regex, Setting
+from lora_fx.rules.rule_file import Regex, Setting
 from lora_fx.rules.validation import (
+    Dropout,
     Flag,
     Natural,
     Positive,
