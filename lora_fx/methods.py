@@ -19,17 +19,17 @@ from transformers import PreTrainedModel
 from lora_fx.adapters.activate import activate, tell_waiting
 from lora_fx.adapters.peft_format.opening import read_adapter
 from lora_fx.adapters.peft_format.save_load import with_adapter, write_adapter_files
-from lora_fx.adapters.prefix import acting_prefix, keys_and_values
+from lora_fx.adapters.prefix import acting_prefix, keys_and_values, prefix_record, prompt_of
 from lora_fx.adapters.recorded import free_names, with_training
 from lora_fx.adapters.row_selection import activate_by_row
 from lora_fx.branches.lower import is_fused
 from lora_fx.branches.remove import plain_graph
 from lora_fx.branches.tied_copies import untied_copies
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import InputError, LoraFxError
 from lora_fx.export.torchscript_file import scriptable as scriptable  # for torch.jit.script
 from lora_fx.folding.fold import folded_state
 from lora_fx.generation import generator
-from lora_fx.generation.prefixed_model import behind, check_options
+from lora_fx.generation.prefixed_model import behind, behind_prompt, check_options
 from lora_fx.graph.adapter_names import adapters, original_name
 from lora_fx.graph.adapter_rows import ADAPTER_NAMES, AdapterRows
 from lora_fx.graph.cached_graphs import has_cache
@@ -81,7 +81,7 @@ def generate(graph_module: TracedGraphModule, *args: Any, **options: Any) -> Any
 
     A model of the traced class is made for the call, in evaluation mode. It shares the weights that no adapter changes; the others
     are in memory twice until the call returns, and nothing is kept. The graph may have labels. A prefix that acts is the beginning of
-    its cache.
+    its cache, and a prompt stands in front of the embeddings.
 
     Args:
         graph_module: not changed.
@@ -108,7 +108,15 @@ def generate(graph_module: TracedGraphModule, *args: Any, **options: Any) -> Any
     if adapter is None:
         return model.generate(*args, **options)
     check_options(model, options)
-    with behind(model, keys_and_values(graph_module, adapter)):
+    if prefix_record(graph_module, adapter).is_prompt:
+        if options.get("encoder_outputs") is not None:
+            raise InputError(
+                "encoder_outputs were given, and a prompt is put in front of what the encoder reads. Leave them out."
+            )
+        ahead = behind_prompt(model, prompt_of(graph_module, adapter))
+    else:
+        ahead = behind(model, keys_and_values(graph_module, adapter))
+    with ahead:
         return model.generate(*args, **options)
 
 

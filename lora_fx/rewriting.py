@@ -177,7 +177,7 @@ def rewrite(
                 inference=inference,
                 cache=cache,
                 # The plan refuses a graph by its rules.
-                prefix=has_prefix(ruleset) and not (cache or isinstance(given, TracedGraphModule)),
+                prefix=not (cache or isinstance(given, TracedGraphModule)) and has_prefix(ruleset),
             ),
             attached,
         )

@@ -178,7 +178,7 @@ def test_a_key_of_a_peft_that_does_not_exist_yet_is_refused_by_name_unless_it_is
 def test_a_directory_of_another_method_is_told_in_one_line_whatever_else_is_in_it(
     base: lora_fx.TracedGraphModule, tmp_path: Path
 ) -> None:
-    methods = {method.value for method in PeftType} - {"LORA", "TRAINABLE_TOKENS", "PREFIX_TUNING"} | {
+    methods = {method.value for method in PeftType} - {"LORA", "TRAINABLE_TOKENS", "PREFIX_TUNING", "PROMPT_TUNING"} | {
         "BONE"
     }  # the last of PEFT 0.14 to 0.18
     for method in methods:
@@ -192,7 +192,7 @@ def test_a_directory_of_another_method_is_told_in_one_line_whatever_else_is_in_i
     for method, told in {
         "IA3": "found 'IA3', an adapter of IA³, and lora_fx applies LoRA alone: merge it with PEFT "
         "(PeftModel.from_pretrained(model, directory).merge_and_unload()), and use the result",
-        "PROMPT_TUNING": "found 'PROMPT_TUNING', an adapter of prompt tuning, and lora_fx applies LoRA alone: run it with PEFT; no "
+        "P_TUNING": "found 'P_TUNING', an adapter of P-tuning, and lora_fx applies LoRA alone: run it with PEFT; no "
         "weights can hold it",
         "OF_THE_FUTURE": "the only method that lora_fx applies, found 'OF_THE_FUTURE'",
         None: "the only method that lora_fx applies, found no such key: this is no PEFT adapter",

@@ -87,7 +87,7 @@ def test_an_adapter_of_lora_fx_names_its_rules_and_its_base(tmp_path: Path) -> N
     ("document", "message"),
     [
         ({"peft_type": "IA3"}, "IA³"),
-        ({"peft_type": "PROMPT_TUNING"}, "prompt tuning"),
+        ({"peft_type": "P_TUNING"}, "P-tuning"),
         ({"peft_type": "PREFIX_TUNING"}, "num_virtual_tokens: required, and missing"),
         ({"peft_type": "LORA", "r": "four"}, "r: expected"),
     ],

@@ -105,7 +105,7 @@ def attach(
     factors = _new_factors(ordered, state, adapter, seed, pairs) if values is None else _given(ordered, adapter, values)
     copies = _copies(plan, state, adapter, values)
     rows = token_values(plan.tokens, state.tensors, adapter, values)
-    ahead = prefix_values(plan.prefix, state.device, adapter, values, seed)
+    ahead = prefix_values(plan.prefix, state, adapter, values, seed)
     new = {**factors, **copies, **rows, **ahead, **_statistics(graph_module.graph, plan, state, adapter, values)}
     state = state.with_tensors(new)
     trains = frozenset(name for name, parameter in new.items() if parameter.requires_grad)

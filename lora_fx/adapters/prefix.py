@@ -4,7 +4,8 @@
 
 The dropout is one draw for all rows of a batch.
 
-What the graph does with them is in its trace: see :mod:`lora_fx.tracing.prefixed_forward`.
+A prompt is learned embeddings in front of those of the inputs (arXiv 2104.08691), without projection and pairs. What the graph does with
+them is in its trace: see :mod:`lora_fx.tracing.prefixed_forward` and :mod:`lora_fx.tracing.prompted_forward`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ aten = torch.ops.aten
 
 def prefix_values(
     prefix: PrefixSpec | None,
-    device: torch.device,
+    state: State,
     adapter: str,
     given: Mapping[str, torch.Tensor] | None = None,
     seed: int | None = None,
@@ -41,17 +42,26 @@ def prefix_values(
 
     Args:
         prefix: None for an adapter without one.
-        device: for the parameters.
+        state: of the graph.
         adapter: that they belong to.
         given: values by their names.
         seed: of the draws.
+
+    Raises:
+        PlanError: it starts as embeddings that the graph has not.
     """
     if prefix is None:
         return {}
     if given is not None:
         values = {prefix_name(adapter, part): given[prefix_name(adapter, part)] for part in prefix.shapes}
         return {name: nn.Parameter(value.detach(), value.requires_grad) for name, value in values.items()}
-    with forked_random_state(seed=seed), device:
+    if prefix.starts_as is not None:
+        weight, ids = state.tensors[prefix.starts_as[0]], prefix.starts_as[1]
+        if max(ids) >= len(weight):
+            raise PlanError(f"{prefix.rule}: init_ids: expected ids below {len(weight)}, found {max(ids)}.")
+        rows = torch.tensor([ids[index % len(ids)] for index in range(prefix.tokens)], device=weight.device)
+        return {prefix_name(adapter): nn.Parameter(weight.detach()[rows].to(torch.float32))}
+    with forked_random_state(seed=seed), state.device:
         features = prefix.shapes["embedding.weight"][1]
         modules: dict[str, nn.Module] = {"embedding": nn.Embedding(prefix.tokens, features)}
         if prefix.hidden is not None:
@@ -92,7 +102,7 @@ def write_prefix(
     """
     if prefix is None:
         return {}
-    slot = wanted_slot(slot, f"adapter {adapter!r}")
+    slot = wanted_slot(slot, f"adapter {adapter!r}", prompt=prefix.is_prompt)
     if slot.past:
         check_of_all_layers(prefix, adapter)
         return {}
@@ -159,15 +169,27 @@ def acting_prefix(graph_module: nn.Module) -> str | None:
     return next((name for name, record in records if record.acts and record.prefix is not None), None)
 
 
+def prefix_record(graph_module: nn.Module, adapter: str) -> PrefixSpec:
+    """Return the prefix of an adapter that has one."""
+    prefix = known_info(graph_module).adapters[adapter].prefix
+    assert prefix is not None
+    return prefix
+
+
+def prompt_of(graph_module: nn.Module, adapter: str) -> torch.Tensor:
+    """Return the embeddings that the prompt of an adapter has, ``(tokens, width)``, without a gradient."""
+    slot = wanted_slot(known_info(graph_module).prefix_slot, f"adapter {adapter!r}", prompt=True)
+    return resolved(prefix_record(graph_module, adapter), adapter, state_of(graph_module).tensors).to(slot.dtype)
+
+
 def keys_and_values(graph_module: nn.Module, adapter: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return the keys and values that the prefix of an adapter gives each layer, ``(heads, tokens, size)``, without a gradient.
 
     Raises:
         PlanError: some layers have none.
     """
-    info = known_info(graph_module)
-    prefix, slot = info.adapters[adapter].prefix, wanted_slot(info.prefix_slot, f"adapter {adapter!r}")
-    assert prefix is not None
+    prefix = prefix_record(graph_module, adapter)
+    slot = wanted_slot(known_info(graph_module).prefix_slot, f"adapter {adapter!r}")
     check_of_all_layers(prefix, adapter)
     whole = resolved(prefix, adapter, state_of(graph_module).tensors).to(slot.dtype)
     pairs = whole.view(prefix.tokens, prefix.layers, 2, prefix.heads, prefix.size).permute(1, 2, 3, 0, 4)

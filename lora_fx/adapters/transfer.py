@@ -212,6 +212,8 @@ def prefix_differences(mine: PrefixSpec | None, theirs: PrefixSpec | None) -> li
     shown = [
         "no prefix"
         if each is None
+        else f"{each.tokens} embeddings of {each.size} features"
+        if each.is_prompt
         else f"{each.tokens} tokens of {each.layers} layers, {each.heads} heads of {each.size}"
         for each in (mine, theirs)
     ]

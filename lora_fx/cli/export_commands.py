@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -175,7 +175,7 @@ def export(
             pairs = zip(adapters, layouts, strict=True)
             opened = [read_adapter(directory, layout, ignore_config_key or ()) for directory, layout in pairs]
             choice = base_class(model, opened, model_class)
-            prefix = any(files.prefix is not None for files in opened) and not with_cache
+            prefix = next((each.prefix.traced for each in opened if each.prefix and not with_cache), False)
             graph, model_type = _loaded_graph(model, dtype, choice, example_inputs, with_cache, prefix, status.update)
             graph = through(graph, partial(_with_adapters, opened=opened, strict=strict, step=status.update))
             if slots and (rules or not adapters):
@@ -210,7 +210,7 @@ def _loaded_graph(
     choice: ModelChoice | None,
     example_inputs: Path | None,
     with_cache: bool,
-    prefix: bool,
+    prefix: bool | Literal["prompt"],
     step: Callable[[str], object],
 ) -> tuple[Any, str | None]:
     """Return the graph of the model in a directory, or the graphs of one with an encoder, a decoder and a cache; and its model type."""

@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from lora_fx.adapters.activate import activate
 from lora_fx.adapters.kept_prefix import with_prefix_of
-from lora_fx.adapters.prefix import acting_prefix
+from lora_fx.adapters.prefix import acting_prefix, prefix_record
 from lora_fx.branches.find import Nominate, find_branches
 from lora_fx.branches.remove import plain_graph, without_branches
 from lora_fx.branches.tied_copies import with_apart_parameters
@@ -169,8 +169,9 @@ def _plain_acting(
     acting = graph_module if strengths is None else activate(graph_module, strengths)
     adapter = acting_prefix(acting)
     if adapter is not None and not keep_prefix:
+        why = NO_WEIGHTS_HOLD[prefix_record(acting, adapter).kind]
         raise FoldError(
-            f"adapter {adapter!r} cannot be folded: {NO_WEIGHTS_HOLD}. {option(_BESIDE, 'Export the graph with it: --branched.')}"
+            f"adapter {adapter!r} cannot be folded: {why}. {option(_BESIDE, 'Export the graph with it: --branched.')}"
         )
     return plain_graph(acting)
 

@@ -67,3 +67,44 @@ def behind(model: Any, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> It
         yield
     finally:
         del model.forward
+
+
+@contextmanager
+def behind_prompt(model: Any, prompt: torch.Tensor) -> Iterator[None]:
+    """Let a model of transformers compute with a prompt in front of the embeddings of its ids inside the block, as PEFT does it.
+
+    Args:
+        model: whose ``forward`` is replaced; of an encoder-decoder model that of the encoder, too.
+        prompt: ``(tokens, width)``.
+    """
+    tokens, embed = prompt.size(0), model.get_input_embeddings()
+    reader = model.get_encoder() if model.config.is_encoder_decoder else model
+
+    def ahead(module: Any) -> Any:
+        inner, names = module.forward, inspect.signature(module.forward).parameters
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            given.pop("position_ids", None)  # which the model counts from the beginning of the prompt
+            cache, mask = given.get("past_key_values"), given.get("attention_mask")
+            if isinstance(mask, torch.Tensor):
+                given = behind_prefix(given, tokens, mask.size(0), decodes=False)
+            if module is reader and (cache is None or not cache.get_seq_length()):
+                ids = given.get("input_ids")
+                if not isinstance(ids, torch.Tensor):
+                    raise InputError("expected input_ids: a prompt is put in front of tokens, got none.")
+                rows = prompt.expand(ids.size(0), -1, -1)
+                given |= {"input_ids": None, "inputs_embeds": torch.cat([rows, embed(ids)], 1)}
+            return inner(**given)
+
+        forward.__signature__ = inspect.signature(inner)  # type: ignore[attr-defined]
+        return forward
+
+    replaced = {module: ahead(module) for module in (reader, model)}
+    for module, forward in replaced.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in replaced:
+            del module.forward

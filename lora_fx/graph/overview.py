@@ -84,7 +84,7 @@ def _adapter(graph_module: fx.GraphModule, state: AdapterState) -> str:
         found.append(_counted(copies, "trained copy", "trained copies"))
     found += [f"{len(each.rows)} rows of {each.weight}" for each in (record.tokens if record is not None else ())]
     if record is not None and record.prefix is not None:
-        found.append(f"a prefix of {record.prefix.tokens} tokens")
+        found.append(f"a {record.prefix.kind} of {record.prefix.tokens} tokens")
     return ": ".join([found[0], ", ".join(found[1:])]) if len(found) > 1 else found[0]
 
 

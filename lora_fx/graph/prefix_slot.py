@@ -36,7 +36,10 @@ AXIS = "prefix_tokens"
 EMPTY = "empty_prefix"
 """Name of the buffer that a slot holds when no prefix acts."""
 
-NO_WEIGHTS_HOLD = "a prefix is keys and values in front of those of the text, which no weights can hold"
+NO_WEIGHTS_HOLD = {
+    "prefix": "a prefix is keys and values in front of those of the text, which no weights can hold",
+    "prompt": "a prompt is embeddings in front of those of the text, which no weights can hold",
+}
 
 HIDDEN = "hidden prefix"
 """Part of nodes that hide a prefix from a layer: each reads what the layer reads without it."""
@@ -51,12 +54,13 @@ class PrefixSlot:
     """The slot of a graph, which was traced with ``prefix=True``, or with a cache.
 
     Attributes:
-        layers: that take a prefix, each with keys and values in this order.
+        layers: that take a prefix, each with keys and values in this order; none of a slot for prompts, which are ``size`` features of a token.
         heads: of keys and values.
         size: of a head.
         dtype: of keys and values.
         counted: the number of layers that PEFT reads off the config of the model: of an encoder-decoder model those of the encoder.
         decodes: whether the layers are those of the decoder of an encoder-decoder model.
+        embeddings: name of the weight whose rows embed the inputs, of a slot for prompts; empty where there is none.
         past: whether the graph has no node for it: it was traced with a cache, and takes the prefix as the past of the first call.
         conditions: on the number of tokens and the sizes of inputs.
     """
@@ -68,12 +72,18 @@ class PrefixSlot:
     counted: int
     decodes: bool = False
     past: bool = False
+    embeddings: str = ""
     conditions: tuple[Relation, ...] = ()
 
     @property
+    def is_prompt(self) -> bool:
+        """Whether it takes embeddings in front of those of the inputs."""
+        return self.layers == 0
+
+    @property
     def width(self) -> int:
-        """Features of a token: of keys and values, of all heads of all layers."""
-        return self.layers * 2 * self.heads * self.size
+        """Features of a token: of keys and values, of all heads of all layers; of a prompt those of an embedding."""
+        return (self.layers * 2 or 1) * self.heads * self.size
 
     def at(self, tokens: int) -> list[Relation]:
         """Return the conditions on inputs for a number of tokens.
@@ -204,16 +214,19 @@ def _empty_source(graph: fx.Graph, like: fx.Node) -> fx.Node:
     return empty
 
 
-def wanted_slot(slot: PrefixSlot | None, expected: str) -> PrefixSlot:
-    """Return the slot of a graph.
+def wanted_slot(slot: PrefixSlot | None, expected: str, *, prompt: bool = False) -> PrefixSlot:
+    """Return the slot of a graph, for prompts or for keys and values.
 
     Raises:
-        PlanError: it has none.
+        PlanError: it has no such slot.
     """
-    if slot is None:
+    kind, asked = ("prompt", '"prompt"') if prompt else ("prefix", "True")
+    if prompt and slot is not None and slot.past:
+        raise PlanError(f"{expected}: a graph with a cache takes no prompt, which is no past. Leave out cache=True.")
+    if slot is None or slot.is_prompt != prompt:
         raise PlanError(
-            f"{expected} needs a graph that can take a prefix, and this one was traced without (with a cache, graphs of encoder-decoder "
+            f"{expected} needs a graph that can take a {kind}, and this one was traced without (with a cache, graphs of encoder-decoder "
             "models have no place for one): pass the model, or the graph that "
-            "lora_fx.trace(model, prefix=True) returns."
+            f"lora_fx.trace(model, prefix={asked}) returns."
         )
     return slot

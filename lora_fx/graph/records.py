@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
@@ -158,11 +158,11 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class PrefixSpec:
-    """Learned keys and values in front of those of attentions: a prefix of so many tokens.
+    """Learned keys and values in front of those of attentions, or embeddings in front of those of inputs: a prefix of so many tokens.
 
     Attributes:
         tokens: their number.
-        layers: for which the parameters have keys and values, PEFT's ``num_layers``.
+        layers: for which the parameters have keys and values, PEFT's ``num_layers``; none of a prompt, which is embeddings.
         heads: of keys and values.
         size: of a head.
         rule: the rule that says so.
@@ -170,6 +170,7 @@ class PrefixSpec:
         pairs: for each layer of the model the pair of keys and values that it gets, if it is not the one of its own number; None for a
             layer without.
         dropout: rate at which elements are dropped in training.
+        starts_as: name of the weight, and the rows of it, that the embeddings of a prompt start as.
     """
 
     tokens: int
@@ -180,6 +181,17 @@ class PrefixSpec:
     hidden: int | None = None
     pairs: tuple[int | None, ...] | None = None
     dropout: float = 0.0
+    starts_as: tuple[str, tuple[int, ...]] | None = field(default=None, compare=False)
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether it is embeddings in front of those of the inputs."""
+        return self.layers == 0
+
+    @property
+    def kind(self) -> str:
+        """What messages call it."""
+        return "prompt" if self.is_prompt else "prefix"
 
     @property
     def without(self) -> tuple[int, ...]:
@@ -188,13 +200,13 @@ class PrefixSpec:
 
     @property
     def width(self) -> int:
-        """Features of the keys, or of the values, of one layer: PEFT's ``token_dim``."""
+        """Features of the keys, or of the values, of one layer, or of an embedding: PEFT's ``token_dim``."""
         return self.heads * self.size
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters, by the ends of their names."""
-        whole = self.layers * 2 * self.width
+        whole = (self.layers * 2 or 1) * self.width
         if self.hidden is None:
             return {"embedding.weight": (self.tokens, whole)}
         return {

@@ -209,7 +209,7 @@ def totals(plan: Plan) -> str:
     for each in plan.tokens:
         line += f"; {len(each.rows)} rows of {each.weight} train, {each.elements} parameters"
     if plan.prefix:
-        line += f"; a prefix of {plan.prefix.tokens} tokens, {plan.prefix.elements} parameters"
+        line += f"; a {plan.prefix.kind} of {plan.prefix.tokens} tokens, {plan.prefix.elements} parameters"
     return line
 
 

@@ -73,7 +73,7 @@ def plan(
     given = unwrapped(whole(model))
     model_type = model_type_of(getattr(given, "config", None))
     ruleset = load(rules, model_type).with_overrides(rank, alpha, dropout, task_type)
-    prefix = has_prefix(ruleset) and not isinstance(given, fx.GraphModule)
+    prefix = not isinstance(given, fx.GraphModule) and has_prefix(ruleset)
     made = plan_graph(
         trace_with_layers(given, layers_of(ruleset), example_inputs, inference=True, prefix=prefix), ruleset
     )

@@ -11,7 +11,7 @@ from lora_fx.rules.rule_file import RuleSet
 
 
 def prefix_of(rules: RuleSet, slot: PrefixSlot | None) -> PrefixSpec | None:
-    """Return the prefix that rules ask for, if they do.
+    """Return the prefix or the prompt that rules ask for, if they do.
 
     Args:
         rules: of which one table at most is for a prefix.
@@ -20,6 +20,13 @@ def prefix_of(rules: RuleSet, slot: PrefixSlot | None) -> PrefixSpec | None:
     Raises:
         PlanError: the graph can take no prefix, or has no such layer, or PEFT has none for such a model.
     """
+    for prompt in rules.prompt:
+        where = f"{rules.name!r}: [[prompt]]"
+        slot, ids = wanted_slot(slot, where, prompt=True), prompt.init_ids
+        if ids and not slot.embeddings:
+            raise PlanError(f"{where}: init_ids: what this model embeds tokens as is no row of a weight. Leave it out.")
+        starts_as = (slot.embeddings, ids) if ids else None
+        return PrefixSpec(prompt.tokens, 0, 1, slot.size, f"{rules.name}:prompt", starts_as=starts_as)
     for each in rules.prefix:
         rule = f"{rules.name}:prefix"
         slot = wanted_slot(slot, f"{rules.name!r}: [[prefix]]")

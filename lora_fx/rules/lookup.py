@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from lora_fx.errors import RuleError, did_you_mean, option
 from lora_fx.rules.peft_config.rules import ConfigObject, PeftRules, peft_rules, prefix_document, read_peft_rules
@@ -84,9 +84,9 @@ def load(rules: RulesLike, model_type: str | None = None, directories: Sequence[
     return found or _unknown(rules, folders)
 
 
-def has_prefix(rules: Rules) -> bool:
-    """Tell whether rules ask for a prefix, which graphs are traced for."""
-    return isinstance(rules, RuleSet) and bool(rules.prefix)
+def has_prefix(rules: Rules) -> bool | Literal["prompt"]:
+    """Tell whether rules ask for a prefix, or for a prompt, which graphs are traced for."""
+    return isinstance(rules, RuleSet) and ("prompt" if rules.prompt else bool(rules.prefix))
 
 
 def model_type_of(config: object) -> str | None:

@@ -1,12 +1,15 @@
-"""The table of a prefix in a rule file. Imports no torch."""
+"""The tables of a prefix and of a prompt in a rule file. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
-from lora_fx.rules.validation import Dropout, Flag, Items, Layers, Positive, Table, one_of, shown
+from lora_fx.rules.validation import Dropout, Flag, Items, Layers, Natural, Positive, Table, one_of, shown
 from lora_fx.rules.vocabulary import PrefixRole
+
+PREFIXES = ("prefix", "prompt")
+"""Keys of these tables, of which a rule set has one at most."""
 
 
 class Prefix(Table):
@@ -51,3 +54,21 @@ _OF_PREFIX = {
     "positions": "unknown key; the text stands behind the prefix as behind a past, and the model's own code shifts its positions, as in PEFT",
 }
 """Keys that ``[[prefix]]`` might be expected to have, and the reason for which it has none."""
+
+
+class Prompt(Table):
+    """The ``[[prompt]]``: learned embeddings in front of those of the inputs (arXiv 2104.08691)."""
+
+    tokens: Positive = 20
+    """How many embeddings, as of so many tokens."""
+
+    init_ids: Annotated[tuple[Natural, ...], Items("[5, 17, 3]", distinct=False)] | None = None
+    """Ids of tokens whose embeddings they start as, over and over if there are fewer; random numbers unless said."""
+
+    @classmethod
+    def unknown(cls, key: str) -> str:
+        """Return the message for a key that the table does not have."""
+        return _TEXT if key in ("init", "text") else super().unknown(key)
+
+
+_TEXT = "unknown key; a text to start from is given by its ids, init_ids = […], which its tokenizer knows"

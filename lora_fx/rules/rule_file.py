@@ -31,7 +31,7 @@ from pydantic import (
 )
 
 from lora_fx.rules.dotted_names import admits, ends_in, matches
-from lora_fx.rules.prefix_table import Prefix
+from lora_fx.rules.prefix_table import PREFIXES, Prefix, Prompt
 from lora_fx.rules.safe_regex import problem_of
 from lora_fx.rules.toml_lines import KeyPath
 from lora_fx.rules.validation import (
@@ -299,18 +299,23 @@ class RuleFile(_Table):
     """Settings of branches, where a selection has none of its own, and the task."""
 
     select: Annotated[tuple[Selection, ...], Items("tables under [[select]]", least=0, distinct=False)] = ()
-    """Which call sites. At least one, unless there is a prefix."""
+    """Which call sites. At least one, unless there is a prefix or a prompt."""
 
     prefix: Annotated[tuple[Prefix, ...], Items("one table under [[prefix]]", least=0, distinct=False)] = ()
     """Learned keys and values in front of those of attentions, one table at most."""
 
+    prompt: Annotated[tuple[Prompt, ...], Items("one table under [[prompt]]", least=0, distinct=False)] = ()
+    """Learned embeddings in front of those of the inputs, one table at most, and none beside a prefix."""
+
     @classmethod
     def as_a_whole(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Tell whether there is something to add, and one prefix at most."""
-        if not given.get("select", ()) and not given.get("prefix"):
+        """Tell whether there is something to add, and one prefix or prompt at most."""
+        ahead = [(key, len(each)) for key in PREFIXES if isinstance(each := given.get(key), list | tuple) and each]
+        if not given.get("select", ()) and not any(map(given.get, PREFIXES)):
             yield "select", "at least one is required, found []" if "select" in given else "required, and missing"
-        if isinstance(prefix := given.get("prefix"), list | tuple) and len(prefix) > 1:
-            yield "prefix", f"expected one table at most, found {len(prefix)}"
+        yield from ((key, f"expected one table at most, found {count}") for key, count in ahead if count > 1)
+        if len(ahead) > 1:
+            yield "prompt", "expected none beside [[prefix]]: a graph computes with one of them"
 
     @classmethod
     def unknown(cls, key: str) -> str:
@@ -387,17 +392,13 @@ class RuleSet(RuleFile):
         return isinstance(other, RuleSet) and all(getattr(self, key) == getattr(other, key) for key in said)
 
     def __hash__(self) -> int:
-        return hash((self.name, self.model_types, self.defaults, self.select, self.prefix))
+        return hash((self.name, self.model_types, self.defaults, self.select, self.prefix, self.prompt))
 
     @property
     def digest(self) -> str:
         """SHA-256 of what the rules say, as hexadecimal digits; the same for files that say the same."""
-        told = {
-            "model_types",
-            "defaults",
-            "select",
-            *(["prefix"] if self.prefix else []),
-        }  # earlier digests had no prefix
+        # Earlier digests had no prefix.
+        told = {"model_types", "defaults", "select", *(key for key in PREFIXES if getattr(self, key))}
         said = self.model_dump_json(include=told, exclude_none=True)
         return hashlib.sha256(said.encode()).hexdigest()
 

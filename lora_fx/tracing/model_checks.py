@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -51,11 +51,15 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def check_cached(given: Any, *, cache: bool, dynamic: bool, labels: bool, prefix: bool) -> None:
+def check_cached(given: Any, *, cache: bool, dynamic: bool, labels: bool, prefix: bool | Literal["prompt"]) -> None:
     """Raise :class:`TraceError` for arguments of a trace that do not go with a cache."""
     if cache and (labels or given is not None or dynamic):
         raise TraceError(
             "cache=True makes its own example_inputs, and has no labels: leave out example_inputs, dynamic and labels."
+        )
+    if cache and prefix == "prompt":
+        raise TraceError(
+            'cache=True and prefix="prompt" do not go together: a prompt is no past. Leave out cache=True.'
         )
     if cache and prefix:
         raise TraceError(
@@ -63,12 +67,16 @@ def check_cached(given: Any, *, cache: bool, dynamic: bool, labels: bool, prefix
         )
 
 
-def check_taken_as_traced(graph_module: TracedGraphModule, *, cache: bool, labels: bool, prefix: bool) -> None:
+def check_taken_as_traced(
+    graph_module: TracedGraphModule, *, cache: bool, labels: bool, prefix: bool | Literal["prompt"]
+) -> None:
     """Raise :class:`TraceError` where a trace of a graph, which is that graph, is asked for what it was traced without."""
-    lacks = prefix and info_of(graph_module).prefix_slot is None
+    slot = info_of(graph_module).prefix_slot
+    lacks = prefix and (slot is None or slot.is_prompt != (prefix == "prompt"))
     if lacks or (cache and not has_cache(graph_module)) or (labels and not info_of(graph_module).labels):
         raise TraceError(
-            "a graph is taken as it was traced, and this one was traced without what cache=True, labels=True or prefix=True ask for: pass the model. "
+            "a graph is taken as it was traced, and this one was traced without what cache=True, labels=True or "
+            f"prefix={prefix or True!r} ask for: pass the model. "
             "Adapters of this graph go along by lora_fx.transfer(graph, onto=lora_fx.trace(model, …))."
         )
 

@@ -63,7 +63,7 @@ class PrefixedCall:
             )
         self._original = model.forward
         self._parameters = inspect.signature(model.forward).parameters
-        self._holder = _taking_past(model)
+        self._holder = self._taking(model)
         self._decodes = is_encoder_decoder(model)
         self._layers = _layers_path(model) if self._decodes else ""
         # Without a mask, attentions that look both ways make one of the text's length, when they are traced.
@@ -89,6 +89,9 @@ class PrefixedCall:
         """Take nothing."""
         for cache in self._caches(path):
             cache.replace(number(path), ())
+
+    def _taking(self, model: nn.Module) -> nn.Module | None:
+        return _taking_past(model)
 
     def _caches(self, path: str) -> tuple[TensorCache, ...]:
         if not path.startswith(self._layers):
@@ -137,19 +140,22 @@ class PrefixedCall:
             given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
             prefix = given.pop(INPUT, None)
             text = next(each for each in given.values() if isinstance(each, torch.Tensor))
-            batch = text.size(0)
             if prefix is None:
                 prefix = text.new_empty(0, self.slot.width, dtype=self.slot.dtype)
-            own = self._past(prefix, batch)
-            empty: list[None] = [None] * len(own)
-            self._cache = BothCaches(own, TensorCache(empty), from_encoder=False) if self._decodes else own
-            return self._called(given, self._cache, lambda values: self._shifted(values, prefix.size(0), batch))
+            return self._behind(given, prefix, text.size(0))
 
         named = [p for p in self._parameters.values() if p.kind is not p.VAR_KEYWORD]
         more = [p for p in self._parameters.values() if p.kind is p.VAR_KEYWORD]
         own = inspect.Parameter(INPUT, inspect.Parameter.KEYWORD_ONLY, default=None)
         forward.__signature__ = inspect.Signature([*named, own, *more])  # type: ignore[attr-defined]
         return forward
+
+    def _behind(self, given: dict[str, Any], prefix: torch.Tensor, batch: int) -> Any:
+        """Call the model behind a prefix."""
+        own = self._past(prefix, batch)
+        empty: list[None] = [None] * len(own)
+        self._cache = BothCaches(own, TensorCache(empty), from_encoder=False) if self._decodes else own
+        return self._called(given, self._cache, lambda values: self._shifted(values, prefix.size(0), batch))
 
     def _shifted(self, given: dict[str, Any], tokens: int, batch: int) -> dict[str, Any]:
         kind = "decoder_" if self._decodes else ""

@@ -79,6 +79,7 @@ from lora_fx.tracing.module_kinds import linear_modules, parameter_modules, task
 from lora_fx.tracing.omitted_inputs import fills_of, flags_of
 from lora_fx.tracing.parity import OnCopies, called, check_evaluation, check_outputs, check_training
 from lora_fx.tracing.prefixed_forward import PrefixedCall, returns_cache, with_empty_slot, without_prefix
+from lora_fx.tracing.prompted_forward import prefixed
 from lora_fx.tracing.quantised_models import QuantisedLayers, checked_beside_library, linear_layers, without_codes
 from lora_fx.tracing.repeated_layers.call_values import FirstLayerDiffers, LayersDiffer, reason_of
 from lora_fx.tracing.repeated_layers.expand import expand
@@ -106,7 +107,7 @@ def trace(
     labels: bool = False,
     inference: bool = False,
     cache: Literal[False] = False,
-    prefix: bool = False,
+    prefix: bool | Literal["prompt"] = False,
 ) -> TracedGraphModule: ...
 
 
@@ -119,7 +120,7 @@ def trace(
     labels: bool = False,
     inference: bool = False,
     cache: bool,
-    prefix: bool = False,
+    prefix: bool | Literal["prompt"] = False,
 ) -> TracedGraphModule | CachedGraphs: ...
 
 
@@ -131,7 +132,7 @@ def trace(
     labels: bool = False,
     inference: bool = False,
     cache: bool = False,
-    prefix: bool = False,
+    prefix: bool | Literal["prompt"] = False,
 ) -> TracedGraphModule | CachedGraphs:
     """Trace a model into one plain ``torch.fx.GraphModule`` of ATen operators.
 
@@ -162,8 +163,8 @@ def trace(
             the prompt and every further token: ``(input_ids (batch, sequence), attention_mask (batch, past_sequence + sequence)[,
             position_ids (batch, sequence)], past_key_values)`` → ``{"logits", "present"}``, where ``past_key_values`` and ``present``
             are lists with ``{"key", "value"}`` of each layer, ``(batch, heads, length, size of a head)``. The past may be empty.
-        prefix: trace a transformers model so that its graph can take prefixes (``[[prefix]]`` in rules). Without one it computes what
-            the model computes.
+        prefix: trace a transformers model so that its graph can take prefixes (``[[prefix]]`` in rules), or with ``"prompt"`` prompts
+            (``[[prompt]]``). Without one it computes what the model computes.
 
     Returns:
         A graph in the mode (train or eval) of the model; in eval mode for an exported program. It is nested
@@ -190,7 +191,7 @@ def trace(
         inputs = None if cache else inputs_of(model, example_inputs)
         if labels and inputs is not None:
             inputs = with_item_count(model, with_labels(model, inputs))
-        call = CausalCall(model) if inputs is None else PrefixedCall(model, inputs) if prefix else None
+        call = CausalCall(model) if inputs is None else prefixed(model, inputs, prefix)
         with nullcontext() if call is None else replaced_forward(model, call) as cached:
             inputs = inputs if cached is None else inputs_of(model, cached.inputs)
             assert inputs is not None

@@ -83,7 +83,8 @@ def overview_of(files: AdapterFiles) -> AdapterOverview:
 def _kind(files: AdapterFiles, kinds: Sequence[str]) -> str:
     if files.prefix is not None:
         said = files.prefix.config
-        return f"prefix of {said.num_virtual_tokens} tokens for {said.num_layers} layers"
+        layers = f" for {said.num_layers} layers" if files.prefix.kind == "prefix" else ""
+        return f"{files.prefix.kind} of {said.num_virtual_tokens} tokens{layers}"
     if files.config.has_rows_alone:
         return "trainable tokens"
     scaling = "rsLoRA" if files.config.use_rslora else "LoRA"

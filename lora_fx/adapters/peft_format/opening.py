@@ -97,7 +97,9 @@ def read_adapter(
 def foldable(files: AdapterFiles) -> AdapterFiles:
     """Return an adapter that weights can hold; raise :class:`FoldError` for a prefix."""
     if files.prefix is not None:
-        raise FoldError(f"{files.directory}: {NO_WEIGHTS_HOLD}. Run it with PEFT, or export a graph with it.")
+        raise FoldError(
+            f"{files.directory}: {NO_WEIGHTS_HOLD[files.prefix.kind]}. Run it with PEFT, or export a graph with it."
+        )
     return files
 
 

@@ -52,7 +52,7 @@ from lora_fx.graph.state import State
 from lora_fx.numerics.lowrank_merge import with_all_rows
 from lora_fx.planning.attention_projections import warn_of_double_updates
 from lora_fx.rules.peft_config.config import CONFIG_NAME
-from lora_fx.rules.peft_config.prefix_config import PrefixConfig
+from lora_fx.rules.peft_config.prefix_config import AheadConfig
 from lora_fx.rules.validation import shown
 from lora_fx.tracing.model_state import unwrapped
 from lora_fx.tracing.replicated_layers import trace_with_layers
@@ -139,7 +139,7 @@ def from_adapter(
     settings: dict[str, Any] = {
         "dynamic": dynamic,
         "inference": inference,
-        "prefix": files.prefix is not None and not cache,
+        "prefix": files.prefix is not None and not cache and files.prefix.traced,
     }
     graphs = trace_with_layers(given, files.config.layer_replication, example_inputs, cache=cache, **settings)
     return through(graphs, loading)
@@ -278,7 +278,7 @@ def _in_form(
     graph_module: TracedGraphModule, content: PeftAdapter, form: foreign_file.Form
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return the tensors and the metadata of an adapter in a form of other tools."""
-    if isinstance(content.config, PrefixConfig):
+    if isinstance(content.config, AheadConfig):
         raise AdapterError(
             f"format {form!r}", ["has factors of layers alone, and the adapter is a prefix: write it for PEFT"]
         )

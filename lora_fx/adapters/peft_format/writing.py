@@ -40,7 +40,7 @@ from lora_fx.planning.peft_tokens import Vocabulary
 from lora_fx.planning.plan import owners_of
 from lora_fx.rules.peft_config.config import AdapterConfig, trains_bias
 from lora_fx.rules.peft_config.name_matching import modules_of
-from lora_fx.rules.peft_config.prefix_config import PrefixConfig
+from lora_fx.rules.peft_config.prefix_config import AheadConfig
 from lora_fx.rules.peft_config.target_names import TrainedParts, alpha_of, patterns, targets, trained_parts
 from lora_fx.rules.vocabulary import Start, splits_weight
 from lora_fx.sites.call_sites import Site, attention_of, is_bare, is_idle, parameter_of, sites
@@ -55,7 +55,7 @@ class PeftAdapter:
         tensors: by PEFT's keys.
     """
 
-    config: AdapterConfig | PrefixConfig
+    config: AdapterConfig | AheadConfig
     tensors: Mapping[str, torch.Tensor]
 
 

@@ -48,7 +48,6 @@ _APART: Mapping[str, str] = {
     "LILY": "Lily",
     "MULTITASK_PROMPT_TUNING": "multitask prompt tuning",
     "POLY": "Polytropon",
-    "PROMPT_TUNING": "prompt tuning",
     "P_TUNING": "P-tuning",
     "SHADOW": "ShadowPEFT",
     "XLORA": "X-LoRA",

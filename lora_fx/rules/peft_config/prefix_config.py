@@ -1,4 +1,4 @@
-"""``adapter_config.json`` of PEFT's prefix tuning, as data. Imports no torch."""
+"""``adapter_config.json`` of PEFT's prefix and prompt tuning, as data. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from lora_fx.errors import AdapterError
 from lora_fx.rules.peft_config.config import (
@@ -19,29 +19,48 @@ from lora_fx.rules.peft_config.config import (
 )
 from lora_fx.rules.validation import Flag, Positive, Text, validated
 
-METHOD: Literal["PREFIX_TUNING"] = "PREFIX_TUNING"
 
+class AheadConfig(SharedKeys):
+    """What stands in front of the text, and what trains beside it, in PEFT's words."""
 
-class PrefixConfig(SharedKeys):
-    """A prefix, and what trains beside it, in PEFT's words."""
-
-    peft_type: Literal["PREFIX_TUNING"]
+    peft_type: Literal["PREFIX_TUNING", "PROMPT_TUNING"]
     """The kind of adapter."""
 
     num_virtual_tokens: Positive
     """How many tokens."""
 
     token_dim: Positive
-    """Features of the keys of a layer, of all heads."""
+    """Features of the keys of a layer, of all heads, or of an embedding."""
+
+    num_transformer_submodules: Positive | None = None
+    """2 for encoder-decoder models: a prefix has keys and values of two layers for each of theirs, a prompt twice the embeddings."""
+
+    @property
+    def beside(self) -> AdapterConfig:
+        """The configuration of an adapter that trains the same of the model's own, and adapts no module."""
+        shared = {key: getattr(self, key) for key in SharedKeys.model_fields}
+        return AdapterConfig(peft_type="LORA", target_modules=DUMMY, **shared)
+
+    @classmethod
+    def of(cls, beside: AdapterConfig, **said: Any) -> Self:
+        """Return the configuration beside what another adapter trains of the model's own."""
+        return cls(**{key: getattr(beside, key) for key in SharedKeys.model_fields} | said)
+
+    def to_json(self) -> str:
+        """Return the file, with all keys that PEFT 0.21 writes, in its form."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True)
+
+
+class PrefixConfig(AheadConfig):
+    """A prefix."""
+
+    peft_type: Literal["PREFIX_TUNING"] = "PREFIX_TUNING"
 
     num_attention_heads: Positive
     """Heads of keys and values."""
 
     num_layers: Positive
     """Layers for which there are keys and values."""
-
-    num_transformer_submodules: Positive | None = None
-    """2 for encoder-decoder models, whose layers take keys and values of two layers each."""
 
     encoder_hidden_size: Positive | None = None
     """Width of the projection."""
@@ -52,24 +71,33 @@ class PrefixConfig(SharedKeys):
     init_weights: Text | None = None
     """How the prefix began."""
 
-    @property
-    def beside(self) -> AdapterConfig:
-        """The configuration of an adapter that trains the same of the model's own, and adapts no module."""
-        shared = {key: getattr(self, key) for key in SharedKeys.model_fields}
-        return AdapterConfig(peft_type="LORA", target_modules=DUMMY, **shared)
 
-    @staticmethod
-    def of(beside: AdapterConfig, **said: Any) -> PrefixConfig:
-        """Return the configuration of a prefix beside what another adapter trains of the model's own."""
-        return PrefixConfig(peft_type=METHOD, **{key: getattr(beside, key) for key in SharedKeys.model_fields} | said)
+class PromptConfig(AheadConfig):
+    """A prompt."""
 
-    def to_json(self) -> str:
-        """Return the file, with all keys that PEFT 0.21 writes, in its form."""
-        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True)
+    peft_type: Literal["PROMPT_TUNING"] = "PROMPT_TUNING"
+
+    num_attention_heads: Positive | None = None
+    """Of the model; PEFT reads them off its config where they are not said."""
+
+    num_layers: Positive | None = None
+    """Of the model, as the heads."""
+
+    prompt_tuning_init: Text = "RANDOM"
+    """How the prompt began."""
+
+    prompt_tuning_init_text: Text | None = None
+    """The text that it began as."""
+
+    tokenizer_name_or_path: Text | None = None
+    """The tokenizer of that text."""
+
+    tokenizer_kwargs: Mapping[str, Any] | None = None
+    """Its settings."""
 
 
-def read_prefix_config(directory: Path, ignored: Collection[str] = ()) -> PrefixConfig | None:
-    """Read the config of an adapter directory, if it is of prefix tuning.
+def read_prefix_config(directory: Path, ignored: Collection[str] = ()) -> PrefixConfig | PromptConfig | None:
+    """Read the config of an adapter directory, if it is of prefix or prompt tuning.
 
     Args:
         directory: with ``adapter_config.json``.
@@ -80,8 +108,12 @@ def read_prefix_config(directory: Path, ignored: Collection[str] = ()) -> Prefix
     """
     path = directory / CONFIG_NAME
     document = read_document(path, AdapterError, "a PEFT adapter")
-    if document.get("peft_type") != METHOD:
+    kinds: Mapping[Any, type[PrefixConfig | PromptConfig]] = {
+        "PREFIX_TUNING": PrefixConfig,
+        "PROMPT_TUNING": PromptConfig,
+    }
+    if (kind := kinds.get(document.get("peft_type"))) is None:
         return None
-    given: Mapping[str, Any] = {key: value for key, value in document.items() if key in PrefixConfig.model_fields}
+    given: Mapping[str, Any] = {key: value for key, value in document.items() if key in kind.model_fields}
     others = {key: value for key, value in document.items() if key not in given}
-    return beside_other_keys(given, others, partial(validated, PrefixConfig), str(path), ignored)
+    return beside_other_keys(given, others, partial(validated, kind), str(path), ignored)

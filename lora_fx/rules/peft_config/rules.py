@@ -126,7 +126,7 @@ def peft_rules(given: ConfigObject | Mapping[str, Any]) -> PeftRules:
 
 
 def prefix_document(given: ConfigObject | Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return a configuration of prefix tuning as the document of a rule file; None for one of another method.
+    """Return a configuration of prefix or prompt tuning as the document of a rule file; None for one of another method.
 
     Sizes that it names are those of the model, or PEFT fails.
 
@@ -134,22 +134,22 @@ def prefix_document(given: ConfigObject | Mapping[str, Any]) -> Mapping[str, Any
         RuleError: it asks for what rules cannot say.
     """
     document = _as_json(given if isinstance(given, Mapping) else given.to_dict())
-    if document.get("peft_type") != "PREFIX_TUNING":
+    kinds = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
+    if (kind := kinds.get(str(document.get("peft_type")))) is None:
         return None
-    for key in ("init_weights", "modules_to_save"):
+    random = str(document.get("prompt_tuning_init") or "RANDOM").rpartition(".")[2] == "RANDOM"
+    for key in ("init_weights", "modules_to_save", *([] if random else ["prompt_tuning_init"])):
         if document.get(key):
             raise RuleError(
                 "rules", [f"{key}: not supported with a prefix: found {shown(document[key])}. Train with PEFT"]
             )
-    table = {
-        "tokens": document.get("num_virtual_tokens"),
-        "role": "peft",
-        "projection": document.get("prefix_projection"),
-    }
-    if table["projection"]:
+    table = {"tokens": document.get("num_virtual_tokens")}
+    if kind == "prefix":
+        table |= {"role": "peft", "projection": document.get("prefix_projection")}
+    if table.get("projection"):
         table["hidden"] = document.get("encoder_hidden_size")
     said = {"task_type": document.get("task_type")}
-    return {"defaults": said, "prefix": [{key: value for key, value in table.items() if value is not None}]}
+    return {"defaults": said, kind: [{key: value for key, value in table.items() if value is not None}]}
 
 
 def _as_json(value: Any) -> Any:
