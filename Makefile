@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := .venv-peers
+FUZZ := .venv-fuzz
 
-.PHONY: demo test test-all test-clients test-peers browser bench bench-all docs mutate lint format clean
+.PHONY: demo test test-all test-clients test-peers fuzz browser bench bench-all docs mutate lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/lora-fx demo
@@ -26,6 +27,10 @@ test-clients: $(INSTALLED)
 # (.venv-peers, 3 GB). Writes tests/peers.md. `make test-all` is without: these libraries are large, and half an hour more.
 test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python tests/peers --write
+
+# Every reader of files that strangers give, for a minute, by a coverage-guided fuzzer; in an environment of its own (.venv-fuzz).
+fuzz: $(FUZZ)/.installed
+	$(FUZZ)/bin/python tests/fuzz
 
 # The page that pictures are looked at in is tested in a real browser: installed where that takes no question, and else asked for.
 browser:
@@ -62,7 +67,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format lora_fx tests tools
 
 clean:
-	rm -rf $(VENV) .venv-clients $(PEERS) demo-output mutants docs
+	rm -rf $(VENV) .venv-clients $(PEERS) $(FUZZ) demo-output mutants docs
 
 # torch first and alone: its pin names a CPU build where one is at hand, and nothing that follows may replace it.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -75,4 +80,10 @@ $(PEERS)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/pip install --quiet -c constraints.txt torch
 	$(PEERS)/bin/pip install --quiet -c constraints.txt -e '.[peers]'
+	touch $@
+
+$(FUZZ)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(FUZZ)
+	$(FUZZ)/bin/pip install --quiet -c constraints.txt torch
+	$(FUZZ)/bin/pip install --quiet -c constraints.txt -e '.[fuzz]'
 	touch $@

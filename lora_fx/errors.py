@@ -16,13 +16,17 @@ class LoraFxError(Exception):
     """Base class of all errors raised by lora_fx."""
 
 
+_MAX_PROBLEMS = 100  # of a message; a hostile file has as many as it has keys
+
+
 class _ProblemsError(LoraFxError):
     """Something read has problems, all of which are reported at once."""
 
     def __init__(self, source: str, problems: Sequence[str]) -> None:
         self.source = source
         self.problems = tuple(problems)
-        super().__init__("\n  ".join([f"{source}:", *problems]) if len(problems) != 1 else f"{source}: {problems[0]}")
+        told = shortened(problems, _MAX_PROBLEMS, "problems")
+        super().__init__("\n  ".join([f"{source}:", *told]) if len(problems) != 1 else f"{source}: {problems[0]}")
 
 
 class RuleError(_ProblemsError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 import lora_fx
 from lora_fx import huggingface
 from lora_fx.cli import app
+from lora_fx.cli.console import CODES
 from lora_fx.errors import LoraFxError
 from lora_fx.export.onnx_adapter_file import onnx_adapter_from_peft
 from lora_fx.files.atomic import replacing
@@ -351,6 +353,82 @@ def test_a_writer_that_is_killed_leaves_the_old_result_or_the_new(world: World, 
     writer.write(world, out)
     assert _settled(out.parent) == new
     assert not list(out.parent.glob(".*.partial"))  # nothing that was killed is left
+
+
+# Faults of the disk, and Ctrl-C, at every touch of a directory.
+
+FAULTS: Mapping[str, Callable[[str], BaseException]] = {
+    "no space": lambda path: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path),
+    "no permission": lambda path: PermissionError(errno.EACCES, os.strerror(errno.EACCES), path),
+    "an error of the disk": lambda path: OSError(errno.EIO, os.strerror(errno.EIO), path),
+    "Ctrl-C": lambda path: KeyboardInterrupt(),
+}
+
+
+def _outcome_of_fault(act: Callable[[], object], place: Path, stop: int, fault: Callable[[str], BaseException]) -> str:
+    """Act in a forked process, whose n-th touch of a directory fails; return what is raised: a class, and the first line of its message."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(100)
+        count = 0
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal count
+            if event in _EVENTS and str(place) in str(arguments[0]):
+                count += 1
+                if count == stop + 1:
+                    raise fault(str(arguments[0]))
+
+        sys.addaudithook(hook)
+        told = "nothing"
+        try:
+            act()
+        except LoraFxError as error:
+            code = next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
+            told = f"code {code}: {str(error).splitlines()[0]}"
+        except BaseException as error:
+            told = type(error).__name__
+        finally:
+            os.write(writing, told.encode()[:1000])
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    told = os.read(reading, 1000).decode()
+    os.close(reading)
+    return told
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "name", [name if name == "save_adapter" else pytest.param(name, marks=pytest.mark.matrix) for name in WRITERS]
+)
+def test_a_fault_at_any_touch_leaves_the_old_result_or_the_new_and_is_one_message(
+    world: World, name: str, fault: str, tmp_path: Path
+) -> None:
+    writer = WRITERS[name]
+    out = tmp_path / "place" / writer.name
+    out.parent.mkdir()
+    touches = _in_child(lambda: writer.write(world, out), tmp_path, None)
+    new = _settled(out.parent)
+    said = set()
+    for moment in range(0, touches, max(1, touches // 50)):
+        if writer.noun:
+            first = sorted(path for path in out.rglob("*") if path.is_file())[0]
+            first.write_bytes(b"old")
+        else:
+            out.write_bytes(b"old")
+        old = _settled(out.parent)
+        told = _outcome_of_fault(lambda: writer.write(world, out), tmp_path, moment, FAULTS[fault])
+        left = _settled(out.parent)
+        assert left in (old, new), f"neither the old nor the new after {moment} of {touches}"
+        assert left == new or told != "nothing", f"the old is left after {moment} of {touches}, and nothing is said"
+        said.add(told.partition(":")[0])
+    assert said <= ({"KeyboardInterrupt", "nothing"} if fault == "Ctrl-C" else {"code 5", "code 3", "nothing"}), said
+    assert said != {"nothing"}
+    writer.write(world, out)
+    assert _settled(out.parent) == new
+    assert not list(out.parent.glob(".*.partial"))
 
 
 # The rule itself.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -346,12 +347,12 @@ def _entry(path: Path, base: int, name: str, value: Any) -> TensorEntry:
     kind, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(kind, str) or kind not in DTYPES:
         refuse(
-            f"is of dtype {kind!r}, which torch does not have. Known are {', '.join(DTYPES)}: convert it to one of them."
+            f"is of dtype {_shown(kind)}, which torch does not have. Known are {', '.join(DTYPES)}: convert it to one of them."
         )
     if not _are_sizes(shape):
-        refuse(f"has the shape {shape!r}; a list of sizes was expected. {_AGAIN}")
+        refuse(f"has the shape {_shown(shape)}; a list of sizes was expected. {_AGAIN}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        refuse(f"has the data_offsets {offsets!r}; where it begins and where it ends were expected. {_AGAIN}")
+        refuse(f"has the data_offsets {_shown(offsets)}; where it begins and where it ends were expected. {_AGAIN}")
     dtype = DTYPES[kind]
     expected = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != expected:
@@ -359,13 +360,30 @@ def _entry(path: Path, base: int, name: str, value: Any) -> TensorEntry:
     return TensorEntry(name, dtype, tuple(shape), base + offsets[0], base + offsets[1])
 
 
+def _shown(value: Any) -> str:
+    """Return a value of a header, of bounded length; an integer of thousands of digits has no text."""
+    text = reprlib.repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
+
+
+_MAX_SHOWN = 200
+
+
 def _are_sizes(value: Any) -> bool:
     """Tell whether these are numbers that torch takes for sizes, also those of an empty tensor."""
-    return (
-        isinstance(value, list)
-        and all(type(number) is int and number >= 0 for number in value)
-        and math.prod(max(number, 1) for number in value) < 2**60
-    )
+    if not isinstance(value, list) or len(value) > _MAX_DIMENSIONS:
+        return False
+    product = 1
+    for number in value:
+        if type(number) is not int or number < 0:
+            return False
+        product *= max(number, 1)
+        if product >= 2**60:  # at once: products of many hostile numbers take hours
+            return False
+    return True
+
+
+_MAX_DIMENSIONS = 64  # of torch
 
 
 def _check_places(path: Path, entries: Iterable[TensorEntry], base: int, size: int) -> None:

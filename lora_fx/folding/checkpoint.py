@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
-from lora_fx.errors import LoraFxError, did_you_mean, hub_hint
+from lora_fx.errors import LoraFxError, did_you_mean, hub_hint, listed
+from lora_fx.files.bounded import read_bounded
 from lora_fx.files.safetensors import TensorEntry, TensorFile
 from lora_fx.numerics.lowrank_merge import FOLDABLE, Merge, rounded
+from lora_fx.rules.validation import shown
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -164,12 +166,16 @@ def _no_weights(directory: Path) -> str:
 
 # An index and its shards.
 
+_MAX_NAMED = 10
+
 
 def _files(index: Path, places: Mapping[str, str]) -> tuple[TensorFile, ...]:
     names = sorted(set(places.values()))
     missing = [name for name in names if not (index.parent / name).exists()]
     if missing:
-        raise LoraFxError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} lists. Download it again.")
+        raise LoraFxError(
+            f"{index.parent} lacks {listed(missing, _MAX_NAMED)}, which {index.name} lists. Download it again."
+        )
     files = tuple(TensorFile.open(index.parent / name) for name in names)
     found: dict[str, list[str]] = {}
     for name, file in zip(names, files, strict=True):
@@ -187,9 +193,15 @@ def _files(index: Path, places: Mapping[str, str]) -> tuple[TensorFile, ...]:
     return files
 
 
+_MAX_JSON = 2**26  # bytes: the index of the largest models, of 150,000 tensors, has 15 million
+
+
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text("utf-8"))
+        data = read_bounded(path, _MAX_JSON)
+        if len(data) > _MAX_JSON:
+            raise LoraFxError(f"{path} has more than {_MAX_JSON} bytes, and is no index of weights. Download it again.")
+        return json.loads(data.decode("utf-8"))
     except OSError as error:
         raise LoraFxError(f"cannot read {path}: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:
@@ -210,7 +222,13 @@ def _below(index: Path, name: str) -> str:
     path = posixpath.normpath(name)
     inside = path not in (".", "..") and not path.startswith(("/", "../")) and not {"\\", "\0"} & set(name)
     given = index.parent / name if inside else index.parent
-    if not inside or (given.exists() and not given.samefile(index.parent / path)):  # "a/../b", where a is a link
+    try:
+        inside = inside and (not given.exists() or given.samefile(index.parent / path))  # "a/../b", where a is a link
+    except OSError as error:  # a name that no file can have
+        raise LoraFxError(
+            f"{index}: {shown(name)} is not the path of a file: {error.strerror or error}. Correct the weight_map."
+        ) from error
+    if not inside:
         raise LoraFxError(
             f"{index}: {name!r} is not the path of a file in its directory, and none elsewhere is read. Correct the weight_map."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections import deque
 from collections.abc import Mapping
@@ -12,11 +13,14 @@ import tree_sitter_toml
 from tree_sitter import Language, Node, Parser
 
 from lora_fx.errors import RuleError
+from lora_fx.files.bounded import read_bounded
 
 KeyPath = tuple[str | int, ...]
 """Keys and, for items of an array, indices: ``("select", 1, "rank")``."""
 
-FILE_BYTES = 65_536  # tomllib takes time that is quadratic in the length of a dotted key
+FILE_BYTES = 65_536
+_MAX_PARTS = 4000  # of a dotted key, for which tomllib takes quadratic time
+_DOTTED = re.compile(r"""(?:\.[ \t]*+(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+)++""")
 DEEPEST = 8  # parts of a key path that are told apart; a hostile text can nest as deep as it is long
 
 
@@ -27,11 +31,12 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Mapping[KeyPath, int]]:
         RuleError: it cannot be read, or is not TOML.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(FILE_BYTES + 1)
+        data = read_bounded(path, FILE_BYTES)
         if len(data) > FILE_BYTES:
             raise RuleError(str(path), [f"is larger than {FILE_BYTES} bytes"])
         text = data.decode("utf-8-sig")
+        if any(found[0].count(".") > _MAX_PARTS for found in _DOTTED.finditer(text)):
+            raise RecursionError
         return tomllib.loads(text), toml_lines(text)
     except OSError as error:
         raise RuleError(str(path), [f"cannot be read: {error.strerror}"]) from error

@@ -12,13 +12,15 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from lora_fx.errors import AdapterError, RuleError, hub_hint, option, warn
+from lora_fx.files.bounded import read_bounded
 from lora_fx.rules.peft_config.name_matching import admits_layer, is_bias, is_named, modules_of, value_of_pattern
 from lora_fx.rules.peft_config.other_keys import UNUSED, is_off, problem_of_key
 from lora_fx.rules.peft_config.other_methods import why_not_applied
 from lora_fx.rules.rule_file import Regex, Setting
+from lora_fx.rules.safe_regex import problem_of_patterns
 from lora_fx.rules.validation import (
     Dropout,
     Flag,
@@ -37,6 +39,7 @@ from lora_fx.rules.vocabulary import Scaling, Start, Variant, splits_weight
 
 CONFIG_NAME = "adapter_config.json"
 MAX_BYTES = 2**24  # of a config: real ones have a few thousand
+MAX_VALUES = 300_000  # of a config: all rows of a large vocabulary, as trainable tokens
 
 DUMMY = "dummy-target-modules"
 """By what PEFT adapts no module."""
@@ -54,6 +57,13 @@ def _check_init(init: bool | str) -> bool | str:
     if isinstance(init, str) and init not in _SAME_BASE and not splits_weight(init):
         raise wrong(f"expected true, false or one of {', '.join(map(repr, _SAME_BASE))}, found {shown(init)}")
     return init
+
+
+def _check_patterns(patterns: Any) -> Any:
+    problem = problem_of_patterns(patterns) if isinstance(patterns, dict) else None
+    if problem is not None:
+        raise wrong(problem)
+    return patterns
 
 
 def _check_rows(rows: Any) -> Any:
@@ -130,10 +140,10 @@ class AdapterConfig(SharedKeys):
     lora_alpha: Number = 8
     """Numerator of the scaling of the branches that ``alpha_pattern`` does not name."""
 
-    rank_pattern: dict[Regex, Positive] = {}  # noqa: RUF012 -- pydantic copies it
+    rank_pattern: Annotated[dict[Regex, Positive], BeforeValidator(_check_patterns)] = {}  # noqa: RUF012 -- pydantic copies it
     """Regular expression → rank. The first that matches a name, or its end after a dot, counts."""
 
-    alpha_pattern: dict[Regex, Number] = {}  # noqa: RUF012
+    alpha_pattern: Annotated[dict[Regex, Number], BeforeValidator(_check_patterns)] = {}  # noqa: RUF012
     """Regular expression → numerator of the scaling, matched as in ``rank_pattern``."""
 
     use_rslora: Flag = False
@@ -411,14 +421,15 @@ def read_document(path: Path, error_class: type[AdapterError | RuleError], expec
         expected: noun phrase for it.
     """
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_BYTES + 1)
+        text = read_bounded(path, MAX_BYTES)
     except OSError as error:
         problem = f"expected {expected}, with {path.name}: {error.strerror}"
         hint = hub_hint(path.parent)
         raise error_class(str(path.parent), [f"{problem}.{hint}" if hint else problem]) from error
     if len(text) > MAX_BYTES:
         raise error_class(str(path), [f"expected a config, found more than {MAX_BYTES} bytes"])
+    if text.count(b",") > MAX_VALUES:
+        raise error_class(str(path), [f"expected a config, found more than {MAX_VALUES} values"])
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
