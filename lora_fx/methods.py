@@ -36,7 +36,7 @@ from lora_fx.graph.cached_graphs import has_cache
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import CHECKPOINTING_SPELLING, EMBEDDINGS, PEFT_SPELLING, known_info, with_info
 from lora_fx.graph.layers import layers
-from lora_fx.graph.sharded import mesh_of, on_first_process
+from lora_fx.graph.sharded import is_sharded, on_first_process
 from lora_fx.graph.take_over import take_over
 from lora_fx.sites.call_sites import sites
 from lora_fx.tracing.transformers_models import double_over, empty_double
@@ -276,7 +276,7 @@ def save_pretrained(
         for adapter in adapters(whole) if selected_adapters is None else selected_adapters:
             write_adapter_files(whole, directory if adapter == "default" else directory / adapter, adapter)
 
-    if is_main_process or mesh_of(graph_module) is not None:
+    if is_main_process or is_sharded(graph_module):
         on_first_process(graph_module, write)
 
 

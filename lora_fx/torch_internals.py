@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch._inductor import config as inductor_config
     from torch._ops import HigherOrderOperator, OpOverload
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+    from torch.distributed.distributed_c10d import _resolve_process_group as resolve_process_group
     from torch.export import _trace as export_trace
     from torch.fx._lazy_graph_module import _use_lazy_graph_module as use_lazy_graph_module
     from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
@@ -67,6 +68,7 @@ __all__ = [
     "make_wrapper_subclass",
     "parse_to",
     "pytree",
+    "resolve_process_group",
     "use_lazy_graph_module",
 ]
 
@@ -113,6 +115,9 @@ NAMES = {
     "make_wrapper_subclass": Private("torch", "Tensor._make_wrapper_subclass", "quantised weights"),
     "parse_to": Private("torch._C._nn", "_parse_to", "arguments of Module.to in a model's forward"),
     "pytree": Private("torch.utils._pytree", "", "nested inputs and outputs"),
+    "resolve_process_group": Private(
+        "torch.distributed.distributed_c10d", "_resolve_process_group", "groups of processes by their names"
+    ),
     "use_lazy_graph_module": Private(
         "torch.fx._lazy_graph_module", "_use_lazy_graph_module", "exports without compiling in between"
     ),

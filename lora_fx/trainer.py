@@ -31,7 +31,7 @@ from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.graph_module import TracedGraphModule, state_in_parts
 from lora_fx.graph.info import known_info
 from lora_fx.graph.provenance import code_of
-from lora_fx.graph.sharded import from_first_process, gathered, mesh_of, on_first_process
+from lora_fx.graph.sharded import from_first_process, gathered, is_sharded, on_first_process
 from lora_fx.tracing.example_inputs import pad_token_of
 from lora_fx.tracing.item_count import loss_uses_count
 
@@ -150,7 +150,7 @@ class AdapterCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, *_control: Any, model: Any = None, **_context: Any
     ) -> None:
         """Write each adapter into the checkpoint, from one process; all give their parts of a sharded graph."""
-        if state.is_world_process_zero or mesh_of(model) is not None:
+        if state.is_world_process_zero or is_sharded(model):
             checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             for adapter in adapters(model):
                 save_adapter(model, checkpoint / adapter, adapter, overwrite=True)

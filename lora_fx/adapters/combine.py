@@ -31,6 +31,7 @@ from lora_fx.adapters.recorded import (
 from lora_fx.errors import PlanError, did_you_mean
 from lora_fx.graph.adapter_names import copy_name, original_name, token_names
 from lora_fx.graph.adapter_states import acting, trained_names
+from lora_fx.graph.cached_graphs import check_undivided
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
 from lora_fx.graph.info import check_module
 from lora_fx.graph.joined_graphs import Graphs, through
@@ -111,6 +112,7 @@ def _combination(
     seed: int | None,
 ) -> TracedGraphModule:
     check_module(graph_module)
+    check_undivided(graph_module)
     if not strengths:
         raise PlanError("expected at least one adapter with its strength, got none.")
     found = ordered(graph_module, strengths)

@@ -25,7 +25,7 @@ from lora_fx.adapters.starts import model_weight, rests
 from lora_fx.errors import PlanError, listed
 from lora_fx.graph.adapter_names import adapter_of, adapters, rest_name
 from lora_fx.graph.adapter_states import acting, adapters_as_added
-from lora_fx.graph.cached_graphs import CachedGraphs, check_whole
+from lora_fx.graph.cached_graphs import CachedGraphs, check_undivided, check_whole
 from lora_fx.graph.compare import described
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, state_of
 from lora_fx.graph.info import RuledBranches, info_of
@@ -80,6 +80,7 @@ def _transferred(graph_module: TracedGraphModule, onto: TracedGraphModule) -> Tr
         )
     for each in (given, onto):
         check_whole(each)
+        check_undivided(each)
     if problem := problem_of_layers(info_of(given).layers, info_of(onto).layers):
         raise PlanError(f"{problem}.")
     strengths = {**{name: each for name, each in acting(onto).items() if name not in adapters(given)}, **acting(given)}

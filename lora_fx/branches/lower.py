@@ -10,6 +10,7 @@ from torch import fx, nn
 from lora_fx.graph.erasing import erase_unread
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
 from lora_fx.graph.info import check_same_for_all_rows
+from lora_fx.graph.process_sums import gradient_sums_of
 from lora_fx.graph.provenance import stamp_of, write_stamp
 from lora_fx.numerics.bit_dropout import DropoutRate
 from lora_fx.numerics.fused_branch import add_update
@@ -22,6 +23,8 @@ Graph = TypeVar("Graph", bound=fx.GraphModule)
 def lower(graph_module: Graph) -> Graph | TracedGraphModule:
     """Return the graph from which a fused one was made, with the same node names; a graph that is not fused is returned itself.
 
+    Of a graph of one of several processes, the sums of gradients are left out: the result is to be read, folded and exported, not trained.
+
     Args:
         graph_module: left as it is; the result has parameters of its own over the same storage.
 
@@ -29,9 +32,13 @@ def lower(graph_module: Graph) -> Graph | TracedGraphModule:
         PlanError: the graph takes the adapter of each row.
     """
     check_same_for_all_rows(graph_module)
-    if not is_fused(graph_module):
+    gradient_sums = gradient_sums_of(graph_module)
+    if not is_fused(graph_module) and not gradient_sums:
         return graph_module
-    graph, _ = copy_graph(graph_module.graph)
+    graph, copies = copy_graph(graph_module.graph)
+    for node in gradient_sums:
+        copies[node].replace_all_uses_with(copies[node].all_input_nodes[0])
+        graph.erase_node(copies[node])
     for node in graph.find_nodes(op="call_function", target=add_update):
         _write_plain(graph, node)
     modules = state_of(graph_module).modules

@@ -129,7 +129,8 @@ def without_branches(
         if first not in read and (first in of_branches or is_of_adapter(name) or nominate(name))
     }
     dropped |= set(state.modules) - read
-    info = replace(known_info(graph_module).flat, adapters={})
+    known = known_info(graph_module)
+    info = replace(known.flat, adapters={}, shards=known.shards and known.shards.folded)
     plain = rebuilt(graph_module, graph, state=state.without(dropped), info=info, trainable=frozenset())
     return checked(plain, "folded")
 

@@ -118,6 +118,11 @@ def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.
         )
     if info_of(graph_module).labels:
         raise ExportError(WITH_LABELS)
+    if info_of(graph_module).shards is not None:
+        raise ExportError(
+            "expected a whole graph, got that of one of several processes, which computes sums over them that no file has: export the graph "
+            "before lora_fx.parallel.shard."
+        )
     slot, adapter = info_of(graph_module).prefix_slot, acting_prefix(graph_module)
     if slot is not None and slot.past and adapter is not None:
         raise ExportError(

@@ -6,7 +6,7 @@ import os
 
 from torch import distributed
 
-from lora_fx.errors import warn
+from lora_fx.errors import LoraFxError, warn
 from lora_fx.graph.info import EMBEDDINGS, GraphInfo
 
 _OF_DDP = "_ddp_params_and_buffers_to_ignore"  # asked for by the constructor of DistributedDataParallel alone
@@ -38,6 +38,7 @@ def say_absent(name: str, info: GraphInfo) -> None:
         info: the record of the graph.
 
     Raises:
+        LoraFxError: DistributedDataParallel would give all processes the parts of the first.
         AttributeError: the graph lacks a method because it is nested, or has something else in place of one of PEFT's.
     """
     if name in _INSTEAD:
@@ -46,6 +47,11 @@ def say_absent(name: str, info: GraphInfo) -> None:
         raise AttributeError(
             f"a nested graph has no {name}: FSDP would shard such a module on its own, while the graph reads the weight outside of it. "
             "lora_fx.flatten(graph) has it."
+        )
+    if name == _OF_DDP and info.shards is not None:
+        raise LoraFxError(
+            "this graph has one process's parts of the weights (lora_fx.parallel.shard), and DistributedDataParallel, which Trainer makes too, "
+            "would overwrite them with those of the first process. Train it as it is, with equal batches on all processes."
         )
     # Accelerate sets the variable, also for Trainer.
     if name == _OF_DDP and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not distributed.get_rank():

@@ -89,6 +89,16 @@ def check_whole(graph_module: nn.Module) -> None:
         )
 
 
+def check_undivided(graph_module: nn.Module) -> None:
+    """Raise :class:`PlanError` for the graph of one of several processes, of which a pass would change a part alone."""
+    shards = known_info(graph_module).shards
+    if shards is not None:
+        raise PlanError(
+            f"expected a whole graph, got that of process {shards.rank} of {shards.world}, which has parts of the weights: do this before "
+            "lora_fx.parallel.shard."
+        )
+
+
 def has_cache(graph_module: TracedGraphModule) -> bool:
     """Tell whether a graph was traced with ``cache=True``."""
     return any(argument.name == PAST and argument.is_input for argument in signature_of(graph_module.graph).arguments)

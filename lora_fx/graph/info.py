@@ -16,6 +16,7 @@ from lora_fx.errors import PlanError
 from lora_fx.graph.example_sizes import Examples
 from lora_fx.graph.layers import Checkpointing
 from lora_fx.graph.prefix_slot import PrefixSlot
+from lora_fx.graph.process_sums import RankShards
 from lora_fx.graph.records import BranchSpec, Origin, ParameterModule, PrefixSpec, TaskHead, TokenRows
 from lora_fx.numerics.lowrank_merge import Merge
 from lora_fx.rules.peft_config.config import LayerMap
@@ -131,6 +132,7 @@ class GraphInfo:
         nested: whether the code is in layers.
         by_row: the adapters among which a call chooses for each row of the batch; empty where all rows have the same.
         checkpointing: how layers of a nested graph are computed again in the backward pass; None where none are.
+        shards: the share of this process where several compute parts of the graph (tensor parallelism); None where one computes all.
     """
 
     inference: bool = True
@@ -161,6 +163,7 @@ class GraphInfo:
     nested: bool = False
     by_row: tuple[str, ...] = ()
     checkpointing: Checkpointing | None = None
+    shards: RankShards | None = None
 
     @property
     def flat(self) -> GraphInfo:

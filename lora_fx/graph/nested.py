@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from lora_fx.errors import PlanError
-from lora_fx.graph.cached_graphs import CachedGraphs
+from lora_fx.graph.cached_graphs import CachedGraphs, check_undivided
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, copied_over, state_of
 from lora_fx.graph.info import GraphInfo, info_of, with_info
 from lora_fx.graph.layers import Checkpointing, nesting
@@ -56,6 +56,8 @@ def nest_in_place(graph_module: TracedGraphModule, checkpointing: Checkpointing 
 
 
 def _nestable(graph_module: Any) -> TracedGraphModule:
+    if isinstance(graph_module, TracedGraphModule):
+        check_undivided(graph_module)
     if isinstance(graph_module, CachedGraphs):
         raise PlanError(
             "expected one graph, got CachedGraphs: the graphs of an encoder-decoder with a key-value cache stay flat."

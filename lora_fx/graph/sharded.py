@@ -1,8 +1,9 @@
-"""Graphs that FSDP shards over processes: their whole tensors, gathered once, and a first process that acts for all."""
+"""Graphs that FSDP or tensor parallelism shards over processes: their whole tensors, gathered once, and a first process that acts for all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -13,6 +14,8 @@ from torch.distributed.tensor import DTensor
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.graph_module import TracedGraphModule, assemble, copy_graph, state_in_parts, trainable_names
 from lora_fx.graph.info import known_info, with_info
+from lora_fx.graph.pickling import restore
+from lora_fx.graph.process_sums import RankShards
 
 Result = TypeVar("Result")
 
@@ -20,6 +23,11 @@ Result = TypeVar("Result")
 def mesh_of(module: nn.Module) -> DeviceMesh | None:
     """Return the processes that a graph is sharded over, or None where it is not."""
     return next((each.device_mesh for each in module.parameters() if isinstance(each, DTensor)), None)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Tell whether several processes have parts of a graph, by FSDP or by tensor parallelism."""
+    return mesh_of(module) is not None or known_info(module).shards is not None
 
 
 def on_first_process(graph_module: TracedGraphModule, function: Callable[[TracedGraphModule], Result]) -> Result | None:
@@ -31,7 +39,7 @@ def on_first_process(graph_module: TracedGraphModule, function: Callable[[Traced
         lora_fx.parallel.on_first_process(graph, lambda whole: torch.save(lora_fx.fold(whole).state_dict(), "merged.pt"))
 
     Args:
-        graph_module: sharded by :func:`lora_fx.parallel.fully_shard`, torch or accelerate; not changed.
+        graph_module: sharded by :func:`lora_fx.parallel.fully_shard`, :func:`lora_fx.parallel.shard`, torch or accelerate; not changed.
         function: takes the whole graph, which is flat.
 
     Raises:
@@ -60,17 +68,21 @@ def from_first_process(graph_module: nn.Module, function: Callable[[], Result]) 
         graph_module: a graph that is not sharded is of one process.
         function: what it returns is pickled.
     """
-    mesh = mesh_of(graph_module)
-    if mesh is None:
+    mesh, shards = mesh_of(graph_module), known_info(graph_module).shards
+    if mesh is None and shards is None:
         return function()
     outcome: list[Any] = [None, None]
     error: Exception | None = None
-    if _is_first(mesh):
+    if _is_first(mesh) if mesh is not None else shards is not None and shards.rank == 0:
         try:
             outcome = [None, function()]
         except Exception as caught:  # whatever it is, no process is left waiting
             error, outcome = caught, [f"{type(caught).__name__}: {caught}", None]
-    for dim in range(mesh.ndim):  # from the first of a row to all of it, and from these to their columns
+    if shards is not None:
+        distributed.broadcast_object_list(outcome, group=shards.process_group(), group_src=0)
+    for dim in range(
+        mesh.ndim if mesh is not None else 0
+    ):  # from the first of a row to all of it, and from these to their columns
         distributed.broadcast_object_list(outcome, group=mesh.get_group(dim), group_src=0)
     message, result = outcome
     if error is not None:
@@ -85,7 +97,9 @@ def gathered(graph_module: TracedGraphModule) -> TracedGraphModule | None:
 
     All processes have to call it.
     """
-    mesh = mesh_of(graph_module)
+    mesh, shards = mesh_of(graph_module), known_info(graph_module).shards
+    if shards is not None:
+        return _gathered_parts(graph_module, shards)
     if mesh is None:
         return graph_module
     state = state_in_parts(graph_module)
@@ -104,6 +118,32 @@ def gathered(graph_module: TracedGraphModule) -> TracedGraphModule | None:
         copy_graph(graph_module.graph)[0],
         state.with_tensors({name: whole[id(tensor)] for name, tensor in state.tensors.items()}),
         meta=with_info(graph_module.meta, known_info(graph_module).flat),
+        training=graph_module.training,
+        trainable=trainable_names(graph_module),
+    )
+
+
+def _gathered_parts(graph_module: TracedGraphModule, shards: RankShards) -> TracedGraphModule | None:
+    """Return the whole graph of which this one computes parts, on the first process, and None on the others."""
+    if shards.whole is None:
+        raise LoraFxError(
+            f"this is the folded graph of process {shards.rank} of {shards.world}, which does not know the whole one: gather before the fold."
+        )
+    state, whole = state_in_parts(graph_module), dict[int, torch.Tensor]()
+    for first in state.names():
+        tensor = state.tensors[first]
+        value = shards.gather(first, tensor)
+        if shards.rank == 0:
+            whole[id(tensor)] = nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value
+    if shards.rank:
+        return None
+    graph = restore(shards.whole)
+    called = {str(node.target) for node in graph.find_nodes(op="call_module")}
+    tensors = {name: whole[id(tensor)] for name, tensor in state.tensors.items()}
+    return assemble(
+        graph,
+        state.without({name for name in state.modules if name not in called}).with_tensors(tensors),
+        meta=with_info(graph_module.meta, replace(known_info(graph_module), shards=None)),
         training=graph_module.training,
         trainable=trainable_names(graph_module),
     )

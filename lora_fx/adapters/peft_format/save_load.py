@@ -42,7 +42,7 @@ from lora_fx.files.safetensors import write_tensors
 from lora_fx.files.target import DirectoryKind, Target
 from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.adapter_states import trained_names
-from lora_fx.graph.cached_graphs import CachedGraphs, check_whole
+from lora_fx.graph.cached_graphs import CachedGraphs, check_undivided, check_whole
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, state_of
 from lora_fx.graph.info import RuledBranches, info_of
 from lora_fx.graph.joined_graphs import Graphs, through, whole
@@ -200,6 +200,7 @@ def with_adapter(
     graph_module: TracedGraphModule, files: AdapterFiles, adapter: str, *, trainable: bool | None, strict: bool
 ) -> TracedGraphModule:
     """Return the graph with an adapter from a directory that was opened, see :func:`load_adapter`."""
+    check_undivided(graph_module)
     graph_module = _traced(graph_module)
     check_base(files, fingerprint(_base_of(graph_module)), strict=strict)
     contents = read_contents(files, graph_module)

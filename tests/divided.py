@@ -1,0 +1,109 @@
+"""Computes small graphs by two processes with a part of the weights each, which ``torch.distributed.run`` starts::
+
+    python -m torch.distributed.run --standalone --nproc_per_node 2 tests/divided.py DIRECTORY
+
+where ``DIRECTORY`` has rewritten graphs, ``<name>.graph``. What is found is left there, as ``<name>-<rank>.pt``.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from architectures import inputs
+from torch import distributed, nn
+
+import lora_fx
+from lora_fx.graph.info import info_of
+from lora_fx.parallel import ShardingPlan
+
+NAMES = ("llama", "gpt2")
+
+
+def batch_of(name: str) -> dict[str, torch.Tensor]:
+    return inputs(name, 3, 7, seed=1)
+
+
+def said(function: Any) -> str:
+    """Return what is said where a function is refused."""
+    try:
+        function()
+    except lora_fx.LoraFxError as error:
+        return str(error)
+    return "nothing"
+
+
+def computed(name: str, directory: Path) -> dict[str, Any]:
+    """Return outputs, gathered gradients, the names and sizes of parameters, and the folded weights of a process."""
+    graph = torch.load(directory / f"{name}.graph", weights_only=False)
+    part = lora_fx.parallel.shard(graph)
+    shards = info_of(part).shards
+    assert shards is not None
+    logits = part(**batch_of(name)).logits
+    logits.square().mean().backward()
+    gradients = {
+        key: shards.gather(key, value.grad) for key, value in part.named_parameters() if value.grad is not None
+    }
+    lora_fx.save_adapter(part, directory / f"{name}-adapter")
+    folded = lora_fx.fold(part)
+    copied = copy.deepcopy(part)
+    with torch.no_grad():
+        again = [each.eval()(**batch_of(name)).logits for each in (folded, copied)]
+    return {
+        "logits": logits.detach(),
+        "again": again,
+        "gradients": gradients,
+        "sizes": {key: value.untyped_storage().nbytes() for key, value in part.named_parameters()},
+        "divided": sorted(shards.shards),
+        "merged": dict(folded.state_dict()),
+        "parts": {key: (shard.dim, shard.blocks) for key, shard in shards.shards.items()},
+    }
+
+
+def refusals(directory: Path, rank: int) -> dict[str, str]:
+    """Return what every process says where one refuses or all do; none waits for another forever."""
+    shard = lora_fx.parallel.shard
+    graph = torch.load(directory / "llama.graph", weights_only=False)
+    other = copy.deepcopy(graph)
+    if rank:
+        next(each for each in other.parameters() if each.requires_grad).data.add_(1)
+    dropped = torch.load(directory / "dropped.graph", weights_only=False)
+    part = shard(graph)
+    found = {
+        "other": said(lambda: shard(other)),
+        "one": said(lambda: shard(dropped if rank else graph)),
+        "heads": said(lambda: shard(torch.load(directory / "odd.graph", weights_only=False))),
+        "name": said(lambda: shard(graph, ShardingPlan(columns=("query",)))),
+        "column alone": said(lambda: shard(graph, ShardingPlan(columns=("up_proj",)))),
+        "row alone": said(lambda: shard(graph, ShardingPlan(rows=("down_proj",)))),
+        "head": said(lambda: shard(graph, ShardingPlan(columns=("lm_head",)))),
+        "dora": said(lambda: shard(torch.load(directory / "dora.graph", weights_only=False))),
+        "nested": said(lambda: shard(lora_fx.nest(graph))),
+        "twice": said(lambda: shard(part)),
+        "rewrite": said(lambda: lora_fx.rewrite(part, "auto", adapter="b")),
+        "export": said(lambda: lora_fx.export.pt2(part, directory / "part.pt2")),
+        "ddp": said(lambda: nn.parallel.DistributedDataParallel(part)),
+        "target": said(lambda: lora_fx.save_adapter(part, directory / "full")),
+    }
+    by_name = ShardingPlan(columns=("gate_proj", "mlp.up_proj"), rows=("layers.*.mlp.down_proj",))
+    with torch.no_grad():
+        unlike = shard(graph, by_name)(**batch_of("llama")).logits - graph(**batch_of("llama")).logits
+    return {**found, "named": str(unlike.abs().max().item())}
+
+
+def main(directory: Path) -> None:
+    """Run everything, and leave what is found."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    for name in NAMES:
+        torch.save(computed(name, directory), directory / f"{name}-{rank}.pt")
+    torch.save(refusals(directory, rank), directory / f"refusals-{rank}.pt")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
