@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from torch._inductor import config as inductor_config
     from torch._ops import HigherOrderOperator, OpOverload
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
-    from torch.distributed.distributed_c10d import _resolve_process_group as resolve_process_group
+    from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
+        _resolve_process_group as resolve_process_group,
+    )
     from torch.export import _trace as export_trace
     from torch.fx._lazy_graph_module import _use_lazy_graph_module as use_lazy_graph_module
     from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen

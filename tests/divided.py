@@ -1,6 +1,6 @@
-"""Computes small graphs by two processes with a part of the weights each, which ``torch.distributed.run`` starts::
+"""Computes small graphs by two processes with a part of the weights each::
 
-    python -m torch.distributed.run --standalone --nproc_per_node 2 tests/divided.py DIRECTORY
+    python tests/divided.py DIRECTORY llama gpt2 refusals
 
 where ``DIRECTORY`` has rewritten graphs, ``<name>.graph``. What is found is left there, as ``<name>-<rank>.pt``.
 """
@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 from architectures import inputs
-from torch import distributed, nn
+from torch import distributed, multiprocessing, nn
 
 import lora_fx
 from lora_fx.graph.info import info_of
 from lora_fx.parallel import ShardingPlan
-
-NAMES = ("llama", "gpt2")
 
 
 def batch_of(name: str) -> dict[str, torch.Tensor]:
@@ -84,6 +82,9 @@ def refusals(directory: Path, rank: int) -> dict[str, str]:
         "nested": said(lambda: shard(lora_fx.nest(graph))),
         "twice": said(lambda: shard(part)),
         "rewrite": said(lambda: lora_fx.rewrite(part, "auto", adapter="b")),
+        "fully_shard": said(lambda: lora_fx.parallel.fully_shard(part)),
+        "stage": said(lambda: lora_fx.parallel.stage_module(part, ["model.layers.1"], 0)),
+        "transfer": said(lambda: lora_fx.transfer(part, onto=graph)),
         "export": said(lambda: lora_fx.export.pt2(part, directory / "part.pt2")),
         "ddp": said(lambda: nn.parallel.DistributedDataParallel(part)),
         "target": said(lambda: lora_fx.save_adapter(part, directory / "full")),
@@ -94,16 +95,16 @@ def refusals(directory: Path, rank: int) -> dict[str, str]:
     return {**found, "named": str(unlike.abs().max().item())}
 
 
-def main(directory: Path) -> None:
-    """Run everything, and leave what is found."""
+def main(rank: int, directory: Path, names: list[str]) -> None:
+    """Run what is named in one of two processes, and leave what is found."""
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo")
-    rank = distributed.get_rank()
-    for name in NAMES:
-        torch.save(computed(name, directory), directory / f"{name}-{rank}.pt")
-    torch.save(refusals(directory, rank), directory / f"refusals-{rank}.pt")
+    distributed.init_process_group("gloo", init_method=f"file://{directory}/{names[0]}.store", rank=rank, world_size=2)
+    for name in names:
+        found = refusals(directory, rank) if name == "refusals" else computed(name, directory)
+        torch.save(found, directory / f"{name}-{rank}.pt")
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    # Forked, the two have imported everything already.
+    multiprocessing.start_processes(main, (Path(sys.argv[1]).resolve(), sys.argv[2:]), 2, start_method="fork")

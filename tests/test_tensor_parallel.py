@@ -29,37 +29,38 @@ def branched(name: str, **settings: Any) -> lora_fx.TracedGraphModule:
     return without_dropout(graph)
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with the graphs, and with what two processes found."""
-    directory = tmp_path_factory.mktemp("divided")
-    for name in divided.NAMES:
-        graph = branched(name).train()
-        generator = torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            for parameter in graph.parameters():
-                if parameter.dim() == 1:  # biases, which are zero in fresh models, and weights of norms
-                    parameter.copy_(parameter + 0.1 * torch.randn(parameter.shape, generator=generator))
-        set_factors(graph)
-        torch.save(graph, directory / f"{name}.graph")
-    torch.save(lora_fx.rewrite(traced("llama"), "auto", dropout=0.1, seed=0), directory / "dropped.graph")
-    dora = {"defaults": {"variant": "dora"}, "select": [{"target": TARGETS["llama"]}]}
-    torch.save(without_dropout(lora_fx.rewrite(traced("llama"), dora, dropout=0.0, seed=0)), directory / "dora.graph")
-    config = transformers.LlamaConfig(
-        vocab_size=40,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=1,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
-    torch.save(lora_fx.trace(transformers.LlamaForCausalLM(config)), directory / "odd.graph")
-    (directory / "full").mkdir()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
+def prepare(name: str, directory: Path) -> None:
+    """Write a graph whose factors and biases are not zero."""
+    graph = branched(name).train()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in graph.parameters():
+            if parameter.dim() == 1:  # biases, which are zero in fresh models, and weights of norms
+                parameter.copy_(parameter + 0.1 * torch.randn(parameter.shape, generator=generator))
+    set_factors(graph)
+    torch.save(graph, directory / f"{name}.graph")
+
+
+def launch(directory: Path, name: str) -> None:
+    """Let two processes leave what they find."""
     # A process that waits for another forever would end here.
-    done = subprocess.run([*launch, directory], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, directory, name], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module", params=["llama", pytest.param("gpt2", marks=pytest.mark.matrix)])
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def directory(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with a graph, and with what two processes found."""
+    directory = tmp_path_factory.mktemp("divided")
+    prepare(name, directory)
+    launch(directory, name)
     return directory
 
 
@@ -67,7 +68,6 @@ def found(directory: Path, name: str) -> list[dict[str, Any]]:
     return [torch.load(directory / f"{name}-{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", divided.NAMES)
 def test_two_processes_compute_the_outputs_and_the_gradients_of_one(name: str, directory: Path) -> None:
     graph = torch.load(directory / f"{name}.graph", weights_only=False)
     logits = graph(**divided.batch_of(name)).logits
@@ -82,7 +82,6 @@ def test_two_processes_compute_the_outputs_and_the_gradients_of_one(name: str, d
             assert torch.allclose(each["gradients"][key], gradient, rtol=0, atol=1e-5), key
 
 
-@pytest.mark.parametrize("name", divided.NAMES)
 def test_each_process_has_half_of_the_divided_weights_and_folds_its_own(name: str, directory: Path) -> None:
     graph = torch.load(directory / f"{name}.graph", weights_only=False)
     whole = {key: value.untyped_storage().nbytes() for key, value in graph.named_parameters()}
@@ -103,7 +102,6 @@ def test_each_process_has_half_of_the_divided_weights_and_folds_its_own(name: st
             assert torch.equal(each["merged"][key], torch.cat(halves, dim)), key
 
 
-@pytest.mark.parametrize("name", divided.NAMES)
 def test_the_adapter_that_two_processes_save_is_the_file_of_one(name: str, directory: Path, tmp_path: Path) -> None:
     graph = torch.load(directory / f"{name}.graph", weights_only=False)
     lora_fx.save_adapter(graph, tmp_path / "one")
@@ -112,8 +110,25 @@ def test_the_adapter_that_two_processes_save_is_the_file_of_one(name: str, direc
     assert load_file(tmp_path / "one" / "adapter_model.safetensors")
 
 
-def test_all_processes_refuse_where_one_does_and_name_the_node(directory: Path) -> None:
-    first, second = found(directory, "refusals")
+@pytest.mark.matrix
+def test_all_processes_refuse_where_one_does_and_name_the_node(tmp_path: Path) -> None:
+    prepare("llama", tmp_path)
+    torch.save(lora_fx.rewrite(traced("llama"), "auto", dropout=0.1, seed=0), tmp_path / "dropped.graph")
+    dora = {"defaults": {"variant": "dora"}, "select": [{"target": TARGETS["llama"]}]}
+    torch.save(without_dropout(lora_fx.rewrite(traced("llama"), dora, dropout=0.0, seed=0)), tmp_path / "dora.graph")
+    config = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    torch.save(lora_fx.trace(transformers.LlamaForCausalLM(config)), tmp_path / "odd.graph")
+    (tmp_path / "full").mkdir()
+    launch(tmp_path, "refusals")
+    first, second = found(tmp_path, "refusals")
     assert first["other"].startswith("process 1 of the group has another graph than process 0")
     assert second["other"].startswith("process 0 of the group has another graph than process 1")
     assert second["one"].endswith("set p = 0 of each nn.Dropout in graph.modules().")
@@ -129,7 +144,7 @@ def test_all_processes_refuse_where_one_does_and_name_the_node(directory: Path) 
         assert float(each["named"]) <= 1e-6
         assert each["ddp"].startswith("this graph has one process's parts of the weights")
         assert each["target"].partition("refused: ")[2 * (each is second)]
-        for refused in ("twice", "rewrite"):
+        for refused in ("twice", "rewrite", "fully_shard", "stage", "transfer"):
             assert each[refused].startswith("expected a whole graph, got that of process")
         assert each["export"].startswith("expected a whole graph, got that of one of several processes")
 

@@ -16,7 +16,7 @@ _functional = torch.ops._c10d_functional
 
 
 class SumOverProcesses(nn.Module):
-    """The sum of a value over the processes of a group; its gradient is the same on all of them, and is passed on (Megatron's g, arXiv 1909.08053)."""
+    """The sum of a value over the processes of a group; its gradient, the same on all, is passed on (Megatron's g, arXiv 1909.08053)."""
 
     def __init__(self, group: str) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class _Sum(torch.autograd.Function):
         return _summed(value, group)
 
     @staticmethod
-    def backward(_ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(_ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient, None
 
 
@@ -67,7 +67,7 @@ class _SumOfGradients(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return _summed(gradient, ctx.group), None
 
 
@@ -124,7 +124,8 @@ class RankShards:
 
     def process_group(self) -> distributed.ProcessGroup:
         """Return the group of the processes."""
-        return resolve_process_group(self.group)  # type: ignore[no-any-return, unused-ignore]
+        group: distributed.ProcessGroup = resolve_process_group(self.group)  # type: ignore[arg-type]
+        return group
 
     def gather(self, name: str, part: torch.Tensor) -> torch.Tensor:
         """Return a whole tensor of this name. All processes call this, in the same order."""

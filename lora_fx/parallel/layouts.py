@@ -248,7 +248,8 @@ def _in_pieces(of: Layouts, node: fx.Node) -> Layout:
     value, layout, given = of.given(node)
     if given["dim"] % len(of.shape(value)) != layout.dim:
         return layout
-    width, total = given.get("split_size", given.get("split_sizes")), sum(layout.blocks)
+    width: Any = given.get("split_size", given.get("split_sizes"))
+    total = sum(layout.blocks)
     if name_of(node) == "chunk":
         width = -(-total // given["chunks"])
     sizes = [width] * (total // width) if isinstance(width, int) else list(width)

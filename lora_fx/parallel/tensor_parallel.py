@@ -22,6 +22,7 @@ from torch import distributed, fx, nn
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import describe, lower
 from lora_fx.errors import LoraFxError
+from lora_fx.graph.aten_kinds import arguments_of, name_of
 from lora_fx.graph.cached_graphs import check_undivided, check_whole, has_cache
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, copy_graph, rebuilt, state_of
 from lora_fx.graph.info import check_same_for_all_rows, info_of
@@ -141,6 +142,7 @@ def _check_kind(graph_module: TracedGraphModule) -> None:
     info, state = info_of(graph_module), state_of(graph_module)
     quantised = next((name for name, each in state.tensors.items() if isinstance(each, QuantisedWeight)), None)
     drawn = next((name for name, each in state.modules.items() if _draws(each)), None)
+    random = next((node for node in graph_module.graph.nodes if _draws_numbers(node)), None)
     if quantised is not None:
         raise LoraFxError(f"{quantised!r} is quantised, and tensors of numbers alone are divided: train with DDP.")
     if has_cache(graph_module):
@@ -154,6 +156,10 @@ def _check_kind(graph_module: TracedGraphModule) -> None:
             f"{drawn!r} drops values in training, and each process would draw for itself: rewrite with dropout=0 and a model without dropout, "
             "or set p = 0 of each nn.Dropout in graph.modules()."
         )
+    if random is not None:
+        raise LoraFxError(
+            f"{random.name} draws random numbers ({random.target}), and each process would draw others: train with FSDP or DDP."
+        )
 
 
 def _draws(module: nn.Module) -> bool:
@@ -164,6 +170,18 @@ def _draws(module: nn.Module) -> bool:
     return isinstance(module, TrainingOnly)
 
 
+def _draws_numbers(node: fx.Node) -> bool:
+    """Tell whether an operator draws random numbers at a rate that the graph states."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    rate = {"dropout": "p", "scaled_dot_product_attention": "dropout_p"}.get(name_of(node))
+    given = arguments_of(node)
+    if rate is None:
+        return True
+    # Rates and modes that nodes compute are those of modules.
+    return not isinstance(given[rate], fx.Node) and given[rate] > 0 and given.get("train", True) is True
+
+
 def _digest(graph_module: TracedGraphModule) -> str:
     """Return a digest of the nodes of a graph and of up to 4096 elements of each tensor."""
     digest = hashlib.sha256()
@@ -172,7 +190,7 @@ def _digest(graph_module: TracedGraphModule) -> str:
     state = state_of(graph_module)
     for name in state.names():
         tensor = state.tensors[name].detach()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {state.tensors[name].requires_grad}".encode())
         if not tensor.is_meta:
             flat = tensor.reshape(-1)
             chosen = flat[:: max(1, len(flat) // _SAMPLES)].cpu().contiguous()
@@ -233,7 +251,7 @@ class _Pass:
 
     def _product(self, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, int] | None:
         """Return input, weight, addend of a product with a matrix that is divided or of a summand, and the dimension of the weight's outputs."""
-        if node.target is aten.linear.default:
+        if node.target is aten.linear.default and not node.kwargs:
             value, weight, bias, out = node.args[0], node.args[1], (*node.args, None)[2], 0
         elif node.target is aten.addmm.default and not node.kwargs:
             bias, value, weight, out = *node.args[:3], 1  # type: ignore[assignment]
