@@ -2,7 +2,7 @@
 
     python tests/divided.py DIRECTORY llama gpt2 refusals
 
-where ``DIRECTORY`` has rewritten graphs, ``<name>.graph``. What is found is left there, as ``<name>-<rank>.pt``.
+where ``DIRECTORY`` has rewritten graphs, ``<name>.graph``, and inputs, ``<name>.inputs``. What is found is left there, as ``<name>-<rank>.pt``.
 """
 
 from __future__ import annotations
@@ -13,16 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import inputs
 from torch import distributed, multiprocessing, nn
 
 import lora_fx
 from lora_fx.graph.info import info_of
 from lora_fx.parallel import ShardingPlan
-
-
-def batch_of(name: str) -> dict[str, torch.Tensor]:
-    return inputs(name, 3, 7, seed=1)
 
 
 def said(function: Any) -> str:
@@ -38,9 +33,10 @@ def computed(name: str, directory: Path) -> dict[str, Any]:
     """Return outputs, gathered gradients, the names and sizes of parameters, and the folded weights of a process."""
     graph = torch.load(directory / f"{name}.graph", weights_only=False)
     part = lora_fx.parallel.shard(graph)
+    batch = torch.load(directory / f"{name}.inputs")
     shards = info_of(part).shards
     assert shards is not None
-    logits = part(**batch_of(name)).logits
+    logits = part(**batch).logits
     logits.square().mean().backward()
     gradients = {
         key: shards.gather(key, value.grad) for key, value in part.named_parameters() if value.grad is not None
@@ -49,7 +45,7 @@ def computed(name: str, directory: Path) -> dict[str, Any]:
     folded = lora_fx.fold(part)
     copied = copy.deepcopy(part)
     with torch.no_grad():
-        again = [each.eval()(**batch_of(name)).logits for each in (folded, copied)]
+        again = [each.eval()(**batch).logits for each in (folded, copied)]
     return {
         "logits": logits.detach(),
         "again": again,
@@ -90,8 +86,9 @@ def refusals(directory: Path, rank: int) -> dict[str, str]:
         "target": said(lambda: lora_fx.save_adapter(part, directory / "full")),
     }
     by_name = ShardingPlan(columns=("gate_proj", "mlp.up_proj"), rows=("layers.*.mlp.down_proj",))
+    batch = torch.load(directory / "llama.inputs")
     with torch.no_grad():
-        unlike = shard(graph, by_name)(**batch_of("llama")).logits - graph(**batch_of("llama")).logits
+        unlike = shard(graph, by_name)(**batch).logits - graph(**batch).logits
     return {**found, "named": str(unlike.abs().max().item())}
 
 

@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import divided
 import pytest
 import torch
 import transformers
-from architectures import traced, without_dropout
+from architectures import inputs, traced, without_dropout
 from conftest import set_factors
 from safetensors.torch import load_file
 
@@ -39,6 +38,7 @@ def prepare(name: str, directory: Path) -> None:
                 parameter.copy_(parameter + 0.1 * torch.randn(parameter.shape, generator=generator))
     set_factors(graph)
     torch.save(graph, directory / f"{name}.graph")
+    torch.save(inputs(name, 3, 7, seed=1), directory / f"{name}.inputs")
 
 
 def launch(directory: Path, name: str) -> None:
@@ -70,7 +70,7 @@ def found(directory: Path, name: str) -> list[dict[str, Any]]:
 
 def test_two_processes_compute_the_outputs_and_the_gradients_of_one(name: str, directory: Path) -> None:
     graph = torch.load(directory / f"{name}.graph", weights_only=False)
-    logits = graph(**divided.batch_of(name)).logits
+    logits = graph(**torch.load(directory / f"{name}.inputs")).logits
     logits.square().mean().backward()
     expected = {key: value.grad for key, value in graph.named_parameters() if value.grad is not None}
     assert all(gradient.abs().max() > 1e-5 for gradient in expected.values())

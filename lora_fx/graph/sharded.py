@@ -80,10 +80,10 @@ def from_first_process(graph_module: nn.Module, function: Callable[[], Result]) 
             error, outcome = caught, [f"{type(caught).__name__}: {caught}", None]
     if shards is not None:
         distributed.broadcast_object_list(outcome, group=shards.process_group(), group_src=0)
-    for dim in range(
-        mesh.ndim if mesh is not None else 0
-    ):  # from the first of a row to all of it, and from these to their columns
-        distributed.broadcast_object_list(outcome, group=mesh.get_group(dim), group_src=0)
+    # From the first of a row to all of it, and from these to their columns.
+    groups = [mesh.get_group(dim) for dim in range(mesh.ndim)] if mesh is not None else []
+    for group in groups:
+        distributed.broadcast_object_list(outcome, group=group, group_src=0)
     message, result = outcome
     if error is not None:
         raise error

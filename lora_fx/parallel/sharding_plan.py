@@ -24,7 +24,7 @@ _COLUMNS: frozenset[Role] = frozenset(
     {
         *("self_attention.query", "self_attention.key", "self_attention.value"),
         *("cross_attention.query", "cross_attention.key", "cross_attention.value", "mlp.gate", "mlp.up"),
-    }  # type: ignore[arg-type]
+    }
 )
 _ROWS: frozenset[Role] = frozenset({"self_attention.output", "cross_attention.output", "mlp.down"})
 

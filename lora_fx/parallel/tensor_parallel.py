@@ -115,7 +115,7 @@ def _of_rank(
             )
     called = {str(node.target) for node in graph.find_nodes(op="call_module")}
     share = RankShards(rank, world, group, found.shards, record(plain.graph))
-    graph.owning_module = None  # type: ignore[assignment]
+    graph.owning_module = None
     graph.lint()
     return checked(
         rebuilt(
@@ -254,9 +254,9 @@ class _Pass:
         if node.target is aten.linear.default and not node.kwargs:
             value, weight, bias, out = node.args[0], node.args[1], (*node.args, None)[2], 0
         elif node.target is aten.addmm.default and not node.kwargs:
-            bias, value, weight, out = *node.args[:3], 1  # type: ignore[assignment]
+            bias, value, weight, out = *node.args[:3], 1
         elif node.target in (aten.mm.default, aten.matmul.default):
-            value, weight, bias, out = *node.args[:2], None, 1  # type: ignore[assignment]
+            value, weight, bias, out = *node.args[:2], None, 1
         else:
             return None
         if not isinstance(weight, fx.Node) or not isinstance(value, fx.Node):
