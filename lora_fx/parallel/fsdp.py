@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
 from lora_fx.errors import LoraFxError
+from lora_fx.graph.cached_graphs import check_undivided
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, state_of
 from lora_fx.graph.info import info_of
 from lora_fx.graph.layers import check_mixed_precision, layers, nesting
@@ -33,6 +34,7 @@ def fully_shard(graph_module: TracedGraphModule, mesh: DeviceMesh | None = None,
         PlanError: the argument is no graph of lora_fx.
     """
     check_mixed_precision(options.get("mp_policy"))
+    check_undivided(as_traced(graph_module))
     tensors = state_of(as_traced(graph_module)).tensors
     quantised = next((name for name, tensor in tensors.items() if isinstance(tensor, QuantisedWeight)), None)
     if quantised is not None:

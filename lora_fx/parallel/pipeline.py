@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from lora_fx.adapters.prefix import acting_prefix
 from lora_fx.errors import LoraFxError, did_you_mean, listed
+from lora_fx.graph.cached_graphs import check_undivided
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, state_of, trainable_names
 from lora_fx.graph.info import info_of
 from lora_fx.graph.input_checks import InputCheck, RelationCheck
@@ -40,6 +41,7 @@ def stage_module(graph_module: TracedGraphModule, splits: Sequence[str], index: 
             several stages, in each of which it would get a part of its gradient; a prefix acts.
         PlanError: the argument is no graph of lora_fx.
     """
+    check_undivided(as_traced(graph_module))
     parts = nesting(as_traced(graph_module), graph_module.graph)
     if (adapter := acting_prefix(graph_module)) is not None:
         raise LoraFxError(
