@@ -75,6 +75,7 @@ def refusals(directory: Path, rank: int) -> dict[str, str]:
         "row alone": said(lambda: shard(graph, ShardingPlan(rows=("down_proj",)))),
         "head": said(lambda: shard(graph, ShardingPlan(columns=("lm_head",)))),
         "dora": said(lambda: shard(torch.load(directory / "dora.graph", weights_only=False))),
+        "prompt": said(lambda: shard(torch.load(directory / "prompt.graph", weights_only=False))),
         "nested": said(lambda: shard(lora_fx.nest(graph))),
         "twice": said(lambda: shard(part)),
         "rewrite": said(lambda: lora_fx.rewrite(part, "auto", adapter="b")),

@@ -126,6 +126,7 @@ def test_all_processes_refuse_where_one_does_and_name_the_node(tmp_path: Path) -
         head_dim=8,
     )
     torch.save(lora_fx.trace(transformers.LlamaForCausalLM(config)), tmp_path / "odd.graph")
+    torch.save(lora_fx.trace(transformers.LlamaForCausalLM(config), prefix=True), tmp_path / "prompt.graph")
     (tmp_path / "full").mkdir()
     launch(tmp_path, "refusals")
     first, second = found(tmp_path, "refusals")
@@ -140,6 +141,7 @@ def test_all_processes_refuse_where_one_does_and_name_the_node(tmp_path: Path) -
         assert "its weight is divided by input, and its input" in each["row alone"]
         assert "lm_head_weight cannot be computed by 2 processes in parts: dimension 0 has size 97" in each["head"]
         assert each["dora"].endswith("it is not divided over processes. Train it with FSDP or DDP.")
+        assert each["prompt"].startswith("a graph that takes a prefix or a prompt is not divided")
         assert each["nested"].startswith("expected a flat graph, got a nested one")
         assert float(each["named"]) <= 1e-6
         assert each["ddp"].startswith("this graph has one process's parts of the weights")

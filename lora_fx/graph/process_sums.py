@@ -26,7 +26,7 @@ class SumOverProcesses(nn.Module):
         """Return a tensor of the shape of ``value``."""
         if not (torch.is_grad_enabled() and value.requires_grad):
             return _summed(value, self.group)
-        summed: torch.Tensor = _Sum.apply(value, self.group)  # type: ignore[no-untyped-call]
+        summed: torch.Tensor = _SumWithSameGradient.apply(value, self.group)  # type: ignore[no-untyped-call]
         return summed
 
 
@@ -50,7 +50,7 @@ def _summed(value: torch.Tensor, group: str) -> torch.Tensor:
     return found
 
 
-class _Sum(torch.autograd.Function):
+class _SumWithSameGradient(torch.autograd.Function):
     @staticmethod
     def forward(_ctx: Any, value: torch.Tensor, group: str) -> torch.Tensor:
         return _summed(value, group)

@@ -149,6 +149,8 @@ def _check_kind(graph_module: TracedGraphModule) -> None:
         raise LoraFxError(
             "a graph with a key-value cache is not divided among processes: trace the model without cache=True."
         )
+    if info.prefix_slot is not None:
+        raise LoraFxError("a graph that takes a prefix or a prompt is not divided among processes: train with DDP.")
     if info.nested:
         raise LoraFxError("expected a flat graph, got a nested one: divide lora_fx.flatten(graph).")
     if drawn is not None:
