@@ -254,6 +254,23 @@ def test_transposes_and_casts_between_a_weight_and_its_uses_are_kept_apart_too()
     assert set(folded.state_dict()) == {"a.weight", "a.bias", "a@2.weight"}
 
 
+@pytest.mark.parametrize("computed", [torch.float32, torch.bfloat16], ids=str)
+def test_calls_that_compute_in_several_dtypes_share_no_branch(computed: torch.dtype) -> None:
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(5, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            narrow = nn.functional.linear(x.to(computed), self.a.weight.to(computed)).to(x.dtype)
+            return self.a(torch.tanh(narrow))  # type: ignore[no-any-return]
+
+    model, x = Cast().double().eval(), X.double()
+    told = r"the calls of 'a' multiply by its weight in torch\.float32 and in torch\.float64, .* calls = \"each\""
+    with unchanged(model), pytest.raises(lora_fx.PlanError, match=told):
+        adapted(model, {"target": ["a"]}, example=x)
+
+
 def test_a_tied_head_of_a_real_model_is_untied_under_the_name_that_the_state_dict_has() -> None:
     graph_module = lora_fx.rewrite(traced("gpt2"), {"select": [{"target": ["lm_head"]}]}, rank=6, alpha=9)
     set_factors(graph_module)

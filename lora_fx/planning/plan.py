@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from rich.table import Table
 
 from lora_fx.graph.records import BranchSpec, Origin, PrefixSpec, TokenRows, Trained
+from lora_fx.graph.state import State
+from lora_fx.numerics.factor_init import adapter_dtype
 from lora_fx.rules.lookup import Rules
 from lora_fx.sites.call_sites import Site, is_bare
 from lora_fx.sites.roles import Purpose
@@ -278,3 +281,17 @@ def cells(decision: Decision) -> tuple[str, str, str]:
             return ranks, str(decision.parameters), f"chosen: {rule}{f', {parts}' if parts else ''}"
         case _:
             return "", "", f"skipped: {decision.reason}"
+
+
+def calls_apart(plan: Plan, state: State) -> Iterator[str]:
+    """Yield which calls cannot share the branch that a plan gives them, since they multiply in both layouts or in several dtypes."""
+    kinds: dict[str, tuple[tuple[int, int], torch.dtype]] = {}
+    for chosen in plan.chosen:
+        site = chosen.site
+        computed = adapter_dtype(site.cast or state.tensors[site.weight].dtype)
+        shape = site.in_features, site.out_features
+        for branch in chosen.branches:
+            known_shape, known_dtype = kinds.setdefault(branch.key, (shape, computed))
+            how = "in both layouts" if shape != known_shape else f"in {known_dtype} and in {computed}"
+            if (shape, computed) != (known_shape, known_dtype):
+                yield f'the calls of {site.module!r} multiply by its weight {how}, and can share no branch: say calls = "each"'

@@ -25,7 +25,7 @@ from lora_fx.planning.cautions import warn_of_lower_ranks
 from lora_fx.planning.matching import Refusal, refusal, trains
 from lora_fx.planning.peft_plan import plan_peft_sites
 from lora_fx.planning.peft_tokens import Vocabulary
-from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, outputs_of, owners_of, why_no_variant
+from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, calls_apart, outputs_of, owners_of, why_no_variant
 from lora_fx.planning.prefix_plan import prefix_of
 from lora_fx.rules.lookup import Rules, RulesLike, has_prefix, load, model_type_of
 from lora_fx.rules.peft_config.argument_names import refusing_peft_names
@@ -269,14 +269,7 @@ def check_attachable(plan: Plan, graph_module: fx.GraphModule) -> None:
                 f"site {site.name!r} has a weight of dtype {weight.dtype}: a branch needs a floating-point one. "
                 "Dequantise the model first"
             )
-    shapes: dict[str, tuple[int, int]] = {}
-    for chosen in plan.chosen:
-        shape = chosen.site.in_features, chosen.site.out_features
-        if any(shapes.setdefault(branch.key, shape) != shape for branch in chosen.branches):
-            problems.append(
-                f"the calls of {chosen.site.module!r} multiply by its weight in both layouts, and can share no branch: "
-                'say calls = "each"'
-            )
+    problems += calls_apart(plan, state)
     weights = (chosen.site.weight for chosen in plan.chosen)
     first, tied = state.aliases(), state.names()
     adapted = {first[original_name(name) or name] for name in weights}
