@@ -6,6 +6,7 @@ PEFT merges into whatever module the adapter sits in, and so into every other us
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -252,6 +253,82 @@ def test_transposes_and_casts_between_a_weight_and_its_uses_are_kept_apart_too()
     folded = lora_fx.fold(graph_module, unshare=True)
     assert torch.allclose(folded(X), graph_module(X), rtol=0, atol=1e-6)
     assert set(folded.state_dict()) == {"a.weight", "a.bias", "a@2.weight"}
+
+
+def test_calls_in_both_layouts_of_a_square_weight_share_no_branch() -> None:
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(5, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(torch.tanh(self.a(x)), self.a.weight.t())
+
+    model = Square().eval()
+    told = r"the calls of 'a' multiply by its weight in both layouts, .* calls = \"each\""
+    with unchanged(model), pytest.raises(lora_fx.PlanError, match=told):
+        adapted(model, {"target": ["a"]})
+    graph_module = adapted(model, {"target": ["a"], "calls": "each"})
+    folded = lora_fx.fold(graph_module, unshare=True)
+    assert torch.allclose(folded(X), graph_module(X), rtol=0, atol=1e-6)
+
+
+class Again(nn.Module):
+    """One module under two names; PEFT wraps the first, and calls by the second go past its adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(5, 5)
+        self.b = self.a
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.tanh(self.a(x)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("targets", [["b"], ["a", "b"]], ids=" and ".join)
+def test_an_adapter_under_the_second_name_of_a_module_is_not_written_since_peft_drops_it(
+    targets: list[str], tmp_path: Path
+) -> None:
+    graph_module = adapted(Again(), {"target": targets})
+    with pytest.raises(
+        lora_fx.AdapterError, match="b: a second name of the module 'a', and PEFT wraps that name alone"
+    ):
+        lora_fx.save_adapter(graph_module, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_under_the_first_name_of_a_module_is_that_of_peft(tmp_path: Path) -> None:
+    model = Again()
+    graph_module = adapted(model, {"target": ["a"]})
+    lora_fx.save_adapter(graph_module, tmp_path / "adapter")
+    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter").eval()
+    assert torch.equal(wrapped(X), graph_module(X))
+    assert not torch.equal(wrapped(X), model(X))
+    loaded = lora_fx.from_adapter(model, tmp_path / "adapter", example_inputs=(X[:3],))
+    assert torch.equal(loaded(X), graph_module(X))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_a_convolution_that_pads_without_zeros_has_the_branch_of_pefts_merge_and_no_file(
+    mode: Any, tmp_path: Path
+) -> None:
+    """PEFT's A pads with zeros, so that its wrapped model and its merge are two functions."""
+    model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1, padding_mode=mode), nn.Tanh(), nn.Conv2d(5, 4, 1))
+    x = torch.randn(2, 3, 7, 9, generator=torch.Generator().manual_seed(4))
+    graph_module = adapted(model, {"target": ["0"]}, example=x)
+    wrapped = in_peft(model, graph_module, ["0"])
+    branched, apart = graph_module(x), wrapped(x)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    merged = wrapped.merge_and_unload()
+    assert torch.allclose(branched, merged(x), rtol=0, atol=1e-5)
+    assert not torch.allclose(apart, merged(x), rtol=0, atol=1e-2)
+    assert torch.allclose(lora_fx.fold(graph_module).state_dict()["0.weight"], merged[0].weight, rtol=0, atol=1e-5)
+    with pytest.raises(lora_fx.AdapterError, match="computes more than the product"):
+        lora_fx.save_adapter(graph_module, tmp_path / "mine")
+    with pytest.raises(lora_fx.AdapterError, match="computes more than the product"):
+        lora_fx.from_adapter(model, tmp_path / "theirs", example_inputs=(x,))
 
 
 @pytest.mark.parametrize("computed", [torch.float32, torch.bfloat16], ids=str)

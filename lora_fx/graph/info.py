@@ -119,6 +119,7 @@ class GraphInfo:
         main_input: name of the input by whose size transformers counts operations, that model's ``main_input_name``.
         embeddings: names of the weights of its ``nn.Embedding`` modules.
         parameter_modules: the modules of the model whose weights PEFT adapts as parameters alone, by their paths.
+        second_names: paths of modules that the model has under another path before, which is the value; PEFT wraps them there alone.
         layers: ranges of layers that the model has one after the other, if PEFT's ``layer_replication`` made it; else none.
         vocabulary: the modules of the input and the output embedding of that model, by their paths.
         loss_type: of that model, as transformers names losses.
@@ -145,6 +146,7 @@ class GraphInfo:
     generation_config: Any = None
     head: TaskHead = field(default_factory=TaskHead)
     linears: tuple[str, ...] = ()
+    second_names: Mapping[str, str] = field(default_factory=dict)
     layers: LayerMap = ()
     vocabulary: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()

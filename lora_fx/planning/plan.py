@@ -285,11 +285,15 @@ def cells(decision: Decision) -> tuple[str, str, str]:
 
 def calls_apart(plan: Plan, state: State) -> Iterator[str]:
     """Yield which calls cannot share the branch that a plan gives them, since they multiply in both layouts or in several dtypes."""
-    kinds: dict[str, tuple[tuple[int, int], torch.dtype]] = {}
+    kinds: dict[str, tuple[tuple[int, int, str], torch.dtype]] = {}
     for chosen in plan.chosen:
         site = chosen.site
         computed = adapter_dtype(site.cast or state.tensors[site.weight].dtype)
-        shape = site.in_features, site.out_features
+        shape = (
+            site.in_features,
+            site.out_features,
+            site.layout,
+        )  # which alone tells the layouts of a square weight apart
         for branch in chosen.branches:
             known_shape, known_dtype = kinds.setdefault(branch.key, (shape, computed))
             how = "in both layouts" if shape != known_shape else f"in {known_dtype} and in {computed}"

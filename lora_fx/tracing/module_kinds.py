@@ -65,6 +65,16 @@ def parameter_modules(model: nn.Module) -> dict[str, ParameterModule]:
     return found
 
 
+def second_names(model: nn.Module) -> dict[str, str]:
+    """Return the later paths of modules with parameters that a model holds under several, each with the first, under which PEFT finds it."""
+    first: dict[nn.Module, str] = {}
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if first.setdefault(module, path) != path and any(True for _ in module.parameters()):
+            found[path] = first[module]
+    return found
+
+
 def _is_stack(module: nn.Module) -> bool:
     return not isinstance(module, nn.Conv1d) and any(
         parameter.ndim == 3 for parameter in module.parameters(recurse=False)

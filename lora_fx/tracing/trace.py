@@ -75,7 +75,7 @@ from lora_fx.tracing.model_state import (
     stateless,
     traceable_batch_norms,
 )
-from lora_fx.tracing.module_kinds import linear_modules, parameter_modules, task_head, vocabulary_modules
+from lora_fx.tracing.module_kinds import linear_modules, parameter_modules, second_names, task_head, vocabulary_modules
 from lora_fx.tracing.omitted_inputs import fills_of, flags_of
 from lora_fx.tracing.parity import OnCopies, called, check_evaluation, check_outputs, check_training
 from lora_fx.tracing.prefixed_forward import PrefixedCall, returns_cache, with_empty_slot, without_prefix
@@ -263,10 +263,9 @@ class _Task:
             linears=linear_modules(model),
             pad_token=pad_token_of(config_of(model)),
             main_input=str(getattr(trained_model(model), "main_input_name", GraphInfo.main_input)),
-            embeddings=frozenset(
-                f"{at}.weight" for at, each in model.named_modules() if isinstance(each, nn.Embedding)
-            ),
+            embeddings=frozenset(f"{at}.weight" for at, m in model.named_modules() if isinstance(m, nn.Embedding)),
             parameter_modules=parameter_modules(model),
+            second_names=second_names(model),
             vocabulary=vocabulary_modules(model),
             loss_type=getattr(trained_model(model), "loss_type", None),
         )

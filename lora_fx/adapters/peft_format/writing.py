@@ -109,6 +109,7 @@ class _PeftWriter:
             vectors = [self._state.tensors[name].detach() for name in first.parameters(self._adapter)[2:]]
             tensors |= dict(zip(slot.vectors(first), vectors, strict=True))
             settings[slot.name] = (sum(branch.added.rank for branch in branches), self._scale(owner))
+        self._problems += self._second_names(chosen)
         self._problems += [*apart.values(), *_unlike_variants([b for each in self._branches.values() for b in each])]
         indices, rows = self._tokens(chosen)
         adapted = [slot.site.module for slot in placed.values() if slot.is_module]
@@ -141,6 +142,16 @@ class _PeftWriter:
             raise AdapterError(f"adapter {self._adapter!r} cannot be written for PEFT", [problem])
         said = in_peft_words(config, prefix, info_of(self._graph_module), self._adapter, self._state.tensors)
         return PeftAdapter(said[0], {**beside_prefix(copies), **said[1]})
+
+    def _second_names(self, chosen: Collection[Site]) -> list[str]:
+        """Return why branches at second names of modules cannot be written: PEFT walks over each module once, by its first name."""
+        first = info_of(self._graph_module).second_names
+        return [
+            f"{name}: a second name of the module {first[name]!r}, and PEFT wraps that name alone; adapt {first[name]!r} alone, or give "
+            f"{name!r} a module of its own with the same weights"
+            for name in dict.fromkeys(site.module for site in chosen)
+            if name in first
+        ]
 
     def _rows_alone(self, config: AdapterConfig, rows: Mapping[str, torch.Tensor]) -> PeftAdapter:
         """Return an adapter of rows of embeddings as one of trainable tokens alone, whose file has them for each module that they are of."""
