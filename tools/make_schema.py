@@ -14,6 +14,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import core_schema
 
 from lora_fx.cli.printing import run_script
+from lora_fx.rules.prefix_table import PREFIXES
 from lora_fx.rules.rule_file import PREDICATES, RuleFile
 
 SCHEMA = Path(__file__).parent.parent / "rules" / "schema.json"
@@ -37,8 +38,9 @@ def schema() -> str:
     """Return the schema as the text of a file."""
     made = RuleFile.model_json_schema(schema_generator=_OfToml)
     made["$defs"]["Selection"]["anyOf"] = [{"required": [key]} for key in PREDICATES]
-    made["properties"]["prefix"]["maxItems"] = 1
-    made["anyOf"] = [{"required": [key], "properties": {key: {"minItems": 1}}} for key in ("select", "prefix")]
+    for table in PREFIXES:
+        made["properties"][table]["maxItems"] = 1
+    made["anyOf"] = [{"required": [key], "properties": {key: {"minItems": 1}}} for key in ("select", *PREFIXES)]
     head = {"$schema": GenerateJsonSchema.schema_dialect, "title": "lora_fx rules"}
     return json.dumps(head | made | {"title": head["title"]}, indent=2, ensure_ascii=False) + "\n"
 
