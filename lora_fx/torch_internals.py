@@ -44,7 +44,10 @@ if TYPE_CHECKING:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._sympy.value_ranges import ValueRanges
 
+    all_gather_into_tensor = torch.ops._c10d_functional.all_gather_into_tensor
+    all_reduce = torch.ops._c10d_functional.all_reduce
     make_wrapper_subclass = torch.Tensor._make_wrapper_subclass
+    wait_tensor = torch.ops._c10d_functional.wait_tensor
 
 __all__ = [
     "BatchNormBase",
@@ -59,6 +62,8 @@ __all__ = [
     "PyTreeInfo",
     "TorchDispatchMode",
     "ValueRanges",
+    "all_gather_into_tensor",
+    "all_reduce",
     "aoti_compile_and_package",
     "aoti_load_package",
     "disabled_torch_function_impl",
@@ -72,6 +77,7 @@ __all__ = [
     "pytree",
     "resolve_process_group",
     "use_lazy_graph_module",
+    "wait_tensor",
 ]
 
 
@@ -102,6 +108,10 @@ NAMES = {
     "PyTreeInfo": Private("torch.fx.graph", "_PyTreeInfo", "inputs and outputs of graphs"),
     "TorchDispatchMode": Private("torch.utils._python_dispatch", "TorchDispatchMode", "comparisons with the model"),
     "ValueRanges": Private("torch.utils._sympy.value_ranges", "ValueRanges", "bounds of sizes in exported programs"),
+    "all_gather_into_tensor": Private(
+        "torch", "ops._c10d_functional.all_gather_into_tensor", "parts of other processes"
+    ),
+    "all_reduce": Private("torch", "ops._c10d_functional.all_reduce", "sums over processes"),
     "aoti_compile_and_package": Private("torch._inductor", "aoti_compile_and_package", "packages of AOTInductor"),
     "aoti_load_package": Private("torch._inductor", "aoti_load_package", "packages of AOTInductor"),
     "disabled_torch_function_impl": Private("torch._C", "_disabled_torch_function_impl", "quantised weights"),
@@ -123,6 +133,7 @@ NAMES = {
     "use_lazy_graph_module": Private(
         "torch.fx._lazy_graph_module", "_use_lazy_graph_module", "exports without compiling in between"
     ),
+    "wait_tensor": Private("torch", "ops._c10d_functional.wait_tensor", "sums over processes"),
 }
 
 

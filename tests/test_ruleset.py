@@ -166,7 +166,7 @@ WORDS = {
     "{SELECT}": "alpha, alternatives, bias, calls, dropout, exclude, exclude_role, features, freeze, groups, in_features, init, "
     "invocation_tokens, layers, op, optional, out_features, override, rank, regex, role, scaling, target, trainable, variant",
     "{DEFAULTS}": "alpha, bias, dropout, freeze, init, invocation_tokens, rank, scaling, task_type, variant",
-    "{FILE}": "defaults, model_types, prefix, select",
+    "{FILE}": "defaults, model_types, prefix, prompt, select",
     "{ROLES}": ", ".join(map(repr, [*ROLES, *(f"attention.{end}" for end in ("query", "key", "value"))]))
     + " or 'attention.output'",
     "{NAME}": 'expected a dotted name or its end, such as "self.query" or "layers.*.q_proj"',

@@ -10,9 +10,7 @@ import torch
 from torch import distributed, fx, nn
 
 from lora_fx.graph.pickling import GraphRecord
-from lora_fx.torch_internals import resolve_process_group
-
-_functional = torch.ops._c10d_functional
+from lora_fx.torch_internals import all_reduce, resolve_process_group, wait_tensor
 
 
 class SumOverProcesses(nn.Module):
@@ -46,7 +44,7 @@ class SumOfGradients(nn.Module):
 
 
 def _summed(value: torch.Tensor, group: str) -> torch.Tensor:
-    found: torch.Tensor = _functional.wait_tensor(_functional.all_reduce(value.contiguous(), "sum", group))
+    found: torch.Tensor = wait_tensor(all_reduce(value.contiguous(), "sum", group))
     return found
 
 
@@ -132,8 +130,8 @@ class RankShards:
         shard = self.shards.get(name)
         if shard is None:
             return part.detach()
-        joined = _functional.all_gather_into_tensor(part.detach().contiguous(), self.world, self.group)
-        return shard.whole(list(_functional.wait_tensor(joined).chunk(self.world)))
+        joined = all_gather_into_tensor(part.detach().contiguous(), self.world, self.group)
+        return shard.whole(list(wait_tensor(joined).chunk(self.world)))
 
 
 def gradient_sums_of(graph_module: fx.GraphModule) -> list[fx.Node]:

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.errors import TraceError
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.prefix_slot import PrefixSlot
+from lora_fx.torch_internals import pytree
 from lora_fx.tracing.cached_forward import TensorCache
 from lora_fx.tracing.example_inputs import ExampleInputs, is_pretrained, pad_token_of
 from lora_fx.tracing.model_state import preserved
