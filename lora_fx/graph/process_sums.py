@@ -10,7 +10,7 @@ import torch
 from torch import distributed, fx, nn
 
 from lora_fx.graph.pickling import GraphRecord
-from lora_fx.torch_internals import all_reduce, resolve_process_group, wait_tensor
+from lora_fx.torch_internals import all_gather_into_tensor, all_reduce, resolve_process_group, wait_tensor
 
 
 class SumOverProcesses(nn.Module):
