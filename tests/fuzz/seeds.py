@@ -67,6 +67,8 @@ def hostile() -> Sequence[tuple[str, str, bytes]]:
         "many expressions": _lora(rank_pattern={f"(k|{number})[a-z--[aeiou]]": 2 for number in range(20_000)}),
         "an expression that hangs": _lora(target_modules="(?:.|..|...)+[0-8][0-9]{2}"),
         "depth": nested,
+        "an object as the method": _lora(peft_type={}),
+        "a list as the method": _lora(peft_type=["LORA"]),
     }
     index = {
         "a path above": "../secret.safetensors", "an absolute path": "/dev/zero", "a long name": "x" * 5000, "a long path": "x/" * 3000,

@@ -108,11 +108,11 @@ def read_prefix_config(directory: Path, ignored: Collection[str] = ()) -> Prefix
     """
     path = directory / CONFIG_NAME
     document = read_document(path, AdapterError, "a PEFT adapter")
-    kinds: Mapping[Any, type[PrefixConfig | PromptConfig]] = {
+    kinds: Mapping[str, type[PrefixConfig | PromptConfig]] = {
         "PREFIX_TUNING": PrefixConfig,
         "PROMPT_TUNING": PromptConfig,
     }
-    if (kind := kinds.get(document.get("peft_type"))) is None:
+    if (kind := kinds.get(str(document.get("peft_type")))) is None:
         return None
     given: Mapping[str, Any] = {key: value for key, value in document.items() if key in kind.model_fields}
     others = {key: value for key, value in document.items() if key not in given}
