@@ -176,4 +176,4 @@ def test_pickled_weights_are_not_read(base: Path, tmp_path: Path) -> None:
 def test_the_format_follows_from_the_name_of_the_file(name: str, expected: str) -> None:
     from lora_fx.cli.export_commands import _export_format
 
-    assert _export_format(None, Path(name), slots=False) == expected
+    assert _export_format(None, Path(name), slots=False, opset=None) == expected

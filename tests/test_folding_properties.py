@@ -611,14 +611,16 @@ def branched(program: Program, adapters: Sequence[Adapter], seed: int = 11) -> B
 
 
 def rules_of(graph_module: lora_fx.TracedGraphModule, adapter: Adapter) -> dict[str, Any] | None:
-    found = {site.module: site for site in sites(graph_module)}
+    found, layouts = {site.module: site for site in sites(graph_module)}, defaultdict(set)
+    for site in sites(graph_module):
+        layouts[site.module].add(site.layout)
     mask = [adapter.mask[index % len(adapter.mask)] for index in range(len(found))]
     select = [
         {
             "target": [module],
             "rank": adapter.rank * (site.matrices if site.kernel else 1),
             "alpha": adapter.alpha,
-            "calls": "each" if adapter.each else "all",
+            "calls": "each" if adapter.each or len(layouts[module]) > 1 else "all",
         }
         for (module, site), chosen in zip(found.items(), mask, strict=True)
         if chosen

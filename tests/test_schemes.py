@@ -60,7 +60,8 @@ def test_blocks_that_cross_rows_are_right_where_the_kernel_of_bitsandbytes_for_t
     codes = torch.stack((theirs["codes"].view(-1) >> 4, theirs["codes"].view(-1) & 15), 1).view(-1).long()
     exact = (table[codes] * theirs["absmax"].repeat_interleave(64).double()[: dense.numel()]).view(dense.shape)
     assert torch.equal(scheme.dequantise(ours, dense.shape, torch.float32), exact.float())
-    assert (wrong - exact).abs().max() > 0.5  # so this test can fail
+    # So this test can fail. Processors without AVX-512 have no such kernel, and bitsandbytes computes with torch there.
+    assert ((wrong - exact).abs().max() > 0.5) == (torch.backends.cpu.get_cpu_capability() == "AVX512")
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (1, 1), (7, 64), (0, 4)])
