@@ -19,7 +19,8 @@ from torch import nn
 import lora_fx
 from lora_fx.errors import PlanError
 from lora_fx.graph.info import info_of
-from lora_fx.rules.peft_config.config import AdapterConfig, read_config
+from lora_fx.rules.peft_config.config import AdapterConfig
+from lora_fx.rules.peft_config.read_config import read_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

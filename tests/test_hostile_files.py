@@ -14,7 +14,7 @@ from fuzz.seeds import hostile, valid
 import lora_fx
 from lora_fx.folding.checkpoint import Checkpoint
 from lora_fx.rules.lookup import load
-from lora_fx.rules.peft_config.config import read_config
+from lora_fx.rules.peft_config.read_config import read_config
 
 HOSTILE = hostile()
 

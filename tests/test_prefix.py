@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
 import pickle
@@ -67,20 +68,15 @@ def bert() -> Any:
     return transformers.BertForSequenceClassification(config)
 
 
-def t5(encoder: int = 3, decoder: int = 2, d_kv: int = 8) -> Any:
-    config = transformers.T5Config(
+def of_t5(name: str, encoder: int = 3, decoder: int = 2, d_kv: int = 8) -> Any:
+    config = getattr(transformers, f"{name}Config")(
         vocab_size=90, d_model=32, d_kv=d_kv, d_ff=48, num_layers=encoder, num_decoder_layers=decoder, num_heads=4,
         decoder_start_token_id=0,
     )  # fmt: skip
-    return transformers.T5ForConditionalGeneration(config)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
 
 
-def mt5(encoder: int = 3, decoder: int = 2, d_kv: int = 8) -> Any:
-    config = transformers.MT5Config(
-        vocab_size=90, d_model=32, d_kv=d_kv, d_ff=48, num_layers=encoder, num_decoder_layers=decoder, num_heads=4,
-        decoder_start_token_id=0,
-    )  # fmt: skip
-    return transformers.MT5ForConditionalGeneration(config)
+t5, mt5 = functools.partial(of_t5, "T5"), functools.partial(of_t5, "MT5")
 
 
 def bart(encoder: int = 3, decoder: int = 3) -> Any:

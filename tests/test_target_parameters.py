@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lora_fx
-from lora_fx.rules.peft_config.config import read_config
+from lora_fx.rules.peft_config.read_config import read_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

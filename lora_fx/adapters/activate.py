@@ -21,7 +21,7 @@ from lora_fx.branches.remove import unload
 from lora_fx.errors import PlanError, listed
 from lora_fx.graph.adapter_names import is_of_adapter
 from lora_fx.graph.adapter_states import acting, adapters_as_added, waiting
-from lora_fx.graph.cached_graphs import CachedGraphs, check_undivided, check_whole
+from lora_fx.graph.cached_graphs import CachedGraphs, check_changeable
 from lora_fx.graph.graph_module import TracedGraphModule, rebuilt, trainable_names
 from lora_fx.graph.info import RuledBranches, info_of
 from lora_fx.graph.joined_graphs import apart, joined
@@ -62,8 +62,7 @@ def activate(
     """
     if isinstance(graph_module, CachedGraphs):
         return apart(activate(joined(graph_module), strengths), graph_module)
-    check_whole(graph_module)
-    check_undivided(graph_module)
+    check_changeable(graph_module)
     with without_code():
         result = let_act(at_rest(graph_module), ordered(graph_module, strengths))
     result.recompile()

@@ -46,7 +46,7 @@ from lora_fx.graph.adapter_names import (
     rest_name,
 )
 from lora_fx.graph.batch_norms import whole_norms
-from lora_fx.graph.cached_graphs import check_undivided, check_whole
+from lora_fx.graph.cached_graphs import check_changeable
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of, trainable_names
 from lora_fx.graph.info import AdapterRecord, GraphInfo, RuledBranches, info_of
 from lora_fx.graph.process_state import forked_random_state, uncollected
@@ -88,8 +88,7 @@ def attach(
             not start with random ones, or another adapter that acts has a trained copy of the same parameter.
     """
     check_adapter_name(adapter)
-    check_whole(graph_module)
-    check_undivided(graph_module)
+    check_changeable(graph_module)
     taken = adapters(graph_module)
     if adapter in taken:
         raise PlanError(

@@ -18,7 +18,7 @@ from lora_fx.adapters.activate import activate
 from lora_fx.branches.lower import lower
 from lora_fx.errors import PlanError, listed, warn
 from lora_fx.graph.adapter_names import adapters
-from lora_fx.graph.cached_graphs import CachedGraphs, check_undivided, check_whole
+from lora_fx.graph.cached_graphs import CachedGraphs, check_changeable
 from lora_fx.graph.graph_module import state_of
 from lora_fx.graph.process_state import forked_random_state
 from lora_fx.graph.records import BranchSpec
@@ -111,8 +111,7 @@ def eva(
     given = unwrapped(model)
     ruleset = load(rules, model_type_of(getattr(given, "config", None))).with_overrides(rank, alpha, dropout)
     graph_module: Any = trace_with_layers(given, layers_of(ruleset), example_inputs, inference=True)
-    check_whole(graph_module)
-    check_undivided(graph_module)
+    check_changeable(graph_module)
     base = lower(activate(graph_module, {}) if adapters(graph_module) else graph_module)
     plan = plan_graph(base, ruleset)
     run = _Decompositions.of(base, plan, rho)

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from lora_fx.adapters.fake_values import FakeValues
+from lora_fx.branches.lower import describe
 from lora_fx.errors import PlanError
 from lora_fx.graph.aten_kinds import SOFTMAX, arguments_of, name_of, set_argument, tensor_inputs
 from lora_fx.graph.prefix_slot import HIDDEN, slot_node
@@ -112,7 +113,8 @@ class _Writer:
         for name in ("key", "value"):
             set_argument(node, name, self._cut(given[name], -2, node))
         mask = given["attn_mask"]
-        if isinstance(mask, fx.Node) and self._columns(mask) != 1:
+        columns = mask.meta["val"].shape[-1] if isinstance(mask, fx.Node) else 1
+        if not isinstance(columns, int) or columns != 1:  # one that varies is not compared: that would fix it
             if mask not in self.masks:
                 self.masks[mask] = self._cut(mask, -1, mask.next)
             set_argument(node, "attn_mask", self.masks[mask])
@@ -144,15 +146,10 @@ class _Writer:
         return self._recorded(cut, node if before is node.next else before)
 
     def _recorded(self, node: fx.Node, like: fx.Node) -> fx.Node:
-        if "nn_module_stack" in like.meta:
-            node.meta["nn_module_stack"] = like.meta["nn_module_stack"]
+        describe(node, like, None)
         write_stamp(node, {"rule": self.prefix.rule, "site": "prefix", "adapter": self.adapter, "part": HIDDEN})
         self.fakes.record(node, like)
         return node
-
-    def _columns(self, mask: fx.Node) -> int | None:
-        columns = mask.meta["val"].shape[-1]
-        return columns if isinstance(columns, int) else None
 
     def _unknown(self, layer: int, node: fx.Node, problem: str) -> PlanError:
         return PlanError(

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from lora_fx.errors import PlanError, did_you_mean
 from lora_fx.graph.adapter_names import adapter_of, adapters, copy_name, is_of_start, original_name
-from lora_fx.graph.adapter_states import adapters_as_added, trained_names
+from lora_fx.graph.adapter_states import adapters_as_added, trained_names, trained_of_each
 from lora_fx.graph.batch_norms import statistics
 from lora_fx.graph.graph_module import TracedGraphModule, rebuilt, state_of, trainable_names
 from lora_fx.graph.info import AdapterRecord, info_of, known_info
@@ -120,17 +120,11 @@ def resting_records(graph_module: fx.GraphModule) -> dict[str, AdapterRecord]:
     Raises:
         PlanError: see :func:`record_of`.
     """
-    info, flagged = info_of(graph_module), dict[str | None, set[str]]()
-    for name, parameter in graph_module.named_parameters():
-        if parameter.requires_grad:
-            flagged.setdefault(adapter_of(name), set()).add(name)
-    found = {}
-    for adapter in adapters_as_added(graph_module):
-        record = info.adapters.get(adapter) or record_of(graph_module, adapter)
-        own = frozenset(flagged.get(adapter, ()))
-        trains = own if record.acts and not info.inference else record.trains | own
-        found[adapter] = replace(record.at_strength(1.0), acts=False, trains=trains)
-    return found
+    known, trained = known_info(graph_module).adapters, trained_of_each(graph_module)
+    records = {name: known.get(name) or record_of(graph_module, name) for name in adapters_as_added(graph_module)}
+    return {
+        name: replace(record.at_strength(1.0), acts=False, trains=trained[name]) for name, record in records.items()
+    }
 
 
 def tensors_of(graph_module: nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:

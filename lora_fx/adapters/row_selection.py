@@ -25,7 +25,7 @@ from lora_fx.adapters.row_modules import RowModule, row_modules, write_modules
 from lora_fx.errors import PlanError
 from lora_fx.graph.adapter_rows import BASE, AdapterRows, RowCheck
 from lora_fx.graph.adapter_states import adapters_as_added
-from lora_fx.graph.cached_graphs import CachedGraphs, check_undivided, check_whole
+from lora_fx.graph.cached_graphs import CachedGraphs, check_changeable
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
 from lora_fx.graph.info import info_of
 from lora_fx.graph.input_checks import PREFIX
@@ -72,8 +72,7 @@ def activate_by_row(
     if isinstance(graph_module, CachedGraphs):
         rest = apart(at_rest(joined(graph_module)), graph_module)
         return CachedGraphs(**{part: _by_row(each, adapters) for part, each in rest.parts.items()}).sharing()
-    check_whole(graph_module)
-    check_undivided(graph_module)
+    check_changeable(graph_module)
     return _by_row(at_rest(graph_module), adapters)
 
 

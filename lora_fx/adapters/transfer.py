@@ -17,7 +17,7 @@ from lora_fx.adapters.recorded import (
     record_of,
     recorded_plan,
     resting_records,
-    statistics_of,
+    tensors_of,
     trained_of,
     values_of,
 )
@@ -25,7 +25,7 @@ from lora_fx.adapters.starts import model_weight, rests
 from lora_fx.errors import PlanError, listed
 from lora_fx.graph.adapter_names import adapter_of, adapters, rest_name
 from lora_fx.graph.adapter_states import acting, adapters_as_added
-from lora_fx.graph.cached_graphs import CachedGraphs, check_undivided, check_whole
+from lora_fx.graph.cached_graphs import CachedGraphs, check_changeable
 from lora_fx.graph.compare import described
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, rebuilt, state_of
 from lora_fx.graph.info import RuledBranches, info_of
@@ -79,8 +79,7 @@ def _transferred(graph_module: TracedGraphModule, onto: TracedGraphModule) -> Tr
             listed(norms, 8),
         )
     for each in (given, onto):
-        check_whole(each)
-        check_undivided(each)
+        check_changeable(each)
     if problem := problem_of_layers(info_of(given).layers, info_of(onto).layers):
         raise PlanError(f"{problem}.")
     strengths = {**{name: each for name, each in acting(onto).items() if name not in adapters(given)}, **acting(given)}
@@ -109,11 +108,7 @@ def _transferred(graph_module: TracedGraphModule, onto: TracedGraphModule) -> Tr
             unlike += differences(mine, theirs) or _copy_differences(given, result, adapter)
             unlike += row_differences(record_of(given, adapter).tokens, record_of(result, adapter).tokens)
             unlike += prefix_differences(record_of(given, adapter).prefix, record_of(result, adapter).prefix)
-            tensors |= {
-                **parameters_of(given, adapter),
-                **statistics_of(given, adapter),
-                **_rests(given, result, adapter),
-            }
+            tensors |= {**tensors_of(given, [adapter]), **_rests(given, result, adapter)}
     state = state_of(result)
     unlike += [
         f"{name}: {described(tensor)} against {_shape_text(state.tensors.get(name))}"

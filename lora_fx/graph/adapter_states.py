@@ -69,13 +69,19 @@ def waiting(module: nn.Module) -> tuple[str, ...]:
     return tuple(state.name for state in adapter_states(module) if not state.acts)
 
 
+def trained_of_each(module: nn.Module) -> dict[str, frozenset[str]]:
+    """Return the names of the parameters of each adapter that train while it acts, of adapters that have such or a record."""
+    info, flagged = known_info(module), dict[str, set[str]]()
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and (adapter := adapter_of(name)) is not None:
+            flagged.setdefault(adapter, set()).add(name)
+    found = {adapter: frozenset(names) for adapter, names in flagged.items()}
+    for adapter, record in info.adapters.items():
+        own = found.get(adapter, frozenset())
+        found[adapter] = own if record.acts and not info.inference else record.trains | own
+    return found
+
+
 def trained_names(module: nn.Module, adapter: str) -> frozenset[str]:
     """Return the names of an adapter's parameters that train while it acts."""
-    info = known_info(module)
-    flagged = frozenset(
-        name for name, p in module.named_parameters() if p.requires_grad and adapter_of(name) == adapter
-    )
-    record = info.adapters.get(adapter)
-    if record is None or (record.acts and not info.inference):
-        return flagged
-    return record.trains | flagged
+    return trained_of_each(module).get(adapter, frozenset())

@@ -99,6 +99,12 @@ def check_undivided(graph_module: nn.Module) -> None:
         )
 
 
+def check_changeable(graph_module: nn.Module) -> None:
+    """Raise :class:`PlanError` for a graph of which another pass would have to change others too: see the two checks."""
+    check_whole(graph_module)
+    check_undivided(graph_module)
+
+
 def has_cache(graph_module: TracedGraphModule) -> bool:
     """Tell whether a graph was traced with ``cache=True``."""
     return any(argument.name == PAST and argument.is_input for argument in signature_of(graph_module.graph).arguments)

@@ -13,12 +13,16 @@ from lora_fx.graph.pickling import GraphRecord
 from lora_fx.torch_internals import all_gather_into_tensor, all_reduce, resolve_process_group, wait_tensor
 
 
-class SumOverProcesses(nn.Module):
-    """The sum of a value over the processes of a group; its gradient, the same on all, is passed on (Megatron's g, arXiv 1909.08053)."""
+class _OverProcesses(nn.Module):
+    """An operator over the processes of a group, which is known by its name."""
 
     def __init__(self, group: str) -> None:
         super().__init__()
         self.group = group
+
+
+class SumOverProcesses(_OverProcesses):
+    """The sum of a value over the processes of a group; its gradient, the same on all, is passed on (Megatron's g, arXiv 1909.08053)."""
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         """Return a tensor of the shape of ``value``."""
@@ -28,12 +32,8 @@ class SumOverProcesses(nn.Module):
         return summed
 
 
-class SumOfGradients(nn.Module):
+class SumOfGradients(_OverProcesses):
     """A value that processes go on to compute parts with, unchanged; its gradient is the sum of theirs (Megatron's f, arXiv 1909.08053)."""
-
-    def __init__(self, group: str) -> None:
-        super().__init__()
-        self.group = group
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         """Return a tensor of the shape of ``value``."""

@@ -68,20 +68,16 @@ def from_first_process(graph_module: nn.Module, function: Callable[[], Result]) 
         graph_module: a graph that is not sharded is of one process.
         function: what it returns is pickled.
     """
-    mesh, shards = mesh_of(graph_module), known_info(graph_module).shards
-    if mesh is None and shards is None:
+    groups = _groups(graph_module)
+    if not groups:
         return function()
     outcome: list[Any] = [None, None]
     error: Exception | None = None
-    if _is_first(mesh) if mesh is not None else shards is not None and shards.rank == 0:
+    if not any(group.rank() for group in groups):
         try:
             outcome = [None, function()]
         except Exception as caught:  # whatever it is, no process is left waiting
             error, outcome = caught, [f"{type(caught).__name__}: {caught}", None]
-    if shards is not None:
-        distributed.broadcast_object_list(outcome, group=shards.process_group(), group_src=0)
-    # From the first of a row to all of it, and from these to their columns.
-    groups = [mesh.get_group(dim) for dim in range(mesh.ndim)] if mesh is not None else []
     for group in groups:
         distributed.broadcast_object_list(outcome, group=group, group_src=0)
     message, result = outcome
@@ -147,6 +143,14 @@ def _gathered_parts(graph_module: TracedGraphModule, shards: RankShards) -> Trac
         training=graph_module.training,
         trainable=trainable_names(graph_module),
     )
+
+
+def _groups(module: nn.Module) -> list[distributed.ProcessGroup]:
+    """Return the groups of the processes that have parts of a graph, from the first of a row to all of it, and from these to their columns."""
+    mesh, shards = mesh_of(module), known_info(module).shards
+    if shards is not None:
+        return [shards.process_group()]
+    return [] if mesh is None else [mesh.get_group(dim) for dim in range(mesh.ndim)]
 
 
 def _is_first(mesh: DeviceMesh) -> bool:

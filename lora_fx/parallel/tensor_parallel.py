@@ -23,7 +23,7 @@ from lora_fx.branches.invariants import checked
 from lora_fx.branches.lower import describe, lower
 from lora_fx.errors import LoraFxError
 from lora_fx.graph.aten_kinds import arguments_of, name_of
-from lora_fx.graph.cached_graphs import check_undivided, check_whole, has_cache
+from lora_fx.graph.cached_graphs import check_changeable, has_cache
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, copy_graph, rebuilt, state_of
 from lora_fx.graph.info import check_same_for_all_rows, info_of
 from lora_fx.graph.pickling import record
@@ -102,17 +102,12 @@ def _of_rank(
     info = info_of(plain)
     found = divided(plain, plan)
     state = state_of(plain)
-    aliases = state.aliases()
     graph, _ = copy_graph(plain.graph)
     graph.owning_module = plain  # by which dropouts are known
     _Pass(graph, state, found, Layouts(rank, world)).run()
     sums: dict[str, nn.Module] = {_SUM: SumOverProcesses(group), _GRADIENTS: SumOfGradients(group)}
-    parts: dict[str, torch.Tensor] = {}
-    for name, first in aliases.items():
-        if first in found.shards:
-            parts[name] = (
-                parts[first] if first in parts else _part(state.tensors[first], found.shards[first], rank, world)
-            )
+    own = {first: _part(state.tensors[first], how, rank, world) for first, how in found.shards.items()}
+    parts = {name: own[first] for name, first in state.aliases().items() if first in own}
     called = {str(node.target) for node in graph.find_nodes(op="call_module")}
     share = RankShards(rank, world, group, found.shards, record(plain.graph))
     graph.owning_module = None
@@ -136,8 +131,7 @@ def _part(tensor: torch.Tensor, how: Shard, rank: int, world: int) -> torch.Tens
 
 def _check_kind(graph_module: TracedGraphModule) -> None:
     """Refuse graphs of kinds that are not divided."""
-    check_whole(graph_module)
-    check_undivided(graph_module)
+    check_changeable(graph_module)
     check_same_for_all_rows(graph_module)
     info, state = info_of(graph_module), state_of(graph_module)
     quantised = next((name for name, each in state.tensors.items() if isinstance(each, QuantisedWeight)), None)
@@ -277,17 +271,16 @@ class _Pass:
         return True
 
     def _multiply(self, node: fx.Node, value: fx.Node, weight: fx.Node, bias: fx.Node | None, out: int) -> None:
-        split = self._layouts.of
-        how, given = split.get(weight), split.get(value)
-        if value in self._summands:
-            if how is None and bias is None and not self._summands[value] and given is None:
-                self._mark(node, [weight])
-                self._summands[node] = ()
-            else:
+        split, summed = self._layouts.of, value in self._summands
+        alone = weight not in split and value not in split and bias is None and not self._summands.get(value)
+        if summed and alone:
+            self._mark(node, [weight])
+            self._summands[node] = ()
+        else:
+            if summed:
                 whole = self._whole(value, node)
                 node.replace_input_with(value, whole)
-                self._multiply_whole(node, whole, weight, bias, out)
-        else:
+                value = whole
             self._multiply_whole(node, value, weight, bias, out)
         if node in self._summands and len(node.users) > 1:
             self._whole(node, node.next, everywhere=True)

@@ -289,11 +289,7 @@ def calls_apart(plan: Plan, state: State) -> Iterator[str]:
     for chosen in plan.chosen:
         site = chosen.site
         computed = adapter_dtype(site.cast or state.tensors[site.weight].dtype)
-        shape = (
-            site.in_features,
-            site.out_features,
-            site.layout,
-        )  # which alone tells the layouts of a square weight apart
+        shape = site.in_features, site.out_features, site.layout  # of a square weight the layout alone differs
         for branch in chosen.branches:
             known_shape, known_dtype = kinds.setdefault(branch.key, (shape, computed))
             how = "in both layouts" if shape != known_shape else f"in {known_dtype} and in {computed}"

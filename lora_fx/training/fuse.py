@@ -30,7 +30,7 @@ from lora_fx.branches.lower import describe
 from lora_fx.errors import PlanError
 from lora_fx.graph.adapter_names import is_factor, is_places
 from lora_fx.graph.aten_kinds import writes
-from lora_fx.graph.cached_graphs import CachedGraphs, check_undivided, check_whole
+from lora_fx.graph.cached_graphs import CachedGraphs, check_changeable
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, copy_graph, rebuilt, state_of
 from lora_fx.graph.provenance import stamp_of, write_stamp
 from lora_fx.numerics.bit_dropout import DropoutRate
@@ -67,8 +67,7 @@ def fuse(graph_module: TracedGraphModule) -> TracedGraphModule:
             "to fuse. To train, rewrite the model without cache=True, and transfer the adapter onto these graphs."
         )
     graph_module = as_traced(graph_module)
-    check_whole(graph_module)
-    check_undivided(graph_module)
+    check_changeable(graph_module)
     graph, _ = copy_graph(graph_module.graph)
     modules = state_of(graph_module).modules
     for group in _groups(graph, modules):

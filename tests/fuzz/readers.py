@@ -16,8 +16,8 @@ from lora_fx.adapters.peft_format.tensors import open_tensors
 from lora_fx.errors import LoraFxError
 from lora_fx.folding.checkpoint import Checkpoint
 from lora_fx.rules.lookup import load
-from lora_fx.rules.peft_config.config import read_config
-from lora_fx.rules.peft_config.prefix_config import read_prefix_config
+from lora_fx.rules.peft_config.config import AdapterConfig
+from lora_fx.rules.peft_config.read_config import read_config
 from lora_fx.rules.rule_file import RuleSet
 from lora_fx.tracing.example_inputs import read_example_inputs
 
@@ -46,8 +46,8 @@ def rules(data: bytes, directory: Path) -> None:
 
 def config(data: bytes, directory: Path) -> None:
     (directory / "adapter_config.json").write_bytes(data)
-    if read_prefix_config(directory) is None:
-        read = read_config(directory)
+    read = read_config(directory)
+    if isinstance(read, AdapterConfig):
         try:
             read.selects("model.layers.3.self_attn.q_proj")
             read.setting_of("model.layers.3.self_attn.q_proj")

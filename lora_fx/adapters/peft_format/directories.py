@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_fx.adapters.peft_format.opening import read_adapter
 from lora_fx.adapters.peft_format.save_load import load_adapter, write_adapter_files
-from lora_fx.adapters.recorded import branches_of, parameters_of, statistics_of
+from lora_fx.adapters.recorded import branches_of, tensors_of
 from lora_fx.errors import AdapterError, shortened
 from lora_fx.files.atomic import replacing
 from lora_fx.files.safetensors import TensorFile, write_tensors
@@ -76,9 +76,7 @@ def _values_in(directory: Path, graph: TracedGraphModule) -> dict[str, torch.Ten
         except AdapterError as error:
             told = other_adapters({adapter: held[adapter]}, {adapter: wanted[adapter]})
             raise AdapterError(str(directory), [told, error.source, *error.problems]) from error
-    own = (each(loaded, adapter) for adapter in found for each in (parameters_of, statistics_of))
-    values = {name: value.detach() for each in own for name, value in each.items()}
-    return {**other, **values}
+    return {**other, **{name: value.detach() for name, value in tensors_of(loaded, found).items()}}
 
 
 def _read_other(graph: TracedGraphModule, directory: Path) -> dict[str, torch.Tensor]:

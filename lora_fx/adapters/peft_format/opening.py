@@ -15,8 +15,8 @@ from lora_fx.adapters.peft_format.stacks import LAYOUTS, StackLayout
 from lora_fx.adapters.peft_format.tensors import AdapterTensors, open_tensors
 from lora_fx.errors import AdapterError, FoldError, listed, option, shortened, warn
 from lora_fx.graph.prefix_slot import NO_WEIGHTS_HOLD
-from lora_fx.rules.peft_config.config import CONFIG_NAME, AdapterConfig, read_config
-from lora_fx.rules.peft_config.prefix_config import read_prefix_config
+from lora_fx.rules.peft_config.config import CONFIG_NAME, AdapterConfig
+from lora_fx.rules.peft_config.read_config import read_config
 from lora_fx.rules.validation import shown
 
 
@@ -84,11 +84,10 @@ def read_adapter(
             raise AdapterError(str(directory), [problem])
     if (foreign := read_foreign(directory, ignore_config_keys)) is not None:
         return AdapterFiles(directory, *foreign.as_written(), stacks, foreign)
-    if (of_prefix := read_prefix_config(directory, ignore_config_keys)) is not None:
-        prefix, file = apart(open_tensors(directory), of_prefix)
-        return AdapterFiles(directory, of_prefix.beside, file, stacks, prefix=prefix)
-    config = read_config(directory, ignore_config_keys)
-    file = open_tensors(directory)
+    config, file = read_config(directory, ignore_config_keys), open_tensors(directory)
+    if not isinstance(config, AdapterConfig):
+        prefix, file = apart(file, config)
+        return AdapterFiles(directory, config.beside, file, stacks, prefix=prefix)
     if config.has_rows_alone:
         file = replace(file, entries={beside_factors(key): entry for key, entry in file.entries.items()})
     return AdapterFiles(directory, config, file, stacks)

@@ -47,7 +47,7 @@ class PrefixFile:
     @property
     def kind(self) -> Literal["prefix", "prompt"]:
         """What messages call it."""
-        return "prompt" if isinstance(self.config, PromptConfig) else "prefix"
+        return self.config.kind
 
     @property
     def traced(self) -> bool | Literal["prompt"]:
@@ -162,10 +162,8 @@ def in_peft_words(
     if prefix.without:
         problem = f"its prefix is for some layers alone, none for {listed([*map(str, prefix.without)], 8)}, and PEFT's file has one for all"
         raise AdapterError(f"adapter {adapter!r} cannot be written for PEFT", [problem])
-    values, said = (
-        {KEY: resolved(prefix, adapter, tensors)},
-        {"task_type": beside.task_type or _task(info), "auto_mapping": None},
-    )
+    values = {KEY: resolved(prefix, adapter, tensors)}
+    said = {"task_type": beside.task_type or _task(info), "auto_mapping": None}
     sizes = {"num_virtual_tokens": prefix.tokens, "token_dim": prefix.width}
     if prefix.is_prompt:
         return PromptConfig.of(beside, num_transformer_submodules=1, **sizes, **said), values

@@ -23,9 +23,8 @@ from lora_fx.adapters.peft_format.stacks import StackLayout, is_transposed, writ
 from lora_fx.adapters.recorded import (
     branches_of,
     origin_of,
-    parameters_of,
     record_of,
-    statistics_of,
+    tensors_of,
     trained_of,
 )
 from lora_fx.errors import AdapterError, warn
@@ -282,8 +281,7 @@ class _PeftWriter:
 
     def _copies(self, config: AdapterConfig, adapted: Collection[str]) -> dict[str, torch.Tensor]:
         """Return what PEFT keeps of the model's own tensors: trained parameters, and all else in the modules that train."""
-        own = (each(self._graph_module, self._adapter) for each in (parameters_of, statistics_of))
-        copies = {name: tensor for each in own for name, tensor in each.items()}
+        copies = tensors_of(self._graph_module, [self._adapter])
         kept = {}
         for name, tensor in self._own.items():
             saved = config.saves_any(name) and name not in self._state.non_persistent

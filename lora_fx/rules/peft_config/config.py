@@ -326,29 +326,13 @@ def validated_config(known: Mapping[str, Any], source: str) -> AdapterConfig:
     return config
 
 
-def read_config(directory: Path, ignored: Collection[str] = ()) -> AdapterConfig:
-    """Read the config of an adapter directory.
-
-    Args:
-        directory: with ``adapter_config.json``.
-        ignored: keys that lora_fx does not know, and of which somebody knows that they have no effect on the result. One warning
-            names those that are there and are switched on.
-
-    Raises:
-        AdapterError: there is none, it is malformed, it is of another method than LoRA, or it asks for what lora_fx cannot apply;
-            all problems are named.
-    """
-    path = directory / CONFIG_NAME
-    return config_in(read_document(path, AdapterError, "a PEFT adapter"), str(path), ignored)
-
-
 def config_in(document: Mapping[str, Any], source: str, ignored: Collection[str] = ()) -> AdapterConfig:
-    """Return the config that a document has, as :func:`read_config` does.
+    """Return the config that a document of this method has; it raises as :func:`~lora_fx.rules.peft_config.read_config.read_config` does.
 
     Args:
         document: the object of its JSON.
         source: where it is, for messages.
-        ignored: see :func:`read_config`.
+        ignored: see :func:`~lora_fx.rules.peft_config.read_config.read_config`.
     """
     _check_method(document, source)
     given = known_keys(document)
@@ -369,7 +353,7 @@ def beside_other_keys(
         others: what it says by others.
         make: returns the config of the known keys, or raises a :class:`RuleError`.
         source: where the document is, for messages.
-        ignored: see :func:`read_config`.
+        ignored: see :func:`~lora_fx.rules.peft_config.read_config.read_config`.
 
     Raises:
         AdapterError: it is malformed, or asks for what lora_fx cannot apply; all problems are named.

@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from lora_fx.errors import AdapterError
 from lora_fx.rules.peft_config.config import (
-    CONFIG_NAME,
     DUMMY,
     AdapterConfig,
     SharedKeys,
     beside_other_keys,
-    read_document,
 )
 from lora_fx.rules.validation import Flag, Positive, Text, validated
 
@@ -54,6 +50,8 @@ class AheadConfig(SharedKeys):
 class PrefixConfig(AheadConfig):
     """A prefix."""
 
+    kind: ClassVar[Literal["prefix"]] = "prefix"
+
     peft_type: Literal["PREFIX_TUNING"] = "PREFIX_TUNING"
 
     num_attention_heads: Positive
@@ -74,6 +72,8 @@ class PrefixConfig(AheadConfig):
 
 class PromptConfig(AheadConfig):
     """A prompt."""
+
+    kind: ClassVar[Literal["prompt"]] = "prompt"
 
     peft_type: Literal["PROMPT_TUNING"] = "PROMPT_TUNING"
 
@@ -96,24 +96,28 @@ class PromptConfig(AheadConfig):
     """Its settings."""
 
 
-def read_prefix_config(directory: Path, ignored: Collection[str] = ()) -> PrefixConfig | PromptConfig | None:
-    """Read the config of an adapter directory, if it is of prefix or prompt tuning.
+AHEAD: Mapping[str, type[PrefixConfig | PromptConfig]] = {
+    "PREFIX_TUNING": PrefixConfig,
+    "PROMPT_TUNING": PromptConfig,
+}
+"""PEFT's names of the methods whose values stand in front of the text."""
+
+
+def prefix_config_in(
+    document: Mapping[str, Any], source: str, ignored: Collection[str] = ()
+) -> PrefixConfig | PromptConfig | None:
+    """Return the config that a document of prefix or prompt tuning has; None for one of another method.
 
     Args:
-        directory: with ``adapter_config.json``.
-        ignored: see :func:`lora_fx.rules.peft_config.config.read_config`.
+        document: the object of its JSON.
+        source: where it is, for messages.
+        ignored: see :func:`~lora_fx.rules.peft_config.read_config.read_config`.
 
     Raises:
-        AdapterError: there is none, or it is malformed; all problems are named.
+        AdapterError: it is malformed; all problems are named.
     """
-    path = directory / CONFIG_NAME
-    document = read_document(path, AdapterError, "a PEFT adapter")
-    kinds: Mapping[str, type[PrefixConfig | PromptConfig]] = {
-        "PREFIX_TUNING": PrefixConfig,
-        "PROMPT_TUNING": PromptConfig,
-    }
-    if (kind := kinds.get(str(document.get("peft_type")))) is None:
+    if (kind := AHEAD.get(str(document.get("peft_type")))) is None:
         return None
     given: Mapping[str, Any] = {key: value for key, value in document.items() if key in kind.model_fields}
     others = {key: value for key, value in document.items() if key not in given}
-    return beside_other_keys(given, others, partial(validated, kind), str(path), ignored)
+    return beside_other_keys(given, others, partial(validated, kind), source, ignored)

@@ -21,6 +21,7 @@ from lora_fx.rules.peft_config.config import (
     validated_config,
 )
 from lora_fx.rules.peft_config.other_keys import VARIANTS, is_without_effect, way_of
+from lora_fx.rules.peft_config.prefix_config import AHEAD, PrefixConfig
 from lora_fx.rules.validation import plain, shown
 from lora_fx.rules.vocabulary import TASK_HEADS, Init, TaskType, splits_weight
 
@@ -134,8 +135,7 @@ def prefix_document(given: ConfigObject | Mapping[str, Any]) -> Mapping[str, Any
         RuleError: it asks for what rules cannot say.
     """
     document = _as_json(given if isinstance(given, Mapping) else given.to_dict())
-    kinds = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
-    if (kind := kinds.get(str(document.get("peft_type")))) is None:
+    if (config := AHEAD.get(str(document.get("peft_type")))) is None:
         return None
     random = str(document.get("prompt_tuning_init") or "RANDOM").rpartition(".")[2] == "RANDOM"
     for key in ("init_weights", "modules_to_save", *([] if random else ["prompt_tuning_init"])):
@@ -144,12 +144,12 @@ def prefix_document(given: ConfigObject | Mapping[str, Any]) -> Mapping[str, Any
                 "rules", [f"{key}: not supported with a prefix: found {shown(document[key])}. Train with PEFT"]
             )
     table = {"tokens": document.get("num_virtual_tokens")}
-    if kind == "prefix":
+    if config is PrefixConfig:
         table |= {"role": "peft", "projection": document.get("prefix_projection")}
     if table.get("projection"):
         table["hidden"] = document.get("encoder_hidden_size")
     said = {"task_type": document.get("task_type")}
-    return {"defaults": said, kind: [{key: value for key, value in table.items() if value is not None}]}
+    return {"defaults": said, config.kind: [{key: value for key, value in table.items() if value is not None}]}
 
 
 def _as_json(value: Any) -> Any:
