@@ -103,11 +103,9 @@ def test_packages_of_architectures_are_within_rounding_of_their_graphs(name: str
     assert report.largest < LARGEST[name]
 
 
-def test_a_machine_without_a_compiler_is_told_so_before_any_work(
-    branched: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inductor_config.cpp, "cxx", (None, "no-such-c++"))
-    with pytest.raises(ExportError, match=r"there is no compiler: looked for no-such-c\+\+ on the PATH"):
+def test_a_machine_without_a_compiler_is_told_so_before_any_work(branched: Any, tmp_path: Path) -> None:
+    lacking = inductor_config.patch({"cpp.cxx": (None, "no-such-c++")})
+    with lacking, pytest.raises(ExportError, match=r"there is no compiler: looked for no-such-c\+\+ on the PATH"):
         lora_fx.export.aoti(branched, tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())
 
