@@ -11,6 +11,8 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import lora_fx
 from lora_fx.folding.checkpoint_plan import fold_checkpoint
@@ -134,6 +136,51 @@ def test_a_second_adapter_that_peft_unties_in_spite_of_its_config_has_two_copies
     with pytest.warns(UserWarning, match=f"{EMBEDDING} and {HEAD} have copies of their own"):
         graph = lora_fx.from_adapter(base, tmp_path / "other")
     assert torch.equal(logits(graph), logits(model))
+
+
+class Twice(nn.Module):
+    """One module under two names, which is called by both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.a, self.last = nn.Linear(5, 7), nn.Linear(7, 7), nn.Linear(7, 3)
+        self.b = self.a
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.b(self.a(self.first(x).tanh()).tanh()))
+
+
+@pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`")
+@pytest.mark.parametrize("names", [["a"], ["b"], ["a", "b"]], ids="+".join)
+def test_a_module_with_two_names_is_as_tied_as_peft_has_it(names: list[str], tmp_path: Path) -> None:
+    x, settings = torch.randn(4, 5), {"r": 2, "target_modules": ["first"], "ensure_weight_tying": True}
+    base = lora_fx.trace(Twice(), (x,), inference=True)
+    model = peft.get_peft_model(Twice(), peft.LoraConfig(**settings, modules_to_save=list(names)))
+    moved(model, 3)
+    model.save_pretrained(str(tmp_path / "theirs"))
+    copies = f"{' and '.join(f'{name}.weight' for name in names)} {'has a copy' if len(names) == 1 else 'have copies'}"
+    with pytest.warns(UserWarning, match=f"of which {copies} .* PEFT follows ensure_weight_tying where"):
+        graph = lora_fx.from_adapter(base, tmp_path / "theirs")
+    assert torch.equal(graph(x), model(x))
+    assert torch.allclose(lora_fx.fold(graph)(x), model(x), atol=1e-6)
+    assert not torch.allclose(graph(x), base(x), atol=1e-2)
+    lora_fx.save_adapter(graph, tmp_path / "mine")
+    assert torch.equal(peft.PeftModel.from_pretrained(Twice(), tmp_path / "mine")(x), graph(x))
+
+
+def test_a_copy_that_peft_ties_is_one_where_a_tool_left_one_of_its_names_out(
+    base: lora_fx.TracedGraphModule, tmp_path: Path
+) -> None:
+    model = saved_by_peft(tmp_path, "lm_head", ensure_weight_tying=True)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    assert torch.equal(tensors.pop(f"base_model.model.{HEAD}"), tensors[f"base_model.model.{EMBEDDING}"])
+    save_file(tensors, file)
+    graph = lora_fx.from_adapter(base, tmp_path)
+    assert torch.equal(logits(graph), logits(model))
+    folded = lora_fx.fold(graph)
+    assert folded.get_parameter(HEAD) is folded.get_parameter(EMBEDDING)
 
 
 def test_rewrite_trains_the_copies_that_peft_trains(base: lora_fx.TracedGraphModule, tmp_path: Path) -> None:

@@ -37,13 +37,16 @@ def warn_of_prefix(plan: Plan) -> None:
         )
 
 
-def warn_of_untying(trained: Sequence[Trained], names: Mapping[str, Sequence[str]], source: str) -> None:
+def warn_of_untying(
+    trained: Sequence[Trained], names: Mapping[str, Sequence[str]], source: str, *, ensured: bool = False
+) -> None:
     """Warn once of parameters that the model ties, and of which modules have trained copies of their own.
 
     Args:
         trained: the parameters that train.
         names: all names of a parameter, by its first.
         source: of the adapter, or of its rules.
+        ensured: whether it says ``ensure_weight_tying``, which PEFT did not follow here.
     """
     untied = [each.name for each in trained if each.untied]
     tied = [every for every in names.values() if not set(untied).isdisjoint(every)]
@@ -55,10 +58,14 @@ def warn_of_untying(trained: Sequence[Trained], names: Mapping[str, Sequence[str
             )
             for every in tied
         )
-        warn(
-            f"{source}: {told}, as with PEFT (modules_to_save without ensure_weight_tying): training and fold untie them. Say "
-            "ensure_weight_tying to train one copy.",
+        end = (
+            "as in the file: PEFT follows ensure_weight_tying where transformers ties a module to the input embedding and modules_to_save "
+            "says embed_tokens or lm_head. Training and fold untie them."
+            if ensured
+            else "as with PEFT (modules_to_save without ensure_weight_tying): training and fold untie them. Say ensure_weight_tying to train "
+            "one copy."
         )
+        warn(f"{source}: {told}, {end}")
 
 
 def warn_of_fresh_head(plan: Plan, graph_module: fx.GraphModule) -> None:

@@ -282,8 +282,8 @@ def check_attachable(plan: Plan, graph_module: fx.GraphModule) -> None:
             )
         if trained.untied and (reason := why_not_untied(graph_module, names, trained.name)):
             problems.append(
-                f"{' and '.join(names)} are one parameter, of which {trained.name} would be a trained copy of its own, as PEFT has it without "
-                f"ensure_weight_tying: {reason}. Say ensure_weight_tying for one copy"
+                f"{' and '.join(names)} are one parameter, of which {trained.name} would be a trained copy of its own, as PEFT has it unless it "
+                f"ties them: {reason}. Name them all in modules_to_save, with ensure_weight_tying, for one copy"
             )
         elif not trained.whole:
             problems.append(

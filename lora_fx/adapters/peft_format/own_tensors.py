@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import fx
 
+from lora_fx.adapters.peft_format.keys import base_key
+from lora_fx.adapters.peft_format.opening import AdapterFiles
 from lora_fx.errors import listed, warn
 from lora_fx.graph.compare import described
-from lora_fx.graph.info import known_info
-from lora_fx.rules.peft_config.config import CONFIG_NAME
+from lora_fx.graph.info import GraphInfo, known_info
+from lora_fx.rules.peft_config.config import CONFIG_NAME, AdapterConfig
 
 
 def warn_of_rounding(directory: Path, saved: Mapping[str, torch.Tensor], kept: Mapping[str, torch.dtype]) -> None:
@@ -36,6 +38,47 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 _MAX_NAMED = 4
+
+
+def untied_in_file(files: AdapterFiles, parameters: Iterable[tuple[str, ...]], info: GraphInfo) -> set[str]:
+    """Return the names of parameters that ``ensure_weight_tying`` was to keep tied, and that the file has apart.
+
+    PEFT ties no others than those that transformers ties to the input embedding, and these only if ``modules_to_save`` says
+    ``embed_tokens`` or ``lm_head``; it then writes each under all of its names. So a name without a key was not tied, and computes with
+    the model's value. A second adapter is not tied either, and has two values.
+
+    Args:
+        files: of the adapter.
+        parameters: each by all of its names.
+        info: of the graph.
+    """
+    config, found = files.config, set[str]()
+    for names in parameters if config.ensure_weight_tying else ():
+        saved = {name for name in names if config.saves_any(name)}
+        keys = {name: key for name in names if (key := base_key(name, ())) in files.file.entries}
+        if len(names) < 2 or not saved or not keys:
+            continue
+        one, *others = (files.file.read(key) for key in keys.values())
+        if not all(torch.equal(one, other) for other in others):
+            found |= keys.keys()
+        elif len(keys) < len(names) and not _is_tied_by_peft(config, names, info):
+            found |= saved
+    return found
+
+
+def _is_tied_by_peft(config: AdapterConfig, names: Collection[str], info: GraphInfo) -> bool:
+    """Tell whether PEFT itself would tie what a file without keys for some of these names loads."""
+    embedding = next(iter(info.vocabulary), None)
+    return (
+        info.pretrained
+        and f"{embedding}.weight" in names
+        and getattr(info.config, "tie_word_embeddings", True) is not False
+        and any(name.rpartition(".")[2] in _PEFT_EMBEDDINGS for name in config.modules_to_save or ())
+    )
+
+
+_PEFT_EMBEDDINGS = ("embed_tokens", "lm_head")
+"""``EMBEDDING_LAYER_NAMES`` of PEFT 0.21."""
 
 
 def is_of_embedding(name: str, graph_module: fx.GraphModule) -> bool:

@@ -30,6 +30,7 @@ from lora_fx.adapters.peft_format.own_tensors import (
     equal_as_saved,
     is_of_embedding,
     resized_and_adapted,
+    untied_in_file,
     warn_of_embeddings,
     warn_of_rounding,
 )
@@ -173,7 +174,8 @@ class _Reader:
         rows = {each.module: self._read_rows(each) for each in tokens}
         self._ledger.stop_if_wrong()
         trained = tuple(Trained(n, CONFIG_NAME, v.numel(), untied=n in self._untied) for n, v in saved.items())
-        warn_of_untying(trained, self._state.names(), str(self._files.directory))
+        ensured = self._config.ensure_weight_tying
+        warn_of_untying(trained, self._state.names(), str(self._files.directory), ensured=ensured)
         warn_of_embeddings(self._files.directory, list(resized))
         kept = {name: own[name].dtype for name in saved if not own[name].is_meta}
         warn_of_rounding(self._files.directory, saved, kept)
@@ -268,7 +270,7 @@ class _Reader:
     def _copies(self, own: Mapping[str, torch.Tensor], adapted: Collection[str]) -> dict[str, str]:
         """Return the key of each parameter that trains as a whole or as a bias, and take it from those of the file."""
         taken: dict[str, str] = {}
-        apart = self._apart_in_file()
+        apart = untied_in_file(self._files, self._state.names().values(), known_info(self._graph_module))
         for name, tensor in own.items():
             saved = self._config.saves_any(name) or name in apart
             if not (saved or trains_bias(self._config, name, adapted)):
@@ -300,16 +302,6 @@ class _Reader:
     def _read_rows(self, tokens: TokenRows) -> torch.Tensor:
         weight = self._state.tensors[tokens.weight]
         return self._read(token_key(tokens.module), weight.new_empty(0, dtype=adapter_dtype(weight.dtype)))
-
-    def _apart_in_file(self) -> set[str]:
-        """Return the names of parameters that were to stay tied, and of which the file has different values: PEFT unties a second adapter."""
-        found: set[str] = set()
-        for names in self._state.names().values() if self._config.ensure_weight_tying else ():
-            keys = {name: key for name in names if (key := base_key(name, ())) in self._ledger.unread}
-            if len(keys) > 1 and any(map(self._config.saves_any, names)):
-                one, *others = (self._files.file.read(key) for key in keys.values())
-                found |= set() if all(torch.equal(one, other) for other in others) else keys.keys()
-        return found
 
     def _copied_as(self, name: str, copies: Collection[str]) -> str | None:
         """Return the name of the copy with which the module of a parameter computes; None without one."""
