@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PEERS := .venv-peers
 FUZZ := .venv-fuzz
 
-.PHONY: demo test test-all test-clients test-peers fuzz browser bench bench-all docs mutate lint format clean
+.PHONY: demo test test-all test-clients test-peers fuzz hunt long-runs browser bench bench-all docs mutate lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/lora-fx demo
@@ -31,6 +31,15 @@ test-peers: $(PEERS)/.installed
 # Every reader of files that strangers give, for a minute, by a coverage-guided fuzzer; in an environment of its own (.venv-fuzz).
 fuzz: $(FUZZ)/.installed
 	$(FUZZ)/bin/python tests/fuzz
+
+# Random models, adapters, passes and exports, beside PEFT and float64: half an hour; goes on where it was stopped. A seed that fails is
+# named with the command that repeats it. `python tests/hunt --help`.
+hunt: $(INSTALLED)
+	$(BIN)/python tests/hunt --models 300 --results hunt.jsonl
+
+# Many rounds, adapters and requests in one process, and half an hour of Trainer: memory, caches and times. `python tests/long_runs --help`.
+long-runs: $(INSTALLED)
+	$(BIN)/python tests/long_runs
 
 # The page that pictures are looked at in is tested in a real browser: installed where that takes no question, and else asked for.
 browser:
@@ -67,7 +76,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format lora_fx tests tools
 
 clean:
-	rm -rf $(VENV) .venv-clients $(PEERS) $(FUZZ) demo-output mutants docs
+	rm -rf $(VENV) .venv-clients $(PEERS) $(FUZZ) demo-output mutants docs hunt.jsonl
 
 # torch first and alone: its pin names a CPU build where one is at hand, and nothing that follows may replace it.
 $(INSTALLED): pyproject.toml constraints.txt
