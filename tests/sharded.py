@@ -34,6 +34,8 @@ from torch.optim import AdamW, Optimizer
 
 import lora_fx
 import lora_fx.trainer
+from lora_fx.graph.graph_module import copy_graph, state_in_parts
+from lora_fx.graph.input_checks import remove_checks
 
 BATCH, STEPS, STOPPED = 4, 20, 12
 SPLITS = {
@@ -43,18 +45,21 @@ SPLITS = {
     "gemma3_text": "model.layers.2",
 }
 WITH_HEAD = {"rules": {"select": [{"target": ["q_proj", "down_proj"]}, {"target": ["lm_head"], "trainable": "all"}]}}
+DORA = {"rules": {"defaults": {"variant": "dora"}, "select": [{"target": ["q_proj", "o_proj", "down_proj"]}]}}
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def graph_of(directory: Path, name: str, **settings: Any) -> lora_fx.TracedGraphModule:
-    """Return a rewrite of a trace in ``directory``, in train mode. Every process makes an equal one."""
-    trace = torch.load(directory / f"{name}.trace", weights_only=False)
+    """Return a rewrite of a trace in ``directory``, in train mode. Every process makes an equal one; ``<name>-dora`` is of the same trace."""
+    trace = torch.load(directory / f"{name.removesuffix('-dora')}.trace", weights_only=False)
     given = {"rules": "auto", "rank": 4, "alpha": 8, "dropout": 0.0, "seed": 0}
+    given |= DORA if name.endswith("-dora") else {}
     return lora_fx.rewrite(trace, **{**given, **settings}).train()
 
 
 def batch_of(name: str, step: int, rank: int = 0, world: int = 1) -> dict[str, torch.Tensor]:
     """Return the part of a batch that is for one of several processes."""
+    name = name.removesuffix("-dora")
     if name in ARCHITECTURES:
         whole = inputs(name, BATCH, 5 + step % 3, seed=step)
     else:
@@ -190,8 +195,19 @@ def from_files(name: str, directory: Path, rank: int) -> dict[str, Any]:
     lora_fx.parallel.fully_shard(expected)
     before = {key: value.to_local() for key, value in expected.state_dict().items() if isinstance(value, DTensor)}
     unlike = [key for key, value in graph.state_dict().items() if not torch.equal(value.to_local(), before[key])]
-    losses = [train(name, each, optimizer_of(each), range(3), rank, 2) for each in (graph, expected)]
-    return {"losses": losses, "unlike": unlike, "part": part_of(graph), "missing": missing, "other": other}
+    # Of rows for two processes each has two, and of those for four it has one.
+    losses = [
+        [train(name, each, optimizer_of(each), range(3), rank, count) for count in (2, 4)] for each in (graph, expected)
+    ]
+    sizes = [remove_checks(copy_graph(each.graph)[0], state_in_parts(each).modules) for each in (graph, expected)]
+    return {
+        "losses": losses,
+        "unlike": unlike,
+        "part": part_of(graph),
+        "missing": missing,
+        "other": other,
+        "same sizes": sizes[0] == sizes[1],
+    }
 
 
 def pipelined(name: str, directory: Path, rank: int) -> dict[str, Any]:
@@ -274,6 +290,7 @@ def checks() -> dict[str, Callable[[Path, int], dict[str, Any]]]:
         found[f"{name}-pipelined"] = lambda directory, rank, name=name: pipelined(name, directory, rank)
     for name in ("llama", "t5", "gpt2"):
         found[f"{name}-files"] = lambda directory, rank, name=name: from_files(name, directory, rank)
+    found["llama-dora"] = lambda directory, rank: curve("llama-dora", directory, rank)
     for name in ("llama", "t5", "gpt2", "mixtral"):
         found[name] = lambda directory, rank, name=name: curve(name, directory, rank)
         for efficient in (False, True):

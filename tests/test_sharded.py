@@ -77,7 +77,7 @@ def whole(name: str, directory: Path, steps: int) -> tuple[lora_fx.TracedGraphMo
     return graph, sharded.train(name, graph, sharded.optimizer_of(graph), range(steps))
 
 
-@pytest.mark.parametrize("name", ["llama", *also("t5", "gpt2", "mixtral")])
+@pytest.mark.parametrize("name", ["llama", *also("llama-dora", "t5", "gpt2", "mixtral")])
 def test_two_processes_that_hold_half_a_graph_each_train_stop_and_go_on_as_one_does(
     name: str, found: Callable[[str], tuple[Path, list[Any]]], tmp_path: Path
 ) -> None:
@@ -149,6 +149,7 @@ def test_a_graph_traced_on_meta_gets_its_parts_from_files_and_trains_with_the_bi
         assert each["unlike"] == []
         mine, theirs = each["losses"]
         assert mine == theirs
+        assert each["same sizes"]
         assert 0.475 <= each["part"] <= 0.525
         assert each["missing"].startswith(f"{directory / 'nowhere'} does not exist")
         assert each["other"].startswith(f"{directory / 'other'} does not fit the graph: ")

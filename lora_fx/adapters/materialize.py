@@ -5,34 +5,27 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
+from lora_fx.adapters.covered_sizes import covered_sizes, with_checks
 from lora_fx.adapters.dora import missing_magnitudes
 from lora_fx.adapters.starts import is_from_weight, model_weight, rests
 from lora_fx.adapters.tokens import token_values
 from lora_fx.branches.invariants import checked
 from lora_fx.branches.remove import unload
-from lora_fx.errors import LoraFxError, PlanError, TraceError, listed
+from lora_fx.errors import LoraFxError, PlanError, listed
 from lora_fx.graph.adapter_names import is_of_adapter, is_of_start, is_placement, original_name
 from lora_fx.graph.compare import described
-from lora_fx.graph.example_sizes import cut_or_repeated
-from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_in_parts, state_of
+from lora_fx.graph.graph_module import TracedGraphModule, rebuilt, state_in_parts, state_of
 from lora_fx.graph.info import info_of
-from lora_fx.graph.input_checks import Constraints, InputCheck, RelationCheck, add_checks, remove_checks
 from lora_fx.graph.process_state import forked_random_state
 from lora_fx.graph.records import BranchSpec
-from lora_fx.graph.size_relations import UNBOUNDED
 from lora_fx.graph.state import State
 from lora_fx.numerics.factor_init import initial_factors
 from lora_fx.planning.plan import owners_of
 from lora_fx.sites.call_sites import Site, sites
-from lora_fx.tracing.example_inputs import ExampleInputs, example_inputs, graph_inputs
-from lora_fx.tracing.parity import GraphFailed, ModelFailed, difference
-from lora_fx.tracing.size_probing import examples_of, without_artefacts
 from lora_fx.tracing.transformers_models import traced_class
 
 
@@ -90,7 +83,8 @@ def materialize(
     info = info_of(graph_module)
     info = replace(info, statistics={name: state.tensors[name].clone() for name in info.statistics})
     ready = rebuilt(graph_module, state=state, info=info)
-    return checked(ready if like is None else _probed(ready, like), "branched" if info.adapters else "base")
+    covered = None if like is None else covered_sizes(unload(ready), like)
+    return checked(ready if covered is None else with_checks(ready, *covered), "branched" if info.adapters else "base")
 
 
 def initial_values(
@@ -232,64 +226,3 @@ def _check_fit(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Ten
     ]
     if problems:
         raise LoraFxError(f"the state dict does not fit the graph: {'; '.join(problems)}.")
-
-
-def _probed(graph_module: TracedGraphModule, like: nn.Module) -> TracedGraphModule:
-    """Return the graph with the checks that it would have, had it been traced with its weights."""
-    if info_of(graph_module).prefix_slot is not None:  # traced with weights, and checked for the prefix that it holds
-        return graph_module
-    try:
-        inputs = example_inputs(like, None, next(graph_module.parameters()).device)
-    except TraceError:  # not a model whose inputs follow from its config: its checks stay as strict as they are
-        return graph_module
-    state = state_of(graph_module)
-    base = unload(graph_module)
-    base_graph, _ = copy_graph(base.graph)
-    constraints = remove_checks(base_graph, state.modules)
-    if list(constraints.ranges) != list(graph_inputs(inputs)):
-        return graph_module
-    inputs = _covered(inputs, constraints)
-    unchecked = rebuilt(base, base_graph, training=False, trainable=frozenset())
-    tensors = dict(state_of(unchecked).tensors)
-    like.eval()
-
-    def model(*args: Any, **kwargs: Any) -> Any:
-        return functional_call(like, tensors, args, kwargs)
-
-    with forked_random_state(range(torch.cuda.device_count())):
-        try:
-            unlike = difference(model, unchecked, inputs)
-        except ModelFailed:  # its inputs do not follow from its config after all
-            return graph_module
-        except GraphFailed as error:
-            unlike = str(error)
-        if unlike is not None:
-            raise LoraFxError(
-                f"with its weights, the graph does not compute what {type(like).__name__} does: {unlike}. "
-                "Trace the model with its weights instead."
-            )
-        found = without_artefacts(model, unchecked, inputs, constraints)
-    without_checks, _ = copy_graph(graph_module.graph)
-    remove_checks(without_checks, state.modules)
-    graph, _ = copy_graph(without_checks)  # in which the names of the removed nodes are free again
-    kept = {
-        name: module for name, module in state.modules.items() if not isinstance(module, InputCheck | RelationCheck)
-    }
-    with_checks = replace(state, modules={**kept, **add_checks(graph, found)})
-    info = replace(info_of(graph_module), examples=examples_of(inputs, found))
-    return rebuilt(graph_module, graph, state=with_checks, info=info)
-
-
-def _covered(inputs: ExampleInputs, constraints: Constraints) -> ExampleInputs:
-    """Return inputs of sizes for which a graph holds: it may have been traced for one size alone."""
-    sized = {
-        name: cut_or_repeated(value, torch.Size(map(_clamped, value.shape, constraints.ranges[name])))
-        for name, value in inputs.kwargs.items()
-        if name in constraints.ranges
-    }
-    return replace(inputs, kwargs={**inputs.kwargs, **sized})
-
-
-def _clamped(size: int, within: tuple[int, int]) -> int:
-    low, high = within
-    return max(size, low) if high == UNBOUNDED else min(max(size, low), high)

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, install, state_of
+from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, install, state_in_parts, state_of
+from lora_fx.graph.input_checks import InputCheck, RelationCheck
 from lora_fx.graph.state import State, with_value
 from lora_fx.numerics.quantised_weight import QuantisedWeight
 
@@ -43,6 +44,25 @@ def take_over(graph_module: TracedGraphModule, other: TracedGraphModule) -> None
     for name, module in graph_module.named_modules():
         if name not in known or name in modules:
             module.training = graph_module.training
+
+
+def take_checks(graph_module: TracedGraphModule, other: TracedGraphModule) -> None:
+    """Give a graph the input checks of another one, which has its nodes otherwise (in place).
+
+    Args:
+        graph_module: is changed; may be sharded.
+        other: of no use afterwards, since both share modules.
+    """
+    mine, theirs = (_checks(module) for module in (graph_module, other))
+    graph, _ = copy_graph(other.graph)
+    install(graph_module, State({}, modules=theirs))
+    graph_module.graph = graph
+    _remove(graph_module, mine.keys() - theirs.keys())
+
+
+def _checks(graph_module: TracedGraphModule) -> dict[str, nn.Module]:
+    modules = state_in_parts(graph_module).modules.items()
+    return {name: module for name, module in modules if isinstance(module, InputCheck | RelationCheck)}
 
 
 def _remove(module: nn.Module, names: Iterable[str]) -> None:

@@ -15,18 +15,22 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from lora_fx.adapters.covered_sizes import covered_sizes, stand_ins, with_checks
 from lora_fx.adapters.materialize import check_filled, check_layers_keep_names, computed_buffers, initial_values
+from lora_fx.branches.remove import unload
 from lora_fx.errors import LoraFxError, PlanError, listed
 from lora_fx.files.safetensors import TensorFile
 from lora_fx.folding.checkpoint import Checkpoint
 from lora_fx.graph.adapter_names import is_of_adapter, is_placement
 from lora_fx.graph.compare import described
-from lora_fx.graph.graph_module import TracedGraphModule, as_traced, install, state_in_parts, state_of
+from lora_fx.graph.graph_module import TracedGraphModule, as_traced, install, rebuilt, state_in_parts, state_of
 from lora_fx.graph.info import info_of, with_info
 from lora_fx.graph.nested import flatten
 from lora_fx.graph.process_state import forked_random_state
 from lora_fx.graph.sharded import from_first_process, mesh_of
 from lora_fx.graph.state import State, part_of
+from lora_fx.graph.take_over import take_checks
+from lora_fx.numerics.quantised_weight import QuantisedWeight
 from lora_fx.parallel.fsdp import fully_shard
 from lora_fx.tracing.transformers_models import traced_class
 
@@ -44,7 +48,8 @@ def load_sharded(
 
     No process ever holds the base: each reads its parts of the tensors from the files. Factors are those that one process would draw, and
     what else an adapter starts with follows from one gathered weight at a time. The result computes the bits of a graph that was made of
-    the model with its weights. Its checks of inputs are those of the trace on meta, which are stricter in some models::
+    the model with its weights, and takes the same sizes: the model is run once on the device at sizes that a trace on meta excludes, with
+    made-up weights in almost no memory::
 
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
@@ -72,6 +77,8 @@ def load_sharded(
     check_layers_keep_names(empty)
     checkpoint = Checkpoint.open(Path(directory))
     keys = _keys(before, checkpoint)
+    like = like if like is not None else traced_class(empty)
+    covering = None if like is None else _covering(empty, like, mesh)
     fully_shard(graph_module, mesh, **options)
     sharded = state_in_parts(graph_module)
     made_for = mesh_of(graph_module)
@@ -98,7 +105,6 @@ def load_sharded(
         started = initial_values(empty, missing, whole, device, None)
     values |= {name: _part(value, sharded.tensors[name]) for name, value in started.items()}
     graph_module.load_state_dict(values, strict=False, assign=True)
-    like = like if like is not None else traced_class(empty)
     plain = computed_buffers(before, like, device)
     plain |= {name: tensor.to(device) for name, tensor in before.tensors.items() if is_placement(name)}
     install(graph_module, State(plain, before.non_persistent))
@@ -106,7 +112,28 @@ def load_sharded(
     check_filled(now.tensors)
     info = info_of(graph_module)
     info = replace(info, statistics={name: now.tensors[name].clone() for name in info.statistics})
+    if covering is not None:
+        info = replace(info, examples=info_of(covering).examples)
     graph_module.meta.update(with_info(graph_module.meta, info))
+    if covering is not None:
+        take_checks(graph_module, covering)
+
+
+def _covering(empty: TracedGraphModule, like: nn.Module, mesh: DeviceMesh | None) -> TracedGraphModule | None:
+    """Return a graph on the meta device with the checks that it would have, had it been traced with its weights; None where that is not known."""
+    base = unload(empty)
+    state = state_of(base)
+    if any(isinstance(tensor, QuantisedWeight) for tensor in state.tensors.values()):  # which fully_shard refuses
+        return None
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = device if mesh is None else torch.device(mesh.device_type)
+    values = {**stand_ins(state, device), **computed_buffers(state, like, device)}
+    if any(
+        tensor.is_meta for name, tensor in state.tensors.items() if name not in values
+    ):  # no weights, and so not made up
+        return None
+    covered = covered_sizes(rebuilt(base, tensors=values, training=False), like)
+    return None if covered is None else with_checks(empty, *covered)
 
 
 class _Whole(Mapping[str, torch.Tensor]):
