@@ -36,6 +36,8 @@ import lora_fx
 import lora_fx.trainer
 from lora_fx.graph.graph_module import copy_graph, state_in_parts
 from lora_fx.graph.input_checks import remove_checks
+from lora_fx.numerics.quantised_weight import QuantisedWeight
+from lora_fx.numerics.schemes import parse_scheme
 
 BATCH, STEPS, STOPPED = 4, 20, 12
 SPLITS = {
@@ -133,6 +135,15 @@ def said(function: Callable[[], Any]) -> str:
     return "nothing"
 
 
+def quantised_graph() -> lora_fx.TracedGraphModule:
+    """Return a nested graph with a weight in 4 bits."""
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(6, 8)])})
+    codes = QuantisedWeight.of(model.get_submodule("layers.0").weight, parse_scheme("nf4:double"))  # type: ignore[arg-type]
+    model.get_submodule("layers.0").weight = nn.Parameter(codes, False)
+    model.forward = lambda x: model.get_submodule("layers.0")(x)
+    return lora_fx.nest(lora_fx.rewrite(model, ["layers.0"], rank=2, example_inputs=(torch.ones(3, 6),), seed=0))
+
+
 def refusals(directory: Path, rank: int) -> dict[str, Any]:
     """Return what every process says where one refuses or all do; none waits for another forever."""
     graph = graph_of(directory, "llama")
@@ -142,6 +153,13 @@ def refusals(directory: Path, rank: int) -> dict[str, Any]:
         "policy": said(lambda: lora_fx.parallel.fully_shard(graph, mp_policy=low)),
         "policy of torch": said(lambda: fully_shard(nested.get_submodule("model.layers.0"), mp_policy=low)),
         "policy of torch for all": said(lambda: fully_shard(nested, mp_policy=low)),
+    }
+    quantised = quantised_graph()
+    found |= {
+        "quantised": said(lambda: lora_fx.parallel.fully_shard(quantised)),
+        "quantised, by torch": said(lambda: fully_shard(quantised.get_submodule("layers.0"))),
+        "one": said(lambda: lora_fx.parallel.fully_shard(graph, **({"mp_policy": low} if rank else {}))),
+        "other": said(lambda: lora_fx.parallel.fully_shard(graph_of(directory, "llama", seed=rank))),
     }
     lora_fx.parallel.fully_shard(graph)
     (directory / "full").mkdir(exist_ok=True)
@@ -189,7 +207,9 @@ def from_files(name: str, directory: Path, rank: int) -> dict[str, Any]:
     settings = WITH_HEAD if name == "llama" else {}
     graph = graph_of(directory, f"{name}-meta", **settings)
     expected = graph_of(directory, name, **settings)
-    missing = said(lambda: lora_fx.parallel.load_sharded(graph, directory / "nowhere"))
+    missing = said(
+        lambda: lora_fx.parallel.load_sharded(graph, directory / ("nowhere" if rank else f"{name}-checkpoint"))
+    )
     other = said(lambda: lora_fx.parallel.load_sharded(graph, directory / "other"))
     lora_fx.parallel.load_sharded(graph, directory / f"{name}-checkpoint", seed=0)
     lora_fx.parallel.fully_shard(expected)

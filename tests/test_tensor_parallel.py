@@ -130,10 +130,10 @@ def test_all_processes_refuse_where_one_does_and_name_the_node(tmp_path: Path) -
     (tmp_path / "full").mkdir()
     launch(tmp_path, "refusals")
     first, second = found(tmp_path, "refusals")
-    assert first["other"].startswith("process 1 of the group has another graph than process 0")
-    assert second["other"].startswith("process 0 of the group has another graph than process 1")
+    assert first["other"].startswith("process 1 has another graph than process 0, by a digest")
+    assert second["other"].startswith("process 0 has another graph than process 1, by a digest")
     assert second["one"].endswith("set p = 0 of each nn.Dropout in graph.modules().")
-    assert first["one"] == f"process 1 of the group refused: LoraFxError: {second['one']}"
+    assert first["one"] == f"process 1 refused: LoraFxError: {second['one']}"
     for each in (first, second):
         assert "dimension 2 has size 3, which 2 processes cannot share equally" in each["heads"]
         assert each["name"].startswith("'query' is the name of no linear site; there are model.layers.0")

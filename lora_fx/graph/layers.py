@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from lora_fx.errors import LoraFxError, did_you_mean
 from lora_fx.graph.aten_kinds import writes
 from lora_fx.graph.codegen import ShortCode
+from lora_fx.numerics.quantised_weight import QuantisedWeight
 from lora_fx.torch_internals import forward_from_src
 
 _LAYER = re.compile(r"(?:[^.]+\.)*?\d+")
@@ -104,8 +105,8 @@ class Layer(nn.Module, metaclass=LayerKind):
     gradient_checkpointing = False
 
     def register_forward_pre_hook(self, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
-        """Do as torch does, but take no hook of FSDP that casts: see :func:`check_hook`."""
-        check_hook(hook)
+        """Do as torch does, but take no hook of FSDP that casts or makes dense: see :func:`check_hook`."""
+        check_hook(self, hook)
         return super().register_forward_pre_hook(hook, **options)
 
     def forward(self, *inputs: Any, call: int = 0) -> Any:
@@ -218,9 +219,19 @@ def check_mixed_precision(policy: Any) -> None:
         )
 
 
-def check_hook(hook: Any) -> None:
-    """Raise :class:`LoraFxError` for a hook with which FSDP would cast what a graph or a layer of it computes with."""
-    check_mixed_precision(getattr(getattr(hook, "__self__", None), "_mp_policy", None))
+def check_unquantised(module: nn.Module) -> None:
+    """Raise :class:`LoraFxError` for a graph or a layer of it that FSDP would shard with dense weights in the place of quantised ones."""
+    quantised = next((name for name, each in module.named_parameters() if isinstance(each, QuantisedWeight)), None)
+    if quantised is not None:
+        raise LoraFxError(f"{quantised!r} is quantised, and FSDP shards tensors of numbers alone: train with DDP.")
+
+
+def check_hook(module: nn.Module, hook: Any) -> None:
+    """Raise :class:`LoraFxError` for a hook with which FSDP would cast what a graph or a layer of it computes with, or make it dense."""
+    policy = getattr(getattr(hook, "__self__", None), "_mp_policy", None)
+    check_mixed_precision(policy)
+    if policy is not None:
+        check_unquantised(module)
 
 
 NO_LAYERS = Nesting(None, {})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -12,7 +13,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lora_fx.errors import LoraFxError
-from lora_fx.graph.graph_module import TracedGraphModule, assemble, copy_graph, state_in_parts, trainable_names
+from lora_fx.graph.graph_module import (
+    TracedGraphModule,
+    assemble,
+    copy_graph,
+    state_in_parts,
+    state_of,
+    trainable_names,
+)
 from lora_fx.graph.info import known_info, with_info
 from lora_fx.graph.pickling import restore
 from lora_fx.graph.process_sums import RankShards
@@ -88,6 +96,61 @@ def from_first_process(graph_module: nn.Module, function: Callable[[], Result]) 
     return result  # type: ignore[no-any-return]
 
 
+def agreed(groups: Sequence[distributed.ProcessGroup], function: Callable[[], tuple[Result, str]]) -> Result:
+    """Return what a function returns in each of several processes, or raise in all of them. All have to call this.
+
+    Args:
+        groups: of the processes, as :func:`groups_of` returns them; none for one process alone.
+        function: returns a result, and a digest that is the same in all processes where they are given the same.
+
+    Raises:
+        LoraFxError: the function raised in another process, or another has another digest; here it raises what the function does.
+    """
+    error: Exception | None = None
+    told, digest, rank = "", "", distributed.get_rank() if groups else 0
+    try:
+        result, digest = function()
+    except Exception as caught:  # whatever it is, no process is left waiting
+        error, told = caught, f"process {rank} refused: {type(caught).__name__}: {caught}"
+    for group in groups:
+        every = [(told, digest, rank)] * group.size()
+        distributed.all_gather_object(every, (told, digest, rank), group=group)
+        refused = [message for message, *_ in every if message]
+        other = next((number for _, theirs, number in every if theirs != digest), None)
+        if refused:
+            told = refused[0]
+        elif other is not None:
+            told = (
+                f"process {other} has another graph than process {rank}, by a digest of its nodes and tensors: give all the same weights, "
+                "rules and seed (rewrite(…, seed=0))."
+            )
+    if error is not None:
+        raise error
+    if told:
+        raise LoraFxError(told)
+    return result
+
+
+def digest_of(graph_module: TracedGraphModule) -> str:
+    """Return a digest of the nodes of a graph and of up to 4096 elements of each tensor."""
+    digest = hashlib.sha256()
+    for node in graph_module.graph.nodes:
+        digest.update(f"{node.op} {node.target} {node.args} {node.kwargs}\n".encode())
+    state = state_of(graph_module)
+    for name in state.names():
+        tensor = state.tensors[name].detach()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {state.tensors[name].requires_grad}".encode())
+        if not tensor.is_meta:
+            flat = tensor.reshape(-1)
+            chosen = flat[:: max(1, len(flat) // _SAMPLES)].cpu().contiguous()
+            digest.update(chosen.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+_SAMPLES = 4096
+"""How many elements of a tensor are in a digest, about."""
+
+
 def gathered(graph_module: TracedGraphModule) -> TracedGraphModule | None:
     """Return a flat graph with whole tensors on the first process, and None on the others; a graph that is not sharded itself.
 
@@ -150,7 +213,15 @@ def _groups(module: nn.Module) -> list[distributed.ProcessGroup]:
     mesh, shards = mesh_of(module), known_info(module).shards
     if shards is not None:
         return [shards.process_group()]
-    return [] if mesh is None else [mesh.get_group(dim) for dim in range(mesh.ndim)]
+    return [] if mesh is None else groups_of(mesh)
+
+
+def groups_of(mesh: DeviceMesh | None) -> list[distributed.ProcessGroup]:
+    """Return the groups along the dimensions of a mesh; without one, the group of all processes, if there is one."""
+    if mesh is not None:
+        return [mesh.get_group(dim) for dim in range(mesh.ndim)]
+    everyone = distributed.group.WORLD if distributed.is_available() and distributed.is_initialized() else None
+    return [] if everyone is None else [everyone]
 
 
 def _is_first(mesh: DeviceMesh) -> bool:

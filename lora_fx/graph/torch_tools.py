@@ -21,8 +21,8 @@ class TorchTools(nn.Module):
         super().set_submodule(target, module, strict)
 
     def register_forward_pre_hook(self, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
-        """Do as torch does, but take no hook with which FSDP casts parameters: the dtypes of a graph are constants in it."""
-        check_hook(hook)
+        """Do as torch does, but take no hook with which FSDP casts parameters, or makes them dense: dtypes are constants in a graph."""
+        check_hook(self, hook)
         return super().register_forward_pre_hook(hook, **options)
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from lora_fx.graph.graph_module import TracedGraphModule, as_traced, install, re
 from lora_fx.graph.info import info_of, with_info
 from lora_fx.graph.nested import flatten
 from lora_fx.graph.process_state import forked_random_state
-from lora_fx.graph.sharded import from_first_process, mesh_of
+from lora_fx.graph.sharded import agreed, from_first_process, groups_of, mesh_of
 from lora_fx.graph.state import State, part_of
 from lora_fx.graph.take_over import take_checks
 from lora_fx.numerics.quantised_weight import QuantisedWeight
@@ -68,17 +68,8 @@ def load_sharded(
         LoraFxError: the checkpoint does not fit the graph, with all problems, or see :func:`fully_shard`; the graph is as it was.
         PlanError: the graph has weights already, or an adapter that starts from whole weights in a way that is not known here.
     """
-    empty = flatten(as_traced(graph_module))
-    before = state_of(empty)
-    if any(not parameter.is_meta for parameter in empty.parameters()):
-        raise PlanError(
-            "expected a graph on the meta device, got one with weights: lora_fx.parallel.fully_shard shards these."
-        )
-    check_layers_keep_names(empty)
-    checkpoint = Checkpoint.open(Path(directory))
-    keys = _keys(before, checkpoint)
-    like = like if like is not None else traced_class(empty)
-    covering = None if like is None else _covering(empty, like, mesh)
+    source = agreed(groups_of(mesh), lambda: (_source(graph_module, directory, mesh, like), str(seed)))
+    empty, before, checkpoint, keys = source.empty, state_of(source.empty), source.checkpoint, source.keys
     fully_shard(graph_module, mesh, **options)
     sharded = state_in_parts(graph_module)
     made_for = mesh_of(graph_module)
@@ -105,18 +96,53 @@ def load_sharded(
         started = initial_values(empty, missing, whole, device, None)
     values |= {name: _part(value, sharded.tensors[name]) for name, value in started.items()}
     graph_module.load_state_dict(values, strict=False, assign=True)
-    plain = computed_buffers(before, like, device)
+    plain = computed_buffers(before, source.like, device)
     plain |= {name: tensor.to(device) for name, tensor in before.tensors.items() if is_placement(name)}
     install(graph_module, State(plain, before.non_persistent))
     now = state_in_parts(graph_module)
     check_filled(now.tensors)
     info = info_of(graph_module)
     info = replace(info, statistics={name: now.tensors[name].clone() for name in info.statistics})
-    if covering is not None:
-        info = replace(info, examples=info_of(covering).examples)
+    if source.covering is not None:
+        info = replace(info, examples=info_of(source.covering).examples)
     graph_module.meta.update(with_info(graph_module.meta, info))
-    if covering is not None:
-        take_checks(graph_module, covering)
+    if source.covering is not None:
+        take_checks(graph_module, source.covering)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What the weights of a graph are read from.
+
+    Attributes:
+        empty: the graph, flat, on the meta device.
+        checkpoint: that has its weights.
+        keys: of these in the checkpoint, by their first names in the graph.
+        like: a module with the buffers that no checkpoint has, if there is one.
+        covering: the graph with other checks of sizes, if there are other ones.
+    """
+
+    empty: TracedGraphModule
+    checkpoint: Checkpoint
+    keys: Mapping[str, str]
+    like: nn.Module | None
+    covering: TracedGraphModule | None
+
+
+def _source(
+    graph_module: TracedGraphModule, directory: str | os.PathLike[str], mesh: DeviceMesh | None, like: nn.Module | None
+) -> _Source:
+    """Check that a graph gets its weights from a checkpoint; see :func:`load_sharded`."""
+    empty = flatten(as_traced(graph_module))
+    if any(not parameter.is_meta for parameter in empty.parameters()):
+        raise PlanError(
+            "expected a graph on the meta device, got one with weights: lora_fx.parallel.fully_shard shards these."
+        )
+    check_layers_keep_names(empty)
+    checkpoint = Checkpoint.open(Path(directory))
+    keys = _keys(state_of(empty), checkpoint)
+    like = like if like is not None else traced_class(empty)
+    return _Source(empty, checkpoint, keys, like, None if like is None else _covering(empty, like, mesh))
 
 
 def _covering(empty: TracedGraphModule, like: nn.Module, mesh: DeviceMesh | None) -> TracedGraphModule | None:

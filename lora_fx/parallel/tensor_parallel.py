@@ -12,7 +12,6 @@ is the same on all processes.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -28,6 +27,7 @@ from lora_fx.graph.graph_module import TracedGraphModule, as_traced, copy_graph,
 from lora_fx.graph.info import check_same_for_all_rows, info_of
 from lora_fx.graph.pickling import record
 from lora_fx.graph.process_sums import RankShards, Shard, SumOfGradients, SumOverProcesses
+from lora_fx.graph.sharded import agreed, digest_of
 from lora_fx.graph.state import State
 from lora_fx.graph.training_only import TrainingOnly
 from lora_fx.numerics.quantised_weight import QuantisedWeight
@@ -39,7 +39,6 @@ from lora_fx.tracing.train_eval import ModeSwitch
 aten = torch.ops.aten
 
 _SUM, _GRADIENTS = "process_sums.value", "process_sums.gradient"
-_SAMPLES = 4096
 
 
 def shard(
@@ -68,30 +67,14 @@ def shard(
     """
     if not distributed.is_available() or not distributed.is_initialized():
         raise LoraFxError("a graph is divided among processes: call torch.distributed.init_process_group first.")
-    group = group or distributed.group.WORLD
-    assert group is not None
-    rank, world = group.rank(), group.size()
-    made: TracedGraphModule | None = None
-    error: Exception | None = None
-    try:
-        made = _of_rank(graph_module, plan, rank, world, group.group_name)
-        told = ["", _digest(graph_module)]
-    except Exception as caught:  # whatever it is, no process is left waiting
-        error, told = caught, [f"{type(caught).__name__}: {caught}", ""]
-    all_told: list[list[str]] = [["", ""]] * world
-    distributed.all_gather_object(all_told, told, group=group)
-    if error is not None:
-        raise error
-    for number, (message, digest) in enumerate(all_told):
-        if message:
-            raise LoraFxError(f"process {number} of the group refused: {message}")
-        if digest != told[1]:
-            raise LoraFxError(
-                f"process {number} of the group has another graph than process {rank}, by a digest of its nodes and tensors: give all the same "
-                "weights, rules and seed (rewrite(…, seed=0))."
-            )
-    assert made is not None
-    return made
+    processes = group or distributed.group.WORLD
+    assert processes is not None
+
+    def made() -> tuple[TracedGraphModule, str]:
+        part = _of_rank(graph_module, plan, processes.rank(), processes.size(), processes.group_name)
+        return part, f"{digest_of(graph_module)} {plan}"
+
+    return agreed([processes], made)
 
 
 def _of_rank(
@@ -176,22 +159,6 @@ def _draws_numbers(node: fx.Node) -> bool:
         return True
     # Rates and modes that nodes compute are those of modules.
     return not isinstance(given[rate], fx.Node) and given[rate] > 0 and given.get("train", True) is True
-
-
-def _digest(graph_module: TracedGraphModule) -> str:
-    """Return a digest of the nodes of a graph and of up to 4096 elements of each tensor."""
-    digest = hashlib.sha256()
-    for node in graph_module.graph.nodes:
-        digest.update(f"{node.op} {node.target} {node.args} {node.kwargs}\n".encode())
-    state = state_of(graph_module)
-    for name in state.names():
-        tensor = state.tensors[name].detach()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {state.tensors[name].requires_grad}".encode())
-        if not tensor.is_meta:
-            flat = tensor.reshape(-1)
-            chosen = flat[:: max(1, len(flat) // _SAMPLES)].cpu().contiguous()
-            digest.update(chosen.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class _Pass:
