@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from lora_fx.errors import TraceError, first_line, option
 from lora_fx.graph.process_state import quiet
 from lora_fx.graph.signature import key_parts
 from lora_fx.progress import step
-from lora_fx.torch_internals import dynamo_config, export_trace, parse_to, pytree, use_lazy_graph_module
+from lora_fx.torch_internals import FakeTensor, dynamo_config, export_trace, parse_to, pytree, use_lazy_graph_module
 from lora_fx.tracing.example_inputs import ExampleInputs, example_inputs
 from lora_fx.tracing.fake_results import FakeResults
 from lora_fx.tracing.parity import map_tensors
@@ -60,7 +61,9 @@ def export(
         shapes = _dynamic_shapes(model, inputs, dynamic)
 
         def exported() -> torch.export.ExportedProgram:
-            return torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False, dynamic_shapes=shapes)
+            program = torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False, dynamic_shapes=shapes)
+            _release(program)
+            return program
 
         try:
             try:
@@ -72,6 +75,21 @@ def export(
                 return exported()
         except Exception as error:
             raise _refusal(model, inputs, error, training) from error
+
+
+def _release(program: torch.export.ExportedProgram) -> None:
+    """Let the values of an export go with the graph that has them: torch (2.13) keeps those of every export in a process.
+
+    A :class:`ShapeEnv` has a list of the fake inputs, needed by the export alone. Their symbolic sizes lead back to it through C++,
+    where Python's collector does not follow. The caches of its methods belong to the class, and hold every one that asked them.
+    """
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    for mode in {value.fake_mode for value in values if isinstance(value, FakeTensor)}:
+        if mode.shape_env is not None:
+            mode.shape_env.tracked_fakes = []
+    for method in vars(ShapeEnv).values():
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
 
 
 _OUT_OF_MEMORY = "out of bounds for storage"
