@@ -22,10 +22,11 @@ from lora_fx.errors import PlanError, listed
 from lora_fx.graph.adapter_names import is_of_adapter
 from lora_fx.graph.adapter_states import acting, adapters_as_added, waiting
 from lora_fx.graph.cached_graphs import CachedGraphs, check_changeable
-from lora_fx.graph.graph_module import TracedGraphModule, rebuilt, trainable_names
+from lora_fx.graph.graph_module import TracedGraphModule, rebuilt
 from lora_fx.graph.info import RuledBranches, info_of
 from lora_fx.graph.joined_graphs import apart, joined
 from lora_fx.graph.late_code import without_code
+from lora_fx.graph.module_tensors import trainable_names
 from lora_fx.rules.plain_numbers import finite_number
 
 _logger = logging.getLogger("lora_fx.adapters")

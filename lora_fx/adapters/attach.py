@@ -47,8 +47,9 @@ from lora_fx.graph.adapter_names import (
 )
 from lora_fx.graph.batch_norms import whole_norms
 from lora_fx.graph.cached_graphs import check_changeable
-from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of, trainable_names
+from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
 from lora_fx.graph.info import AdapterRecord, GraphInfo, RuledBranches, info_of
+from lora_fx.graph.module_tensors import trainable_names
 from lora_fx.graph.process_state import forked_random_state, uncollected
 from lora_fx.graph.records import BranchSpec, Origin
 from lora_fx.graph.state import State
@@ -113,7 +114,7 @@ def attach(
     record = AdapterRecord(_branches(plan), origin, plan.reasons, False, trains, untied, plan.tokens, plan.prefix)
     if not info_of(graph_module).adapters if acts is None else acts:
         return _with_nodes(graph_module, state, plan, adapter, record)
-    return checked(rebuilt(graph_module, state=state, info=_with_record(graph_module, adapter, record)), "branched")
+    return checked(rebuilt(graph_module, state=state, info=_with_record(graph_module, adapter, record)), "waiting")
 
 
 @uncollected()

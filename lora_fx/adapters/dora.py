@@ -128,7 +128,12 @@ def check_dora_alone(graph_module: fx.GraphModule, plan: Plan, adapter: str, tok
     Raises:
         PlanError: at a site of DoRA another adapter that acts has a branch too, or the model has one, or an adapter has rows of its weight.
     """
-    found, acting = sites(graph_module), {n: each for n, each in info_of(graph_module).adapters.items() if each.acts}
+    acting = {n: each for n, each in info_of(graph_module).adapters.items() if each.acts}
+    specs = [branch for chosen in plan.chosen for branch in chosen.branches]
+    specs += [branch for record in acting.values() for _, branch in record.branches.values()]
+    if all(branch.setting.variant != "dora" for branch in specs):
+        return
+    found = sites(graph_module)
     kinds = {chosen.site.node: {each.setting.variant for each in chosen.branches} for chosen in plan.chosen}
     mine = [chosen.site for chosen in plan.chosen if "dora" in kinds[chosen.site.node]]
     at, rows = {adapter: mine}, {adapter: tokens, **{name: record.tokens for name, record in acting.items()}}

@@ -12,8 +12,9 @@ from lora_fx.errors import PlanError, did_you_mean
 from lora_fx.graph.adapter_names import adapter_of, adapters, copy_name, is_of_start, original_name
 from lora_fx.graph.adapter_states import adapters_as_added, trained_names, trained_of_each
 from lora_fx.graph.batch_norms import statistics
-from lora_fx.graph.graph_module import TracedGraphModule, rebuilt, state_of, trainable_names
+from lora_fx.graph.graph_module import TracedGraphModule, rebuilt, state_of
 from lora_fx.graph.info import AdapterRecord, info_of, known_info
+from lora_fx.graph.module_tensors import parameters_of_module, trainable_names
 from lora_fx.graph.records import BranchSpec, Origin, PrefixSpec, TokenRows, Trained
 from lora_fx.planning.plan import Chosen, Decision, Plan, Skipped, owners_of
 from lora_fx.rules.rule_file import RuleSet, Selection
@@ -130,7 +131,7 @@ def resting_records(graph_module: fx.GraphModule) -> dict[str, AdapterRecord]:
 def tensors_of(graph_module: nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
     """Return the parameters and running statistics of these adapters, one adapter after the other."""
     found: dict[str, dict[str, torch.Tensor]] = {adapter: {} for adapter in names}
-    for name, parameter in graph_module.named_parameters():
+    for name, parameter in parameters_of_module(graph_module).items():
         if (adapter := adapter_of(name)) in found:
             found[adapter][name] = parameter
     for name, buffer in graph_module.named_buffers():
@@ -150,7 +151,7 @@ def trained_of(graph_module: nn.Module, adapter: str) -> tuple[Trained, ...]:
     untied = frozenset[str]() if record is None else record.untied
     return tuple(
         Trained(original, "transferred", parameter.numel(), untied=original in untied)
-        for name, parameter in graph_module.named_parameters()
+        for name, parameter in parameters_of_module(graph_module).items()
         if (original := original_name(name)) is not None and name == copy_name(original, adapter)
     )
 
@@ -162,7 +163,7 @@ def origin_of(graph_module: fx.GraphModule, adapter: str) -> Origin:
 
 def parameters_of(graph_module: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """Return the parameters of an adapter: the factors of its branches, and its trained copies."""
-    return {name: p for name, p in graph_module.named_parameters() if adapter_of(name) == adapter}
+    return {name: p for name, p in parameters_of_module(graph_module).items() if adapter_of(name) == adapter}
 
 
 def statistics_of(graph_module: nn.Module, adapter: str) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -263,8 +263,7 @@ class _Constants:
         target = node.target
         if node.op != "call_function" or not isinstance(target, OpOverload):
             return False
-        returns = [str(each.type) for each in target._schema.returns]
-        if torch.Tag.nondeterministic_seeded in target.tags or returns != ["Tensor"]:
+        if not _is_determined(target):
             return False
         product = weight_op(node)
         if product is not None and not self._touched.get(product.input, True) and not _is_identity(product.input):
@@ -311,6 +310,13 @@ class _Constants:
         if isinstance(value, fx.Node):
             return torch.device("cpu") if _is_device(value) else self._value(value)
         return tuple(map(self._data, value)) if isinstance(value, list | tuple) else value
+
+
+@cache  # torch makes new Python objects of a schema at every access
+def _is_determined(operator: OpOverload) -> bool:
+    """Tell whether an operator returns one tensor, which its arguments determine."""
+    returns = [str(each.type) for each in operator._schema.returns]
+    return torch.Tag.nondeterministic_seeded not in operator.tags and returns == ["Tensor"]
 
 
 def _is_device(node: fx.Node) -> bool:

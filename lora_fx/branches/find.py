@@ -103,7 +103,7 @@ class _BranchFinder:
     """One walk through a graph, and the sums found on it.
 
     Attributes:
-        has_factors: whether the graph has any factor of a branch.
+        has_factors: whether the graph reads any factor of a branch; those of an adapter that does not act are read by no node.
         graph: whose nodes are to be taken in turn.
     """
 
@@ -111,15 +111,16 @@ class _BranchFinder:
         tensors = state_of(graph_module).tensors
         self._nominate = nominate
         factors = [name for name in tensors if nominate(name)]
-        read = (str(node.target) for node in graph_module.graph.find_nodes(op="get_attr"))
+        read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
         loose = sorted({repr(name) for name in read if nominate(name) and name not in tensors})
         if loose:
             raise FoldError(
                 f"{', '.join(loose)}: read as a factor, and neither a parameter nor a buffer of the graph. Register it: register_buffer."
             )
-        self.has_factors = bool(factors)
-        plain = unselected(graph_module.graph) if factors else None
         self._holders = {prefix for name in factors for prefix in modules_of(name)}
+        called = {str(node.target) for node in graph_module.graph.find_nodes(op="call_module")}
+        self.has_factors = any(name in read for name in factors) or not called.isdisjoint(self._holders)
+        plain = unselected(graph_module.graph) if self.has_factors else None
         self._named, self._partial = NamedConstants(graph_module.graph, {}, tensors, {}, {}), set[fx.Node]()
         if plain is not None:
             named = name_constants(plain.graph, tensors, nominate)

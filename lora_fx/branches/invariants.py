@@ -5,6 +5,7 @@ base        unload, materialize    see lora_fx.graph.invariants
 branched    rewrite, transfer      plain nodes, and branches that can be taken out again, to which every factor of an
                                    adapter that acts belongs; no node reads what is of another
 fused       fuse                   the same, with branches in nodes that compute several at a time
+waiting     attach                 the nodes of a legal graph, beside tensors of one more adapter, which does not act
 folded      fold                   as base, and no tensor of an adapter is left that nothing reads
 """
 
@@ -21,7 +22,7 @@ from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.graph.invariants import BASE, PLAIN, Rule, checked_by, nothing_is_fused
 from lora_fx.graph.state import State
 
-GraphState = Literal["base", "branched", "fused", "folded"]
+GraphState = Literal["base", "branched", "waiting", "fused", "folded"]
 
 
 def checked(graph_module: TracedGraphModule, state: GraphState) -> TracedGraphModule:
@@ -75,6 +76,7 @@ def _nothing_is_left(graph_module: TracedGraphModule, state: State) -> Iterator[
 _RULES: Mapping[GraphState, tuple[Rule, ...]] = {
     "base": BASE,
     "branched": (*PLAIN, nothing_is_fused, _factors_are_in_branches, _what_rests_is_unread),
+    "waiting": (_what_rests_is_unread,),
     "fused": (*PLAIN, _factors_are_in_branches, _what_rests_is_unread),
     "folded": (*BASE, _nothing_is_left),
 }

@@ -121,9 +121,11 @@ def check_copied_once(
     graph_module: fx.GraphModule, adapter: str, copies: Iterable[str], untied: Collection[str]
 ) -> None:
     """Refuse a second adapter that acts with a trained copy of a parameter."""
+    originals = [original for name in copies if (original := original_name(name)) is not None]
+    if not originals:
+        return
     other, state = covered_names(graph_module), state_of(graph_module)
     names_of, first = state.names(), state.aliases()
-    originals = [original for name in copies if (original := original_name(name)) is not None]
     covered = (name for each in originals for name in ((each,) if each in untied else names_of[first[each]]))
     shared = [name for name in covered if name in other]
     if shared:

@@ -15,6 +15,7 @@ from torch import nn
 from lora_fx.errors import PlanError
 from lora_fx.graph.adapter_rows import BASE
 from lora_fx.graph.codegen import is_usable_part
+from lora_fx.graph.module_tensors import tensors_of_module
 
 _FACTOR = re.compile(r"(.+\.)?lora_(?P<factor>[AB])\.(?P<adapter>[^.]+)(\.[^.]+)?\.weight")
 _EMBEDDING_FACTOR = re.compile(
@@ -33,6 +34,8 @@ _START = re.compile(r"(.+\.)?lora_start_[AB]\.(?P<adapter>[^.]+)")
 _TOKENS = re.compile(r"(.+\.)?token_adapter\.(?P<kind>trainable_tokens_delta|token_indices)\.(?P<adapter>[^.]+)")
 _PREFIX = re.compile(r"prompt_encoder\.(?P<adapter>[^.]+)\.(embedding|transform\.[02])\.(weight|bias)")
 _NOMINATING = (_FACTOR, _EMBEDDING_FACTOR, _FACTOR_BIAS, _MAGNITUDE, _OF_OTHER_METHODS)
+
+_remembered = functools.lru_cache(maxsize=2**17)  # passes ask for every name of a graph, many times over
 
 
 @dataclass(frozen=True)
@@ -120,11 +123,13 @@ def check_adapter_name(adapter: str) -> None:
         )
 
 
+@_remembered
 def is_factor(name: str) -> bool:
     """Tell whether a parameter name is that of a factor."""
     return original_name(name) is None and any(p.fullmatch(name) for p in (_FACTOR, _EMBEDDING_FACTOR))
 
 
+@_remembered
 def is_of_branch(name: str) -> bool:
     """Tell whether a tensor of this name nominates a branch for folding: a factor, what belongs to one, or a tensor of another method of PEFT."""
     return original_name(name) is None and any(pattern.fullmatch(name) for pattern in _NOMINATING)
@@ -157,6 +162,7 @@ def copy_name(parameter: str, adapter: str) -> str:
     return f"{path}{dot}trained_copy.{adapter}.{leaf}"
 
 
+@_remembered
 def original_name(name: str) -> str | None:
     """Return the name of the parameter that a trained copy, or what a start left of it, stands in for; None if this is no such name."""
     match = _COPY.fullmatch(name)
@@ -169,6 +175,7 @@ def token_names(module: str, adapter: str) -> tuple[str, str]:
     return f"{path}.trainable_tokens_delta.{adapter}", f"{path}.token_indices.{adapter}"
 
 
+@_remembered
 def is_token_values(name: str) -> bool:
     """Tell whether a parameter name is that of an adapter's values for rows of an embedding."""
     match = _TOKENS.fullmatch(name)
@@ -206,13 +213,14 @@ def is_of_prefix(name: str) -> bool:
     return _PREFIX.fullmatch(name) is not None
 
 
+@_remembered
 def is_of_adapter(name: str) -> bool:
     """Tell whether a tensor of this name belongs to an adapter."""
     other = is_placement(name) or is_of_start(name) or is_of_prefix(name)
     return is_of_branch(name) or other or original_name(name) is not None
 
 
-@functools.lru_cache(maxsize=2**17)  # passes ask for every name of a graph, many times over
+@_remembered
 def adapter_of(name: str) -> str | None:
     """Return the adapter that a tensor of this name belongs to, or None if it belongs to none."""
     patterns = (
@@ -229,5 +237,5 @@ def adapter_of(name: str) -> str | None:
 
 def adapters(module: nn.Module) -> tuple[str, ...]:
     """Return the names of the adapters in a graph, in the order of their first parameters."""
-    found = (adapter_of(name) for name, _ in module.named_parameters(remove_duplicate=False))
+    found = (adapter_of(name) for name in tensors_of_module(module).parameters)
     return tuple(dict.fromkeys(name for name in found if name is not None))

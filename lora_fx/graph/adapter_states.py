@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from lora_fx.graph.adapter_names import adapter_of, adapters
 from lora_fx.graph.info import known_info
+from lora_fx.graph.module_tensors import parameters_of_module
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def adapter_states(module: nn.Module) -> tuple[AdapterState, ...]:
     known = info.adapters
     nodes = module.graph.find_nodes(op="get_attr") if isinstance(module, fx.GraphModule) else ()
     read = {adapter_of(str(node.target)) for node in nodes}
-    trained = {adapter_of(name) for name, p in module.named_parameters() if p.requires_grad}
+    trained = {adapter_of(name) for name, p in parameters_of_module(module).items() if p.requires_grad}
     found = []
     for name in adapters_as_added(module):
         record = known.get(name)
@@ -72,7 +73,7 @@ def waiting(module: nn.Module) -> tuple[str, ...]:
 def trained_of_each(module: nn.Module) -> dict[str, frozenset[str]]:
     """Return the names of the parameters of each adapter that train while it acts, of adapters that have such or a record."""
     info, flagged = known_info(module), dict[str, set[str]]()
-    for name, parameter in module.named_parameters():
+    for name, parameter in parameters_of_module(module).items():
         if parameter.requires_grad and (adapter := adapter_of(name)) is not None:
             flagged.setdefault(adapter, set()).add(name)
     found = {adapter: frozenset(names) for adapter, names in flagged.items()}

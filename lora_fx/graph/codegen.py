@@ -153,6 +153,7 @@ def _attribute(owner: str, path: Sequence[str]) -> str:
     return owner
 
 
+@functools.lru_cache(maxsize=2**14)
 def is_usable_part(part: str) -> bool:
     """Tell whether torch.fx writes valid code for a dotted name with this part: ``self.part``, or ``getattr(self, "part")``."""
     # Python reads an identifier in its compatibility form (NFKC): ``self.ª`` is ``self.a``.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +26,13 @@ from lora_fx.graph.codegen import is_usable_part
 from lora_fx.graph.info import PEFT_SPELLING, GraphInfo, check_module, held_graphs, known_info, with_info
 from lora_fx.graph.late_code import is_without_code
 from lora_fx.graph.layers import NO_LAYERS, check_pickles, check_unwrapped, nesting
+from lora_fx.graph.module_tensors import tensors_of_module, trainable_names
 from lora_fx.graph.overview import overview_html, overview_text
 from lora_fx.graph.pickling import GraphRecord, record, restore
 from lora_fx.graph.signature import InputCodeGen
 from lora_fx.graph.state import (
     State,
     leaf_modules,
-    non_persistent_names,
     owned,
     quantised_apart,
     sharded_name,
@@ -288,10 +288,10 @@ def state_of(module: nn.Module) -> State:
 def state_in_parts(module: nn.Module) -> State:
     """Return the state as :func:`state_of` does; of a sharded graph too, with this process's parts, for what reads names and shapes."""
     check_module(module)
-    tensors: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
-    tensors.update(module.named_buffers(remove_duplicate=False))
+    found = tensors_of_module(module)
+    tensors: dict[str, torch.Tensor] = {**found.parameters, **found.buffers}
     check_unwrapped(tensors)
-    return State(tensors, frozenset(non_persistent_names(module)), dict(leaf_modules(module)))
+    return State(tensors, found.non_persistent, dict(leaf_modules(module)))
 
 
 def as_traced(module: nn.Module) -> TracedGraphModule:
@@ -358,11 +358,6 @@ def rebuilt(
     )
 
 
-def trainable_names(module: nn.Module) -> frozenset[str]:
-    """Return the names (all of them, for tied tensors) of the parameters that require a gradient."""
-    return frozenset(name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad)
-
-
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """Return a copy of ``graph`` with the same node names, and the map from its nodes to the copies."""
     copied = fx.Graph()
@@ -377,11 +372,13 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     return copied, mapping
 
 
-def check_names(names: Iterable[str]) -> None:
+def check_names(names: Collection[str]) -> None:
     """Raise :class:`TraceError` unless a graph can have tensors of these names."""
+    firsts = {name.partition(".")[0] for name in names}
+    taken = {each for each in firsts if hasattr(_EMPTY, each) or hasattr(TracedGraphModule, each)}
     for name in names:
         first, *_ = parts = name.split(".")
-        if hasattr(_EMPTY, first) or hasattr(TracedGraphModule, first):
+        if first in taken:
             raise TraceError(
                 f"the model has a part named {first!r}, and a traced graph has an attribute of this name. Rename the part, "
                 "or trace a module that holds the model, so that all names begin with another."
@@ -420,8 +417,12 @@ def _take_values(
 def install(module: nn.Module, state: State) -> None:
     """Register tensors and modules under their dotted names, making plain containers on the way."""
     check_names((*state.tensors, *state.modules))
+    holders: dict[str, nn.Module] = {}
     for name, tensor in state.tensors.items():
-        parent, leaf = _parent(module, name, state.modules)
+        path, _, leaf = name.rpartition(".")
+        if path not in holders:
+            holders[path], _ = _parent(module, name, state.modules)
+        parent = holders[path]
         if isinstance(tensor, nn.Parameter):
             parent.register_parameter(leaf, tensor)
         else:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from lora_fx.errors import StateError, listed
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
+from lora_fx.graph.module_tensors import parameters_of_module
 from lora_fx.graph.state import State
 from lora_fx.numerics.fused_branch import add_update, reduce_features
 from lora_fx.torch_internals import OpOverload
@@ -82,7 +83,7 @@ def tensors_are_named_once(graph_module: TracedGraphModule, state: State) -> Ite
 
 def all_is_frozen(graph_module: TracedGraphModule, _state: State) -> Iterator[str]:
     """No parameter requires a gradient."""
-    for name, parameter in graph_module.named_parameters():
+    for name, parameter in parameters_of_module(graph_module).items():
         if parameter.requires_grad:
             yield f"{name!r} requires a gradient"
 

@@ -13,15 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lora_fx.errors import LoraFxError
-from lora_fx.graph.graph_module import (
-    TracedGraphModule,
-    assemble,
-    copy_graph,
-    state_in_parts,
-    state_of,
-    trainable_names,
-)
+from lora_fx.graph.graph_module import TracedGraphModule, assemble, copy_graph, state_in_parts, state_of
 from lora_fx.graph.info import known_info, with_info
+from lora_fx.graph.module_tensors import trainable_names
 from lora_fx.graph.pickling import restore
 from lora_fx.graph.process_sums import RankShards
 

@@ -125,13 +125,6 @@ def with_value(tensor: torch.Tensor, value: torch.Tensor, assign: bool) -> torch
     return tensor
 
 
-def non_persistent_names(module: nn.Module) -> Iterator[str]:
-    """Yield the names of the buffers that a state dict does not have."""
-    for prefix, submodule in module.named_modules(remove_duplicate=False):
-        for name in submodule._non_persistent_buffers_set:
-            yield f"{prefix}.{name}" if prefix else name
-
-
 def leaf_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that a graph calls, by their paths; other modules have none."""
     if isinstance(module, fx.GraphModule):

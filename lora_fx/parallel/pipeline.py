@@ -11,10 +11,11 @@ from torch import fx, nn
 from lora_fx.adapters.prefix import acting_prefix
 from lora_fx.errors import LoraFxError, did_you_mean, listed
 from lora_fx.graph.cached_graphs import check_undivided
-from lora_fx.graph.graph_module import TracedGraphModule, as_traced, state_of, trainable_names
+from lora_fx.graph.graph_module import TracedGraphModule, as_traced, state_of
 from lora_fx.graph.info import info_of
 from lora_fx.graph.input_checks import InputCheck, RelationCheck
 from lora_fx.graph.layers import Layer, nesting
+from lora_fx.graph.module_tensors import trainable_names
 from lora_fx.graph.nested import nest_in_place
 
 
