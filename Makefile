@@ -16,7 +16,7 @@ test: $(INSTALLED) browser
 
 # Every promise for every architecture: up to an hour on two cores. Writes what came of each into tests/matrices.md.
 test-all: $(INSTALLED) browser
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[quantisers]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[quantisers,executorch]'
 	$(BIN)/pytest -m "" --matrices tests/matrices.md
 
 # Clients that load what export.generation writes, in environments of their own (.venv-clients, 1.5 GB). Writes tests/clients.md.

@@ -354,6 +354,7 @@ TAKES_GRAPHS: dict[str, Callable[[Any, Path], object]] = {
     "trace": lambda g, _: lora_fx.trace(g),
     "verify": lambda g, _: lora_fx.verify(g, g, {}),
     "export.aoti": lambda g, path: lora_fx.export.aoti(g, path / "x.pt2"),
+    "export.executorch": lambda g, path: lora_fx.export.executorch(g, path / "x.pte"),
     "export.onnx": lambda g, path: lora_fx.export.onnx(g, path / "x.onnx"),
     "export.onnx_adapter": lambda g, path: lora_fx.export.onnx_adapter(g, path / "x.onnx_adapter"),
     "export.pt2": lambda g, path: lora_fx.export.pt2(g, path / "x.pt2"),

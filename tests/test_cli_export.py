@@ -133,11 +133,18 @@ def test_an_export_of_something_else_is_told_apart(base: Path, tmp_path: Path) -
     assert "--branched leaves adapters" in export(base / "base", out, "-f", "pt2", "--branched", code=2)
     assert "end in .pt2" in export(base / "base", tmp_path / "model.pt", "-f", "pt2", code=2)
     assert "end in .pt2" in export(base / "base", tmp_path / "model.so", "-f", "aoti", code=2)
+    assert "programs end in .pte" in export(base / "base", out, "-f", "executorch", code=2)
+    assert "--max-size is for ExecuTorch" in export(base / "base", out, "-f", "pt2", "--max-size", "batch=8", code=2)
+    program = tmp_path / "model.pte"
+    assert "expected an axis and its largest" in export(base / "base", program, "--max-size", "batch", code=2)
+    assert "names batch twice" in export(base / "base", program, *["--max-size", "batch=8"] * 2, code=2)
     assert "give one for each, or none" in export(base / "base", out, "-f", "pt2", "--strength", 1, code=2)
     assert "greater than or equal to 0" in export(base / "base", out, "-f", "pt2", "--tolerance", "nan", code=2)
     assert "--opset is the version of ONNX's" in export(base / "base", out, "-f", "pt2", "--opset", 21, code=2)
     assert "expected a model directory with a config.json" in export(tmp_path, out, "-f", "pt2", code=3)
+    assert "such as --max-size batch=8 --max-size sequence=128" in export(base / "base", program, code=5)
     assert not out.exists()
+    assert not program.exists()
 
 
 @pytest.mark.parametrize(

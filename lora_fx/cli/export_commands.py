@@ -40,6 +40,7 @@ HELP_END = help_end(
     "lora-fx export base branched.pt2 --adapter style --branched",
     "lora-fx export base slots.onnx --slots --rules t5",
     "lora-fx export base directory --adapter style --format onnx --with-cache",
+    "lora-fx export base model.pte --adapter style --max-size batch=1 --max-size sequence=128",
 )
 ADAPTER_HELP_END = help_end(
     "lora-fx export-adapter adapter slots.onnx adapter.onnx_adapter",
@@ -54,6 +55,7 @@ class ExportFormat(StrEnum):
     onnx = "onnx"
     pt2 = "pt2"
     aoti = "aoti"
+    executorch = "executorch"
 
 
 class Dtype(StrEnum):
@@ -65,12 +67,15 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+ModelDirectory = Annotated[
+    Path, typer.Argument(metavar="MODEL_DIR", help="A transformers model: config.json and safetensors files.")
+]
 ExportFormatOption = Annotated[
     ExportFormat | None,
     typer.Option(
         "--format",
         "-f",
-        help="What to write. By default as OUT ends: .onnx, .pt (TorchScript), .pt2; with --slots, onnx. aoti, "
+        help="What to write. By default as OUT ends: .onnx, .pt (TorchScript), .pt2, .pte (ExecuTorch); with --slots, onnx. aoti, "
         "whose names end in .pt2 too, is never the default: machine code that torch compiles for this processor.",
     ),
 ]
@@ -125,11 +130,18 @@ Opset = Annotated[
     ),
 ]
 
+MaxSizes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--max-size",
+        metavar="AXIS=SIZE",
+        help="With ExecuTorch: largest size of an axis, such as batch=8. May be repeated: each axis without a bound needs one.",
+    ),
+]
+
 
 def export(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL_DIR", help="A transformers model: config.json and safetensors files.")
-    ],
+    model: ModelDirectory,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to be made; with --with-cache, a directory.")],
     format: ExportFormatOption = None,
     adapter: ExportAdapters = None,
@@ -149,8 +161,9 @@ def export(
     ignore_config_key: IgnoredConfigKeys = None,
     model_class: ModelClass = None,
     opset: Opset = None,
+    max_size: MaxSizes = None,
 ) -> None:
-    """Write a model for another runtime: TorchScript, ONNX, torch.export's pt2, or AOTInductor, with dynamic batch and sequence.
+    """Write a model for another runtime: TorchScript, ONNX, torch.export's pt2, AOTInductor, or ExecuTorch, with dynamic batch and sequence.
 
     The written file is run at the sizes of the trace and at others, and the largest difference is printed.
     """
@@ -158,6 +171,7 @@ def export(
     strengths, layouts = strengths_of(adapters, strength), stacks_of(adapters, stacks)
     _check_options(model, adapters, strength, rules, example_inputs, branched, slots, with_cache)
     chosen_format = _export_format(format, out, slots=slots, opset=opset)
+    max_sizes = _max_sizes(max_size, chosen_format) if max_size else None
     is_directory = with_cache and chosen_format is ExportFormat.onnx
 
     import lora_fx
@@ -185,11 +199,16 @@ def export(
                 status.update("folding")
                 graph = lora_fx.activate(graph, chosen) if branched else lora_fx.fold(graph, chosen)
         write = getattr(lora_fx.export, "generation" if is_directory else chosen_format.value)
-        more: dict[str, Any] = {"slots": True} if slots else {}  # options of some formats only
-        more |= ({"tokenizer": model} if is_directory else {}) | ({} if opset is None else {"opset": opset})
+        tokenizer = model if is_directory else None
+        more = _given(slots=slots or None, tokenizer=tokenizer, opset=opset, max_sizes=max_sizes)
         with errors.status(f"writing {out}"):
             exported = write(graph, out, overwrite=overwrite, verify=verify, tolerance=tolerance, **more)
     remark(str(exported))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Return the options that are not None: some formats alone have these."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _with_adapters(
@@ -289,6 +308,21 @@ def _check_options(
         raise typer.BadParameter("--with-cache makes its own inputs: leave out --example-inputs")
 
 
+def _max_sizes(given: Sequence[str], format: ExportFormat) -> dict[str, int]:
+    """Return the largest sizes of axes, by name."""
+    if format is not ExportFormat.executorch:
+        raise typer.BadParameter(f"--max-size is for ExecuTorch, and OUT is to be {format.value}")
+    sizes: dict[str, int] = {}
+    for each in given:
+        axis, equals, size = each.rpartition("=")
+        if not (axis and equals and size.isascii() and size.isdecimal() and len(size) < 10):
+            raise typer.BadParameter(f"--max-size {each}: expected an axis and its largest size, such as batch=8")
+        if axis in sizes:
+            raise typer.BadParameter(f"--max-size names {axis} twice")
+        sizes[axis] = int(size)
+    return sizes
+
+
 def _is_encoder_decoder(model: Path) -> bool:
     """Tell whether the config in a directory says so; False where there is none, or none that can be read."""
     try:
@@ -301,7 +335,12 @@ def _is_encoder_decoder(model: Path) -> bool:
 _NO_SLOTS = "--slots writes ONNX, without any adapter: leave out --format, --branched and --strength"
 
 
-_FORMATS = {".onnx": ExportFormat.onnx, ".pt": ExportFormat.torchscript, ".pt2": ExportFormat.pt2}
+_FORMATS = {
+    ".onnx": ExportFormat.onnx,
+    ".pt": ExportFormat.torchscript,
+    ".pt2": ExportFormat.pt2,
+    ".pte": ExportFormat.executorch,
+}
 
 
 def _export_format(format: ExportFormat | None, out: Path, *, slots: bool, opset: int | None) -> ExportFormat:
@@ -317,10 +356,13 @@ def _export_format(format: ExportFormat | None, out: Path, *, slots: bool, opset
     chosen = format or named
     if chosen is None:
         raise typer.BadParameter(
-            f"{out}: its name says no format (.onnx, .pt for TorchScript, .pt2): name a format by --format, torchscript, onnx, pt2 or aoti"
+            f"{out}: its name says no format (.onnx, .pt for TorchScript, .pt2, .pte for ExecuTorch): name a format by --format, torchscript, onnx, "
+            "pt2, aoti or executorch"
         )
     if opset is not None and chosen is not ExportFormat.onnx:
         raise typer.BadParameter(f"--opset is the version of ONNX's operators, and OUT is to be {chosen.value}")
     if format in (ExportFormat.pt2, ExportFormat.aoti) and out.suffix != ".pt2":
         raise typer.BadParameter(f"{out}: torch loads files of {format.value} whose names end in .pt2")
+    if chosen is ExportFormat.executorch and out.suffix != ".pte":
+        raise typer.BadParameter(f"{out}: names of ExecuTorch's programs end in .pte")
     return chosen

@@ -1,4 +1,4 @@
-"""Writers of graphs for other runtimes: TorchScript, ONNX (with slots for adapters), torch.export's pt2, AOTInductor.
+"""Writers of graphs for other runtimes: TorchScript, ONNX (with slots for adapters), torch.export's pt2, AOTInductor, ExecuTorch.
 
 Each written file is loaded and compared with its graph before it is moved to its path. ``__init__.pyi`` lists the names, which are
 imported when they are first used.

@@ -63,7 +63,7 @@ class Exported:
 
     Attributes:
         path: of the file, or of the directory (:func:`lora_fx.export.generation`).
-        format: ``"TorchScript"``, ``"ONNX"``, ``"pt2"`` or ``"AOTInductor"``.
+        format: ``"TorchScript"``, ``"ONNX"``, ``"pt2"``, ``"AOTInductor"`` or ``"ExecuTorch"``.
         files: all that were written, with sizes in bytes; more than one where a format keeps large weights apart.
         inputs: name of an input → one entry per dimension: the name of its axis, or its size where that is fixed.
         outputs: names of the results.

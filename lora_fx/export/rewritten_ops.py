@@ -23,11 +23,11 @@ def for_onnx(exportable: Exportable) -> Exportable:
     graph, _ = copy_graph(exportable.plain.graph)
     _subtract_in_dtype_of_result(graph)
     for holds in _without_idle_squeezes(graph):
-        _multiply_result_by_check(graph, holds)
+        multiply_result_by_check(graph, holds)
     _write_complex_as_pairs(graph)
     _compute_bfloat16_in_float32(graph, exportable)
     for holds, _ in value_checks(graph):
-        _multiply_result_by_check(graph, holds)
+        multiply_result_by_check(graph, holds)
     graph.lint()
     return replace(exportable, plain=fx.GraphModule(exportable.plain, graph, class_name="GraphModule").eval())
 
@@ -71,7 +71,7 @@ def _users(node: fx.Node) -> Iterator[fx.Node]:
     yield from found
 
 
-def _multiply_result_by_check(graph: fx.Graph, holds: fx.Node) -> None:
+def multiply_result_by_check(graph: fx.Graph, holds: fx.Node) -> None:
     """Let the first result depend on a truth value, by an index that is out of range where it is false (in place)."""
     output = graph.output_node()
     results: dict[str, fx.Node] = dict(output.args[0])  # type: ignore[arg-type]

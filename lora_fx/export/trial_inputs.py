@@ -76,6 +76,12 @@ def larger_examples(exportable: Exportable) -> Mapping[str, torch.Tensor]:
     return axes.resized(others, cut_or_repeated)
 
 
+def cut_examples(exportable: Exportable, limits: Mapping[str, int]) -> Mapping[str, torch.Tensor]:
+    """Return the examples, cut where they are larger than these sizes of axes."""
+    axes = _Axes(exportable)
+    return axes.resized({axis: min(size, limits[axis]) for axis, size in axes.traced.items()}, cut_or_repeated)
+
+
 @dataclass(frozen=True)
 class _Axes:
     """The axes of a graph that may vary, and inputs of any size along them."""
