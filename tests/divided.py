@@ -82,7 +82,9 @@ def refusals(directory: Path, rank: int) -> dict[str, str]:
         "fully_shard": said(lambda: lora_fx.parallel.fully_shard(part)),
         "stage": said(lambda: lora_fx.parallel.stage_module(part, ["model.layers.1"], 0)),
         "transfer": said(lambda: lora_fx.transfer(part, onto=graph)),
-        "export": said(lambda: lora_fx.export.pt2(part, directory / "part.pt2")),
+        "export": said(lambda: lora_fx.export.torchscript(part, directory / f"{rank}.pt")),
+        "one path": said(lambda: lora_fx.export.pt2(part, directory / "part.pt2")),
+        "one of two paths": said(lambda: lora_fx.export.pt2(part, directory / ("full.pt2" if rank else "0.pt2"))),
         "ddp": said(lambda: nn.parallel.DistributedDataParallel(part)),
         "target": said(lambda: lora_fx.save_adapter(part, directory / "full")),
     }
@@ -93,12 +95,26 @@ def refusals(directory: Path, rank: int) -> dict[str, str]:
     return {**found, "named": str(unlike.abs().max().item())}
 
 
+def exported(directory: Path, rank: int) -> dict[str, Any]:
+    """Return what the files of the parts compute, branched and folded."""
+    part = lora_fx.parallel.shard(torch.load(directory / "llama.graph", weights_only=False))
+    batch, found = torch.load(directory / "llama.inputs"), dict[str, Any]()
+    for name, graph in (("branched", part), ("folded", lora_fx.fold(part))):
+        path = directory / f"{name}-{rank}.pt2"
+        compared = lora_fx.export.pt2(graph, path).comparisons
+        program = torch.export.load(path)
+        sizes = [value.numel() for key, value in program.state_dict.items() if key.endswith("down_proj.weight")]
+        found[name] = {"logits": program.module()(**batch)["logits"], "sizes": sizes, "compared": len(compared)}
+    return found
+
+
 def main(rank: int, directory: Path, names: list[str]) -> None:
     """Run what is named in one of two processes, and leave what is found."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{directory}/{names[0]}.store", rank=rank, world_size=2)
     for name in names:
-        found = refusals(directory, rank) if name == "refusals" else computed(name, directory)
+        special = {"refusals": refusals, "exported": exported}.get(name)
+        found = computed(name, directory) if special is None else special(directory, rank)
         torch.save(found, directory / f"{name}-{rank}.pt")
     distributed.destroy_process_group()
 

@@ -91,9 +91,9 @@ def test_two_processes_that_hold_half_a_graph_each_train_stop_and_go_on_as_one_d
     mine, theirs = directory / f"{name}-sharded", tmp_path / "one"
     tensors, expected = (load_file(folder / "adapter_model.safetensors") for folder in (mine, theirs))
     assert list(tensors) == list(expected)
-    # Adam divides by the size of a gradient, however small that is: of factors the tolerance is wider.
+    # Adam divides by the size of a gradient, however small that is: of factors the tolerance is wider. Found: 6e-7, and 1.06e-6 of GPT-2.
     for key, value in expected.items():
-        assert torch.allclose(tensors[key], value, rtol=0, atol=1e-5), key
+        assert torch.allclose(tensors[key], value, rtol=0, atol=2e-6), key
     for read in (
         lambda folder: (folder / "adapter_config.json").read_text(),
         lambda folder: safe_open(folder / "adapter_model.safetensors", "pt").metadata(),  # with digests of the base

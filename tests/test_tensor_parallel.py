@@ -128,6 +128,7 @@ def test_all_processes_refuse_where_one_does_and_name_the_node(tmp_path: Path) -
     torch.save(lora_fx.trace(transformers.LlamaForCausalLM(config)), tmp_path / "odd.graph")
     torch.save(lora_fx.trace(transformers.LlamaForCausalLM(config), prefix=True), tmp_path / "prompt.graph")
     (tmp_path / "full").mkdir()
+    (tmp_path / "full.pt2").touch()
     launch(tmp_path, "refusals")
     first, second = found(tmp_path, "refusals")
     assert first["other"].startswith("process 1 has another graph than process 0, by a digest")
@@ -149,6 +150,23 @@ def test_all_processes_refuse_where_one_does_and_name_the_node(tmp_path: Path) -
         for refused in ("twice", "rewrite", "fully_shard", "stage", "transfer"):
             assert each[refused].startswith("expected a whole graph, got that of process")
         assert each["export"].startswith("expected a whole graph, got that of one of several processes")
+        assert "part.pt2: several processes would write this file" in each["one path"]
+        assert "full.pt2 exists" in each["one of two paths"]
+
+
+@pytest.mark.matrix
+def test_each_process_exports_its_part_and_the_files_compute_together_what_one_graph_does(tmp_path: Path) -> None:
+    prepare("llama", tmp_path)
+    launch(tmp_path, "exported")
+    graph = torch.load(tmp_path / "llama.graph", weights_only=False).eval()
+    with torch.no_grad():
+        expected = graph(**torch.load(tmp_path / "llama.inputs")).logits
+    whole = [value.numel() for key, value in graph.named_parameters() if key.endswith("down_proj.weight")]
+    for each in found(tmp_path, "exported"):
+        for file in (each["branched"], each["folded"]):
+            assert torch.allclose(file["logits"], expected, rtol=0, atol=1e-6)
+            assert [2 * size for size in file["sizes"]] == whole
+            assert file["compared"] > 2
 
 
 def test_a_graph_is_divided_among_processes_alone() -> None:

@@ -20,7 +20,7 @@ from lora_fx.errors import ExportError, first_line
 from lora_fx.export.compare import Loaded
 from lora_fx.export.deliver import Exported, Options, deliver
 from lora_fx.export.portable_ops import use_torch_alone
-from lora_fx.export.prepare import Exportable, explain
+from lora_fx.export.prepare import Exportable, check_alone, explain
 from lora_fx.export.torch_program import export_plain
 from lora_fx.files.atomic import writable
 from lora_fx.graph.graph_module import TracedGraphModule
@@ -84,6 +84,7 @@ class _Aoti:
 
     def prepared(self, exportable: Exportable) -> Exportable:
         """Return the graph as it is, on the one device that packages were tried on."""
+        check_alone(exportable)
         devices = {tensor.device.type for tensor in exportable.plain.state_dict().values()}
         devices |= {tensor.device.type for tensor in exportable.examples.tensors.values()}
         if devices - {"cpu"}:

@@ -13,6 +13,7 @@ from lora_fx.export.prepare import Exportable
 from lora_fx.export.trial_inputs import Sizes, Trial, trials
 from lora_fx.graph.compare import TOLERANCES, compare_values, described, rounding_tolerance
 from lora_fx.graph.provenance import source_line
+from lora_fx.graph.sharded import agreed, processes_of
 from lora_fx.tracing.train_eval import MODE_ARGUMENTS
 
 Loaded = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
@@ -49,7 +50,11 @@ def compare(exportable: Exportable, loaded: Loaded, tolerance: float | None) -> 
     """
     _check_repeatable(exportable)
     allowed = _tolerance(exportable) if tolerance is None else tolerance
-    return tuple(Comparison(trial.sizes, _difference(trial, loaded, allowed)) for trial in trials(exportable))
+    groups, found = processes_of(exportable.graph_module), list[Comparison]()
+    for trial in trials(exportable):
+        largest = agreed(groups, lambda trial=trial: (_difference(trial, loaded, allowed), ""))  # type: ignore[misc]
+        found.append(Comparison(trial.sizes, largest))
+    return tuple(found)
 
 
 def check_tolerance(tolerance: float | None) -> None:

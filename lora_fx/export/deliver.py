@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
+from torch import distributed
 
 from lora_fx.errors import ExportError, listed
 from lora_fx.export.compare import Comparison, Loaded, check_tolerance, compare
@@ -16,8 +17,12 @@ from lora_fx.export.prepare import Exportable, prepare
 from lora_fx.files.atomic import replacing
 from lora_fx.files.target import Target
 from lora_fx.graph.graph_module import TracedGraphModule
+from lora_fx.graph.info import known_info
 from lora_fx.graph.process_state import exclusive
+from lora_fx.graph.sharded import agreed, processes_of
 from lora_fx.progress import shown, step
+
+Result = TypeVar("Result")
 
 
 class Format(Protocol):
@@ -110,6 +115,8 @@ _MAX_NAMED = 8  # of the inputs, and of the outputs: a cache has two for each la
 def deliver(format: Format, graph_module: TracedGraphModule, path: str | Path, options: Options) -> Exported:
     """Write a graph in a format; at every moment ``path`` is absent, unchanged, or complete and compared.
 
+    The graphs of several processes are delivered by all together, each to a path of its own, and where one raises, all do.
+
     Raises:
         ExportError: the format does not take the graph; the message names the operator and its line in the model.
         VerifyError: the written file does not compute the same as the graph.
@@ -117,7 +124,14 @@ def deliver(format: Format, graph_module: TracedGraphModule, path: str | Path, o
     """
     path = Path(path)
     target = Target(path, options.overwrite)
-    target.check()
+    divided = isinstance(graph_module, TracedGraphModule) and known_info(graph_module).shards is not None
+    groups = processes_of(graph_module) if divided else []
+
+    def agree(function: Callable[[], Result]) -> Result:
+        return agreed(groups, lambda: (function(), ""))
+
+    agree(target.check)
+    _check_own_path(path, groups)
     check_tolerance(options.tolerance)
     if torch.get_default_device().type == "meta":
         raise ExportError(
@@ -125,17 +139,28 @@ def deliver(format: Format, graph_module: TracedGraphModule, path: str | Path, o
         )
     with exclusive(), _own_precision(), shown(f"exporting to {format.name}"):
         step("preparing")
-        exportable = format.prepared(prepare(graph_module, options.example_inputs))
+        exportable = agree(lambda: format.prepared(prepare(graph_module, options.example_inputs)))
         with replacing(target) as beside, torch.no_grad():
-            format.write(exportable, beside)
+            agree(lambda: format.write(exportable, beside))
             sizes = {path.parent / file.name: file.stat().st_size for file in sorted(beside.parent.iterdir())}
             comparisons: tuple[Comparison, ...] = ()
             if options.verify:
                 step("comparing")
-                comparisons = compare(exportable, format.load(beside, exportable), options.tolerance)
+                comparisons = compare(exportable, agree(lambda: format.load(beside, exportable)), options.tolerance)
             step("moving into place")
     names = exportable.outputs, exportable.evaded, exportable.left_out
     return Exported(path, format.name, sizes, _axes(exportable), *names, comparisons)
+
+
+def _check_own_path(path: Path, groups: Sequence[distributed.ProcessGroup]) -> None:
+    """Raise :class:`ExportError` in all of several processes where some would write to one path."""
+    for group in groups:
+        paths = [path] * group.size()
+        distributed.all_gather_object(paths, path, group=group)
+        if len(set(paths)) < len(paths):
+            raise ExportError(
+                f"{path}: several processes would write this file, and each has another part. Give each a name of its own: f'part-{{rank}}.pt2'."
+            )
 
 
 @contextmanager

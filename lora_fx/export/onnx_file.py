@@ -25,7 +25,7 @@ from lora_fx.export.onnx_quantised import Product, products_of, store_quantised
 from lora_fx.export.onnx_slots import Slots
 from lora_fx.export.onnx_weights import store_transposed
 from lora_fx.export.portable_ops import grouped_products
-from lora_fx.export.prepare import Exportable, prepare
+from lora_fx.export.prepare import Exportable, check_alone, prepare
 from lora_fx.export.rewritten_ops import for_onnx
 from lora_fx.export.torch_program import export_plain
 from lora_fx.files.atomic import writable
@@ -135,6 +135,7 @@ class _Onnx:
 
     def prepared(self, exportable: Exportable) -> Exportable:
         """Return the graph with names that ONNX takes."""
+        check_alone(exportable)
         return with_names(for_onnx(exportable), self.input_names, self.output_names)
 
     def write(self, exportable: Exportable, path: Path) -> None:

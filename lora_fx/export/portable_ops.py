@@ -45,4 +45,4 @@ def use_torch_alone(graph: fx.Graph) -> None:
             )
 
 
-_TORCH_NAMESPACES = ("aten", "prims", "prim", "quantized")
+_TORCH_NAMESPACES = ("aten", "prims", "prim", "quantized", "_c10d_functional")  # the last: sums over processes

@@ -22,13 +22,14 @@ from lora_fx.graph.example_sizes import Dimension, Examples
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph, rebuilt, state_of
 from lora_fx.graph.info import held_graphs, info_of, known_info
 from lora_fx.graph.input_checks import Constraints, remove_checks
+from lora_fx.graph.process_sums import SumOverProcesses
 from lora_fx.graph.provenance import source_line
 from lora_fx.graph.signature import key_parts, signature_of
 from lora_fx.graph.size_relations import UNBOUNDED
 from lora_fx.graph.training_only import TrainingOnly
 from lora_fx.numerics.quantised_weight import QuantisedWeight
 from lora_fx.numerics.schemes import scheme_text
-from lora_fx.torch_internals import DropoutBase, OpOverload, pytree
+from lora_fx.torch_internals import DropoutBase, OpOverload, all_reduce, pytree, wait_tensor
 from lora_fx.tracing.train_eval import ModeSwitch
 
 _logger = logging.getLogger("lora_fx.export")
@@ -118,11 +119,6 @@ def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.
         )
     if info_of(graph_module).labels:
         raise ExportError(WITH_LABELS)
-    if info_of(graph_module).shards is not None:
-        raise ExportError(
-            "expected a whole graph, got that of one of several processes, which computes sums over them that no file has: export the graph "
-            "before lora_fx.parallel.shard."
-        )
     slot, adapter = info_of(graph_module).prefix_slot, acting_prefix(graph_module)
     if slot is not None and slot.past and adapter is not None:
         raise ExportError(
@@ -152,6 +148,7 @@ def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.
     constraints = constraints.renamed(names)
     graph, _ = copy_graph(lowered.graph)
     _fix_mode(graph, modules)
+    _write_sums(graph, modules)
     outputs, left_out = _name_outputs(graph)
     graph.set_codegen(CodeGen())
     _name_inputs(graph, constraints.ranges)
@@ -160,6 +157,29 @@ def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.
     nested = {names[name]: place for name, place in signature.nested.items()}
     examples = _examples(graph_module, constraints, example_inputs, names)
     return Exportable(given, plain, constraints, examples, outputs, left_out, nested)
+
+
+def check_alone(exportable: Exportable) -> None:
+    """Raise :class:`ExportError` for the graph of one of several processes, whose sums over them most formats do not have."""
+    if info_of(exportable.graph_module).shards is not None:
+        raise ExportError(
+            "expected a whole graph, got that of one of several processes, which computes sums over them that such a file does not have: export "
+            "the graph before lora_fx.parallel.shard, or by lora_fx.export.pt2, a file for each process."
+        )
+
+
+def _write_sums(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
+    """Write sums over processes as operators (in place)."""
+    for node in graph.find_nodes(op="call_module"):
+        module = modules.get(str(node.target))
+        if isinstance(module, SumOverProcesses):
+            with graph.inserting_before(node):
+                value: fx.Node = graph.call_function(aten.contiguous.default, node.args)
+                for target, *others in ((all_reduce.default, "sum", module.group), (wait_tensor.default,)):
+                    value = graph.call_function(target, (value, *others))
+            value.meta = dict(node.meta)
+            node.replace_all_uses_with(value)
+            graph.erase_node(node)
 
 
 def _dense(graph_module: TracedGraphModule) -> TracedGraphModule:

@@ -34,6 +34,9 @@ def pt2(
     covers, and returns a dictionary from output names to tensors. Sizes that the trace does not cover fail a guard.
     ``lora_fx.trace(torch.export.load(path), inference=True)`` gives a graph again, in which branches can be folded.
 
+    Of a graph that :func:`lora_fx.parallel.shard` divided, all processes call this, each with a path of its own. The files are run together, by
+    as many processes in a group of the same name, as the group of all processes has.
+
     Args:
         graph_module: base, branched, fused or folded; not changed.
         path: of the file to write; ends in ``.pt2``.

@@ -19,7 +19,7 @@ from lora_fx.errors import ExportError, first_line, listed
 from lora_fx.export.compare import Loaded
 from lora_fx.export.deliver import Exported, Options, deliver
 from lora_fx.export.portable_ops import use_torch_alone
-from lora_fx.export.prepare import Exportable, explain, prepare
+from lora_fx.export.prepare import Exportable, check_alone, explain, prepare
 from lora_fx.export.rewritten_ops import value_checks
 from lora_fx.files.atomic import writable
 from lora_fx.graph.graph_module import TracedGraphModule, copy_graph
@@ -89,6 +89,7 @@ class _TorchScript:
 
     def prepared(self, exportable: Exportable) -> Exportable:
         """Return the graph as it is."""
+        check_alone(exportable)
         return exportable
 
     def write(self, exportable: Exportable, path: Path) -> None:
@@ -131,6 +132,7 @@ def scriptable(graph_module: TracedGraphModule) -> fx.GraphModule:
             "Call eval() on it first."
         )
     exportable = prepare(graph_module)
+    check_alone(exportable)
     _check_names(exportable)
     return _compilable(exportable)
 

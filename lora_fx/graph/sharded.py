@@ -70,7 +70,7 @@ def from_first_process(graph_module: nn.Module, function: Callable[[], Result]) 
         graph_module: a graph that is not sharded is of one process.
         function: what it returns is pickled.
     """
-    groups = _groups(graph_module)
+    groups = processes_of(graph_module)
     if not groups:
         return function()
     outcome: list[Any] = [None, None]
@@ -94,7 +94,7 @@ def agreed(groups: Sequence[distributed.ProcessGroup], function: Callable[[], tu
     """Return what a function returns in each of several processes, or raise in all of them. All have to call this.
 
     Args:
-        groups: of the processes, as :func:`groups_of` returns them; none for one process alone.
+        groups: of the processes, as :func:`groups_of` and :func:`processes_of` return them; none for one process alone.
         function: returns a result, and a digest that is the same in all processes where they are given the same.
 
     Raises:
@@ -202,7 +202,7 @@ def _gathered_parts(graph_module: TracedGraphModule, shards: RankShards) -> Trac
     )
 
 
-def _groups(module: nn.Module) -> list[distributed.ProcessGroup]:
+def processes_of(module: nn.Module) -> list[distributed.ProcessGroup]:
     """Return the groups of the processes that have parts of a graph, from the first of a row to all of it, and from these to their columns."""
     mesh, shards = mesh_of(module), known_info(module).shards
     if shards is not None:
