@@ -27,6 +27,7 @@ from lora_fx.cli.options import (
 )
 from lora_fx.cli.printing import remark
 from lora_fx.errors import ExportError, LoraFxError
+from lora_fx.files.bounded import CONFIG_BYTES, read_bounded
 
 if TYPE_CHECKING:  # torch and transformers are slow to import, and `--help` needs neither
     from lora_fx.adapters.peft_format.opening import AdapterFiles
@@ -326,8 +327,8 @@ def _max_sizes(given: Sequence[str], format: ExportFormat) -> dict[str, int]:
 def _is_encoder_decoder(model: Path) -> bool:
     """Tell whether the config in a directory says so; False where there is none, or none that can be read."""
     try:
-        config = json.loads((model / "config.json").read_bytes())
-    except (OSError, ValueError):
+        config = json.loads(read_bounded(model / "config.json", CONFIG_BYTES))
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(config, dict) and config.get("is_encoder_decoder") is True
 

@@ -7,16 +7,23 @@ import os
 import stat
 from pathlib import Path
 
+CONFIG_BYTES = 2**24
+"""Of a config at most: one with 21,000 labels has a million."""
+
 
 def read_bounded(path: Path, most: int) -> bytes:
-    """Return the bytes of a file, and one more than ``most`` of them at most, by which one that is too large is told.
+    """Return the bytes of a file, of which there are ``most`` at most: of a larger one nothing is kept.
 
     Raises:
-        OSError: it cannot be read, or is no regular file: opening a pipe would wait for a writer, and a device has no end.
+        OSError: it cannot be read, is larger, or is no regular file: opening a pipe would wait for a writer, and a device has no end.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with open(descriptor, "rb") as file:  # noqa: PTH123 -- of a descriptor
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "it is a pipe, a socket or a device, and no file", str(path))
-        return file.read(most + 1)
+        data = b"" if found.st_size > most else file.read(most + 1)
+        size = max(found.st_size, len(data))  # it may grow meanwhile
+        if size > most:
+            raise OSError(errno.EFBIG, f"it has {size:,} bytes, and at most {most:,} are read", str(path))
+        return data

@@ -199,8 +199,6 @@ _MAX_JSON = 2**26  # bytes: the index of the largest models, of 150,000 tensors,
 def _json(path: Path) -> Any:
     try:
         data = read_bounded(path, _MAX_JSON)
-        if len(data) > _MAX_JSON:
-            raise LoraFxError(f"{path} has more than {_MAX_JSON} bytes, and is no index of weights. Download it again.")
         return json.loads(data.decode("utf-8"))
     except OSError as error:
         raise LoraFxError(f"cannot read {path}: {error.strerror or error}.") from error

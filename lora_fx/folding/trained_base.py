@@ -14,6 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from lora_fx.adapters.peft_format.fingerprint import recorded, recorded_schemes
 from lora_fx.adapters.peft_format.opening import AdapterFiles, check_base
 from lora_fx.errors import AdapterError, listed, option, printable, warn
+from lora_fx.files.bounded import CONFIG_BYTES, read_bounded
 from lora_fx.files.quantised_checkpoints import scheme_of_settings
 from lora_fx.folding.checkpoint_places import Places
 from lora_fx.folding.dense_base import DenseBase
@@ -96,11 +97,8 @@ def _quantisation_of(name: str) -> dict[str, Any] | None:
     with suppress(OSError, ValueError, RecursionError):
         if not path.is_file():
             path = try_to_load_from_cache(name, "config.json")
-        if isinstance(path, str | Path) and Path(path).stat().st_size < _MAX_CONFIG:
-            found = json.loads(Path(path).read_text("utf-8"))
+        if isinstance(path, str | Path):
+            found = json.loads(read_bounded(Path(path), CONFIG_BYTES))
             settings = found.get("quantization_config") if isinstance(found, dict) else None
             return settings if isinstance(settings, dict) else None
     return None
-
-
-_MAX_CONFIG = 2**24

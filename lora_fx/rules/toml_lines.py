@@ -32,8 +32,6 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Mapping[KeyPath, int]]:
     """
     try:
         data = read_bounded(path, FILE_BYTES)
-        if len(data) > FILE_BYTES:
-            raise RuleError(str(path), [f"is larger than {FILE_BYTES} bytes"])
         text = data.decode("utf-8-sig")
         if any(found[0].count(".") > _MAX_PARTS for found in _DOTTED.finditer(text)):
             raise RecursionError

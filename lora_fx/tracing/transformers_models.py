@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from lora_fx.errors import LoraFxError, hub_hint, listed, option
+from lora_fx.files.bounded import CONFIG_BYTES, read_bounded
 from lora_fx.files.safetensors import TensorFile
 from lora_fx.graph.compare import described
 from lora_fx.graph.graph_module import TracedGraphModule, state_of
@@ -148,6 +149,8 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, choice: Model
     if not (path / "config.json").is_file():
         raise LoraFxError(f"{path}: expected a directory with a config.json and safetensors files.{hub_hint(path)}")
     config = read_model_config(path)
+    for name, most in _ALSO_READ.items():
+        _check_size(path / name, most)
     names = getattr(config, "architectures", None)
     model_class = (class_of_config(config) if choice is None else choice.apply(config)) or transformers.AutoModel
     if names and model_class is transformers.AutoModel:
@@ -196,12 +199,14 @@ def read_model_config(path: Path) -> Any:
     """Return the config of transformers in a directory, or a file.
 
     Raises:
-        LoraFxError: there is none, transformers cannot read it, or it asks for code from a hub.
+        LoraFxError: there is none, it is larger than any config, transformers cannot read it, or it asks for code from a hub.
     """
-    if not (path / "config.json" if path.is_dir() else path).is_file():
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
         raise LoraFxError(
             f"{path}: expected a model directory with a config.json, or such a file. Nothing is downloaded.{hub_hint(path)}"
         )
+    _check_size(file, CONFIG_BYTES)
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the file is a stranger's, and transformers raises whatever it meets
@@ -210,6 +215,20 @@ def read_model_config(path: Path) -> Any:
         ) from error
     _check_kernels(config, path)
     return config
+
+
+_ALSO_READ = {"generation_config.json": CONFIG_BYTES, "model.safetensors.index.json": 2**26}
+"""What transformers reads beside a config and weights, and the bytes of it at most."""
+
+
+def _check_size(file: Path, most: int) -> None:
+    """Refuse a file that transformers would read as a whole however large it is, and a pipe, for which it would wait."""
+    try:
+        read_bounded(file, most)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise LoraFxError(f"cannot read {file}: {error.strerror or error}.") from error
 
 
 def _check_kernels(config: Any, path: Path) -> None:

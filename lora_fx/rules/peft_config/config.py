@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from lora_fx.errors import AdapterError, RuleError, hub_hint, option, warn
-from lora_fx.files.bounded import read_bounded
+from lora_fx.files.bounded import CONFIG_BYTES, read_bounded
 from lora_fx.rules.peft_config.name_matching import admits_layer, is_bias, is_named, modules_of, value_of_pattern
 from lora_fx.rules.peft_config.other_keys import UNUSED, is_off, problem_of_key
 from lora_fx.rules.peft_config.other_methods import why_not_applied
@@ -38,7 +38,6 @@ from lora_fx.rules.validation import (
 from lora_fx.rules.vocabulary import Scaling, Start, Variant, splits_weight
 
 CONFIG_NAME = "adapter_config.json"
-MAX_BYTES = 2**24  # of a config: real ones have a few thousand
 MAX_VALUES = 300_000  # of a config: all rows of a large vocabulary, as trainable tokens
 
 DUMMY = "dummy-target-modules"
@@ -405,13 +404,11 @@ def read_document(path: Path, error_class: type[AdapterError | RuleError], expec
         expected: noun phrase for it.
     """
     try:
-        text = read_bounded(path, MAX_BYTES)
+        text = read_bounded(path, CONFIG_BYTES)
     except OSError as error:
         problem = f"expected {expected}, with {path.name}: {error.strerror}"
         hint = hub_hint(path.parent)
         raise error_class(str(path.parent), [f"{problem}.{hint}" if hint else problem]) from error
-    if len(text) > MAX_BYTES:
-        raise error_class(str(path), [f"expected a config, found more than {MAX_BYTES} bytes"])
     if text.count(b",") > MAX_VALUES:
         raise error_class(str(path), [f"expected a config, found more than {MAX_VALUES} values"])
     try:
