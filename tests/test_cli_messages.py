@@ -148,6 +148,25 @@ def test_slots_and_a_cache_of_an_encoder_decoder_are_told_apart_before_anything_
     )
 
 
+def test_one_adapter_that_is_given_twice_is_refused_and_not_added_twice(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERMINAL_WIDTH", "1000")
+    adapter, link = root / "adapter", tmp_path / "link"
+    link.symlink_to(adapter)
+    for other, told in ((adapter, "twice"), (link, f"as {adapter} too")):
+        expected = (
+            f"{other} is given {told}, and would be added twice: give it once, with --strength 2 if that is meant"
+        )
+        for command in (
+            ("fold", root / "t5", adapter, other, tmp_path / "out"),
+            ("export", root / "t5", tmp_path / "out.pt2", "--adapter", adapter, "--adapter", other),
+            ("export-adapter", adapter, other, tmp_path / "slots.onnx", tmp_path / "out.onnx_adapter"),
+        ):
+            assert expected in lora(*command, code=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
 def test_a_plan_fits_a_page_and_names_every_site_with_all(root: Path) -> None:
     lines = lora("plan", root / "t5").splitlines()
     assert max(map(len, lines)) <= 80

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -83,7 +84,15 @@ def inputs(*given: Path | str | None) -> tuple[Path, ...]:
 
 
 def strengths_of(adapters: list[Path], given: list[float] | None) -> list[float]:
-    """Return the strength of each adapter: as given, or 1."""
+    """Return the strength of each adapter: as given, or 1. The adapters are different ones, by the paths that they resolve to."""
+    places: dict[str, Path] = {}
+    for adapter in adapters:
+        other = places.setdefault(os.path.realpath(adapter), adapter)
+        if other is not adapter:
+            also = "twice" if str(other) == str(adapter) else f"as {other} too"
+            raise typer.BadParameter(
+                f"{adapter} is given {also}, and would be added twice: give it once, with --strength 2 if that is meant"
+            )
     strengths = given or [1.0] * len(adapters)
     if len(strengths) != len(adapters):
         raise typer.BadParameter(
