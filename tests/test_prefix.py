@@ -648,8 +648,7 @@ def test_what_a_prefix_cannot_be_is_refused_in_one_line(base: lora_fx.TracedGrap
     for key, value, told in (
         ("layers", ["3-1"], "layers.0.: expected the first layer before the last"),
         ("dropout", 1.0, "dropout: expected a number ≥ 0 and < 1"),
-        ("positions", "unchanged", "positions: unknown key; the text stands behind the prefix"),
-        ("role", "encoder", "role: expected 'self_attention' or 'peft', found 'encoder'"),
+        ("positions", "shifted", "positions: expected 'peft' or 'unchanged', found 'shifted'"),
         ("hidden", 4, "hidden: expected none without projection = true"),
     ):
         refused(RuleError, told, lambda table={"tokens": 3, key: value}: lora_fx.rewrite(base, {"prefix": [table]}))  # type: ignore[misc]

@@ -56,6 +56,7 @@ from lora_fx.graph.state import State
 from lora_fx.numerics.factor_init import adapter_dtype, initial_factors
 from lora_fx.planning.plan import Chosen, Plan, factor_shapes
 from lora_fx.planning.planner import check_attachable
+from lora_fx.sites.attention_places import attentions_at
 
 aten = torch.ops.aten
 
@@ -160,7 +161,9 @@ def _with_nodes(
     for names in state.names().values() if record.untied else ():
         untie(graph, names, {name: copy_name(name, adapter) for name in names if name in record.untied})
     write_rows(graph, state, FakeValues(state), adapter, record.tokens)
-    state = state.with_modules(write_prefix(graph, state, adapter, record.prefix, info_of(graph_module).prefix_slot))
+    slot, place = info_of(graph_module).prefix_slot, record.prefix and record.prefix.place
+    attended = [copies_of[each.result] for each in attentions_at(graph_module, place)] if place else []
+    state = state.with_modules(write_prefix(graph, state, adapter, record.prefix, slot, attended))
     graph.lint()
     info = _with_record(graph_module, adapter, replace(record, branches=_branches(plan), acts=True))
     trainable = trainable_names(graph_module) | (frozenset() if info.inference else record.trains)

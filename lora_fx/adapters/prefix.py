@@ -10,7 +10,7 @@ them is in its trace: see :mod:`lora_fx.tracing.prefixed_forward` and :mod:`lora
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from lora_fx.adapters.fake_values import FakeValues
 from lora_fx.adapters.hidden_prefix import hide
+from lora_fx.adapters.site_prefix import write_at_attentions
 from lora_fx.errors import PlanError, listed
 from lora_fx.graph.adapter_names import prefix_dropout, prefix_name
 from lora_fx.graph.graph_module import state_of
@@ -86,32 +87,55 @@ def check_one_prefix(adapter: str, record: AdapterRecord, others: Mapping[str, A
 
 
 def write_prefix(
-    graph: fx.Graph, state: State, adapter: str, prefix: PrefixSpec | None, slot: PrefixSlot | None
+    graph: fx.Graph,
+    state: State,
+    adapter: str,
+    prefix: PrefixSpec | None,
+    slot: PrefixSlot | None,
+    ends: Sequence[fx.Node],
 ) -> dict[str, nn.Module]:
-    """Put the prefix of an adapter into the slot of a graph (in place), and return the modules that check its conditions.
+    """Put the prefix of an adapter into a graph (in place), and return the modules that check its conditions.
 
     Args:
-        graph: with an empty slot, if there is a prefix.
+        graph: without a prefix; with an empty slot, if the prefix is a past or a prompt.
         state: with the parameters.
         adapter: that they belong to.
         prefix: of the adapter.
         slot: of the graph.
+        ends: the results of the attentions at which a prefix that is no past is written.
 
     Raises:
         PlanError: the graph can take no prefix, or none of so many tokens, or none for some layers alone.
     """
     if prefix is None:
         return {}
+    fakes = FakeValues(state)
+    if prefix.place is not None:
+        anchor = next(node for node in graph.nodes if node.op != "placeholder")
+        value, modules = _value(graph, fakes, adapter, prefix, ends[0], anchor)
+        write_at_attentions(graph, value, prefix, adapter, ends, fakes)
+        return modules
     slot = wanted_slot(slot, f"adapter {adapter!r}", prompt=prefix.is_prompt)
     if slot.past:
-        check_of_all_layers(prefix, adapter)
+        check_is_past(prefix, adapter)
         return {}
-    taken, fakes, modules = slot_node(graph), FakeValues(state), dict[str, nn.Module]()
+    taken = slot_node(graph)
     assert taken is not None
+    value, modules = _value(graph, fakes, adapter, prefix, taken, taken)
+    modules |= put(graph, slot, value, prefix.tokens)
+    hide(graph, prefix, adapter, fakes)
+    return modules
+
+
+def _value(
+    graph: fx.Graph, fakes: FakeValues, adapter: str, prefix: PrefixSpec, like: fx.Node, anchor: fx.Node
+) -> tuple[fx.Node, dict[str, nn.Module]]:
+    """Write what a prefix computes from its parameters before a node, in the dtype of another, and return it, and its dropout."""
+    modules = dict[str, nn.Module]()
 
     def record(node: fx.Node, part: str = "prefix") -> fx.Node:
         write_stamp(node, {"rule": prefix.rule, "site": "prefix", "adapter": adapter, "part": part})
-        fakes.record(node, taken)
+        fakes.record(node, like)
         return node
 
     def named(part: str) -> fx.Node:
@@ -121,7 +145,7 @@ def write_prefix(
         # By a name that does not count the nodes beside it: graphs with and without branches are compared by names.
         return record(graph.create_node("call_function", target, args, name=f"prefix_{target.overloadpacket.__name__}"))
 
-    with graph.inserting_before(taken):
+    with graph.inserting_before(anchor):
         value = named("embedding.weight")
         if prefix.hidden is not None:
             first = named("transform.0.weight"), named("transform.0.bias")
@@ -132,19 +156,22 @@ def write_prefix(
         if prefix.dropout:
             modules[prefix_dropout(adapter)] = nn.Dropout(prefix.dropout)
             value = record(graph.call_module(prefix_dropout(adapter), (value,)))
-        if prefix.pairs is not None:
+        if prefix.pairs is not None and prefix.place is None:
             width, numbers = 2 * prefix.width, [pair or 0 for pair in prefix.pairs]
             own = [call(aten.slice.Tensor, value, 1, pair * width, (pair + 1) * width) for pair in numbers]
             value = call(aten.cat.default, own, 1)
-        if slot.dtype != torch.float32:
-            value = call(aten.to.dtype, value, slot.dtype)
-    modules |= put(graph, slot, value, prefix.tokens)
-    hide(graph, prefix, adapter, fakes)
-    return modules
+        if (dtype := like.meta["val"].dtype) != torch.float32:
+            value = call(aten.to.dtype, value, dtype)
+    return value, modules
 
 
-def check_of_all_layers(prefix: PrefixSpec, adapter: str) -> None:
-    """Raise :class:`PlanError` for a prefix that some layers have not: a past, with which generation begins, has one length for all."""
+def check_is_past(prefix: PrefixSpec, adapter: str) -> None:
+    """Raise :class:`PlanError` for a prefix that is no past, with which generation begins: one at attentions, or for some layers alone."""
+    if prefix.place is not None:
+        raise PlanError(
+            f"adapter {adapter!r} has a prefix at attentions ({_PLACED[prefix.place]}), which is no past that a cache can begin with. Compute with "
+            "it without a cache, by calling the graph."
+        )
     if prefix.without:
         raise PlanError(
             f"adapter {adapter!r} has a prefix for some layers alone, which is no past that a cache can begin with: layers "
@@ -163,10 +190,23 @@ def resolved(prefix: PrefixSpec, adapter: str, tensors: Mapping[str, torch.Tenso
     return linear(inner, own["transform.2.weight"], own["transform.2.bias"])
 
 
+_PLACED = {
+    "self_attention": "self_attention, positions unchanged",
+    "encoder": "encoder",
+    "cross_attention": "cross_attention",
+}
+
+
 def acting_prefix(graph_module: nn.Module) -> str | None:
     """Return the adapter whose prefix acts in a graph, if one does."""
     records = known_info(graph_module).adapters.items()
     return next((name for name, record in records if record.acts and record.prefix is not None), None)
+
+
+def acting_past(graph_module: nn.Module) -> str | None:
+    """Return the adapter whose prefix acts in a graph, if one does that is not written as nodes at attentions."""
+    adapter = acting_prefix(graph_module)
+    return adapter if adapter is not None and prefix_record(graph_module, adapter).place is None else None
 
 
 def prefix_record(graph_module: nn.Module, adapter: str) -> PrefixSpec:
@@ -186,11 +226,11 @@ def keys_and_values(graph_module: nn.Module, adapter: str) -> list[tuple[torch.T
     """Return the keys and values that the prefix of an adapter gives each layer, ``(heads, tokens, size)``, without a gradient.
 
     Raises:
-        PlanError: some layers have none.
+        PlanError: it is no past.
     """
     prefix = prefix_record(graph_module, adapter)
+    check_is_past(prefix, adapter)
     slot = wanted_slot(known_info(graph_module).prefix_slot, f"adapter {adapter!r}")
-    check_of_all_layers(prefix, adapter)
     whole = resolved(prefix, adapter, state_of(graph_module).tensors).to(slot.dtype)
     pairs = whole.view(prefix.tokens, prefix.layers, 2, prefix.heads, prefix.size).permute(1, 2, 3, 0, 4)
     found = [pairs[number] for number in prefix.pairs or range(prefix.layers) if number is not None]

@@ -210,7 +210,7 @@ def prefix_differences(mine: PrefixSpec | None, theirs: PrefixSpec | None) -> li
         if each is None
         else f"{each.tokens} embeddings of {each.size} features"
         if each.is_prompt
-        else f"{each.tokens} tokens of {each.layers} layers, {each.heads} heads of {each.size}"
+        else f"{each.tokens} tokens of {each.layers} layers, {each.heads} heads of {each.size}{f', at {each.place}' if each.place else ''}"
         for each in (mine, theirs)
     ]
     return [f"prefix: {shown[0]} against {shown[1]}"]

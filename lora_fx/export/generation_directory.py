@@ -28,7 +28,7 @@ import torch
 from transformers import GenerationConfig
 
 from lora_fx.adapters.activate import activate
-from lora_fx.adapters.prefix import acting_prefix, keys_and_values
+from lora_fx.adapters.prefix import acting_past, keys_and_values
 from lora_fx.errors import LoraFxError, first_line
 from lora_fx.export.deliver import Exported
 from lora_fx.export.onnx_file import onnx
@@ -139,7 +139,7 @@ def generation(
 
 def _first_past(graph_module: TracedGraphModule) -> tuple[dict[str, torch.Tensor], TracedGraphModule]:
     """Return the past that a prefix is, by the names of inputs, and the graph in which it does not act."""
-    adapter = acting_prefix(graph_module)
+    adapter = acting_past(graph_module)
     if adapter is None:
         return {}, graph_module
     _logger.warning(

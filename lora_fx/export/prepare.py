@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.fx.graph import CodeGen
 
-from lora_fx.adapters.prefix import acting_prefix
+from lora_fx.adapters.prefix import acting_past
 from lora_fx.branches.lower import lower
 from lora_fx.errors import WITH_LABELS, ExportError
 from lora_fx.folding.dequantise import dequantise
@@ -119,7 +119,7 @@ def prepare(graph_module: TracedGraphModule, example_inputs: Mapping[str, torch.
         )
     if info_of(graph_module).labels:
         raise ExportError(WITH_LABELS)
-    slot, adapter = info_of(graph_module).prefix_slot, acting_prefix(graph_module)
+    slot, adapter = info_of(graph_module).prefix_slot, acting_past(graph_module)
     if slot is not None and slot.past and adapter is not None:
         raise ExportError(
             f"adapter {adapter!r} has a prefix, which is the past of the first call of a graph with a cache, and no part of it: "

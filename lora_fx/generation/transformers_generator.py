@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMix
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
-from lora_fx.adapters.prefix import acting_prefix, keys_and_values
+from lora_fx.adapters.prefix import acting_past, keys_and_values
 from lora_fx.errors import InputError
 from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.adapter_rows import ADAPTER_NAMES, BASE, check_count
@@ -171,7 +171,7 @@ class CausalGenerator(Generator):
         """
         cache = DynamicCache() if past_key_values is None else past_key_values
         _check_grows(cache)
-        adapter = acting_prefix(self.graph)
+        adapter = acting_past(self.graph)
         prefix = None if adapter is None else info_of(self.graph).adapters[adapter].prefix
         tokens = 0 if prefix is None else prefix.tokens
         past = _pairs(cache) if cache.get_seq_length() else self._first_past(adapter, input_ids.size(0))

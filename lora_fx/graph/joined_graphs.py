@@ -80,6 +80,13 @@ def joined(graphs: CachedGraphs) -> TracedGraphModule:
     return assemble(graph, state, meta=with_info(first.meta, info), training=first.training, trainable=frozenset())
 
 
+def is_joined(graph: fx.Graph) -> bool:
+    """Tell whether a graph is one from :func:`joined`, or made of it."""
+    inputs = [str(node.target) for node in graph.find_nodes(op="placeholder")]
+    taken = [argument.name for argument in signature_of(graph).arguments]
+    return taken == ["encoder", "first", "later"] and all(name.partition("__")[0] in taken for name in inputs)
+
+
 def apart(joint: TracedGraphModule, like: CachedGraphs) -> CachedGraphs:
     """Return the graphs of a joined one, as another pass may have changed it.
 

@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from lora_fx.errors import PlanError, TraceError
 from lora_fx.graph.adapter_names import is_of_prefix
+from lora_fx.graph.aten_kinds import set_argument
 from lora_fx.graph.erasing import erase_unread
 from lora_fx.graph.input_checks import PREFIX as CHECKS
 from lora_fx.graph.input_checks import Constraints, add_relation_checks
@@ -42,7 +43,13 @@ NO_WEIGHTS_HOLD = {
 }
 
 HIDDEN = "hidden prefix"
-"""Part of nodes that hide a prefix from a layer: each reads what the layer reads without it."""
+"""Part of nodes that hide a prefix from a layer: each reads last what the layer reads without it."""
+
+AHEAD = "prefix ahead"
+"""Part of nodes that put a prefix in front at an attention: each reads last what the attention reads without it."""
+
+CAUSAL = "causal mask"
+"""Part of a mask that an attention without a prefix makes of its sizes."""
 
 _CHECK = f"{CHECKS}.prefix"
 _SIZE = re.compile(rf"\b{INPUT}\.size\(0\)")
@@ -182,10 +189,7 @@ def put(graph: fx.Graph, slot: PrefixSlot, prefix: fx.Node, tokens: int) -> dict
     Raises:
         PlanError: the trace does not hold for this number of tokens.
     """
-    for node in reversed(list(graph.nodes)):
-        if stamp_of(node).get("part") == HIDDEN:
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            graph.erase_node(node)
+    _take_out(graph)
     taken = slot_node(graph)
     assert taken is not None
     before = taken.all_input_nodes[0]
@@ -198,8 +202,24 @@ def put(graph: fx.Graph, slot: PrefixSlot, prefix: fx.Node, tokens: int) -> dict
     return add_relation_checks(graph, slot.at(tokens), _CHECK)
 
 
+def _take_out(graph: fx.Graph) -> None:
+    """Let attentions read what they read without the nodes of a prefix (in place)."""
+    for node in reversed(list(graph.nodes)):
+        part = stamp_of(node).get("part")
+        if part == CAUSAL:
+            for reader in list(node.users):
+                set_argument(reader, "attn_mask", None)
+                set_argument(reader, "is_causal", True)
+                reader.kwargs = {name: value for name, value in reader.kwargs.items() if name != "attn_mask"}
+            erase_unread(graph, node)
+        elif part in (HIDDEN, AHEAD):
+            node.replace_all_uses_with(node.all_input_nodes[-1])
+            erase_unread(graph, node)
+
+
 def emptied(graph: fx.Graph, slot: PrefixSlot | None) -> dict[str, nn.Module]:
     """Let a graph compute without a prefix (in place), and return the modules that check its conditions then."""
+    _take_out(graph)
     taken = None if slot is None else slot_node(graph)
     if slot is None or taken is None or taken.all_input_nodes[0].target == EMPTY:
         return {}

@@ -13,7 +13,7 @@ from lora_fx.graph.adapter_names import BranchNames
 from lora_fx.rules.peft_config.config import AdapterConfig, Method
 from lora_fx.rules.peft_config.rules import PeftRules
 from lora_fx.rules.rule_file import RuleSet, Setting
-from lora_fx.rules.vocabulary import Op, Part
+from lora_fx.rules.vocabulary import AttentionPlace, Op, Part
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,7 @@ class PrefixSpec:
             layer without.
         dropout: rate at which elements are dropped in training.
         starts_as: name of the weight, and the rows of it, that the embeddings of a prompt start as.
+        place: the attentions at which it is written as nodes; None for a past.
     """
 
     tokens: int
@@ -182,6 +183,7 @@ class PrefixSpec:
     pairs: tuple[int | None, ...] | None = None
     dropout: float = 0.0
     starts_as: tuple[str, tuple[int, ...]] | None = field(default=None, compare=False)
+    place: AttentionPlace | None = None
 
     @property
     def is_prompt(self) -> bool:

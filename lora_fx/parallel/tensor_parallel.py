@@ -126,7 +126,7 @@ def _check_kind(graph_module: TracedGraphModule) -> None:
         raise LoraFxError(
             "a graph with a key-value cache is not divided among processes: trace the model without cache=True."
         )
-    if info.prefix_slot is not None:
+    if info.prefix_slot is not None or any(each.prefix is not None for each in info.adapters.values()):
         raise LoraFxError("a graph that takes a prefix or a prompt is not divided among processes: train with DDP.")
     if info.nested:
         raise LoraFxError("expected a flat graph, got a nested one: divide lora_fx.flatten(graph).")

@@ -30,7 +30,17 @@ def warn_of_lower_ranks(plan: Plan) -> None:
 
 def warn_of_prefix(plan: Plan) -> None:
     """Warn once, as of the caller's caller, of a prefix that PEFT's file cannot hold."""
-    if plan.prefix is not None and plan.prefix.without:
+    if plan.prefix is not None and plan.prefix.place is not None:
+        where = (
+            "with the positions of the text unchanged"
+            if plan.prefix.place == "self_attention"
+            else f"at {plan.prefix.place}"
+        )
+        warn(
+            f"rules {plan.rules.name!r} give a prefix {where}, which PEFT's file cannot hold: save_adapter refuses it, and torch.save takes the "
+            "graph.",
+        )
+    elif plan.prefix is not None and plan.prefix.without:
         warn(
             f"rules {plan.rules.name!r} give a prefix to some layers alone, and PEFT's file has one for all: save_adapter refuses it, and "
             "torch.save takes the graph.",

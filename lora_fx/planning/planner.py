@@ -110,7 +110,7 @@ def plan_graph(graph_module: fx.GraphModule, rules: Rules) -> Plan:
             raise RuleError(rules.source, [problem])
         vocabulary = Vocabulary.of(known)
         return plan_peft_sites(found, rules, purpose_of, own, known.linears, known.parameter_modules, vocabulary)
-    prefix = prefix_of(rules, known_info(graph_module).prefix_slot)
+    prefix = prefix_of(rules, known_info(graph_module).prefix_slot, plain)
     return replace(plan_sites(found, rules, purpose_of, own, head), prefix=prefix)
 
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from torch import fx
+
 from lora_fx.errors import PlanError
 from lora_fx.graph.prefix_slot import PrefixSlot, wanted_slot
 from lora_fx.graph.records import PrefixSpec
 from lora_fx.rules.dotted_names import has_layer
 from lora_fx.rules.prefix_table import Prefix
 from lora_fx.rules.rule_file import RuleSet
+from lora_fx.rules.vocabulary import AttentionPlace
+from lora_fx.sites.attention_places import attentions_at, operands_of, unknown
 
 
-def prefix_of(rules: RuleSet, slot: PrefixSlot | None) -> PrefixSpec | None:
+def prefix_of(rules: RuleSet, slot: PrefixSlot | None, graph_module: fx.GraphModule) -> PrefixSpec | None:
     """Return the prefix or the prompt that rules ask for, if they do.
 
     Args:
         rules: of which one table at most is for a prefix.
         slot: of the graph.
+        graph_module: without branches.
 
     Raises:
-        PlanError: the graph can take no prefix, or has no such layer, or PEFT has none for such a model.
+        PlanError: the graph can take no prefix, or has no such layer or attention, or PEFT has none for such a model.
     """
     for prompt in rules.prompt:
         where = f"{rules.name!r}: [[prompt]]"
@@ -29,6 +34,8 @@ def prefix_of(rules: RuleSet, slot: PrefixSlot | None) -> PrefixSpec | None:
         return PrefixSpec(prompt.tokens, 0, 1, slot.size, f"{rules.name}:prompt", starts_as=starts_as)
     for each in rules.prefix:
         rule = f"{rules.name}:prefix"
+        if each.place is not None:
+            return _at_place(each, each.place, graph_module, rule)
         slot = wanted_slot(slot, f"{rules.name!r}: [[prefix]]")
         if slot.past:
             raise PlanError(
@@ -40,6 +47,19 @@ def prefix_of(rules: RuleSet, slot: PrefixSlot | None) -> PrefixSpec | None:
         hidden = (each.hidden or width) if each.projection else None
         return PrefixSpec(each.tokens, layers, slot.heads, slot.size, rule, hidden, pairs, each.dropout or 0.0)
     return None
+
+
+def _at_place(prefix: Prefix, place: AttentionPlace, graph_module: fx.GraphModule, rule: str) -> PrefixSpec:
+    """Return a prefix that is written as nodes at the attentions of a place, which have heads of one number and size."""
+    found = [operands_of(each) for each in attentions_at(graph_module, place)]
+    heads, size = found[0].heads, found[0].size
+    for each in found:
+        if (each.heads, each.size) != (heads, size):
+            told = f"has {each.heads} heads of {each.size}, where the first one has {heads} of {size}: a prefix has one size for all"
+            raise unknown(each.result, told)
+    layers, pairs = _chosen(prefix, len(found), rule)
+    hidden = (prefix.hidden or heads * size) if prefix.projection else None
+    return PrefixSpec(prefix.tokens, layers, heads, size, rule, hidden, pairs, prefix.dropout or 0.0, place=place)
 
 
 def _chosen(prefix: Prefix, count: int, rule: str) -> tuple[int, tuple[int | None, ...] | None]:

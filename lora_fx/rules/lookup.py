@@ -85,8 +85,10 @@ def load(rules: RulesLike, model_type: str | None = None, directories: Sequence[
 
 
 def has_prefix(rules: Rules) -> bool | Literal["prompt"]:
-    """Tell whether rules ask for a prefix, or for a prompt, which graphs are traced for."""
-    return isinstance(rules, RuleSet) and ("prompt" if rules.prompt else bool(rules.prefix))
+    """Tell whether rules ask for a prefix that is a past, or for a prompt, which graphs are traced for."""
+    return isinstance(rules, RuleSet) and (
+        "prompt" if rules.prompt else any(each.place is None for each in rules.prefix)
+    )
 
 
 def model_type_of(config: object) -> str | None:

@@ -6,20 +6,23 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from lora_fx.rules.validation import Dropout, Flag, Items, Layers, Natural, Positive, Table, one_of, shown
-from lora_fx.rules.vocabulary import PrefixRole
+from lora_fx.rules.vocabulary import AttentionPlace, PrefixPositions, PrefixRole
 
 PREFIXES = ("prefix", "prompt")
 """Keys of these tables, of which a rule set has one at most."""
 
 
 class Prefix(Table):
-    """The ``[[prefix]]``: learned keys and values in front of those of every self-attention (arXiv 2101.00190)."""
+    """The ``[[prefix]]``: learned keys and values in front of those of attentions (arXiv 2101.00190)."""
 
     tokens: Positive = 20
     """How many keys and values, as of so many tokens."""
 
     role: Annotated[PrefixRole, one_of(PrefixRole)] = "self_attention"
-    """Which attentions: of an encoder-decoder model those of the decoder; "peft" for the file of PEFT, whose rows are in another order there."""
+    """Which attentions; of an encoder-decoder model self_attention is that of the decoder, and "peft" the same in the order of PEFT's file."""
+
+    positions: Annotated[PrefixPositions, one_of(PrefixPositions)] | None = None
+    """Positions of the text: "peft", shifted by the prefix, unless said; those of an encoder and of cross-attention are "unchanged"."""
 
     projection: Flag = False
     """Whether they are computed by two linear layers from embeddings of the tokens."""
@@ -44,16 +47,21 @@ class Prefix(Table):
                 f'expected none with role = "peft", whose file is for all layers, found {shown(given["layers"])}',
             )
 
-    @classmethod
-    def unknown(cls, key: str) -> str:
-        """Return the message for a key that the table does not have."""
-        return _OF_PREFIX.get(key) or super().unknown(key)
+        role, positions = given.get("role", "self_attention"), given.get("positions")
+        if role in ("encoder", "cross_attention") and positions == "peft":
+            yield "positions", f'expected "unchanged" with role = "{role}", for which PEFT has no prefix, found "peft"'
+        if role == "peft" and positions == "unchanged":
+            yield (
+                "positions",
+                'expected "peft" with role = "peft", whose file means shifted positions, found "unchanged"',
+            )
 
-
-_OF_PREFIX = {
-    "positions": "unknown key; the text stands behind the prefix as behind a past, and the model's own code shifts its positions, as in PEFT",
-}
-"""Keys that ``[[prefix]]`` might be expected to have, and the reason for which it has none."""
+    @property
+    def place(self) -> AttentionPlace | None:
+        """At which attentions it is written as nodes; None for one that is a past."""
+        if self.role == "peft" or (self.role == "self_attention" and self.positions != "unchanged"):
+            return None
+        return self.role
 
 
 class Prompt(Table):

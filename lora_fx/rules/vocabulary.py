@@ -73,12 +73,18 @@ def splits_weight(start: Start) -> bool:
 Variant = Literal["lora", "dora"]
 """Kind of a branch: LoRA (arXiv 2106.09685), or DoRA (arXiv 2402.09353), which has a magnitude for each output feature besides."""
 
-PrefixRole = Literal["self_attention", "peft"]
-"""Which learned keys and values an attention gets: layer i those numbered 2i and 2i + 1, or those that PEFT's file means.
+AttentionPlace = Literal["self_attention", "encoder", "cross_attention"]
+"""Where an attention is in a model: of a model with an encoder and a decoder, self-attention is that of the decoder."""
+
+PrefixRole = Literal["self_attention", "peft", "encoder", "cross_attention"]
+"""Which attentions get learned keys and values, and which: layer i those numbered 2i and 2i + 1, or with "peft" those that PEFT's file means.
 
 They differ in encoder-decoder models: of the 2L that PEFT's file has, L the number of layers of the encoder, layer i of the decoder
-reads 4i and 4i + 1 modulo 2L, since PEFT throws those for cross-attention away.
+reads 4i and 4i + 1 modulo 2L, since PEFT throws those for cross-attention away. Its file has none for encoders and cross-attention.
 """
+
+PrefixPositions = Literal["peft", "unchanged"]
+"""Positions of the text behind a prefix: shifted by it, as PEFT has them behind a past, or those that the text has without one."""
 
 TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 """A task, as PEFT names it."""

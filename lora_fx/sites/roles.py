@@ -12,7 +12,7 @@ A site that holds several of these in one weight has several roles, and ``parts`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -245,6 +245,15 @@ def _streams(graph: _Graph) -> dict[fx.Node, Streams]:
         else:
             streams[node] = frozenset().union(*(streams[source] for source in graph.reads[node]))
     return streams
+
+
+def streams_of(
+    graph_module: fx.GraphModule, operands: Iterable[tuple[Sequence[fx.Node], fx.Node]]
+) -> list[set[fx.Node]]:
+    """Return the streams of operands, each given as its values and the node that reads them."""
+    graph = _Graph(graph_module, sites(graph_module))
+    streams = _streams(graph)
+    return [_starts(streams, graph.values_before(reader, values)) for values, reader in operands]
 
 
 def _starts(streams: Mapping[fx.Node, Streams], values: Iterable[fx.Node]) -> set[fx.Node]:

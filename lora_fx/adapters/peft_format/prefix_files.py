@@ -158,6 +158,10 @@ def in_peft_words(
     Raises:
         AdapterError: PEFT's file cannot hold it.
     """
+    if prefix.place is not None:
+        kind = "with unchanged positions" if prefix.place == "self_attention" else f"at {prefix.place}"
+        problem = f"its prefix is {kind}, and PEFT's file has one that is the past of self-attentions; torch.save takes the graph"
+        raise AdapterError(f"adapter {adapter!r} cannot be written for PEFT", [problem])
     slot = wanted_slot(info.prefix_slot, f"adapter {adapter!r}", prompt=prefix.is_prompt)
     if prefix.without:
         problem = f"its prefix is for some layers alone, none for {listed([*map(str, prefix.without)], 8)}, and PEFT's file has one for all"
