@@ -107,7 +107,7 @@ def generate(graph_module: TracedGraphModule, *args: Any, **options: Any) -> Any
     model: Any = double_over(graph_module, state, _turned(graph_module)).eval()
     if adapter is None:
         return model.generate(*args, **options)
-    check_options(model, options)
+    check_options(model, options, prefix_record(graph_module, adapter).kind)
     if prefix_record(graph_module, adapter).is_prompt:
         if options.get("encoder_outputs") is not None:
             raise InputError(

@@ -16,7 +16,16 @@ from architectures import rows
 from test_prefix import EMBEDDING, MODELS, TOKENS, given, inputs, llama, made, trained
 
 import lora_fx
-from lora_fx.errors import AdapterError, FoldError, PlanError, RuleError, TraceError
+from lora_fx.errors import (
+    AdapterError,
+    ExportError,
+    FoldError,
+    InputError,
+    LoraFxError,
+    PlanError,
+    RuleError,
+    TraceError,
+)
 
 RULES: dict[str, Any] = {"prompt": [{"tokens": TOKENS}]}
 SIZES = ((3, 9), (1, 4), (2, 13))
@@ -196,6 +205,30 @@ def test_what_a_prompt_cannot_be_is_refused_in_one_line(
         lora_fx.load_adapter(base, tmp_path / "a")
     assert "token_dim: expected 32 as in the model, found 16" in str(caught.value)
     assert "prompt_embeddings: expected shape (6, 16) by adapter_config.json, found (6, 32)" in str(caught.value)
+
+
+def test_messages_call_a_prompt_a_prompt(model: Any, graph: lora_fx.TracedGraphModule, tmp_path: Path) -> None:
+    lora_fx.save_adapter(graph, tmp_path / "a")
+    second = lora_fx.load_adapter(graph, tmp_path / "a", "second")
+    ids = inputs(model, 2, 5)["input_ids"]
+    init = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2, "prompt_tuning_init": "TEXT"}
+    for error, told, call in (
+        (PlanError, "have a prompt each", lambda: lora_fx.activate(second, {"default": 1, "second": 1})),
+        (PlanError, "it has a prompt, which acts", lambda: lora_fx.activate(graph, {"default": 0.5})),
+        (PlanError, "combined: it has a prompt", lambda: lora_fx.combine(second, {"second": 1}, adapter="sum")),
+        (ExportError, "has a prompt, which", lambda: lora_fx.export.onnx(graph, tmp_path / "m.onnx", slots=True)),
+        (InputError, "and a prompt is in a cache", lambda: graph.generate(ids, prompt_lookup_num_tokens=2)),
+        (AdapterError, "adapter is a prompt", lambda: lora_fx.save_adapter(graph, tmp_path / "b", format="kohya")),
+        (RuleError, "not supported with a prompt", lambda: lora_fx.rewrite(lora_fx.unload(graph), init)),
+        (
+            LoraFxError,
+            "the prompt of adapter 'default' acts",
+            lambda: lora_fx.parallel.stage_module(copy.deepcopy(graph), ["model.layers.1"], 0),
+        ),
+    ):
+        with pytest.raises(error, match=told) as caught:
+            call()
+        assert "prefix" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", rows(("llama",), ()))

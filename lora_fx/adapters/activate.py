@@ -148,7 +148,7 @@ def ordered(graph_module: fx.GraphModule, strengths: Mapping[str, float]) -> dic
         check_whole_strength(adapter, record.branches, strength)
         if strength != 1 and record.prefix is not None:
             raise PlanError(
-                f"adapter {adapter!r} cannot have the strength {strength:g}: it has a prefix, which acts or does not. Let it act at 1."
+                f"adapter {adapter!r} cannot have the strength {strength:g}: it has a {record.prefix.kind}, which acts or does not. Let it act at 1."
             )
         found[adapter] = strength
         whole = [each.name for each in trained_of(graph_module, adapter)]

@@ -157,9 +157,9 @@ def _combination(
 def _check_products(graph_module: fx.GraphModule, chosen: Iterable[str]) -> None:
     """Raise :class:`PlanError` for adapters whose branches are more than a product of A and B."""
     for name in chosen:
-        if record_of(graph_module, name).prefix is not None:
+        if (ahead := record_of(graph_module, name).prefix) is not None:
             raise PlanError(
-                f"adapter {name!r} cannot be combined: it has a prefix, and those of two adapters have no sum."
+                f"adapter {name!r} cannot be combined: it has a {ahead.kind}, and those of two adapters have no sum."
             )
         for _, branch in branches_of(graph_module, name).values():
             more = (

@@ -77,11 +77,13 @@ def prefix_values(
 
 
 def check_one_prefix(adapter: str, record: AdapterRecord, others: Mapping[str, AdapterRecord]) -> None:
-    """Raise :class:`PlanError` where an adapter with a prefix is to act beside another one with a prefix."""
+    """Raise :class:`PlanError` where an adapter with a prefix, or a prompt, is to act beside another one with either."""
     rival = next((name for name, other in others.items() if other.prefix is not None), None)
     if record.prefix is not None and rival is not None:
+        mine, theirs = (each.prefix.kind if each.prefix else "" for each in (record, others[rival]))
+        told = f"a {mine} each" if mine == theirs else f"a {mine} and a {theirs}"
         raise PlanError(
-            f"adapter {adapter!r} and {rival!r}, which acts, have a prefix each: a graph computes with one, as PEFT does. Let one of them "
+            f"adapter {adapter!r} and {rival!r}, which acts, have {told}: a graph computes with one, as PEFT does. Let one of them "
             f'act at a time: lora_fx.activate(graph, {{"{adapter}": 1.0}}).'
         )
 

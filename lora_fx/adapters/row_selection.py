@@ -144,7 +144,7 @@ def _check_is_lora(graph_module: TracedGraphModule, adapter: str) -> None:
     branches = [branch for _, branch in record.branches.values()]
     more = next(iter(_kinds(branches)), None)
     more = f"rows of {record.tokens[0].weight!r}" if record.tokens else more
-    more = "a prefix" if record.prefix is not None else more
+    more = f"a {record.prefix.kind}" if record.prefix is not None else more
     if more is not None:
         raise _cannot(adapter, more)
 

@@ -148,7 +148,7 @@ def from_peft(
         files = read_adapter(Path(directory), ignore_config_keys=ignore_config_keys)
         if files.prefix is not None:
             raise ExportError(
-                f"{directory}: a prefix is no product of A and B, which slots take. Export the graph with it."
+                f"{directory}: a {files.prefix.kind} is no product of A and B, which slots take. Export the graph with it."
             )
         check_base(files, table.base, strict=strict)
         for site, product in _PeftReader(files, table).products().items():

@@ -168,8 +168,8 @@ def _problems(graph_module: TracedGraphModule, names: Sequence[str]) -> Iterator
                 f"adapter {name!r} has a trained copy of {trained.name!r}, as of modules_to_save or a bias. Fold it "
                 "(lora_fx.fold), or train without"
             )
-        if record_of(graph_module, name).prefix is not None:
-            yield f"adapter {name!r} has a prefix, which is no product of A and B. Export the graph without slots"
+        if (ahead := record_of(graph_module, name).prefix) is not None:
+            yield f"adapter {name!r} has a {ahead.kind}, which is no product of A and B. Export the graph without slots"
         for rows in record_of(graph_module, name).tokens:
             yield f"adapter {name!r} has trained rows of {rows.weight!r}. Fold it (lora_fx.fold), or train without"
         for _, branch in branches_of(graph_module, name).values():

@@ -17,14 +17,20 @@ _OTHER_WAYS = ("assistant_model", "prompt_lookup_num_tokens", "cache_implementat
 """Options of ``generate`` by which a cache is cut, or is another than one that grows."""
 
 
-def check_options(model: Any, options: Mapping[str, Any]) -> None:
-    """Raise :class:`InputError` for options of ``generate``, or of its configuration, by which a prefix would be lost or cut."""
+def check_options(model: Any, options: Mapping[str, Any], kind: str) -> None:
+    """Raise :class:`InputError` for options of ``generate``, or of its configuration, by which a prefix or a prompt would be lost or cut.
+
+    Args:
+        model: that generates.
+        options: of the call.
+        kind: whether it is a prefix or a prompt.
+    """
     config = options.get("generation_config") or model.generation_config
     settings = {name: getattr(config, name, None) for name in _OTHER_WAYS} | dict(options)
     given = [name for name in _OTHER_WAYS if settings.get(name) is not None]
     if given:
         raise InputError(
-            f"{given[0]} was given, and a prefix is in a cache that grows from the first step on. Leave it out."
+            f"{given[0]} was given, and a {kind} is in a cache that grows from the first step on. Leave it out."
         )
 
 

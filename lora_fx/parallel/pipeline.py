@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from lora_fx.adapters.prefix import acting_prefix
+from lora_fx.adapters.prefix import acting_prefix, prefix_record
 from lora_fx.errors import LoraFxError, did_you_mean, listed
 from lora_fx.graph.cached_graphs import check_undivided
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, state_of
@@ -46,8 +46,8 @@ def stage_module(graph_module: TracedGraphModule, splits: Sequence[str], index: 
     parts = nesting(as_traced(graph_module), graph_module.graph)
     if (adapter := acting_prefix(graph_module)) is not None:
         raise LoraFxError(
-            f"the prefix of adapter {adapter!r} acts, which all stages read, and each would get a part of its gradient. Train it in one process, "
-            "or sharded (torch.distributed.fsdp.fully_shard)."
+            f"the {prefix_record(graph_module, adapter).kind} of adapter {adapter!r} acts, which all stages read, and each would get a part of its "
+            "gradient. Train it in one process, or sharded (torch.distributed.fsdp.fully_shard)."
         )
     if not info_of(graph_module).nested:
         nest_in_place(graph_module, info_of(graph_module).checkpointing)

@@ -250,7 +250,9 @@ def behind_prefix(given: dict[str, Any], tokens: int, batch: int, *, decodes: bo
     mask, positions = given.get(name), given.get("position_ids")
     if isinstance(mask, torch.Tensor):
         if mask.dim() != 2:
-            raise TraceError(f"a prefix extends {name} of shape (batch, sequence), got {tuple(mask.shape)}.")
+            raise TraceError(
+                f"a prefix or a prompt extends {name} of shape (batch, sequence), got {tuple(mask.shape)}."
+            )
         given = {**given, name: torch.cat([mask.new_ones(batch, tokens), mask], 1)}
     if isinstance(positions, torch.Tensor):
         given = {**given, "position_ids": positions + tokens}

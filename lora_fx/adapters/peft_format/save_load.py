@@ -281,7 +281,8 @@ def _in_form(
     """Return the tensors and the metadata of an adapter in a form of other tools."""
     if isinstance(content.config, AheadConfig):
         raise AdapterError(
-            f"format {form!r}", ["has factors of layers alone, and the adapter is a prefix: write it for PEFT"]
+            f"format {form!r}",
+            [f"has factors of layers alone, and the adapter is a {content.config.kind}: write it for PEFT"],
         )
     model_class = info_of(graph_module).model_class
     if form == "diffusers":

@@ -137,7 +137,7 @@ class _PeftWriter:
         if prefix is None:
             return PeftAdapter(config, {**tensors, **copies, **rows})
         if tensors or rows or config.bias != "none":
-            problem = "beside a prefix it has branches, rows of embeddings or biases that train: PEFT has modules alone"
+            problem = f"beside a {prefix.kind} it has branches, rows of embeddings or biases that train: PEFT has modules alone"
             raise AdapterError(f"adapter {self._adapter!r} cannot be written for PEFT", [problem])
         said = in_peft_words(config, prefix, info_of(self._graph_module), self._adapter, self._state.tensors)
         return PeftAdapter(said[0], {**beside_prefix(copies), **said[1]})

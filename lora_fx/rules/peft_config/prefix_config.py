@@ -19,6 +19,8 @@ from lora_fx.rules.validation import Flag, Positive, Text, validated
 class AheadConfig(SharedKeys):
     """What stands in front of the text, and what trains beside it, in PEFT's words."""
 
+    kind: ClassVar[Literal["prefix", "prompt"]]
+
     peft_type: Literal["PREFIX_TUNING", "PROMPT_TUNING"]
     """The kind of adapter."""
 

@@ -141,7 +141,7 @@ def prefix_document(given: ConfigObject | Mapping[str, Any]) -> Mapping[str, Any
     for key in ("init_weights", "modules_to_save", *([] if random else ["prompt_tuning_init"])):
         if document.get(key):
             raise RuleError(
-                "rules", [f"{key}: not supported with a prefix: found {shown(document[key])}. Train with PEFT"]
+                "rules", [f"{key}: not supported with a {config.kind}: found {shown(document[key])}. Train with PEFT"]
             )
     table = {"tokens": document.get("num_virtual_tokens")}
     if config is PrefixConfig:
