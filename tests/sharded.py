@@ -126,6 +126,25 @@ def curve(name: str, directory: Path, rank: int) -> dict[str, Any]:
     return {"losses": losses, "part": part_of(again), "folded": lora_fx.parallel.on_first_process(again, fold)}
 
 
+def prefixed_graph(directory: Path, positions: str) -> lora_fx.TracedGraphModule:
+    """Return a graph with a prefix: one that is a past, or nodes at the attentions."""
+    rules = {"prefix": [{"tokens": 5, "positions": positions, "projection": True, "hidden": 6}]}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "rules 'custom' give a prefix")
+        return lora_fx.rewrite(torch.load(directory / "prefixed.trace", weights_only=False), rules, seed=0).train()
+
+
+def prefixed(directory: Path, rank: int) -> dict[str, Any]:
+    """Train prefixes."""
+    found: dict[str, Any] = {}
+    for positions in ("peft", "unchanged"):
+        graph = prefixed_graph(directory, positions)
+        lora_fx.parallel.fully_shard(graph)
+        losses = train("llama", graph, optimizer_of(graph), range(STEPS), rank, 2)
+        found[positions] = {"losses": losses, "part": part_of(graph)}
+    return found
+
+
 def said(function: Callable[[], Any]) -> str:
     """Return what is said where a function is refused."""
     try:
@@ -305,7 +324,11 @@ def trainer(directory: Path, rank: int) -> dict[str, Any]:
 
 def checks() -> dict[str, Callable[[Path, int], dict[str, Any]]]:
     """Return the checks by their names."""
-    found: dict[str, Callable[[Path, int], dict[str, Any]]] = {"refusals": refusals, "trainer": trainer}
+    found: dict[str, Callable[[Path, int], dict[str, Any]]] = {
+        "refusals": refusals,
+        "trainer": trainer,
+        "prefixed": prefixed,
+    }
     for name in SPLITS:
         found[f"{name}-pipelined"] = lambda directory, rank, name=name: pipelined(name, directory, rank)
     for name in ("llama", "t5", "gpt2"):

@@ -184,6 +184,35 @@ def test_logits_steps_and_files_are_those_of_peft(name: str, tmp_path: Path) -> 
     assert {**written, "encoder_hidden_size": None} == {**known, "encoder_hidden_size": None}
 
 
+@pytest.mark.parametrize("name", rows(("bert",), ()))
+def test_a_head_belongs_to_the_adapter_with_the_branches(name: str, tmp_path: Path) -> None:
+    build, task = MODELS[name]
+    model = made(build)
+    rules = {"select": [{"role": ["attention.query"]}], "prefix": [{"tokens": TOKENS}]}
+    mine = lora_fx.rewrite(model, rules, rank=3, task_type=task, seed=1).eval()
+    torch.manual_seed(2)
+    for parameter in mine.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.3)
+    batch = inputs(model, 3, 9)
+    for adapter, method in (("default", "LORA"), ("default-prefix", "PREFIX_TUNING")):
+        lora_fx.save_adapter(mine, tmp_path / adapter, adapter)
+        document = json.loads((tmp_path / adapter / "adapter_config.json").read_text())
+        assert document["peft_type"] == method
+        assert (document["modules_to_save"] == ["classifier"]) == (adapter == "default")
+    read = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "default").eval()
+    alone = lora_fx.activate(mine, {"default": 1})
+    with torch.no_grad():
+        torch.testing.assert_close(alone(**batch).logits, read(**batch).logits, rtol=0, atol=1e-6)
+        theirs = peft_model(read.merge_and_unload(), task).eval()
+        ahead = mine.get_parameter(EMBEDDING.replace("default", "default-prefix"))
+        theirs.prompt_encoder.default.embedding.weight.copy_(ahead)
+        if hasattr(theirs.get_base_model().classifier, "modules_to_save"):
+            trained_head = theirs.get_base_model().classifier
+            trained_head.modules_to_save["default"].load_state_dict(trained_head.original_module.state_dict())
+        torch.testing.assert_close(mine(**batch).logits, theirs(**batch).logits, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", rows(MODELS, ()))
 def test_a_projection_is_that_of_peft(name: str, tmp_path: Path) -> None:
     build, task = MODELS[name]

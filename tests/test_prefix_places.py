@@ -239,11 +239,14 @@ class Block(torch.nn.Module):
         return found.transpose(1, 2).flatten(2)
 
 
-def test_a_causal_attention_of_your_own_module_gets_a_mask_that_admits_the_prefix() -> None:
+def test_a_causal_attention_of_your_own_module_gets_a_mask_that_admits_the_prefix(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = Block().requires_grad_(False)
     graph = lora_fx.trace(module, (torch.randn(2, 5, 12),))
-    mine = lora_fx.rewrite(graph, UNCHANGED, seed=1)
+    with pytest.warns(
+        UserWarning, match="a prefix with the positions of the text unchanged, which PEFT's file cannot hold"
+    ):
+        mine = lora_fx.rewrite(graph, UNCHANGED, seed=1)
     x = torch.randn(3, 7, 12)
     pairs = embedding(mine).view(TOKENS, 2, 2, 5).permute(1, 2, 0, 3)
     query, both = module.query(x).view(3, 7, 4, 5), module.pair(x).view(3, 7, 2, 2, 5)
@@ -257,6 +260,9 @@ def test_a_causal_attention_of_your_own_module_gets_a_mask_that_admits_the_prefi
     for each in (lora_fx.unload(mine), lora_fx.activate(mine, {})):
         assert torch.equal(each(x), module(x))
     assert str(lora_fx.unload(mine).graph) == str(graph.graph)
+    lora_fx.draw(mine, tmp_path / "mine.dot")
+    drawn = (tmp_path / "mine.dot").read_text()
+    assert "prompt_encoder" in drawn and "prefix_cat" in drawn
 
 
 def test_attentions_that_cannot_take_a_prefix_are_refused() -> None:

@@ -44,7 +44,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
             lora_fx.rewrite(build("gpt2"), "gpt2", labels=True, rank=4, dropout=0.0, seed=0) if checks == MORE else None
         )
         torch.save(graph, directory / "trainer.graph")
-        for name in {check.partition("-")[0] for check in checks} - {"refusals", "trainer"}:
+        if "prefixed" in checks:
+            torch.save(lora_fx.trace(build("llama"), prefix=True), directory / "prefixed.trace")
+        for name in {check.partition("-")[0] for check in checks} - {"refusals", "trainer", "prefixed"}:
             trace = copy.deepcopy(traced(name)) if name in ARCHITECTURES else lora_fx.trace(families.build(name))
             torch.save(without_dropout(trace), directory / f"{name}.trace")
             if f"{name}-files" in checks:
@@ -103,6 +105,20 @@ def test_two_processes_that_hold_half_a_graph_each_train_stop_and_go_on_as_one_d
     merged = torch.load(directory / f"{name}-merged.pt")
     for key, value in lora_fx.fold(lora_fx.load_adapter(graph, mine)).state_dict().items():
         assert torch.equal(merged[key], value), key
+
+
+@pytest.mark.matrix
+def test_prefixes_train_in_two_processes_that_hold_half_a_graph_each_as_in_one(
+    found: Callable[[str], tuple[Path, list[Any]]],
+) -> None:
+    directory, both = found("prefixed")
+    for positions in ("peft", "unchanged"):
+        graph = sharded.prefixed_graph(directory, positions)
+        losses = sharded.train("llama", graph, sharded.optimizer_of(graph), range(sharded.STEPS))
+        assert losses[-1] < 0.97 * losses[0]
+        for each in both:
+            assert each[positions]["losses"] == pytest.approx(losses, abs=1e-6)
+            assert 0.475 <= each[positions]["part"] <= 0.525
 
 
 @pytest.mark.parametrize(
