@@ -260,9 +260,11 @@ def test_a_causal_attention_of_your_own_module_gets_a_mask_that_admits_the_prefi
     for each in (lora_fx.unload(mine), lora_fx.activate(mine, {})):
         assert torch.equal(each(x), module(x))
     assert str(lora_fx.unload(mine).graph) == str(graph.graph)
-    lora_fx.draw(mine, tmp_path / "mine.dot")
-    drawn = (tmp_path / "mine.dot").read_text()
-    assert "prompt_encoder" in drawn and "prefix_cat" in drawn
+    for suffix, told in (("dot", "+ prefix ahead · cat"), ("txt", "prefix default")):
+        lora_fx.draw(graph, mine, tmp_path / f"mine.{suffix}")
+        drawn = (tmp_path / f"mine.{suffix}").read_text()
+        assert told in drawn
+        assert "LoRA" not in drawn
 
 
 def test_attentions_that_cannot_take_a_prefix_are_refused() -> None:

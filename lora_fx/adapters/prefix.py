@@ -136,7 +136,7 @@ def _value(
     modules = dict[str, nn.Module]()
 
     def record(node: fx.Node, part: str = "prefix") -> fx.Node:
-        write_stamp(node, {"rule": prefix.rule, "site": "prefix", "adapter": adapter, "part": part})
+        write_stamp(node, {"rule": prefix.rule, "site": prefix.kind, "adapter": adapter, "part": part})
         fakes.record(node, like)
         return node
 

@@ -12,6 +12,9 @@ from lora_fx.graph.adapter_names import is_factor
 from lora_fx.graph.info import known_info
 from lora_fx.graph.provenance import stamp_of
 
+AHEAD = ("prefix", "prompt")
+"""Sites of what stands in front of the text, and has no factors."""
+
 
 @dataclass(frozen=True)
 class StampedBranch:
@@ -26,6 +29,11 @@ class StampedBranch:
     site: str
     adapter: str
     factors: tuple[str, ...]
+
+    @property
+    def word(self) -> str:
+        """What pictures call it."""
+        return self.site if not self.factors and self.site in AHEAD else "LoRA"
 
 
 def branches_of(graph_module: fx.GraphModule) -> Mapping[fx.Node, StampedBranch]:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from torch import fx
 
-from lora_fx.drawing.describe.branch_stamps import settings_of
+from lora_fx.drawing.describe.branch_stamps import AHEAD, settings_of
 from lora_fx.drawing.describe.coverage import coverage, matrices
 from lora_fx.drawing.describe.difference import Entry, Status, Union, single, unite
 from lora_fx.drawing.describe.module_tree import Group, Item, gather_steps, inline_single, modules_of
@@ -377,9 +377,11 @@ _KINDS: Mapping[str, str] = {"placeholder": "input", "output": "output", "call_m
 def _branches_note(branches: Sequence[Mapping[str, Any]]) -> str:
     if not branches:
         return ""
+    ahead = [branch["site"] for branch in branches if "rank" not in branch and branch["site"] in AHEAD]
     ranks = sorted({branch["rank"] for branch in branches if "rank" in branch})
-    note = f"LoRA ×{len(branches)}"
-    return f"{note}, rank {', '.join(map(str, ranks))}" if ranks else note
+    notes = [f"LoRA ×{len(branches) - len(ahead)}"] if len(branches) > len(ahead) else []
+    notes += [f"rank {', '.join(map(str, ranks))}"] if ranks else []
+    return ", ".join([*notes, *dict.fromkeys(ahead)])
 
 
 def _branch_note(branch: Mapping[str, Any]) -> str:

@@ -89,7 +89,7 @@ def modules_of(union: Union, title: str) -> Group:
         branch = branches[entry.reader].get(entry.node)
         if branch is not None:
             if branch not in opened:
-                opened[branch] = Group("branch", f"LoRA {branch.adapter}", branch=branch)
+                opened[branch] = Group("branch", f"{branch.word} {branch.adapter}", branch=branch)
                 group.items.append(opened[branch])
             if stamp_of(entry.node).get("part") == "add":
                 opened[branch].sums.append(entry)
