@@ -33,6 +33,7 @@ import inference  # noqa: E402
 import large_graph  # noqa: E402
 import loading  # noqa: E402
 import measuring  # noqa: E402
+import nesting  # noqa: E402
 import tracing  # noqa: E402
 import training  # noqa: E402
 from results import Conditions, Goal, Measured, Result, load, save, table  # noqa: E402
@@ -87,6 +88,16 @@ def test_a_training_row_compares_and_measures_every_contender(
         (each.resident is not None) == (row.name == "C1" and each.name in training.RESIDENT)
         for each in result.contenders
     )
+
+
+@pytest.mark.matrix
+def test_nested_graphs_are_measured_beside_flat_ones_and_checkpointed_ones_beside_pefts() -> None:
+    found = nesting.measured("gpt2", 1)
+    assert isinstance(found.again, nesting.Pair)
+    assert found.apart == 0.0
+    cells = found.line("gpt2").split("|")
+    assert len(cells) == len(nesting.HEADER[0].split("|"))
+    assert all(cell.strip() for cell in cells[1:-1])
 
 
 def test_activation_checkpointing_is_measured_beside_that_of_peft(tmp_path: Path) -> None:
