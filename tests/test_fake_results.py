@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import architectures
+import families
 import pytest
 import torch
 from graph_diff import first_difference
@@ -13,7 +15,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_fx
+from lora_fx.export.prepare import prepare
+from lora_fx.export.torch_program import export_plain
 from lora_fx.tracing.fake_results import FakeResults, _is_determined, _Recipe
+from lora_fx.tracing.torch_export import with_results
 
 aten = torch.ops.aten
 
@@ -70,6 +75,47 @@ def test_the_second_mode_takes_the_results_of_the_first_and_all_its_conditions(m
             graph(torch.randn(2, 41, 6), torch.randn(2, 41, 6))
         with pytest.raises(lora_fx.InputError):
             graph(torch.randn(2, 7, 6), torch.randn(2, 8, 6))
+
+
+@pytest.mark.parametrize("name", architectures.rows(("three layers", "t5", "mixtral", "bert"), ("three layers",)))
+def test_an_onnx_file_has_the_same_bytes_with_remembered_results_and_without(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    graph = (
+        (architectures if name in architectures.ARCHITECTURES else families).traced(name)
+        if name != "three layers"
+        else lora_fx.trace(Model(), _example(), inference=True)
+    )
+    made: list[_Recipe] = []
+    original = _Recipe.made
+    monkeypatch.setattr(_Recipe, "made", lambda recipe, *args: [made.append(recipe), original(recipe, *args)][1])
+    export_plain(prepare(graph))
+    exported = len(made)
+    made.clear()
+    remembered = lora_fx.export.onnx(graph, tmp_path / "remembered.onnx", verify=False)
+    assert len(made) > exported > 0  # in torch.export as just now, and in the decompositions of torch.onnx
+    monkeypatch.setattr(FakeResults, "used", _nothing)
+    computed = lora_fx.export.onnx(graph, tmp_path / "computed.onnx", verify=False)
+    assert remembered.path.read_bytes() == computed.path.read_bytes()
+
+
+def test_what_lacks_the_memory_of_a_remembered_result_is_done_again_without() -> None:
+    remembering: list[bool] = []
+    before = FakeTensorMode._dispatch_impl
+
+    def run() -> int:
+        remembering.append(FakeTensorMode._dispatch_impl is not before)
+        if remembering[-1]:
+            try:
+                torch.empty(0).set_(torch.empty(0).untyped_storage()).as_strided((2,), (1,))
+            except RuntimeError as error:
+                raise ValueError("torch.onnx wraps what failed") from error
+        return 5
+
+    assert with_results(FakeResults(), run) == 5
+    assert remembering == [True, False]
+    with pytest.raises(ZeroDivisionError):
+        with_results(FakeResults(), lambda: 1 // 0)
 
 
 @pytest.mark.parametrize(

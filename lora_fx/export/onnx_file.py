@@ -36,6 +36,8 @@ from lora_fx.graph.graph_module import TracedGraphModule, as_traced
 from lora_fx.graph.process_state import quiet
 from lora_fx.graph.provenance import source_line
 from lora_fx.progress import step
+from lora_fx.tracing.fake_results import FakeResults
+from lora_fx.tracing.torch_export import with_results
 
 MAX_INLINE_BYTES = 10**9
 """Weights of more bytes go into a file of their own: protobuf holds two gigabytes at most."""
@@ -196,15 +198,19 @@ def _translate(exportable: Exportable, program: torch.export.ExportedProgram, op
     table |= {node.target: grouped_mm for node in grouped_products(program.graph)}
     try:
         with quiet():
-            translated = torch.onnx.export(
-                program,
-                dynamo=True,
-                verbose=False,
-                # Its optimiser loses the names of weights: it folds transposes, merges equal tensors, drops zeros.
-                optimize=False,
-                output_names=list(exportable.outputs),
-                opset_version=opset,
-                custom_translation_table=table,
+            # Its decompositions run the graph on fake tensors once more, under another rule for sizes than torch.export's.
+            translated = with_results(
+                FakeResults(),
+                lambda: torch.onnx.export(
+                    program,
+                    dynamo=True,
+                    verbose=False,
+                    # Its optimiser loses the names of weights: it folds transposes, merges equal tensors, drops zeros.
+                    optimize=False,
+                    output_names=list(exportable.outputs),
+                    opset_version=opset,
+                    custom_translation_table=table,
+                ),
             )
     except Exception as error:
         raise ExportError(

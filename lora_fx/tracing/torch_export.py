@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
@@ -25,6 +25,7 @@ from lora_fx.tracing.parity import map_tensors
 from lora_fx.tracing.random_settings import advice_on_random_settings
 
 Dynamic = Mapping[str, Sequence[int]]
+T = TypeVar("T")
 
 
 def export(
@@ -54,8 +55,6 @@ def export(
         _explicit_arguments(model, inputs),
         _broadcast_masks(),
         _without_idle_moves(),
-        _without_cache(),
-        _without_code(),
         _unprinted(),
     ):
         shapes = _dynamic_shapes(model, inputs, dynamic)
@@ -66,13 +65,7 @@ def export(
             return program
 
         try:
-            try:
-                with results.used():
-                    return exported()
-            except RuntimeError as error:
-                if _OUT_OF_MEMORY not in str(error):
-                    raise
-                return exported()
+            return with_results(results, exported)
         except Exception as error:
             raise _refusal(model, inputs, error, training) from error
 
@@ -92,8 +85,28 @@ def _release(program: torch.export.ExportedProgram) -> None:
             method.cache_clear()
 
 
+def with_results(results: FakeResults, run: Callable[[], T]) -> T:
+    """Return what a function returns that runs a graph on fake tensors, with the remembered results of operators.
+
+    Once more without them, where an operator writes the strides of one, which has no memory: a pool to one pixel, in place.
+    """
+    with _without_cache(), _without_code():
+        try:
+            with results.used():
+                return run()
+        except Exception as error:
+            if not any(_OUT_OF_MEMORY in str(each) for each in _causes(error)):
+                raise
+            return run()
+
+
 _OUT_OF_MEMORY = "out of bounds for storage"
-"""What torch says where an operator writes the strides of a remembered result, which has no memory: a pool to one pixel, in place."""
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def tie(model: nn.Module) -> None:
