@@ -97,7 +97,7 @@ def _check_names(exportable: Exportable) -> None:
     if names:
         raise ExportError(
             f"torch.export loads no names of modules with a comma, a semicolon or a bracket alone, and the graph has "
-            f"{listed(list(map(repr, names)), 3)}. Rename these modules, or export to ONNX or TorchScript."
+            f"{listed(list(map(repr, names)), 3)}. Rename these modules."
         )
 
 

@@ -156,7 +156,7 @@ def _check_names(exportable: Exportable) -> None:
     if names:
         raise ExportError(
             f"TorchScript loads no names with letters beyond ASCII, and the graph has {listed(list(map(repr, names)), 3)}. Rename these "
-            "parts or adapters, or export to ONNX or pt2."
+            "parts or adapters."
         )
 
 
