@@ -1,10 +1,11 @@
 """Time of an ONNX export beside torch.onnx.export of the same model: a BERT of base size, and a Llama.
 
-    python tools/bench/exporting.py                  # prints a table, of models of 12 layers
-    python tools/bench/exporting.py --layers 4
+    python tools/bench/exporting.py                  # prints a table, of models of 12 layers, row by row
+    python tools/bench/exporting.py --repetitions 1 --layers 4
 
-Processor time of this process, of exports in alternation; each first one is discarded. The trace of the graph is made before, as it is
-for every other use of the graph. torch.onnx.export takes the model itself, and the same dynamic dimensions.
+Processor time of this process, of exports in alternation. Before, models of one layer are exported, which imports and registers what
+exports need. The trace of the graph is made before too, as it is for every other use of the graph. torch.onnx.export takes the model
+itself, and the same dynamic dimensions.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ def exports(model: Any, directory: Path) -> dict[str, Callable[[], object]]:
     }
 
 
-def seconds(runs: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+def seconds(runs: dict[str, Callable[[], object]], repetitions: int, name: str) -> dict[str, float]:
     """Return the median processor time of each."""
-    times = alternating(runs, repetitions, warm_up=1, clock=lambda _: time.process_time())
+    times = alternating(runs, repetitions, warm_up=0, clock=lambda _: time.process_time(), says=name)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -71,17 +72,18 @@ def main(
     """Print the table."""
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    found: dict[str, dict[str, float]] = {}
-    for name, model in models(layers).items():
-        with tempfile.TemporaryDirectory() as directory, torch.no_grad():
-            found[name] = seconds(exports(model, Path(directory)), repetitions)
-    kinds = list(next(iter(found.values())))
-    lines = [f"| model | {' | '.join(kinds)} |", "|---|" + "---:|" * len(kinds)]
-    for name, times in found.items():
-        cells = [f"{times[kind]:.1f} s ({times[kind] / times[kinds[0]]:.2f}×)" for kind in kinds]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines.append(f"\n{Conditions.present(('torch', 'onnxruntime'))}; processor time, medians of {repetitions}.")
-    print("\n".join(lines))
+    with tempfile.TemporaryDirectory() as directory, torch.no_grad():
+        for model in models(layers=1).values():
+            runs = exports(model, Path(directory))
+            for run in runs.values():
+                run()
+        print(f"| model | {' | '.join(runs)} |\n|---|{'---:|' * len(runs)}", flush=True)
+        for name, model in models(layers).items():
+            times = seconds(exports(model, Path(directory)), repetitions, name)
+            of_torch = next(iter(times.values()))
+            cells = [f"{each:.1f} s ({each / of_torch:.2f}×)" for each in times.values()]
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    print(f"\n{Conditions.present(('torch', 'onnxruntime'))}; processor time, medians of {repetitions}.")
 
 
 if __name__ == "__main__":
