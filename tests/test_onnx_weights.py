@@ -52,10 +52,10 @@ def images(batch: int) -> torch.Tensor:
     return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture(scope="module", params=rows(("bert", "llama", "vit", "resnet"), ("bert", "llama", "resnet")))
+@pytest.fixture(scope="module", params=rows(("bert", "llama", "vit", "resnet", "t5"), ("bert", "llama", "resnet")))
 def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Files:
     name, directory = request.param, tmp_path_factory.mktemp("files")
-    rules = {"llama": "llama", "bert": "bert", "vit": "vit", "resnet": "all-conv"}[name]
+    rules = {"resnet": "all-conv"}.get(name, name)
     if name == "resnet":
         model, small, large = resnet(), {"pixel_values": images(2)}, {"pixel_values": images(5)}
         graph = lora_fx.trace(model, small, inference=True)
@@ -64,6 +64,8 @@ def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         small, large = families.inputs(name, 2, 7), families.inputs(name, 5, 7)
     else:
         model, graph, small, large = build(name).eval(), traced(name), inputs(name, 2, 7), inputs(name, 3, 11)
+    if name == "t5":  # of whose attention by an operator torch.onnx.export (2.13) makes a view that does not fit
+        model.set_attn_implementation("eager")
     branched = lora_fx.rewrite(graph, rules=rules, rank=4, alpha=6)
     set_factors(branched, scale=0.05)
     report = lora_fx.export.onnx(lora_fx.fold(branched), directory / "ours.onnx", verify=False)
@@ -109,7 +111,9 @@ def test_as_many_products_are_quantised_as_in_torchs_own_file(files: Files, tmp_
         errors.append(float(np.abs(outputs(written, files.batch) - whole).max() / np.abs(whole).max()))
         found = operators(written)
         quantised.append(found["MatMulInteger"] + found["ConvInteger"])
-    assert quantised[0] == quantised[1] > 8
+    tied = files.name == "t5"  # its head is the embedding: one tensor, as it is, of which torch's file has a second one
+    assert quantised[0] == quantised[1] - tied
+    assert quantised[0] >= max(9, 0.95 * quantised[1])
     assert 0 < errors[0] < 2 * errors[1]  # torch's file has other weights: those before the fold
 
 
