@@ -185,6 +185,24 @@ def _flux() -> nn.Module:
     )
 
 
+def _pixart() -> nn.Module:
+    import diffusers
+
+    return diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        norm_num_groups=4,
+        cross_attention_dim=24,
+        sample_size=8,
+        patch_size=2,
+        caption_channels=20,
+        use_additional_conditions=False,
+    )
+
+
 def _vae() -> nn.Module:
     import diffusers
 
@@ -229,10 +247,20 @@ def _flux_inputs(batch: int) -> Mapping[str, Any]:
     }
 
 
+def _pixart_inputs(batch: int) -> Mapping[str, Any]:
+    return {
+        "hidden_states": torch.randn(batch, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(batch, 7, 20),
+        "timestep": torch.arange(batch) + 5,
+        "encoder_attention_mask": (torch.arange(7) < torch.arange(batch)[:, None] + 4).float(),
+    }
+
+
 DIFFUSERS = {
     "UNet2DConditionModel": Peer("diffusers", _unet, "auto", _unet_inputs),
     "SD3Transformer2DModel": Peer("diffusers", _sd3, "auto", _sd3_inputs),
     "FluxTransformer2DModel": Peer("diffusers", _flux, "auto", _flux_inputs),
+    "PixArtTransformer2DModel": Peer("diffusers", _pixart, "auto", _pixart_inputs),
     "AutoencoderKL": Peer("diffusers", _vae, CONV, _images(16)),
 }
 
