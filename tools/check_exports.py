@@ -127,10 +127,11 @@ def tables(rows: Iterable[Row], promised: Iterable[str]) -> str:
     ]
     refused = [line for _, _, lines in made for line in lines]
     others = sum(name not in promised for name, _, _ in made)
-    between = (
-        f"\nOf {others} more models of the tests, folded, these are the refusals; all else was written and compared:\n"
+    said = (
+        "these are the refusals; all else was written and compared:\n" if refused else "all were written and compared."
     )
-    return "\n".join([*HEADER, *shown, between if others else "", *([*REFUSED, *refused] if refused or others else [])])
+    between = f"\nOf {others} more models of the tests, folded, {said}" if others else ""
+    return "\n".join([*HEADER, *shown, between, *([*REFUSED, *refused] if refused else [])])
 
 
 def present() -> list[Row]:
