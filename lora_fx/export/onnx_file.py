@@ -19,7 +19,7 @@ from lora_fx.export.deliver import Exported, Options, deliver
 from lora_fx.export.onnx_dtype import check_dtype, convert_dtype
 from lora_fx.export.onnx_input_checks import add_checks
 from lora_fx.export.onnx_names import Names, name_values, with_names
-from lora_fx.export.onnx_ops import attention, grouped_mm, onnx_package
+from lora_fx.export.onnx_ops import attention, grouped_mm, onnx_package, scalar_tensor
 from lora_fx.export.onnx_opset import DEFAULT_OPSET, TRANSLATED, check_opset, set_opset
 from lora_fx.export.onnx_quantised import Product, products_of, store_quantised
 from lora_fx.export.onnx_slots import Slots
@@ -196,6 +196,10 @@ class _Onnx:
 def _translate(exportable: Exportable, program: torch.export.ExportedProgram, opset: int) -> Any:
     table: dict[Any, Callable[..., Any]] = {torch.ops.aten.scaled_dot_product_attention.default: attention}
     table |= {node.target: grouped_mm for node in grouped_products(program.graph)}
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    dtypes = {value.dtype for value in values if isinstance(value, torch.Tensor)}
+    if torch.float64 in dtypes and not any(dtype.is_complex for dtype in dtypes):
+        table[torch.ops.aten.scalar_tensor.default] = scalar_tensor
     try:
         with quiet():
             # Its decompositions run the graph on fake tensors once more, under another rule for sizes than torch.export's.

@@ -6,6 +6,8 @@ import importlib
 import math
 from typing import Any
 
+import numpy as np
+
 from lora_fx.errors import ExportError
 
 
@@ -128,3 +130,18 @@ def grouped_mm(x: Any, stacked: Any, offsets: Any, bias: Any = None, out_dtype: 
         op.Constant(value=ir.tensor(0.0, dtype=x.dtype)), op.Concat(rest, op.Constant(value_ints=[int(width)]), axis=0)
     )
     return op.Concat(*products, zeros, axis=0)
+
+
+def scalar_tensor(s: Any, dtype: int = -1, **_: Any) -> Any:
+    """Translate ``aten.scalar_tensor`` of real numbers, in all digits of its dtype; torch.onnx rounds each number to float32.
+
+    Args:
+        s: a number, or a size as a value.
+        dtype: of ONNX; -1 is float32.
+    """
+    op: Any = onnx_package("onnxscript").opset18
+    ir: Any = onnx_package("onnx_ir")
+    kind = ir.DataType.FLOAT if dtype == -1 else ir.DataType(dtype)
+    if isinstance(s, int | float):
+        return op.Constant(value=ir.tensor(np.asarray(s).astype(kind.numpy())))
+    return op.Cast(s, to=kind)

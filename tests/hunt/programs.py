@@ -286,8 +286,9 @@ class _Writer:
 CALLS = ("linear", "Conv1D", "conv", "conv2d", "scaled")
 FUNCTIONAL = ("F.linear", "matmul", "addmm", "einsum", "bmm", "tensordot", "cast", "inner", "square")
 PARTS = ("sliced", "summed", "scaled weight", "concatenated", "reshaped")
-UNKNOWN = ("tensordot", "inner")
-"""Of these, products that are no call sites: a rule takes none of them, and folding another use of their weight is refused."""
+UNKNOWN = ("bmm", "tensordot", "inner")
+"""Of these, products that are no call sites (bmm: of a weight that is expanded over the batch): no rule takes them, and a fold of another
+use of their weight is refused."""
 
 OTHERS = ("norm", "dropout", "activation", "buffer", "experts", "attention", "fused attention", "loop", "overwritten")
 
