@@ -1,16 +1,20 @@
-"""What a write may replace: every writer at every place where something could be lost, and killed at ten moments."""
+"""What a write may replace: every writer at every place where something could be lost, killed at ten moments, and beside another process."""
 
 from __future__ import annotations
 
 import errno
+import functools
+import hashlib
+import itertools
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft
 import pytest
@@ -25,6 +29,7 @@ from lora_fx import huggingface
 from lora_fx.cli import app
 from lora_fx.cli.console import CODES
 from lora_fx.errors import LoraFxError
+from lora_fx.export import onnx_file
 from lora_fx.export.onnx_adapter_file import onnx_adapter_from_peft
 from lora_fx.files.atomic import replacing
 from lora_fx.files.target import DirectoryKind, Target
@@ -55,6 +60,11 @@ class World:
     graph: lora_fx.TracedGraphModule
     small: lora_fx.TracedGraphModule
     plan: Any
+
+    @functools.cached_property
+    def cached(self) -> lora_fx.TracedGraphModule:
+        """The model with a cache."""
+        return lora_fx.trace(self.model, cache=True)
 
     def command(self, *arguments: object) -> None:
         """Run a command, and raise what it prints if it fails."""
@@ -175,6 +185,21 @@ def _check_refused(world: World, writer: Writer, out: Path, *expected: str) -> N
     assert _snapshot(world.root.parent) == before
 
 
+def _in_two_files(world: World, out: Path) -> object:
+    with mock.patch.object(onnx_file, "MAX_INLINE_BYTES", 10):
+        return lora_fx.export.onnx(world.small, out, overwrite=True, verify=False)
+
+
+LARGE: Mapping[str, Writer] = {
+    "onnx in two files": Writer(_in_two_files, "model.onnx"),
+    "generation": Writer(
+        lambda world, out: lora_fx.export.generation(world.cached, out, overwrite=True, verify=False),
+        "directory", (), "a directory for generation",
+    ),
+}  # fmt: skip
+"""Writers of several files, whose every write takes seconds; what they may replace has tests of its own."""
+
+FAULTY = {**WRITERS, **LARGE}
 EVERY = {**WRITERS, **COMMANDS}
 READING = [(name, read) for name, writer in EVERY.items() for read in writer.reads]
 
@@ -285,25 +310,34 @@ MOMENTS = 10
 _EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "shutil.copyfile")
 
 
-def _in_child(act: Callable[[], object], place: Path, stop: int | None) -> int:
-    """Act in a forked process, and end that with its n-th touch of a directory; return how many there were."""
+def _way_here() -> str:
+    """Return a digest of the lines of the package that lead to the caller's caller."""
+    frame, lines = sys._getframe(2), hashlib.sha256()
+    while frame is not None:
+        if "/lora_fx/" in frame.f_code.co_filename:
+            lines.update(f"{frame.f_code.co_filename}:{frame.f_lineno}".encode())
+        frame = frame.f_back  # type: ignore[assignment]
+    return lines.hexdigest()[:8]
+
+
+def _in_child(act: Callable[[], object], place: Path, stop: int | None) -> list[str] | None:
+    """Act in a forked process, and end that with its n-th touch of a directory; return from where each was, or None where it ended."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         signal.alarm(100)
-        code, count = 1, 0
+        code, ways = 1, list[str]()
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            nonlocal count
             if event in _EVENTS and str(place) in str(arguments[0]):
-                if count == stop:
+                if len(ways) == stop:
                     os.kill(os.getpid(), signal.SIGKILL)
-                count += 1
+                ways.append(_way_here())
 
         sys.addaudithook(hook)
         try:
             act()
-            os.write(writing, str(count).encode())
+            os.write(writing, " ".join(ways).encode())
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -311,10 +345,10 @@ def _in_child(act: Callable[[], object], place: Path, stop: int | None) -> int:
             os._exit(code)
     os.close(writing)
     _, status = os.waitpid(child, 0)
-    told = os.read(reading, 100)
+    told = os.read(reading, 2**16).decode()
     os.close(reading)
     assert os.waitstatus_to_exitcode(status) == (0 if told else -signal.SIGKILL)
-    return int(told or -1)
+    return told.split() if told else None
 
 
 def _settled(directory: Path) -> dict[str, object]:
@@ -326,14 +360,18 @@ def _settled(directory: Path) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", [*WRITERS, *(pytest.param(name, marks=pytest.mark.matrix) for name in LARGE)])
 def test_a_writer_that_is_killed_leaves_the_old_result_or_the_new(world: World, name: str, tmp_path: Path) -> None:
-    writer = WRITERS[name]
+    writer = FAULTY[name]
     out = tmp_path / "place" / writer.name
     other = tmp_path / "place" / "other"
     other.mkdir(parents=True)
     (other / "kept").write_text("kept")
-    touches = _in_child(lambda: writer.write(world, out), tmp_path, None)
+    if name in LARGE:
+        writer.write(world, out)  # what is traced and imported once is there before the forks
+    ways = _in_child(lambda: writer.write(world, out), tmp_path, None)
+    assert ways is not None
+    touches = len(ways)
     assert touches >= 3
     new = _settled(out.parent)
     moments = sorted({touches * number // MOMENTS for number in range(MOMENTS)})
@@ -345,7 +383,7 @@ def test_a_writer_that_is_killed_leaves_the_old_result_or_the_new(world: World, 
         else:
             out.write_bytes(b"old")
         old = _settled(out.parent)
-        assert _in_child(lambda: writer.write(world, out), tmp_path, moment) == -1
+        assert _in_child(lambda: writer.write(world, out), tmp_path, moment) is None
         left = _settled(out.parent)
         assert left in (old, new), f"neither the old nor the new after {moment} of {touches}"
         outcomes.add("old" if left == old else "new")
@@ -399,20 +437,24 @@ def _outcome_of_fault(act: Callable[[], object], place: Path, stop: int, fault: 
     return told
 
 
-@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize(
-    "name", [name if name == "save_adapter" else pytest.param(name, marks=pytest.mark.matrix) for name in WRITERS]
+    "name", [name if name == "save_adapter" else pytest.param(name, marks=pytest.mark.matrix) for name in FAULTY]
 )
 def test_a_fault_at_any_touch_leaves_the_old_result_or_the_new_and_is_one_message(
-    world: World, name: str, fault: str, tmp_path: Path
+    world: World, name: str, tmp_path: Path
 ) -> None:
-    writer = WRITERS[name]
+    """Of touches that the same lines of the package lead to, the first and the last fail: those between meet what the last one does."""
+    writer = FAULTY[name]
     out = tmp_path / "place" / writer.name
     out.parent.mkdir()
-    touches = _in_child(lambda: writer.write(world, out), tmp_path, None)
+    if name in LARGE:
+        writer.write(world, out)
+    ways = _in_child(lambda: writer.write(world, out), tmp_path, None)
+    assert ways is not None
     new = _settled(out.parent)
-    said = set()
-    for moment in range(0, touches, max(1, touches // 50)):
+    moments = sorted({place for way in set(ways) for place in (ways.index(way), len(ways) - 1 - ways[::-1].index(way))})
+    said: dict[str, set[str]] = {fault: set() for fault in FAULTS}
+    for moment, fault in itertools.product(moments, FAULTS):
         if writer.noun:
             first = sorted(path for path in out.rglob("*") if path.is_file())[0]
             first.write_bytes(b"old")
@@ -421,14 +463,71 @@ def test_a_fault_at_any_touch_leaves_the_old_result_or_the_new_and_is_one_messag
         old = _settled(out.parent)
         told = _outcome_of_fault(lambda: writer.write(world, out), tmp_path, moment, FAULTS[fault])
         left = _settled(out.parent)
-        assert left in (old, new), f"neither the old nor the new after {moment} of {touches}"
-        assert left == new or told != "nothing", f"the old is left after {moment} of {touches}, and nothing is said"
-        said.add(told.partition(":")[0])
-    assert said <= ({"KeyboardInterrupt", "nothing"} if fault == "Ctrl-C" else {"code 5", "code 3", "nothing"}), said
-    assert said != {"nothing"}
+        at = f"{fault} at {moment} of {len(ways)}"
+        assert left in (old, new), f"{at}: neither the old nor the new"
+        assert left == new or told != "nothing", f"{at}: the old is left, and nothing is said"
+        said[fault].add(told.partition(":")[0])
+    for fault, words in said.items():
+        assert words <= ({"KeyboardInterrupt", "nothing"} if fault == "Ctrl-C" else {"code 5", "code 3", "nothing"}), (
+            said
+        )
+        assert words != {"nothing"}, said
     writer.write(world, out)
     assert _settled(out.parent) == new
     assert not list(out.parent.glob(".*.partial"))
+
+
+# Two processes on one place.
+
+
+@pytest.fixture(scope="module")
+def stronger(world: World) -> World:
+    """The same, with twice the update."""
+    return replace(
+        world,
+        graph=lora_fx.activate(world.graph, {"default": 2.0}),
+        small=lora_fx.activate(world.small, {"default": 2.0}),
+        plan=plan_checkpoint_fold(world.root / "base", [(world.root / "adapter", 2.0)]),
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("save_adapter", "fold") else pytest.param(name, marks=pytest.mark.matrix) for name in FAULTY],
+)
+def test_of_two_processes_that_write_to_one_place_either_leaves_its_whole_result(
+    world: World, stronger: World, name: str, tmp_path: Path
+) -> None:
+    writer, results = FAULTY[name], []
+    if name in LARGE:
+        writer.write(world, tmp_path / writer.name)
+    for number, each in enumerate((world, stronger)):
+        alone = tmp_path / str(number) / writer.name
+        alone.parent.mkdir()
+        assert _in_child(lambda: writer.write(each, alone), tmp_path, None)  # noqa: B023 -- at once
+        results.append(_settled(alone.parent))
+    out = tmp_path / "place" / writer.name
+    out.parent.mkdir()
+    children = [_forked(functools.partial(writer.write, each, out)) for each in (world, stronger, world, stronger)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0, 0]
+    left = _settled(out.parent)
+    assert any(result.items() <= left.items() for result in results), left.keys()
+    assert not list(out.parent.glob(".*.partial"))
+
+
+def _forked(act: Callable[[], object]) -> int:
+    child = os.fork()
+    if child == 0:
+        signal.alarm(300)
+        code = 1
+        try:
+            act()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return child
 
 
 # The rule itself.
