@@ -87,8 +87,9 @@ class ProgramHunt:
             with self.outcome.asking("rewrite"):
                 self._beside_program("rewrite", graph, {"default": 1.0})
         program = self.net.program
-        lowered = any(rank > min(self.net.pool[name].weight.shape[:2]) for name, (rank, _) in first.ranks.items())
-        peft_has_it = not (program.functional | program.unlike) & {*first.ranks} and not first.calls and not lowered
+        other = any(rank > min(self.net.pool[name].weight.shape[:2]) for name, (rank, _) in first.ranks.items())
+        other |= any(name.startswith("again") for name in first.ranks)  # PEFT wraps the first of a module's names
+        peft_has_it = not (program.functional | program.unlike) & {*first.ranks} and not first.calls and not other
         if peft_has_it:
             self._beside_peft(graph, x)
         asked = Asked(
