@@ -360,7 +360,7 @@ def _settled(directory: Path) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("name", [*WRITERS, *(pytest.param(name, marks=pytest.mark.matrix) for name in LARGE)])
+@pytest.mark.parametrize("name", [*WRITERS, pytest.param("generation", marks=pytest.mark.matrix)])
 def test_a_writer_that_is_killed_leaves_the_old_result_or_the_new(world: World, name: str, tmp_path: Path) -> None:
     writer = FAULTY[name]
     out = tmp_path / "place" / writer.name
@@ -438,17 +438,15 @@ def _outcome_of_fault(act: Callable[[], object], place: Path, stop: int, fault: 
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "save_adapter" else pytest.param(name, marks=pytest.mark.matrix) for name in FAULTY]
+    "name", [name if name == "save_adapter" else pytest.param(name, marks=pytest.mark.matrix) for name in WRITERS]
 )
 def test_a_fault_at_any_touch_leaves_the_old_result_or_the_new_and_is_one_message(
     world: World, name: str, tmp_path: Path
 ) -> None:
     """Of touches that the same lines of the package lead to, the first and the last fail: those between meet what the last one does."""
-    writer = FAULTY[name]
+    writer = WRITERS[name]
     out = tmp_path / "place" / writer.name
     out.parent.mkdir()
-    if name in LARGE:
-        writer.write(world, out)
     ways = _in_child(lambda: writer.write(world, out), tmp_path, None)
     assert ways is not None
     new = _settled(out.parent)
