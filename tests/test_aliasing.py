@@ -235,8 +235,23 @@ def test_un_tying_needs_to_know_which_module_uses_which_name() -> None:
     graph_module = adapted(Tied(), {"target": ["first"]})
     for node in graph_module.graph.nodes:
         node.meta.pop("nn_module_stack", None)
-    with pytest.raises(lora_fx.FoldError, match="no longer says which module uses it where"):
+    with pytest.raises(lora_fx.FoldError, match="one tensor, and none of its uses"):
         lora_fx.fold(graph_module, unshare=True)
+
+
+def test_un_tying_a_weight_that_no_module_is_called_with_says_so() -> None:
+    class Functional(Tied):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = nn.functional.linear(x, self.first.weight)
+            return x @ self.second.weight[:3].t()
+
+    graph_module = adapted(Functional(), {"target": ["first"]})
+    with pytest.raises(lora_fx.FoldError) as caught:
+        lora_fx.fold(graph_module, unshare=True)
+    assert str(caught.value).startswith(
+        "first.weight and second.weight are one tensor, and none of its uses (linear, slice_1) is known to be in a call of one of these "
+        "modules, as with products in functional form"
+    )
 
 
 def test_transposes_and_casts_between_a_weight_and_its_uses_are_kept_apart_too() -> None:

@@ -467,3 +467,30 @@ def test_a_strength_scales_branches_and_takes_trained_modules_whole(tmp_path: Pa
     graph = lora_fx.from_adapter(model, tmp_path / "a", inference=True)
     expected, found = lora_fx.fold(graph, {"default": 0.5}).state_dict(), tensors_of(tmp_path / "out")
     assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_an_adapter_in_float64_is_folded_into_a_checkpoint_in_float64_as_peft_merges_it(tmp_path: Path) -> None:
+    base: Any = build("gpt2", layers=1).double()
+    base.save_pretrained(tmp_path / "base")
+    wrapped = adapter(base, tmp_path / "a", target_modules=["c_attn", "wpe"])
+    fold_checkpoint(tmp_path / "base", [(tmp_path / "a", 1.0)], tmp_path / "out", verify=True)
+    found, before = tensors_of(tmp_path / "out"), base.state_dict()
+    merged = wrapped.merge_and_unload().state_dict()
+    assert {key for key in found if not torch.equal(found[key], before[key])} == {
+        "transformer.wpe.weight",
+        "transformer.h.0.attn.c_attn.weight",
+    }
+    for key, value in found.items():
+        assert value.dtype == torch.float64
+        assert torch.allclose(value, merged[key], rtol=0, atol=1e-14)
+
+
+def test_an_adapter_in_float64_is_not_rounded_for_a_checkpoint_in_float32(tmp_path: Path) -> None:
+    base: Any = build("gpt2", layers=1)
+    base.save_pretrained(tmp_path / "base")
+    adapter(copy.deepcopy(base).double(), tmp_path / "a", target_modules=["c_attn"])
+    with pytest.raises(
+        lora_fx.AdapterError, match=r"c_attn.lora_A.weight: expected torch.float32.*found torch.float64"
+    ):
+        fold_checkpoint(tmp_path / "base", [(tmp_path / "a", 1.0)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

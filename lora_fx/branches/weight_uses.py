@@ -22,7 +22,7 @@ from torch import fx
 from lora_fx.branches.affine import COLUMN
 from lora_fx.branches.found import FoundBranch, replaced_nodes, unexpected
 from lora_fx.branches.selected import not_always
-from lora_fx.errors import FoldError
+from lora_fx.errors import FoldError, listed
 from lora_fx.graph.adapter_names import adapter_of, is_factor, original_name
 from lora_fx.graph.aten_kinds import flattened
 from lora_fx.graph.erasing import erase_unread
@@ -258,6 +258,9 @@ def _tensors_of_modules(state: State, aliases: Mapping[str, str]) -> Mapping[str
     return held
 
 
+_MAX_NAMED = 5
+
+
 def _with_names(
     values: Sequence[Value], names: tuple[str, ...], taken: Collection[str], problems: list[str]
 ) -> list[Value]:
@@ -271,9 +274,11 @@ def _with_names(
             if name.rpartition(".")[0] in paths:
                 owner.setdefault(name, index)
     if len(names) > 1 and not owner:
+        places = [use.reader.name for value in values for use in value.uses]
         problems.append(
-            f"{' and '.join(names)} are one tensor, and the graph no longer says which module uses it where, so that untying cannot "
-            "tell whose value is whose. Fold the graph that lora_fx made, not a copy without metadata."
+            f"{' and '.join(names)} are one tensor, and none of its uses ({listed(places, _MAX_NAMED)}) is known to be in a call of "
+            "one of these modules, as with products in functional form and in a copy of a graph without metadata: untying cannot tell which "
+            "name goes with which value. Adapt all uses alike, or give the model separate weights before the rewrite."
         )
     plain = next((index for index, value in enumerate(values) if not value.changes), 0)
     first = plain if plain not in owner.values() else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,13 @@ from lora_fx.files.safetensors import equal_in_files
 from lora_fx.folding.checkpoint import Checkpoint
 from lora_fx.graph.state import State
 from lora_fx.tracing.transformers_models import KeyConversions
+
+
+def widened(model: nn.Module, checkpoint: Checkpoint, adapters: Iterable[AdapterFiles]) -> nn.Module:
+    """Return a model without weights in float64 if its checkpoint is, and an adapter too, whose factors no other dtype holds."""
+    stored = {entry.dtype for _, entry in checkpoint.tensors.values() if entry.dtype.is_floating_point}
+    trained = {entry.dtype for files in adapters for entry in files.file.entries.values()}
+    return model.double() if stored == {torch.float64} and torch.float64 in trained else model
 
 
 @dataclass(frozen=True)

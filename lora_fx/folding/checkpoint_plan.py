@@ -38,7 +38,7 @@ from lora_fx.errors import AdapterError, FoldError, LoraFxError, listed
 from lora_fx.folding.checkpoint import Changes, Checkpoint
 from lora_fx.folding.checkpoint_check import changed_in_files, check_fits
 from lora_fx.folding.checkpoint_files import Companions, companions_of, skipped_lines
-from lora_fx.folding.checkpoint_places import Places, check_weights_named, tied_again
+from lora_fx.folding.checkpoint_places import Places, check_weights_named, tied_again, widened
 from lora_fx.folding.checkpoint_write import CheckpointReport, write_merged
 from lora_fx.folding.dense_base import dense_base
 from lora_fx.folding.fold import recipe
@@ -220,7 +220,7 @@ def plan_checkpoint_fold(
     opened = _opened([directory for directory, _ in pairs], stacks, ignore_config_keys)
     step("reading the config")
     choice = base_class(checkpoint.model, opened, model_class)
-    model = empty_model(checkpoint.model, choice)
+    model = widened(empty_model(checkpoint.model, choice), checkpoint, opened)
     dense, places = dense_base(checkpoint, model, quantised, not_quantised, loaded_in, trained_on(opened))
     checkpoint = dense.checkpoint
     check_weights_named(model, checkpoint)

@@ -81,7 +81,7 @@ class Adapter:
         a, b = (tensors[f"{owner}.lora_{side}.{self.name}.weight"].detach().double() for side in "AB")
         rank, alpha = self.ranks[name]
         delta = torch.einsum("or,ri...->oi...", b.flatten(1), a) if a.dim() > 2 else b @ a
-        if isinstance(net.pool[name], Conv1D | nn.Embedding):
+        if isinstance(net.pool[name], Conv1D | nn.Embedding) and name not in net.program.head_alone:
             delta = delta.t()
         return delta * (alpha / (rank**0.5 if self.rslora else rank))
 

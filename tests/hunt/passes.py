@@ -111,16 +111,16 @@ class Asked:
             elif form == "pt2":
                 lora_fx.export.pt2(graph, path.with_suffix(".pt2"))
                 program: Any = torch.export.load(path.with_suffix(".pt2")).module()
-                with torch.no_grad():
-                    self.outcome.near(form, program(**inputs), self.wanted, self.tolerance)
+                self.compare(form, lambda *values, **named: program(**dict(zip(inputs, values, strict=False)), **named))
             else:
                 import onnxruntime
 
                 lora_fx.export.onnx(graph, path)
                 session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
                 feed = {each.name: inputs[each.name].numpy() for each in session.get_inputs()}
-                found = [torch.from_numpy(each) for each in session.run(None, feed)]
-                self.outcome.near(form, found, self.wanted, max(self.tolerance, 2e-5))
+                names = [each.name for each in session.get_outputs()]
+                found = dict(zip(names, map(torch.from_numpy, session.run(None, feed)), strict=True))
+                self.outcome.near(form, self.call(lambda *_, **__: found), self.wanted, max(self.tolerance, 2e-5))
 
 
 def step(model: Any, call: Call) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -43,6 +43,7 @@ class Program:
         ambiguous: pool names that share a tensor with another, so that a functional product has two owners.
         casts: a product is computed in float32 within a model in float64.
         both: pool names whose square weight is multiplied with in both layouts, which have a branch each.
+        head_alone: the table of embeddings, whose rows are taken by indexing, which is no call site, and that a head multiplies with.
         unlike: pool names of convolutions that pad with other numbers than PEFT's A does, or compute more than a product.
         tokens: the input is token ids.
         outputs: which values the model returns.
@@ -54,6 +55,7 @@ class Program:
     functional: set[str] = field(default_factory=set)
     ambiguous: set[str] = field(default_factory=set)
     both: set[str] = field(default_factory=set)
+    head_alone: set[str] = field(default_factory=set)
     unlike: set[str] = field(default_factory=set)
     casts: bool = False
     tokens: bool = False
@@ -219,6 +221,8 @@ class _Writer:
             self._add("tied head", VOCABULARY, lambda net, values: net.call("head", values[-1]))
         else:
             self.program.functional.add("embed")
+            if "embedding by index" in self.program.kinds:
+                self.program.head_alone.add("embed")
             self._add("head of the table", VOCABULARY, lambda net, values: values[-1] @ net.weight("embed").t())
 
     def _step(self) -> None:
@@ -297,8 +301,9 @@ def _embedding(how: str) -> Step:
     def step(net: Net, values: Values) -> torch.Tensor:
         if how == "module":
             return net.call("embed", values[0])
-        weight = net.weight("embed")
-        return functional.embedding(values[0], weight) if how == "functional" else weight[values[0]]
+        if how == "functional":
+            return functional.embedding(values[0], net.weight("embed"))
+        return net.pool["embed"].weight[values[0]]  # no call site: no rule adapts it
 
     return step
 
