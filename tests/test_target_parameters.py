@@ -12,6 +12,7 @@ import torch
 from conftest import set_factors
 from safetensors.torch import load_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import lora_fx
 from lora_fx.rules.peft_config.read_config import read_config
@@ -156,6 +157,18 @@ def test_a_module_of_a_class_without_a_layer_in_peft_is_saved_by_the_name_of_its
         "lin2.weight": lora_fx.fold(second).get_parameter("lin2.weight").detach()
     }
     assert all(torch.equal(together[key], apart[key]) for key in apart)
+
+
+def test_a_parameter_beside_a_conv1d_which_peft_refuses_in_one_adapter_is_not_written(tmp_path: Path) -> None:
+    net = nn.Sequential(Conv1D(4, 3), Product(4, 2))
+    with pytest.raises(ValueError, match="does not work with fan_in_fan_out"):
+        wrapped(net, target_modules=["0"], target_parameters=["1.weight"])
+    graph = lora_fx.rewrite(net, ["0", "1"], rank=2, example_inputs=(torch.randn(5, 3),))
+    with pytest.raises(
+        lora_fx.AdapterError, match=r"1\.weight: adapted as a parameter beside .* Make two adapters of it"
+    ):
+        lora_fx.save_adapter(graph, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_three_steps_train_the_factors_as_peft_trains_them(

@@ -108,7 +108,7 @@ class _PeftWriter:
             vectors = [self._state.tensors[name].detach() for name in first.parameters(self._adapter)[2:]]
             tensors |= dict(zip(slot.vectors(first), vectors, strict=True))
             settings[slot.name] = (sum(branch.added.rank for branch in branches), self._scale(owner))
-        self._problems += self._second_names(chosen)
+        self._problems += [*self._second_names(chosen), *_parameters_beside_conv1d(placed.values())]
         self._problems += [*apart.values(), *_unlike_variants([b for each in self._branches.values() for b in each])]
         indices, rows = self._tokens(chosen)
         adapted = [slot.site.module for slot in placed.values() if slot.is_module]
@@ -303,6 +303,22 @@ def _unlike_variants(branches: Collection[BranchSpec]) -> Iterator[str]:
             yield f"some of its branches have {what} and others not, and PEFT has one kind for all. Make two adapters of it"
 
 
+def _parameters_beside_conv1d(placed: Collection[Slot]) -> Iterator[str]:
+    """Yield why parameters cannot be adapted beside Conv1D layers alone: PEFT sets ``fan_in_fan_out`` there, which its ParamWrapper refuses."""
+    parameters = [slot.name for slot in placed if slot.is_parameter]
+    if parameters and _stored_in_out(placed):
+        yield (
+            f"{', '.join(parameters)}: adapted as a parameter beside layers stored (in, out) such as Conv1D, which PEFT refuses in one "
+            "adapter (fan_in_fan_out). Make two adapters of it"
+        )
+
+
+def _stored_in_out(placed: Collection[Slot]) -> bool:
+    """Tell whether all adapted linears are modules whose weight is ``(in, out)``: PEFT's ``fan_in_fan_out``."""
+    linear = [slot for slot in placed if not slot.is_parameter and slot.site.op == "linear"]
+    return bool(linear) and all(slot.site.layout == "in_out" for slot in linear)
+
+
 def _config(
     graph_module: TracedGraphModule,
     adapter: str,
@@ -334,7 +350,6 @@ def _config(
     others = sorted(module_paths(graph_module) - set(modules))
     info = info_of(graph_module)
     library, _, class_name = info.model_class.partition(":")
-    linear = [slot for slot in placed.values() if not slot.is_parameter and slot.site.op == "linear"]
     starts = {branch.added.init for branch in branches}
     mapping = {"base_model_class": class_name, "parent_library": library} if class_name else None
     return AdapterConfig(
@@ -352,7 +367,7 @@ def _config(
         target_modules=targets(modules, others) if modules or not parameters else None,
         target_parameters=parameters or None,
         init_lora_weights=_start_text(starts),
-        fan_in_fan_out=bool(linear) and all(slot.site.layout == "in_out" for slot in linear),
+        fan_in_fan_out=_stored_in_out(placed.values()),
         inference_mode=True,
         task_type=origin.task_type,
         auto_mapping=None if origin.task_type else mapping,
