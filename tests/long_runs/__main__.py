@@ -246,7 +246,7 @@ def trainer(seconds: int) -> Sequence[Measured]:
         steps = running.state.global_step
     late = memory[len(memory) // 5 :]
     return [
-        growth(f"memory, KiB a checkpoint, in {steps} steps and {len(memory)} checkpoints", late, 100),
+        growth(f"memory, KiB a checkpoint, in {steps} steps and {len(memory)} checkpoints", late, 16),
     ]
 
 
