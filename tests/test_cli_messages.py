@@ -148,22 +148,23 @@ def test_slots_and_a_cache_of_an_encoder_decoder_are_told_apart_before_anything_
     )
 
 
-def test_one_adapter_that_is_given_twice_is_refused_and_not_added_twice(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_one_adapter_that_is_given_twice_without_strengths_is_refused_and_not_added_twice(
+    root: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("TERMINAL_WIDTH", "1000")
     adapter, link = root / "adapter", tmp_path / "link"
     link.symlink_to(adapter)
     for other, told in ((adapter, "twice"), (link, f"as {adapter} too")):
         expected = (
-            f"{other} is given {told}, and would be added twice: give it once, with --strength 2 if that is meant"
+            f"{other} is given {told}, and would be added twice: give it once, with --strength 2 if that is meant, "
+            "or with a strength each time"
         )
         for command in (
             ("fold", root / "t5", adapter, other, tmp_path / "out"),
             ("export", root / "t5", tmp_path / "out.pt2", "--adapter", adapter, "--adapter", other),
             ("export-adapter", adapter, other, tmp_path / "slots.onnx", tmp_path / "out.onnx_adapter"),
         ):
-            assert expected in lora(*command, code=2)
+            printed = lora(*command, code=2).replace("│", "")
+            assert "".join(expected.split()) in "".join(printed.split())  # long paths are broken anywhere
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 

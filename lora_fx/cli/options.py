@@ -84,14 +84,14 @@ def inputs(*given: Path | str | None) -> tuple[Path, ...]:
 
 
 def strengths_of(adapters: list[Path], given: list[float] | None) -> list[float]:
-    """Return the strength of each adapter: as given, or 1. The adapters are different ones, by the paths that they resolve to."""
+    """Return the strength of each adapter: as given, or 1. Without strengths no two adapters are one, by the paths they resolve to."""
     places: dict[str, Path] = {}
     for adapter in adapters:
         other = places.setdefault(os.path.realpath(adapter), adapter)
-        if other is not adapter:
+        if other is not adapter and not given:
             also = "twice" if str(other) == str(adapter) else f"as {other} too"
             raise typer.BadParameter(
-                f"{adapter} is given {also}, and would be added twice: give it once, with --strength 2 if that is meant"
+                f"{adapter} is given {also}, and would be added twice: give it once, with --strength 2 if that is meant, or with a strength each time"
             )
     strengths = given or [1.0] * len(adapters)
     if len(strengths) != len(adapters):

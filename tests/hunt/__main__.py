@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import transformers
 import typer
 
 HERE = Path(__file__).parent
@@ -160,6 +161,7 @@ def main(
 ) -> None:
     """Take random models the whole way, and print what came of them."""
     logging.disable(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     done = hunt(models, seed, limit, exports=exports, results=results)
     text = f"{line(done)}\n\n{counts(done)}"

@@ -14,7 +14,6 @@ import families
 import peft
 import quantised
 import torch
-import transformers
 from hunt.adapters import give_values, set_values
 from hunt.check import compare_gradients
 from hunt.outcome import Outcome
@@ -286,6 +285,3 @@ class LanguageModelHunt:
                 outcome.near(what, found.logits, wanted.logits, self.tolerance)
                 if not torch.equal(found.sequences, wanted.sequences):
                     outcome.add(what, "wrong", "other tokens")
-
-
-transformers.utils.logging.disable_progress_bar()
