@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := .venv-peers
 FUZZ := .venv-fuzz
+LOWEST := .venv-lowest
+NEWEST := .venv-newest
 
-.PHONY: demo test test-all test-clients test-peers fuzz hunt long-runs browser bench bench-all docs mutate lint format clean
+.PHONY: demo test test-all test-clients test-peers test-lowest test-newest fuzz hunt long-runs browser bench bench-all docs mutate lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/lora-fx demo
@@ -27,6 +29,15 @@ test-clients: $(INSTALLED)
 # (.venv-peers, 3 GB). Writes tests/peers.md. `make test-all` is without: these libraries are large, and half an hour more.
 test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python tests/peers --write
+
+# The suite with the oldest releases that pyproject.toml allows (torch: the oldest whose build for a CPU can be installed by its name, see
+# tools/lowest_releases.py), in an environment of its own (.venv-lowest, 1.5 GB).
+test-lowest: $(LOWEST)/.installed browser
+	$(LOWEST)/bin/pytest
+
+# And with the newest that pip finds for torch 2.13 (.venv-newest). An environment stays as it was made: `rm -r .venv-newest` renews it.
+test-newest: $(NEWEST)/.installed browser
+	$(NEWEST)/bin/pytest
 
 # Every reader of files that strangers give, for a minute, by a coverage-guided fuzzer; in an environment of its own (.venv-fuzz).
 fuzz: $(FUZZ)/.installed
@@ -76,7 +87,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format lora_fx tests tools
 
 clean:
-	rm -rf $(VENV) .venv-clients $(PEERS) $(FUZZ) demo-output mutants docs hunt.jsonl
+	rm -rf $(VENV) .venv-clients $(PEERS) $(FUZZ) $(LOWEST) $(NEWEST) demo-output mutants docs hunt.jsonl
 
 # torch first and alone: its pin names a CPU build where one is at hand, and nothing that follows may replace it.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -95,4 +106,18 @@ $(FUZZ)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(FUZZ)
 	$(FUZZ)/bin/pip install --quiet -c constraints.txt torch
 	$(FUZZ)/bin/pip install --quiet -c constraints.txt -e '.[fuzz]'
+	touch $@
+
+# What these depend on in turn is not constrained: older releases want older ones than constraints.txt has.
+$(LOWEST)/.installed: pyproject.toml tools/lowest_releases.py
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python tools/lowest_releases.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/pip install --quiet -c $(LOWEST)/constraints.txt torch
+	$(LOWEST)/bin/pip install --quiet -c $(LOWEST)/constraints.txt -e '.[onnx,draw,demo,dev]'
+	touch $@
+
+$(NEWEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet torch==2.13.0
+	$(NEWEST)/bin/pip install --quiet torch==2.13.0 -e '.[onnx,draw,demo,dev]'
 	touch $@

@@ -16,6 +16,7 @@ import transformers
 from conftest import set_factors
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers_releases import PEFT_FINDS_OLDER_VISION_LANGUAGE_MODELS
 
 import lora_fx
 from lora_fx.folding.checkpoint_plan import fold_checkpoint
@@ -413,7 +414,11 @@ def test_an_adapter_of_an_older_vision_language_model_is_read_by_its_old_names(t
     before = logits(lora_fx.load_adapter(graph, tmp_path))
     assert torch.equal(before, logits(model))
     moved(tmp_path, "model.language_model.layers", "language_model.model.layers")
-    assert torch.equal(logits(loaded_by_peft(llava(), tmp_path)), before)
+    if PEFT_FINDS_OLDER_VISION_LANGUAGE_MODELS:
+        assert torch.equal(logits(loaded_by_peft(llava(), tmp_path)), before)
+    else:  # PEFT says so, and goes on without the adapter
+        with pytest.warns(UserWarning, match="missing adapter keys"):
+            peft.PeftModel.from_pretrained(llava(), tmp_path)
     assert torch.equal(logits(lora_fx.load_adapter(graph, tmp_path)), before)
     old = r"language_model\.model\.layers\.(0|1)\.self_attn\.(q_proj|v_proj)"  # in which PEFT finds no module any more
     moved(
