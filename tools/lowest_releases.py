@@ -12,14 +12,14 @@ from pathlib import Path
 # Older releases of torch come from PyPI with CUDA alone. 2.13.0 is the first whose build for a CPU can be installed by its name.
 INSTALLABLE = {"torch": "2.13.0"}
 EXTRAS = ("onnx", "draw", "demo", "dev")
-REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(?P<extras>\[[\w,-]+\])?((?P<bound>>=|==)(?P<release>[\w.]+))?")
+REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(?P<extras>\[[\w,-]+\])?((?P<bound>>=|==)(?P<release>[\w.]+)(,<[\w.]+)?)?")
 
 
 def constraints(project: Path) -> dict[str, str]:
     """Return the lowest release of each requirement of a ``pyproject.toml``; stubs for mypy and the project itself have none.
 
     Raises:
-        ValueError: a requirement is written otherwise than ``name[extras]>=release`` or ``==release``.
+        ValueError: a requirement is written otherwise than ``name[extras]>=release``, with ``,<release`` or not, or ``==release``.
     """
     table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
     lowest = {}
@@ -29,7 +29,7 @@ def constraints(project: Path) -> dict[str, str]:
     ]:
         match = REQUIREMENT.fullmatch(requirement)
         if match is None:
-            raise ValueError(f"{project}: {requirement!r} is not NAME>=RELEASE or NAME==RELEASE")
+            raise ValueError(f"{project}: {requirement!r} is not NAME>=RELEASE[,<RELEASE] or NAME==RELEASE")
         if match["release"]:
             lowest[match["name"]] = INSTALLABLE.get(match["name"], match["release"])
     return lowest

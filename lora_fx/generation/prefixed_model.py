@@ -11,6 +11,7 @@ import torch
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from lora_fx.errors import InputError
+from lora_fx.generation.cache_name import check_cache_name
 from lora_fx.tracing.prefixed_forward import behind_prefix, without_past
 
 _OTHER_WAYS = ("assistant_model", "prompt_lookup_num_tokens", "cache_implementation", "past_key_values")
@@ -20,11 +21,14 @@ _OTHER_WAYS = ("assistant_model", "prompt_lookup_num_tokens", "cache_implementat
 def check_options(model: Any, options: Mapping[str, Any], kind: str) -> None:
     """Raise :class:`InputError` for options of ``generate``, or of its configuration, by which a prefix or a prompt would be lost or cut.
 
+    So is a transformers that passes its cache by another name.
+
     Args:
         model: that generates.
         options: of the call.
         kind: whether it is a prefix or a prompt.
     """
+    check_cache_name()
     config = options.get("generation_config") or model.generation_config
     settings = {name: getattr(config, name, None) for name in _OTHER_WAYS} | dict(options)
     given = [name for name in _OTHER_WAYS if settings.get(name) is not None]

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPas
 
 from lora_fx.adapters.prefix import acting_past, keys_and_values
 from lora_fx.errors import InputError
+from lora_fx.generation.cache_name import check_cache_name
 from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.adapter_rows import ADAPTER_NAMES, BASE, check_count
 from lora_fx.graph.adapter_states import acting
@@ -111,8 +112,10 @@ class Generator(nn.Module, GenerationMixin):
         :func:`~lora_fx.activate_by_row` take ``adapter_names``, a name for each row that is given; beams of a row have its adapter.
 
         Raises:
-            InputError: attentions or hidden states are asked for, or a cache is given that does not keep all positions.
+            InputError: attentions or hidden states are asked for, a cache is given that does not keep all positions, or this transformers
+                passes it by another name.
         """
+        check_cache_name()
         for asked in ("output_attentions", "output_hidden_states"):
             if kwargs.get(asked) or getattr(kwargs.get("generation_config", self.generation_config), asked, False):
                 raise InputError(
