@@ -28,6 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "not matrix" in config.option.markexpr:  # ``make test``: half the examples where a test names no number of them
+        from hypothesis import settings  # environments in which there is none import this file for its functions
+
+        settings.register_profile("half", settings.default, max_examples=settings.default.max_examples // 2)
+        settings.load_profile("half")
     path = config.getoption("--matrices")
     if path is not None and not hasattr(
         config, "workerinput"

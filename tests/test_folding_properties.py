@@ -33,11 +33,14 @@ aten = torch.ops.aten
 
 CHECKED = settings(
     deadline=None,
-    max_examples=25,
+    max_examples=settings.default.max_examples // 4,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
+
+FEWER = settings(CHECKED, max_examples=settings.default.max_examples * 3 // 20)
+"""Where each example takes long."""
 
 # Programs.
 
@@ -740,7 +743,7 @@ def check_folded_in_place(made: Branched, folded: lora_fx.TracedGraphModule) -> 
         assert torch.equal(tensor, folded.state_dict()[name])
 
 
-@settings(CHECKED, max_examples=15)
+@FEWER
 @given(programs(dtypes=(torch.float64,)), st.lists(ADAPTERS, min_size=1, max_size=2))
 def test_a_copy_that_torch_fx_made_is_refused_or_folds_to_what_it_computes(
     program: Program, adapters: list[Adapter]
@@ -985,7 +988,7 @@ def _attribute(module: Any, name: str) -> torch.Tensor:
 FACTORED = [kind for kind in KINDS if kind not in (*POINTWISE, *WOVEN, "both layouts")]
 
 
-@settings(CHECKED, max_examples=15)
+@FEWER
 @given(programs(FACTORED, most=3, dtypes=(torch.float64,)), ADAPTERS, st.integers(0, 2**32 - 1))
 def test_a_changed_branch_is_refused_by_node_or_folds_to_what_it_computes(
     program: Program, adapter: Adapter, seed: int
