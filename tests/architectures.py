@@ -400,6 +400,20 @@ def rows(names: Iterable[str], representatives: Collection[str]) -> list[Any]:
     ]
 
 
+def few(values: Iterable[Any], representatives: Collection[Any]) -> list[Any]:
+    """Return values of a parameter, or tuples of several, as rows that are in no process of their own.
+
+    All but the representatives run in ``make test-all`` alone.
+    """
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)),
+            marks=[] if value in representatives else pytest.mark.matrix,
+        )
+        for value in values
+    ]
+
+
 REPRESENTATIVES = ("t5", "gpt2", "llama", "bert", "bloom", "blip-2", "deberta-v2", "deberta", "chatglm")
 """One of each kind: encoder-decoder with relative positions, Conv1D, grouped queries with rotary positions, encoder, fused
 projection by heads, image and text, one weight at two sites, sizes computed from values, code from outside of transformers.

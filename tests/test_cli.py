@@ -132,7 +132,13 @@ def test_help_waits_for_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "before", ["", "import lora_fx.folding.report, lora_fx.folding.fold, lora_fx.export.onnx_file"]
+    "before",
+    [
+        "",
+        pytest.param(
+            "import lora_fx.folding.report, lora_fx.folding.fold, lora_fx.export.onnx_file", marks=pytest.mark.matrix
+        ),
+    ],
 )
 def test_each_name_of_the_package_is_what_it_says_whatever_was_imported_before(before: str) -> None:
     code = f"""

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, TWO, VOCABULARY, branched, build, inputs, model, rows, run
+from architectures import ARCHITECTURES, VOCABULARY, branched, build, inputs, model, rows, run
 from conftest import set_factors, unchanged
 from made import X, agrees, module
 from test_peft_equality import wrap
@@ -44,7 +44,7 @@ def names(module: nn.Module) -> list[list[str]]:
     return list(found.values())
 
 
-@pytest.mark.parametrize("name", rows(ARCHITECTURES, ("t5", "gpt2", "blip-2", "deberta", "chatglm")))
+@pytest.mark.parametrize("name", rows(ARCHITECTURES, ("gpt2", "blip-2")))
 def test_a_model_that_peft_wraps_traces_with_inputs_from_its_config_bit_for_bit(name: str) -> None:
     wrapped = wrap(name, model(name), dropout=0.1).eval()
     set_factors(wrapped)
@@ -61,7 +61,7 @@ def test_a_model_that_peft_wraps_traces_with_inputs_from_its_config_bit_for_bit(
     ("name", "dropout"),
     [
         pytest.param(row.values[0], dropout, marks=row.marks)
-        for dropout, representatives in ((0.0, ("llama",)), (0.1, ("gpt2",)))
+        for dropout, representatives in ((0.0, ()), (0.1, ("gpt2",)))
         for row in rows(("t5", "gpt2", "llama", "bert"), representatives)
     ],
 )
@@ -113,7 +113,7 @@ def test_experts_that_peft_adapts_by_parameter_trace_in_both_modes() -> None:
     assert torch.equal(graph(**given)[0], wrapped(**given, use_cache=False)[0])
 
 
-@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("name", rows(("t5", "gpt2", "llama", "bert"), ("gpt2",)))
 def test_a_branched_graph_comes_back_from_a_pt2_with_the_names_ties_and_numbers_it_had(
     name: str, tmp_path: Path
 ) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, SIZES, TWO, build, inputs, traced
+from architectures import ARCHITECTURES, SIZES, TWO, build, few, inputs, traced
 from conftest import set_factors, unchanged
 from torch import nn
 
@@ -96,7 +96,7 @@ def test_buffers_of_a_plain_module_come_from_one_like_it() -> None:
     assert "scale" not in graph_module.state_dict()
 
 
-@pytest.mark.parametrize(("sizes", "dynamic"), [((1, 8), (1,)), ((2, 8), (0,)), ((2, 8), (1,))])
+@pytest.mark.parametrize(("sizes", "dynamic"), few([((1, 8), (1,)), ((2, 8), (0,)), ((2, 8), (1,))], [((1, 8), (1,))]))
 def test_a_graph_that_was_traced_on_meta_for_one_size_alone_is_compared_at_that_size(
     sizes: tuple[int, int], dynamic: tuple[int]
 ) -> None:

@@ -125,7 +125,7 @@ def trained(module: Any, batch: dict[str, Any], steps: int = 3) -> list[torch.Te
     return outputs
 
 
-@pytest.mark.parametrize("name", rows(KINDS, ("resnet", "swin", "wav2vec2")))
+@pytest.mark.parametrize("name", rows(KINDS, ("resnet", "wav2vec2")))
 def test_a_model_trains_as_with_peft_folds_to_its_trace_and_loads_back(name: str, tmp_path: Path) -> None:
     _, targets, batch = KINDS[name]
     theirs: Any = peft.get_peft_model(built(name), peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets))

@@ -148,7 +148,7 @@ def _like(value: Any) -> Any:
     return str(value)
 
 
-@pytest.mark.parametrize("name", rows(STAMPED, ("t5", "llama", "gpt_neo")))
+@pytest.mark.parametrize("name", rows(STAMPED, ("t5", "llama")))
 def test_stamped_is_the_full_trace_node_by_node(
     name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,7 +158,7 @@ def test_stamped_is_the_full_trace_node_by_node(
     assert_equal(stamped, full)
 
 
-@pytest.mark.parametrize("name", rows(MORE, ("gemma3_text", "mixtral")))
+@pytest.mark.parametrize("name", rows(MORE, ("mixtral",)))
 def test_layers_of_several_kinds_are_stamped_each_by_their_own(
     name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -420,21 +420,23 @@ class GivesAnother(Stack):
 @pytest.mark.parametrize(
     ("model", "why"),
     [
-        (Stack(UsesIndex), "computes with its position"),
+        pytest.param(Stack(UsesIndex), "computes with its position", marks=pytest.mark.matrix),
         (Stack(AsksForIndex), "computes with its position"),
         (Stack(TriesToUseIndex), "changes or uses its 'index'"),
-        (Stack(HoldsObject), "no 4 equal layers"),
-        (Stack(Differs), "no 4 equal layers"),
-        (Stack(Hooked), "no 4 equal layers"),
+        pytest.param(Stack(HoldsObject), "no 4 equal layers", marks=pytest.mark.matrix),
+        pytest.param(Stack(Differs), "no 4 equal layers", marks=pytest.mark.matrix),
+        pytest.param(Stack(Hooked), "no 4 equal layers", marks=pytest.mark.matrix),
         (Stack(count=3), "no 4 equal layers"),
-        (Tied(), "no 4 equal layers"),
-        (CollectingStack(Collects), "which does not return it"),
-        (Stack(DropsForNothing), "nothing reads what"),
-        (nn.Sequential(StackOfDropout(DropsByFunction)), "which is outside of it"),
-        (CallsTwice(), "several times"),
+        pytest.param(Tied(), "no 4 equal layers", marks=pytest.mark.matrix),
+        pytest.param(CollectingStack(Collects), "which does not return it", marks=pytest.mark.matrix),
+        pytest.param(Stack(DropsForNothing), "nothing reads what", marks=pytest.mark.matrix),
+        pytest.param(
+            nn.Sequential(StackOfDropout(DropsByFunction)), "which is outside of it", marks=pytest.mark.matrix
+        ),
+        pytest.param(CallsTwice(), "several times", marks=pytest.mark.matrix),
         (CallsBackwards(), "before"),
         (LeavesOut(), "is not called"),
-        (LooksInside(), "linear"),
+        pytest.param(LooksInside(), "linear", marks=pytest.mark.matrix),
         (ChangesLayers(), "was changed before it was called"),
         (GivesAnother(), "called with different arguments"),
     ],
@@ -629,7 +631,7 @@ class RandomStack(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "seed", [seed if seed < 5 else pytest.param(seed, marks=pytest.mark.matrix) for seed in range(12)]
+    "seed", [seed if seed < 2 else pytest.param(seed, marks=pytest.mark.matrix) for seed in range(12)]
 )
 def test_random_stacks_are_stamped_as_they_are_traced_in_full(seed: int, both: Both) -> None:
     _, said = both(RandomStack(seed))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import re
 import weakref
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, EACH, PRIMARY, branched, build, inputs, traced
+from architectures import ARCHITECTURES, EACH, PRIMARY, branched, build, few, inputs, traced
 from conftest import all_acting, set_factors, unchanged
 from torch import fx, nn
 
@@ -97,8 +98,14 @@ def test_the_fold_of_every_architecture_passes(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    few(
+        itertools.product((torch.bfloat16, torch.float16, torch.float64), ("gpt2", "llama")),
+        ((torch.bfloat16, "gpt2"), (torch.float16, "llama"), (torch.float64, "llama")),
+    ),
+    ids=str,
+)
 def test_the_precision_of_the_model_sets_the_tolerance(name: str, dtype: torch.dtype) -> None:
     model = build(name).to(dtype)
     graph_module = lora_fx.rewrite(model, rules=ARCHITECTURES[name].rules, rank=6, alpha=9, inference=True)

@@ -35,7 +35,7 @@ def one_rounding(mine: torch.Tensor, theirs: torch.Tensor, before: torch.Tensor)
     return bool(((mine - theirs).abs() <= step).all())
 
 
-@pytest.mark.parametrize("name", rows(ARCHITECTURES, ("t5", "gpt2", "bloom", "llama", "deberta")))
+@pytest.mark.parametrize("name", rows(ARCHITECTURES, ("t5", "gpt2")))
 def test_a_trace_of_a_wrapped_model_folds_to_the_weights_that_peft_merges(name: str) -> None:
     wrapped = wrap(name, build(name)).eval()
     set_factors(wrapped, scale=0.05)
