@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from architectures import build, run, traced
+from architectures import build, few, run, traced
 from conftest import set_factors
 from safetensors.torch import load_file
 from torch import nn
@@ -120,7 +120,7 @@ def gpt_oss() -> nn.Module:
     return transformers.GptOssForCausalLM(config)
 
 
-@pytest.mark.parametrize("make", [mixtral, llama4, gpt_oss])
+@pytest.mark.parametrize("make", few([mixtral, llama4, gpt_oss], [mixtral]))
 def test_stacked_experts_come_back_as_they_were(make: Any, tmp_path: Path) -> None:
     torch.manual_seed(4)
     base = make().eval()
@@ -159,9 +159,13 @@ def olmoe() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "settings"),
     [
-        (mixtral, {"target_parameters": ["gate.weight", "experts.down_proj"], "rank_pattern": {"gate.weight": 3}}),
+        pytest.param(
+            mixtral,
+            {"target_parameters": ["gate.weight", "experts.down_proj"], "rank_pattern": {"gate.weight": 3}},
+            marks=pytest.mark.matrix,
+        ),
         (olmoe, {"target_parameters": ["mlp.gate.weight"]}),
-        (gpt_oss, {"target_parameters": ["router.weight"], "bias": "lora_only"}),
+        pytest.param(gpt_oss, {"target_parameters": ["router.weight"], "bias": "lora_only"}, marks=pytest.mark.matrix),
     ],
 )
 def test_the_weights_of_routers_come_back_as_they_were(make: Any, settings: dict[str, Any], tmp_path: Path) -> None:

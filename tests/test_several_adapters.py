@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from architectures import EACH, SIZES, build, model, rows, run, traced
+from architectures import EACH, SIZES, build, few, model, rows, run, traced
 from conftest import set_factors, unchanged
 from graph_diff import first_difference
 from torch import fx, nn
@@ -101,7 +101,7 @@ def test_two_adapters_of_different_rank_equal_two_active_ones_of_peft(name: str)
     assert not torch.equal(logits(both, name), logits(model(name), name))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", few([torch.float32, torch.float64, torch.bfloat16], [torch.float32]), ids=str)
 def test_activate_then_fold_equals_fold_with_a_selection(dtype: torch.dtype) -> None:
     both = two("gpt2", dtype)
     for strengths in (STRENGTHS, {"b": 1.0}, {"a": -0.3}, {}):
@@ -262,7 +262,14 @@ def test_trained_copies_come_and_go_with_their_adapter() -> None:
 
 
 @pytest.mark.parametrize(
-    "half", [np.float32(0.5), np.float16(0.5), np.array(0.5), torch.tensor(0.5), torch.tensor(0.5).half()]
+    "half",
+    [
+        pytest.param(np.float32(0.5), marks=pytest.mark.matrix),
+        np.float16(0.5),
+        pytest.param(np.array(0.5), marks=pytest.mark.matrix),
+        pytest.param(torch.tensor(0.5), marks=pytest.mark.matrix),
+        torch.tensor(0.5).half(),
+    ],
 )
 def test_strengths_may_be_numbers_of_numpy_and_tensors(half: Any) -> None:
     both, one = two(), np.int64(1)

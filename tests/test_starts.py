@@ -65,10 +65,23 @@ class Pair:
         return 1e-6 if self.dtype == torch.float32 else 2e-2
 
 
-CASES = [*((init, torch.float32) for init in (*SPLITTING, "orthogonal", "mica")), ("olora", torch.bfloat16)]
+STANDING = (("pissa", torch.float32), ("orthogonal", torch.float32), ("olora", torch.bfloat16))
+"""One that splits the weight, one that does not, and one in half precision."""
+
+CASES = [
+    pytest.param(
+        (init, dtype),
+        id=f"{init}, {dtype}".replace("torch.", ""),
+        marks=[] if (init, dtype) in STANDING else pytest.mark.matrix,
+    )
+    for init, dtype in (
+        *((init, torch.float32) for init in (*SPLITTING, "orthogonal", "mica")),
+        ("olora", torch.bfloat16),
+    )
+]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}, {case[1]}".replace("torch.", ""))
+@pytest.fixture(scope="module", params=CASES)
 def pair(request: pytest.FixtureRequest) -> Pair:
     init, dtype = request.param
     base = traced(dtype)

@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
+from architectures import few
 from conftest import set_factors
 from graph_diff import first_difference
 from safetensors.torch import load_file, save_file
@@ -69,7 +70,10 @@ class Pair:
         return llama(self.tied, self.dtype)
 
 
-@pytest.fixture(scope="module", params=["tied, bfloat16", "untied, float32", "tied, float32, alone"])
+@pytest.fixture(
+    scope="module",
+    params=few(["tied, bfloat16", "untied, float32", "tied, float32, alone"], ("tied, bfloat16", "untied, float32")),
+)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     tied, dtype = request.param.startswith("tied"), getattr(torch, request.param.split(", ")[1])
     config: peft.PeftConfig = peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=ROWS)
