@@ -422,6 +422,9 @@ projection by heads, image and text, one weight at two sites, sizes computed fro
 EACH = rows(ARCHITECTURES, REPRESENTATIVES)
 """Every architecture as a parameter."""
 
+FOUR = rows(ARCHITECTURES, ("t5", "gpt2", "llama", "bert"))
+"""The same, where what tells the other representatives apart matters little."""
+
 PRIMARY = [each for each in EACH if each.values[0] in ("t5", "gpt2", "llama", "bert")]
 """The architectures for which the slower promises are tested."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from architectures import ARCHITECTURES, EACH, model, rows, run, traced
+from architectures import ARCHITECTURES, FOUR, model, rows, run, traced
 from conftest import all_acting, set_factors, unchanged
 from safetensors.torch import load_file
 from torch import nn
@@ -179,7 +179,7 @@ def test_what_was_rewritten_here_comes_back_from_peft_as_it_was(name: str, varia
     assert not same(run(name, onto, *SIZE), run(name, mine, *SIZE))
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", FOUR)
 def test_a_second_adapter_of_another_rank_works_beside_the_first_as_in_peft(name: str, tmp_path: Path) -> None:
     theirs = wrapped(name)
     target = next(

@@ -129,7 +129,12 @@ def test_tokens_and_logits_are_those_of_generate_with_folded_weights(name: str) 
 
 @pytest.mark.xdist_group("llama")
 @pytest.mark.parametrize(
-    "options", [{"num_beams": 3}, {"do_sample": True, "top_k": 20}, {"do_sample": True, "num_return_sequences": 2}]
+    "options",
+    [
+        {"num_beams": 3},
+        {"do_sample": True, "top_k": 20},
+        pytest.param({"do_sample": True, "num_return_sequences": 2}, marks=pytest.mark.matrix),
+    ],
 )
 def test_beams_and_samples_are_those_of_generate(options: dict[str, Any]) -> None:
     for case, (ids, mask) in prompts().items():

@@ -273,9 +273,9 @@ def two_values(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"target_modules": ["lm_head", "q_proj"]},
+        pytest.param({"target_modules": ["lm_head", "q_proj"]}, marks=pytest.mark.matrix),
         {"target_modules": ["embed_tokens"]},
-        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        pytest.param({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, marks=pytest.mark.matrix),
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
     ],
     ids=["head", "embedding", "trained head", "both trained"],

@@ -21,7 +21,7 @@ import families
 import peft
 import pytest
 import torch
-from architectures import ARCHITECTURES, EACH, branched, build, traced
+from architectures import ARCHITECTURES, EACH, FOUR, branched, build, traced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
@@ -94,7 +94,7 @@ def node_of(description: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return node
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", FOUR)
 def test_a_fold_leaves_nothing_different_and_a_rewrite_adds_branches_alone(name: str) -> None:
     base, graph = traced(name), branched(name)
     with warnings.catch_warnings():

@@ -364,8 +364,14 @@ def test_an_interrupt_passes_through_and_leaves_what_was_there(tmp_path: Path, k
         assert computes(kind, path, heads(1))
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "overwrite"),
+    [
+        pytest.param(kind, overwrite, marks=pytest.mark.matrix if (kind == "onnx") == overwrite else [])
+        for kind in KINDS
+        for overwrite in (False, True)
+    ],
+)
 def test_an_interrupt_right_after_the_move_leaves_the_new_one_whole(tmp_path: Path, kind: str, overwrite: bool) -> None:
     path = tmp_path / NAMES[kind]
     if overwrite:
@@ -506,7 +512,7 @@ def test_the_same_weights_give_the_same_bytes(tmp_path: Path) -> None:
     assert len(content(tmp_path / PAIR / "1")) == 2
 
 
-@pytest.mark.parametrize("kind", [PAIR, "onnx"])
+@pytest.mark.parametrize("kind", [PAIR, pytest.param("onnx", marks=pytest.mark.matrix)])
 def test_other_weights_take_the_place_of_both_files(tmp_path: Path, kind: str) -> None:
     path, beside = tmp_path / "model.onnx", ["model.onnx.backup.data", "other.onnx.0123abcd.data"]
     for name in beside:
@@ -520,7 +526,7 @@ def test_other_weights_take_the_place_of_both_files(tmp_path: Path, kind: str) -
     assert computes(kind, path, heads(1))
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.matrix)])
 def test_a_last_move_that_fails_leaves_both_old_files_and_no_new_one(tmp_path: Path, seed: int) -> None:
     """Seed 0 has the weights that are there already."""
 
@@ -574,7 +580,7 @@ def one_weight_changed(format: str) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*FORMATS, pytest.param(PAIR, marks=pytest.mark.matrix)])
 def test_a_file_that_computes_something_else_is_an_error_that_names_output_and_sizes(tmp_path: Path, kind: str) -> None:
     path = tmp_path / NAMES[kind]
     told = (

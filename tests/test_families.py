@@ -24,10 +24,7 @@ from lora_fx.tracing.example_inputs import example_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
-RULED = rows(
-    [name for name, family in families.FAMILIES.items() if family.rules],
-    [name for name in families.REPRESENTATIVES if name not in ("llama4_text", "nemotron_h", "deepseek_v3", "rwkv")],
-)
+RULED = rows([name for name, family in families.FAMILIES.items() if family.rules], families.REPRESENTATIVES)
 ALL = rows(
     (*architectures.ARCHITECTURES, *families.FAMILIES), (*architectures.REPRESENTATIVES, *families.REPRESENTATIVES)
 )

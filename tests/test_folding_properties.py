@@ -7,6 +7,7 @@ given adapters at random sites, copied in ways that other people copy graphs, an
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import random
 from collections import defaultdict
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import transformers.integrations.moe  # noqa: F401  registers transformers::grouped_mm_fallback
+from architectures import few
 from conftest import all_acting
 from graph_diff import first_difference
 from hypothesis import HealthCheck, Phase, assume, event, given, settings
@@ -640,8 +642,14 @@ def test_a_fold_computes_what_the_branches_compute_and_gives_back_the_base(
     check(branched(program, adapters))
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in POINTWISE])
+LAYERS = [kind for kind in KINDS if kind not in POINTWISE]
+
+
+@pytest.mark.parametrize(
+    ("kind", "bias"),
+    few(itertools.product(LAYERS, (False, True)), [(kind, index % 2 == 0) for index, kind in enumerate(LAYERS)]),
+    ids=lambda value: value if isinstance(value, str) else ("plain", "biased")[value],
+)
 def test_each_kind_of_layer_folds_where_its_weight_has_one_value_after_it(kind: str, bias: bool) -> None:
     wide, high = (6, 6) if kind in SQUARE else (6, 8)
     inner = (Layer("linear", 6, 4, bias), Layer("in out", 4, 8, bias)) if kind == "nested" else ()

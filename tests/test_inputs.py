@@ -270,7 +270,7 @@ def test_texts_and_images_are_batches_of_their_own_in_clip() -> None:
 @pytest.mark.parametrize(
     ("name", "batch"),
     [
-        ("whisper", {"input_features": (3, 10, 22), "decoder_input_ids": (3, 4)}),
+        pytest.param("whisper", {"input_features": (3, 10, 22), "decoder_input_ids": (3, 4)}, marks=pytest.mark.matrix),
         ("wav2vec2", {"input_values": (3, 80)}),
         ("vit", {"pixel_values": (1, 3, 12, 12)}),
     ],

@@ -16,6 +16,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from architectures import few
 from conftest import set_factors, unchanged
 from torch import nn
 
@@ -376,7 +377,7 @@ def test_tags_go_to_the_merged_model() -> None:
     assert graph.merge_and_unload().model_tags == ["trl", "sft"]
 
 
-@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("labels", few([False, True], [True]))
 def test_the_part_below_the_head_is_that_of_peft_and_trains_the_graphs_own_factors(labels: bool) -> None:
     model = causal()
     wrapped: Any = peft.get_peft_model(

@@ -275,7 +275,9 @@ def test_results_of_some_operators_are_kept_and_the_bits_are_the_same() -> None:
         pickle.dumps(graph)
 
 
-@pytest.mark.parametrize(("every", "make"), [(1, lora_fx.rewrite), (2, lora_fx.trace)])
+@pytest.mark.parametrize(
+    ("every", "make"), [(1, lora_fx.rewrite), pytest.param(2, lora_fx.trace, marks=pytest.mark.matrix)]
+)
 def test_the_graph_of_a_model_that_computes_its_layers_again_does_so_too(every: int, make: Any) -> None:
     model = build("llama").train()
     model.activation_checkpointing_enable(every_n_layers=every, activation_checkpointing_kwargs={"debug": False})

@@ -115,7 +115,7 @@ def test_training_is_bit_equal_to_peft_under_one_random_state(pair: Any) -> None
     ("name", "dtype"),
     [
         pytest.param(*row.values, dtype, marks=row.marks)
-        for dtype, representatives in {torch.bfloat16: ("t5", "llama"), torch.float16: ("gpt2", "bert")}.items()
+        for dtype, representatives in {torch.bfloat16: ("llama",), torch.float16: ("gpt2",)}.items()
         for row in rows(("t5", "gpt2", "llama", "bert"), representatives)
     ],
     ids=str,

@@ -155,7 +155,7 @@ def files(directory: Path) -> set[str]:
     return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(scope="module", params=[pytest.param(True, marks=pytest.mark.matrix), False], ids=["tied", "untied"])
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what PEFT's and a prepared trainer did, uninterrupted, and where their checkpoints are."""
     tied, directory = request.param, tmp_path_factory.mktemp("runs")
