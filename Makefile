@@ -109,9 +109,9 @@ $(FUZZ)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 # What these depend on in turn is not constrained: older releases want older ones than constraints.txt has.
-$(LOWEST)/.installed: pyproject.toml tools/lowest_releases.py
+$(LOWEST)/.installed: pyproject.toml tools/lowest_releases.py $(INSTALLED)
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python tools/lowest_releases.py > $(LOWEST)/constraints.txt
+	$(BIN)/python tools/lowest_releases.py > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/pip install --quiet -c $(LOWEST)/constraints.txt torch
 	$(LOWEST)/bin/pip install --quiet -c $(LOWEST)/constraints.txt -e '.[onnx,draw,demo,dev]'
 	touch $@

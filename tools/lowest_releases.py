@@ -9,6 +9,8 @@ import re
 import tomllib
 from pathlib import Path
 
+from lora_fx.cli.printing import run_script
+
 # Older releases of torch come from PyPI with CUDA alone. 2.13.0 is the first whose build for a CPU can be installed by its name.
 INSTALLABLE = {"torch": "2.13.0"}
 EXTRAS = ("onnx", "draw", "demo", "dev")
@@ -35,6 +37,11 @@ def constraints(project: Path) -> dict[str, str]:
     return lowest
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print the lowest releases that ``pyproject.toml`` allows, as constraints for pip."""
     for name, release in constraints(Path(__file__).parents[1] / "pyproject.toml").items():
         print(f"{name}=={release}")
+
+
+if __name__ == "__main__":
+    run_script(main)
