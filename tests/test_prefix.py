@@ -19,6 +19,7 @@ import transformers
 from architectures import rows
 from graph_diff import first_difference
 from safetensors.torch import load_file
+from transformers_releases import peft_takes_caches
 
 import lora_fx
 from lora_fx.errors import AdapterError, FoldError, PlanError, RuleError, TraceError
@@ -164,7 +165,9 @@ def same_as_peft(
 
 
 @pytest.mark.parametrize("name", rows(MODELS, ("bert",)))
-def test_logits_steps_and_files_are_those_of_peft(name: str, tmp_path: Path) -> None:
+def test_logits_steps_and_files_are_those_of_peft(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if name == "bert":
+        request.applymarker(peft_takes_caches)
     build, task = MODELS[name]
     model = made(build)
     mine, theirs = same_as_peft(model, task, {"prefix": [{"tokens": TOKENS, "role": "peft"}]})
@@ -401,6 +404,7 @@ def test_dropout_of_a_prefix_is_drawn_in_training_alone(model: Any, base: lora_f
     mine.eval()
 
 
+@peft_takes_caches
 def test_bert_without_a_mask_takes_a_prefix_as_peft_does() -> None:
     model = made(bert)
     ids = {"input_ids": inputs(model, 3, 9)["input_ids"]}
@@ -570,6 +574,7 @@ def generated_as_peft(model: Any, mine: lora_fx.TracedGraphModule, theirs: Any) 
         )
 
 
+@peft_takes_caches
 def test_tokens_that_are_generated_are_those_of_peft(model: Any, base: lora_fx.TracedGraphModule) -> None:
     mine = lora_fx.rewrite(base, {"prefix": [{"tokens": TOKENS}]})
     generated_as_peft(model, mine, peft_model(model, "CAUSAL_LM").eval())
@@ -684,7 +689,7 @@ def test_what_a_prefix_cannot_be_is_refused_in_one_line(base: lora_fx.TracedGrap
     refused(RuleError, "prefix: expected one table at most", lambda: lora_fx.rewrite(base, {"prefix": [{}, {}]}))
     refused(RuleError, "select: required, and missing", lambda: lora_fx.rewrite(base, {"defaults": {}}))
     plain = torch.fx.symbolic_trace(torch.nn.Linear(3, 2))
-    refused(TraceError, "takes no past_key_values", lambda: lora_fx.trace(plain, (torch.ones(1, 3),), prefix=True))
+    refused(TraceError, "takes no key-value cache", lambda: lora_fx.trace(plain, (torch.ones(1, 3),), prefix=True))
     other = lora_fx.trace(torch.nn.Linear(3, 2), (torch.ones(2, 3),))
     refused(PlanError, "traced without", lambda: lora_fx.rewrite(other, {"prefix": [{"tokens": 3}]}))
     refused(TraceError, "prefix=True ask for", lambda: lora_fx.trace(other, prefix=True))

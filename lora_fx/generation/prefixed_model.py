@@ -11,17 +11,17 @@ import torch
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from lora_fx.errors import InputError
-from lora_fx.generation.cache_name import check_cache_name
 from lora_fx.tracing.prefixed_forward import behind_prefix, without_past
+from lora_fx.transformers_releases import CACHE, CACHE_NAMES, cache_in, cache_name, check_cache_name, without_cache
 
-_OTHER_WAYS = ("assistant_model", "prompt_lookup_num_tokens", "cache_implementation", "past_key_values")
+_OTHER_WAYS = ("assistant_model", "prompt_lookup_num_tokens", "cache_implementation", *CACHE_NAMES)
 """Options of ``generate`` by which a cache is cut, or is another than one that grows."""
 
 
 def check_options(model: Any, options: Mapping[str, Any], kind: str) -> None:
     """Raise :class:`InputError` for options of ``generate``, or of its configuration, by which a prefix or a prompt would be lost or cut.
 
-    So is a transformers that passes its cache by another name.
+    So is a transformers that passes its cache by a name that is not known.
 
     Args:
         model: that generates.
@@ -47,6 +47,7 @@ def behind(model: Any, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> It
         pairs: of each layer the keys and values of the prefix, ``(heads, tokens, size)``.
     """
     inner, tokens = model.forward, pairs[0][0].size(1)
+    name = cache_name(inner) or CACHE
     names, decodes = inspect.signature(inner).parameters, bool(model.config.is_encoder_decoder)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -55,7 +56,7 @@ def behind(model: Any, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> It
         if not isinstance(text, torch.Tensor):
             raise InputError("expected input_ids: a prefix is put in front of tokens, got none.")
         batch = text.size(0)
-        cache: Any = given.get("past_key_values")
+        cache = cache_in(given)
         kept = cache is not None
         if not kept:  # every step has the whole text
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if decodes else DynamicCache()
@@ -68,7 +69,7 @@ def behind(model: Any, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> It
             raise InputError(
                 f"expected a cache of {mask.size(-1) + tokens - text.size(1)} positions, got {length - text.size(1)}."
             )
-        output = inner(**behind_prefix({**given, "past_key_values": cache}, tokens, batch, decodes=decodes))
+        output = inner(**behind_prefix({**without_cache(given), name: cache}, tokens, batch, decodes=decodes))
         return output if kept else without_past(output)
 
     forward.__signature__ = inspect.signature(inner)  # type: ignore[attr-defined]
@@ -96,7 +97,7 @@ def behind_prompt(model: Any, prompt: torch.Tensor) -> Iterator[None]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             given.pop("position_ids", None)  # which the model counts from the beginning of the prompt
-            cache, mask = given.get("past_key_values"), given.get("attention_mask")
+            cache, mask = cache_in(given), given.get("attention_mask")
             if isinstance(mask, torch.Tensor):
                 given = behind_prefix(given, tokens, mask.size(0), decodes=False)
             if module is reader and (cache is None or not cache.get_seq_length()):

@@ -13,7 +13,6 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPas
 
 from lora_fx.adapters.prefix import acting_past, keys_and_values
 from lora_fx.errors import InputError
-from lora_fx.generation.cache_name import check_cache_name
 from lora_fx.graph.adapter_names import adapters
 from lora_fx.graph.adapter_rows import ADAPTER_NAMES, BASE, check_count
 from lora_fx.graph.adapter_states import acting
@@ -29,6 +28,7 @@ from lora_fx.graph.cached_graphs import (
 from lora_fx.graph.graph_module import TracedGraphModule
 from lora_fx.graph.info import info_of
 from lora_fx.graph.signature import signature_of
+from lora_fx.transformers_releases import CACHE, cache_in, check_cache_name, without_cache
 
 
 class _RowNames:
@@ -113,7 +113,7 @@ class Generator(nn.Module, GenerationMixin):
 
         Raises:
             InputError: attentions or hidden states are asked for, a cache is given that does not keep all positions, or this transformers
-                passes it by another name.
+                passes it by a name that is not known.
         """
         check_cache_name()
         for asked in ("output_attentions", "output_hidden_states"):
@@ -122,9 +122,9 @@ class Generator(nn.Module, GenerationMixin):
                     f"{asked} was asked for, and a graph returns its logits and cache alone. Ask the model itself."
                 )
         names = kwargs.pop(ADAPTER_NAMES, None)
-        if kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = self.empty_cache()
-        _check_grows(kwargs["past_key_values"])
+        cache = self.empty_cache() if (given_cache := cache_in(kwargs)) is None else given_cache
+        _check_grows(cache)
+        kwargs = {**without_cache(kwargs), CACHE: cache}
         # With use_cache=False, transformers gives all tokens at every step, which the graph would take for new ones behind its past.
         kwargs |= {"use_cache": True, "cache_implementation": None}
         modes = {module: module.training for graph in self._graphs for module in graph.modules()}
@@ -162,6 +162,7 @@ class CausalGenerator(Generator):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: DynamicCache | None = None,
+        cache: DynamicCache | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits ``(batch, sequence, vocabulary)``, and let the cache have the new positions.
@@ -171,7 +172,9 @@ class CausalGenerator(Generator):
             attention_mask: ``(batch, past_sequence + sequence)``; all ones by default. A prefix, with which the past begins, is not counted.
             position_ids: ``(batch, sequence)``; counted over the mask by default.
             past_key_values: a cache, changed in place.
+            cache: the same, by its name from transformers 5.24 on.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         cache = DynamicCache() if past_key_values is None else past_key_values
         _check_grows(cache)
         adapter = acting_past(self.graph)
@@ -187,7 +190,8 @@ class CausalGenerator(Generator):
             inputs["position_ids"] = (counted if position_ids is None else position_ids) + tokens
         outputs = self.graph(**inputs, **self._rows.of(input_ids))
         _put(cache, outputs[PRESENT])
-        return CausalLMOutputWithPast(logits=outputs["logits"], past_key_values=cache)
+        returned: dict[str, Any] = {CACHE: cache}
+        return CausalLMOutputWithPast(logits=outputs["logits"], **returned)
 
     def _first_past(self, adapter: str | None, batch: int) -> list[dict[str, torch.Tensor]]:
         """Return the past before the first token, which is the prefix of an adapter if one acts."""
@@ -226,6 +230,7 @@ class EncoderDecoderGenerator(Generator):
         attention_mask: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         **_: Any,
     ) -> Seq2SeqLMOutput:
         """Compute logits ``(batch, sequence, vocabulary)``, and let the cache have the new positions.
@@ -236,6 +241,7 @@ class EncoderDecoderGenerator(Generator):
             attention_mask: of the encoder's inputs, ``(batch, encoder_sequence)``; all ones by default.
             decoder_attention_mask: all ones, since the graphs take none.
             past_key_values: a cache, changed in place.
+            cache: the same, by its name from transformers 5.24 on.
 
         Raises:
             InputError: positions of the decoder are masked.
@@ -245,22 +251,23 @@ class EncoderDecoderGenerator(Generator):
                 "decoder_attention_mask has zeros, and the graphs of an encoder-decoder model take decoder_input_ids of one length: "
                 "generate for those of each length on their own."
             )
-        cache: Any = self.empty_cache() if past_key_values is None else past_key_values
-        _check_grows(cache)
+        past_key_values = cache if past_key_values is None else past_key_values
+        past: Any = self.empty_cache() if past_key_values is None else past_key_values
+        _check_grows(past)
         hidden: Any = encoder_outputs.last_hidden_state
         inputs: dict[str, Any] = {"input_ids": decoder_input_ids, **self._rows.of(decoder_input_ids)}
         if self._masked:
             ones = decoder_input_ids.new_ones(hidden.shape[:2])
             inputs["encoder_attention_mask"] = ones if attention_mask is None else attention_mask
-        both = {"decoder": cache.self_attention_cache, "encoder": cache.cross_attention_cache}
-        if cache.get_seq_length():
+        both = {"decoder": past.self_attention_cache, "encoder": past.cross_attention_cache}
+        if past.get_seq_length():
             layers = zip(*map(_pairs, both.values()), strict=True)
             outputs = self.graphs.later(**inputs, **{PAST: [dict(zip(both, pairs, strict=True)) for pairs in layers]})
         else:
             outputs = self.graphs.first(**inputs, encoder_hidden_states=hidden)
         for of in outputs[PRESENT][0]:
             _put(both[of], [layer[of] for layer in outputs[PRESENT]])
-        return Seq2SeqLMOutput(logits=outputs["logits"], past_key_values=cache, encoder_last_hidden_state=hidden)
+        return Seq2SeqLMOutput(logits=outputs["logits"], **{CACHE: past}, encoder_last_hidden_state=hidden)
 
 
 class _Encoder(nn.Module):

@@ -10,6 +10,7 @@ import torch
 
 from lora_fx.errors import InputError
 from lora_fx.graph.size_relations import Reference
+from lora_fx.transformers_releases import CACHE_NAMES
 
 FillKind = Literal["ones", "zeros", "positions"]
 
@@ -62,7 +63,7 @@ def advice_on(name: str, given: Any) -> str:
     """Return how a graph is traced that takes an argument which this one was traced without."""
     if name == "labels":
         return "rewrite(…, labels=True) makes a graph that takes labels and returns the loss"
-    if name == "past_key_values" or (name == "use_cache" and given):
+    if name in CACHE_NAMES or (name == "use_cache" and given):
         return (
             "rewrite(…, cache=True) makes a graph with a key-value cache, and generate() of this one takes the model's"
         )

@@ -37,6 +37,7 @@ from lora_fx.tracing.cached_forward import (
 )
 from lora_fx.tracing.example_inputs import ExampleInputs, example_inputs
 from lora_fx.tracing.input_kinds import BATCH, random_tokens
+from lora_fx.transformers_releases import CACHE, cache_name
 
 ENCODER_AXIS = "encoder_sequence"
 
@@ -113,7 +114,7 @@ def sizes_of(model: nn.Module) -> Sizes:
         with torch.no_grad():
             found: Any = model(**kept, decoder_input_ids=ids, use_cache=True)
         check_logits(model, found)
-        hidden, cache = found.encoder_last_hidden_state, found.past_key_values
+        hidden, cache = found.encoder_last_hidden_state, getattr(found, CACHE)
     except (TypeError, AttributeError, ValueError) as error:
         raise TraceError(f"{with_cache()}: {name} returns no cache ({error}). {instead()}") from error
     if "attention_mask" not in beside and _reads_mask(model, kept[main], ids, found.logits):
@@ -205,6 +206,7 @@ class _StepCall:
     def __init__(self, model: nn.Module, inputs: ExampleInputs) -> None:
         self.inputs = inputs
         self._original = model.forward
+        self._name = cache_name(model.forward) or CACHE
         self._cache = BothCaches(TensorCache(()), TensorCache(()), from_encoder=False)
 
     def begin(self, path: str) -> list[torch.Tensor]:
@@ -221,11 +223,11 @@ class _StepCall:
             cache.replace(number(path), pair)
 
     def _step(self, ids: Any, mask: Any, hidden: torch.Tensor) -> torch.Tensor:
-        masked = {} if mask is None else {"attention_mask": mask}
-        encoded = BaseModelOutput(last_hidden_state=hidden)
-        found = self._original(
-            encoder_outputs=encoded, decoder_input_ids=ids, past_key_values=self._cache, use_cache=True, **masked
+        given: dict[str, Any] = (
+            {self._name: self._cache} if mask is None else {self._name: self._cache, "attention_mask": mask}
         )
+        encoded = BaseModelOutput(last_hidden_state=hidden)
+        found = self._original(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=True, **given)
         return found.logits  # type: ignore[no-any-return]
 
 

@@ -26,6 +26,7 @@ from lora_fx.graph.prefix_slot import PrefixSlot
 from lora_fx.tracing.example_inputs import ExampleInputs
 from lora_fx.tracing.input_kinds import BATCH, random_tokens
 from lora_fx.tracing.repeated_layers.stubs import Carried
+from lora_fx.transformers_releases import CACHE, cache_name
 
 BATCH_AXIS, SEQUENCE_AXIS, PAST_AXIS = "batch", "sequence", "past_sequence"
 
@@ -165,6 +166,7 @@ class CausalCall:
         layers = cache_layers(model)
         self.inputs, self.slot = _inputs(model, layers), _slot(layers)
         self._original = model.forward
+        self._name = cache_name(model.forward) or CACHE
         self._cache = TensorCache(())
         self.forward = self._with_positions if _takes_positions(model) else self._without_positions
 
@@ -193,7 +195,7 @@ class CausalCall:
     def _call(self, past: Sequence[Mapping[str, torch.Tensor]], **inputs: torch.Tensor) -> dict[str, Any]:
         _check_lengths(past, inputs)
         self._cache = TensorCache(past)
-        logits = self._original(**inputs, past_key_values=self._cache, use_cache=True).logits
+        logits = self._original(**inputs, **{self._name: self._cache}, use_cache=True).logits
         return {"logits": logits, PRESENT: self._cache.present()}
 
 
@@ -276,7 +278,7 @@ def cache_layers(model: nn.Module) -> list[CacheLayer]:
     try:
         with torch.no_grad():
             found: Any = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
-        cache = found.past_key_values
+        cache = getattr(found, CACHE)
     except (TypeError, AttributeError, ValueError) as error:
         raise TraceError(f"{with_cache()}: {name} returns no cache ({error}). {instead()}") from error
     check_logits(model, found)

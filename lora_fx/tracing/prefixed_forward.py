@@ -19,7 +19,6 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from lora_fx.errors import TraceError, first_line
-from lora_fx.graph.cached_graphs import PAST
 from lora_fx.graph.example_sizes import Examples
 from lora_fx.graph.info import GraphInfo
 from lora_fx.graph.prefix_slot import AXIS, EMPTY, INPUT, PrefixSlot
@@ -27,6 +26,7 @@ from lora_fx.graph.state import State
 from lora_fx.tracing.cached_encoder_decoder import BothCaches, is_encoder_decoder
 from lora_fx.tracing.cached_forward import CachedCall, TensorCache, number
 from lora_fx.tracing.example_inputs import ExampleInputs, is_pretrained
+from lora_fx.transformers_releases import CACHE, CACHE_NAMES, cache_name, without_cache
 
 _TOKENS = 7  # of the example: distinct from its batch and lengths
 
@@ -64,6 +64,7 @@ class PrefixedCall:
         self._original = model.forward
         self._parameters = inspect.signature(model.forward).parameters
         self._holder = self._taking(model)
+        self._name = cache_name((self._holder or model).forward) or CACHE
         self._decodes = is_encoder_decoder(model)
         self._layers = _layers_path(model) if self._decodes else ""
         # Without a mask, attentions that look both ways make one of the text's length, when they are traced.
@@ -123,9 +124,9 @@ class PrefixedCall:
         return PrefixSlot(len(layers), heads, size, dtype, _counted(model.config, len(layers)), self._decodes)
 
     def _with_prefix(self, inputs: ExampleInputs) -> ExampleInputs:
-        if any(inputs.kwargs.get(name) is not None for name in (INPUT, PAST)):
+        if any(inputs.kwargs.get(name) is not None for name in (INPUT, *CACHE_NAMES)):
             raise TraceError(
-                f"prefix=True: expected example_inputs without {INPUT!r} and {PAST!r}, which hold the prefix."
+                f"prefix=True: expected example_inputs without {INPUT!r} and {CACHE!r}, which hold the prefix."
             )
         like = next(leaf for leaf in inputs.kwargs.values() if isinstance(leaf, torch.Tensor))
         noise = torch.randn(_TOKENS, self.slot.width, generator=torch.Generator().manual_seed(3))
@@ -186,14 +187,14 @@ class PrefixedCall:
 
     def _called(self, given: dict[str, Any], cache: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
         """Call the model with a cache, given to the module that takes one, and the inputs of that changed."""
-        holder, given = self._holder, {key: value for key, value in given.items() if key != PAST}
+        holder, given = self._holder, without_cache(given)
         if holder is None:
-            return without_past(self._original(**change({**given, PAST: cache})))
+            return without_past(self._original(**change({**given, self._name: cache})))
         inner: Any = holder.forward
         names = inspect.signature(inner).parameters
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            own = {**dict(zip(names, args, strict=False)), **kwargs, PAST: cache}
+            own = without_cache({**dict(zip(names, args, strict=False)), **kwargs}) | {self._name: cache}
             return inner(**change(own))
 
         holder.forward = forward
@@ -206,7 +207,7 @@ class PrefixedCall:
 def without_past(output: Any) -> Any:
     """Return an output without the cache, as the model returns it when it keeps none."""
     if isinstance(output, Mapping):
-        return type(output)(**{name: value for name, value in output.items() if name != PAST})
+        return type(output)(**without_cache(output))
     return tuple(each for each in output if not isinstance(each, Cache)) if isinstance(output, tuple) else output
 
 
@@ -267,14 +268,14 @@ def _taking_past(model: Any) -> nn.Module | None:
     """
     name = type(model).__name__
     if is_pretrained(model):
-        if PAST in inspect.signature(model.forward).parameters:
+        if cache_name(model.forward):
             return None
         base = getattr(model, model.base_model_prefix, None)
-        takes = isinstance(base, nn.Module) and PAST in inspect.signature(base.forward).parameters
+        takes = isinstance(base, nn.Module) and cache_name(base.forward)
         if takes and not is_encoder_decoder(model):
             return base
     raise TraceError(
-        f"prefix=True: {name} takes no {PAST}, and is no model of transformers whose base model does. {_INSTEAD}"
+        f"prefix=True: {name} takes no key-value cache, and is no model of transformers whose base model does. {_INSTEAD}"
     )
 
 
