@@ -241,6 +241,11 @@ def test_steps_take_turns_and_what_is_done_before_them_is_not_timed() -> None:
     assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2, "c": 2}
 
 
+def test_a_limit_leaves_three_repetitions() -> None:
+    times = measuring.alternating({"a": lambda: None, "b": lambda: None}, 9, warm_up=1, limit=0.0)
+    assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3}
+
+
 def made() -> Result:
     return Result(
         "C0",

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import multiprocessing as mp
 import os
 import statistics
@@ -42,6 +43,7 @@ def alternating(
     device: str = "cpu",
     clock: Callable[[str], float] | None = None,
     says: str = "",
+    limit: float = math.inf,
 ) -> dict[str, tuple[float, ...]]:
     """Return the seconds of each repetition of each step; what some need done ``before`` is not timed.
 
@@ -53,11 +55,15 @@ def alternating(
         device: that the steps run on.
         clock: seconds, of a device; by default :func:`now`.
         says: what is measured, for the progress bar.
+        limit: seconds after which no repetition begins, but for the first three: a processor may have no instructions for a dtype.
     """
     clock = clock or now
     names, times = list(steps), {name: list[float]() for name in steps}
     bar = tqdm(total=(warm_up + repetitions) * len(names), desc=says, leave=False, disable=None)
+    started = time.perf_counter()
     for repetition in range(warm_up + repetitions):
+        if repetition >= warm_up + 3 and time.perf_counter() - started > limit:
+            break
         start = repetition % len(names)
         for name in names[start:] + names[:start]:
             if before is not None and name in before:
