@@ -9,6 +9,7 @@ does it all, so that other work on the machine counts for little. The graphs of 
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,12 +19,15 @@ from unittest import mock
 
 import torch
 import typer
-from graph_diff import first_difference
 from measuring import apart
 from results import Conditions, Goal, Measured, Result, report
 from shapes import LLAMA_8B, LLAMA_70B, Llama, built
 from torch import nn
 from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).parent.parent))
+
+from graph_diff import first_difference
 
 import lora_fx
 from lora_fx.cli.printing import run_script
