@@ -64,7 +64,7 @@ browser:
 mutate: $(INSTALLED)
 	$(BIN)/python tools/mutate.py
 
-# What it costs, beside PEFT, on an otherwise idle machine: under 25 minutes; with `--write` the table of tools/bench/README.md too.
+# What it costs, beside PEFT, on an otherwise idle machine: half an hour to an hour; with `--write` the table of tools/bench/README.md too.
 bench: $(INSTALLED)
 	$(BIN)/python tools/bench
 
