@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -320,6 +322,30 @@ def test_all_rows_that_were_found_make_the_table_and_a_failure_is_told(
     assert {(ROOT / "tools" / "bench" / tool).is_file() for tool, *_ in (every.ROWS | every.MORE).values()} == {True}
     guide = (ROOT / "tools" / "bench" / "README.md").read_text(encoding="utf-8")
     assert [row for row, (tool, *_) in every.MORE.items() if f"<!-- made by tools/bench/{tool} -->" not in guide] == []
+
+
+def test_every_row_finds_what_it_imports_when_it_is_started_from_another_directory(tmp_path: Path) -> None:
+    """Of one process, which imports torch once; the tests themselves have the directories of the tools in their path."""
+    started = """
+import runpy, sys
+from pathlib import Path
+
+tools, paths = Path(sys.argv[1]), sys.path[1:]
+for script in sorted((tools / "bench").glob("*.py")):
+    sys.path[:] = [str(script.parent), *paths]
+    for name, module in list(sys.modules.items()):
+        if name != "__main__" and Path(getattr(module, "__file__", None) or "/").is_relative_to(tools):
+            del sys.modules[name]
+    try:
+        runpy.run_path(str(script))
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime_genai":  # of an extra
+            print(script.name, error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", started, str(ROOT / "tools")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == ""
 
 
 def test_a_table_is_put_between_its_markers_alone(tmp_path: Path) -> None:

@@ -126,12 +126,10 @@ def tables(rows: Iterable[Row], promised: Iterable[str]) -> str:
         if name in promised
     ]
     refused = [line for _, _, lines in made for line in lines]
-    others = sum(name not in promised for name, _, _ in made)
-    said = (
-        "these are the refusals; all else was written and compared:\n" if refused else "all were written and compared."
-    )
-    between = f"\nOf {others} more models of the tests, folded, {said}" if others else ""
-    return "\n".join([*HEADER, *shown, between, *([*REFUSED, *refused] if refused else [])])
+    others = [lines for name, _, lines in made if name not in promised]
+    said = "all but those below were" if any(others) else "all were"
+    between = f"\nOf {len(others)} more models of the tests, folded, {said} written and compared." if others else ""
+    return "\n".join([*HEADER, *shown, between, *(["\nRefused:\n", *REFUSED, *refused] if refused else [])])
 
 
 def present() -> list[Row]:
