@@ -84,6 +84,7 @@ def stand_ins(state: State, device: torch.device) -> dict[str, torch.Tensor]:
     """Return values for the floating-point tensors of a state on the meta device, in almost no memory: ``W[i, j] = noise[i + j]``.
 
     The matrices have full rank, and the outputs of a model the sizes that those of a new model have. They are equal in all processes.
+    Those of a stack have rows one after another, which ``grouped_mm`` asks for, and all stacks of one shape the same memory.
 
     Args:
         state: of a graph without adapters.
@@ -91,15 +92,28 @@ def stand_ins(state: State, device: torch.device) -> dict[str, torch.Tensor]:
     """
     generator = torch.Generator().manual_seed(0)
     values: dict[str, torch.Tensor] = {}
+    of_stacks: dict[tuple[torch.Size, torch.dtype], torch.Tensor] = {}
     for first, names in state.names().items():
         tensor = state.tensors[first]
         if tensor.is_meta and tensor.is_floating_point():
-            noise = torch.randn(sum(tensor.shape) + 1, generator=generator)
-            noise = 1 + 0.1 * noise if tensor.dim() < 2 else noise / math.sqrt(max(tensor.shape[-2:]))
-            strided = noise.to(device, tensor.dtype).as_strided(tensor.shape, [1] * tensor.dim())
+            kind, is_stack = (tensor.shape, tensor.dtype), tensor.dim() == 3
+            strides = [_STACK_STRIDE, tensor.shape[-1], 1] if is_stack else [1] * tensor.dim()
+            if kind in of_stacks:
+                noise = of_stacks[kind]
+            else:
+                count = sum(size * stride for size, stride in zip(tensor.shape, strides, strict=True)) + 1
+                noise = torch.randn(count, generator=generator)
+                noise = 1 + 0.1 * noise if tensor.dim() < 2 else noise / math.sqrt(max(tensor.shape[-2:]))
+                noise = noise.to(device, tensor.dtype)
+            of_stacks |= {kind: noise} if is_stack else {}
+            strided = noise.as_strided(tensor.shape, strides)
             value = nn.Parameter(strided, False) if isinstance(tensor, nn.Parameter) else strided
             values |= dict.fromkeys(names, value)
     return values
+
+
+_STACK_STRIDE = 16
+"""Elements from a matrix of a stack to the next: ``grouped_mm`` takes multiples of 16 bytes."""
 
 
 def _covered(inputs: ExampleInputs, constraints: Constraints) -> ExampleInputs:

@@ -18,11 +18,9 @@ from torch.distributed.tensor import DTensor
 from lora_fx.adapters.covered_sizes import covered_sizes, stand_ins, with_checks
 from lora_fx.adapters.materialize import check_filled, check_layers_keep_names, computed_buffers, initial_values
 from lora_fx.branches.remove import unload
-from lora_fx.errors import LoraFxError, PlanError, listed
-from lora_fx.files.safetensors import TensorFile
+from lora_fx.errors import PlanError
 from lora_fx.folding.checkpoint import Checkpoint
 from lora_fx.graph.adapter_names import is_of_adapter, is_placement
-from lora_fx.graph.compare import described
 from lora_fx.graph.graph_module import TracedGraphModule, as_traced, install, rebuilt, state_in_parts, state_of
 from lora_fx.graph.info import info_of, with_info
 from lora_fx.graph.nested import flatten
@@ -31,6 +29,7 @@ from lora_fx.graph.sharded import agreed, from_first_process, groups_of, mesh_of
 from lora_fx.graph.state import State, part_of
 from lora_fx.graph.take_over import take_checks
 from lora_fx.numerics.quantised_weight import QuantisedWeight
+from lora_fx.parallel.checkpoint_sources import Sources
 from lora_fx.parallel.fsdp import fully_shard
 from lora_fx.tracing.transformers_models import traced_class
 
@@ -58,7 +57,8 @@ def load_sharded(
 
     Args:
         graph_module: is changed; all of its parameters are on the meta device.
-        directory: with ``model.safetensors``, or an index and its files, under the names that the model has.
+        directory: with ``model.safetensors``, or an index and its files, as transformers writes and loads them: keys may have other names
+            than in the model, and experts of which the model has one stack may be matrices of their own.
         mesh: as for :func:`fully_shard`.
         seed: of the factors that are drawn; by default they follow from the random state of the first process.
         like: a module of the traced class with values for the buffers that no checkpoint has; see :func:`lora_fx.materialize`.
@@ -69,18 +69,20 @@ def load_sharded(
         PlanError: the graph has weights already, or an adapter that starts from whole weights in a way that is not known here.
     """
     source = agreed(groups_of(mesh), lambda: (_source(graph_module, directory, mesh, like), str(seed)))
-    empty, before, checkpoint, keys = source.empty, state_of(source.empty), source.checkpoint, source.keys
+    empty, before, checkpoint, sources = source.empty, state_of(source.empty), source.checkpoint, source.sources
     fully_shard(graph_module, mesh, **options)
     sharded = state_in_parts(graph_module)
     made_for = mesh_of(graph_module)
     assert made_for is not None
     device = torch.device(made_for.device_type)
-    values = {name: _empty_like(sharded.tensors[name], device) for name in keys}
-    for portion in _portions(keys, checkpoint):
+    values = {name: _empty_like(sharded.tensors[name], device) for name in (*sources.plain, *sources.stacks)}
+    for portion in _portions(sources.plain, checkpoint):
         load(
-            {keys[name]: values[name] for name in portion},
+            {sources.plain[name]: values[name] for name in portion},
             storage_reader=HuggingFaceStorageReader(str(checkpoint.model)),
         )
+    for name in sources.stacks:
+        sources.fill(name, values[name], checkpoint)
     missing = {
         name: tensor for name, tensor in before.tensors.items() if name not in before.non_persistent and tensor.is_meta
     }
@@ -117,14 +119,14 @@ class _Source:
     Attributes:
         empty: the graph, flat, on the meta device.
         checkpoint: that has its weights.
-        keys: of these in the checkpoint, by their first names in the graph.
+        sources: where these are in the checkpoint.
         like: a module with the buffers that no checkpoint has, if there is one.
         covering: the graph with other checks of sizes, if there are other ones.
     """
 
     empty: TracedGraphModule
     checkpoint: Checkpoint
-    keys: Mapping[str, str]
+    sources: Sources
     like: nn.Module | None
     covering: TracedGraphModule | None
 
@@ -140,9 +142,9 @@ def _source(
         )
     check_layers_keep_names(empty)
     checkpoint = Checkpoint.open(Path(directory))
-    keys = _keys(state_of(empty), checkpoint)
     like = like if like is not None else traced_class(empty)
-    return _Source(empty, checkpoint, keys, like, None if like is None else _covering(empty, like, mesh))
+    sources = Sources.of(state_of(empty), checkpoint, like)
+    return _Source(empty, checkpoint, sources, like, None if like is None else _covering(empty, like, mesh))
 
 
 def _covering(empty: TracedGraphModule, like: nn.Module, mesh: DeviceMesh | None) -> TracedGraphModule | None:
@@ -204,37 +206,5 @@ def _portions(keys: Mapping[str, str], checkpoint: Checkpoint) -> list[list[str]
     return portions
 
 
-def _keys(state: State, checkpoint: Checkpoint) -> dict[str, str]:
-    """Return for each tensor of the base, by its first name, the key that a checkpoint has it under.
-
-    Raises:
-        LoraFxError: the checkpoint lacks some, has others, or in another shape or dtype; or another file has one of them, too.
-    """
-    found: dict[str, str] = {}
-    problems = []
-    for first, names in state.names().items():
-        if first in state.non_persistent or is_of_adapter(first):
-            continue
-        key = next((name for name in names if name in checkpoint.tensors), None)
-        if key is None:
-            problems.append(f"{first!r} is missing")
-            continue
-        _, entry = checkpoint.tensors[key]
-        form = f"{entry.dtype} {tuple(entry.shape)}"
-        if form != described(state.tensors[first]):
-            problems.append(f"{key!r} is {form}, not {described(state.tensors[first])}")
-        found[first] = key
-    problems += [f"{key!r} is unknown" for key in checkpoint.tensors if key not in state.tensors]
-    if problems:
-        raise LoraFxError(f"{checkpoint.directory} does not fit the graph: {listed(problems, _MAX_NAMED, '; ')}.")
-    own = {file.path for file in checkpoint.files}
-    for path in sorted(checkpoint.model.glob("*.safetensors")):  # torch reads all that there are
-        also = [key for key in found.values() if path not in own and key in TensorFile.open(path).entries]
-        if also:
-            raise LoraFxError(f"{path} has {also[0]!r} too, beside the checkpoint's own files: move it away.")
-    return found
-
-
-_MAX_NAMED = 10
 PORTIONS = 20
 """In about how many portions a checkpoint is read."""

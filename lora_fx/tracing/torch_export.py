@@ -55,6 +55,7 @@ def export(
         _explicit_arguments(model, inputs),
         _broadcast_masks(),
         _without_idle_moves(),
+        _histograms_of_floats(),
         _unprinted(),
     ):
         shapes = _dynamic_shapes(model, inputs, dynamic)
@@ -253,6 +254,25 @@ def _without_idle_moves() -> Iterator[None]:
         yield
     finally:
         nn.Module.to = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def _histograms_of_floats() -> Iterator[None]:
+    """Let ``torch.histc`` count integers on the meta device as floats, which all devices can, and a CPU no others.
+
+    The experts of transformers ask which device they are on, and count integers wherever that is not a CPU.
+    """
+    original = torch.histc
+
+    def counted(input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        as_floats = input.is_meta and not input.is_floating_point()
+        return original(input.float() if as_floats else input, *args, **kwargs)
+
+    torch.histc = counted
+    try:
+        yield
+    finally:
+        torch.histc = original
 
 
 def _without_cache() -> AbstractContextManager[None]:
