@@ -16,6 +16,7 @@ from architectures import build
 from torch import fx, nn
 
 import lora_fx
+from lora_fx.transformers_releases import CACHE
 
 
 def module(forward: Callable[..., Any], **parts: nn.Module) -> nn.Module:
@@ -221,7 +222,7 @@ def test_a_flag_of_transformers_keeps_the_value_of_the_trace() -> None:
     graph_module(input_ids=ids, attention_mask=mask, use_cache=False)
     with pytest.raises(lora_fx.InputError, match=r"'use_cache' is True, expected False"):
         graph_module(input_ids=ids, attention_mask=mask, use_cache=True)
-    with pytest.raises(lora_fx.InputError, match=r"'past_key_values' is .*: the graph was traced without it"):
+    with pytest.raises(lora_fx.InputError, match=rf"'{CACHE}' is .*: the graph was traced without it"):
         graph_module(ids, mask)
 
 

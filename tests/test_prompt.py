@@ -14,6 +14,7 @@ import torch
 import transformers
 from architectures import rows
 from test_prefix import EMBEDDING, MODELS, TOKENS, given, inputs, llama, made, trained
+from transformers_releases import peft_takes_caches
 
 import lora_fx
 from lora_fx.errors import (
@@ -98,6 +99,7 @@ def test_logits_steps_and_files_of_each_model_are_those_of_peft(name: str, tmp_p
     same_as_peft(model, task, mine, peft_model(model, task, num_transformer_submodules=1), tmp_path)
 
 
+@peft_takes_caches
 def test_tokens_that_are_generated_are_those_of_peft(model: Any, graph: lora_fx.TracedGraphModule) -> None:
     generated_as_peft(model, copy.deepcopy(graph), peft_model(model, "CAUSAL_LM"))
 

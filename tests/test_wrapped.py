@@ -16,6 +16,7 @@ from architectures import ARCHITECTURES, build, rows, run
 from conftest import set_factors, unchanged
 from test_peft_equality import wrap
 from torch import nn
+from transformers_releases import transformers_takes_peft
 
 import lora_fx
 from lora_fx.tracing.example_inputs import example_inputs
@@ -222,10 +223,11 @@ def with_adapter_of_transformers() -> nn.Module:
             f"LlamaForCausalLM is wrapped by PEFT: {LAYER!r} is PEFT's Linear. For the plain model take .unload() of the PeftModel "
             f"(or load the model anew); {GO_ON}",
         ),
-        (
+        pytest.param(
             with_adapter_of_transformers,
             f"LlamaForCausalLM is wrapped by PEFT: {LAYER!r} is PEFT's Linear. For the plain model take .unload() of the PeftModel "
             f"(or load the model anew); {GO_ON}",
+            marks=transformers_takes_peft,
         ),
     ],
     ids=["PeftModel", "prompt tuning", "its base", "add_adapter"],
